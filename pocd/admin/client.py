@@ -1,0 +1,40 @@
+"""A client of the admin API, for the command line and the demo."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import aiohttp
+import orjson
+
+TIMEOUT = aiohttp.ClientTimeout(total=10, connect=3)
+
+
+class AdminError(Exception):
+    """The API cannot be reached or refused; the message says what and where."""
+
+
+async def call(url: str, method: str, path: str, *, token: str | None = None) -> dict[str, Any]:
+    """Call the API at `url` and return its JSON body.
+
+    Raises:
+        AdminError: Nothing answers there, or the answer is an error.
+    """
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=TIMEOUT, headers=headers) as session,
+            session.request(method, url.rstrip("/") + path) as response,
+        ):
+            body = orjson.loads(await response.read())
+            if response.status >= 400:
+                raise AdminError(f"{url} refused: {body['error']['message']}")
+            if not isinstance(body, dict):
+                raise AdminError(f"{url} is not pocd's admin API")
+            return body
+    except TimeoutError:
+        raise AdminError(f"{url} does not answer; is the daemon overloaded?") from None
+    except aiohttp.ClientConnectionError:
+        raise AdminError(f"nothing listens on {url}; is the daemon running (systemctl status pocd)?") from None
+    except (aiohttp.ClientError, ValueError, KeyError, TypeError):
+        raise AdminError(f"{url} is not pocd's admin API") from None

@@ -1,0 +1,117 @@
+"""The admin HTTP API: look at the daemon, stop and resume mining, shut it down (docs/protocol.md section 7)."""
+
+from __future__ import annotations
+
+import hmac
+from typing import TYPE_CHECKING, Any
+
+import orjson
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from pocd.admin import status
+from pocd.observe import metrics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiohttp.typedefs import Handler, Middleware
+
+    from pocd.admin.status import Parts
+
+OPEN_PATHS = ("/healthz", "/readyz")  # for probes, which have no token
+LARGEST_BODY = 64 * 1024  # bytes
+
+
+def _json(body: dict[str, Any], code: int = 200) -> web.Response:
+    return web.Response(body=orjson.dumps(body) + b"\n", status=code, content_type="application/json")
+
+
+def _error(code: int, name: str, message: str) -> web.Response:
+    return _json({"error": {"code": name, "message": message, "field": None}}, code)
+
+
+@web.middleware
+async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        answer = _error(error.status, error.reason.lower().replace(" ", "_"), f"{request.method} {request.path}")
+        if "Allow" in error.headers:
+            answer.headers["Allow"] = error.headers["Allow"]
+        return answer
+
+
+def _require_token(token: str) -> Middleware:
+    expected = f"Bearer {token}".encode()
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+        if request.path in OPEN_PATHS or hmac.compare_digest(given, expected):
+            return await handler(request)
+        answer = _error(401, "unauthorized", "give the header 'Authorization: Bearer TOKEN' (admin.token_file)")
+        answer.headers["WWW-Authenticate"] = "Bearer"
+        return answer
+
+    return check
+
+
+class AdminApi:
+    """The routes, over the daemon's parts."""
+
+    def __init__(self, parts: Parts, shut_down: Callable[[], None]) -> None:
+        self._parts = parts
+        self._shut_down = shut_down
+        self._registry = metrics.registry(parts)
+
+    def application(self, token: str | None) -> web.Application:
+        """Return the aiohttp application; with a `token`, everything but probes asks for it."""
+        middlewares = [_errors_as_json, *([_require_token(token)] if token else [])]
+        app = web.Application(middlewares=middlewares, client_max_size=LARGEST_BODY)
+        app.add_routes(
+            [
+                web.get("/api/v1/pow/status", self.status),
+                web.post("/api/v1/pow/stop", self.stop),
+                web.post("/api/v1/pow/resume", self.resume),
+                web.post("/shutdown", self.shutdown),
+                web.get("/healthz", self.healthz),
+                web.get("/readyz", self.readyz),
+                web.get("/metrics", self.metrics),
+            ]
+        )
+        return app
+
+    async def status(self, _request: web.Request) -> web.Response:
+        """Everything that the daemon knows of itself."""
+        return _json(status.view(self._parts))
+
+    async def stop(self, _request: web.Request) -> web.Response:
+        """Stop the round and pause mining until resumed, also across restarts."""
+        await self._parts.miner.pause()
+        return _json(status.view(self._parts))
+
+    async def resume(self, _request: web.Request) -> web.Response:
+        """Go on mining."""
+        await self._parts.miner.resume()
+        return _json(status.view(self._parts))
+
+    async def shutdown(self, _request: web.Request) -> web.Response:
+        """End the daemon in good order."""
+        self._shut_down()
+        return _json({"status": "stopping"}, 202)
+
+    async def healthz(self, _request: web.Request) -> web.Response:
+        """Answer that the process lives."""
+        return _json({"status": "ok"})
+
+    async def readyz(self, _request: web.Request) -> web.Response:
+        """Answer whether it mines as it should, with the reasons where it does not."""
+        problems = status.problems(self._parts)
+        return _json({"ready": not problems, "problems": problems}, 503 if problems else 200)
+
+    async def metrics(self, _request: web.Request) -> web.Response:
+        """Metrics in Prometheus' text format."""
+        return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})

@@ -1,0 +1,149 @@
+"""What the daemon says of itself: one view, for the API, the metrics, the log and the service manager."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from pocd import __version__
+from pocd.delivery.outbox import Queue
+from pocd.observe.mask import mask_url
+
+if TYPE_CHECKING:
+    from pocd.chain.follower import ChainHealth
+    from pocd.delivery.dispatcher import Dispatcher
+    from pocd.delivery.outbox import OutboxThread
+    from pocd.miner import Miner, Mining
+    from pocd.settings import Settings
+    from pocd.worker.supervisor import Supervisor
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The daemon's parts, as far as they are looked at."""
+
+    settings: Settings
+    outbox: OutboxThread
+    miner: Miner
+    supervisor: Supervisor
+    chain: ChainHealth
+    dispatchers: list[Dispatcher]
+    started_at: float  # monotonic
+
+
+def state(parts: Parts) -> str:
+    """Return STOPPED, LOADING, IDLE or GENERATING (docs/protocol.md section 7)."""
+    if parts.miner.paused:
+        return "STOPPED"
+    if not parts.supervisor.ready.is_set():
+        return "LOADING"
+    return "GENERATING" if parts.miner.mining else "IDLE"
+
+
+def problems(parts: Parts) -> list[dict[str, str]]:
+    """Name what keeps the daemon from mining as it should; empty when nothing does."""
+    found = []
+    if parts.miner.paused:
+        found.append({"part": "miner", "reason": "mining was stopped by hand; POST /api/v1/pow/resume goes on"})
+    if not parts.supervisor.ready.is_set():
+        last = parts.supervisor.last_error
+        found.append({"part": "worker", "reason": f"no model is ready; last error: {last}" if last else "loading"})
+    chain = parts.chain.problem(time.time(), parts.settings.chain.poll_interval)
+    if chain:
+        found.append({"part": "chain", "reason": chain})
+    return found
+
+
+def _round_view(mining: Mining) -> dict[str, Any]:
+    return {
+        **asdict(mining.round),
+        "id": mining.round.id,
+        "checked": mining.checked,
+        "valid": mining.valid,
+        "expected_valid_rate": mining.expected_valid_rate,
+        "observed_valid_rate": mining.valid / mining.checked if mining.checked else None,
+    }
+
+
+def _chain_view(chain: ChainHealth, poll_interval: float) -> dict[str, Any]:
+    block = chain.head.block if chain.head else None
+    return {
+        "chain_id": block.chain_id if block else None,
+        "height": block.height if block else None,
+        "hash": block.hash if block else None,
+        "block_time": block.time.isoformat() if block else None,
+        "problem": chain.problem(time.time(), poll_interval),
+    }
+
+
+def _worker_view(supervisor: Supervisor, batch_size: int) -> dict[str, Any]:
+    return {
+        "ready": supervisor.ready.is_set(),
+        "pid": supervisor.pid,
+        "restarts": supervisor.restarts,
+        "last_error": supervisor.last_error,
+        "batch_size": batch_size,
+        **({} if supervisor.info is None else asdict(supervisor.info)),
+    }
+
+
+def _receiver_view(dispatcher: Dispatcher, queues: dict[str, Queue]) -> dict[str, Any]:
+    return {
+        "name": dispatcher.receiver.name,
+        "url": mask_url(dispatcher.receiver.url),
+        **asdict(queues.get(dispatcher.receiver.name, Queue())),
+        "last_error": dispatcher.last_error,
+    }
+
+
+def view(parts: Parts) -> dict[str, Any]:
+    """Return the body of `GET /api/v1/pow/status`.
+
+    The first fields are those of the existing API and tell of the active round. `funnel` counts
+    nonces since the store was made; each stage is on disk or was accepted by every receiver.
+    """
+    miner, settings = parts.miner, parts.settings
+    mining = miner.mining
+    elapsed = time.monotonic() - mining.started_at if mining else 0.0
+    queues = parts.outbox.outbox.queues
+    names = {dispatcher.receiver.name for dispatcher in parts.dispatchers}
+    latest = list(mining.latest) if mining else []
+    return {
+        "state": state(parts),
+        "valid_nonces": [proof.nonce for proof in latest],
+        "valid_distances": [proof.distance for proof in latest],
+        "total_checked": mining.checked if mining else 0,
+        "total_valid": mining.valid if mining else 0,
+        "elapsed_seconds": elapsed,
+        "rate_per_second": (mining.checked - mining.checked_before) / elapsed if mining and elapsed else 0.0,
+        "r_target": mining.round.r_target if mining else settings.round.r_target,
+        "round": _round_view(mining) if mining else None,
+        "node": settings.node.model_dump(),
+        "funnel": asdict(parts.outbox.outbox.totals),
+        "rates": {
+            "checked_per_second_1m": miner.checked_rate.per_second(60),
+            "checked_per_second_15m": miner.checked_rate.per_second(900),
+            "valid_per_second_1m": miner.valid_rate.per_second(60),
+            "valid_per_second_15m": miner.valid_rate.per_second(900),
+        },
+        "chain": _chain_view(parts.chain, settings.chain.poll_interval),
+        "worker": _worker_view(parts.supervisor, settings.worker.batch_size),
+        "receivers": [_receiver_view(dispatcher, queues) for dispatcher in parts.dispatchers],
+        # Queues of receivers that are no longer configured: kept, and sent again when they return.
+        "orphaned_queues": {name: asdict(queue) for name, queue in queues.items() if name not in names},
+        "problems": problems(parts),
+        "version": __version__,
+        "uptime_seconds": time.monotonic() - parts.started_at,
+    }
+
+
+def summary(parts: Parts) -> str:
+    """Return the funnel as one short line."""
+    totals = parts.outbox.outbox.totals
+    mining = parts.miner.mining
+    where = f"block {mining.round.block_height}" if mining else "no round"
+    return (
+        f"{state(parts)}, {where}, {parts.miner.checked_rate.per_second(60):.1f} nonces/s, "
+        f"checked {totals.checked} → valid {totals.valid} → stored {totals.stored} → delivered {totals.delivered}"
+    )

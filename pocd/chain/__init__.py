@@ -1,0 +1,1 @@
+"""Sources of blocks: what the chain says, checked."""

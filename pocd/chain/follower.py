@@ -1,0 +1,121 @@
+"""The loop that looks at the chain for ever, and what is known about the chain's health.
+
+Level-triggered: every look reports the whole head, changed or not, so that a missed block or an outage needs no
+catching up. What should run is a pure function of the head (docs/protocol.md section 8).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pocd.chain.source import ChainError, ChainSource, Head
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from structlog.typing import FilteringBoundLogger
+
+LOG_EVERY = 60.0
+"""Seconds between two log lines while the chain is down."""
+
+
+@dataclass(slots=True)
+class ChainHealth:
+    """What the last looks at the chain gave; the follower writes it, the admin API and the metrics read it.
+
+    Attributes:
+        head: The newest head that was read, also one that is catching up.
+        seen_at: Unix time in seconds of the last poll that went well to its end.
+        error: What the last poll failed with; None when it went well.
+        failures: How many polls have failed since the last good one.
+    """
+
+    head: Head | None = None
+    seen_at: float | None = None
+    error: str | None = None
+    failures: int = 0
+
+    def problem(self, now: float, poll_interval: float, stale_after: float = 600.0) -> str | None:
+        """Say why the chain is degraded, or None when it is well (docs/protocol.md section 8).
+
+        Args:
+            now: Unix time in seconds.
+            poll_interval: Seconds between polls; three missed ones (or 30 s, if that is longer) are a problem.
+            stale_after: Seconds; a newest block older than this means a node that lags without saying so.
+        """
+        because = f": {self.error}" if self.error else ""
+        if self.head is None or self.seen_at is None:
+            return f"no good answer from the chain yet{because}"
+        # One poll with its retries may take 15 s, so a short interval alone is no measure.
+        if now - self.seen_at > max(3 * poll_interval, 30.0):
+            return f"last good answer {now - self.seen_at:.0f} s ago{because}"
+        if self.head.catching_up:
+            return f"the node is catching up, at height {self.head.block.height}"
+        age = now - self.head.block.time.timestamp()
+        if age > stale_after:
+            return f"the newest block, {self.head.block.height}, is {age:.0f} s old: the node lags or the chain stands"
+        return None
+
+
+async def follow(  # noqa: PLR0913  # the two last are only for tests
+    source: ChainSource,
+    *,
+    poll_interval: float,
+    on_head: Callable[[Head], Awaitable[None]],
+    health: ChainHealth,
+    log: FilteringBoundLogger,
+    clock: Callable[[], float] = time.time,
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> None:
+    """Poll `source` until cancelled and pass every head on (docs/protocol.md section 8).
+
+    A head that is catching up is noted in `health` but not passed on. A `ChainError`, of the source or of `on_head`,
+    is a failed poll: noted, logged, and forgotten at the next good one. Any other exception is a bug and ends the loop.
+
+    Args:
+        source: Where heads come from; its calls must be bounded in time.
+        poll_interval: Seconds from the start of one poll to the start of the next, if the poll takes no longer.
+        on_head: Called after every good answer, also when the head is the same as before.
+        health: Updated in place.
+        log: Gets a line when the chain goes down, one a minute while it is, and one when it is restored.
+        clock: Unix time in seconds.
+        sleep: Waits that many seconds.
+    """
+    logged_at: float | None = None  # when the chain was last said to be down; None while it is up
+    while True:
+        started = clock()
+        failures_before = health.failures
+        await _poll(source, on_head, health, clock)
+        now = clock()
+        if health.error is None:
+            if logged_at is not None:
+                log.info("chain restored", action="chain_restored", failures=failures_before)
+            logged_at = None
+        elif logged_at is None or not 0 <= now - logged_at < LOG_EVERY:  # negative: the clock was set back
+            log.warning("chain down", action="chain_down", error=health.error, failures=health.failures)
+            logged_at = now
+        # Never longer than the interval, or a clock set back an hour would stop the polls for an hour.
+        await sleep(min(max(poll_interval - (now - started), 0.0), poll_interval))
+
+
+async def _poll(
+    source: ChainSource,
+    on_head: Callable[[Head], Awaitable[None]],
+    health: ChainHealth,
+    clock: Callable[[], float],
+) -> None:
+    try:
+        head = await source.head()
+        health.head = head
+        if not head.catching_up:
+            await on_head(head)
+    except ChainError as error:
+        health.error = str(error)
+        health.failures += 1
+    else:
+        health.seen_at = clock()
+        health.error = None
+        health.failures = 0

@@ -1,0 +1,23 @@
+"""What stops a computation, told apart by what an operator has to do."""
+
+from __future__ import annotations
+
+
+class ComputeError(Exception):
+    """Something the operator has to change; the message says what."""
+
+
+class DeviceError(ComputeError):
+    """The configured device is not there."""
+
+
+class ModelError(ComputeError):
+    """The model cannot be found, read, or transformed."""
+
+
+class InputError(ComputeError):
+    """A nonce, a sequence length or another input is outside what can be computed."""
+
+
+class NonFiniteError(ComputeError):
+    """The model gave NaN or infinity, so no distance exists."""

@@ -1,0 +1,161 @@
+"""Load a transformers causal decoder and check that its layers are the ones we know how to transform."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pocd.compute.errors import DeviceError, InputError, ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    class DecoderLayer(nn.Module):
+        """A decoder layer of the Llama form, for the type checker."""
+
+        mlp: nn.Module
+        post_attention_layernorm: nn.Module
+
+
+BUNDLED = Path(__file__).resolve().parent.parent / "models"
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+# Families whose decoder layer is: residual + self_attn(input_layernorm(residual)), then
+# residual + mlp(post_attention_layernorm(residual)). Others use the same names for other
+# things (Gemma 2's post_attention_layernorm normalises the branch), so names alone are no proof.
+LLAMA_FORM = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A loaded decoder, ready to be fed embeddings.
+
+    Attributes:
+        name: As configured.
+        decoder: Embeddings [B, S, H] in, hidden states after the final norm [B, S, H] out.
+        layers: Its decoder layers.
+        hidden_size: H.
+        max_positions: The longest sequence that its positions allow.
+        dtype: Of weights and activations.
+        device: Where it lives.
+    """
+
+    name: str
+    decoder: nn.Module
+    layers: Sequence[DecoderLayer]
+    hidden_size: int
+    max_positions: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+def resolve(name: str) -> str:
+    """Turn a configured name into what transformers loads: a local path or a hub id.
+
+    Raises:
+        ModelError: A bundled model or a local path that does not exist.
+    """
+    if name.startswith("bundled:"):
+        path = BUNDLED / name.removeprefix("bundled:")
+        if not (path / "config.json").is_file():
+            known = ", ".join(sorted(f"bundled:{p.parent.name}" for p in BUNDLED.glob("*/config.json")))
+            raise ModelError(f"model {name!r} is not bundled; the bundled ones are: {known}")
+        return str(path)
+    if name.startswith(("/", "./", "../", "~")):
+        path = Path(name).expanduser()
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model {name!r}: there is no {path / 'config.json'}; give a model's folder")
+        return str(path)
+    return name
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device called `name` (cpu, cuda, cuda:N), checked to exist.
+
+    Raises:
+        DeviceError: A GPU was asked for and is not there. There is no fall-back to the CPU.
+    """
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise DeviceError(f"device {name!r} is unknown; allowed are: cpu, cuda, cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise DeviceError(
+                f"device {name!r} is configured, but torch {torch.__version__} sees no GPU; check the driver "
+                "(nvidia-smi) and that this torch is a CUDA build, or set device = 'cpu'"
+            )
+        count = torch.cuda.device_count()
+        if device.index is not None and device.index >= count:
+            raise DeviceError(f"device {name!r} does not exist; this machine has cuda:0 to cuda:{count - 1}")
+    return device
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def load_model(name: str, *, dtype: str, device: str) -> Model:
+    """Load `name` for inference.
+
+    Args:
+        name: A local path, a hub id, or `bundled:NAME`.
+        dtype: float32, float16 or bfloat16.
+        device: cpu, cuda or cuda:N.
+
+    Raises:
+        InputError: An unknown dtype.
+        DeviceError: The device is not there.
+        ModelError: The model cannot be found or read, or is of a family that we cannot transform.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is unknown; allowed are: {', '.join(DTYPES)}")
+    target = pick_device(device)
+    source = resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    if config.model_type not in LLAMA_FORM:
+        raise ModelError(
+            f"model {name!r} is of type {config.model_type!r}, whose layers are not known to be of the Llama form; "
+            f"supported types are: {', '.join(LLAMA_FORM)}"
+        )
+    try:
+        causal: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=DTYPES[dtype])
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    return adapt(causal.to(target), name=name)
+
+
+def adapt(causal: Any, *, name: str) -> Model:  # noqa: ANN401 - transformers gives its classes no common type
+    """Wrap a transformers model of the Llama form for the engine, in evaluation mode.
+
+    Raises:
+        ModelError: The model is of another form; the message names its class and what is missing.
+    """
+    decoder = getattr(causal, "model", None)
+    layers = getattr(decoder, "layers", None)
+    if decoder is None or not layers or causal.config.model_type not in LLAMA_FORM:
+        raise ModelError(f"model {name!r} ({type(causal).__name__}) has no decoder of the Llama form in .model.layers")
+    for part in ("self_attn", "input_layernorm", "post_attention_layernorm", "mlp"):
+        if not hasattr(layers[0], part):
+            raise ModelError(f"model {name!r}: its layer {type(layers[0]).__name__} has no {part}")
+    causal.requires_grad_(requires_grad=False).eval()
+    weight = next(decoder.parameters())
+    return Model(
+        name=name,
+        decoder=decoder,
+        layers=list(layers),
+        hidden_size=causal.config.hidden_size,
+        max_positions=causal.config.max_position_embeddings,
+        dtype=weight.dtype,
+        device=weight.device,
+    )

@@ -1,0 +1,1 @@
+"""From a stored proof to a receiver's 2xx."""

@@ -1,0 +1,389 @@
+"""The outbox: proofs, batches and what became of them, in one SQLite file that survives anything but its disk.
+
+Everything here is synchronous and runs in one thread, see `OutboxThread`. Each public method that
+writes is one transaction, fsynced before it returns (WAL, synchronous FULL).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, Self, TypeVar
+
+import orjson
+
+from pocd.nonces import Node, Progress, Span
+from pocd.proof import Proof, ProofBatch, Round
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+VERSION = 1
+APPLICATION_ID = 0x706F6364  # "pocd"
+
+SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
+CREATE TABLE totals (checked INTEGER NOT NULL, valid INTEGER NOT NULL, stored INTEGER NOT NULL,
+  delivered INTEGER NOT NULL) STRICT;
+INSERT INTO totals VALUES (0, 0, 0, 0);
+CREATE TABLE rounds (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, round TEXT NOT NULL,
+  seen_at REAL NOT NULL) STRICT;
+-- What one node has checked of one round; islands is a JSON list of [start, stop] above the cursor.
+CREATE TABLE progress (round INTEGER NOT NULL REFERENCES rounds, node_id INTEGER NOT NULL,
+  node_count INTEGER NOT NULL, cursor INTEGER NOT NULL, islands TEXT NOT NULL,
+  checked INTEGER NOT NULL, valid INTEGER NOT NULL,
+  PRIMARY KEY (round, node_id, node_count)) STRICT, WITHOUT ROWID;
+-- Valid nonces that no batch holds yet.
+CREATE TABLE proofs (number INTEGER PRIMARY KEY AUTOINCREMENT, round INTEGER NOT NULL REFERENCES rounds,
+  node_id INTEGER NOT NULL, nonce INTEGER NOT NULL, distance REAL NOT NULL, found_at REAL NOT NULL) STRICT;
+CREATE TABLE batches (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, kind TEXT NOT NULL,
+  nonces INTEGER NOT NULL, body BLOB NOT NULL, created_at REAL NOT NULL) STRICT;
+CREATE TABLE deliveries (batch INTEGER NOT NULL REFERENCES batches, receiver TEXT NOT NULL,
+  attempts INTEGER NOT NULL, next_at REAL NOT NULL, last_error TEXT, delivered_at REAL,
+  PRIMARY KEY (receiver, batch)) STRICT, WITHOUT ROWID;
+CREATE INDEX pending ON deliveries (receiver, batch) WHERE delivered_at IS NULL;
+CREATE INDEX pending_of_batch ON deliveries (batch) WHERE delivered_at IS NULL;
+"""
+
+
+class StoreError(Exception):
+    """The store cannot be used; the message names the file and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """The funnel since the store was made, in nonces: each number is on disk."""
+
+    checked: int
+    valid: int
+    stored: int
+    delivered: int
+
+
+@dataclass(frozen=True, slots=True)
+class RoundProgress:
+    """What one node has done of one round."""
+
+    progress: Progress
+    checked: int
+    valid: int
+
+
+@dataclass(frozen=True, slots=True)
+class PendingDelivery:
+    """A batch that a receiver has not accepted yet. Times in seconds since the epoch."""
+
+    batch: int
+    id: str
+    kind: str
+    body: bytes
+    attempts: int
+    next_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """How one receiver's queue stands."""
+
+    pending_batches: int = 0
+    pending_nonces: int = 0
+    delivered_batches: int = 0
+    delivered_nonces: int = 0
+
+
+class Outbox:
+    """The open store. Call it from the thread that opened it only; its public attributes may be read anywhere.
+
+    Attributes:
+        totals: The funnel.
+        queues: How each receiver's queue stands, by name; also of receivers that are no longer configured.
+        paused: Whether mining was stopped by hand and not resumed.
+    """
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._db = connection
+        self.totals = self._read_totals()
+        self.queues = self._read_queues()
+        self.paused = self._read_paused()
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Open the store at `path`, making it and its folder where they are missing.
+
+        Raises:
+            StoreError: The file cannot be written, is held by another daemon, or is not ours.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            connection = sqlite3.connect(path, timeout=0, isolation_level=None)
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"store {path} cannot be opened: {error}; check store.path and its permissions") from error
+        try:
+            connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            cls._prepare(connection, path)
+            return cls(connection)
+        except sqlite3.Error as error:
+            connection.close()
+            raise StoreError(f"store {path} cannot be used: {_explain(error)}") from error
+        except StoreError:
+            connection.close()
+            raise
+
+    @staticmethod
+    def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+        connection.execute("BEGIN IMMEDIATE")  # takes the lock that a second daemon will miss
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        (application,) = connection.execute("PRAGMA application_id").fetchone()
+        (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        if tables and application != APPLICATION_ID:
+            raise StoreError(f"store {path} is another program's database; choose another store.path")
+        if version > VERSION:
+            raise StoreError(
+                f"store {path} has version {version}, made by a newer pocd (this one writes {VERSION}); "
+                "install that pocd again, the file was not touched"
+            )
+        if not tables:
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {VERSION}")
+            for statement in SCHEMA.split(";\n"):
+                connection.execute(statement)
+        connection.execute("COMMIT")
+
+    def close(self) -> None:
+        """Close the file; its lock goes with it."""
+        self._db.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+        # Plain attributes, replaced whole: other threads may read them at any time.
+        self.totals = self._read_totals()
+
+    def _read_totals(self) -> Totals:
+        return Totals(*self._db.execute("SELECT checked, valid, stored, delivered FROM totals").fetchone())
+
+    def _read_queues(self) -> dict[str, Queue]:
+        rows = self._db.execute(
+            "SELECT receiver, sum(delivered_at IS NULL), sum(nonces * (delivered_at IS NULL)),"
+            " sum(delivered_at IS NOT NULL), sum(nonces * (delivered_at IS NOT NULL))"
+            " FROM deliveries JOIN batches ON number = batch GROUP BY receiver"
+        )
+        return {receiver: Queue(*counts) for receiver, *counts in rows}
+
+    # Stopped by hand
+
+    def _read_paused(self) -> bool:
+        return self._db.execute("SELECT 1 FROM meta WHERE key = 'paused'").fetchone() is not None
+
+    def set_paused(self, paused: bool) -> None:  # noqa: FBT001 - it sets that very flag
+        """Remember whether mining is stopped, also across restarts."""
+        with self._transaction():
+            if paused:
+                self._db.execute("INSERT OR IGNORE INTO meta VALUES ('paused', '')")
+            else:
+                self._db.execute("DELETE FROM meta WHERE key = 'paused'")
+        self.paused = paused
+
+    # Checking nonces
+
+    def begin_round(self, round_: Round, node: Node, now: float) -> RoundProgress:
+        """Register a round, or find it again, and return what this node has done of it."""
+        with self._transaction():
+            self._db.execute(
+                "INSERT OR IGNORE INTO rounds (id, round, seen_at) VALUES (?, ?, ?)",
+                (round_.id, orjson.dumps(asdict(round_)).decode(), now),
+            )
+            number = self._round_number(round_)
+            self._db.execute(
+                "INSERT OR IGNORE INTO progress VALUES (?, ?, ?, 0, '[]', 0, 0)", (number, node.id, node.count)
+            )
+        return self._round_progress(number, node)
+
+    def _round_number(self, round_: Round) -> int:
+        (number,) = self._db.execute("SELECT number FROM rounds WHERE id = ?", (round_.id,)).fetchone()
+        assert isinstance(number, int)
+        return number
+
+    def _round_progress(self, number: int, node: Node) -> RoundProgress:
+        cursor, islands, checked, valid = self._db.execute(
+            "SELECT cursor, islands, checked, valid FROM progress WHERE (round, node_id, node_count) = (?, ?, ?)",
+            (number, node.id, node.count),
+        ).fetchone()
+        spans = tuple(Span(start, stop) for start, stop in orjson.loads(islands))
+        return RoundProgress(Progress(cursor, spans), checked, valid)
+
+    def commit_span(self, round_: Round, node: Node, span: Span, proofs: Sequence[Proof], now: float) -> None:
+        """Store that `span` was checked and what was found in it, in one transaction."""
+        with self._transaction():
+            number = self._round_number(round_)
+            progress = self._round_progress(number, node).progress.add(span)
+            self._db.execute(
+                "UPDATE progress SET cursor = ?, islands = ?, checked = checked + ?, valid = valid + ?"
+                " WHERE (round, node_id, node_count) = (?, ?, ?)",
+                (
+                    progress.cursor,
+                    orjson.dumps([(island.start, island.stop) for island in progress.islands]).decode(),
+                    len(span),
+                    len(proofs),
+                    number,
+                    node.id,
+                    node.count,
+                ),
+            )
+            self._db.executemany(
+                "INSERT INTO proofs (round, node_id, nonce, distance, found_at) VALUES (?, ?, ?, ?, ?)",
+                [(number, node.id, proof.nonce, proof.distance, now) for proof in proofs],
+            )
+            self._db.execute("UPDATE totals SET checked = checked + ?, valid = valid + ?", (len(span), len(proofs)))
+
+    # Forming batches
+
+    def form_batches(
+        self, receivers: Sequence[str], *, size: int, age: float, now: float, current: Round | None
+    ) -> float | None:
+        """Put proofs into batches and queue these for `receivers`.
+
+        A batch is formed of `size` proofs of one round, or of fewer when the oldest is `age` seconds
+        old or the round is not `current`. Without receivers the proofs wait for one.
+
+        Returns:
+            When the oldest proof left will be due, in seconds since the epoch; None with none left.
+        """
+        if not receivers:
+            return None
+        due: list[float] = []
+        groups = self._db.execute(
+            "SELECT round, node_id, count(*), min(found_at) FROM proofs GROUP BY round, node_id ORDER BY min(number)"
+        ).fetchall()
+        for number, node_id, waiting, oldest in groups:
+            (encoded,) = self._db.execute("SELECT round FROM rounds WHERE number = ?", (number,)).fetchone()
+            round_ = Round(**orjson.loads(encoded))
+            # A clock that was set back must not keep a proof for ever.
+            ripe = round_ != current or not 0 <= now - oldest < age
+            left = waiting
+            while left >= size or (ripe and left > 0):
+                left -= self._form_batch(number, round_, node_id, receivers, size=size, now=now)
+            if left:
+                due.append(oldest + age)
+        return min(due, default=None)
+
+    def _form_batch(
+        self, number: int, round_: Round, node_id: int, receivers: Sequence[str], *, size: int, now: float
+    ) -> int:
+        with self._transaction():
+            rows = self._db.execute(
+                "SELECT number, nonce, distance FROM proofs WHERE round = ? AND node_id = ? ORDER BY number LIMIT ?",
+                (number, node_id, size),
+            ).fetchall()
+            batch = ProofBatch(round_, node_id, tuple(Proof(nonce, distance) for _, nonce, distance in rows))
+            row = self._db.execute(
+                "INSERT INTO batches (id, kind, nonces, body, created_at) VALUES (?, 'generated', ?, ?, ?)",
+                (batch.id, len(rows), batch.to_json(), now),
+            ).lastrowid
+            self._db.executemany(
+                "INSERT INTO deliveries VALUES (?, ?, 0, ?, NULL, NULL)", [(row, name, now) for name in receivers]
+            )
+            self._db.executemany("DELETE FROM proofs WHERE number = ?", [(proof,) for proof, _, _ in rows])
+            self._db.execute("UPDATE totals SET stored = stored + ?", (len(rows),))
+        for name in receivers:
+            self._change_queue(name, pending=1, delivered=0, nonces=len(rows))
+        return len(rows)
+
+    def _change_queue(self, receiver: str, *, pending: int, delivered: int, nonces: int) -> None:
+        """Count batches of `nonces` each that came to a receiver's queue or left it."""
+        old = self.queues.get(receiver, Queue())
+        self.queues = self.queues | {
+            receiver: Queue(
+                old.pending_batches + pending,
+                old.pending_nonces + pending * nonces,
+                old.delivered_batches + delivered,
+                old.delivered_nonces + delivered * nonces,
+            )
+        }
+
+    # Delivering
+
+    def head(self, receiver: str) -> PendingDelivery | None:
+        """Return the oldest batch that `receiver` has not accepted."""
+        row = self._db.execute(
+            "SELECT number, id, kind, body, attempts, next_at FROM deliveries JOIN batches ON number = batch"
+            " WHERE receiver = ? AND delivered_at IS NULL ORDER BY batch LIMIT 1",
+            (receiver,),
+        ).fetchone()
+        return PendingDelivery(*row) if row else None
+
+    def record_delivered(self, receiver: str, batch: int, now: float) -> None:
+        """Mark a batch as accepted by `receiver`; count it as delivered when no receiver waits for it."""
+        with self._transaction():
+            self._db.execute(
+                "UPDATE deliveries SET delivered_at = ?, attempts = attempts + 1, last_error = NULL"
+                " WHERE receiver = ? AND batch = ? AND delivered_at IS NULL",
+                (now, receiver, batch),
+            )
+            (nonces,) = self._db.execute("SELECT nonces FROM batches WHERE number = ?", (batch,)).fetchone()
+            (waiting,) = self._db.execute(
+                "SELECT count(*) FROM deliveries WHERE batch = ? AND delivered_at IS NULL", (batch,)
+            ).fetchone()
+            if not waiting:
+                self._db.execute("UPDATE totals SET delivered = delivered + ?", (nonces,))
+        self._change_queue(receiver, pending=-1, delivered=1, nonces=nonces)
+
+    def record_failed(self, receiver: str, batch: int, error: str, next_at: float) -> None:
+        """Remember a failed attempt and when to make the next one."""
+        with self._transaction():
+            self._db.execute(
+                "UPDATE deliveries SET attempts = attempts + 1, last_error = ?, next_at = ?"
+                " WHERE receiver = ? AND batch = ?",
+                (error, next_at, receiver, batch),
+            )
+
+
+def _explain(error: sqlite3.Error) -> str:
+    text = str(error)
+    if "locked" in text:
+        return "another process holds it (is a second daemon running on it?); stop that one or choose another path"
+    if "not a database" in text:
+        return "it is not a SQLite database; choose another store.path (the file was not touched)"
+    return f"{text}; check store.path, its permissions and the free space"
+
+
+class OutboxThread:
+    """The one thread that an `Outbox` lives in; callers await its methods from the event loop.
+
+    A call that was started runs to its end even when its caller is cancelled: what is being
+    written gets written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="outbox")
+        try:
+            self.outbox = self._executor.submit(Outbox.open, path).result()
+        except BaseException:
+            self._executor.shutdown()
+            raise
+
+    async def __call__(self, method: Callable[Concatenate[Outbox, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run `method(outbox, *args, **kwargs)` in the thread and return its result."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, lambda: method(self.outbox, *args, **kwargs))
+
+    def close(self) -> None:
+        """Finish what was begun, then close the store."""
+        self._executor.submit(self.outbox.close).result()
+        self._executor.shutdown()

@@ -1,0 +1,20 @@
+"""How a process of ours ends: exit statuses, and the exception that carries one."""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_CRASH = 1
+EXIT_NO_DEVICE = 75  # EX_TEMPFAIL of sysexits.h: the device may come back
+EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
+
+
+class EndedError(Exception):
+    """The process cannot go on.
+
+    Attributes:
+        code: Its exit status.
+    """
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code

@@ -1,0 +1,172 @@
+"""The miner: leases spans of nonces to idle workers, filters their distances, commits what was found."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pocd.delivery.outbox import Outbox, OutboxThread
+from pocd.nonces import Ledger, Node, Span
+from pocd.observe.rates import RateWindow
+from pocd.proof import Proof, Round
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+LATEST = 20  # proofs that status shows
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A span of one round's nonces, lent to one worker."""
+
+    mining: Mining
+    span: Span
+    node: Node
+
+    @property
+    def nonces(self) -> range:
+        """The nonces of the span."""
+        return self.node.nonces(self.span)
+
+
+@dataclass(eq=False, slots=True)
+class Mining:
+    """A round while it is being mined. Counts include what earlier runs of the daemon did.
+
+    Attributes:
+        started_at: When this daemon took it up, in seconds of the monotonic clock.
+        checked_before: Nonces that were checked before that.
+        expected_valid_rate: What theory says, once a worker has told it.
+    """
+
+    round: Round
+    ledger: Ledger
+    started_at: float
+    checked_before: int
+    checked: int
+    valid: int
+    latest: deque[Proof] = field(default_factory=lambda: deque(maxlen=LATEST))
+    expected_valid_rate: float | None = None
+
+
+class Miner:
+    """Owns the active round. Workers take leases from it and bring distances back."""
+
+    def __init__(
+        self, outbox: OutboxThread, node: Node, *, paused: bool, clock: Callable[[], float], wall: Callable[[], float]
+    ) -> None:
+        self._outbox = outbox
+        self._node = node
+        self._clock = clock
+        self._wall = wall
+        self._changed = asyncio.Condition()
+        self._leased = 0
+        self._closed = False
+        self.paused = paused
+        self.mining: Mining | None = None
+        self.checked_rate = RateWindow(clock)
+        self.valid_rate = RateWindow(clock)
+        self.proofs_stored = asyncio.Event()  # set at each commit and at each change of round
+
+    @property
+    def current(self) -> Mining | None:
+        """The round to work on now; None while there is none or mining is stopped."""
+        return None if self.paused or self._closed else self.mining
+
+    async def set_round(self, round_: Round | None) -> None:
+        """Replace the active round at once. What the old one found is delivered all the same."""
+        if round_ == (self.mining.round if self.mining else None):
+            return
+        mining = None
+        if round_ is not None:
+            done = await self._outbox(Outbox.begin_round, round_, self._node, self._wall())
+            mining = Mining(
+                round=round_,
+                ledger=Ledger(done.progress),
+                started_at=self._clock(),
+                checked_before=done.checked,
+                checked=done.checked,
+                valid=done.valid,
+            )
+        self.mining = mining
+        await self._announce()
+
+    async def pause(self) -> None:
+        """Stop mining until `resume`, also across restarts. What is being checked is still committed."""
+        await self._outbox(Outbox.set_paused, paused=True)
+        self.paused = True
+        await self._announce()
+
+    async def resume(self) -> None:
+        """Go on with the round that is active, if one is."""
+        await self._outbox(Outbox.set_paused, paused=False)
+        self.paused = False
+        await self._announce()
+
+    async def close(self, limit: float) -> None:
+        """Lease nothing more; wait up to `limit` seconds for what is leased."""
+        self._closed = True
+        await self._announce()
+        async with self._changed:
+            try:
+                await asyncio.wait_for(self._changed.wait_for(lambda: not self._leased), limit)
+            except TimeoutError:
+                return  # not committed, so it will be checked again
+
+    async def _announce(self) -> None:
+        """Wake everybody who waits for another round, for a pause or for its end."""
+        async with self._changed:
+            self._changed.notify_all()
+        self.proofs_stored.set()
+
+    async def lease(self, count: int) -> Lease:
+        """Lend the next nonces, at most `count`; waits while there is nothing to mine."""
+        mining = await self.until_mining()
+        self._leased += 1
+        return Lease(mining, mining.ledger.take(count), self._node)
+
+    async def until_mining(self) -> Mining:
+        """Wait until there is a round to work on, and return it."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.current is not None)
+            assert self.current is not None
+            return self.current
+
+    async def until_replaced(self, mining: Mining) -> None:
+        """Return when `mining` is no longer what should be worked on."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.current is not mining)
+
+    async def complete(self, lease: Lease, distances: Sequence[float]) -> None:
+        """Commit a lease's result: the valid nonces are on disk when this returns."""
+        mining = lease.mining
+        assert len(distances) == len(lease.span), "one distance per nonce"
+        assert all(math.isfinite(distance) for distance in distances), "workers refuse NaN and infinity"
+        proofs = [
+            Proof(nonce, distance)
+            for nonce, distance in zip(lease.nonces, distances, strict=True)
+            if distance < mining.round.r_target
+        ]
+        await self._outbox(Outbox.commit_span, mining.round, self._node, lease.span, proofs, self._wall())
+        mining.checked += len(distances)
+        mining.valid += len(proofs)
+        mining.latest.extend(proofs)
+        self.checked_rate.add(len(distances))
+        self.valid_rate.add(len(proofs))
+        if proofs:
+            self.proofs_stored.set()
+        await self._returned()
+
+    async def give_back(self, lease: Lease) -> None:
+        """Take back a lease that its worker did not finish; another one will."""
+        lease.mining.ledger.give_back(lease.span)
+        await self._returned()
+
+    async def _returned(self) -> None:
+        async with self._changed:
+            self._leased -= 1
+            self._changed.notify_all()

@@ -1,0 +1,38 @@
+"""Text from outside made fit for a log line or an error message: no secrets, no control characters, one line."""
+
+from __future__ import annotations
+
+
+def mask_url(url: str) -> str:
+    """Return `url` without what may be secret: user info, the query's values, the fragment.
+
+    `https://user:pass@host/rpc?key=abc` becomes `https://***@host/rpc?key=***`. Works on anything, also on what is not
+    a URL, and never raises. A secret in the path stays: it cannot be told from a name.
+    """
+    address, question_mark, query = url.partition("#")[0].partition("?")
+    scheme, separator, rest = address.rpartition("://")
+    if "@" in rest:
+        # Up to the last @, even after a slash: rather hide too much than half of a password that was not encoded.
+        rest = "***@" + rest.rpartition("@")[2]
+    return scheme + separator + rest + question_mark + "&".join(_mask_parameter(part) for part in query.split("&"))
+
+
+def _mask_parameter(part: str) -> str:
+    name, equals, _ = part.partition("=")
+    if equals:
+        return f"{name}=***"
+    return "***" if part else ""  # a bare word may be a key as well
+
+
+def excerpt(data: bytes | str, limit: int = 80) -> str:
+    """Return the first `limit` characters of `data` on one line, or "(nothing)".
+
+    Control characters and runs of white space become one space; bytes that are not UTF-8 become U+FFFD; an ellipsis
+    says that more came.
+    """
+    ample = data[: 16 * limit]  # enough for `limit` characters, and megabytes of HTML cost nothing
+    text = ample.decode("utf-8", "replace") if isinstance(ample, bytes) else ample
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    if len(line) > limit or len(ample) < len(data):
+        line = line[:limit] + "…"
+    return line or "(nothing)"

@@ -1,0 +1,102 @@
+"""Prometheus metrics, read from the daemon's own view at each scrape: no number is kept twice."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, StateSetMetricFamily
+from prometheus_client.registry import Collector
+
+from pocd.admin import status
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from prometheus_client.core import Metric
+
+    from pocd.admin.status import Parts
+
+STATES = ("IDLE", "LOADING", "GENERATING", "STOPPED")
+STAGES = {
+    "checked": "Nonces whose distance was computed and committed.",
+    "valid": "Nonces that were found valid and committed.",
+    "stored": "Valid nonces in a batch on disk.",
+    "delivered": "Valid nonces that every receiver accepted.",
+}
+
+
+class DaemonCollector(Collector):
+    """Turns the daemon's parts into metric families."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield all families, of the state right now."""
+        yield from self._funnel()
+        yield from self._round()
+        yield from self._chain_and_worker()
+        yield from self._receivers()
+
+    def _funnel(self) -> Iterator[Metric]:
+        totals = self._parts.outbox.outbox.totals
+        for stage, text in STAGES.items():
+            yield CounterMetricFamily(
+                f"pocd_nonces_{stage}", f"{text} Since the store was made.", getattr(totals, stage)
+            )
+
+    def _round(self) -> Iterator[Metric]:
+        states = StateSetMetricFamily("pocd_state", "What the daemon is doing.", labels=[])
+        states.add_metric([], {name: name == status.state(self._parts) for name in STATES})
+        yield states
+        mining = self._parts.miner.mining
+        if mining is None:
+            return
+        yield GaugeMetricFamily("pocd_round_height", "Block height of the active round.", mining.round.block_height)
+        yield GaugeMetricFamily("pocd_round_checked", "Nonces checked in the active round.", mining.checked)
+        yield GaugeMetricFamily("pocd_round_valid", "Nonces found valid in the active round.", mining.valid)
+        if mining.expected_valid_rate is not None:
+            yield GaugeMetricFamily(
+                "pocd_round_expected_valid_ratio", "Share of valid nonces by theory.", mining.expected_valid_rate
+            )
+
+    def _chain_and_worker(self) -> Iterator[Metric]:
+        chain, worker = self._parts.chain, self._parts.supervisor
+        if chain.head is not None:
+            yield GaugeMetricFamily(
+                "pocd_chain_head_height", "Newest block that the node told.", chain.head.block.height
+            )
+            yield GaugeMetricFamily(
+                "pocd_chain_head_timestamp_seconds", "Its time, by the chain.", chain.head.block.time.timestamp()
+            )
+        yield GaugeMetricFamily("pocd_chain_failures", "Polls that failed in a row.", chain.failures)
+        yield GaugeMetricFamily("pocd_worker_ready", "1 while a worker has a model ready.", int(worker.ready.is_set()))
+        yield CounterMetricFamily("pocd_worker_restarts", "Workers that ended and were started again.", worker.restarts)
+        if worker.info is not None:
+            info = InfoMetricFamily("pocd_worker", "What the worker runs.")
+            info.add_metric([], {"model": worker.info.model, "dtype": worker.info.dtype, "device": worker.info.device})
+            yield info
+
+    def _receivers(self) -> Iterator[Metric]:
+        labels = ["receiver"]
+        pending = GaugeMetricFamily("pocd_receiver_pending_batches", "Batches not accepted yet.", labels=labels)
+        waiting = GaugeMetricFamily("pocd_receiver_pending_nonces", "Valid nonces in them.", labels=labels)
+        accepted = CounterMetricFamily("pocd_receiver_delivered_batches", "Batches accepted.", labels=labels)
+        for name, queue in self._parts.outbox.outbox.queues.items():
+            pending.add_metric([name], queue.pending_batches)
+            waiting.add_metric([name], queue.pending_nonces)
+            accepted.add_metric([name], queue.delivered_batches)
+        yield pending
+        yield waiting
+        yield accepted
+
+
+def registry(parts: Parts) -> CollectorRegistry:
+    """Return a registry of the daemon's metrics and its process's own."""
+    made = CollectorRegistry(auto_describe=False)
+    made.register(DaemonCollector(parts))
+    ProcessCollector(registry=made)
+    PlatformCollector(registry=made)
+    GCCollector(registry=made)
+    return made

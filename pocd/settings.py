@@ -1,0 +1,275 @@
+"""Configuration: a TOML file, and the environment above it (POCD_SECTION__KEY).
+
+`config/pocd.toml` shows every key; a test holds the two equal.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
+
+import orjson
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from pocd.compute.schemes import SCHEMES
+from pocd.observe.mask import mask_url
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pydantic_core import ErrorDetails
+
+DEFAULT_PATH = Path("/etc/pocd/pocd.toml")
+ENV_PREFIX = "POCD_"
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message names the key and what is allowed."""
+
+
+def _check_http_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ValueError("must be an http:// or https:// URL with a host")
+    if parts.query or parts.fragment:
+        raise ValueError("must have no query and no fragment: paths are appended to it")
+    return url
+
+
+def _check_scheme(name: str) -> str:
+    if name not in SCHEMES:
+        raise ValueError(f"unknown scheme {name!r}; allowed are: {', '.join(SCHEMES)}")
+    return name
+
+
+def _check_public_key(key: str) -> str:
+    if key != key.strip():
+        raise ValueError("must not begin or end with white space")
+    return key
+
+
+HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+
+class NodeSettings(_Section):
+    """Who we are, and our share of the nonces: node_id + node_count · x."""
+
+    public_key: Annotated[str, Field(min_length=1), AfterValidator(_check_public_key)]
+    node_id: int = Field(default=0, ge=0)
+    node_count: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _id_below_count(self) -> Self:
+        if self.node_id >= self.node_count:
+            raise ValueError(f"node_id {self.node_id} must be below node_count {self.node_count}")
+        return self
+
+
+class ChainSettings(_Section):
+    """Where block hashes come from."""
+
+    kind: Literal["cometbft"] = "cometbft"
+    urls: list[HttpUrl] = Field(min_length=1)
+    poll_interval: float = Field(default=2.0, gt=0, le=3600)
+
+
+class RoundSettings(_Section):
+    """When rounds start, how long they live, and what counts as valid."""
+
+    every: int = Field(default=60, ge=1)
+    offset: int = Field(default=0, ge=0)
+    duration: int = Field(default=60, ge=1)
+    r_target: float = Field(default=1.4042, gt=0, le=2)
+    scheme: Annotated[str, AfterValidator(_check_scheme)] = "poc2"
+    seq_len: int = Field(default=256, ge=1)
+
+    @model_validator(mode="after")
+    def _rounds_fit(self) -> Self:
+        if self.offset >= self.every:
+            raise ValueError(f"offset {self.offset} must be below every {self.every}")
+        if self.duration > self.every:
+            raise ValueError(f"duration {self.duration} must be at most every {self.every}")
+        return self
+
+
+class ModelSettings(_Section):
+    """Which model runs, how precisely, and where."""
+
+    name: str = Field(default="Qwen/Qwen3-0.6B", min_length=1)
+    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
+    device: str = Field(default="cuda", pattern=r"^(cpu|cuda(:\d+)?)$")
+
+
+class WorkerSettings(_Section):
+    """How the GPU worker is fed."""
+
+    batch_size: int = Field(default=32, ge=1, le=65536)
+    batch_timeout: float = Field(default=300.0, gt=0)
+
+
+class ReceiverSettings(_Section):
+    """One receiver of proofs."""
+
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
+    url: HttpUrl
+    secret_file: Path | None = None
+
+
+class DeliverySettings(_Section):
+    """Where proofs go, and when a batch is closed."""
+
+    receivers: list[ReceiverSettings] = []
+    batch_nonces: int = Field(default=1000, ge=1, le=100_000)
+    batch_seconds: float = Field(default=5.0, gt=0)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [receiver.name for receiver in self.receivers]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"receivers must have different names; repeated: {', '.join(repeated)}")
+        return self
+
+
+class AdminSettings(_Section):
+    """The admin API."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8460
+    token_file: Path | None = None
+
+    @model_validator(mode="after")
+    def _token_beyond_loopback(self) -> Self:
+        if self.host not in {"127.0.0.1", "::1", "localhost"} and self.token_file is None:
+            raise ValueError(
+                f"host {self.host!r} is not loopback: set token_file, so that not everybody can stop mining"
+            )
+        return self
+
+
+class StoreSettings(_Section):
+    """The outbox's file."""
+
+    path: Path = Path("/var/lib/pocd/outbox.db")
+
+
+class LogSettings(_Section):
+    """What is logged, and how."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "console", "json"] = "auto"
+
+
+class Settings(BaseSettings):
+    """The whole configuration. Make one with `load`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+        nested_model_default_partial_update=True,
+    )
+
+    node: NodeSettings
+    chain: ChainSettings
+    round: RoundSettings = RoundSettings()
+    model: ModelSettings = ModelSettings()
+    worker: WorkerSettings = WorkerSettings()
+    delivery: DeliverySettings = DeliverySettings()
+    admin: AdminSettings = AdminSettings()
+    store: StoreSettings = StoreSettings()
+    log: LogSettings = LogSettings()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - the signature is pydantic-settings'
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Put the environment above what `load` read from the file."""
+        return env_settings, init_settings
+
+
+def load(path: Path) -> Settings:
+    """Read the configuration from the file at `path` and from the environment.
+
+    Raises:
+        ConfigError: The file or a value is missing or wrong, or a key is unknown.
+    """
+    values = _read_toml(path)
+    _refuse_unknown_environment(os.environ)
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_describe(item, path) for item in error.errors())) from None
+    except ValueError as error:  # pydantic-settings: a variable that holds a list is not JSON
+        raise ConfigError(f"environment: {error}; lists are given as JSON") from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; give --config FILE (config/pocd.toml shows every key)") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+
+
+def _refuse_unknown_environment(environment: Mapping[str, str]) -> None:
+    for name in environment:
+        if not name.startswith(ENV_PREFIX):
+            continue
+        section, _, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
+        if section not in Settings.model_fields or not key:
+            raise ConfigError(f"environment: {name} names no key; variables are called POCD_SECTION__KEY")
+
+
+def _describe(error: ErrorDetails, path: Path) -> str:
+    keys = ".".join(str(part) for part in error["loc"])
+    variable = ENV_PREFIX + "__".join(str(part).upper() for part in error["loc"])
+    source = f"environment {variable}" if variable in os.environ else str(path)
+    if error["type"] == "extra_forbidden":
+        return f"{source}: unknown key {keys}"
+    if error["type"] == "missing":
+        return f"{source}: {keys} is missing"
+    return f"{source}: {keys}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def to_toml(settings: Settings) -> str:
+    """Return the configuration as TOML, credentials in URLs masked; unset keys are comments."""
+    lines: list[str] = []
+    for section, values in settings.model_dump(mode="json").items():
+        lines.append(f"[{section}]")
+        lines += [_toml_line(key, value) for key, value in values.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml_line(key: str, value: object) -> str:
+    return f"# {key} is not set" if value is None else f"{key} = {_toml_value(value)}"
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, dict):
+        pairs = (f"{key} = {_toml_value(item)}" for key, item in value.items() if item is not None)
+        return f"{{ {', '.join(pairs)} }}"
+    if isinstance(value, list):
+        return f"[{', '.join(_toml_value(item) for item in value)}]"
+    # JSON's strings, numbers and booleans are TOML's.
+    return orjson.dumps(mask_url(value) if isinstance(value, str) and "://" in value else value).decode()

@@ -1,0 +1,1 @@
+"""The GPU worker: a child process, and the coroutine that keeps it alive."""

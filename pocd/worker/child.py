@@ -1,0 +1,191 @@
+"""The worker process: owns one device, and turns nonces into distances until its daemon is gone.
+
+Three threads: the main one computes; a reader takes messages and notices the end of the daemon,
+which ends this process even when the main thread hangs in a kernel; a third one sends heartbeats.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from pocd.compute.engine import BlockRun, block_run
+from pocd.compute.errors import ComputeError, DeviceError, NonFiniteError
+from pocd.compute.model import Model, load_model
+from pocd.compute.schemes import SCHEMES
+from pocd.statistics import expected_valid_rate
+from pocd.worker import messages
+from pocd.worker.messages import Cancel, Cancelled, Compute, Distances, Failed, Heartbeat, Load, Ready, RoundBegun
+
+if TYPE_CHECKING:
+    from pocd.proof import Round
+
+HEARTBEAT_SECONDS = 2.0
+NICENESS = 5  # on the CPU the daemon goes first: its answers are short, a batch is long
+SELF_TEST_TOLERANCE = 0.02  # a nonce against itself in another batch; float16 and bfloat16 included
+
+
+class Link:
+    """The socket to the daemon, shared by the threads."""
+
+    def __init__(self, fd: int) -> None:
+        self._socket = socket.socket(fileno=fd)
+        self._stream = self._socket.makefile("rb")
+        self._sending = threading.Lock()
+        self._inbox: queue.Queue[Compute] = queue.Queue(maxsize=16)
+        self._cancelled_through = -1
+
+    def send(self, message: messages.Message) -> None:
+        """Send one message, whole."""
+        with self._sending:
+            self._socket.sendall(messages.encode(message))
+
+    def read_load(self) -> Load:
+        """Read the first message."""
+        first = messages.read(self._stream)
+        if first is None:
+            sys.exit(0)
+        assert isinstance(first, Load), f"expected Load, got {first}"
+        return first
+
+    def start(self) -> None:
+        """Start the reader and the heartbeat."""
+        threading.Thread(target=self._read, name="reader", daemon=True).start()
+        threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
+
+    def _read(self) -> None:
+        while (message := messages.read(self._stream)) is not None:
+            if isinstance(message, Cancel):
+                self._cancelled_through = message.through
+            else:
+                assert isinstance(message, Compute), f"expected Compute, got {message}"
+                self._inbox.put(message)
+        os._exit(0)  # the daemon is gone: nobody wants what is being computed
+
+    def _beat(self) -> None:
+        pause = threading.Event()
+        while not pause.wait(HEARTBEAT_SECONDS):
+            try:
+                self.send(Heartbeat())
+            except OSError:
+                return  # the reader ends the process
+
+    def next(self) -> Compute:
+        """Wait for a Compute that was not cancelled."""
+        while (message := self._inbox.get()).id <= self._cancelled_through:
+            self.send(Cancelled(message.id))
+        return message
+
+
+class Worker:
+    """A loaded model and the round that it is prepared for."""
+
+    def __init__(self, model: Model, batch_size: int, link: Link) -> None:
+        self._model = model
+        self._batch_size = batch_size
+        self._link = link
+        self._round: Round | None = None
+        self._attached = ExitStack()
+        self._run: BlockRun | None = None
+
+    def distances(self, message: Compute) -> list[float]:
+        """Compute one message's distances, preparing its round first where that is a new one."""
+        if message.round != self._round or self._run is None:
+            self._begin(message.round)
+        assert self._run is not None
+        nonces = range(message.first, message.first + message.step * message.count, message.step)
+        return self._run.distances(nonces, batch_size=self._batch_size)
+
+    def _begin(self, round_: Round) -> None:
+        self._attached.close()
+        self._run = None
+        scheme = SCHEMES[round_.scheme]
+        run = block_run(
+            self._model,
+            scheme,
+            block_hash=round_.block_hash,
+            public_key=round_.public_key,
+            seq_len=round_.seq_len,
+        )
+        self._run = self._attached.enter_context(run)
+        self._round = round_
+        self._link.send(RoundBegun(round_.id, expected_valid_rate(round_.r_target, scheme.output_dim)))
+
+
+def self_test(model: Model, load: Load) -> None:
+    """Run the model once in the configured shape, and check that it answers the same twice.
+
+    Raises:
+        NonFiniteError: It gave NaN or infinity.
+        ComputeError: The batch does not fit into memory, or two answers to one nonce differ.
+    """
+    scheme = SCHEMES[load.scheme]
+    try:
+        with block_run(model, scheme, block_hash="self-test", public_key="self-test", seq_len=load.seq_len) as run:
+            together = run.distances(range(load.batch_size), batch_size=load.batch_size)
+            alone = run.distances([load.batch_size - 1], batch_size=load.batch_size)
+    except torch.OutOfMemoryError as error:
+        raise ComputeError(
+            f"a batch of {load.batch_size} × {load.seq_len} positions does not fit into the memory of {load.device}; "
+            "lower worker.batch_size"
+        ) from error
+    if abs(together[-1] - alone[0]) > SELF_TEST_TOLERANCE or not 0 <= alone[0] <= 2:
+        raise ComputeError(
+            f"the self-test of {load.model!r} failed: nonce {load.batch_size - 1} has distance {together[-1]} "
+            f"in a batch and {alone[0]} alone; the device computes wrongly"
+        )
+
+
+def work(link: Link, load: Load) -> None:
+    """Load the model, report, and compute what is asked for until that fails."""
+    if load.device == "cpu":
+        os.nice(NICENESS)
+    model = load_model(load.model, dtype=load.dtype, device=load.device)
+    self_test(model, load)
+    link.send(
+        Ready(
+            model=load.model,
+            dtype=load.dtype,
+            device=str(model.device),
+            hidden_size=model.hidden_size,
+            layers=len(model.layers),
+            torch=torch.__version__,
+        )
+    )
+    worker = Worker(model, load.batch_size, link)
+    while True:
+        message = link.next()
+        try:
+            distances = worker.distances(message)
+        except NonFiniteError as error:
+            link.send(Failed("computation", str(error)))
+            return
+        link.send(Distances(message.id, distances))
+
+
+def main() -> None:
+    """Run as `python -m pocd.worker.child FD`, with FD a socket to the daemon."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon decides
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # transformers has no types here
+    link = Link(int(sys.argv[1]))
+    load = link.read_load()
+    link.start()
+    try:
+        work(link, load)
+    except DeviceError as error:
+        link.send(Failed("device", str(error)))
+    except ComputeError as error:
+        link.send(Failed("configuration", str(error)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""What daemon and worker say to each other: frames of a length (4 bytes, big-endian) and JSON."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from pocd.proof import Round
+
+if TYPE_CHECKING:
+    import asyncio
+    from typing import BinaryIO
+
+LARGEST_FRAME = 16 * 2**20  # bytes
+_LENGTH = struct.Struct(">I")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """To the worker, first and once: load this model and test it in the shape that will be used."""
+
+    model: str
+    dtype: str
+    device: str
+    scheme: str
+    seq_len: int
+    batch_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Compute:
+    """To the worker: compute distances of the nonces first, first + step, … (`count` of them)."""
+
+    id: int
+    round: Round
+    first: int
+    step: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """To the worker: leave out every Compute up to this id that was not begun."""
+
+    through: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """From the worker: the model is loaded and has answered its self-test."""
+
+    model: str
+    dtype: str
+    device: str
+    hidden_size: int
+    layers: int
+    torch: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """From the worker, last: why it ends. `kind` is configuration, device or computation."""
+
+    kind: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RoundBegun:
+    """From the worker: it works on this round now, and theory expects this share of valid nonces."""
+
+    round_id: str
+    expected_valid_rate: float
+
+
+@dataclass(frozen=True, slots=True)
+class Distances:
+    """From the worker: the result of a Compute, in the order of its nonces."""
+
+    id: int
+    distances: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """From the worker: a Compute was left out."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """From the worker, every two seconds: its process runs."""
+
+
+Message = Load | Compute | Cancel | Ready | Failed | RoundBegun | Distances | Cancelled | Heartbeat
+
+_TYPES: dict[str, type[Any]] = {
+    kind.__name__: kind for kind in (Load, Compute, Cancel, Ready, Failed, RoundBegun, Distances, Cancelled, Heartbeat)
+}
+
+
+def encode(message: Message) -> bytes:
+    """Return the frame of `message`."""
+    body = orjson.dumps({"type": type(message).__name__, **asdict(message)})
+    assert len(body) <= LARGEST_FRAME, f"frame of {len(body)} bytes"
+    return _LENGTH.pack(len(body)) + body
+
+
+def _decode(body: bytes) -> Message:
+    fields = orjson.loads(body)
+    kind = _TYPES[fields.pop("type")]
+    if kind is Compute:
+        fields["round"] = Round(**fields["round"])
+    message: Message = kind(**fields)
+    return message
+
+
+def _length(header: bytes) -> int:
+    (length,) = _LENGTH.unpack(header)
+    assert isinstance(length, int)
+    assert length <= LARGEST_FRAME, f"frame of {length} bytes"
+    return length
+
+
+def read(stream: BinaryIO) -> Message | None:
+    """Read one message, blocking; None when the other side is gone."""
+    header = stream.read(_LENGTH.size)
+    if len(header) < _LENGTH.size:
+        return None
+    body = stream.read(_length(header))
+    return _decode(body) if body else None
+
+
+async def receive(stream: asyncio.StreamReader) -> Message:
+    """Read one message.
+
+    Raises:
+        asyncio.IncompleteReadError: The other side is gone.
+    """
+    return _decode(await stream.readexactly(_length(await stream.readexactly(_LENGTH.size))))

@@ -1,0 +1,258 @@
+"""The coroutine that starts the worker process, feeds it, watches it, kills it and starts it again."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import socket
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pocd.worker import messages
+from pocd.worker.messages import Cancel, Cancelled, Compute, Distances, Failed, Heartbeat, Load, Ready, RoundBegun
+
+if TYPE_CHECKING:
+    from asyncio.subprocess import Process
+    from collections.abc import Callable
+
+    from structlog.typing import FilteringBoundLogger
+
+    from pocd.miner import Lease, Miner
+
+IN_FLIGHT = 2  # leases at the worker: one computed, one waiting, so that the device never does
+LONGEST_BACKOFF = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long the worker may be silent, in seconds.
+
+    Attributes:
+        start: From its start to its first sign of life (it imports torch).
+        load: From there to the loaded model (a hub model may have to be downloaded).
+        heartbeat: Between two signs of life.
+        batch: For one lease; longer means a hung device.
+        exit: From the end of its work to the end of its process.
+    """
+
+    batch: float
+    start: float = 300.0
+    load: float = 3600.0
+    heartbeat: float = 30.0
+    exit: float = 3.0
+
+
+class WorkerError(Exception):
+    """The worker ended or had to be ended; starting it again may help."""
+
+
+class WorkerRefusedError(Exception):
+    """The worker cannot work as configured; starting it again will not help.
+
+    Attributes:
+        kind: "device" or "configuration".
+    """
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Supervisor:
+    """Keeps one worker alive. Its public attributes are what status shows."""
+
+    def __init__(
+        self, load: Load, miner: Miner, limits: Limits, *, clock: Callable[[], float], log: FilteringBoundLogger
+    ) -> None:
+        self._load = load
+        self._miner = miner
+        self._limits = limits
+        self._clock = clock
+        self._log = log
+        self._lease_ids = itertools.count()
+        self.ready = asyncio.Event()
+        self.info: Ready | None = None
+        self.pid: int | None = None
+        self.restarts = 0
+        self.last_error: str | None = None
+
+    async def run(self) -> None:
+        """Keep a worker running until cancelled.
+
+        Raises:
+            WorkerRefusedError: The worker says that it cannot work as configured.
+        """
+        failures = 0
+        while True:
+            began = self._clock()
+            try:
+                await self._one_life()
+            except WorkerError as error:
+                worked = self.ready.is_set()
+                self.ready.clear()
+                self.restarts += 1
+                failures = 1 if worked and self._clock() - began > LONGEST_BACKOFF else failures + 1
+                self.last_error = str(error)
+                delay = min(LONGEST_BACKOFF, 2.0 ** (failures - 1))
+                self._log.error("worker ended, restarting", action="worker_restart", cause=str(error), after_s=delay)
+                await asyncio.sleep(delay)
+
+    async def _one_life(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "pocd.worker.child",
+                str(theirs.fileno()),
+                pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+            )
+        self.pid = process.pid
+        reader, writer = await asyncio.open_connection(sock=ours)
+        link = _Link(reader, writer)
+        self._log.info("worker started", action="worker_start", pid=process.pid, model=self._load.model)
+        try:
+            await link.send(self._load)
+            self.info = await self._until_ready(link)
+            self.ready.set()
+            self._log.info(
+                "worker ready", action="worker_ready", pid=process.pid, device=self.info.device, dtype=self.info.dtype
+            )
+            await _Feeding(link, self._miner, self._limits, self._lease_ids, self._clock, self._load.batch_size).run()
+        except (OSError, EOFError) as error:
+            code = await _end(process, writer, self._limits.exit)
+            raise WorkerError(f"worker process {process.pid} {_exit_text(code)}") from error
+        finally:
+            self.pid = None
+            await _end(process, writer, self._limits.exit)
+
+    async def _until_ready(self, link: _Link) -> Ready:
+        deadline = self._clock() + self._limits.load
+        limit = self._limits.start
+        while self._clock() < deadline:
+            message = await link.receive(limit, "did not start")
+            if isinstance(message, Ready):
+                return message
+            assert isinstance(message, Heartbeat), f"unexpected {message}"
+            limit = self._limits.heartbeat
+        raise WorkerError(f"worker did not load {self._load.model!r} within {self._limits.load:.0f} s")
+
+
+class _Link:
+    """Messages over the socket to one worker."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    async def send(self, message: messages.Message) -> None:
+        self._writer.write(messages.encode(message))
+        await self._writer.drain()
+
+    async def receive(self, limit: float, silence: str) -> messages.Message:
+        """Read one message; a worker that says it failed, or nothing for `limit` seconds, raises."""
+        try:
+            message = await asyncio.wait_for(messages.receive(self._reader), limit)
+        except TimeoutError:
+            raise WorkerError(f"worker {silence} for {limit:.0f} s, killed") from None
+        if isinstance(message, Failed):
+            if message.kind == "computation":
+                raise WorkerError(message.message)
+            raise WorkerRefusedError(message.kind, message.message)
+        return message
+
+
+class _Feeding:
+    """A ready worker at work: leases go out, distances come back. Ends only by an exception."""
+
+    def __init__(  # noqa: PLR0913 - it is one loop's state, made in one place
+        self,
+        link: _Link,
+        miner: Miner,
+        limits: Limits,
+        lease_ids: itertools.count[int],
+        clock: Callable[[], float],
+        batch_size: int,
+    ) -> None:
+        self._link = link
+        self._miner = miner
+        self._limits = limits
+        self._lease_ids = lease_ids
+        self._clock = clock
+        self._batch_size = batch_size
+        self._slots = asyncio.Semaphore(IN_FLIGHT)
+        self._in_flight: dict[int, Lease] = {}
+        self._progress_at = clock()
+
+    async def run(self) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self._send())
+                group.create_task(self._receive())
+                group.create_task(self._cancel_replaced())
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None  # the first one is the cause; the group cancelled the others
+        finally:
+            for lease in self._in_flight.values():
+                await self._miner.give_back(lease)
+
+    async def _send(self) -> None:
+        while True:
+            await self._slots.acquire()
+            lease = await self._miner.lease(self._batch_size)
+            if not self._in_flight:
+                self._progress_at = self._clock()
+            number = next(self._lease_ids)
+            self._in_flight[number] = lease
+            nonces = lease.nonces
+            await self._link.send(Compute(number, lease.mining.round, nonces.start, nonces.step, len(nonces)))
+
+    async def _cancel_replaced(self) -> None:
+        """Take back what waits at the worker for a round that is no longer the one to mine."""
+        while True:
+            await self._miner.until_replaced(await self._miner.until_mining())
+            stale = [number for number, lease in self._in_flight.items() if lease.mining is not self._miner.current]
+            if stale:
+                await self._link.send(Cancel(through=max(stale)))
+
+    async def _receive(self) -> None:
+        while True:
+            message = await self._link.receive(self._limits.heartbeat, "gave no sign of life")
+            if isinstance(message, Distances):
+                self._progress_at = self._clock()
+                self._slots.release()
+                lease = self._in_flight.pop(message.id)
+                # Shielded: when this task is cancelled, what was computed is committed and counted all the same.
+                await asyncio.shield(self._miner.complete(lease, message.distances))
+            elif isinstance(message, Cancelled):
+                self._slots.release()
+                await self._miner.give_back(self._in_flight.pop(message.id))
+            elif isinstance(message, RoundBegun):
+                for lease in self._in_flight.values():
+                    if lease.mining.round.id == message.round_id:
+                        lease.mining.expected_valid_rate = message.expected_valid_rate
+            else:
+                assert isinstance(message, Heartbeat), f"unexpected {message}"
+            if self._in_flight and self._clock() - self._progress_at > self._limits.batch:
+                raise WorkerError(f"worker finished no batch within {self._limits.batch:.0f} s, killed")
+
+
+async def _end(process: Process, writer: asyncio.StreamWriter, limit: float) -> int:
+    """Close the worker's socket, which ends it; kill it when it does not go. Returns its exit status."""
+    writer.close()
+    try:
+        return await asyncio.wait_for(process.wait(), limit)
+    except TimeoutError:
+        process.kill()
+        return await process.wait()
+    except asyncio.CancelledError:
+        process.kill()
+        raise
+
+
+def _exit_text(code: int) -> str:
+    if code < 0:
+        return f"was killed by signal {-code}"
+    return f"exited with status {code}"

@@ -1,0 +1,31 @@
+"""The models of tests/data/poc2.json: random weights by a formula, so that anyone can build them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from pocd.compute.random import normal, seeds_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+FORMS: dict[str, tuple[Any, Any]] = {
+    "Qwen3ForCausalLM": (Qwen3Config, Qwen3ForCausalLM),
+    "LlamaForCausalLM": (LlamaConfig, LlamaForCausalLM),
+}
+
+
+def build(entry: dict[str, Any]) -> PreTrainedModel:
+    """Build one entry's model: matrices 0.02 * normal(seed32("{label}_{name}")), norm weights 1."""
+    config_class, model_class = FORMS[entry["architecture"]]
+    model: PreTrainedModel = model_class(config_class(vocab_size=256, **entry["config"]))
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.data.fill_(1.0)
+        else:
+            seed = seeds_tensor([f"{entry['weights_label']}_{name}"])[0]
+            parameter.data.copy_(0.02 * normal(seed, parameter.numel()).view_as(parameter))
+    return model.eval()
