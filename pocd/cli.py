@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import random
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +20,8 @@ from pocd.exits import EXIT_CONFIG, EXIT_CRASH, EXIT_NO_DEVICE, EndedError
 from pocd.settings import DEFAULT_PATH, ConfigError, load, to_toml
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterator
+
     from structlog.typing import FilteringBoundLogger
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -91,7 +91,7 @@ def _run_until_signal(service: Coroutine[Any, Any, None]) -> None:
 
 
 def _announce(log: FilteringBoundLogger, what: str) -> Callable[[str], None]:
-    return lambda url: log.info(f"{what} listens", action="listening", url=url)
+    return lambda url: log.info("listens", action="listening", what=what, url=url)
 
 
 @app.command()
@@ -126,7 +126,7 @@ def demo(
 
 
 @app.command()
-def compute(  # noqa: PLR0913 - a command's options
+def compute(
     *,
     model: Annotated[str, typer.Option(help="A local path, a hub id, or bundled:NAME.")],
     block_hash: Annotated[str, typer.Option(help="The block hash, as the chain wrote it.")],
@@ -205,7 +205,7 @@ def resume(config: ConfigOption = DEFAULT_PATH, url: UrlOption = None, token_fil
 
 
 @app.command()
-def devchain(  # noqa: PLR0913 - a command's options
+def devchain(
     *,
     host: HostOption = "127.0.0.1",
     port: PortOption = 26657,
@@ -252,7 +252,7 @@ def receiver(
 
 
 @contextlib.contextmanager
-def _port_errors(host: str, port: int) -> Any:  # noqa: ANN401
+def _port_errors(host: str, port: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -123,7 +123,7 @@ async def _listening(daemon: Daemon, token: str | None) -> AsyncIterator[None]:
 class Daemon:
     """All parts, and the order in which they start and stop."""
 
-    def __init__(  # noqa: PLR0913 - the parts of the outside world, each passed in
+    def __init__(
         self,
         settings: Settings,
         outbox: OutboxThread,

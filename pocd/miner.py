@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections import deque
 from dataclasses import dataclass, field
@@ -111,11 +112,9 @@ class Miner:
         """Lease nothing more; wait up to `limit` seconds for what is leased."""
         self._closed = True
         await self._announce()
-        async with self._changed:
-            try:
-                await asyncio.wait_for(self._changed.wait_for(lambda: not self._leased), limit)
-            except TimeoutError:
-                return  # not committed, so it will be checked again
+        with contextlib.suppress(TimeoutError):  # what is not committed will be checked again
+            async with asyncio.timeout(limit), self._changed:
+                await self._changed.wait_for(lambda: not self._leased)
 
     async def _announce(self) -> None:
         """Wake everybody who waits for another round, for a pause or for its end."""

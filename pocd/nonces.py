@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
+LARGEST_NONCE = 2**63 - 1
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Span:

@@ -180,11 +180,7 @@ class Store:
             StoreError: It cannot be opened or made, or holds something else.
         """
         store = cls(path)
-        try:
-            store._database = await store._run(_Database, path)
-        except BaseException:
-            store._thread.shutdown(wait=False)
-            raise
+        store._database = await store._run(_Database, path)
         return store
 
     async def close(self) -> None:
@@ -336,7 +332,7 @@ class _Database:
         ).rowcount
         self._db.execute(
             "UPDATE totals SET batches = batches + 1, nonces = nonces + ?, distinct_nonces = distinct_nonces + ?",
-            (len(arrival.nonces), max(new, 0)),  # rowcount is -1 where no row was given
+            (len(arrival.nonces), new),
         )
 
     def count_rejected(self) -> None:

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from pocd.compute.schemes import SCHEMES
 from pocd.observe.mask import mask_url
@@ -21,6 +21,7 @@ from pocd.observe.mask import mask_url
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
 
 DEFAULT_PATH = Path("/etc/pocd/pocd.toml")
@@ -32,9 +33,13 @@ class ConfigError(Exception):
 
 
 def _check_http_url(url: str) -> str:
-    parts = urlsplit(url)
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
-        raise ValueError("must be an http:// or https:// URL with a host")
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # its text would show the credentials
+        good = False
+    if not good or " " in url or not url.isprintable():
+        raise ValueError("must be an http:// or https:// URL with a host, a port of 1 to 65535 or none, and no blanks")
     if parts.query or parts.fragment:
         raise ValueError("must have no query and no fragment: paths are appended to it")
     return url
@@ -54,18 +59,20 @@ def _check_public_key(key: str) -> str:
 
 HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+Count = Annotated[int, Field(ge=1, le=2**63 - 1)]  # TOML's integers have 64 bits
+Index = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
 
 
 class NodeSettings(_Section):
     """Who we are, and our share of the nonces: node_id + node_count · x."""
 
     public_key: Annotated[str, Field(min_length=1), AfterValidator(_check_public_key)]
-    node_id: int = Field(default=0, ge=0)
-    node_count: int = Field(default=1, ge=1)
+    node_id: Index = 0
+    node_count: Count = 1
 
     @model_validator(mode="after")
     def _id_below_count(self) -> Self:
@@ -85,12 +92,12 @@ class ChainSettings(_Section):
 class RoundSettings(_Section):
     """When rounds start, how long they live, and what counts as valid."""
 
-    every: int = Field(default=60, ge=1)
-    offset: int = Field(default=0, ge=0)
-    duration: int = Field(default=60, ge=1)
+    every: Count = 60
+    offset: Index = 0
+    duration: Count = 60
     r_target: float = Field(default=1.4042, gt=0, le=2)
     scheme: Annotated[str, AfterValidator(_check_scheme)] = "poc2"
-    seq_len: int = Field(default=256, ge=1)
+    seq_len: Count = 256
 
     @model_validator(mode="after")
     def _rounds_fit(self) -> Self:
@@ -169,6 +176,16 @@ class LogSettings(_Section):
     format: Literal["auto", "console", "json"] = "auto"
 
 
+class _Environment(EnvSettingsSource):
+    """Leaves a list that is not JSON as it is, so that validation names its key and variable."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:  # noqa: ANN401 - as overridden
+        try:
+            return super().decode_complex_value(field_name, field, value)
+        except ValueError:
+            return value
+
+
 class Settings(BaseSettings):
     """The whole configuration. Make one with `load`."""
 
@@ -194,14 +211,14 @@ class Settings(BaseSettings):
     @classmethod
     def settings_customise_sources(
         cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003 - the signature is pydantic-settings'
+        settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic-settings'
         dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Put the environment above what `load` read from the file."""
-        return env_settings, init_settings
+        return _Environment(settings_cls), init_settings
 
 
 def load(path: Path) -> Settings:
@@ -210,19 +227,17 @@ def load(path: Path) -> Settings:
     Raises:
         ConfigError: The file or a value is missing or wrong, or a key is unknown.
     """
-    values = _read_toml(path)
+    values = {"node": {}, "chain": {}} | _read_toml(path)  # so that errors name the key that is missing
     _refuse_unknown_environment(os.environ)
     try:
         return Settings(**values)
     except ValidationError as error:
         raise ConfigError("; ".join(_describe(item, path) for item in error.errors())) from None
-    except ValueError as error:  # pydantic-settings: a variable that holds a list is not JSON
-        raise ConfigError(f"environment: {error}; lists are given as JSON") from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give --config FILE (config/pocd.toml shows every key)") from None
     except OSError as error:
@@ -233,22 +248,37 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _refuse_unknown_environment(environment: Mapping[str, str]) -> None:
     for name in environment:
-        if not name.startswith(ENV_PREFIX):
+        if not name.upper().startswith(ENV_PREFIX):
             continue
         section, _, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
-        if section not in Settings.model_fields or not key:
+        if name != name.upper() or section not in Settings.model_fields or not key:
             raise ConfigError(f"environment: {name} names no key; variables are called POCD_SECTION__KEY")
 
 
 def _describe(error: ErrorDetails, path: Path) -> str:
     keys = ".".join(str(part) for part in error["loc"])
-    variable = ENV_PREFIX + "__".join(str(part).upper() for part in error["loc"])
-    source = f"environment {variable}" if variable in os.environ else str(path)
-    if error["type"] == "extra_forbidden":
-        return f"{source}: unknown key {keys}"
-    if error["type"] == "missing":
-        return f"{source}: {keys} is missing"
-    return f"{source}: {keys}: {error['msg'].removeprefix('Value error, ')}"
+    source = _source(error["loc"], path)
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{source}: unknown key {keys}"
+        case "missing":
+            return f"{source}: {keys} is missing"
+        case "model_type":
+            return f"{source}: {keys}: must be a table of keys"
+        case "list_type":
+            return f"{source}: {keys}: must be a list (in the environment: as JSON)"
+        case _:
+            return f"{source}: {keys}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _source(location: tuple[int | str, ...], path: Path) -> str:
+    """Name the file or the variables that the value at `location` came from, or both for a whole section."""
+    name = ENV_PREFIX + "__".join(str(part).upper() for part in location)
+    variables = sorted(v for v in os.environ if f"{name}__".startswith(f"{v}__") or v.startswith(f"{name}__"))
+    if not variables:
+        return str(path)
+    environment = f"environment {', '.join(variables)}"
+    return environment if len(location) > 1 else f"{path} and {environment}"
 
 
 def to_toml(settings: Settings) -> str:
@@ -272,4 +302,5 @@ def _toml_value(value: object) -> str:
     if isinstance(value, list):
         return f"[{', '.join(_toml_value(item) for item in value)}]"
     # JSON's strings, numbers and booleans are TOML's.
-    return orjson.dumps(mask_url(value) if isinstance(value, str) and "://" in value else value).decode()
+    text = orjson.dumps(mask_url(value) if isinstance(value, str) and "://" in value else value).decode()
+    return text.replace("\x7f", "\\u007f")  # the one character that only TOML wants escaped

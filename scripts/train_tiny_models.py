@@ -18,6 +18,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import Progress
@@ -25,7 +26,7 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 MODELS = Path(__file__).resolve().parent.parent / "pocd" / "models"
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 128,
     "num_hidden_layers": 4,
@@ -95,7 +96,8 @@ def loss_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 def held_out_loss(model: torch.nn.Module, text: torch.Tensor) -> float:
     """Mean loss over evenly spaced held-out windows, in nats per byte."""
     starts = torch.linspace(0, len(text) - CONTEXT - 2, 256).long()
-    return sum(loss_of(model, windows(text, part)).item() for part in starts.split(32)) / 8
+    losses = [loss_of(model, windows(text, part)).item() for part in starts.split(32)]
+    return sum(losses) / len(losses)
 
 
 def train(name: str, steps: int, seed: int) -> float:
@@ -122,12 +124,11 @@ def train(name: str, steps: int, seed: int) -> float:
             optimizer.step()
             schedule.step()
             progress.update(task, advance=1, description=f"{name} {loss.item():.2f}")
-            if step % 100 == 0:
-                sys.stderr.write(f"{name} step {step} loss {loss.item():.3f} {time.monotonic() - began:.0f}s\n")
 
     target = MODELS / name
     model.bfloat16().save_pretrained(target)
-    loss = held_out_loss(model.float(), held_out)
+    model.to(torch.float32)
+    reached = held_out_loss(model, held_out)
     (target / "README.md").write_text(
         CARD.format(
             name=name,
@@ -136,7 +137,7 @@ def train(name: str, steps: int, seed: int) -> float:
             size=(target / "model.safetensors").stat().st_size,
             python=platform.python_version(),
             train_bytes=len(train_text),
-            loss=loss,
+            loss=reached,
             steps=steps,
             seed=seed,
             torch=torch.__version__,
@@ -144,7 +145,7 @@ def train(name: str, steps: int, seed: int) -> float:
             threads=torch.get_num_threads(),
         )
     )
-    return loss
+    return reached
 
 
 def main() -> int:

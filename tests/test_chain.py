@@ -270,11 +270,13 @@ def test_a_value_too_deep_to_write_down() -> None:
         ("http://user:pass@host/rpc", "http://***@host/rpc"),
         ("http://user:p@ss@host", "http://***@host"),
         ("http://user:p/ss@host/rpc", "http://***@host/rpc"),
+        ("http://user:pass@host/http://other", "http://***@host/http://other"),
         ("user:pass@host", "***@host"),
         ("https://host/rpc?key=abc&x=&flag", "https://host/rpc?key=***&x=***&***"),
         ("https://host/rpc?mail=a@b", "https://host/rpc?mail=***"),
         ("https://host/#token", "https://host/"),
         ("http://[::1", "http://[::1"),
+        ("http://host\n\x1b[31m", "http://host\ufffd\ufffd[31m"),
         ("", ""),
     ],
 )
@@ -507,6 +509,14 @@ async def test_not_an_address(url: str) -> None:
     async with aiohttp.ClientSession() as session:
         with pytest.raises(ValueError, match="is not a") as caught:
             CometBFT(session, url)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://me:secret@a..b", "http://me:secret\u20ac@127.0.0.1:1"])
+async def test_an_address_that_only_fails_in_use(url: str) -> None:
+    async with aiohttp.ClientSession() as session:
+        with pytest.raises(ChainError, match=r"/status: this address cannot be used: .*codec") as caught:
+            await CometBFT(session, url).head()
     assert "secret" not in str(caught.value)
 
 

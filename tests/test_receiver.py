@@ -567,7 +567,7 @@ async def test_work_does_not_grow_with_what_is_stored(path: Path) -> None:
 
         await store._run(store._database._db.set_progress_handler, step, 1)
         await store.stats()
-        await store.page(30, 5, "generated")
+        await store.page(0, 5, "validated")
         await store.page(30, 5, None)
         await store._run(store._database._db.set_progress_handler, None, 1)
         return count

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from pocd.compute.random import normal, seeds_tensor
@@ -28,4 +27,5 @@ def build(entry: dict[str, Any]) -> PreTrainedModel:
         else:
             seed = seeds_tensor([f"{entry['weights_label']}_{name}"])[0]
             parameter.data.copy_(0.02 * normal(seed, parameter.numel()).view_as(parameter))
-    return model.eval()
+    model.eval()
+    return model

@@ -20,28 +20,27 @@ def percent(rate: float | None) -> str:
 def as_text(body: dict[str, Any]) -> str:
     """Return the lines that `pocd status` prints."""
     funnel, rates, chain, worker, round_ = (body[key] for key in ("funnel", "rates", "chain", "worker", "round"))
-    lines = [
-        f"state      {body['state']}",
-        f"chain      {chain['chain_id'] or '–'}, height {chain['height'] or '–'}",
+    rows = [
+        ("state", body["state"]),
+        ("chain", f"{chain['chain_id'] or '–'}, height {chain['height'] or '–'}"),
     ]
     if round_:
-        lines += [
-            f"round      block {round_['block_height']} {round_['block_hash'][:16]}…, {round_['scheme']} on {round_['model']}",
-            f"valid rate {percent(round_['observed_valid_rate'])} observed, "
-            f"{percent(round_['expected_valid_rate'])} expected ({round_['valid']} of {round_['checked']})",
+        block = f"block {round_['block_height']} {round_['block_hash'][:16]}…"
+        observed, expected = percent(round_["observed_valid_rate"]), percent(round_["expected_valid_rate"])
+        rows += [
+            ("round", f"{block}, {round_['scheme']} on {round_['model']}"),
+            ("valid rate", f"{observed} observed, {expected} expected ({round_['valid']} of {round_['checked']})"),
         ]
-    lines += [
-        f"rate       {rates['checked_per_second_1m']:.1f} nonces/s over 1 min, "
-        f"{rates['checked_per_second_15m']:.1f} over 15 min",
-        f"funnel     checked {funnel['checked']} → valid {funnel['valid']} → stored {funnel['stored']}"
-        f" → delivered {funnel['delivered']}",
-        f"worker     {worker.get('device', '–')}, {worker.get('dtype', '–')}, {worker['restarts']} restarts",
+    minute, quarter = rates["checked_per_second_1m"], rates["checked_per_second_15m"]
+    device = f"{worker['device']}, {worker['dtype']}" if "device" in worker else "not ready"
+    rows += [
+        ("rate", f"{minute:.1f} nonces/s over 1 min, {quarter:.1f} over 15 min"),
+        ("funnel", " → ".join(f"{stage} {count}" for stage, count in funnel.items())),
+        ("worker", f"{device}, {worker['restarts']} restarts"),
     ]
     for receiver in body["receivers"]:
         trouble = f", last error: {receiver['last_error']}" if receiver["last_error"] else ""
-        lines.append(
-            f"receiver   {receiver['name']}: {receiver['delivered_batches']} batches delivered, "
-            f"{receiver['pending_batches']} pending{trouble}"
-        )
-    lines += [f"problem    {problem['part']}: {problem['reason']}" for problem in body["problems"]]
-    return "\n".join(lines)
+        counts = f"{receiver['delivered_batches']} batches delivered, {receiver['pending_batches']} pending"
+        rows.append(("receiver", f"{receiver['name']}: {counts}{trouble}"))
+    rows += [("problem", f"{problem['part']}: {problem['reason']}") for problem in body["problems"]]
+    return "\n".join(f"{name:10} {text}" for name, text in rows)

@@ -245,6 +245,8 @@ class CometBFT:
             raise _TransientError(f"{where}: the answer is not HTTP: {excerpt(error.message)}") from None
         except aiohttp.ClientError as error:
             raise _TransientError(f"{where}: {excerpt(str(error) or type(error).__name__, 160)}") from None
+        except UnicodeError as error:  # a host with an empty or too long label, or user info outside Latin-1
+            raise ChainError(f"{where}: this address cannot be used: {excerpt(str(error))}") from None
         _check_http(response.status, response.headers.get("Location"), body, where)
         return body
 
@@ -262,7 +264,7 @@ async def _read_bounded(response: aiohttp.ClientResponse, where: str) -> bytes:
 def _check_http(status: int, location: str | None, body: bytes, where: str) -> None:
     if status == 200 or (status != 429 and _is_rpc_error(body)):
         return
-    if location is not None:
+    if 300 <= status < 400 and location is not None:
         target = excerpt(mask_url(location))
         raise ChainError(
             f"{where}: HTTP {status}, a redirect to {target}, which is not followed; configure that address"

@@ -60,7 +60,7 @@ class ChainHealth:
         return None
 
 
-async def follow(  # noqa: PLR0913  # the two last are only for tests
+async def follow(
     source: ChainSource,
     *,
     poll_interval: float,

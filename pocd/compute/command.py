@@ -7,10 +7,9 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pocd.compute.engine import LARGEST_NONCE, block_run
 from pocd.compute.errors import InputError
-from pocd.compute.model import load_model
 from pocd.compute.schemes import SCHEMES
+from pocd.nonces import LARGEST_NONCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,6 +63,9 @@ def distances(request: Request) -> Iterator[tuple[int, float]]:
     """
     if request.scheme not in SCHEMES:
         raise InputError(f"scheme {request.scheme!r} is unknown; allowed are: {', '.join(SCHEMES)}")
+    from pocd.compute.engine import block_run
+    from pocd.compute.model import load_model
+
     model = load_model(request.model, dtype=request.dtype, device=request.device)
     preparation = block_run(
         model,

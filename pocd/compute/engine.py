@@ -11,14 +11,13 @@ import torch
 from pocd.compute.errors import InputError, NonFiniteError
 from pocd.compute.random import normal, seeds_tensor, unit_normal
 from pocd.compute.transforms import layer_transforms, reflect_in_order
+from pocd.nonces import LARGEST_NONCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from pocd.compute.model import Model
     from pocd.compute.schemes import Scheme
-
-LARGEST_NONCE = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from pocd.compute.errors import DeviceError, InputError, ModelError
 
@@ -119,6 +121,7 @@ def load_model(name: str, *, dtype: str, device: str) -> Model:
         raise InputError(f"dtype {dtype!r} is unknown; allowed are: {', '.join(DTYPES)}")
     target = pick_device(device)
     source = resolve(name)
+    transformers_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -129,9 +132,13 @@ def load_model(name: str, *, dtype: str, device: str) -> Model:
             f"supported types are: {', '.join(LLAMA_FORM)}"
         )
     try:
-        causal: Any = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=DTYPES[dtype])
-    except (OSError, ValueError, RuntimeError) as error:
+        loader: Any = AutoModelForCausalLM  # its annotation knows nothing of output_loading_info
+        causal, loading = loader.from_pretrained(source, config=config, dtype=DTYPES[dtype], output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+    # transformers only warns, and draws at random what a checkpoint lacks: distances nobody else would get.
+    if lacking := sorted(loading["missing_keys"]):
+        raise ModelError(f"model {name!r} lacks weights: {', '.join(lacking[:3])}{', …' if len(lacking) > 3 else ''}")
     return adapt(causal.to(target), name=name)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ import aiohttp
 from pocd.delivery import policy, signing
 from pocd.delivery.outbox import Outbox, OutboxThread, PendingDelivery
 from pocd.delivery.policy import Outcome
+from pocd.observe.mask import excerpt
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,7 +49,7 @@ def open_session() -> aiohttp.ClientSession:
 class Dispatcher:
     """Delivers to one receiver. Its public attributes are what status shows."""
 
-    def __init__(  # noqa: PLR0913 - the parts of the outside world, each passed in
+    def __init__(
         self,
         receiver: Receiver,
         outbox: OutboxThread,
@@ -114,14 +116,17 @@ class Dispatcher:
         headers = {"Content-Type": "application/json", **signed}
         url = f"{self.receiver.url.rstrip('/')}/{head.kind}"
         try:
-            async with self._session.post(url, data=head.body, headers=headers, allow_redirects=False) as response:
+            async with self._session.post(
+                url, data=io.BytesIO(head.body), headers=headers, allow_redirects=False
+            ) as response:
                 await response.content.read(LONGEST_ANSWER)
                 return Outcome(response.status, f"HTTP {response.status}")
         except TimeoutError:
             return Outcome(None, f"no answer within {TIMEOUT.total} s")
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            # The error's own text may name the URL, whose credentials are nobody's business.
-            return Outcome(None, type(error).__name__ if "://" in str(error) else f"{type(error).__name__}: {error}")
+            # An error's text that names the URL may show its credentials.
+            name = type(error).__name__
+            return Outcome(None, name if "://" in str(error) else f"{name}: {excerpt(str(error), 200)}")
 
 
 class Batcher:

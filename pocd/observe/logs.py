@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, Literal
 
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
 
 # Syslog severities (RFC 5424 section 6.2.1), as the journal uses them.
 PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
+
+_CREDENTIALS = re.compile(r"""://[^\s/"'?#]*@""")
 
 
 def _add_priority(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
@@ -31,11 +35,44 @@ class _JournalPrefix:
 
 
 def _render_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
-    return orjson.dumps(event, default=str).decode()
+    try:
+        return orjson.dumps(event, default=str).decode()
+    except orjson.JSONEncodeError:  # text that is not Unicode, an integer beyond 64 bits: rather slow than lost
+        return json.dumps(event, default=str)
+
+
+def _mask_credentials(_logger: WrappedLogger, _method: str, line: EventDict | str) -> str:
+    """Hide user and password of URLs wherever they got into the line, such as by an exception's text."""
+    assert isinstance(line, str), "the renderer comes first"
+    return _CREDENTIALS.sub("://***@", line)
+
+
+def _goes_to_journal() -> bool:
+    """Tell whether standard error is the journal's stream: JOURNAL_STREAM, "device:inode" (systemd.exec(5)).
+
+    A program that was started by a service and has standard error elsewhere inherits the variable too.
+    """
+    stream = os.fstat(2)
+    return os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
+
+
+class _LibraryHandler(logging.Handler):
+    """Passes on what libraries (aiohttp, asyncio) say through the standard library, so that it looks like our own."""
+
+    def __init__(self, log: FilteringBoundLogger) -> None:
+        super().__init__()
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = min(record.levelno // 10 * 10, logging.CRITICAL)  # libraries may have levels of their own between
+        self._log.log(level, record.getMessage(), action="library", logger=record.name, exc_info=record.exc_info)
 
 
 def configure(level: str, style: Literal["auto", "console", "json"]) -> FilteringBoundLogger:
-    """Set logging up for the process and return its logger; lines go to standard error."""
+    """Set logging up for the process and return its logger; lines go to standard error.
+
+    Exceptions are written without the values of local variables, which may be secret.
+    """
     console = sys.stderr.isatty() if style == "auto" else style == "console"
     shared: list[Processor] = [
         structlog.processors.add_log_level,
@@ -44,10 +81,16 @@ def configure(level: str, style: Literal["auto", "console", "json"]) -> Filterin
     ]
     renderers: list[Processor]
     if console:
-        renderers = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=32)]
+        renderers = [
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), pad_event_to=32, exception_formatter=structlog.dev.plain_traceback
+            ),
+            _mask_credentials,
+        ]
     else:
-        renderers = [structlog.processors.dict_tracebacks, _add_priority, _render_json]
-        if "JOURNAL_STREAM" in os.environ:
+        tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+        renderers = [structlog.processors.ExceptionRenderer(tracebacks), _add_priority, _render_json, _mask_credentials]
+        if _goes_to_journal():
             renderers.append(_JournalPrefix())
     numeric = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
@@ -56,7 +99,6 @@ def configure(level: str, style: Literal["auto", "console", "json"]) -> Filterin
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
-    # Libraries (aiohttp, asyncio) speak through the standard library.
-    logging.basicConfig(level=max(numeric, logging.WARNING), format="%(name)s: %(message)s", stream=sys.stderr)
     log: FilteringBoundLogger = structlog.get_logger()
+    logging.basicConfig(level=max(numeric, logging.WARNING), handlers=[_LibraryHandler(log)])
     return log

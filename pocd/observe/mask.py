@@ -7,14 +7,16 @@ def mask_url(url: str) -> str:
     """Return `url` without what may be secret: user info, the query's values, the fragment.
 
     `https://user:pass@host/rpc?key=abc` becomes `https://***@host/rpc?key=***`. Works on anything, also on what is not
-    a URL, and never raises. A secret in the path stays: it cannot be told from a name.
+    a URL, and never raises; control characters become U+FFFD. A secret in the path stays: it cannot be told from a
+    name.
     """
     address, question_mark, query = url.partition("#")[0].partition("?")
-    scheme, separator, rest = address.rpartition("://")
+    scheme, separator, rest = address.partition("://") if "://" in address else ("", "", address)
     if "@" in rest:
         # Up to the last @, even after a slash: rather hide too much than half of a password that was not encoded.
         rest = "***@" + rest.rpartition("@")[2]
-    return scheme + separator + rest + question_mark + "&".join(_mask_parameter(part) for part in query.split("&"))
+    masked = scheme + separator + rest + question_mark + "&".join(_mask_parameter(part) for part in query.split("&"))
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in masked)
 
 
 def _mask_parameter(part: str) -> str:

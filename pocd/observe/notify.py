@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from typing import TYPE_CHECKING, Self
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+PATIENCE_SECONDS = 1.0  # with a manager whose queue is full: READY=1 is said once, and must not get lost
+
 
 class Notifier:
-    """Sends state to the service manager's datagram socket; silent where there is none."""
+    """Sends state to the service manager's datagram socket; silent where there is none, or where it is gone."""
 
     def __init__(self, address: str | None, watchdog_seconds: float | None) -> None:
         self._address = address
@@ -22,17 +25,16 @@ class Notifier:
         """Read NOTIFY_SOCKET, and WATCHDOG_USEC where it is meant for this process."""
         usec = environment.get("WATCHDOG_USEC", "")
         ours = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        return cls(environment.get("NOTIFY_SOCKET"), int(usec) / 1e6 if usec.isdecimal() and ours else None)
+        seconds = int(usec) / 1e6 if usec.isdecimal() and ours else 0
+        return cls(environment.get("NOTIFY_SOCKET"), seconds or None)
 
     def _send(self, text: str) -> None:
         if not self._address:
             return
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as channel:
-            try:
-                channel.sendto(text.encode(), address)
-            except OSError:
-                return  # the manager is busy or gone; it will miss this one, and its watchdog judges
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.settimeout(PATIENCE_SECONDS)
+            channel.sendto(text.encode(errors="replace"), address)
 
     def ready(self) -> None:
         """The service is up: READY=1."""

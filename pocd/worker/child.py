@@ -16,7 +16,6 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from pocd.compute.engine import BlockRun, block_run
 from pocd.compute.errors import ComputeError, DeviceError, NonFiniteError
@@ -175,7 +174,6 @@ def work(link: Link, load: Load) -> None:
 def main() -> None:
     """Run as `python -m pocd.worker.child FD`, with FD a socket to the daemon."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon decides
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call] # transformers has no types here
     link = Link(int(sys.argv[1]))
     load = link.read_load()
     link.start()

@@ -154,7 +154,9 @@ class _Link:
     async def receive(self, limit: float, silence: str) -> messages.Message:
         """Read one message; a worker that says it failed, or nothing for `limit` seconds, raises."""
         try:
-            message = await asyncio.wait_for(messages.receive(self._reader), limit)
+            # Not asyncio.wait_for: before Python 3.12 it can swallow a cancellation.
+            async with asyncio.timeout(limit):
+                message = await messages.receive(self._reader)
         except TimeoutError:
             raise WorkerError(f"worker {silence} for {limit:.0f} s, killed") from None
         if isinstance(message, Failed):
@@ -167,7 +169,7 @@ class _Link:
 class _Feeding:
     """A ready worker at work: leases go out, distances come back. Ends only by an exception."""
 
-    def __init__(  # noqa: PLR0913 - it is one loop's state, made in one place
+    def __init__(
         self,
         link: _Link,
         miner: Miner,
@@ -243,7 +245,8 @@ async def _end(process: Process, writer: asyncio.StreamWriter, limit: float) -> 
     """Close the worker's socket, which ends it; kill it when it does not go. Returns its exit status."""
     writer.close()
     try:
-        return await asyncio.wait_for(process.wait(), limit)
+        async with asyncio.timeout(limit):
+            return await process.wait()
     except TimeoutError:
         process.kill()
         return await process.wait()

@@ -1,0 +1,148 @@
+"""Logging, as a process of its own writes it to standard error."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SECRET = "hunter2"
+URL = f"http://user:{SECRET}@chain.example/rpc"
+
+
+def logged(folder: Path, script: str, *, level: str = "info", style: str = "json", journal: str = "") -> list[str]:
+    """The lines of a process that configures logging and runs `script`.
+
+    `journal` is what JOURNAL_STREAM is: nothing, "own" for its standard error, or anything.
+    """
+    lines = ["import logging, sys", "from pocd.observe.logs import configure", f"log = configure({level!r}, {style!r})"]
+    environment = {name: value for name, value in os.environ.items() if name != "JOURNAL_STREAM"}
+    sink = folder / "stderr"
+    with sink.open("wb") as stream:
+        status = os.fstat(stream.fileno())
+        if journal:
+            environment["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}" if journal == "own" else journal
+        program = "\n".join([*lines, script])
+        subprocess.run([sys.executable, "-W", "error", "-c", program], stderr=stream, env=environment, check=False)
+    return sink.read_text(encoding="utf-8").splitlines()
+
+
+def entries(lines: list[str]) -> list[dict[str, Any]]:
+    return [orjson.loads(line) for line in lines]
+
+
+def test_each_line_is_json_with_the_journals_priority(tmp_path: Path) -> None:
+    script = """
+log.debug("a", action="x")
+log.info("b", action="y", height=7, path=sys, text="line\\nbreak")
+log.warning("c")
+log.error("d")
+log.critical("e")
+"""
+    found = entries(logged(tmp_path, script, level="debug"))
+    assert [(entry["event"], entry["level"], entry["priority"]) for entry in found] == [
+        ("a", "debug", 7),
+        ("b", "info", 6),
+        ("c", "warning", 4),
+        ("d", "error", 3),
+        ("e", "critical", 2),
+    ]
+    assert found[1].items() >= {"action": "y", "height": 7, "text": "line\nbreak"}.items()
+    assert all(entry["timestamp"].endswith("Z") for entry in found)
+
+
+@pytest.mark.parametrize(
+    ("level", "events"),
+    [("debug", "abcd"), ("info", "bcd"), ("warning", "cd"), ("error", "d")],
+)
+def test_what_matters_less_than_the_level_is_left_out(tmp_path: Path, level: str, events: str) -> None:
+    script = 'log.debug("a"), log.info("b"), log.warning("c"), log.error("d")'
+    assert "".join(entry["event"] for entry in entries(logged(tmp_path, script, level=level))) == events
+
+
+def test_a_line_for_the_journal_begins_with_its_priority(tmp_path: Path) -> None:
+    info, error = logged(tmp_path, 'log.info("a"), log.error("b")', journal="own")
+    assert (info[:3], error[:3]) == ("<6>", "<3>")
+    assert [entry["event"] for entry in entries([info[3:], error[3:]])] == ["a", "b"]
+
+
+@pytest.mark.parametrize("journal", ["", "1:1", "nonsense"])
+def test_a_line_for_anything_else_does_not(tmp_path: Path, journal: str) -> None:
+    """A service's child inherits the variable also where its standard error is a file."""
+    (line,) = logged(tmp_path, 'log.info("a")', journal=journal)
+    assert line.startswith("{")
+
+
+def test_what_is_no_terminal_gets_json_by_itself(tmp_path: Path) -> None:
+    assert len(entries(logged(tmp_path, 'log.info("a")', style="auto"))) == 1
+
+
+def test_a_line_for_people_on_demand(tmp_path: Path) -> None:
+    (line,) = logged(tmp_path, 'log.info("round begins", height=7)', style="console", journal="own")
+    assert "round begins" in line
+    assert "height=7" in line
+    assert not line.startswith(("{", "<"))
+    assert "\x1b" not in line
+
+
+def test_an_exception_is_part_of_its_one_line(tmp_path: Path) -> None:
+    script = """
+try:
+    1 / 0
+except ZeroDivisionError:
+    log.exception("failed", action="x")
+"""
+    (entry,) = entries(logged(tmp_path, script))
+    assert (entry["event"], entry["level"], entry["priority"]) == ("failed", "error", 3)
+    assert (entry["exception"][0]["exc_type"], entry["exception"][0]["exc_value"]) == (
+        "ZeroDivisionError",
+        "division by zero",
+    )
+
+
+@pytest.mark.parametrize("style", ["json", "console"])
+def test_no_secret_gets_out_by_an_exception(tmp_path: Path, style: str) -> None:
+    script = f"""
+def send(token, url):
+    raise ValueError("cannot reach " + url)
+secret, where = bytes.fromhex({SECRET.encode().hex()!r}).decode(), bytes.fromhex({URL.encode().hex()!r}).decode()
+try:
+    send(secret, where)
+except ValueError as error:
+    log.exception("failed", cause=str(error))
+    logging.getLogger("aiohttp.server").exception("failed at %s", where)
+"""
+    text = "\n".join(logged(tmp_path, script, style=style))
+    assert text.count("failed") == 2
+    assert text.count("http://***@chain.example/rpc") == 4
+    assert SECRET not in text
+
+
+def test_libraries_speak_in_the_same_form(tmp_path: Path) -> None:
+    script = """
+library = logging.getLogger("aiohttp.server")
+library.info("not interesting")
+library.warning("%s requests", 3)
+library.log(35, "a level between")
+library.log(99, "a level above")
+"""
+    found = entries(logged(tmp_path, script))
+    assert [(entry["logger"], entry["event"], entry["priority"]) for entry in found] == [
+        ("aiohttp.server", "3 requests", 4),
+        ("aiohttp.server", "a level between", 4),
+        ("aiohttp.server", "a level above", 2),
+    ]
+
+
+def test_nothing_that_is_logged_can_break_the_logger(tmp_path: Path) -> None:
+    script = r'log.info("a", text="\udcff", number=2**70, thing=object)'
+    (entry,) = [json.loads(line) for line in logged(tmp_path, script)]
+    assert (entry["text"], entry["number"], entry["thing"]) == ("\udcff", 2**70, "<class 'object'>")

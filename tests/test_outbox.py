@@ -1,0 +1,779 @@
+"""The store over real SQLite files: what is committed is there, once, whatever ends the process."""
+
+import asyncio
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import orjson
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from pocd.delivery.outbox import (
+    APPLICATION_ID,
+    VERSION,
+    Outbox,
+    OutboxThread,
+    PendingDelivery,
+    Queue,
+    RoundProgress,
+    StoreError,
+    Totals,
+)
+from pocd.nonces import Ledger, Node, Progress, Span
+from pocd.proof import Proof, ProofBatch, Round
+
+NOW = 1_700_000_000.0
+NODE = Node(1, 3)
+ROUND = Round("AB", 10, "miner", 1.4, "poc2", "tiny", 16)
+NEXT = Round("CD", 20, "miner", 1.4, "poc2", "tiny", 16)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "store.db"
+
+
+@pytest.fixture
+def outbox(path: Path) -> Iterator[Outbox]:
+    with opened(path) as store:
+        store.begin_round(ROUND, NODE, NOW)
+        yield store
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Outbox]:
+    with closing(Outbox.open(path)) as store:
+        yield store
+
+
+def proofs_of(span: Span, node: Node = NODE) -> list[Proof]:
+    """Make a proof of every nonce of `span`."""
+    return [Proof(nonce, 1 + nonce / 1000) for nonce in node.nonces(span)]
+
+
+def commit(outbox: Outbox, start: int, stop: int, *, round_: Round = ROUND, now: float = NOW) -> list[Proof]:
+    """Commit a span in which every nonce is valid."""
+    proofs = proofs_of(Span(start, stop))
+    outbox.commit_span(round_, NODE, Span(start, stop), proofs, now)
+    return proofs
+
+
+def form(
+    outbox: Outbox,
+    *receivers: str,
+    size: int = 100,
+    age: float = 10.0,
+    now: float = NOW,
+    current: Round | None = ROUND,
+) -> float | None:
+    return outbox.form_batches(receivers, size=size, age=age, now=now, current=current)
+
+
+def drain(outbox: Outbox, receiver: str) -> list[PendingDelivery]:
+    """Accept everything for `receiver`, in the order in which it comes."""
+    deliveries = []
+    while head := outbox.head(receiver):
+        outbox.record_delivered(receiver, head.batch, NOW)
+        deliveries.append(head)
+    return deliveries
+
+
+def nonces_of(body: bytes) -> list[int]:
+    nonces = orjson.loads(body)["nonces"]
+    assert isinstance(nonces, list)
+    return nonces
+
+
+def batched(outbox: Outbox) -> list[list[int]]:
+    """Return the nonces of every batch, in order."""
+    return [nonces_of(body) for (body,) in outbox._db.execute("SELECT body FROM batches ORDER BY number")]
+
+
+def waiting(outbox: Outbox) -> int:
+    (count,) = outbox._db.execute("SELECT count(*) FROM proofs").fetchone()
+    assert isinstance(count, int)
+    return count
+
+
+def recount(outbox: Outbox) -> Totals:
+    """Count the funnel from the rows themselves."""
+    (checked, valid) = outbox._db.execute("SELECT total(checked), total(valid) FROM progress").fetchone()
+    (stored,) = outbox._db.execute("SELECT total(nonces) FROM batches").fetchone()
+    (delivered,) = outbox._db.execute(
+        "SELECT total(nonces) FROM batches WHERE number NOT IN"
+        " (SELECT batch FROM deliveries WHERE delivered_at IS NULL)"
+    ).fetchone()
+    return Totals(int(checked), int(valid), int(stored), int(delivered))
+
+
+def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+# Opening
+
+
+def test_a_new_store_makes_its_folder_and_is_empty(tmp_path: Path) -> None:
+    path = tmp_path / "not" / "yet" / "store.db"
+    with opened(path) as outbox:
+        assert outbox.totals == Totals(0, 0, 0, 0)
+        assert outbox.queues == {}
+        assert not outbox.paused
+        assert outbox.head("a") is None
+    assert path.is_file()
+
+
+def test_writes_are_fsynced_and_the_file_is_ours_alone(outbox: Outbox) -> None:
+    def pragma(name: str) -> object:
+        return outbox._db.execute(f"PRAGMA {name}").fetchone()[0]
+
+    assert pragma("journal_mode") == "wal"
+    assert pragma("synchronous") == 2
+    assert pragma("locking_mode") == "exclusive"
+    assert pragma("foreign_keys") == 1
+    assert pragma("application_id") == APPLICATION_ID
+    assert pragma("user_version") == VERSION
+
+
+def test_a_second_open_names_the_file_and_the_other_process(path: Path, outbox: Outbox) -> None:
+    with pytest.raises(StoreError, match="another process holds it") as caught:
+        Outbox.open(path)
+    assert str(path) in str(caught.value)
+    commit(outbox, 0, 1)  # and the first goes on unharmed
+
+
+def test_another_process_cannot_open_a_store_that_is_held(path: Path, outbox: Outbox) -> None:
+    commit(outbox, 0, 1)
+    code = (
+        "import sys, pathlib\n"
+        "from pocd.delivery.outbox import Outbox, StoreError\n"
+        "try:\n"
+        "    Outbox.open(pathlib.Path(sys.argv[1]))\n"
+        "except StoreError as error:\n"
+        "    print(error)\n"
+    )
+    result = run_python(code, str(path))
+    assert result.returncode == 0, result.stderr
+    assert str(path) in result.stdout
+    assert "another process holds it" in result.stdout
+    commit(outbox, 1, 2)
+
+
+def test_a_closed_store_can_be_opened_by_another_process(path: Path, outbox: Outbox) -> None:
+    commit(outbox, 0, 3)
+    outbox.close()
+    code = (
+        "import sys, pathlib\n"
+        "from pocd.delivery.outbox import Outbox\n"
+        "print(Outbox.open(pathlib.Path(sys.argv[1])).totals.checked)\n"
+    )
+    result = run_python(code, str(path))
+    assert (result.returncode, result.stdout) == (0, "3\n"), result.stderr
+
+
+@pytest.mark.parametrize("below", ["file/store.db", "file/folder/store.db"])
+def test_a_path_that_cannot_be_written_is_refused_by_name(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_bytes(b"kept")
+    with pytest.raises(StoreError, match="cannot be opened") as caught:
+        Outbox.open(tmp_path / below)
+    assert str(tmp_path / below) in str(caught.value)
+    assert (tmp_path / "file").read_bytes() == b"kept"
+
+
+def test_a_folder_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="cannot be opened") as caught:
+        Outbox.open(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content", [b"hi", b"listen = 1\n" * 1000, bytes(range(256)) * 64], ids=["short", "text", "binary"]
+)
+def test_what_is_no_database_is_refused_and_left_alone(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match="not a SQLite database") as caught:
+        Outbox.open(path)
+    assert str(path) in str(caught.value)
+    assert path.read_bytes() == content
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("journal", ["delete", "wal"])
+def test_another_programs_database_is_refused_and_left_alone(path: Path, journal: str) -> None:
+    with closing(sqlite3.connect(path)) as theirs:
+        theirs.execute(f"PRAGMA journal_mode = {journal}")
+        theirs.execute("CREATE TABLE notes (text)")
+        theirs.execute("INSERT INTO notes VALUES ('mine')")
+        theirs.commit()
+    before = path.read_bytes()
+
+    with pytest.raises(StoreError, match="another program's database") as caught:
+        Outbox.open(path)
+    assert str(path) in str(caught.value)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("journal", ["delete", "wal"])
+def test_a_newer_store_is_refused_and_left_alone(path: Path, journal: str) -> None:
+    with opened(path) as outbox:
+        outbox.set_paused(paused=True)
+    with closing(sqlite3.connect(path)) as newer:
+        newer.execute(f"PRAGMA user_version = {VERSION + 1}")
+        newer.execute(f"PRAGMA journal_mode = {journal}")
+    before = path.read_bytes()
+
+    with pytest.raises(StoreError, match=f"has version {VERSION + 1}, made by a newer pocd") as caught:
+        Outbox.open(path)
+    assert str(path) in str(caught.value)
+    assert path.read_bytes() == before
+
+
+def test_a_refused_file_is_not_kept_locked(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as theirs:
+        theirs.execute("CREATE TABLE notes (text)")
+    with pytest.raises(StoreError):
+        Outbox.open(path)
+    with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as theirs:
+        theirs.execute("INSERT INTO notes VALUES ('still mine')")
+
+
+# Surviving
+
+
+def test_closing_and_opening_again_keeps_everything(path: Path, outbox: Outbox) -> None:
+    commit(outbox, 0, 4)
+    commit(outbox, 6, 8)  # leaves a hole
+    form(outbox, "a", "b", size=2)
+    commit(outbox, 8, 9)
+    first = outbox.head("a")
+    assert first is not None
+    outbox.record_delivered("a", first.batch, NOW)
+    outbox.record_failed("b", first.batch, "HTTP 500", NOW + 5)
+    outbox.set_paused(paused=True)
+    totals, queues, bodies = outbox.totals, outbox.queues, batched(outbox)
+    heads = outbox.head("a"), outbox.head("b")
+    outbox.close()
+
+    with opened(path) as again:
+        assert again.totals == totals == recount(again) == Totals(checked=7, valid=7, stored=6, delivered=0)
+        assert again.queues == queues == {"a": Queue(2, 4, 1, 2), "b": Queue(3, 6, 0, 0)}
+        assert (again.head("a"), again.head("b")) == heads
+        assert batched(again) == bodies
+        assert again.paused
+        assert again.begin_round(ROUND, NODE, NOW) == RoundProgress(Progress(4, (Span(6, 9),)), checked=7, valid=7)
+        assert waiting(again) == 1
+
+
+def test_what_a_killed_process_announced_is_there(path: Path) -> None:
+    """The child prints each span after its commit; it is killed without warning in the middle of its work."""
+    code = (
+        "import sys, pathlib\n"
+        "from pocd.delivery.outbox import Outbox\n"
+        "from pocd.nonces import Node, Span\n"
+        "from pocd.proof import Proof, Round\n"
+        "outbox, node = Outbox.open(pathlib.Path(sys.argv[1])), Node(1, 3)\n"
+        "round_ = Round('AB', 10, 'miner', 1.4, 'poc2', 'tiny', 16)\n"
+        "outbox.begin_round(round_, node, 0.0)\n"
+        "for start in range(0, 10**9, 10):\n"
+        "    span = Span(start, start + 10)\n"
+        "    proofs = [Proof(nonce, 1.0) for nonce in node.nonces(span)[:3]]\n"
+        "    outbox.commit_span(round_, node, span, proofs, 0.0)\n"
+        "    outbox.form_batches(['a'], size=2, age=1e9, now=0.0, current=round_)\n"
+        "    print(span.stop, flush=True)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        for _ in range(20):
+            child.stdout.readline()
+        child.kill()
+        announced = 200 + 10 * len(child.stdout.readlines())
+    assert child.returncode != 0
+
+    with opened(path) as outbox:
+        done = outbox.begin_round(ROUND, NODE, NOW)
+        assert done.progress.cursor >= announced
+        assert done == RoundProgress(Progress(done.checked), done.checked, done.valid)
+        assert outbox.totals == recount(outbox)
+        form(outbox, "a", current=None)
+        expected = [nonce for start in range(0, done.checked, 10) for nonce in NODE.nonces(Span(start, start + 3))]
+        assert [nonce for nonces in batched(outbox) for nonce in nonces] == expected
+
+
+def test_a_batch_keeps_its_bytes_and_id_across_failures_and_restarts(path: Path, outbox: Outbox) -> None:
+    proofs = commit(outbox, 0, 3)
+    form(outbox, "a", size=3)
+    first = outbox.head("a")
+    assert first is not None
+    batch = ProofBatch(ROUND, NODE.id, tuple(proofs))
+    assert (first.id, first.kind, first.body) == (batch.id, "generated", batch.to_json())
+    assert (first.attempts, first.next_at) == (0, NOW)
+
+    outbox.record_failed("a", first.batch, "HTTP 500", NOW + 1)
+    outbox.close()
+    with opened(path) as again:
+        again.record_failed("a", first.batch, "HTTP 502", NOW + 3)
+        expected = PendingDelivery(first.batch, first.id, "generated", first.body, attempts=2, next_at=NOW + 3)
+        assert again.head("a") == expected
+
+
+# Checking nonces
+
+
+def test_another_round_or_share_has_progress_of_its_own(outbox: Outbox) -> None:
+    commit(outbox, 0, 5)
+    fresh = RoundProgress(Progress(), 0, 0)
+    assert outbox.begin_round(NEXT, NODE, NOW) == fresh
+    assert outbox.begin_round(ROUND, Node(2, 3), NOW) == fresh
+    assert outbox.begin_round(ROUND, Node(1, 4), NOW) == fresh
+    assert outbox.begin_round(ROUND, NODE, NOW) == RoundProgress(Progress(5), 5, 5)
+
+
+def test_a_span_cannot_be_committed_twice(outbox: Outbox) -> None:
+    commit(outbox, 0, 5)
+    with pytest.raises(AssertionError, match="was done before"):
+        commit(outbox, 3, 6)
+    assert outbox.totals == recount(outbox) == Totals(5, 5, 0, 0)
+    commit(outbox, 5, 6)
+
+
+def test_progress_and_proofs_are_one_transaction(path: Path, outbox: Outbox) -> None:
+    commit(outbox, 0, 2)
+    outbox._db.execute(
+        "CREATE TEMP TRIGGER broken BEFORE INSERT ON proofs WHEN new.nonce > 10"
+        " BEGIN SELECT RAISE(ABORT, 'broken'); END"
+    )
+    with pytest.raises(sqlite3.IntegrityError, match="broken"):
+        commit(outbox, 2, 6)  # nonces 7, 10, 13: the last ones fail when the first are already inserted
+    assert outbox.totals == recount(outbox) == Totals(2, 2, 0, 0)
+    assert waiting(outbox) == 2
+    assert outbox.begin_round(ROUND, NODE, NOW).progress == Progress(2)
+
+    outbox.close()
+    with opened(path) as again:
+        assert again.begin_round(ROUND, NODE, NOW) == RoundProgress(Progress(2), 2, 2)
+        commit(again, 2, 6)
+        assert again.totals == recount(again) == Totals(6, 6, 0, 0)
+
+
+def test_a_distance_that_is_no_number_is_never_stored(outbox: Outbox) -> None:
+    with pytest.raises(sqlite3.IntegrityError):
+        outbox.commit_span(ROUND, NODE, Span(0, 1), [Proof(1, float("nan"))], NOW)
+    assert outbox.totals == recount(outbox) == Totals(0, 0, 0, 0)
+    assert outbox.begin_round(ROUND, NODE, NOW).progress == Progress()
+
+
+def test_a_full_disk_is_named_as_the_cause_and_costs_nothing_committed(outbox: Outbox) -> None:
+    commit(outbox, 0, 1)
+    (pages,) = outbox._db.execute("PRAGMA page_count").fetchone()
+    outbox._db.execute(f"PRAGMA max_page_count = {pages}")
+    with pytest.raises(sqlite3.Error, match="full"):
+        commit(outbox, 1, 2000)
+    outbox._db.execute(f"PRAGMA max_page_count = {10 * pages}")
+    assert outbox.begin_round(ROUND, NODE, NOW) == RoundProgress(Progress(1), 1, 1)
+    commit(outbox, 1, 2000)
+    assert outbox.totals == recount(outbox) == Totals(2000, 2000, 0, 0)
+
+
+def test_pausing_is_remembered_until_resumed(path: Path, outbox: Outbox) -> None:
+    for paused in (True, True, False, False, True):
+        outbox.set_paused(paused=paused)
+        assert outbox.paused == paused
+    outbox.close()
+    with opened(path) as again:
+        assert again.paused
+        again.set_paused(paused=False)
+    with opened(path) as again:
+        assert not again.paused
+
+
+# Forming batches
+
+
+def test_batches_are_formed_of_size_proofs_in_order_and_the_rest_waits(outbox: Outbox) -> None:
+    commit(outbox, 4, 7)
+    commit(outbox, 0, 4)
+    form(outbox, "a", size=3)
+    assert batched(outbox) == [[13, 16, 19], [1, 4, 7]]
+    assert waiting(outbox) == 1
+    assert outbox.totals == recount(outbox) == Totals(7, 7, 6, 0)
+
+
+def test_a_short_batch_is_formed_when_the_oldest_proof_is_old_enough(outbox: Outbox) -> None:
+    commit(outbox, 0, 1)
+    commit(outbox, 1, 2, now=NOW + 4)
+    assert form(outbox, "a", now=NOW + 9.5) == NOW + 10
+    assert batched(outbox) == []
+    assert form(outbox, "a", now=NOW + 10) is None
+    assert batched(outbox) == [[1, 4]]
+
+
+def test_what_is_left_of_full_batches_is_due_by_its_own_age(outbox: Outbox) -> None:
+    commit(outbox, 0, 3)
+    commit(outbox, 3, 4, now=NOW + 4)
+    assert form(outbox, "a", size=3, now=NOW + 5) == NOW + 14
+    assert batched(outbox) == [[1, 4, 7]]
+
+
+def test_proofs_of_a_round_that_is_over_are_batched_at_once(outbox: Outbox) -> None:
+    commit(outbox, 0, 2)
+    outbox.begin_round(NEXT, NODE, NOW)
+    commit(outbox, 0, 1, round_=NEXT, now=NOW + 1)
+    assert form(outbox, "a", current=NEXT, now=NOW + 2) == NOW + 11
+    assert batched(outbox) == [[1, 4]]
+    assert form(outbox, "a", current=None, now=NOW + 2) is None
+    assert batched(outbox) == [[1, 4], [1]]
+
+
+def test_a_batch_holds_proofs_of_one_round_and_one_node_only(outbox: Outbox) -> None:
+    other = Node(2, 3)
+    outbox.begin_round(NEXT, NODE, NOW)
+    outbox.begin_round(ROUND, other, NOW)
+    expected = []
+    for round_, node in ((ROUND, NODE), (NEXT, NODE), (ROUND, other)):
+        proofs = proofs_of(Span(0, 2), node)
+        outbox.commit_span(round_, node, Span(0, 2), proofs, NOW)
+        expected.append(ProofBatch(round_, node.id, tuple(proofs)))
+    form(outbox, "a", current=None)
+    deliveries = drain(outbox, "a")
+    assert [delivery.id for delivery in deliveries] == [batch.id for batch in expected]
+    assert [delivery.body for delivery in deliveries] == [batch.to_json() for batch in expected]
+
+
+def test_without_receivers_proofs_wait_for_one(path: Path, outbox: Outbox) -> None:
+    commit(outbox, 0, 5)
+    assert form(outbox, size=1, now=NOW + 1000, current=None) is None
+    assert waiting(outbox) == 5
+    outbox.close()
+    with opened(path) as again:
+        form(again, "late", size=1000, now=NOW + 1000)
+        assert batched(again) == [[1, 4, 7, 10, 13]]
+        assert again.queues == {"late": Queue(1, 5, 0, 0)}
+
+
+@pytest.mark.parametrize("now", [NOW - 1, NOW - 1e9, 0.0])
+def test_a_clock_that_was_set_back_keeps_no_proof(outbox: Outbox, now: float) -> None:
+    commit(outbox, 0, 1)
+    form(outbox, "a", now=now)
+    assert batched(outbox) == [[1]]
+
+
+def test_with_nothing_to_batch_nothing_is_due(outbox: Outbox) -> None:
+    assert form(outbox, "a") is None
+    assert batched(outbox) == []
+
+
+# Delivering
+
+
+def test_each_receiver_gets_every_batch_in_order_at_its_own_pace(outbox: Outbox) -> None:
+    commit(outbox, 0, 4)
+    form(outbox, "slow", "fast", size=2)
+    fast = drain(outbox, "fast")
+    commit(outbox, 4, 8)
+    form(outbox, "slow", "fast", size=2)
+    fast += drain(outbox, "fast")
+    slow = drain(outbox, "slow")
+    assert [nonces_of(delivery.body) for delivery in fast] == [[1, 4], [7, 10], [13, 16], [19, 22]]
+    assert [(delivery.id, delivery.body) for delivery in slow] == [(delivery.id, delivery.body) for delivery in fast]
+
+
+def test_a_batch_that_failed_stays_at_the_head_of_its_queue(outbox: Outbox) -> None:
+    commit(outbox, 0, 2)
+    form(outbox, "a", size=1)
+    first = outbox.head("a")
+    assert first is not None
+    outbox.record_failed("a", first.batch, "HTTP 500", NOW + 100)
+    again = outbox.head("a")
+    assert again is not None
+    assert (again.batch, again.attempts) == (first.batch, 1)
+
+
+def test_delivered_counts_a_batch_when_its_last_receiver_has_it(outbox: Outbox) -> None:
+    commit(outbox, 0, 3)
+    form(outbox, "a", "b", size=3)
+    head = outbox.head("a")
+    assert head is not None
+    outbox.record_delivered("a", head.batch, NOW)
+    assert outbox.totals == recount(outbox) == Totals(3, 3, 3, 0)
+    assert outbox.queues == {"a": Queue(0, 0, 1, 3), "b": Queue(1, 3, 0, 0)}
+    outbox.record_failed("b", head.batch, "HTTP 500", NOW)
+    assert outbox.totals.delivered == 0
+    outbox.record_delivered("b", head.batch, NOW)
+    assert outbox.totals == recount(outbox) == Totals(3, 3, 3, 3)
+    assert outbox.queues["b"] == Queue(0, 0, 1, 3)
+
+
+def test_batches_are_kept_after_their_delivery(path: Path, outbox: Outbox) -> None:
+    commit(outbox, 0, 3)
+    form(outbox, "a", size=3)
+    drain(outbox, "a")
+    outbox.close()
+    with opened(path) as again:
+        assert batched(again) == [[1, 4, 7]]
+        assert again.queues == {"a": Queue(0, 0, 1, 3)}
+
+
+# The thread
+
+
+def test_a_store_that_cannot_be_opened_is_told_to_who_starts_the_thread(tmp_path: Path) -> None:
+    before = threading.active_count()
+    with pytest.raises(StoreError):
+        OutboxThread(tmp_path)
+    assert threading.active_count() == before
+
+
+async def test_calls_run_in_one_thread_one_after_another_and_give_results_and_errors(path: Path) -> None:
+    def where(_: Outbox) -> int:
+        return threading.get_ident()
+
+    def fail(_: Outbox) -> None:
+        raise ValueError("told")
+
+    with closing(OutboxThread(path)) as thread:
+        idents = await asyncio.gather(*(thread(where) for _ in range(10)))
+        assert len(set(idents)) == 1
+        assert threading.get_ident() not in idents
+        with pytest.raises(ValueError, match="told"):
+            await thread(fail)
+        done = await thread(Outbox.begin_round, ROUND, NODE, NOW)
+        assert done == RoundProgress(Progress(), 0, 0)
+
+
+async def test_a_write_that_began_is_finished_though_its_caller_was_cancelled(path: Path) -> None:
+    began, may_go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def slow_commit(outbox: Outbox) -> None:
+        loop.call_soon_threadsafe(began.set)
+        assert may_go_on.wait(30)
+        commit(outbox, 0, 3)
+
+    with closing(OutboxThread(path)) as thread:
+        await thread(Outbox.begin_round, ROUND, NODE, NOW)
+        call = asyncio.create_task(thread(slow_commit))
+        await began.wait()
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        may_go_on.set()
+    with opened(path) as again:
+        assert again.totals == recount(again) == Totals(3, 3, 0, 0)
+
+
+async def test_closing_the_thread_finishes_what_was_asked_and_frees_the_file(path: Path) -> None:
+    thread = OutboxThread(path)
+    calls = [asyncio.create_task(thread(Outbox.begin_round, round_, NODE, NOW)) for round_ in (ROUND, NEXT)]
+    await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+    thread.close()
+    await asyncio.gather(*calls)
+    with opened(path) as again:
+        (rounds,) = again._db.execute("SELECT count(*) FROM rounds").fetchone()
+        assert rounds == 2
+
+
+# Everything at once
+
+ROUNDS = tuple(Round(name, height, "miner", 1.4, "poc2", "tiny", 16) for height, name in enumerate("XYZ", start=1))
+RECEIVERS = ("a", "b")
+
+
+@dataclass
+class Model:
+    """What the store has to hold, kept in plain lists."""
+
+    done: dict[Round, set[int]] = field(default_factory=dict)
+    found: list[tuple[str, int, float]] = field(default_factory=list)  # round id, nonce, distance
+    batches: dict[int, tuple[str, bytes, tuple[str, ...]]] = field(default_factory=dict)  # id, body, receivers
+    attempts: Counter[tuple[str, int]] = field(default_factory=Counter)
+    accepted: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in RECEIVERS})
+
+    def pending(self, receiver: str) -> list[int]:
+        theirs = [number for number, (_, _, receivers) in self.batches.items() if receiver in receivers]
+        return [number for number in theirs if number not in self.accepted[receiver]]
+
+    def nonces(self, number: int) -> int:
+        return len(nonces_of(self.batches[number][1]))
+
+    def totals(self) -> Totals:
+        delivered = [
+            number
+            for number, (_, _, receivers) in self.batches.items()
+            if all(number in self.accepted[receiver] for receiver in receivers)
+        ]
+        return Totals(
+            checked=sum(map(len, self.done.values())),
+            valid=len(self.found),
+            stored=sum(map(self.nonces, self.batches)),
+            delivered=sum(map(self.nonces, delivered)),
+        )
+
+    def queue(self, receiver: str) -> Queue:
+        pending, accepted = self.pending(receiver), self.accepted[receiver]
+        return Queue(len(pending), sum(map(self.nonces, pending)), len(accepted), sum(map(self.nonces, accepted)))
+
+
+class OutboxMachine(RuleBasedStateMachine):
+    """A life of the store with crashes at every point between its transactions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp(prefix="pocd-outbox-"))
+        self.generation = 0
+        self.now = NOW
+        self.model = Model()
+        self.outbox = Outbox.open(self.path)
+        self.active = ROUNDS[0]
+        self.begin(ROUNDS[0])
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.generation}.db"
+
+    def teardown(self) -> None:
+        self.outbox.close()
+        shutil.rmtree(self.folder)
+
+    def mine(self) -> None:
+        """Take up the active round as the miner does: from what the store says was done."""
+        done = self.outbox.begin_round(self.active, NODE, self.now)
+        mine = self.model.done.setdefault(self.active, set())
+        islands = [range(island.start, island.stop) for island in done.progress.islands]
+        assert set(range(done.progress.cursor)).union(*islands) == mine
+        assert done.checked == len(mine)
+        assert done.valid == sum(round_id == self.active.id for round_id, _, _ in self.model.found)
+        self.ledger = Ledger(done.progress)
+        self.leased: list[Span] = []
+
+    @rule(round_=st.sampled_from(ROUNDS))
+    def begin(self, round_: Round) -> None:
+        self.active = round_
+        self.mine()
+
+    @rule(count=st.integers(1, 4))
+    def lease(self, count: int) -> None:
+        self.leased.append(self.ledger.take(count))
+
+    @precondition(lambda self: self.leased)
+    @rule(data=st.data())
+    def commit_span(self, data: st.DataObject) -> None:
+        span = self.leased.pop(data.draw(st.integers(0, len(self.leased) - 1)))
+        valid = data.draw(st.lists(st.sampled_from(NODE.nonces(span)), unique=True))
+        proofs = [Proof(nonce, data.draw(st.floats(0, 1.4, exclude_max=True))) for nonce in sorted(valid)]
+        self.outbox.commit_span(self.active, NODE, span, proofs, self.now)
+        self.model.done[self.active] |= set(range(span.start, span.stop))
+        self.model.found += [(self.active.id, proof.nonce, proof.distance) for proof in proofs]
+
+    @rule(
+        receivers=st.sampled_from([(), ("a",), RECEIVERS, RECEIVERS]),
+        size=st.integers(1, 5),
+        age=st.sampled_from([1.0, 100.0]),
+        over=st.booleans(),
+    )
+    def form_batches(self, receivers: tuple[str, ...], size: int, age: float, over: bool) -> None:  # noqa: FBT001
+        self.outbox.form_batches(receivers, size=size, age=age, now=self.now, current=None if over else self.active)
+        rows = self.outbox._db.execute("SELECT number, id, body, nonces FROM batches ORDER BY number").fetchall()
+        for number, name, body, nonces in rows:
+            if number not in self.model.batches:
+                self.model.batches[number] = (name, body, receivers)
+                assert 1 <= nonces <= size
+        if receivers and over:
+            assert waiting(self.outbox) == 0
+
+    @rule(receiver=st.sampled_from(RECEIVERS))
+    def accept(self, receiver: str) -> None:
+        if head := self.head(receiver):
+            self.outbox.record_delivered(receiver, head.batch, self.now)
+            self.model.accepted[receiver].append(head.batch)
+
+    @rule(receiver=st.sampled_from(RECEIVERS), delay=st.floats(0, 72))
+    def refuse(self, receiver: str, delay: float) -> None:
+        if head := self.head(receiver):
+            self.outbox.record_failed(receiver, head.batch, "HTTP 500", self.now + delay)
+            self.model.attempts[receiver, head.batch] += 1
+            again = self.head(receiver)
+            assert again is not None
+            assert (again.batch, again.next_at) == (head.batch, self.now + delay)
+
+    def head(self, receiver: str) -> PendingDelivery | None:
+        """Return the head of a queue, which has to be the oldest batch that is pending, as it was formed."""
+        head = self.outbox.head(receiver)
+        pending = self.model.pending(receiver)
+        assert (head.batch if head else None) == min(pending, default=None)
+        if head:
+            assert (head.id, head.body) == self.model.batches[head.batch][:2]
+            assert head.attempts == self.model.attempts[receiver, head.batch]
+        return head
+
+    @rule(seconds=st.floats(-1000, 1000))
+    def set_clock(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule()
+    def reopen(self) -> None:
+        self.outbox.close()
+        self.outbox = Outbox.open(self.path)
+        self.mine()
+
+    @rule()
+    def crash(self) -> None:
+        """Go on from a copy of the files as they are on disk, with no chance for the store to say goodbye."""
+        old = self.path
+        self.generation += 1
+        for suffix in ("", "-wal"):
+            shutil.copyfile(f"{old}{suffix}", f"{self.path}{suffix}")
+        self.outbox.close()
+        self.outbox = Outbox.open(self.path)
+        self.mine()
+
+    @invariant()
+    def every_proof_is_in_one_place(self) -> None:
+        rows = self.outbox._db.execute(
+            "SELECT rounds.id, nonce, distance FROM proofs JOIN rounds ON rounds.number = proofs.round"
+        )
+        held = list(rows)
+        for (body,) in self.outbox._db.execute("SELECT body FROM batches"):
+            batch = orjson.loads(body)
+            (round_,) = [round_ for round_ in ROUNDS if round_.block_hash == batch["block_hash"]]
+            held += [(round_.id, *pair) for pair in zip(batch["nonces"], batch["dist"], strict=True)]
+        assert sorted(held) == sorted(self.model.found)
+
+    @invariant()
+    def no_batch_ever_changes(self) -> None:
+        rows = self.outbox._db.execute("SELECT number, id, body FROM batches")
+        assert {number: (name, body) for number, name, body in rows} == {
+            number: (name, body) for number, (name, body, _) in self.model.batches.items()
+        }
+
+    @invariant()
+    def each_receiver_accepts_in_order(self) -> None:
+        for numbers in self.model.accepted.values():
+            assert numbers == sorted(set(numbers))
+
+    @invariant()
+    def the_funnel_is_honest(self) -> None:
+        totals = self.outbox.totals
+        assert totals.checked >= totals.valid >= totals.stored >= totals.delivered
+        assert totals == self.model.totals() == recount(self.outbox)
+        for receiver in RECEIVERS:
+            assert self.outbox.queues.get(receiver, Queue()) == self.model.queue(receiver)
+
+
+TestOutboxLife = OutboxMachine.TestCase
+TestOutboxLife.settings = settings(
+    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)

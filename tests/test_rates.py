@@ -1,0 +1,83 @@
+"""Rates over a sliding window, with the clock given by the test."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pocd.observe.rates import RateWindow
+
+
+class Clock:
+    """Stands still until told otherwise."""
+
+    def __init__(self, now: float = 0.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_at_the_start_the_rate_is_zero() -> None:
+    clock = Clock(1000.5)
+    window = RateWindow(clock)
+    window.add(7)
+    assert window.per_second(60) == 0.0
+
+
+def test_before_the_window_is_full_the_rate_is_over_the_time_since_the_start() -> None:
+    clock = Clock(1000.0)
+    window = RateWindow(clock)
+    clock.now = 1010.0
+    window.add(30)
+    clock.now = 1020.0
+    assert window.per_second(60) == window.per_second(900) == 1.5
+
+
+def test_what_is_older_than_the_window_does_not_count() -> None:
+    clock = Clock()
+    window = RateWindow(clock)
+    window.add(6000)
+    clock.now = 100.0
+    window.add(60)
+    clock.now = 130.0
+    assert window.per_second(60) == 1.0
+    assert window.per_second(900) == pytest.approx(6060 / 130)
+
+
+def test_a_quarter_of_an_hour_is_kept_and_no_more() -> None:
+    clock = Clock()
+    window = RateWindow(clock)
+    for second in range(5000):
+        clock.now = second + 0.25
+        window.add(1)
+        window.add(1)
+    assert window.per_second(900) == pytest.approx(2.0)
+    assert len(window._buckets) == 900
+
+
+@given(
+    start=st.floats(0, 1000),
+    events=st.lists(st.tuples(st.floats(0, 120), st.integers(0, 1000)), max_size=30),
+    after=st.floats(0, 1200),
+    seconds=st.sampled_from([1.0, 60.0, 900.0]),
+)
+def test_a_rate_counts_the_window_to_within_one_second(
+    start: float, events: list[tuple[float, int]], after: float, seconds: float
+) -> None:
+    clock = Clock(start)
+    window = RateWindow(clock)
+    added: list[tuple[float, int]] = []
+    for pause, count in events:
+        clock.now += pause
+        window.add(count)
+        added.append((clock.now, count))
+    clock.now += after
+    span = min(seconds, clock.now - start)
+    counted = window.per_second(seconds) * span
+
+    surely = sum(count for at, count in added if at >= clock.now - seconds + 1 + 1e-6)
+    perhaps = sum(count for at, count in added if at > clock.now - seconds)
+    if span > 0:
+        assert surely <= round(counted) <= perhaps
+    else:
+        assert counted == 0
