@@ -12,7 +12,6 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 
 from pocd import __version__
@@ -45,7 +44,7 @@ def root(
     """Mine proofs of compute, and deliver every one of them."""
     context.obj = debug
     if version:
-        typer.echo(f"pocd {__version__}")
+        _print(f"pocd {__version__}")
         raise typer.Exit
 
 
@@ -54,13 +53,10 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:2]
     try:
         code = app(standalone_mode=False)
-    except click.ClickException as error:
+    except typer.TyperException as error:
         code = _fail(2, error.format_message())
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         code = 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has what it wanted
-        code = 0
     except ConfigError as error:
         code = _fail(EXIT_CONFIG, str(error))
     except EndedError as error:
@@ -70,6 +66,15 @@ def main() -> None:
             traceback.print_exc()
         code = _fail(EXIT_CRASH, f"{type(error).__name__}: {error} (pocd --debug … shows where)")
     sys.exit(code)
+
+
+def _print(text: str) -> None:
+    """Print a line; where the reader has gone, it has what it wanted: end well."""
+    try:
+        typer.echo(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes nowhere
+        raise typer.Exit from None
 
 
 def _fail(code: int, message: str) -> int:
@@ -156,7 +161,7 @@ def compute(
             batch_size=batch_size,
         )
         for nonce, distance in command.distances(request):
-            typer.echo(f'{{"nonce": {nonce}, "distance": {distance!r}}}' if as_json else f"{nonce}\t{distance:.6f}")
+            _print(f'{{"nonce": {nonce}, "distance": {distance!r}}}' if as_json else f"{nonce}\t{distance:.6f}")
     except ComputeError as error:
         raise EndedError(EXIT_NO_DEVICE if isinstance(error, DeviceError) else EXIT_CONFIG, str(error)) from error
 
@@ -187,21 +192,21 @@ def status(
     from pocd.admin import report
 
     body = _call("GET", "/api/v1/pow/status", config, url, token_file)
-    typer.echo(report.as_json(body) if as_json else report.as_text(body))
+    _print(report.as_json(body) if as_json else report.as_text(body))
 
 
 @app.command()
 def stop(config: ConfigOption = DEFAULT_PATH, url: UrlOption = None, token_file: TokenOption = None) -> None:
     """Stop mining until `pocd resume`, also across restarts. The daemon runs on and delivers."""
     body = _call("POST", "/api/v1/pow/stop", config, url, token_file)
-    typer.echo(f"mining is {body['state']}")
+    _print(f"mining is {body['state']}")
 
 
 @app.command()
 def resume(config: ConfigOption = DEFAULT_PATH, url: UrlOption = None, token_file: TokenOption = None) -> None:
     """Go on mining."""
     body = _call("POST", "/api/v1/pow/resume", config, url, token_file)
-    typer.echo(f"mining is {body['state']}")
+    _print(f"mining is {body['state']}")
 
 
 @app.command()
@@ -262,11 +267,13 @@ def _port_errors(host: str, port: int) -> Iterator[None]:
 @config_app.command("check")
 def config_check(config: ConfigOption = DEFAULT_PATH) -> None:
     """Check the configuration, without starting anything."""
-    load(config)
-    typer.echo(f"{config}: good")
+    from pocd.daemon import check_model
+
+    check_model(load(config))
+    _print(f"{config}: good")
 
 
 @config_app.command("show")
 def config_show(config: ConfigOption = DEFAULT_PATH) -> None:
     """Print the configuration in effect, as TOML: file, environment and defaults together."""
-    typer.echo(to_toml(load(config)), nl=False)
+    _print(to_toml(load(config)).rstrip("\n"))

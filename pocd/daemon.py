@@ -19,6 +19,8 @@ from pocd.admin.status import Parts
 from pocd.chain.cometbft import CometBFT
 from pocd.chain.failover import Failover
 from pocd.chain.follower import ChainHealth, follow
+from pocd.compute.errors import ModelError
+from pocd.compute.names import resolve
 from pocd.delivery.dispatcher import Batcher, Dispatcher, Receiver, open_session
 from pocd.delivery.outbox import OutboxThread, StoreError
 from pocd.delivery.signing import SecretError, WebhookKeys
@@ -56,6 +58,7 @@ async def run(settings: Settings, *, log: FilteringBoundLogger, notifier: Notifi
         ConfigError: A file, the store or the address that the settings name cannot be used.
         EndedError: The worker cannot work on this machine, or as configured.
     """
+    check_model(settings)
     token = read_token(settings.admin.token_file)
     receivers = _receivers(settings)
     try:
@@ -67,6 +70,18 @@ async def run(settings: Settings, *, log: FilteringBoundLogger, notifier: Notifi
             daemon = Daemon(settings, outbox, session, receivers, log=log, notifier=notifier)
             async with _listening(daemon, token):
                 await daemon.run()
+
+
+def check_model(settings: Settings) -> None:
+    """Find the model where that needs no loading: bundled, or a local folder.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    try:
+        resolve(settings.model.name)
+    except ModelError as error:
+        raise ConfigError(f"model.name: {error}") from None
 
 
 def read_token(path: Path | None) -> str | None:

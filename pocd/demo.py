@@ -113,10 +113,10 @@ async def run(plan: Plan) -> int:
     )
     async with contextlib.AsyncExitStack() as processes:
         chain = await processes.enter_async_context(
-            _process(plan.folder, "devchain", "--port", "0", "--block-seconds", str(plan.block_seconds))
+            process(plan.folder, "devchain", "--port", "0", "--block-seconds", str(plan.block_seconds))
         )
         receiver = await processes.enter_async_context(
-            _process(plan.folder, "receiver", "--port", "0", "--store", str(plan.folder / "receiver.db"))
+            process(plan.folder, "receiver", "--port", "0", "--store", str(plan.folder / "receiver.db"))
         )
         config = plan.folder / "pocd.toml"
         config.write_text(
@@ -128,7 +128,7 @@ async def run(plan: Plan) -> int:
                 store=plan.folder / "outbox.db",
             )
         )
-        daemon = await processes.enter_async_context(_process(plan.folder, "run", "--config", str(config)))
+        daemon = await processes.enter_async_context(process(plan.folder, "run", "--config", str(config)))
         interrupted = await _watch(plan, daemon, console, stop)
         console.print("stopping the daemon (SIGTERM); it finishes its batches and delivers what is left")
         await daemon.end()
@@ -138,7 +138,7 @@ async def run(plan: Plan) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class _Running:
+class Running:
     """A process that listens at `url` and writes its log to `log`."""
 
     process: Process
@@ -162,15 +162,15 @@ class _Running:
 
 
 @contextlib.asynccontextmanager
-async def _process(folder: Path, command: str, *options: str) -> AsyncIterator[_Running]:
-    """Run `pocd COMMAND` until the context ends; its session is its own, so that Ctrl-C reaches only us."""
+async def process(folder: Path, command: str, *options: str) -> AsyncIterator[Running]:
+    """Run `pocd COMMAND` until the context ends. Its session is its own, so that Ctrl-C reaches only us."""
     log = folder / f"{command}.log"
     with log.open("wb") as sink:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "pocd", command, *options, stdout=sink, stderr=sink, start_new_session=True
         )
     try:
-        yield _Running(process, await _announced_url(process, log), log)
+        yield Running(process, await _announced_url(process, log), log)
     finally:
         if process.returncode is None:
             process.terminate()
@@ -194,7 +194,7 @@ async def _announced_url(process: Process, log: Path) -> str:
     raise EndedError(EXIT_CRASH, f"{log.stem} did not start: {lines[-1] if lines else 'no word'}; see {log}")
 
 
-async def _watch(plan: Plan, daemon: _Running, console: Console, stop: asyncio.Event) -> bool:
+async def _watch(plan: Plan, daemon: Running, console: Console, stop: asyncio.Event) -> bool:
     """Show progress until the blocks are mined; returns whether somebody interrupted it."""
     mined: set[int] = set()
     printed_at = 0.0

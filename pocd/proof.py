@@ -21,7 +21,7 @@ def content_id(value: object) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """The search for valid nonces under one block hash (PROTOCOL.md section 5).
+    """The search for valid nonces under one block hash (docs/protocol.md section 5).
 
     Attributes:
         block_hash: The chain's hash, an opaque string, as the node wrote it.
@@ -57,7 +57,7 @@ class Proof:
 
 @dataclass(frozen=True, slots=True)
 class ProofBatch:
-    """Proofs of one round, as receivers get them (PROTOCOL.md section 5)."""
+    """Proofs of one round, as receivers get them (docs/protocol.md section 5)."""
 
     round: Round
     node_id: int

@@ -15,6 +15,7 @@ import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from pocd.compute.names import DEVICE_PATTERN, Dtype
 from pocd.compute.schemes import SCHEMES
 from pocd.observe.mask import mask_url
 
@@ -112,8 +113,8 @@ class ModelSettings(_Section):
     """Which model runs, how precisely, and where."""
 
     name: str = Field(default="Qwen/Qwen3-0.6B", min_length=1)
-    dtype: Literal["float32", "float16", "bfloat16"] = "bfloat16"
-    device: str = Field(default="cuda", pattern=r"^(cpu|cuda(:\d+)?)$")
+    dtype: Dtype = "bfloat16"
+    device: str = Field(default="cuda", pattern=DEVICE_PATTERN)
 
 
 class WorkerSettings(_Section):

@@ -115,7 +115,7 @@ def train(name: str, steps: int, seed: int) -> float:
     )
     with Progress() as progress:
         task = progress.add_task(name, total=steps)
-        for step in range(steps):
+        for _ in range(steps):
             starts = torch.randint(len(train_text) - CONTEXT - 1, (BATCH,))
             loss = loss_of(model, windows(train_text, starts))
             optimizer.zero_grad()
@@ -127,7 +127,7 @@ def train(name: str, steps: int, seed: int) -> float:
 
     target = MODELS / name
     model.bfloat16().save_pretrained(target)
-    model.to(torch.float32)
+    model.float()  # type: ignore[no-untyped-call] # transformers wraps it without annotations
     reached = held_out_loss(model, held_out)
     (target / "README.md").write_text(
         CARD.format(

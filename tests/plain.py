@@ -1,4 +1,4 @@
-"""PROTOCOL.md section 3 once more, plainly: one nonce at a time, numpy and Python integers, own decoder.
+"""docs/protocol.md section 3 once more, plainly: one nonce at a time, numpy and Python integers, own decoder.
 
 Written from the protocol's text and sharing no code with pocd, so that the two can be held against each other.
 """
@@ -120,7 +120,8 @@ class Decoder:
     def _mlp(self, x: Array, prefix: str) -> Array:
         gate = x @ self.weights[f"{prefix}.gate_proj.weight"].T
         up = x @ self.weights[f"{prefix}.up_proj.weight"].T
-        return (gate / (1 + np.exp(-gate)) * up) @ self.weights[f"{prefix}.down_proj.weight"].T
+        out: Array = (gate / (1 + np.exp(-gate)) * up) @ self.weights[f"{prefix}.down_proj.weight"].T
+        return out
 
     def last_hidden(self, x: Array, block_hash: str) -> Array:
         """The last position after the final norm, layers transformed by `block_hash`; x is [S, H]."""

@@ -368,6 +368,28 @@ async def test_a_retry_needs_nobody_to_wake_it(bench: Bench, server: Server, mon
         assert sent(await server.take(4)) == expected(batches * 4)
 
 
+async def test_while_an_attempt_is_under_way_nothing_is_settled(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever stops the daemon waits for `settled`, so that a delivery under way may end."""
+    first, second = asyncio.Event(), asyncio.Event()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not first.is_set():
+            first.set()
+            writer.write(b"HTTP/1.1 500 Broken\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        else:
+            second.set()
+            await reader.read()
+
+    monkeypatch.setattr(policy, "BACKOFF_SECONDS", (0.01,))
+    bench.wall.tick = 0.001
+    await store(bench.outbox, 1, "a")
+    async with talking(talk) as url:
+        dispatcher = bench.dispatcher(url)
+        async with running(dispatcher):
+            await soon(second.wait())
+            assert not dispatcher.settled.is_set()
+
+
 async def test_failures_in_a_row_wait_longer_and_longer(bench: Bench, server: Server) -> None:
     await store(bench.outbox, 1, "a")
     server.then(*[500] * 9)

@@ -106,6 +106,14 @@ async def test_without_a_round_a_lease_waits_for_one(miner: Miner, outbox: Outbo
     assert lease.mining.round == ROUND
 
 
+async def test_everybody_who_waits_for_a_round_gets_a_share_of_it(miner: Miner, outbox: OutboxThread) -> None:
+    waiting = [asyncio.create_task(miner.lease(2)) for _ in range(3)]
+    await let_all_run(outbox)
+    await miner.set_round(ROUND)
+    leases = await soon(asyncio.gather(*waiting))
+    assert sorted(lease.span for lease in leases) == [Span(0, 2), Span(2, 4), Span(4, 6)]
+
+
 async def test_what_is_given_back_is_lent_again_first(miner: Miner) -> None:
     await miner.set_round(ROUND)
     first, second = await miner.lease(4), await miner.lease(4)
@@ -228,8 +236,11 @@ async def test_what_was_lent_under_the_old_round_still_commits_to_it(miner: Mine
 async def test_the_same_round_again_changes_nothing(miner: Miner) -> None:
     await miner.set_round(ROUND)
     lease = await miner.lease(2)
+    await complete(miner, lease)
+    miner.proofs_stored.clear()
     await miner.set_round(ROUND)
     assert miner.mining is lease.mining
+    assert not miner.proofs_stored.is_set()
     assert (await miner.lease(2)).span == Span(2, 4)
 
 

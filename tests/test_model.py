@@ -8,7 +8,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from pocd.compute.errors import DeviceError, InputError, ModelError
-from pocd.compute.model import BUNDLED, adapt, load_model, pick_device
+from pocd.compute.model import adapt, load_model, pick_device
+from pocd.compute.names import BUNDLED
 
 SMALL: dict[str, Any] = {
     "vocab_size": 16,
@@ -103,7 +104,7 @@ def test_an_unknown_dtype_names_the_known_ones() -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:0"])
 def test_an_unknown_device_names_the_known_ones(name: str) -> None:
-    with pytest.raises(DeviceError, match="allowed are: cpu, cuda, cuda:N"):
+    with pytest.raises(InputError, match="allowed are: cpu, cuda, cuda:N"):
         pick_device(name)
 
 

@@ -44,6 +44,16 @@ def test_what_is_older_than_the_window_does_not_count() -> None:
     assert window.per_second(900) == pytest.approx(6060 / 130)
 
 
+@pytest.mark.parametrize(("at", "counted"), [(39.0, 0), (39.99, 0), (40.0, 0), (41.0, 60), (99.0, 60), (100.0, 60)])
+def test_the_window_ends_where_it_says(at: float, counted: int) -> None:
+    clock = Clock()
+    window = RateWindow(clock)
+    clock.now = at
+    window.add(60)
+    clock.now = 100.0
+    assert window.per_second(60) * 60 == counted
+
+
 def test_a_quarter_of_an_hour_is_kept_and_no_more() -> None:
     clock = Clock()
     window = RateWindow(clock)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pocd.compute.errors import InputError
+from pocd.compute.names import check_device, check_dtype, resolve
 from pocd.compute.schemes import SCHEMES
 from pocd.nonces import LARGEST_NONCE
 
@@ -63,6 +64,9 @@ def distances(request: Request) -> Iterator[tuple[int, float]]:
     """
     if request.scheme not in SCHEMES:
         raise InputError(f"scheme {request.scheme!r} is unknown; allowed are: {', '.join(SCHEMES)}")
+    check_dtype(request.dtype)
+    check_device(request.device)
+    resolve(request.model)
     from pocd.compute.engine import block_run
     from pocd.compute.model import load_model
 

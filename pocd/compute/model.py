@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +10,8 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from pocd.compute.errors import DeviceError, InputError, ModelError
+from pocd.compute.errors import DeviceError, ModelError
+from pocd.compute.names import check_device, check_dtype, resolve
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,10 +24,6 @@ if TYPE_CHECKING:
         mlp: nn.Module
         post_attention_layernorm: nn.Module
 
-
-BUNDLED = Path(__file__).resolve().parent.parent / "models"
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # Families whose decoder layer is: residual + self_attn(input_layernorm(residual)), then
 # residual + mlp(post_attention_layernorm(residual)). Others use the same names for other
@@ -59,34 +54,14 @@ class Model:
     device: torch.device
 
 
-def resolve(name: str) -> str:
-    """Turn a configured name into what transformers loads: a local path or a hub id.
-
-    Raises:
-        ModelError: A bundled model or a local path that does not exist.
-    """
-    if name.startswith("bundled:"):
-        path = BUNDLED / name.removeprefix("bundled:")
-        if not (path / "config.json").is_file():
-            known = ", ".join(sorted(f"bundled:{p.parent.name}" for p in BUNDLED.glob("*/config.json")))
-            raise ModelError(f"model {name!r} is not bundled; the bundled ones are: {known}")
-        return str(path)
-    if name.startswith(("/", "./", "../", "~")):
-        path = Path(name).expanduser()
-        if not (path / "config.json").is_file():
-            raise ModelError(f"model {name!r}: there is no {path / 'config.json'}; give a model's folder")
-        return str(path)
-    return name
-
-
 def pick_device(name: str) -> torch.device:
     """Return the device called `name` (cpu, cuda, cuda:N), checked to exist.
 
     Raises:
+        InputError: It is no device's name.
         DeviceError: A GPU was asked for and is not there. There is no fall-back to the CPU.
     """
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise DeviceError(f"device {name!r} is unknown; allowed are: cpu, cuda, cuda:N")
+    check_device(name)
     device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
@@ -113,12 +88,11 @@ def load_model(name: str, *, dtype: str, device: str) -> Model:
         device: cpu, cuda or cuda:N.
 
     Raises:
-        InputError: An unknown dtype.
+        InputError: An unknown dtype or device name.
         DeviceError: The device is not there.
         ModelError: The model cannot be found or read, or is of a family that we cannot transform.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r} is unknown; allowed are: {', '.join(DTYPES)}")
+    check_dtype(dtype)
     target = pick_device(device)
     source = resolve(name)
     transformers_logging.disable_progress_bar()
@@ -133,7 +107,9 @@ def load_model(name: str, *, dtype: str, device: str) -> Model:
         )
     try:
         loader: Any = AutoModelForCausalLM  # its annotation knows nothing of output_loading_info
-        causal, loading = loader.from_pretrained(source, config=config, dtype=DTYPES[dtype], output_loading_info=True)
+        causal, loading = loader.from_pretrained(
+            source, config=config, dtype=getattr(torch, dtype), output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     # transformers only warns, and draws at random what a checkpoint lacks: distances nobody else would get.

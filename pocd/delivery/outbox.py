@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 VERSION = 1
 APPLICATION_ID = 0x706F6364  # "pocd"
+MOST_BATCHES = 64  # formed in one transaction, so that others get their turn
+MOST_NONCES = 100_000  # likewise
 
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
@@ -257,52 +259,58 @@ class Outbox:
     def form_batches(
         self, receivers: Sequence[str], *, size: int, age: float, now: float, current: Round | None
     ) -> float | None:
-        """Put proofs into batches and queue these for `receivers`.
+        """Put proofs into batches and queue these for `receivers`, in one transaction.
 
         A batch is formed of `size` proofs of one round, or of fewer when the oldest is `age` seconds
-        old or the round is not `current`. Without receivers the proofs wait for one.
+        old or the round is not `current`. Without receivers the proofs wait for one. One call forms
+        a bounded number of batches; the rest is due at once.
 
         Returns:
-            When the oldest proof left will be due, in seconds since the epoch; None with none left.
+            When to call again, in seconds since the epoch; None with no proof left.
         """
         if not receivers:
             return None
+        formed: list[int] = []  # the nonces in each
         due: list[float] = []
-        groups = self._db.execute(
-            "SELECT round, node_id, count(*), min(found_at) FROM proofs GROUP BY round, node_id ORDER BY min(number)"
-        ).fetchall()
-        for number, node_id, waiting, oldest in groups:
-            (encoded,) = self._db.execute("SELECT round FROM rounds WHERE number = ?", (number,)).fetchone()
-            round_ = Round(**orjson.loads(encoded))
-            # A clock that was set back must not keep a proof for ever.
-            ripe = round_ != current or not 0 <= now - oldest < age
-            left = waiting
-            while left >= size or (ripe and left > 0):
-                left -= self._form_batch(number, round_, node_id, receivers, size=size, now=now)
-            if left:
-                due.append(oldest + age)
+        most = max(1, min(MOST_BATCHES, MOST_NONCES // size))
+        with self._transaction():
+            groups = self._db.execute(
+                "SELECT round, node_id, count(*), min(found_at) FROM proofs"
+                " GROUP BY round, node_id ORDER BY min(number)"
+            ).fetchall()
+            for number, node_id, left, oldest in groups:
+                (encoded,) = self._db.execute("SELECT round FROM rounds WHERE number = ?", (number,)).fetchone()
+                round_ = Round(**orjson.loads(encoded))
+                # A clock that was set back must not keep a proof for ever.
+                ripe = round_ != current or not 0 <= now - oldest < age
+                while len(formed) < most and (left >= size or (ripe and left > 0)):
+                    formed.append(self._form_batch(number, round_, node_id, receivers, size=size, now=now))
+                    left -= formed[-1]  # noqa: PLW2901 - what is left of the group
+                if left:
+                    due.append(now if ripe or left >= size else oldest + age)
+        for nonces in formed:
+            for name in receivers:
+                self._change_queue(name, pending=1, delivered=0, nonces=nonces)
         return min(due, default=None)
 
     def _form_batch(
         self, number: int, round_: Round, node_id: int, receivers: Sequence[str], *, size: int, now: float
     ) -> int:
-        with self._transaction():
-            rows = self._db.execute(
-                "SELECT number, nonce, distance FROM proofs WHERE round = ? AND node_id = ? ORDER BY number LIMIT ?",
-                (number, node_id, size),
-            ).fetchall()
-            batch = ProofBatch(round_, node_id, tuple(Proof(nonce, distance) for _, nonce, distance in rows))
-            row = self._db.execute(
-                "INSERT INTO batches (id, kind, nonces, body, created_at) VALUES (?, 'generated', ?, ?, ?)",
-                (batch.id, len(rows), batch.to_json(), now),
-            ).lastrowid
-            self._db.executemany(
-                "INSERT INTO deliveries VALUES (?, ?, 0, ?, NULL, NULL)", [(row, name, now) for name in receivers]
-            )
-            self._db.executemany("DELETE FROM proofs WHERE number = ?", [(proof,) for proof, _, _ in rows])
-            self._db.execute("UPDATE totals SET stored = stored + ?", (len(rows),))
-        for name in receivers:
-            self._change_queue(name, pending=1, delivered=0, nonces=len(rows))
+        """Move the oldest proofs of a round into a batch; returns how many. Part of a transaction."""
+        rows = self._db.execute(
+            "SELECT number, nonce, distance FROM proofs WHERE round = ? AND node_id = ? ORDER BY number LIMIT ?",
+            (number, node_id, size),
+        ).fetchall()
+        batch = ProofBatch(round_, node_id, tuple(Proof(nonce, distance) for _, nonce, distance in rows))
+        row = self._db.execute(
+            "INSERT INTO batches (id, kind, nonces, body, created_at) VALUES (?, 'generated', ?, ?, ?)",
+            (batch.id, len(rows), batch.to_json(), now),
+        ).lastrowid
+        self._db.executemany(
+            "INSERT INTO deliveries VALUES (?, ?, 0, ?, NULL, NULL)", [(row, name, now) for name in receivers]
+        )
+        self._db.executemany("DELETE FROM proofs WHERE number = ?", [(proof,) for proof, _, _ in rows])
+        self._db.execute("UPDATE totals SET stored = stored + ?", (len(rows),))
         return len(rows)
 
     def _change_queue(self, receiver: str, *, pending: int, delivered: int, nonces: int) -> None:

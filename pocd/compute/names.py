@@ -1,0 +1,47 @@
+"""What models, precisions and devices are called; without torch, so that a mistake is told at once."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Literal, get_args
+
+from pocd.compute.errors import InputError, ModelError
+
+BUNDLED = Path(__file__).resolve().parent.parent / "models"
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+DTYPES: tuple[str, ...] = get_args(Dtype)
+DEVICE_PATTERN = r"^(cpu|cuda(:[0-9]+)?)$"
+
+
+def check_dtype(name: str) -> None:
+    """Refuse an unknown precision with an InputError."""
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r} is unknown; allowed are: {', '.join(DTYPES)}")
+
+
+def check_device(name: str) -> None:
+    """Refuse what cannot be a device's name with an InputError; whether it is there is another question."""
+    if not re.fullmatch(DEVICE_PATTERN, name):
+        raise InputError(f"device {name!r} is unknown; allowed are: cpu, cuda, cuda:N")
+
+
+def resolve(name: str) -> str:
+    """Turn a configured name into what transformers loads: a local path or a hub id.
+
+    Raises:
+        ModelError: A bundled model or a local path that does not exist.
+    """
+    if name.startswith("bundled:"):
+        path = BUNDLED / name.removeprefix("bundled:")
+        if not (path / "config.json").is_file():
+            known = ", ".join(sorted(f"bundled:{p.parent.name}" for p in BUNDLED.glob("*/config.json")))
+            raise ModelError(f"model {name!r} is not bundled; the bundled ones are: {known}")
+        return str(path)
+    if name.startswith(("/", "./", "../", "~")):
+        path = Path(name).expanduser()
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model {name!r}: there is no {path / 'config.json'}; give a model's folder")
+        return str(path)
+    return name

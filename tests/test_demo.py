@@ -1,0 +1,79 @@
+"""The demo, as a person runs it: a real terminal, real processes, Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pty
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+from processes import PATIENCE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def command(folder: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "pocd", "demo", "--folder", str(folder), "--block-seconds", "2", *options]
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines of running processes that work in `folder`."""
+    found = subprocess.run(["pgrep", "-f", "-a", str(folder)], capture_output=True, text=True, check=False)
+    return found.stdout.splitlines()
+
+
+async def test_a_few_blocks_end_well_and_leave_no_process(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    process = await asyncio.create_subprocess_exec(*command(folder, "--blocks", "2"), stdout=asyncio.subprocess.PIPE)
+    async with asyncio.timeout(2 * PATIENCE):
+        out, _ = await process.communicate()
+    text = out.decode()
+    assert process.returncode == 0, text
+    assert "all is well" in text
+    assert "checked" in text
+    assert "\x1b" not in text, "no terminal, no escapes"
+    assert processes_of(folder) == []
+
+
+async def test_ctrl_c_on_a_terminal_ends_everything_cleanly(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    ours, theirs = pty.openpty()
+    process = await asyncio.create_subprocess_exec(*command(folder), stdout=theirs, stderr=theirs, stdin=theirs)
+    os.close(theirs)
+    screen = bytearray()
+    mining = asyncio.Event()
+
+    def read() -> None:
+        try:
+            screen.extend(os.read(ours, 65536))
+        except OSError:  # EIO: the other side of the terminal is closed
+            asyncio.get_running_loop().remove_reader(ours)
+        if b"GENERATING" in screen:
+            mining.set()
+
+    asyncio.get_running_loop().add_reader(ours, read)
+    async with asyncio.timeout(2 * PATIENCE):
+        await mining.wait()
+        process.send_signal(signal.SIGINT)
+        assert await process.wait() in {0, 1}, screen.decode()  # 1: so quick that no proof was found yet
+    os.close(ours)
+    assert b"Traceback" not in screen
+    assert b"funnel" in screen
+    assert processes_of(folder) == []
+
+
+async def test_a_daemon_that_cannot_start_is_told_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    process = await asyncio.create_subprocess_exec(
+        *command(folder, "--model", "bundled:nosuch"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    async with asyncio.timeout(PATIENCE):
+        _, err = await process.communicate()
+    assert process.returncode == 1
+    assert "bundled:tiny-qwen3" in err.decode()
+    assert len(err.decode().splitlines()) == 1
+    assert processes_of(folder) == []
