@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import shutil
 import signal
 import sqlite3
@@ -24,7 +25,8 @@ from rich.table import Table
 
 from pocd.admin.client import AdminError, call
 from pocd.admin.report import percent
-from pocd.exits import EXIT_CRASH, EXIT_OK, EndedError
+from pocd.exits import EXIT_CONFIG, EXIT_CRASH, EXIT_OK, EndedError
+from pocd.settings import ENV_PREFIX
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -35,10 +37,12 @@ START_SECONDS = 30.0  # for a process to listen
 STOP_SECONDS = 20.0  # for a process to end
 RECOMPUTE_SECONDS = 120.0  # for `pocd compute`
 REFRESH_SECONDS = 0.5
+STALLED_SECONDS = 120.0  # without a nonce checked
 LINE_SECONDS = 2.0  # between two lines where there is no terminal
 RECOMPUTED = 8  # proofs that are computed again
 TOLERANCE = 1e-5
 SEQ_LEN = 64
+CONFIG_NAME = "pocd.toml"
 
 CONFIG = """\
 [node]
@@ -104,21 +108,20 @@ async def run(plan: Plan) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(number, stop.set)
-    shutil.rmtree(plan.folder, ignore_errors=True)
-    plan.folder.mkdir(parents=True)
-    console = Console()
+    _empty(plan.folder)
+    console = Console(highlight=False)
     console.print(
         f"pocd demo: {plan.model}, a block every {plan.block_seconds:g} s; logs and stores in {plan.folder}",
         soft_wrap=True,
     )
     async with contextlib.AsyncExitStack() as processes:
         chain = await processes.enter_async_context(
-            process(plan.folder, "devchain", "--port", "0", "--block-seconds", str(plan.block_seconds))
+            started(plan.folder, "devchain", "--port", "0", "--block-seconds", str(plan.block_seconds))
         )
         receiver = await processes.enter_async_context(
-            process(plan.folder, "receiver", "--port", "0", "--store", str(plan.folder / "receiver.db"))
+            started(plan.folder, "receiver", "--port", "0", "--store", str(plan.folder / "receiver.db"))
         )
-        config = plan.folder / "pocd.toml"
+        config = plan.folder / CONFIG_NAME
         config.write_text(
             CONFIG.format(
                 chain=chain.url,
@@ -128,13 +131,22 @@ async def run(plan: Plan) -> int:
                 store=plan.folder / "outbox.db",
             )
         )
-        daemon = await processes.enter_async_context(process(plan.folder, "run", "--config", str(config)))
+        daemon = await processes.enter_async_context(started(plan.folder, "run", "--config", str(config)))
         interrupted = await _watch(plan, daemon, console, stop)
         console.print("stopping the daemon (SIGTERM); it finishes its batches and delivers what is left")
         await daemon.end()
         held = await _held_by(receiver.url)
     verdict = await _compare(plan, held)
     return _report(plan, verdict, console, interrupted=interrupted)
+
+
+def _empty(folder: Path) -> None:
+    """Make `folder`, or empty it where it holds an earlier demo; never delete anything else."""
+    if folder.exists():
+        if any(folder.iterdir()) and not (folder / CONFIG_NAME).is_file():
+            raise EndedError(EXIT_CONFIG, f"{folder} is not empty and holds no earlier demo; choose another --folder")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +174,17 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def process(folder: Path, command: str, *options: str) -> AsyncIterator[Running]:
+async def started(folder: Path, command: str, *options: str) -> AsyncIterator[Running]:
     """Run `pocd COMMAND` until the context ends. Its session is its own, so that Ctrl-C reaches only us."""
     log = folder / f"{command}.log"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
     with log.open("wb") as sink:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "pocd", command, *options, stdout=sink, stderr=sink, start_new_session=True
+            *(sys.executable, "-m", "pocd", command, *options),
+            stdout=sink,
+            stderr=sink,
+            env=environment,
+            start_new_session=True,
         )
     try:
         yield Running(process, await _announced_url(process, log), log)
@@ -197,38 +214,37 @@ async def _announced_url(process: Process, log: Path) -> str:
 async def _watch(plan: Plan, daemon: Running, console: Console, stop: asyncio.Event) -> bool:
     """Show progress until the blocks are mined; returns whether somebody interrupted it."""
     mined: set[int] = set()
-    printed_at = 0.0
-    body: dict[str, Any] = {}
-    with Live(console=console, auto_refresh=False, transient=False) if console.is_terminal else _no_live() as live:
+    printed_at, checked, moved_at = 0.0, 0, time.monotonic()
+    live = Live(console=console, auto_refresh=False) if console.is_terminal else None
+    with live or contextlib.nullcontext():
         while not stop.is_set():
-            if daemon.process.returncode is not None:
-                raise EndedError(
-                    EXIT_CRASH, f"the daemon ended with status {daemon.process.returncode}; see {daemon.log}"
-                )
-            try:
-                body = await call(daemon.url, "GET", "/api/v1/pow/status")
-            except AdminError:
-                if daemon.process.returncode is None:
-                    raise
-                continue
-            if body["total_checked"]:
-                mined.add(body["round"]["block_height"])
-            if live is not None:
-                live.update(_table(plan, body, len(mined)), refresh=True)
-            elif time.monotonic() - printed_at >= LINE_SECONDS:
-                printed_at = time.monotonic()
+            body = await _status(daemon)
+            now, height = time.monotonic(), body["round"]["block_height"] if body["round"] else None
+            if body["total_checked"] and height is not None:
+                mined.add(height)
+            finished = len(mined - {height})
+            if live:
+                live.update(_table(plan, body, finished), refresh=True)
+            elif now - printed_at >= LINE_SECONDS:
+                printed_at = now
                 console.print(_line(body), soft_wrap=True)
-            if plan.blocks and len(mined) > plan.blocks:
+            if plan.blocks and finished >= plan.blocks:
                 return False
+            if body["funnel"]["checked"] > checked:
+                checked, moved_at = body["funnel"]["checked"], now
+            if now - moved_at > STALLED_SECONDS:
+                raise EndedError(EXIT_CRASH, f"no nonce was checked for {STALLED_SECONDS:.0f} s; see {daemon.log}")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REFRESH_SECONDS):
                     await stop.wait()
     return True
 
 
-@contextlib.contextmanager
-def _no_live() -> Any:  # noqa: ANN401 - contextmanager's own type
-    yield None
+async def _status(daemon: Running) -> dict[str, Any]:
+    try:
+        return await call(daemon.url, "GET", "/api/v1/pow/status")
+    except AdminError as error:
+        raise EndedError(EXIT_CRASH, f"the daemon does not answer: {error}; see {daemon.log}") from error
 
 
 def _rates(body: dict[str, Any]) -> tuple[str, str]:
@@ -250,9 +266,10 @@ def _line(body: dict[str, Any]) -> str:
     )
 
 
-def _table(plan: Plan, body: dict[str, Any], mined: int) -> Table:
+def _table(plan: Plan, body: dict[str, Any], finished: int) -> Table:
     round_, chain = body["round"], body["chain"]
     expected, observed = _rates(body)
+    overall = percent(body["funnel"]["valid"] / body["funnel"]["checked"] if body["funnel"]["checked"] else None)
     loading = "  (the worker loads torch and the model)" if body["state"] == "LOADING" else ""
     table = Table(show_header=False, title="pocd demo", title_justify="left", min_width=70)
     table.add_column(style="bold")
@@ -261,10 +278,10 @@ def _table(plan: Plan, body: dict[str, Any], mined: int) -> Table:
     table.add_row("block", f"{chain['height'] or '–'}   {(chain['hash'] or '–')[:32]}…")
     if round_:
         table.add_row("round", f"{round_['id']}   {round_['checked']} checked, {round_['valid']} valid")
-    table.add_row("rounds mined", f"{mined} of {plan.blocks}" if plan.blocks else f"{mined}")
+    table.add_row("finished", f"{finished} rounds" + (f" of {plan.blocks}" if plan.blocks else ""))
     table.add_row("rate", f"{body['rates']['checked_per_second_1m']:.1f} nonces/s")
     table.add_row("funnel", _funnel(body))
-    table.add_row("valid rate", f"expected {expected}, observed {observed} in this round")
+    table.add_row("valid rate", f"expected {expected}; observed {observed} in this round, {overall} in all")
     table.add_row("end", f"after {plan.blocks} blocks, or Ctrl-C" if plan.blocks else "Ctrl-C")
     return table
 
@@ -298,8 +315,6 @@ async def _compare(plan: Plan, held: list[dict[str, Any]]) -> Verdict:
         progress = store.execute("SELECT cursor, islands, checked FROM progress").fetchall()
     complaints = []
     theirs, ours = _proofs(held), _proofs(stored)
-    if not theirs:
-        complaints.append("no proof was delivered")
     if sorted(theirs) != sorted(ours):
         complaints.append(f"the receiver holds {len(theirs)} proofs, the daemon stored {len(ours)}, and they differ")
     if len({proof[:3] for proof in theirs}) != len(theirs):
@@ -337,10 +352,14 @@ def _report(plan: Plan, verdict: Verdict, console: Console, *, interrupted: bool
         console.print(f"[red]wrong:[/red] {complaint}", soft_wrap=True)
     if verdict.complaints:
         return EXIT_CRASH
+    status = 130 if interrupted and plan.blocks else EXIT_OK
+    if not verdict.proofs:
+        console.print("no proof was found")
+        return status if interrupted else EXIT_CRASH
     console.print(
         f"[green]all is well:[/green] {verdict.proofs} proofs of {verdict.rounds} rounds delivered; the receiver holds "
         "exactly what the daemon stored, no nonce twice or left out, and the last ones recompute",
         soft_wrap=True,
     )
     console.print(f"look again: pocd receiver --store {plan.folder / 'receiver.db'}", soft_wrap=True)
-    return 130 if interrupted and plan.blocks else EXIT_OK
+    return status

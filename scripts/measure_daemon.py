@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pocd.admin.client import AdminError, call
-from pocd.demo import process
+from pocd.demo import started
 
 CONFIG = """\
 [node]
@@ -90,15 +90,15 @@ async def measure(folder: Path, batches: int, requests: int) -> Table:
     table = Table("what", "measured", title="pocd daemon")
     url = f"http://127.0.0.1:{PORT}"
     async with AsyncExitStack() as stack:
-        chain = await stack.enter_async_context(process(folder, "devchain", "--port", "0", "--block-seconds", "60"))
+        chain = await stack.enter_async_context(started(folder, "devchain", "--port", "0", "--block-seconds", "60"))
         receiver = await stack.enter_async_context(
-            process(folder, "receiver", "--port", "0", "--store", str(folder / "receiver.db"))
+            started(folder, "receiver", "--port", "0", "--store", str(folder / "receiver.db"))
         )
         config = folder / "pocd.toml"
         config.write_text(CONFIG.format(chain=chain.url, receiver=receiver.url, port=PORT, folder=folder))
         began = time.monotonic()
         answered = asyncio.create_task(first_answer(url))
-        daemon = await stack.enter_async_context(process(folder, "run", "--config", str(config)))
+        daemon = await stack.enter_async_context(started(folder, "run", "--config", str(config)))
         table.add_row("start to first answer", f"{await answered - began:.2f} s")
         while (await call(url, "GET", STATUS))["total_checked"] < 100:
             await asyncio.sleep(0.1)

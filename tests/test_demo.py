@@ -59,11 +59,20 @@ async def test_ctrl_c_on_a_terminal_ends_everything_cleanly(tmp_path: Path) -> N
     async with asyncio.timeout(2 * PATIENCE):
         await mining.wait()
         process.send_signal(signal.SIGINT)
-        assert await process.wait() in {0, 1}, screen.decode()  # 1: so quick that no proof was found yet
+        assert await process.wait() == 0, screen.decode()
     os.close(ours)
     assert b"Traceback" not in screen
     assert b"funnel" in screen
     assert processes_of(folder) == []
+
+
+async def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    process = await asyncio.create_subprocess_exec(*command(tmp_path), stderr=subprocess.PIPE)
+    async with asyncio.timeout(PATIENCE):
+        _, err = await process.communicate()
+    assert (process.returncode, b"choose another --folder" in err) == (78, True)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
 async def test_a_daemon_that_cannot_start_is_told_in_one_line(tmp_path: Path) -> None:

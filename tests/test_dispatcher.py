@@ -704,6 +704,17 @@ async def test_a_batch_goes_out_when_it_is_full(bench: Bench, server: Server) ->
     assert bench.outbox.outbox.totals.stored == 6
 
 
+async def test_what_one_forming_leaves_is_formed_next(
+    bench: Bench, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pocd.delivery.outbox.MOST_BATCHES", 1)
+    one = mine(bench, server.url, size=2, age=1e6)
+    await one.miner.set_round(ROUND)
+    await one.find(6)
+    async with running(one.dispatcher, one.batcher):
+        assert [nonces(request) for request in await server.take(3)] == [[0, 1], [2, 3], [4, 5]]
+
+
 async def test_a_batch_is_formed_when_it_is_old_enough(bench: Bench) -> None:
     one = mine(bench, "http://127.0.0.1:1", size=100, age=5.0)
     await one.miner.set_round(ROUND)

@@ -426,8 +426,51 @@ def test_a_short_batch_is_formed_when_the_oldest_proof_is_old_enough(outbox: Out
 def test_what_is_left_of_full_batches_is_due_by_its_own_age(outbox: Outbox) -> None:
     commit(outbox, 0, 3)
     commit(outbox, 3, 4, now=NOW + 4)
-    assert form(outbox, "a", size=3, now=NOW + 5) == NOW + 14
-    assert batched(outbox) == [[1, 4, 7]]
+    due = form(outbox, "a", size=3, now=NOW + 5)
+    assert due is not None
+    assert NOW + 5 < due <= NOW + 14, "asking too early is harmless, too late is not"
+    assert form(outbox, "a", size=3, now=due) == NOW + 14
+    assert form(outbox, "a", size=3, now=NOW + 14) is None
+    assert batched(outbox) == [[1, 4, 7], [10]]
+
+
+@pytest.mark.parametrize(
+    ("most_batches", "most_nonces", "size", "each_time"),
+    [(3, 1000, 2, 3), (1000, 6, 2, 3), (1000, 7, 2, 3), (1000, 1, 5, 1)],
+)
+def test_one_call_forms_a_bounded_number_of_batches_and_the_rest_is_due_at_once(
+    outbox: Outbox, monkeypatch: pytest.MonkeyPatch, most_batches: int, most_nonces: int, size: int, each_time: int
+) -> None:
+    monkeypatch.setattr("pocd.delivery.outbox.MOST_BATCHES", most_batches)
+    monkeypatch.setattr("pocd.delivery.outbox.MOST_NONCES", most_nonces)
+    commit(outbox, 0, 10 * size - 1)
+    outbox.begin_round(NEXT, NODE, NOW)
+    commit(outbox, 0, 1, round_=NEXT)
+    formed = [0]
+    while form(outbox, "a", size=size, current=None) is not None:
+        formed.append(len(batched(outbox)))
+        assert formed[-1] - formed[-2] == each_time
+    assert len(batched(outbox)) == 11
+    assert waiting(outbox) == 0
+    assert [nonce for nonces in batched(outbox) for nonce in nonces] == [*NODE.nonces(Span(0, 10 * size - 1)), 1]
+
+
+def test_forming_batches_is_one_transaction(outbox: Outbox) -> None:
+    commit(outbox, 0, 6)
+    outbox._db.execute(
+        "CREATE TEMP TRIGGER broken BEFORE INSERT ON deliveries WHEN new.batch = 3 AND new.receiver = 'b'"
+        " BEGIN SELECT RAISE(ABORT, 'broken'); END"
+    )
+    with pytest.raises(sqlite3.IntegrityError, match="broken"):
+        form(outbox, "a", "b", size=2)
+    assert batched(outbox) == []
+    assert waiting(outbox) == 6
+    assert outbox.totals == recount(outbox) == Totals(6, 6, 0, 0)
+    assert outbox.queues == {}
+    outbox._db.execute("DROP TRIGGER broken")
+    form(outbox, "a", "b", size=2)
+    assert batched(outbox) == [[1, 4], [7, 10], [13, 16]]
+    assert outbox.queues == {"a": Queue(3, 6, 0, 0), "b": Queue(3, 6, 0, 0)}
 
 
 def test_proofs_of_a_round_that_is_over_are_batched_at_once(outbox: Outbox) -> None:
