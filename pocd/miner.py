@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -65,7 +65,7 @@ class Miner:
         self._clock = clock
         self._wall = wall
         self._changed = asyncio.Condition()
-        self._leased = 0
+        self._lent: Counter[Mining] = Counter()  # how many leases of each round are out; no zeros
         self._closed = False
         self.paused = paused
         self.mining: Mining | None = None
@@ -82,8 +82,9 @@ class Miner:
         """Replace the active round at once. What the old one found is delivered all the same."""
         if round_ == (self.mining.round if self.mining else None):
             return
-        mining = None
-        if round_ is not None:
+        # A round that comes back while leases of it are out goes on with its ledger, which alone knows of them.
+        mining = next((lent for lent in self._lent if lent.round == round_), None)
+        if mining is None and round_ is not None:
             done = await self._outbox(Outbox.begin_round, round_, self._node, self._wall())
             mining = Mining(
                 round=round_,
@@ -114,7 +115,7 @@ class Miner:
         await self._announce()
         with contextlib.suppress(TimeoutError):  # what is not committed will be checked again
             async with asyncio.timeout(limit), self._changed:
-                await self._changed.wait_for(lambda: not self._leased)
+                await self._changed.wait_for(lambda: not self._lent)
 
     async def _announce(self) -> None:
         """Wake everybody who waits for another round, for a pause or for its end."""
@@ -125,7 +126,7 @@ class Miner:
     async def lease(self, count: int) -> Lease:
         """Lend the next nonces, at most `count`; waits while there is nothing to mine."""
         mining = await self.until_mining()
-        self._leased += 1
+        self._lent[mining] += 1
         return Lease(mining, mining.ledger.take(count), self._node)
 
     async def until_mining(self) -> Mining:
@@ -158,14 +159,16 @@ class Miner:
         self.valid_rate.add(len(proofs))
         if proofs:
             self.proofs_stored.set()
-        await self._returned()
+        await self._returned(mining)
 
     async def give_back(self, lease: Lease) -> None:
         """Take back a lease that its worker did not finish; another one will."""
         lease.mining.ledger.give_back(lease.span)
-        await self._returned()
+        await self._returned(lease.mining)
 
-    async def _returned(self) -> None:
+    async def _returned(self, mining: Mining) -> None:
         async with self._changed:
-            self._leased -= 1
+            self._lent[mining] -= 1
+            if not self._lent[mining]:
+                del self._lent[mining]
             self._changed.notify_all()

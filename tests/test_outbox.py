@@ -446,10 +446,10 @@ def test_one_call_forms_a_bounded_number_of_batches_and_the_rest_is_due_at_once(
     commit(outbox, 0, 10 * size - 1)
     outbox.begin_round(NEXT, NODE, NOW)
     commit(outbox, 0, 1, round_=NEXT)
-    formed = [0]
-    while form(outbox, "a", size=size, current=None) is not None:
-        formed.append(len(batched(outbox)))
-        assert formed[-1] - formed[-2] == each_time
+    for formed in range(each_time, 11, each_time):
+        assert form(outbox, "a", size=size, current=None) == NOW, "due at once"
+        assert len(batched(outbox)) == formed
+    assert form(outbox, "a", size=size, current=None) is None
     assert len(batched(outbox)) == 11
     assert waiting(outbox) == 0
     assert [nonce for nonces in batched(outbox) for nonce in nonces] == [*NODE.nonces(Span(0, 10 * size - 1)), 1]

@@ -17,11 +17,13 @@ class Clock:
         return self.now
 
 
-def test_at_the_start_the_rate_is_zero() -> None:
+def test_in_the_first_second_a_rate_is_per_whole_second() -> None:
     clock = Clock(1000.5)
     window = RateWindow(clock)
-    window.add(7)
     assert window.per_second(60) == 0.0
+    window.add(7)
+    clock.now += 0.01
+    assert window.per_second(60) == 7.0
 
 
 def test_before_the_window_is_full_the_rate_is_over_the_time_since_the_start() -> None:

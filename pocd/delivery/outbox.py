@@ -129,10 +129,12 @@ class Outbox:
             raise StoreError(f"store {path} cannot be opened: {error}; check store.path and its permissions") from error
         try:
             connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-            connection.execute("PRAGMA journal_mode = WAL")
+            is_new = cls._check(connection, path)
+            connection.execute("PRAGMA journal_mode = WAL")  # not before the check: it rewrites the file's header
             connection.execute("PRAGMA synchronous = FULL")
             connection.execute("PRAGMA foreign_keys = ON")
-            cls._prepare(connection, path)
+            if is_new:
+                cls._create(connection)
             return cls(connection)
         except sqlite3.Error as error:
             connection.close()
@@ -142,7 +144,8 @@ class Outbox:
             raise
 
     @staticmethod
-    def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+    def _check(connection: sqlite3.Connection, path: Path) -> bool:
+        """Refuse what is not ours, changing nothing; tell whether the store has yet to be made."""
         connection.execute("BEGIN IMMEDIATE")  # takes the lock that a second daemon will miss
         (version,) = connection.execute("PRAGMA user_version").fetchone()
         (application,) = connection.execute("PRAGMA application_id").fetchone()
@@ -154,11 +157,16 @@ class Outbox:
                 f"store {path} has version {version}, made by a newer pocd (this one writes {VERSION}); "
                 "install that pocd again, the file was not touched"
             )
-        if not tables:
-            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {VERSION}")
-            for statement in SCHEMA.split(";\n"):
-                connection.execute(statement)
+        connection.execute("COMMIT")
+        return not tables
+
+    @staticmethod
+    def _create(connection: sqlite3.Connection) -> None:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {VERSION}")
+        for statement in SCHEMA.split(";\n"):
+            connection.execute(statement)
         connection.execute("COMMIT")
 
     def close(self) -> None:
@@ -170,10 +178,11 @@ class Outbox:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._db.execute("COMMIT")
         except BaseException:
-            self._db.execute("ROLLBACK")
+            if self._db.in_transaction:  # a full disk or an I/O error has rolled back already
+                self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
         # Plain attributes, replaced whole: other threads may read them at any time.
         self.totals = self._read_totals()
 

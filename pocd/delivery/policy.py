@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 BACKOFF_SECONDS = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 60.0)
 JITTER = 0.2  # of the backoff, either way, so that hosts do not come back in step
-LONGEST_WAIT = BACKOFF_SECONDS[-1] * (1 + JITTER)
+LONGEST_WAIT = BACKOFF_SECONDS[-1] * (1 + JITTER) + 1.0  # and room for rounding
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,5 @@ class RateWindow:
     def per_second(self, seconds: float) -> float:
         """Events per second over the last `seconds` (at most 900), or since the start if that is shorter."""
         now = self._clock()
-        span = min(seconds, now - self._started)
-        if span <= 0:
-            return 0.0
+        span = max(1.0, min(seconds, now - self._started))  # in the first second a rate means nothing
         return sum(count for second, count in self._buckets if second > now - seconds) / span
