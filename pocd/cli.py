@@ -16,7 +16,7 @@ import typer
 
 from pocd import __version__
 from pocd.exits import EXIT_CONFIG, EXIT_CRASH, EXIT_NO_DEVICE, EndedError
-from pocd.settings import DEFAULT_PATH, ConfigError, load, to_toml
+from pocd.settings import DEFAULT_PATH, ConfigError, check_model, load, to_toml
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -267,8 +267,6 @@ def _port_errors(host: str, port: int) -> Iterator[None]:
 @config_app.command("check")
 def config_check(config: ConfigOption = DEFAULT_PATH) -> None:
     """Check the configuration, without starting anything."""
-    from pocd.daemon import check_model
-
     check_model(load(config))
     _print(f"{config}: good")
 

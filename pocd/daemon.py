@@ -19,8 +19,6 @@ from pocd.admin.status import Parts
 from pocd.chain.cometbft import CometBFT
 from pocd.chain.failover import Failover
 from pocd.chain.follower import ChainHealth, follow
-from pocd.compute.errors import ModelError
-from pocd.compute.names import resolve
 from pocd.delivery.dispatcher import Batcher, Dispatcher, Receiver, open_session
 from pocd.delivery.outbox import OutboxThread, StoreError
 from pocd.delivery.signing import SecretError, WebhookKeys
@@ -29,7 +27,7 @@ from pocd.miner import Miner
 from pocd.nonces import Node
 from pocd.proof import Round
 from pocd.rounds import RoundPolicy, active_start
-from pocd.settings import ConfigError
+from pocd.settings import ConfigError, check_model
 from pocd.worker.messages import Load
 from pocd.worker.supervisor import Limits, Supervisor, WorkerRefusedError
 
@@ -70,18 +68,6 @@ async def run(settings: Settings, *, log: FilteringBoundLogger, notifier: Notifi
             daemon = Daemon(settings, outbox, session, receivers, log=log, notifier=notifier)
             async with _listening(daemon, token):
                 await daemon.run()
-
-
-def check_model(settings: Settings) -> None:
-    """Find the model where that needs no loading: bundled, or a local folder.
-
-    Raises:
-        ConfigError: It is not there.
-    """
-    try:
-        resolve(settings.model.name)
-    except ModelError as error:
-        raise ConfigError(f"model.name: {error}") from None
 
 
 def read_token(path: Path | None) -> str | None:

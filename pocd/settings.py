@@ -15,7 +15,8 @@ import orjson
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from pocd.compute.names import DEVICE_PATTERN, Dtype
+from pocd.compute.errors import ModelError
+from pocd.compute.names import DEVICE_PATTERN, Dtype, resolve
 from pocd.compute.schemes import SCHEMES
 from pocd.observe.mask import mask_url
 
@@ -280,6 +281,18 @@ def _source(location: tuple[int | str, ...], path: Path) -> str:
         return str(path)
     environment = f"environment {', '.join(variables)}"
     return environment if len(location) > 1 else f"{path} and {environment}"
+
+
+def check_model(settings: Settings) -> None:
+    """Find the model where that needs no loading: bundled, or a local folder.
+
+    Raises:
+        ConfigError: It is not there.
+    """
+    try:
+        resolve(settings.model.name)
+    except ModelError as error:
+        raise ConfigError(f"model.name: {error}") from None
 
 
 def to_toml(settings: Settings) -> str:
