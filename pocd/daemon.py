@@ -11,8 +11,6 @@ import sqlite3
 import time
 from typing import TYPE_CHECKING
 
-from aiohttp import web
-
 from pocd.admin import status
 from pocd.admin.server import AdminApi
 from pocd.admin.status import Parts
@@ -27,6 +25,7 @@ from pocd.miner import Miner
 from pocd.nonces import Node
 from pocd.proof import Round
 from pocd.rounds import RoundPolicy, active_start
+from pocd.serving import listening
 from pocd.settings import ConfigError, check_model
 from pocd.worker.messages import Load
 from pocd.worker.supervisor import Limits, Supervisor, WorkerRefusedError
@@ -66,7 +65,7 @@ async def run(settings: Settings, *, log: FilteringBoundLogger, notifier: Notifi
     with contextlib.closing(outbox):
         async with open_session() as session:
             daemon = Daemon(settings, outbox, session, receivers, log=log, notifier=notifier)
-            async with _listening(daemon, token):
+            async with _api(daemon, token):
                 await daemon.run()
 
 
@@ -99,26 +98,20 @@ def _receivers(settings: Settings) -> list[Receiver]:
 
 
 @contextlib.asynccontextmanager
-async def _listening(daemon: Daemon, token: str | None) -> AsyncIterator[None]:
+async def _api(daemon: Daemon, token: str | None) -> AsyncIterator[None]:
     """Serve the admin API while the context lasts."""
     admin = daemon.settings.admin
-    runner = web.AppRunner(
-        AdminApi(daemon.parts, daemon.shut_down).application(token), access_log=None, shutdown_timeout=2
-    )
-    await runner.setup()
-    try:
+    app = AdminApi(daemon.parts, daemon.shut_down).application(token)
+    async with contextlib.AsyncExitStack() as stack:
         try:
-            await web.TCPSite(runner, admin.host, admin.port).start()
+            url = await stack.enter_async_context(listening(app, admin.host, admin.port, shutdown_timeout=2.0))
         except OSError as error:
             hint = "another program has the port" if error.errno == errno.EADDRINUSE else error.strerror
             raise ConfigError(
                 f"admin API cannot listen on {admin.host}:{admin.port}: {hint}; change admin.host or admin.port"
             ) from None
-        host, port = runner.addresses[0][:2]
-        daemon.log.info("admin API listens", action="listening", url=f"http://{host}:{port}")
+        daemon.log.info("admin API listens", action="listening", url=url)
         yield
-    finally:
-        await runner.cleanup()
 
 
 class Daemon:

@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from pocd.delivery.signing import ID_HEADER, SignatureError, WebhookKeys, is_message_id
 from pocd.receiver_store import Arrival, Kind, Outcome, Store, StoredBatch, StoreError
+from pocd.serving import RefusalError, errors_as_json, json_answer, listening
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,16 +89,6 @@ class PageQuery(BaseModel):
 _BODIES: dict[Kind, type[GeneratedBody]] = {"generated": GeneratedBody, "validated": ValidatedBody}
 
 
-class _RefusalError(Exception):
-    """A request is refused: the HTTP status, a word for programs, and which field is at fault, if one is."""
-
-    def __init__(self, status: int, code: str, message: str, field: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.code = code
-        self.field = field
-
-
 def application(store: Store, keys: WebhookKeys | None, clock: Callable[[], float] = time.time) -> web.Application:
     """Build the receiver's routes around an open store, which stays the caller's to close.
 
@@ -109,7 +100,7 @@ def application(store: Store, keys: WebhookKeys | None, clock: Callable[[], floa
         clock: Seconds since the Unix epoch.
     """
     receiver = _Receiver(store, keys, clock)
-    app = web.Application(middlewares=[_errors_as_json], client_max_size=MAX_BODY_BYTES)
+    app = web.Application(middlewares=[errors_as_json, _store_failures], client_max_size=MAX_BODY_BYTES)
     app.add_routes(
         [
             web.post("/generated", receiver.generated),
@@ -141,15 +132,10 @@ async def serve(
     """
     store = await Store.open(path)
     try:
-        runner = web.AppRunner(application(store, keys), access_log=None, shutdown_timeout=SHUTDOWN_TIMEOUT_S)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, host, port).start()
+        async with listening(application(store, keys), host, port, shutdown_timeout=SHUTDOWN_TIMEOUT_S) as url:
             if on_started is not None:
-                on_started(_url(runner))
+                on_started(url)
             await asyncio.Event().wait()  # until cancelled, so without a bound
-        finally:
-            await runner.cleanup()
     finally:
         await store.close()
 
@@ -173,7 +159,7 @@ class _Receiver:
     async def stats(self, _request: web.Request) -> web.Response:
         """GET /stats: counts since the last clear, and the newest rounds."""
         totals, rounds = await self._store.stats()
-        return _json(asdict(totals) | {"rounds": rounds})
+        return json_answer(asdict(totals) | {"rounds": rounds})
 
     async def batches(self, request: web.Request) -> web.Response:
         """GET /batches: a page of what was stored, in the order of arrival."""
@@ -182,37 +168,37 @@ class _Receiver:
         except ValidationError as error:
             raise _invalid(error, "invalid_query") from None
         page, following = await self._store.page(query.after, query.limit, query.kind)
-        return _json({"batches": [_item(batch) for batch in page], "next": following})
+        return json_answer({"batches": [_item(batch) for batch in page], "next": following})
 
     async def clear(self, request: web.Request) -> web.Response:
         """DELETE /clear: empty the store, and answer what it held."""
         await self._read_body(request)
-        return _json({"status": "cleared", "removed": await self._store.clear()})
+        return json_answer({"status": "cleared", "removed": await self._store.clear()})
 
     async def health(self, _request: web.Request) -> web.Response:
         """GET /health: 200 while the store answers."""
         await self._store.stats()
-        return _json({"status": "ok"})
+        return json_answer({"status": "ok"})
 
     async def _receive(self, request: web.Request, kind: Kind) -> web.Response:
         """Keep a batch, once, and answer when it is on disk."""
         try:
             arrival = await self._read_arrival(request, kind)
-        except (_RefusalError, web.HTTPRequestEntityTooLarge):
+        except (RefusalError, web.HTTPRequestEntityTooLarge):
             await self._store.count_rejected()
             raise
         outcome = await self._store.add(arrival)
         if outcome is Outcome.CONFLICT:
             _log.warning("other bytes under a known id", action="batch_conflict", id=arrival.id, kind=kind)
-            raise _RefusalError(409, "conflict", f"{arrival.id} is known with another body or kind", ID_HEADER)
-        return _json({"status": outcome.value, "id": arrival.id})
+            raise RefusalError(409, "conflict", f"{arrival.id} is known with another body or kind", ID_HEADER)
+        return json_answer({"status": outcome.value, "id": arrival.id})
 
     async def _read_arrival(self, request: web.Request, kind: Kind) -> Arrival:
         body = await self._read_body(request)
         message_id = request.headers.get(ID_HEADER)
         if message_id is not None and not is_message_id(message_id):
             message = "a webhook-id has 1 to 256 printable ASCII characters and no '.'"
-            raise _RefusalError(400, "invalid_header", message, ID_HEADER)
+            raise RefusalError(400, "invalid_header", message, ID_HEADER)
         batch = _parse(kind, body)
         return Arrival(
             id=message_id or batch.batch_id or hashlib.sha256(body).hexdigest(),
@@ -231,14 +217,14 @@ class _Receiver:
             async with asyncio.timeout(READ_TIMEOUT_S):
                 body = await request.read()
         except TimeoutError:
-            raise _RefusalError(408, "too_slow", f"the body did not arrive within {READ_TIMEOUT_S:g} s") from None
+            raise RefusalError(408, "too_slow", f"the body did not arrive within {READ_TIMEOUT_S:g} s") from None
         except (web.RequestPayloadError, ConnectionResetError) as error:
-            raise _RefusalError(400, "unreadable_body", f"the body is cut short or malformed: {error}") from None
+            raise RefusalError(400, "unreadable_body", f"the body is cut short or malformed: {error}") from None
         if self._keys is not None:
             try:
                 self._keys.verify(request.headers, body, self._clock())
             except SignatureError as error:
-                raise _RefusalError(401, "bad_signature", str(error)) from None
+                raise RefusalError(401, "bad_signature", str(error)) from None
         return body
 
 
@@ -246,21 +232,21 @@ def _parse(kind: Kind, body: bytes) -> GeneratedBody:
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise _RefusalError(400, "malformed_json", str(error)) from None
+        raise RefusalError(400, "malformed_json", str(error)) from None
     if not isinstance(value, dict):
-        raise _RefusalError(400, "not_an_object", "the body has to be a JSON object")
+        raise RefusalError(400, "not_an_object", "the body has to be a JSON object")
     try:
         return _BODIES[kind].model_validate(value)
     except ValidationError as error:
         raise _invalid(error, "invalid_body") from None
 
 
-def _invalid(error: ValidationError, code: str) -> _RefusalError:
+def _invalid(error: ValidationError, code: str) -> RefusalError:
     """Name the first field at fault, and where in it: `nonces[3]`."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     field, *position = first["loc"]
     where = str(field) + "".join(f"[{index}]" for index in position)
-    return _RefusalError(400, code, f"{where}: {first['msg']}", str(field))
+    return RefusalError(400, code, f"{where}: {first['msg']}", str(field))
 
 
 def _item(batch: StoredBatch) -> dict[str, object]:
@@ -275,28 +261,9 @@ def _item(batch: StoredBatch) -> dict[str, object]:
 
 
 @web.middleware
-async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+async def _store_failures(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
-    except _RefusalError as error:
-        return _json(_error(error.code, str(error), error.field), error.status)
     except StoreError as error:
         _log.error("the store failed", action="store_failed", error=str(error))
-        return _json(_error("store_failed", "the store failed; try again later"), 503)
-    except web.HTTPClientError as error:  # of aiohttp: no such route, body too large
-        error.body = orjson.dumps(_error(error.reason.lower().replace(" ", "_"), error.text or error.reason))
-        error.content_type = "application/json"
-        raise
-
-
-def _error(code: str, message: str, field: str | None = None) -> dict[str, object]:
-    return {"error": {"code": code, "message": message, "field": field}}
-
-
-def _json(value: object, status: int = 200) -> web.Response:
-    return web.Response(body=orjson.dumps(value), status=status, content_type="application/json")
-
-
-def _url(runner: web.AppRunner) -> str:
-    host, port = runner.addresses[0][:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        raise RefusalError(503, "store_failed", "the store failed; try again later") from error

@@ -16,6 +16,7 @@ from aiohttp import web
 
 from pocd.admin.client import AdminError, call
 from pocd.chain import devchain
+from pocd.serving import listening
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -47,20 +48,8 @@ class Chain:
     async def served(self, port: int = 0) -> AsyncIterator[Chain]:
         app = devchain.application(self.dev, clock=lambda: self.dev.genesis + (self.height - 0.5))
         app.middlewares.insert(0, self._intercept)
-        async with listening(app, port) as self.url:
+        async with listening(app, "127.0.0.1", port, shutdown_timeout=1) as self.url:
             yield self
-
-
-@contextlib.asynccontextmanager
-async def listening(app: web.Application, port: int = 0) -> AsyncIterator[str]:
-    """Serve `app` on loopback and give its URL."""
-    runner = web.AppRunner(app, shutdown_timeout=1)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-    finally:
-        await runner.cleanup()
 
 
 def config(folder: Path, chain_url: str, receivers: dict[str, str], **changes: Any) -> Path:  # noqa: ANN401 - any setting

@@ -15,10 +15,11 @@ import aiohttp
 import orjson
 import pytest
 from aiohttp import web
-from processes import PATIENCE, Chain, Daemon, config, fails, listening, running
+from processes import PATIENCE, Chain, Daemon, config, fails, running
 
 from pocd import receiver, receiver_store
 from pocd.admin.client import AdminError, call
+from pocd.serving import listening
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -29,7 +30,7 @@ async def receiving(folder: Path, port: int = 0) -> AsyncIterator[str]:
     """The reference receiver, on a store in `folder`."""
     store = await receiver_store.Store.open(folder / "receiver.db")
     try:
-        async with listening(receiver.application(store, None), port) as url:
+        async with listening(receiver.application(store, None), "127.0.0.1", port, shutdown_timeout=1) as url:
             yield url
     finally:
         await store.close()

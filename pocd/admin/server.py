@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hmac
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import orjson
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from pocd.admin import status
 from pocd.observe import metrics
+from pocd.serving import RefusalError, errors_as_json, json_answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,27 +23,6 @@ OPEN_PATHS = ("/healthz", "/readyz")  # for probes, which have no token
 LARGEST_BODY = 64 * 1024  # bytes
 
 
-def _json(body: dict[str, Any], code: int = 200) -> web.Response:
-    return web.Response(body=orjson.dumps(body) + b"\n", status=code, content_type="application/json")
-
-
-def _error(code: int, name: str, message: str) -> web.Response:
-    return _json({"error": {"code": name, "message": message, "field": None}}, code)
-
-
-@web.middleware
-async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    try:
-        return await handler(request)
-    except web.HTTPException as error:
-        if error.status < 400:
-            raise
-        answer = _error(error.status, error.reason.lower().replace(" ", "_"), f"{request.method} {request.path}")
-        if "Allow" in error.headers:
-            answer.headers["Allow"] = error.headers["Allow"]
-        return answer
-
-
 def _require_token(token: str) -> Middleware:
     expected = f"Bearer {token}".encode()
 
@@ -52,7 +31,8 @@ def _require_token(token: str) -> Middleware:
         given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
         if request.path in OPEN_PATHS or hmac.compare_digest(given, expected):
             return await handler(request)
-        answer = _error(401, "unauthorized", "give the header 'Authorization: Bearer TOKEN' (admin.token_file)")
+        refusal = RefusalError(401, "unauthorized", "give the header 'Authorization: Bearer TOKEN' (admin.token_file)")
+        answer = json_answer(refusal.body(), refusal.status)
         answer.headers["WWW-Authenticate"] = "Bearer"
         return answer
 
@@ -69,7 +49,7 @@ class AdminApi:
 
     def application(self, token: str | None) -> web.Application:
         """Return the aiohttp application; with a `token`, everything but probes asks for it."""
-        middlewares = [_errors_as_json, *([_require_token(token)] if token else [])]
+        middlewares = [errors_as_json, *([_require_token(token)] if token else [])]
         app = web.Application(middlewares=middlewares, client_max_size=LARGEST_BODY)
         app.add_routes(
             [
@@ -86,31 +66,31 @@ class AdminApi:
 
     async def status(self, _request: web.Request) -> web.Response:
         """Everything that the daemon knows of itself."""
-        return _json(status.view(self._parts))
+        return json_answer(status.view(self._parts))
 
     async def stop(self, _request: web.Request) -> web.Response:
         """Stop the round and pause mining until resumed, also across restarts."""
         await self._parts.miner.pause()
-        return _json(status.view(self._parts))
+        return json_answer(status.view(self._parts))
 
     async def resume(self, _request: web.Request) -> web.Response:
         """Go on mining."""
         await self._parts.miner.resume()
-        return _json(status.view(self._parts))
+        return json_answer(status.view(self._parts))
 
     async def shutdown(self, _request: web.Request) -> web.Response:
         """End the daemon in good order."""
         self._shut_down()
-        return _json({"status": "stopping"}, 202)
+        return json_answer({"status": "stopping"}, 202)
 
     async def healthz(self, _request: web.Request) -> web.Response:
         """Answer that the process lives."""
-        return _json({"status": "ok"})
+        return json_answer({"status": "ok"})
 
     async def readyz(self, _request: web.Request) -> web.Response:
         """Answer whether it mines as it should, with the reasons where it does not."""
         problems = status.problems(self._parts)
-        return _json({"ready": not problems, "problems": problems}, 503 if problems else 200)
+        return json_answer({"ready": not problems, "problems": problems}, 503 if problems else 200)
 
     async def metrics(self, _request: web.Request) -> web.Response:
         """Metrics in Prometheus' text format."""

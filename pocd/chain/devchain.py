@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 from aiohttp import web
 
+from pocd.serving import json_answer, listening
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -123,21 +125,14 @@ async def serve(chain: DevChain, host: str, port: int, on_started: Callable[[str
     Raises:
         OSError: The port is taken, or the address is not this machine's.
     """
-    runner = web.AppRunner(application(chain), access_log=None, shutdown_timeout=1.0)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, host, port).start()
+    async with listening(application(chain), host, port, shutdown_timeout=1.0) as url:
         if on_started is not None:
-            address, bound_port = runner.addresses[0][:2]
-            on_started(f"http://[{address}]:{bound_port}" if ":" in address else f"http://{address}:{bound_port}")
+            on_started(url)
         await asyncio.Event().wait()  # nobody sets it: only cancellation ends this
-    finally:
-        await runner.cleanup()
 
 
 def _respond(identity: object, *, status: int = 200, **content: object) -> web.Response:
-    body = orjson.dumps({"jsonrpc": "2.0", "id": identity} | content)
-    return web.Response(body=body, status=status, content_type="application/json")
+    return json_answer({"jsonrpc": "2.0", "id": identity} | content, status)
 
 
 def _call(chain: DevChain, method: object, params: object, now: float) -> dict[str, Any]:
