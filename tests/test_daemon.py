@@ -154,7 +154,9 @@ async def test_a_killed_worker_comes_back_and_no_nonce_is_lost_or_doubled(tmp_pa
 
 async def test_the_worker_ends_with_its_daemon(tmp_path: Path) -> None:
     async with Chain().served() as chain:
-        async with running(config(tmp_path, chain.url, {})) as daemon:
+        # No round is active at height 1, so the worker waits, and nothing that it sends can fail.
+        path = config(tmp_path, chain.url, {}, round__every=5)
+        async with running(path) as daemon:
             worker = (await daemon.until(lambda body: body["worker"]["ready"]))["worker"]["pid"]
             ended = os.pidfd_open(worker)
             await daemon.end(signal.SIGKILL)

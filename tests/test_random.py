@@ -69,6 +69,16 @@ def test_normal_of_a_batch_is_each_stream_alone(seeds: list[int], n: int) -> Non
         assert row.tolist() == pytest.approx(plain.normal(seed, n).tolist(), abs=3e-6)
 
 
+def test_a_uniform_zero_gives_the_largest_radius_and_no_infinity() -> None:
+    # The seed whose first hash is 0: both the finaliser and a rotation keep 0, so h·5 + 0xe6546b64 has to be 0.
+    h = (-0xE6546B64 * pow(5, -1, 2**32)) % 2**32
+    seed = (h >> 13 | h << 19) % 2**32
+    assert plain.hash32(0, seed) == 0
+    assert random.uniform(bits([seed])[0], 1).item() == 0.0
+    assert random.normal(bits([seed])[0], 8).tolist() == pytest.approx(plain.normal(seed, 8).tolist(), abs=3e-6)
+    assert random.normal(bits([seed])[0], 8).isfinite().all()
+
+
 def test_unit_normal_has_unit_length_in_any_shape() -> None:
     found = random.unit_normal(bits([1, 2, 3, 4, 5, 6]).view(2, 3), 129)
     assert found.shape == (2, 3, 129)

@@ -16,11 +16,12 @@ from processes import PATIENCE
 from safetensors.torch import load_file, save_file
 
 from pocd.compute.names import BUNDLED
-from pocd.delivery.outbox import OutboxThread
+from pocd.delivery.outbox import Outbox, OutboxThread
 from pocd.miner import Miner
-from pocd.nonces import Node
+from pocd.nonces import Node, Progress
 from pocd.proof import Round
-from pocd.worker.messages import Load
+from pocd.worker import messages
+from pocd.worker.messages import Cancel, Cancelled, Compute, Load, Message
 from pocd.worker.supervisor import Limits, Supervisor, WorkerRefusedError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LOAD = Load("bundled:tiny-llama", "float32", "cpu", "poc2", 16, 8)
+NODE = Node(0, 1)
 ROUND = Round("block_alpha", 1, "node_A", 1.4142, "poc2", "bundled:tiny-llama", 16)
 
 
@@ -35,7 +37,7 @@ ROUND = Round("block_alpha", 1, "node_A", 1.4142, "poc2", "bundled:tiny-llama", 
 def prepared(folder: Path, load: Load, **limits: float) -> Iterator[tuple[Supervisor, Miner]]:
     """A supervisor that does not run yet, and its miner, on a real store."""
     with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
-        miner = Miner(outbox, Node(0, 1), paused=False, clock=time.monotonic, wall=time.time)
+        miner = Miner(outbox, NODE, paused=False, clock=time.monotonic, wall=time.time)
         known = Limits(**{"batch": 60.0} | limits)
         yield Supervisor(load, miner, known, clock=time.monotonic, log=structlog.get_logger()), miner
 
@@ -86,6 +88,12 @@ async def test_a_worker_that_stands_still_is_killed_and_replaced(tmp_path: Path)
         await until(lambda: checked(miner) > before + 16)
         assert miner.mining is not None
         assert miner.mining.expected_valid_rate == pytest.approx(0.5, abs=0.01)
+        await miner.close(PATIENCE)
+        done = checked(miner)
+    # What the killed worker had in hand was checked by the next one: no gap is left.
+    with contextlib.closing(OutboxThread(tmp_path / "outbox.db")) as outbox:
+        found = await outbox(Outbox.begin_round, ROUND, NODE, 0.0)
+    assert found.progress == Progress(done)
 
 
 async def test_a_worker_that_finishes_no_batch_in_time_is_killed(tmp_path: Path) -> None:
@@ -96,16 +104,41 @@ async def test_a_worker_that_finishes_no_batch_in_time_is_killed(tmp_path: Path)
         assert checked(miner) % LOAD.batch_size == 0
 
 
-async def test_a_replaced_round_is_left_at_once_and_its_leases_come_back(tmp_path: Path) -> None:
-    async with supervised(tmp_path) as (_, miner):
+async def test_a_replaced_round_is_left_at_once_and_its_leases_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Message] = []
+    encode = messages.encode
+
+    def encode_and_note(message: Message) -> bytes:
+        sent.append(message)
+        return encode(message)
+
+    monkeypatch.setattr(messages, "encode", encode_and_note)
+    async with supervised(tmp_path) as (supervisor, miner):
         await until(lambda: checked(miner) > 16)
         old = miner.mining
-        await miner.set_round(None)
-        async with asyncio.timeout(PATIENCE):
-            await miner.close(PATIENCE)  # returns when no lease is out
         assert old is not None
-        after = old.ledger.take(1000)
-        assert after.start == old.checked, "the next free position is the first that was not checked"
+        assert supervisor.pid is not None
+        os.kill(supervisor.pid, signal.SIGSTOP)  # so that leases stay in its hands
+        await miner.set_round(None)
+        await until(lambda: isinstance(sent[-1], Cancel))
+        last = max(message.id for message in sent if isinstance(message, Compute))
+        assert sent[-1] == Cancel(through=last)
+        os.kill(supervisor.pid, signal.SIGCONT)
+        await miner.close(PATIENCE)  # returns when no lease is out
+        assert old.ledger.take(1000).start == old.checked, "the next free position is the first that was not checked"
+
+
+def test_a_worker_leaves_out_what_was_cancelled_before_it_began() -> None:
+    from pocd.worker.child import Inbox  # noqa: PLC0415 - it imports torch
+
+    inbox = Inbox()
+    for message in (Compute(1, ROUND, 0, 1, 8), Compute(2, ROUND, 8, 1, 8), Cancel(2), Compute(3, ROUND, 16, 1, 8)):
+        inbox.put(message)
+    reported: list[Cancelled] = []
+    assert inbox.get(reported.append).id == 3
+    assert reported == [Cancelled(1), Cancelled(2)]
 
 
 async def test_a_worker_without_its_device_refuses(tmp_path: Path) -> None:

@@ -26,11 +26,35 @@ from pocd.worker import messages
 from pocd.worker.messages import Cancel, Cancelled, Compute, Distances, Failed, Heartbeat, Load, Ready, RoundBegun
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pocd.proof import Round
 
 HEARTBEAT_SECONDS = 2.0
 NICENESS = 5  # on the CPU the daemon goes first: its answers are short, a batch is long
 SELF_TEST_TOLERANCE = 0.02  # a nonce against itself in another batch; float16 and bfloat16 included
+
+
+class Inbox:
+    """What the daemon asked for and has not taken back; filled by one thread, emptied by another."""
+
+    def __init__(self) -> None:
+        self._waiting: queue.Queue[Compute] = queue.Queue(maxsize=16)
+        self._cancelled_through = -1
+
+    def put(self, message: messages.Message) -> None:
+        """Queue a Compute, or heed a Cancel."""
+        if isinstance(message, Cancel):
+            self._cancelled_through = message.through
+        else:
+            assert isinstance(message, Compute), f"expected Compute, got {message}"
+            self._waiting.put(message)
+
+    def get(self, report: Callable[[Cancelled], None]) -> Compute:
+        """Wait for a Compute that was not cancelled, and `report` those that were."""
+        while (message := self._waiting.get()).id <= self._cancelled_through:
+            report(Cancelled(message.id))
+        return message
 
 
 class Link:
@@ -40,8 +64,7 @@ class Link:
         self._socket = socket.socket(fileno=fd)
         self._stream = self._socket.makefile("rb")
         self._sending = threading.Lock()
-        self._inbox: queue.Queue[Compute] = queue.Queue(maxsize=16)
-        self._cancelled_through = -1
+        self.inbox = Inbox()
 
     def send(self, message: messages.Message) -> None:
         """Send one message, whole."""
@@ -63,11 +86,7 @@ class Link:
 
     def _read(self) -> None:
         while (message := messages.read(self._stream)) is not None:
-            if isinstance(message, Cancel):
-                self._cancelled_through = message.through
-            else:
-                assert isinstance(message, Compute), f"expected Compute, got {message}"
-                self._inbox.put(message)
+            self.inbox.put(message)
         os._exit(0)  # the daemon is gone: nobody wants what is being computed
 
     def _beat(self) -> None:
@@ -77,12 +96,6 @@ class Link:
                 self.send(Heartbeat())
             except OSError:
                 return  # the reader ends the process
-
-    def next(self) -> Compute:
-        """Wait for a Compute that was not cancelled."""
-        while (message := self._inbox.get()).id <= self._cancelled_through:
-            self.send(Cancelled(message.id))
-        return message
 
 
 class Worker:
@@ -162,7 +175,7 @@ def work(link: Link, load: Load) -> None:
     )
     worker = Worker(model, load.batch_size, link)
     while True:
-        message = link.next()
+        message = link.inbox.get(link.send)
         try:
             distances = worker.distances(message)
         except NonFiniteError as error:
