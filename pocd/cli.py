@@ -123,7 +123,7 @@ def demo(
     model: Annotated[str, typer.Option(help="A bundled model.")] = "bundled:tiny-qwen3",
     folder: Annotated[Path, typer.Option(help="Emptied at the start; the last run stays there.")] = Path(".demo"),
 ) -> None:
-    """Mine on the bundled model with a development chain and a receiver, each a process of its own."""
+    """Watch it work: a development chain, a receiver and the daemon, each a process of its own."""
     from pocd import demo as program
 
     plan = program.Plan(blocks=blocks, block_seconds=block_seconds, model=model, folder=folder.resolve())

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-PATIENCE = 60.0  # seconds until a test gives up waiting; no test measures time
+PATIENCE = 90.0  # seconds until a test gives up waiting; no test measures time
 
 
 @dataclass

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pty
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from processes import PATIENCE
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def command(folder: Path, *options: str) -> list[str]:
@@ -22,8 +20,11 @@ def command(folder: Path, *options: str) -> list[str]:
 
 def processes_of(folder: Path) -> list[str]:
     """Command lines of running processes that work in `folder`."""
-    found = subprocess.run(["pgrep", "-f", "-a", str(folder)], capture_output=True, text=True, check=False)
-    return found.stdout.splitlines()
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended since
+            found.append(entry.read_bytes().replace(b"\0", b" ").decode())
+    return [line for line in found if str(folder) in line]
 
 
 async def test_a_few_blocks_end_well_and_leave_no_process(tmp_path: Path) -> None:
