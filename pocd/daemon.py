@@ -189,7 +189,7 @@ class Daemon:
                 await self._deliver_last()
                 await _cancel(*deliveries, *reports)
         except BaseExceptionGroup as errors:
-            raise _translate(errors.exceptions[0]) from errors.exceptions[0]
+            raise _translate(errors.exceptions[0]) from None  # the first is the cause, the others were cancelled
         finally:
             self.log.info("stopped", action="stopped", funnel=status.summary(parts))
 

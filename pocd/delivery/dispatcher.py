@@ -153,11 +153,11 @@ class Batcher:
         while True:
             self._miner.proofs_stored.clear()
             due = await self.form()
-            try:
-                async with asyncio.timeout(None if due is None else max(due - self._wall(), 0)):
+            # Never longer than the age: the clock may have been set back since `due` was told.
+            wait = None if due is None else min(max(due - self._wall(), 0.0), self._age)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
                     await self._miner.proofs_stored.wait()
-            except TimeoutError:
-                continue
 
     async def form(self) -> float | None:
         """Form the batches that are due; returns when the next one will be, in wall time."""
