@@ -18,8 +18,9 @@ from pocd.chain.cometbft import CometBFT
 from pocd.chain.failover import Failover
 from pocd.chain.follower import ChainHealth, follow
 from pocd.delivery.dispatcher import Batcher, Dispatcher, Receiver, open_session
-from pocd.delivery.outbox import OutboxThread, StoreError
+from pocd.delivery.outbox import OutboxThread
 from pocd.delivery.signing import SecretError, WebhookKeys
+from pocd.delivery.store import StoreError
 from pocd.exits import EXIT_CONFIG, EXIT_CRASH, EXIT_NO_DEVICE, EndedError
 from pocd.miner import Miner
 from pocd.nonces import Node

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import signal
 import socket
 import sqlite3
@@ -71,9 +72,9 @@ def memory(pid: int) -> int:
 
 
 async def test_proofs_arrive_and_recompute(tmp_path: Path) -> None:
-    from pocd.compute.engine import block_run  # noqa: PLC0415 - torch only where it is needed
-    from pocd.compute.model import load_model  # noqa: PLC0415
-    from pocd.compute.schemes import SCHEMES  # noqa: PLC0415
+    from pocd.compute.engine import block_run
+    from pocd.compute.model import load_model
+    from pocd.compute.schemes import SCHEMES
 
     async with Chain().served() as chain, receiving(tmp_path) as url:
         notify = tmp_path / "notify.sock"
@@ -160,10 +161,10 @@ async def test_the_worker_ends_with_its_daemon(tmp_path: Path) -> None:
             worker = (await daemon.until(lambda body: body["worker"]["ready"]))["worker"]["pid"]
             ended = os.pidfd_open(worker)
             await daemon.end(signal.SIGKILL)
-        with socket.socket() as _unused, open(ended, "rb", buffering=0) as descriptor:  # noqa: PTH123, ASYNC230 - a pidfd
-            import select  # noqa: PLC0415
-
-            assert select.select([descriptor], [], [], PATIENCE)[0], "the worker outlived its daemon"
+        try:
+            assert select.select([ended], [], [], PATIENCE)[0], "the worker outlived its daemon"
+        finally:
+            os.close(ended)
 
 
 async def test_a_new_block_replaces_the_round_within_two_polls(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_distances_agree_with_every_vector(entry: dict[str, Any]) -> None:
 
 def plain_decoder(name: str) -> plain.Decoder:
     """The bundled model `name` for the plain implementation: the same file, read by another reader."""
-    from safetensors.torch import load_file  # noqa: PLC0415 - only here
+    from safetensors.torch import load_file
 
     folder = Path(__file__).parent.parent / "pocd" / "models" / name.removeprefix("bundled:")
     config = orjson.loads((folder / "config.json").read_bytes())

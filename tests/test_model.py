@@ -32,7 +32,7 @@ def test_bundled_models_are_small_trained_and_in_their_form(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["tiny-qwen3", "tiny-llama"])
 def test_bundled_models_predict_python_source(name: str) -> None:
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415 - only here
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(BUNDLED / name, dtype=torch.float32)
     # This file is no part of the standard library that they were trained on.
@@ -78,7 +78,7 @@ def test_broken_weights_are_an_error_in_one_line(tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_fill_the_model_are_refused(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file  # noqa: PLC0415 - only here
+    from safetensors.torch import load_file, save_file
 
     LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

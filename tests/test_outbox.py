@@ -20,16 +20,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pocd.delivery.outbox import (
-    APPLICATION_ID,
-    VERSION,
     Outbox,
     OutboxThread,
     PendingDelivery,
     Queue,
     RoundProgress,
-    StoreError,
     Totals,
 )
+from pocd.delivery.store import APPLICATION_ID, VERSION, StoreError
 from pocd.nonces import Ledger, Node, Progress, Span
 from pocd.proof import Proof, ProofBatch, Round
 
@@ -159,7 +157,8 @@ def test_another_process_cannot_open_a_store_that_is_held(path: Path, outbox: Ou
     commit(outbox, 0, 1)
     code = (
         "import sys, pathlib\n"
-        "from pocd.delivery.outbox import Outbox, StoreError\n"
+        "from pocd.delivery.outbox import Outbox\n"
+        "from pocd.delivery.store import StoreError\n"
         "try:\n"
         "    Outbox.open(pathlib.Path(sys.argv[1]))\n"
         "except StoreError as error:\n"

@@ -131,7 +131,7 @@ async def test_a_replaced_round_is_left_at_once_and_its_leases_come_back(
 
 
 def test_a_worker_leaves_out_what_was_cancelled_before_it_began() -> None:
-    from pocd.worker.child import Inbox  # noqa: PLC0415 - it imports torch
+    from pocd.worker.child import Inbox
 
     inbox = Inbox()
     for message in (Compute(1, ROUND, 0, 1, 8), Compute(2, ROUND, 8, 1, 8), Cancel(2), Compute(3, ROUND, 16, 1, 8)):

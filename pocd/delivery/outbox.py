@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, Self, TypeVar
 
 import orjson
 
+from pocd.delivery.store import open_store, unusable
 from pocd.nonces import Node, Progress, Span
 from pocd.proof import Proof, ProofBatch, Round
 
@@ -25,38 +26,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-VERSION = 1
-APPLICATION_ID = 0x706F6364  # "pocd"
 MOST_BATCHES = 64  # formed in one transaction, so that others get their turn
 MOST_NONCES = 100_000  # likewise
-
-SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-CREATE TABLE totals (checked INTEGER NOT NULL, valid INTEGER NOT NULL, stored INTEGER NOT NULL,
-  delivered INTEGER NOT NULL) STRICT;
-INSERT INTO totals VALUES (0, 0, 0, 0);
-CREATE TABLE rounds (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, round TEXT NOT NULL,
-  seen_at REAL NOT NULL) STRICT;
--- What one node has checked of one round; islands is a JSON list of [start, stop] above the cursor.
-CREATE TABLE progress (round INTEGER NOT NULL REFERENCES rounds, node_id INTEGER NOT NULL,
-  node_count INTEGER NOT NULL, cursor INTEGER NOT NULL, islands TEXT NOT NULL,
-  checked INTEGER NOT NULL, valid INTEGER NOT NULL,
-  PRIMARY KEY (round, node_id, node_count)) STRICT, WITHOUT ROWID;
--- Valid nonces that no batch holds yet.
-CREATE TABLE proofs (number INTEGER PRIMARY KEY AUTOINCREMENT, round INTEGER NOT NULL REFERENCES rounds,
-  node_id INTEGER NOT NULL, nonce INTEGER NOT NULL, distance REAL NOT NULL, found_at REAL NOT NULL) STRICT;
-CREATE TABLE batches (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, kind TEXT NOT NULL,
-  nonces INTEGER NOT NULL, body BLOB NOT NULL, created_at REAL NOT NULL) STRICT;
-CREATE TABLE deliveries (batch INTEGER NOT NULL REFERENCES batches, receiver TEXT NOT NULL,
-  attempts INTEGER NOT NULL, next_at REAL NOT NULL, last_error TEXT, delivered_at REAL,
-  PRIMARY KEY (receiver, batch)) STRICT, WITHOUT ROWID;
-CREATE INDEX pending ON deliveries (receiver, batch) WHERE delivered_at IS NULL;
-CREATE INDEX pending_of_batch ON deliveries (batch) WHERE delivered_at IS NULL;
-"""
-
-
-class StoreError(Exception):
-    """The store cannot be used; the message names the file and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,57 +88,17 @@ class Outbox:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open the store at `path`, making it and its folder where they are missing.
+        """Open the store at `path`, making it where it is missing.
 
         Raises:
-            StoreError: The file cannot be written, is held by another daemon, or is not ours.
+            StoreError: It cannot be used, see `open_store`.
         """
+        connection = open_store(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            connection = sqlite3.connect(path, timeout=0, isolation_level=None)
-        except (OSError, sqlite3.Error) as error:
-            raise StoreError(f"store {path} cannot be opened: {error}; check store.path and its permissions") from error
-        try:
-            connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-            is_new = cls._check(connection, path)
-            connection.execute("PRAGMA journal_mode = WAL")  # not before the check: it rewrites the file's header
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA foreign_keys = ON")
-            if is_new:
-                cls._create(connection)
             return cls(connection)
         except sqlite3.Error as error:
             connection.close()
-            raise StoreError(f"store {path} cannot be used: {_explain(error)}") from error
-        except StoreError:
-            connection.close()
-            raise
-
-    @staticmethod
-    def _check(connection: sqlite3.Connection, path: Path) -> bool:
-        """Refuse what is not ours, changing nothing; tell whether the store has yet to be made."""
-        connection.execute("BEGIN IMMEDIATE")  # takes the lock that a second daemon will miss
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        (application,) = connection.execute("PRAGMA application_id").fetchone()
-        (tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-        if tables and application != APPLICATION_ID:
-            raise StoreError(f"store {path} is another program's database; choose another store.path")
-        if version > VERSION:
-            raise StoreError(
-                f"store {path} has version {version}, made by a newer pocd (this one writes {VERSION}); "
-                "install that pocd again, the file was not touched"
-            )
-        connection.execute("COMMIT")
-        return not tables
-
-    @staticmethod
-    def _create(connection: sqlite3.Connection) -> None:
-        connection.execute("BEGIN IMMEDIATE")
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        connection.execute(f"PRAGMA user_version = {VERSION}")
-        for statement in SCHEMA.split(";\n"):
-            connection.execute(statement)
-        connection.execute("COMMIT")
+            raise unusable(path, error) from error
 
     def close(self) -> None:
         """Close the file; its lock goes with it."""
@@ -369,15 +300,6 @@ class Outbox:
                 " WHERE receiver = ? AND batch = ?",
                 (error, next_at, receiver, batch),
             )
-
-
-def _explain(error: sqlite3.Error) -> str:
-    text = str(error)
-    if "locked" in text:
-        return "another process holds it (is a second daemon running on it?); stop that one or choose another path"
-    if "not a database" in text:
-        return "it is not a SQLite database; choose another store.path (the file was not touched)"
-    return f"{text}; check store.path, its permissions and the free space"
 
 
 class OutboxThread:
