@@ -203,10 +203,10 @@ async def test_a_chain_that_is_down_or_talks_nonsense_costs_nothing_else(tmp_pat
         async with running(path) as daemon:
             await daemon.until(lambda body: body["total_checked"] > 0)
             for answer in (b"<html>bad gateway</html>", b'{"result": {"sync_info"', b'{"result": 3}', b"\xff\xfe"):
-                chain.answer = lambda _request, answer=answer: web.Response(body=answer)  # type: ignore[misc]
+                chain.answer = lambda _request, answer=answer: web.Response(body=answer)  # type: ignore[misc] # mypy infers no lambda with a default
                 polls, checked = chain.polls, (await daemon.status())["total_checked"]
-                await daemon.until(lambda body, checked=checked: body["total_checked"] > checked)  # type: ignore[misc]
-                await daemon.until(lambda _body, polls=polls: chain.polls > polls + 1)  # type: ignore[misc]
+                await daemon.until(lambda body, checked=checked: body["total_checked"] > checked)  # type: ignore[misc] # mypy infers no lambda with a default
+                await daemon.until(lambda _body, polls=polls: chain.polls > polls + 1)  # type: ignore[misc] # mypy infers no lambda with a default
             chain.answer = lambda _request: None
             chain.height = 3
             await daemon.until(lambda body: body["round"]["block_height"] == 3)

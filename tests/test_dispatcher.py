@@ -563,7 +563,7 @@ async def test_a_2xx_is_acceptance_though_its_body_never_comes(
 
 
 @pytest.mark.parametrize(("status", "accepted"), [(b"200 OK", True), (b"500 Broken", False)])
-async def test_of_an_endless_answer_only_the_beginning_is_read(bench: Bench, status: bytes, accepted: bool) -> None:  # noqa: FBT001
+async def test_the_end_of_an_endless_answer_is_not_waited_for(bench: Bench, status: bytes, accepted: bool) -> None:  # noqa: FBT001 - a parameter of the cases
     hung_up = asyncio.Event()
 
     async def talk(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

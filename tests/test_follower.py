@@ -53,7 +53,7 @@ class Play:
         return answer
 
     async def block(self, height: int) -> Block:
-        raise NotImplementedError(height)
+        raise AssertionError(f"the follower asks for no block, but did for {height}")
 
     async def on_head(self, head: Head) -> None:
         if self.refuse is not None:
