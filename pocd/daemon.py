@@ -17,6 +17,7 @@ from pocd.admin.status import Parts
 from pocd.chain.cometbft import CometBFT
 from pocd.chain.failover import Failover
 from pocd.chain.follower import ChainHealth, follow
+from pocd.compute.names import AUTO_BATCH_SIZE
 from pocd.delivery.dispatcher import Batcher, Dispatcher, Receiver, open_session
 from pocd.delivery.outbox import OutboxThread
 from pocd.delivery.signing import SecretError, WebhookKeys
@@ -137,13 +138,16 @@ class Daemon:
         self._source: ChainSource = Failover([CometBFT(session, url) for url in settings.chain.urls])
         node = Node(settings.node.node_id, settings.node.node_count)
         miner = Miner(outbox, node, paused=outbox.outbox.paused, clock=time.monotonic, wall=time.time)
+        start = AUTO_BATCH_SIZE[settings.model.device.partition(":")[0]]
         load = Load(
             model=settings.model.name,
             dtype=settings.model.dtype,
             device=settings.model.device,
             scheme=round_.scheme,
             seq_len=round_.seq_len,
-            batch_size=settings.worker.batch_size,
+            batch_size=start if settings.worker.batch_size == "auto" else settings.worker.batch_size,
+            shrink=settings.worker.batch_size == "auto",
+            revision=settings.model.revision,
         )
         supervisor = Supervisor(load, miner, Limits(batch=settings.worker.batch_timeout), clock=time.monotonic, log=log)
         dispatchers = [

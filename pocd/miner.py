@@ -71,6 +71,7 @@ class Miner:
         self.mining: Mining | None = None
         self.checked_rate = RateWindow(clock)
         self.valid_rate = RateWindow(clock)
+        self.refused_batches = 0
         self.proofs_stored = asyncio.Event()  # set at each commit and at each change of round
 
     @property
@@ -141,8 +142,11 @@ class Miner:
         async with self._changed:
             await self._changed.wait_for(lambda: self.current is not mining)
 
-    async def complete(self, lease: Lease, distances: Sequence[float]) -> None:
-        """Commit a lease's result: the valid nonces are on disk when this returns."""
+    async def complete(self, lease: Lease, distances: Sequence[float], fingerprint: str) -> None:
+        """Commit a lease's result: the valid nonces are on disk when this returns.
+
+        `fingerprint` names the weights that computed it.
+        """
         mining = lease.mining
         assert len(distances) == len(lease.span), "one distance per nonce"
         assert all(math.isfinite(distance) for distance in distances), "workers refuse NaN and infinity"
@@ -151,7 +155,7 @@ class Miner:
             for nonce, distance in zip(lease.nonces, distances, strict=True)
             if distance < mining.round.r_target
         ]
-        await self._outbox(Outbox.commit_span, mining.round, self._node, lease.span, proofs, self._wall())
+        await self._outbox(Outbox.commit_span, mining.round, self._node, lease.span, proofs, fingerprint, self._wall())
         mining.checked += len(distances)
         mining.valid += len(proofs)
         mining.latest.extend(proofs)
@@ -165,6 +169,17 @@ class Miner:
         """Take back a lease that its worker did not finish; another one will."""
         lease.mining.ledger.give_back(lease.span)
         await self._returned(lease.mining)
+
+    async def refuse(self, lease: Lease) -> None:
+        """Set a lease aside that has no result: not checked, and not stored as checked."""
+        lease.mining.ledger.set_aside(lease.span)
+        self.refused_batches += 1
+        await self._returned(lease.mining)
+
+    def retry_refused(self) -> None:
+        """Lend once more what the last worker gave no result for: another one may."""
+        if self.mining is not None:
+            self.mining.ledger.retry()
 
     async def _returned(self, mining: Mining) -> None:
         async with self._changed:

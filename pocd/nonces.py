@@ -72,9 +72,14 @@ class Node:
 
 
 class Ledger:
-    """Hands out every position once, lowest first, and takes back what was not finished."""
+    """Hands out every position once, lowest first, and takes back what was not finished.
+
+    What could not be checked is handed out once more after `retry`, and then no more by this ledger.
+    """
 
     def __init__(self, progress: Progress) -> None:
+        self._aside: list[Span] = []
+        self._retried: list[Span] = []
         self._free = progress.gaps()
         self._next = progress.end
 
@@ -93,3 +98,14 @@ class Ledger:
     def give_back(self, span: Span) -> None:
         """Free a leased span again."""
         self._free = sorted((*self._free, span))
+
+    def set_aside(self, span: Span) -> None:
+        """Keep a leased span that could not be checked from being leased again; the second time for good."""
+        if not any(earlier.start <= span.start < earlier.stop for earlier in self._retried):
+            self._aside.append(span)
+
+    def retry(self) -> None:
+        """Free the spans that were set aside for the first time."""
+        self._free = sorted((*self._free, *self._aside))
+        self._retried += self._aside
+        self._aside = []

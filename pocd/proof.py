@@ -57,15 +57,21 @@ class Proof:
 
 @dataclass(frozen=True, slots=True)
 class ProofBatch:
-    """Proofs of one round, as receivers get them (docs/protocol.md section 5)."""
+    """Proofs of one round, as receivers get them (docs/protocol.md section 5).
+
+    Attributes:
+        model_fingerprint: Names the weights that they were computed with; None where an earlier version stored them.
+    """
 
     round: Round
     node_id: int
+    model_fingerprint: str | None
     proofs: tuple[Proof, ...]
 
     def _content(self) -> dict[str, Any]:
         return asdict(self.round) | {
             "node_id": self.node_id,
+            "model_fingerprint": self.model_fingerprint,
             "nonces": [proof.nonce for proof in self.proofs],
             "dist": [proof.distance for proof in self.proofs],
         }

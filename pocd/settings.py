@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 import orjson
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from pocd.compute.errors import ModelError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PATH = Path("/etc/pocd/pocd.toml")
 ENV_PREFIX = "POCD_"
+LARGEST_BATCH = 65536
 
 
 class ConfigError(Exception):
@@ -59,6 +61,16 @@ def _check_public_key(key: str) -> str:
     return key
 
 
+def _parse_batch_size(value: object) -> int | str:
+    text = str(value)  # the environment gives strings
+    if text == "auto":
+        return text
+    if isinstance(value, bool) or not re.fullmatch("[1-9][0-9]{0,4}", text) or int(text) > LARGEST_BATCH:
+        raise ValueError(f'must be "auto", or a whole number from 1 to {LARGEST_BATCH}')
+    return int(text)
+
+
+BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_parse_batch_size)]
 HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1, le=2**63 - 1)]  # TOML's integers have 64 bits
@@ -114,6 +126,7 @@ class ModelSettings(_Section):
     """Which model runs, how precisely, and where."""
 
     name: str = Field(default="Qwen/Qwen3-0.6B", min_length=1)
+    revision: Annotated[str, Field(min_length=1)] | None = None
     dtype: Dtype = "bfloat16"
     device: str = Field(default="cuda", pattern=DEVICE_PATTERN)
 
@@ -121,7 +134,7 @@ class ModelSettings(_Section):
 class WorkerSettings(_Section):
     """How the GPU worker is fed."""
 
-    batch_size: int = Field(default=32, ge=1, le=65536)
+    batch_size: BatchSize = "auto"
     batch_timeout: float = Field(default=300.0, gt=0)
 
 
@@ -290,7 +303,7 @@ def check_model(settings: Settings) -> None:
         ConfigError: It is not there.
     """
     try:
-        resolve(settings.model.name)
+        resolve(settings.model.name, settings.model.revision)
     except ModelError as error:
         raise ConfigError(f"model.name: {error}") from None
 

@@ -1,17 +1,23 @@
-"""docs/protocol.md section 3 once more, plainly: one nonce at a time, numpy and Python integers, own decoder.
+"""docs/protocol.md sections 2 to 4 once more, plainly: one nonce at a time, numpy and Python integers.
 
 Written from the protocol's text and sharing no code with pocd, so that the two can be held against each other.
+The decoders are in plain_families.py.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
+Weights = dict[str, Array]
+Step = Callable[[int, Array, Array], tuple[Array, Array]]  # layer, branch, residual to branch, residual
 MASK = 0xFFFFFFFF
 
 
@@ -71,81 +77,101 @@ def reflect(x: Array, v: Array) -> Array:
     return x - 2 * (x @ v)[..., None] * v
 
 
-@dataclass
+@dataclass(frozen=True)
 class Decoder:
-    """A Llama or Qwen3 form decoder in float64, from named weights [out, in]."""
+    """A decoder in float64.
 
-    weights: dict[str, Array]
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    eps: float
-    theta: float
+    `run` takes weights, the input embeddings [S, H] and what happens to branch and residual after each layer;
+    it gives all positions after the final norm.
+    """
 
-    def _norm(self, x: Array, name: str) -> Array:
-        normed: Array = x / np.sqrt((x * x).mean(-1, keepdims=True) + self.eps) * self.weights[name]
-        return normed
+    weights: Weights  # by their names in transformers' named_parameters()
+    run: Callable[[Weights, Array, Step], Array]
+    embedding: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"  # absent from `weights` where it is tied to the embedding
 
-    def _rotate(self, x: Array) -> Array:
-        """Rotary positions on [S, heads, head_dim], halves rotated against each other."""
-        half = self.head_dim // 2
-        frequency = 1.0 / self.theta ** (np.arange(half) / half)
-        angle = np.arange(len(x))[:, None] * frequency
-        cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
-        a, b = x[..., :half], x[..., half:]
-        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+    @property
+    def size(self) -> int:
+        return int(self.weights[self.embedding].shape[1])
 
-    def _attention(self, x: Array, prefix: str) -> Array:
-        length = len(x)
-
-        def project(name: str, heads: int) -> Array:
-            return (x @ self.weights[f"{prefix}.{name}_proj.weight"].T).reshape(length, heads, self.head_dim)
-
-        q, k, v = project("q", self.heads), project("k", self.kv_heads), project("v", self.kv_heads)
-        if f"{prefix}.q_norm.weight" in self.weights:
-            q, k = self._norm(q, f"{prefix}.q_norm.weight"), self._norm(k, f"{prefix}.k_norm.weight")
-        q, k = self._rotate(q), self._rotate(k)
-        group = self.heads // self.kv_heads
-        out = np.empty_like(q)
-        causal = np.tril(np.ones((length, length), dtype=bool))
-        for head in range(self.heads):
-            scores = q[:, head] @ k[:, head // group].T / np.sqrt(self.head_dim)
-            scores = np.where(causal, scores, -np.inf)
-            share = np.exp(scores - scores.max(-1, keepdims=True))
-            out[:, head] = share / share.sum(-1, keepdims=True) @ v[:, head // group]
-        mixed: Array = out.reshape(length, -1) @ self.weights[f"{prefix}.o_proj.weight"].T
-        return mixed
-
-    def _mlp(self, x: Array, prefix: str) -> Array:
-        gate = x @ self.weights[f"{prefix}.gate_proj.weight"].T
-        up = x @ self.weights[f"{prefix}.up_proj.weight"].T
-        out: Array = (gate / (1 + np.exp(-gate)) * up) @ self.weights[f"{prefix}.down_proj.weight"].T
-        return out
-
-    def last_hidden(self, x: Array, block_hash: str) -> Array:
-        """The last position after the final norm, layers transformed by `block_hash`; x is [S, H]."""
-        for i in range(self.layers):
-            p = f"model.layers.{i}"
-            v = unit(f"{block_hash}_layer_{i}_householder", x.shape[-1])
-            residual = x + self._attention(self._norm(x, f"{p}.input_layernorm.weight"), f"{p}.self_attn")
-            branch = self._mlp(self._norm(residual, f"{p}.post_attention_layernorm.weight"), f"{p}.mlp")
-            branch, residual = (
-                reflect(y / (np.linalg.norm(y, axis=-1, keepdims=True) + 1e-8), v) for y in (branch, residual)
-            )
-            x = residual + branch
-        last: Array = self._norm(x, "model.norm.weight")[-1]
-        return last
+    @property
+    def head_matrix(self) -> Array:
+        return self.weights.get(self.head, self.weights[self.embedding])
 
 
-def distance(decoder: Decoder, *, block_hash: str, public_key: str, nonce: int, seq_len: int) -> float:
-    """The distance of one nonce under `poc2`, in float64 but for the generator."""
-    size, dim = decoder.weights["model.norm.weight"].size, 8192
+@dataclass(frozen=True)
+class Scheme:
+    """One row of section 4's table; all have eight reflections per nonce."""
+
+    weights: Literal["trained", "all drawn", "embedding drawn"]
+    after_layer: Literal["none", "reflect", "normalise + reflect"]
+    before_head: Literal["none", "normalise"]
+    head: Literal["the model's", "the embedding", "random"]
+
+
+SCHEMES = {
+    "trained": Scheme("trained", "reflect", "none", "the model's"),
+    "random-weights": Scheme("all drawn", "none", "none", "the model's"),
+    "random-embed": Scheme("embedding drawn", "reflect", "none", "the embedding"),
+    "end-norm": Scheme("trained", "reflect", "normalise", "the model's"),
+    "random-head": Scheme("trained", "reflect", "normalise", "random"),
+    "hidden-householder": Scheme("trained", "none", "normalise", "the model's"),
+    "poc2": Scheme("trained", "normalise + reflect", "normalise", "random"),
+}
+NORM_WEIGHT = re.compile(r"(norm|ln_\w+)\.weight$")  # as the tested families name them
+
+
+def draw(decoder: Decoder, names: list[str], block_hash: str) -> Decoder:
+    """`decoder` with the parameters `names` drawn in float32; norm weights among them are 1."""
+    weights = dict(decoder.weights)
+    for name in names:
+        old = weights[name]
+        if NORM_WEIGHT.search(name):
+            weights[name] = np.ones_like(old)
+        else:
+            drawn = np.float32(0.02) * normal(seed32(f"{block_hash}_{name}"), old.size)
+            weights[name] = drawn.astype(np.float64).reshape(old.shape)
+    return replace(decoder, weights=weights)
+
+
+def after_layer(scheme: Scheme, block_hash: str) -> Step:
+    def step(layer: int, branch: Array, residual: Array) -> tuple[Array, Array]:
+        if scheme.after_layer == "none":
+            return branch, residual
+        v = unit(f"{block_hash}_layer_{layer}_householder", branch.shape[-1])
+        if scheme.after_layer == "normalise + reflect":
+            branch = branch / (np.linalg.norm(branch, axis=-1, keepdims=True) + 1e-8)
+            residual = residual / (np.linalg.norm(residual, axis=-1, keepdims=True) + 1e-8)
+        return reflect(branch, v), reflect(residual, v)
+
+    return step
+
+
+def distance(
+    decoder: Decoder, *, block_hash: str, public_key: str, nonce: int, seq_len: int, scheme: str = "poc2"
+) -> float:
+    """The distance of one nonce, in float64 but for the generator."""
+    choices = SCHEMES[scheme]
+    if choices.weights == "all drawn":
+        decoder = draw(decoder, list(decoder.weights), block_hash)
+    elif choices.weights == "embedding drawn":
+        decoder = draw(decoder, [decoder.embedding], block_hash)
+
+    size = decoder.size
     flat = normal(seed32(f"{block_hash}_{public_key}_nonce{nonce}"), seq_len * size)
-    h = decoder.last_hidden(flat.astype(np.float64).reshape(seq_len, size), block_hash)
+    x = flat.astype(np.float64).reshape(seq_len, size)
+    h = decoder.run(decoder.weights, x, after_layer(choices, block_hash))[-1]
     for r in range(8):
         h = reflect(h, unit(f"{block_hash}_{public_key}_nonce_{nonce}_hidden_r{r}", size))
-    h /= np.linalg.norm(h)
-    head = normal(seed32(f"{block_hash}_lm_head"), size * dim).astype(np.float64).reshape(dim, size) * 0.02
+    if choices.before_head == "normalise":
+        h = h / np.linalg.norm(h)
+
+    if choices.head == "random":
+        flat = normal(seed32(f"{block_hash}_lm_head"), size * 8192)
+        head = flat.astype(np.float64).reshape(8192, size) * 0.02
+    elif choices.head == "the embedding":
+        head = decoder.weights[decoder.embedding]
+    else:
+        head = decoder.head_matrix
     z = head @ h
-    return float(np.linalg.norm(z / np.linalg.norm(z) - unit(f"{block_hash}_target", dim)))
+    return float(np.linalg.norm(z / np.linalg.norm(z) - unit(f"{block_hash}_target", len(head))))

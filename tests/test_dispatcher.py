@@ -212,7 +212,7 @@ async def store(
         store.begin_round(ROUND, NODE, NOW)
         span = Span(start * size, (start + batches) * size)
         proofs = [Proof(nonce, 1 + nonce / 2**20) for nonce in NODE.nonces(span)]
-        store.commit_span(ROUND, NODE, span, proofs, NOW)
+        store.commit_span(ROUND, NODE, span, proofs, "f00d", NOW)
         store.form_batches(receivers, size=size, age=0.0, now=NOW, current=ROUND)
         rows = store._db.execute("SELECT number, id, kind, body, 0, created_at FROM batches ORDER BY number")
         return [PendingDelivery(*row) for row in rows][-batches:]
@@ -677,7 +677,7 @@ class Mine:
     async def find(self, count: int) -> None:
         """Check `count` nonces, all of them valid."""
         lease = await self.miner.lease(count)
-        await self.miner.complete(lease, [1.0] * len(lease.span))
+        await self.miner.complete(lease, [1.0] * len(lease.span), "f00d")
 
 
 def mine(bench: Bench, url: str, *, size: int, age: float) -> Mine:
@@ -758,7 +758,7 @@ async def test_a_late_result_of_a_round_that_is_over_goes_out_at_once(bench: Ben
     await one.miner.set_round(NEXT)
     async with running(one.dispatcher, one.batcher):
         await soon(one.dispatcher.settled.wait())
-        await one.miner.complete(lease, [1.0, 1.0])
+        await one.miner.complete(lease, [1.0, 1.0], "f00d")
         (request,) = await server.take(1)
     assert nonces(request) == [0, 1]
 

@@ -1,20 +1,24 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
 import plain
+import plain_families
 import pytest
 import torch
 import vector_models
 
+from pocd.compute import engine
 from pocd.compute.engine import block_run
-from pocd.compute.errors import InputError, NonFiniteError
+from pocd.compute.errors import InputError, NonFiniteError, OutOfMemoryError
 from pocd.compute.model import Model, adapt, load_model
-from pocd.compute.schemes import SCHEMES
-from pocd.compute.transforms import layer_transforms, normalise_and_reflect, reflect, reflect_in_order
+from pocd.compute.names import DTYPES
+from pocd.compute.schemes import SCHEMES, LayerStep
+from pocd.compute.transforms import JOIN, reflect, reflect_in_order
 
 POC2 = SCHEMES["poc2"]
 VECTORS: dict[str, Any] = orjson.loads((Path(__file__).parent / "data" / "poc2.json").read_bytes())
@@ -44,26 +48,8 @@ def test_distances_agree_with_every_vector(entry: dict[str, Any]) -> None:
         assert found == pytest.approx(list(expected.values()), abs=2e-5)
 
 
-def plain_decoder(name: str) -> plain.Decoder:
-    """The bundled model `name` for the plain implementation: the same file, read by another reader."""
-    from safetensors.torch import load_file
-
-    folder = Path(__file__).parent.parent / "pocd" / "models" / name.removeprefix("bundled:")
-    config = orjson.loads((folder / "config.json").read_bytes())
-    tensors = load_file(folder / "model.safetensors")
-    return plain.Decoder(
-        weights={key: tensor.double().numpy() for key, tensor in tensors.items()},
-        layers=config["num_hidden_layers"],
-        heads=config["num_attention_heads"],
-        kv_heads=config["num_key_value_heads"],
-        head_dim=config["head_dim"],
-        eps=config["rms_norm_eps"],
-        theta=config["rope_parameters"]["rope_theta"],
-    )
-
-
 def test_trained_models_agree_with_the_plain_implementation(bundled: Model) -> None:
-    decoder = plain_decoder(bundled.name)
+    decoder = plain_families.bundled(bundled.name)
     nonces = [0, 1, 7, 2**63 - 1]
     expected = [
         plain.distance(decoder, block_hash="block_alpha", public_key="node_A", nonce=nonce, seq_len=24)
@@ -72,12 +58,26 @@ def test_trained_models_agree_with_the_plain_implementation(bundled: Model) -> N
     assert compute(bundled, nonces, batch_size=4) == pytest.approx(expected, abs=2e-5)
 
 
-def test_a_distance_does_not_depend_on_its_batch(bundled: Model) -> None:
-    alone = [compute(bundled, [nonce], batch_size=8)[0] for nonce in range(8)]
-    assert compute(bundled, list(range(8)), batch_size=8) == alone
-    assert compute(bundled, list(reversed(range(8))), batch_size=8) == alone[::-1]
-    # Another batch shape may take other kernels; float32 rounding is all that may differ.
-    assert compute(bundled, list(range(8)), batch_size=3) == pytest.approx(alone, abs=2e-6)
+@pytest.mark.parametrize("way", ["flat", "layers"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 13])
+def test_a_distance_does_not_depend_on_its_batch(dtype: str, way: str, batch_size: int) -> None:
+    model = load_model(BUNDLED[batch_size % 2], dtype=dtype, device="cpu")
+    model = replace(model, decoder=model.by_layers) if way == "layers" else model
+    nonces = list(range(batch_size))
+    with block_run(model, POC2, block_hash="block_alpha", public_key="node_A", seq_len=24) as run:
+        together = run.distances(nonces, batch_size=batch_size)
+        assert run.distances(nonces[::-1], batch_size=batch_size) == together[::-1]
+        for nonce in nonces:
+            alone = run.distances([nonce], batch_size=batch_size)
+            other_neighbours = run.distances([*range(100, 99 + batch_size), nonce], batch_size=batch_size)
+            assert alone[0] == other_neighbours[-1] == together[nonce]
+
+
+def test_another_batch_size_changes_a_distance_by_rounding_only(bundled: Model) -> None:
+    # It may take other kernels.
+    eight = compute(bundled, list(range(8)), batch_size=8)
+    assert compute(bundled, list(range(8)), batch_size=3) == pytest.approx(eight, abs=2e-6)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.01), ("float16", 0.002)])
@@ -88,36 +88,34 @@ def test_half_precision_stays_near_float32(dtype: str, tolerance: float) -> None
     assert rough != exact
 
 
-def bare_outputs(model: Model) -> torch.Tensor:
-    inputs = torch.linspace(-1, 1, 2 * 5 * model.hidden_size).view(2, 5, model.hidden_size)
-    with torch.inference_mode():
-        states: torch.Tensor = model.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
-    return states
+def test_both_ways_through_a_model_agree(bundled: Model) -> None:
+    assert bundled.decoder.kind == "flat"
+    by_layers = replace(bundled, decoder=bundled.by_layers)
+    nonces = list(range(8))
+    assert compute(by_layers, nonces, batch_size=8) == pytest.approx(compute(bundled, nonces, batch_size=8), abs=2e-6)
 
 
-def test_transforms_are_absent_before_and_after_a_round_and_present_in_it(bundled: Model) -> None:
-    before = bare_outputs(bundled)
-    with block_run(bundled, POC2, block_hash="block_alpha", public_key="node_A", seq_len=8):
-        assert not torch.allclose(bare_outputs(bundled), before, atol=1e-2)
-    assert torch.equal(bare_outputs(bundled), before)
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's compiler uses its own old parts
+def test_a_flat_decoder_compiled_agrees_with_the_eager_one(bundled: Model) -> None:
+    compiled: Any = torch.compile(bundled.decoder, fullgraph=True, dynamic=False)
+    found = compute(replace(bundled, decoder=compiled), [0, 5], batch_size=2)
+    assert found == pytest.approx(compute(bundled, [0, 5], batch_size=2), abs=2e-6)
 
 
-def test_transforms_are_absent_after_a_round_that_failed(bundled: Model) -> None:
-    before = bare_outputs(bundled)
-    vectors = torch.zeros(len(bundled.layers), bundled.hidden_size)
-    with pytest.raises(KeyError), layer_transforms(bundled, vectors):
-        raise KeyError
-    assert torch.equal(bare_outputs(bundled), before)
-    for module in bundled.decoder.modules():
-        assert not module._forward_hooks
-        assert not module._forward_pre_hooks
-
-
-def test_branch_and_residual_are_transformed_separately() -> None:
-    x, y = torch.randn(3, 8), torch.randn(3, 8)
+@pytest.mark.parametrize("step", JOIN)
+def test_a_layers_output_is_the_sum_of_its_transformed_halves(step: LayerStep) -> None:
+    branch, residual = torch.randn(3, 8), 5 * torch.randn(3, 8)
     v = torch.nn.functional.normalize(torch.randn(8), dim=0)
-    together = normalise_and_reflect(x + y, v)
-    assert not torch.allclose(normalise_and_reflect(x, v) + normalise_and_reflect(y, v), together, atol=1e-2)
+
+    def transform(x: torch.Tensor) -> torch.Tensor:
+        if step == "none":
+            return x
+        return reflect(x / (x.norm(dim=-1, keepdim=True) + 1e-8) if "normalise" in step else x, v)
+
+    expected = transform(branch) + transform(residual)
+    assert torch.allclose(JOIN[step](branch, residual, v), expected, atol=1e-5)
+    together = transform(branch + residual)
+    assert torch.allclose(expected, together, atol=1e-5) == (step != "normalise and reflect")
 
 
 def test_reflect_is_a_reflection() -> None:
@@ -138,7 +136,7 @@ def test_reflections_are_applied_in_order() -> None:
 def test_large_float16_activations_do_not_overflow() -> None:
     x = torch.full((1, 128), 60_000.0, dtype=torch.float16)
     v = torch.nn.functional.normalize(torch.ones(128), dim=0).half()
-    found = normalise_and_reflect(x, v)
+    found = JOIN["normalise and reflect"](x, torch.zeros_like(x), v)
     assert found.dtype == torch.float16
     assert np.allclose(found.float().numpy(), -1 / np.sqrt(128), atol=1e-3)
 
@@ -156,10 +154,44 @@ def test_sequence_lengths_beyond_the_model_are_refused(bundled: Model, seq_len: 
         pass
 
 
-def test_a_broken_checkpoint_gives_an_error_and_no_distance() -> None:
+def test_repeated_nonces_are_refused(bundled: Model) -> None:
+    with pytest.raises(InputError, match="nonce 7 is repeated"):
+        compute(bundled, [7, 3, 7], batch_size=1)
+
+
+def test_a_large_head_is_read_in_parts_with_the_same_result(bundled: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = compute(bundled, [1, 2], batch_size=2)
+    monkeypatch.setattr(engine, "HEAD_CHUNK", 1000 * bundled.hidden_size)
+    assert compute(bundled, [1, 2], batch_size=2) == pytest.approx(whole, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("part", "place"),
+    [
+        ("layers.2.mlp.down_proj", r"layer 2, in its branch \(the MLP\)"),
+        ("layers.2.self_attn.o_proj", r"layer 2, in its residual \(the stream after attention\)"),
+        ("layers.3.self_attn.k_proj", r"layer 3, in its residual"),
+        ("norm", "the final norm"),
+    ],
+)
+def test_nan_is_an_error_that_names_its_place_and_no_distance(part: str, place: str) -> None:
     model = load_model(BUNDLED[1], dtype="float32", device="cpu")
-    next(model.decoder.parameters()).data.fill_(0)  # embeddings are not used
+    model.causal.model.embed_tokens.weight.fill_(torch.nan)  # is not used
     assert np.isfinite(compute(model, [0], batch_size=1)).all()
-    model.layers[2].mlp.get_submodule("down_proj").get_parameter("weight").data[0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"bundled:tiny-llama.*float32.*poc2"):
+    model.causal.model.get_submodule(part).weight.view(-1)[0] = torch.nan
+    with pytest.raises(NonFiniteError, match=rf"bundled:tiny-llama.*float32.*poc2.*first in {place}.*2 nonces.* is 5"):
+        compute(model, [5, 6], batch_size=4)
+
+
+def test_infinity_is_found_too() -> None:
+    model = load_model(BUNDLED[1], dtype="float16", device="cpu")
+    model.causal.model.layers[1].mlp.up_proj.weight.mul_(60_000)
+    with pytest.raises(NonFiniteError, match=r"float16.*first in layer 1, in its branch"):
         compute(model, [0], batch_size=1)
+
+
+def test_a_batch_beyond_the_memory_is_an_error_of_its_own(bundled: Model) -> None:
+    with block_run(bundled, POC2, block_hash="b", public_key="k", seq_len=4096) as run:
+        with pytest.raises(OutOfMemoryError, match="a batch of 100000 × 4096 positions does not fit"):
+            run.distances([0], batch_size=100_000)
+        assert len(run.distances([0], batch_size=1)) == 1

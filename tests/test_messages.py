@@ -8,6 +8,7 @@ import pytest
 from pocd.proof import Round
 from pocd.worker import messages
 from pocd.worker.messages import (
+    BatchSize,
     Cancel,
     Cancelled,
     Compute,
@@ -17,6 +18,7 @@ from pocd.worker.messages import (
     Load,
     Message,
     Ready,
+    Refused,
     RoundBegun,
 )
 
@@ -25,10 +27,13 @@ EVERY: list[Message] = [
     Load("m", "float32", "cpu", "poc2", 64, 8),
     Compute(3, ROUND, 2**63 - 4, 3, 1),
     Cancel(9),
-    Ready("m", "float32", "cpu", 128, 4, "2.13.0"),
+    Load("m", "float16", "cuda:1", "trained", 64, 8, shrink=True, revision="v1"),
+    Ready("m", "f00d", "float32", "cpu", 128, 4, "flat", 8, "2.13.0"),
     Failed("device", "no GPU — \n none"),
     RoundBegun("id", 0.1),
     Distances(3, [1.4042000770568848, 0.0, 2.0]),
+    Refused(5, "NaN in layer 3"),
+    BatchSize(4, "memory is short"),
     Cancelled(4),
     Heartbeat(),
 ]

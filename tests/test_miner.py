@@ -71,7 +71,7 @@ async def let_all_run(outbox: OutboxThread) -> None:
 
 async def complete(miner: Miner, lease: Lease, distance: float = 1.0) -> None:
     """Bring a lease back with the same distance for each of its nonces."""
-    await soon(miner.complete(lease, [distance] * len(lease.nonces)))
+    await soon(miner.complete(lease, [distance] * len(lease.nonces), "f00d"))
 
 
 async def stored(outbox: OutboxThread) -> list[Proof]:
@@ -145,7 +145,7 @@ async def test_valid_is_strictly_below_the_target(miner: Miner, outbox: OutboxTh
     await miner.set_round(ROUND)
     lease = await miner.lease(5)
     below, above = math.nextafter(1.4, 0), math.nextafter(1.4, 2)
-    await soon(miner.complete(lease, [1.4, below, above, 0.0, 2.0]))
+    await soon(miner.complete(lease, [1.4, below, above, 0.0, 2.0], "f00d"))
     assert await stored(outbox) == [Proof(4, below), Proof(10, 0.0)]
     assert outbox.outbox.totals == Totals(checked=5, valid=2, stored=0, delivered=0)
 
@@ -154,7 +154,7 @@ async def test_a_completed_lease_is_on_disk(path: Path) -> None:
     with closing(OutboxThread(path)) as outbox:
         miner = open_miner(outbox)
         await miner.set_round(ROUND)
-        await soon(miner.complete(await miner.lease(2), [1.5, 1.25]))
+        await soon(miner.complete(await miner.lease(2), [1.5, 1.25], "f00d"))
     with closing(OutboxThread(path)) as outbox:
         assert await stored(outbox) == [Proof(4, 1.25)]
         assert await progress(outbox) == Progress(2)
@@ -171,7 +171,7 @@ async def test_what_is_not_one_finite_distance_per_nonce_commits_nothing(
     await miner.set_round(ROUND)
     lease = await miner.lease(2)
     with pytest.raises(AssertionError):
-        await miner.complete(lease, distances)
+        await miner.complete(lease, distances, "f00d")
     assert await stored(outbox) == []
     assert await progress(outbox) == Progress()
     await complete(miner, lease)  # it is still lent, and may be completed yet
@@ -182,7 +182,7 @@ async def test_counts_and_rates_follow_what_is_committed(miner: Miner, clock: Cl
     mining = miner.mining
     assert mining is not None
     clock.now += 10
-    await soon(miner.complete(await miner.lease(4), [1.0, 1.0, 2.0, 1.5]))
+    await soon(miner.complete(await miner.lease(4), [1.0, 1.0, 2.0, 1.5], "f00d"))
     assert (mining.checked_before, mining.checked, mining.valid) == (0, 4, 2)
     assert list(mining.latest) == [Proof(1, 1.0), Proof(4, 1.0)]
     assert (miner.checked_rate.per_second(60), miner.valid_rate.per_second(60)) == (0.4, 0.2)

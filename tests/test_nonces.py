@@ -87,6 +87,20 @@ def test_spans_given_back_are_lent_again_before_new_ones_lowest_first() -> None:
     assert second == Span(4, 8)
 
 
+def test_spans_set_aside_are_lent_again_after_a_retry_only() -> None:
+    ledger = Ledger(Progress())
+    first, second = ledger.take(3), ledger.take(3)
+    ledger.set_aside(first)
+    ledger.give_back(second)
+    assert [ledger.take(3) for _ in range(2)] == [second, Span(6, 9)]
+    ledger.retry()
+    assert [ledger.take(2) for _ in range(2)] == [Span(0, 2), Span(2, 3)], "once more, in other pieces too"
+    ledger.set_aside(Span(2, 3))
+    ledger.give_back(Span(0, 2))
+    ledger.retry()
+    assert [ledger.take(3) for _ in range(2)] == [Span(0, 2), Span(9, 12)], "the second time is the last one"
+
+
 def test_after_a_restart_the_holes_are_lent_first() -> None:
     ledger = Ledger(Progress(2, (Span(5, 6), Span(8, 10))))
     assert [ledger.take(2) for _ in range(4)] == [Span(2, 4), Span(4, 5), Span(6, 8), Span(10, 12)]
@@ -102,9 +116,12 @@ class LedgerMachine(RuleBasedStateMachine):
         self.leased: list[Span] = []
         self.done: set[int] = set()
         self.taken: set[int] = set()
+        self.aside: list[Span] = []
+        self.lost: list[Span] = []
+        self.retried: set[int] = set()
 
     def held(self) -> set[int]:
-        return {position for span in self.leased for position in range(span.start, span.stop)}
+        return {position for span in self.leased + self.aside + self.lost for position in range(span.start, span.stop)}
 
     def lowest_free(self) -> int:
         busy = self.done | self.held()
@@ -136,9 +153,22 @@ class LedgerMachine(RuleBasedStateMachine):
     def give_back(self, data: st.DataObject) -> None:
         self.ledger.give_back(self.leased.pop(data.draw(st.integers(0, len(self.leased) - 1))))
 
+    @precondition(lambda self: self.leased)
+    @rule(data=st.data())
+    def set_aside(self, data: st.DataObject) -> None:
+        span = self.leased.pop(data.draw(st.integers(0, len(self.leased) - 1)))
+        self.ledger.set_aside(span)
+        (self.lost if span.start in self.retried else self.aside).append(span)
+
+    @rule()
+    def retry(self) -> None:
+        self.ledger.retry()
+        self.retried |= {position for span in self.aside for position in range(span.start, span.stop)}
+        self.aside = []
+
     @rule()
     def restart(self) -> None:
-        self.leased = []
+        self.leased, self.aside, self.lost, self.retried = [], [], [], set()
         self.ledger = Ledger(self.progress)
 
     @invariant()
@@ -146,6 +176,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert positions(self.progress) == self.done
 
     def teardown(self) -> None:
+        self.restart()  # finds what was given up
         while self.lowest_free() <= max(self.taken, default=-1):
             self.take(3)
         while self.leased:

@@ -32,6 +32,7 @@ from pocd.nonces import Ledger, Node, Progress, Span
 from pocd.proof import Proof, ProofBatch, Round
 
 NOW = 1_700_000_000.0
+WEIGHTS = "f00d"  # a fingerprint
 NODE = Node(1, 3)
 ROUND = Round("AB", 10, "miner", 1.4, "poc2", "tiny", 16)
 NEXT = Round("CD", 20, "miner", 1.4, "poc2", "tiny", 16)
@@ -63,7 +64,7 @@ def proofs_of(span: Span, node: Node = NODE) -> list[Proof]:
 def commit(outbox: Outbox, start: int, stop: int, *, round_: Round = ROUND, now: float = NOW) -> list[Proof]:
     """Commit a span in which every nonce is valid."""
     proofs = proofs_of(Span(start, stop))
-    outbox.commit_span(round_, NODE, Span(start, stop), proofs, now)
+    outbox.commit_span(round_, NODE, Span(start, stop), proofs, WEIGHTS, now)
     return proofs
 
 
@@ -226,6 +227,51 @@ def test_another_programs_database_is_refused_and_left_alone(path: Path, journal
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_store_of_version_1_is_brought_up_to_date_and_loses_nothing(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as old:
+        old.executescript((Path(__file__).parent / "data" / "store_v1.sql").read_text())
+        old.execute("UPDATE rounds SET id = ?", (ROUND.id,))
+        old.commit()
+    with opened(path) as store:
+        assert store.totals == Totals(checked=4, valid=2, stored=1, delivered=0)
+        assert store.begin_round(ROUND, NODE, NOW) == RoundProgress(Progress(4), checked=4, valid=2)
+        commit(store, 4, 5)
+        form(store, "main", size=1)
+        first, old_proof, new_proof = drain(store, "main")
+        assert (first.body, first.attempts) == (b'{"nonces":[1]}', 3)
+        # Version 1 did not say which weights a proof is of.
+        assert old_proof.body == ProofBatch(ROUND, 1, None, (Proof(10, 1.25),)).to_json()
+        assert new_proof.body == ProofBatch(ROUND, 1, WEIGHTS, (Proof(13, 1.013),)).to_json()
+    with opened(path) as again:
+        assert again._db.execute("PRAGMA user_version").fetchone() == (VERSION,)
+        assert again.totals == Totals(checked=5, valid=3, stored=3, delivered=3)
+    fresh = path.with_name("fresh.db")
+    with opened(fresh), opened(path):
+        pass
+    assert columns(path) == columns(fresh)
+
+
+def columns(path: Path) -> list[tuple[str, str, str]]:
+    """Every table's columns and their types."""
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute(
+            "SELECT m.name, c.name, c.type FROM sqlite_schema AS m, pragma_table_info(m.name) AS c ORDER BY 1, 2"
+        ).fetchall()
+
+
+def test_proofs_of_other_weights_go_into_another_batch(outbox: Outbox) -> None:
+    for start, weights in enumerate(["old", "old", "new", "old"]):
+        span = Span(start, start + 1)
+        outbox.commit_span(ROUND, NODE, span, proofs_of(span), weights, NOW)
+    form(outbox, "a", size=2, now=NOW + 60)
+    found = [orjson.loads(delivery.body) for delivery in drain(outbox, "a")]
+    assert [(body["model_fingerprint"], body["nonces"]) for body in found] == [
+        ("old", [1, 4]),
+        ("old", [10]),
+        ("new", [7]),
+    ]
+
+
 @pytest.mark.parametrize("journal", ["delete", "wal"])
 def test_a_newer_store_is_refused_and_left_alone(path: Path, journal: str) -> None:
     with opened(path) as outbox:
@@ -290,7 +336,7 @@ def test_what_a_killed_process_announced_is_there(path: Path) -> None:
         "for start in range(0, 10**9, 10):\n"
         "    span = Span(start, start + 10)\n"
         "    proofs = [Proof(nonce, 1.0) for nonce in node.nonces(span)[:3]]\n"
-        "    outbox.commit_span(round_, node, span, proofs, 0.0)\n"
+        "    outbox.commit_span(round_, node, span, proofs, 'f00d', 0.0)\n"
         "    outbox.form_batches(['a'], size=2, age=1e9, now=0.0, current=round_)\n"
         "    print(span.stop, flush=True)\n"
     )
@@ -317,7 +363,7 @@ def test_a_batch_keeps_its_bytes_and_id_across_failures_and_restarts(path: Path,
     form(outbox, "a", size=3)
     first = outbox.head("a")
     assert first is not None
-    batch = ProofBatch(ROUND, NODE.id, tuple(proofs))
+    batch = ProofBatch(ROUND, NODE.id, WEIGHTS, tuple(proofs))
     assert (first.id, first.kind, first.body) == (batch.id, "generated", batch.to_json())
     assert (first.attempts, first.next_at) == (0, NOW)
 
@@ -372,7 +418,7 @@ def test_progress_and_proofs_are_one_transaction(path: Path, outbox: Outbox) -> 
 
 def test_a_distance_that_is_no_number_is_never_stored(outbox: Outbox) -> None:
     with pytest.raises(sqlite3.IntegrityError):
-        outbox.commit_span(ROUND, NODE, Span(0, 1), [Proof(1, float("nan"))], NOW)
+        outbox.commit_span(ROUND, NODE, Span(0, 1), [Proof(1, float("nan"))], WEIGHTS, NOW)
     assert outbox.totals == recount(outbox) == Totals(0, 0, 0, 0)
     assert outbox.begin_round(ROUND, NODE, NOW).progress == Progress()
 
@@ -489,8 +535,8 @@ def test_a_batch_holds_proofs_of_one_round_and_one_node_only(outbox: Outbox) -> 
     expected = []
     for round_, node in ((ROUND, NODE), (NEXT, NODE), (ROUND, other)):
         proofs = proofs_of(Span(0, 2), node)
-        outbox.commit_span(round_, node, Span(0, 2), proofs, NOW)
-        expected.append(ProofBatch(round_, node.id, tuple(proofs)))
+        outbox.commit_span(round_, node, Span(0, 2), proofs, WEIGHTS, NOW)
+        expected.append(ProofBatch(round_, node.id, WEIGHTS, tuple(proofs)))
     form(outbox, "a", current=None)
     deliveries = drain(outbox, "a")
     assert [delivery.id for delivery in deliveries] == [batch.id for batch in expected]
@@ -718,7 +764,7 @@ class OutboxMachine(RuleBasedStateMachine):
         span = self.leased.pop(data.draw(st.integers(0, len(self.leased) - 1)))
         valid = data.draw(st.lists(st.sampled_from(NODE.nonces(span)), unique=True))
         proofs = [Proof(nonce, data.draw(st.floats(0, 1.4, exclude_max=True))) for nonce in sorted(valid)]
-        self.outbox.commit_span(self.active, NODE, span, proofs, self.now)
+        self.outbox.commit_span(self.active, NODE, span, proofs, WEIGHTS, self.now)
         self.model.done[self.active] |= set(range(span.start, span.stop))
         self.model.found += [(self.active.id, proof.nonce, proof.distance) for proof in proofs]
 

@@ -15,7 +15,7 @@ from pocd.proof import Proof, ProofBatch, Round, canonical_json, content_id
 ROUND = Round(
     block_hash="9F2E", block_height=4_100_000, public_key="02ab", r_target=1.4, scheme="poc2", model="tiny", seq_len=16
 )
-BATCH = ProofBatch(ROUND, node_id=3, proofs=(Proof(11, 1.25), Proof(3, 1.390625)))
+BATCH = ProofBatch(ROUND, node_id=3, model_fingerprint="f00d", proofs=(Proof(11, 1.25), Proof(3, 1.390625)))
 
 ROUND_FIELDS = {
     "block_hash": "9F2E",
@@ -26,11 +26,11 @@ ROUND_FIELDS = {
     "model": "tiny",
     "seq_len": 16,
 }
-BATCH_FIELDS = {**ROUND_FIELDS, "node_id": 3, "nonces": [11, 3], "dist": [1.25, 1.390625]}
+BATCH_FIELDS = {**ROUND_FIELDS, "node_id": 3, "model_fingerprint": "f00d", "nonces": [11, 3], "dist": [1.25, 1.390625]}
 
 # Written down once: if they change, every store and every receiver sees other ids.
 ROUND_ID = "40f41c29c1ff8bef376677a0376213a9"
-BATCH_ID = "2492aba43f8ea0dfa7ad075f46911191"
+BATCH_ID = "02f7f444fd68b089cb002449641dafdf"
 
 
 def reference_json(value: object) -> bytes:
@@ -115,7 +115,7 @@ def test_canonical_json_has_no_white_space_and_plain_utf_8() -> None:
 
 @given(distance=st.floats(0, 2), nonce=st.integers(0, 2**63 - 1))
 def test_nonces_and_distances_come_out_of_the_bytes_bit_for_bit(distance: float, nonce: int) -> None:
-    batch = ProofBatch(ROUND, 0, (Proof(nonce, distance),))
+    batch = ProofBatch(ROUND, 0, "f00d", (Proof(nonce, distance),))
     body = orjson.loads(batch.to_json())
     assert (body["nonces"], body["dist"]) == ([nonce], [distance])
     assert json.loads(batch.to_json()) == body

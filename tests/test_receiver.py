@@ -185,7 +185,7 @@ async def test_another_body_under_the_same_id_is_a_conflict(client: Client) -> N
 
 
 async def test_the_id_is_the_header_or_the_batch_id_or_a_hash(client: Client) -> None:
-    batch = ProofBatch(ROUND, 0, (Proof(3, 1.25),))
+    batch = ProofBatch(ROUND, 0, "f00d", (Proof(3, 1.25),))
     assert (await client.post(batch.to_json(), "header")).body["id"] == "header"
     assert (await client.post(batch.to_json())).body["id"] == batch.id
     nameless = orjson.dumps(GENERATED)

@@ -95,7 +95,7 @@ def test_the_shipped_file_shows_the_defaults() -> None:
     required = {name for name, field in code.items() if field.is_required()}
     unset = {name for name, field in code.items() if not field.is_required() and field.get_default() is None}
     assert required == {"node.public_key", "chain.urls"}
-    assert unset == {"admin.token_file"}
+    assert unset == {"admin.token_file", "model.revision"}
     assert shown.keys() == code.keys() - unset
     for name in shown.keys() - required:
         default = code[name].get_default()
@@ -141,11 +141,13 @@ def test_the_shipped_file_loads_with_everything_set(tmp_path: Path) -> None:
         pytest.param("[admin]\nport = 'http'", "admin.port: Input should be a valid integer", id="wrong type"),
         pytest.param("[admin]\nport = 65536", "admin.port: Input should be less than or equal to 65535", id="too big"),
         pytest.param("[round]\nr_target = 2.1", "round.r_target: Input should be less than or equal to 2", id="radius"),
-        pytest.param("[worker]\nbatch_size = 0", "worker.batch_size: Input should be greater", id="too small"),
+        pytest.param("[worker]\nbatch_size = 0", 'worker.batch_size: must be "auto", or a whole', id="too small"),
         pytest.param("[worker]\nbatch_timeout = inf", "worker.batch_timeout: Input should be a finite", id="infinity"),
         pytest.param("[delivery]\nbatch_seconds = nan", "delivery.batch_seconds: Input should be", id="no number"),
         pytest.param(f"[round]\nevery = {2**63}", "round.every: Input should be less than", id="beyond 64 bits"),
-        pytest.param("[round]\nscheme = 'poc3'", "round.scheme: unknown scheme 'poc3'; allowed are: poc2", id="scheme"),
+        pytest.param(
+            "[round]\nscheme = 'poc3'", "round.scheme: unknown scheme 'poc3'; allowed are: trained, ", id="scheme"
+        ),
         pytest.param("[model]\ndtype = 'int8'", "model.dtype: Input should be 'float32', 'float16'", id="dtype"),
         pytest.param("[model]\ndevice = 'gpu'", "model.device: String should match", id="device"),
         pytest.param("[round]\noffset = 60", "round: offset 60 must be below every 60", id="offset"),

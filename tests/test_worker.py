@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
+import subprocess
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+import orjson
 import pytest
 import structlog
+import structlog.testing
 import torch
 from processes import PATIENCE
 from safetensors.torch import load_file, save_file
@@ -21,7 +26,7 @@ from pocd.miner import Miner
 from pocd.nonces import Node, Progress
 from pocd.proof import Round
 from pocd.worker import messages
-from pocd.worker.messages import Cancel, Cancelled, Compute, Load, Message
+from pocd.worker.messages import BatchSize, Cancel, Cancelled, Compute, Load, Message
 from pocd.worker.supervisor import Limits, Supervisor, WorkerRefusedError
 
 if TYPE_CHECKING:
@@ -43,10 +48,12 @@ def prepared(folder: Path, load: Load, **limits: float) -> Iterator[tuple[Superv
 
 
 @contextlib.asynccontextmanager
-async def supervised(folder: Path, **limits: float) -> AsyncIterator[tuple[Supervisor, Miner]]:
+async def supervised(
+    folder: Path, load: Load = LOAD, round_: Round = ROUND, **limits: float
+) -> AsyncIterator[tuple[Supervisor, Miner]]:
     """A supervisor that runs, over a miner with one round."""
-    with prepared(folder, LOAD, **limits) as (supervisor, miner):
-        await miner.set_round(ROUND)
+    with prepared(folder, load, **limits) as (supervisor, miner):
+        await miner.set_round(round_)
         task = asyncio.create_task(supervisor.run())
         try:
             yield supervisor, miner
@@ -159,3 +166,94 @@ async def test_a_model_that_gives_nan_never_becomes_ready(tmp_path: Path) -> Non
     with pytest.raises(WorkerRefusedError, match="NaN or infinity") as refused:
         await run_to_its_end(tmp_path, load)
     assert refused.value.kind == "configuration"
+
+
+def overflowing(folder: Path, factor: float) -> tuple[Load, Round]:
+    """A model that overflows in float16 on some inputs: tiny-llama with larger MLPs in its second layer."""
+    folder.mkdir()
+    (folder / "config.json").write_bytes((BUNDLED / "tiny-llama" / "config.json").read_bytes())
+    weights = load_file(BUNDLED / "tiny-llama" / "model.safetensors")
+    weights = {name: tensor.float() for name, tensor in weights.items()}
+    weights["model.layers.1.mlp.up_proj.weight"] *= factor
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    load = Load(str(folder), "float16", "cpu", "poc2", 2, 1)
+    return load, Round("block_alpha", 1, "test-key", 2.0, "poc2", load.model, load.seq_len)
+
+
+async def test_a_batch_with_nan_is_refused_counted_and_logged_and_the_rest_goes_on(tmp_path: Path) -> None:
+    load, round_ = overflowing(tmp_path / "model", 8_500)
+    with structlog.testing.capture_logs() as logs:
+        async with supervised(tmp_path, load, round_) as (supervisor, miner):
+            await until(lambda: miner.refused_batches and checked(miner) > 100)
+            assert supervisor.restarts == 0
+            assert miner.mining is not None
+            assert miner.mining.valid == miner.mining.checked, "at r_target 2 every distance is valid; NaN is none"
+            refused = [entry for entry in logs if entry["action"] == "batch_refused"]
+            assert len(refused) == miner.refused_batches
+            assert refused[0]["log_level"] == "error"
+            for part in ("float16", "'poc2'", "layer 1, in its branch"):
+                assert part in refused[0]["event"]
+            assert supervisor.last_refusal is not None
+            await miner.close(PATIENCE)
+    with contextlib.closing(OutboxThread(tmp_path / "outbox.db")) as outbox:
+        found = await outbox(Outbox.begin_round, round_, NODE, 0.0)
+    gaps = found.progress.gaps()
+    assert sum(map(len, gaps)) > 0, "what has no distance is not stored as checked"
+    assert found.checked == found.progress.end - sum(map(len, gaps))
+
+
+async def test_three_refused_batches_in_a_row_restart_the_worker_which_then_goes_on(tmp_path: Path) -> None:
+    load, round_ = overflowing(tmp_path / "model", 12_800)  # about two nonces in five, the first three among them
+    async with supervised(tmp_path, load, round_) as (supervisor, miner):
+        await until(lambda: supervisor.restarts)
+        assert supervisor.last_error is not None
+        assert supervisor.last_error.startswith("worker gave no result for 3 batches in a row, killed: model ")
+        await until(lambda: checked(miner) > 0)
+        # The same three again, from the new worker, and then no more.
+        assert supervisor.restarts == 2
+        assert miner.refused_batches >= 6
+
+
+def limited(load: Load, megabytes: int) -> str:
+    """Start a worker's part that finds a batch size, in a process that may take so much memory for it."""
+    script = (
+        "import re, resource, sys, orjson, torch\n"
+        "torch.set_num_threads(1)\n"
+        "from pocd.compute.model import load_model\n"
+        "from pocd.worker.child import fitting_batch_size\n"
+        "from pocd.worker.messages import Load\n"
+        "load = Load(**orjson.loads(sys.argv[1]))\n"
+        "model = load_model(load.model, dtype=load.dtype, device=load.device)\n"
+        "mapped = int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
+        f"resource.setrlimit(resource.RLIMIT_AS, (mapped + {megabytes} * 2**20,) * 2)\n"
+        "print(fitting_batch_size(model, load))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, orjson.dumps(dataclasses.asdict(load)).decode()],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return (done.stdout or done.stderr).strip().splitlines()[-1]
+
+
+def test_a_batch_size_that_does_not_fit_is_halved_until_it_does() -> None:
+    load = dataclasses.replace(LOAD, seq_len=1024, batch_size=1024, shrink=True)  # 512 MiB of embeddings
+    assert limited(load, 400) in {"8", "16", "32", "64"}
+
+
+def test_a_configured_batch_size_that_does_not_fit_is_an_error_that_names_the_key() -> None:
+    load = dataclasses.replace(LOAD, seq_len=4096, batch_size=4096)
+    assert limited(load, 400).endswith(
+        "a batch of 4096 × 4096 positions does not fit into the memory of cpu; lower worker.batch_size, "
+        "or set it to 'auto'"
+    )
+
+
+async def test_a_worker_that_had_to_shrink_its_batches_says_so_and_it_is_remembered(tmp_path: Path) -> None:
+    load = dataclasses.replace(LOAD, batch_size=64, shrink=True)
+    with structlog.testing.capture_logs() as logs, prepared(tmp_path, load) as (supervisor, _):
+        supervisor.memory_became_short(BatchSize(32, "a batch of 64 × 16 positions does not fit"))
+    assert supervisor.batch_size == 32
+    assert [entry["action"] for entry in logs] == ["batch_size"]
+    assert supervisor._load.batch_size == 32, "the next worker begins with it"

@@ -77,14 +77,16 @@ def _chain_view(chain: ChainHealth, poll_interval: float) -> dict[str, Any]:
     }
 
 
-def _worker_view(supervisor: Supervisor, batch_size: int) -> dict[str, Any]:
+def _worker_view(supervisor: Supervisor, miner: Miner) -> dict[str, Any]:
     return {
+        **({} if supervisor.info is None else asdict(supervisor.info)),
         "ready": supervisor.ready.is_set(),
         "pid": supervisor.pid,
         "restarts": supervisor.restarts,
         "last_error": supervisor.last_error,
-        "batch_size": batch_size,
-        **({} if supervisor.info is None else asdict(supervisor.info)),
+        "batch_size": supervisor.batch_size,
+        "refused_batches": miner.refused_batches,
+        "last_refusal": supervisor.last_refusal,
     }
 
 
@@ -128,7 +130,7 @@ def view(parts: Parts) -> dict[str, Any]:
             "valid_per_second_15m": miner.valid_rate.per_second(900),
         },
         "chain": _chain_view(parts.chain, settings.chain.poll_interval),
-        "worker": _worker_view(parts.supervisor, settings.worker.batch_size),
+        "worker": _worker_view(parts.supervisor, miner),
         "receivers": [_receiver_view(dispatcher, queues) for dispatcher in parts.dispatchers],
         # Queues of receivers that are no longer configured: kept, and sent again when they return.
         "orphaned_queues": {name: asdict(queue) for name, queue in queues.items() if name not in names},

@@ -1,4 +1,4 @@
-"""Nonces in, distances out (docs/protocol.md section 3)."""
+"""Nonces in, distances out: one engine for every scheme (docs/protocol.md sections 3 and 4)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pocd.compute.errors import InputError, NonFiniteError
-from pocd.compute.random import normal, seeds_tensor, unit_normal
-from pocd.compute.transforms import layer_transforms, reflect_in_order
+from pocd.compute.errors import InputError, NonFiniteError, OutOfMemoryError
+from pocd.compute.model import check_seq_len
+from pocd.compute.random import fill_normal, normal, seeds_tensor, unit_normal
+from pocd.compute.schemes import RANDOM_HEAD_DIM
+from pocd.compute.transforms import JOIN, reflect_in_order
+from pocd.compute.weights import drawn_weights
 from pocd.nonces import LARGEST_NONCE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from pocd.compute.model import Model
-    from pocd.compute.schemes import Scheme
+    from pocd.compute.schemes import Head, Scheme
+
+HEAD_CHUNK = 2**24  # elements of the head that are in float32 at a time: 64 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,84 +34,182 @@ class BlockRun:
     block_hash: str
     public_key: str
     seq_len: int
-    head: torch.Tensor  # float32 [D, H]
+    vectors: torch.Tensor  # one unit vector per layer [layers, H], in the model's dtype
+    head: torch.Tensor  # [D, H], in any dtype
     target: torch.Tensor  # float32 [D], unit length
+
+    @property
+    def dimension(self) -> int:
+        """D, the head's."""
+        return len(self.target)
 
     @torch.inference_mode()
     def distances(self, nonces: Sequence[int], *, batch_size: int) -> list[float]:
         """Compute the distance of each nonce.
 
         Every batch has the same shape: a short one is padded by repeating its last nonce.
-        So a distance does not depend on how many others were asked for.
+        So a distance does not depend on its neighbours, nor on how many there are.
 
         Args:
-            nonces: In [0, 2**63), any order.
+            nonces: In [0, 2**63), each once, any order.
             batch_size: Nonces per forward pass.
 
         Returns:
             Distances in [0, 2], in the order of `nonces`.
 
         Raises:
-            InputError: A nonce is out of range.
-            NonFiniteError: The model gave NaN or infinity.
+            InputError: A nonce is out of range or repeated; nothing was computed.
+            OutOfMemoryError: A batch of this size does not fit.
+            NonFiniteError: The model gave NaN or infinity; it names the nonces and the layer.
         """
-        for nonce in nonces:
-            if not 0 <= nonce <= LARGEST_NONCE:
-                raise InputError(f"nonce {nonce} is outside 0 to 2**63 - 1")
+        _check_nonces(nonces)
+        rows = _rows(batch_size)
         found: list[float] = []
         for start in range(0, len(nonces), batch_size):
             batch = list(nonces[start : start + batch_size])
-            padded = batch + batch[-1:] * (batch_size - len(batch))
+            padded = batch + batch[-1:] * (rows - len(batch))
             values = self._batch(padded)[: len(batch)]
-            if not torch.isfinite(values).all():
-                raise NonFiniteError(
-                    f"model {self.model.name!r} in {self.model.dtype} gave NaN or infinity for scheme "
-                    f"{self.scheme.name!r} in nonces {batch[0]} to {batch[-1]}; try another dtype, or check the weights"
-                )
+            if not values.isfinite().all():
+                broken = [nonce for nonce, value in zip(batch, values.tolist(), strict=True) if not 0 <= value <= 2]
+                raise NonFiniteError(self._explain(broken))
             found.extend(values.tolist())
         return found
 
     def _batch(self, nonces: Sequence[int]) -> torch.Tensor:
         """Distances of one batch, float32 [B]."""
-        model = self.model
-        owner = f"{self.block_hash}_{self.public_key}"
-        seeds = seeds_tensor([f"{owner}_nonce{nonce}" for nonce in nonces], model.device)
-        inputs = normal(seeds, self.seq_len * model.hidden_size)
-        embeddings = inputs.to(model.dtype).view(len(nonces), self.seq_len, model.hidden_size)
-        states = model.decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        h = states[:, -1].float()
+        try:
+            states = self.model.decoder(self._inputs(nonces), JOIN[self.scheme.layer_step], self.vectors)
+            return self._distance(self._hidden(states, nonces))
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+        raise OutOfMemoryError(  # outside the handler, whose traceback would hold the memory
+            f"a batch of {len(nonces)} × {self.seq_len} positions does not fit into the memory of {self.model.device}"
+        )
 
+    def _inputs(self, nonces: Sequence[int]) -> torch.Tensor:
+        """Random input embeddings [B, S, H] in the model's dtype."""
+        seeds = self._seeds([f"nonce{nonce}" for nonce in nonces])
+        flat = normal(seeds, self.seq_len * self.model.hidden_size, dtype=self.model.dtype)
+        return flat.view(len(nonces), self.seq_len, self.model.hidden_size)
+
+    def _hidden(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
+        """What the head sees, float32 [B, H], from the last position after the final norm [B, H]."""
         count = self.scheme.reflections
-        texts = [f"{owner}_nonce_{nonce}_hidden_r{r}" for nonce in nonces for r in range(count)]
-        seeds = seeds_tensor(texts, model.device).view(len(nonces), count)
-        h = reflect_in_order(h, unit_normal(seeds, model.hidden_size))
-        h = h / h.norm(dim=-1, keepdim=True)
-        z = h @ self.head.T
-        distances: torch.Tensor = (z / z.norm(dim=-1, keepdim=True) - self.target).norm(dim=-1)
-        return distances
+        seeds = self._seeds([f"nonce_{nonce}_hidden_r{r}" for nonce in nonces for r in range(count)])
+        h = reflect_in_order(states.float(), unit_normal(seeds.view(len(nonces), count), self.model.hidden_size))
+        return h / h.norm(dim=-1, keepdim=True) if self.scheme.normalise else h
+
+    def _distance(self, h: torch.Tensor) -> torch.Tensor:
+        """‖z/‖z‖ − t‖ of z = W h, float32 [B], with only a part of W and z at a time.
+
+        As ‖t‖ = 1 it is √(2 − 2 z·t/‖z‖), which is as exact wherever distances are found: near √2.
+        """
+        rows = max(1, HEAD_CHUNK // self.model.hidden_size)
+        along = h.new_zeros(len(h), dtype=torch.float64)
+        square = torch.zeros_like(along)
+        for weight, target in zip(self.head.split(rows), self.target.split(rows), strict=True):
+            z = (h @ weight.float().T).double()
+            along += z @ target.double()
+            square += z.square().sum(dim=-1)
+        return (2 - 2 * along / square.sqrt()).clamp_min(0).sqrt().float()
+
+    def _seeds(self, texts: Sequence[str]) -> torch.Tensor:
+        """Seeds of what belongs to single nonces of this miner, int32 bits [len(texts)]."""
+        owner = f"{self.block_hash}_{self.public_key}"
+        return seeds_tensor([f"{owner}_{text}" for text in texts], self.model.device)
+
+    def _explain(self, nonces: Sequence[int]) -> str:
+        """Say where NaN or infinity first appears, by running the first of `nonces` again, layer by layer."""
+        places: list[str] = []
+
+        def observe(place: str, values: torch.Tensor) -> None:
+            if not places and not values.isfinite().all():
+                places.append(place)
+
+        states = self.model.by_layers(
+            self._inputs(nonces[:1]), JOIN[self.scheme.layer_step], self.vectors, observe=observe
+        )
+        observe("the final norm", states)
+        observe("the head", self._distance(self._hidden(states, nonces[:1])))
+        where = f"first in {places[0]}" if places else "but not when it ran again, so the device may be faulty"
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return (
+            f"model {self.model.name!r} in {dtype} gave NaN or infinity under scheme {self.scheme.name!r}, {where}; "
+            f"{len(nonces)} nonces, the first is {nonces[0]}; try another dtype, or check the weights"
+        )
+
+
+def _rows(batch_size: int) -> int:
+    """How many rows a batch is padded to: for few nonces a multiple of four.
+
+    The CPU's matrix product treats the rest of 5 to 11 rows that four does not divide in another way,
+    so that a nonce's rounding would depend on its place in the batch.
+    """
+    return -(-batch_size // 4) * 4 if 1 < batch_size < 12 else batch_size
+
+
+def _check_nonces(nonces: Sequence[int]) -> None:
+    seen: set[int] = set()
+    for nonce in nonces:
+        if not 0 <= nonce <= LARGEST_NONCE:
+            raise InputError(f"nonce {nonce} is outside 0 to 2**63 - 1")
+        if nonce in seen:
+            raise InputError(f"nonce {nonce} is repeated")
+        seen.add(nonce)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    # The CPU's allocator has no exception of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _random_head(model: Model, block_hash: str) -> torch.Tensor:
+    head = torch.empty(1, RANDOM_HEAD_DIM * model.hidden_size, device=model.device)
+    seeds = seeds_tensor([f"{block_hash}_lm_head"], model.device)
+    return fill_normal(head, seeds, scale=0.02).view(RANDOM_HEAD_DIM, model.hidden_size)
+
+
+def _trained_head(model: Model, _block_hash: str) -> torch.Tensor:
+    head: torch.Tensor = model.causal.get_output_embeddings().weight
+    return head
+
+
+def _embedding(model: Model, _block_hash: str) -> torch.Tensor:
+    head: torch.Tensor = model.causal.get_input_embeddings().weight
+    return head
+
+
+HEADS: dict[Head, Callable[[Model, str], torch.Tensor]] = {
+    "trained": _trained_head,
+    "embedding": _embedding,
+    "random": _random_head,
+}
 
 
 @contextmanager
 def block_run(model: Model, scheme: Scheme, *, block_hash: str, public_key: str, seq_len: int) -> Iterator[BlockRun]:
-    """Prepare `model` for one block hash: draw head, target and layer vectors, attach the transforms.
+    """Prepare `model` for one block hash: draw weights, layer vectors, head and target.
 
-    When the context ends the model is bare again.
+    When the context ends the model has its own weights again, bit for bit.
 
     Raises:
         InputError: `seq_len` is not one that the model can take.
     """
-    if not 1 <= seq_len <= model.max_positions:
-        raise InputError(f"seq_len {seq_len} is outside 1 to {model.max_positions}, the positions of {model.name!r}")
+    check_seq_len(seq_len, model.causal.config, model.name)
     # The head's product counts as float32 (section 3): no TF32 on any device.
     torch.backends.cuda.matmul.allow_tf32 = False
-    size, dim = model.hidden_size, scheme.output_dim
-
-    def one(text: str) -> torch.Tensor:
-        return seeds_tensor([text], model.device)[0]
-
-    head = normal(one(f"{block_hash}_lm_head"), size * dim).view(dim, size) * 0.02
-    target = unit_normal(one(f"{block_hash}_target"), dim)
-    layer_texts = [f"{block_hash}_layer_{i}_householder" for i in range(len(model.layers))]
-    vectors = unit_normal(seeds_tensor(layer_texts, model.device), size).to(model.dtype)
-    with layer_transforms(model, vectors):
-        yield BlockRun(model, scheme, block_hash, public_key, seq_len, head, target)
+    with drawn_weights(model.causal, scheme.weights, block_hash):
+        head = HEADS[scheme.head](model, block_hash)
+        layers = seeds_tensor([f"{block_hash}_layer_{i}_householder" for i in range(model.layers)], model.device)
+        target = seeds_tensor([f"{block_hash}_target"], model.device)[0]
+        yield BlockRun(
+            model=model,
+            scheme=scheme,
+            block_hash=block_hash,
+            public_key=public_key,
+            seq_len=seq_len,
+            vectors=unit_normal(layers, model.hidden_size).to(model.dtype),
+            head=head,
+            target=unit_normal(target, len(head)),
+        )

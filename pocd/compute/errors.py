@@ -19,5 +19,9 @@ class InputError(ComputeError):
     """A nonce, a sequence length or another input is outside what can be computed."""
 
 
+class OutOfMemoryError(ComputeError):
+    """A batch does not fit into the device's memory; a smaller one may."""
+
+
 class NonFiniteError(ComputeError):
-    """The model gave NaN or infinity, so no distance exists."""
+    """The model gave NaN or infinity, so these nonces have no distance."""

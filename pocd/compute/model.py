@@ -1,34 +1,28 @@
-"""Load a transformers causal decoder and check that its layers are the ones we know how to transform."""
+"""Load a transformers causal decoder, and find out how its layers can be transformed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
-from pocd.compute.errors import DeviceError, ModelError
+from pocd.compute.errors import DeviceError, InputError, ModelError
+from pocd.compute.fingerprint import checkpoint_fingerprint, module_fingerprint
+from pocd.compute.flat import FLAT_CLASSES, FlatDecoder
+from pocd.compute.layers import NORMS, LayerDecoder, find_forms
 from pocd.compute.names import check_device, check_dtype, resolve
+from pocd.compute.random import normal, seeds_tensor
+from pocd.compute.transforms import JOIN
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from torch import nn
-
-    class DecoderLayer(nn.Module):
-        """A decoder layer of the Llama form, for the type checker."""
-
-        mlp: nn.Module
-        post_attention_layernorm: nn.Module
-
-
-# Families whose decoder layer is: residual + self_attn(input_layernorm(residual)), then
-# residual + mlp(post_attention_layernorm(residual)). Others use the same names for other
-# things (Gemma 2's post_attention_layernorm normalises the branch), so names alone are no proof.
-LLAMA_FORM = ("llama", "mistral", "qwen2", "qwen3")
+LARGEST_SEQ_LEN = 2**20  # of a model that has no limit
+PROBE_LENGTH = 5  # positions that a model is tried out with when it is loaded
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}  # of ‖h‖
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +31,28 @@ class Model:
 
     Attributes:
         name: As configured.
-        decoder: Embeddings [B, S, H] in, hidden states after the final norm [B, S, H] out.
-        layers: Its decoder layers.
+        fingerprint: Names its weights, see `fingerprint.py`.
+        causal: transformers' model.
+        decoder: Embeddings in, the last position's hidden state out; the fastest way that the model's class allows.
+        by_layers: The same through transformers' own layers, which every model has.
         hidden_size: H.
-        max_positions: The longest sequence that its positions allow.
         dtype: Of weights and activations.
         device: Where it lives.
     """
 
     name: str
-    decoder: nn.Module
-    layers: Sequence[DecoderLayer]
+    fingerprint: str
+    causal: Any
+    decoder: FlatDecoder | LayerDecoder
+    by_layers: LayerDecoder
     hidden_size: int
-    max_positions: int
     dtype: torch.dtype
     device: torch.device
+
+    @property
+    def layers(self) -> int:
+        """How many decoder layers it has."""
+        return len(self.by_layers.layers)
 
 
 def pick_device(name: str) -> torch.device:
@@ -79,66 +80,128 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def load_model(name: str, *, dtype: str, device: str) -> Model:
-    """Load `name` for inference.
+def _read_config(name: str, source: str, revision: str | None) -> Any:  # noqa: ANN401 - each family has its own class
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+
+
+def check_seq_len(seq_len: int, config: Any, name: str) -> None:  # noqa: ANN401 - as above
+    """Refuse a sequence length that the positions of `name` do not allow with an InputError."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", LARGEST_SEQ_LEN)
+    if not 1 <= seq_len <= longest:
+        raise InputError(f"seq_len {seq_len} is outside 1 to {longest}, the positions of {name!r}")
+
+
+def load_model(name: str, *, dtype: str, device: str, revision: str | None = None, seq_len: int = 1) -> Model:
+    """Load `name` for inference, straight to its device and dtype.
 
     Args:
         name: A local path, a hub id, or `bundled:NAME`.
         dtype: float32, float16 or bfloat16.
         device: cpu, cuda or cuda:N.
+        revision: Branch, tag or commit of a hub id.
+        seq_len: The sequence length that will be asked for, refused before the weights are read.
 
     Raises:
-        InputError: An unknown dtype or device name.
+        InputError: An unknown dtype or device name, or a sequence length beyond the model's positions.
         DeviceError: The device is not there.
-        ModelError: The model cannot be found or read, or is of a family that we cannot transform.
+        ModelError: The model cannot be found or read, or its layers cannot be transformed.
     """
     check_dtype(dtype)
     target = pick_device(device)
-    source = resolve(name)
+    source = resolve(name, revision)
     transformers_logging.disable_progress_bar()
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
-    if config.model_type not in LLAMA_FORM:
-        raise ModelError(
-            f"model {name!r} is of type {config.model_type!r}, whose layers are not known to be of the Llama form; "
-            f"supported types are: {', '.join(LLAMA_FORM)}"
-        )
+    config = _read_config(name, source, revision)
+    check_seq_len(seq_len, config, name)
     try:
         loader: Any = AutoModelForCausalLM  # its annotation knows nothing of output_loading_info
         causal, loading = loader.from_pretrained(
-            source, config=config, dtype=getattr(torch, dtype), output_loading_info=True
+            source,
+            config=config,
+            revision=revision or "main",
+            dtype=getattr(torch, dtype),
+            device_map={"": target},
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        weights = checkpoint_fingerprint(
+            Path(str(cached_file(source, "config.json", revision=revision or "main"))).parent
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     # transformers only warns, and draws at random what a checkpoint lacks: distances nobody else would get.
     if lacking := sorted(loading["missing_keys"]):
         raise ModelError(f"model {name!r} lacks weights: {', '.join(lacking[:3])}{', …' if len(lacking) > 3 else ''}")
-    return adapt(causal.to(target), name=name)
+    return adapt(causal, name=name, fingerprint=weights)
 
 
-def adapt(causal: Any, *, name: str) -> Model:  # noqa: ANN401 - transformers gives its classes no common type
-    """Wrap a transformers model of the Llama form for the engine, in evaluation mode.
+def adapt(causal: Any, *, name: str, fingerprint: str | None = None) -> Model:  # noqa: ANN401 - transformers gives its classes no common type
+    """Wrap a transformers model for the engine, in evaluation mode.
+
+    It runs the model on a few positions to find each layer's residual and branch, and to see that
+    carrying only the last position through the last layer changes nothing.
+
+    Args:
+        causal: The model, on its device and in its dtype.
+        name: What to call it.
+        fingerprint: Of its checkpoint. Default: of the weights in memory.
 
     Raises:
-        ModelError: The model is of another form; the message names its class and what is missing.
+        ModelError: Its layers cannot be transformed; names its class and what was missing.
     """
-    decoder = getattr(causal, "model", None)
-    layers = getattr(decoder, "layers", None)
-    if decoder is None or not layers or causal.config.model_type not in LLAMA_FORM:
-        raise ModelError(f"model {name!r} ({type(causal).__name__}) has no decoder of the Llama form in .model.layers")
-    for part in ("self_attn", "input_layernorm", "post_attention_layernorm", "mlp"):
-        if not hasattr(layers[0], part):
-            raise ModelError(f"model {name!r}: its layer {type(layers[0]).__name__} has no {part}")
+    owner = f"model {name!r} ({type(causal).__name__})"
     causal.requires_grad_(requires_grad=False).eval()
+    decoder = causal.get_decoder()
+    layers = getattr(decoder, "layers", None) or getattr(decoder, "h", None)
+    if not layers:
+        raise ModelError(f"{owner}: its decoder, a {type(decoder).__name__}, has no list of layers in .layers or .h")
+    norm = next((getattr(decoder, part) for part in NORMS if hasattr(decoder, part)), None)
+    if norm is None:
+        raise ModelError(
+            f"{owner}: its decoder, a {type(decoder).__name__}, has no final norm; looked for {', '.join(NORMS)}"
+        )
     weight = next(decoder.parameters())
+    config = causal.config.get_text_config()
+    seeds = seeds_tensor(["probe"], weight.device)
+    probe = normal(seeds, PROBE_LENGTH * config.hidden_size, dtype=weight.dtype)
+    probe = probe.view(1, PROBE_LENGTH, config.hidden_size)
+    by_layers = LayerDecoder(decoder, list(layers), find_forms(decoder, list(layers), probe, owner=owner), norm)
+    _check_last_position(by_layers, probe, owner)
     return Model(
         name=name,
-        decoder=decoder,
-        layers=list(layers),
-        hidden_size=causal.config.hidden_size,
-        max_positions=causal.config.max_position_embeddings,
+        fingerprint=fingerprint or module_fingerprint(causal),
+        causal=causal,
+        decoder=FlatDecoder(decoder) if type(causal).__name__ in FLAT_CLASSES else by_layers,
+        by_layers=by_layers,
+        hidden_size=config.hidden_size,
         dtype=weight.dtype,
         device=weight.device,
     )
+
+
+@torch.inference_mode()
+def _check_last_position(by_layers: LayerDecoder, probe: torch.Tensor, owner: str) -> None:
+    """See that no position looks ahead, and that the last one can be carried alone through the last layer."""
+
+    def bare(embeddings: torch.Tensor) -> torch.Tensor:
+        states: torch.Tensor = by_layers.decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        return states.float()
+
+    states = bare(probe)
+    if not states.isfinite().all():
+        return  # its distances will be refused
+    tolerance = PROBE_TOLERANCE[probe.dtype]
+    earlier, other_end = states[:, :-1], probe.clone()
+    other_end[:, -1] = -other_end[:, -1]
+    if (bare(other_end)[:, :-1] - earlier).norm() > tolerance * earlier.norm():
+        raise ModelError(f"{owner} is not causal: its attention looks ahead")
+    whole = states[:, -1]
+    try:
+        alone = by_layers(probe, JOIN["none"], probe.new_zeros(len(by_layers.layers), 1)).float()
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise ModelError(f"{owner} cannot carry one position: {type(error).__name__}: {error}") from error
+    if (alone - whole).norm() > tolerance * whole.norm():
+        raise ModelError(f"{owner} gives another result when only the last position is carried through its last layer")

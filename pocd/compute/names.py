@@ -12,6 +12,10 @@ BUNDLED = Path(__file__).resolve().parent.parent / "models"
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
+# How far two honest distances of one nonce may lie apart: docs/protocol.md section 5, measured there.
+TOLERANCE: dict[Dtype, float] = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
+# Where batch_size = "auto" begins. On the CPU more is not faster; on a GPU it is halved until it fits.
+AUTO_BATCH_SIZE = {"cpu": 32, "cuda": 1024}
 DEVICE_PATTERN = r"^(cpu|cuda(:[0-9]+)?)$"
 
 
@@ -27,19 +31,22 @@ def check_device(name: str) -> None:
         raise InputError(f"device {name!r} is unknown; allowed are: cpu, cuda, cuda:N")
 
 
-def resolve(name: str) -> str:
+def resolve(name: str, revision: str | None = None) -> str:
     """Turn a configured name into what transformers loads: a local path or a hub id.
 
     Raises:
-        ModelError: A bundled model or a local path that does not exist.
+        ModelError: A bundled model or a local path that does not exist, or one with a revision.
     """
+    is_local = name.startswith(("bundled:", "/", "./", "../", "~"))
+    if is_local and revision is not None:
+        raise ModelError(f"model {name!r} is a folder; a revision ({revision!r}) belongs to a hub id")
     if name.startswith("bundled:"):
         path = BUNDLED / name.removeprefix("bundled:")
         if not (path / "config.json").is_file():
             known = ", ".join(sorted(f"bundled:{p.parent.name}" for p in BUNDLED.glob("*/config.json")))
             raise ModelError(f"model {name!r} is not bundled; the bundled ones are: {known}")
         return str(path)
-    if name.startswith(("/", "./", "../", "~")):
+    if is_local:
         path = Path(name).expanduser()
         if not (path / "config.json").is_file():
             raise ModelError(f"model {name!r}: there is no {path / 'config.json'}; give a model's folder")

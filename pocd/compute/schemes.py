@@ -1,11 +1,20 @@
-"""The registry of schemes: how a nonce's distance is composed (docs/protocol.md section 3).
+"""The registry of schemes: how a distance is composed (docs/protocol.md sections 3 and 4).
 
-Plain data without torch, so that the daemon can check a scheme's name.
+A scheme is a composition of five choices. Each choice is named here and made in one place:
+`weights` in `weights.py`, `layer_step` in `transforms.py`, the others in `engine.py`. Plain data
+without torch, so that the daemon can check a scheme's name.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Weights = Literal["trained", "drawn", "embedding drawn"]
+LayerStep = Literal["none", "reflect", "normalise and reflect"]
+Head = Literal["trained", "embedding", "random"]
+
+RANDOM_HEAD_DIM = 8192  # D of a random head
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,13 +23,30 @@ class Scheme:
 
     Attributes:
         name: As configured and as written into batches.
+        weights: The model's own; or all of them, or the input embedding, drawn anew per block hash.
+        layer_step: What happens to branch and residual after every decoder layer.
         reflections: Householder reflections per nonce, of the final hidden state.
-        output_dim: Dimension D of the random head and the target.
+        normalise: Whether the hidden state is scaled to unit length before the head.
+        head: The model's output matrix; its input embedding; or one drawn per block hash.
     """
 
     name: str
+    weights: Weights
+    layer_step: LayerStep
     reflections: int
-    output_dim: int
+    normalise: bool
+    head: Head
 
 
-SCHEMES = {scheme.name: scheme for scheme in (Scheme(name="poc2", reflections=8, output_dim=8192),)}
+_ROWS: tuple[tuple[str, Weights, LayerStep, int, bool, Head], ...] = (
+    # name, weights, after each layer, per nonce, normalise before the head, head
+    ("trained", "trained", "reflect", 8, False, "trained"),
+    ("random-weights", "drawn", "none", 8, False, "trained"),  # its head is drawn with the rest
+    ("random-embed", "embedding drawn", "reflect", 8, False, "embedding"),
+    ("end-norm", "trained", "reflect", 8, True, "trained"),
+    ("random-head", "trained", "reflect", 8, True, "random"),
+    ("hidden-householder", "trained", "none", 8, True, "trained"),
+    ("poc2", "trained", "normalise and reflect", 8, True, "random"),
+)
+
+SCHEMES = {row[0]: Scheme(*row) for row in _ROWS}

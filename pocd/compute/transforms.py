@@ -1,32 +1,22 @@
-"""What the block hash does to a model's hidden states (docs/protocol.md section 3)."""
+"""What the block hash and the nonce do to hidden states (docs/protocol.md sections 3 and 4)."""
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable
 
-    import torch
-    from torch import nn
+    from pocd.compute.schemes import LayerStep
 
-    from pocd.compute.model import Model
+    Join = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def reflect(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """Reflect x [..., H] at the hyperplane across the unit vector v [..., H] (Householder)."""
     return x - 2 * (x * v).sum(dim=-1, keepdim=True) * v
-
-
-def normalise_and_reflect(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Scale x [..., H] to unit length, then reflect it at v [H]; the result has x's dtype.
-
-    It is computed in float32: the square of a large float16 activation would overflow.
-    """
-    wide = x.float()
-    unit = wide / (wide.norm(dim=-1, keepdim=True) + 1e-8)
-    return reflect(unit, v.float()).to(x.dtype)
 
 
 def reflect_in_order(h: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
@@ -36,47 +26,38 @@ def reflect_in_order(h: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     return h
 
 
-class _LayerTransform:
-    """Hooks on one decoder layer: catches branch and residual at its edges, then transforms both."""
-
-    def __init__(self, vector: torch.Tensor) -> None:
-        self.vector = vector
-        self.branch: torch.Tensor | None = None
-        self.residual: torch.Tensor | None = None
-
-    def catch_residual(self, _module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        (self.residual,) = args
-
-    def catch_branch(self, _module: nn.Module, _args: object, output: torch.Tensor) -> None:
-        self.branch = output
-
-    def replace_output(self, _module: nn.Module, _args: object, _output: Any) -> torch.Tensor:  # noqa: ANN401 - a hook sees whatever a layer returns
-        assert self.branch is not None, "the layer ran without its MLP"
-        assert self.residual is not None, "the layer ran without its post-attention norm"
-        transformed = normalise_and_reflect(self.branch, self.vector) + normalise_and_reflect(
-            self.residual, self.vector
-        )
-        self.branch = self.residual = None
-        return transformed
+def _reflect_in_place(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Reflect many x [..., H] at one v [H]: a matrix product and one pass over x."""
+    return x.addcmul_((x @ v).unsqueeze(-1), v, value=-2)
 
 
-@contextmanager
-def layer_transforms(model: Model, vectors: torch.Tensor) -> Iterator[None]:
-    """Transform branch and residual of every decoder layer of `model` while the context lasts.
+def _join(branch: torch.Tensor, residual: torch.Tensor, _v: torch.Tensor) -> torch.Tensor:
+    """The sum, as the bare layer has it."""
+    return branch + residual
 
-    Args:
-        model: The model; afterwards it is bare again, whatever happened inside.
-        vectors: One unit vector per layer [layers, H], in the model's dtype.
+
+def _join_reflected(branch: torch.Tensor, residual: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The sum of the two reflections, which is the reflection of the sum."""
+    total, v = branch.float() + residual, v.float()
+    return _reflect_in_place(total, v).to(branch.dtype)
+
+
+def _join_normalised_and_reflected(branch: torch.Tensor, residual: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """The sum of the two unit vectors' reflections, which is no function of branch + residual.
+
+    A reflection is linear, so it is applied once, to the sum of the two unit vectors.
     """
-    assert len(vectors) == len(model.layers), "one vector per layer"
-    hooks = []
-    try:
-        for layer, vector in zip(model.layers, vectors, strict=True):
-            transform = _LayerTransform(vector)
-            hooks.append(layer.post_attention_layernorm.register_forward_pre_hook(transform.catch_residual))
-            hooks.append(layer.mlp.register_forward_hook(transform.catch_branch))
-            hooks.append(layer.register_forward_hook(transform.replace_output))
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    wide, rest, v = branch.float(), residual.float(), v.float()
+    total = wide / (torch.linalg.vector_norm(wide, dim=-1, keepdim=True) + 1e-8)
+    total.addcdiv_(rest, torch.linalg.vector_norm(rest, dim=-1, keepdim=True) + 1e-8)
+    return _reflect_in_place(total, v).to(branch.dtype)
+
+
+# How a layer's two halves, branch and residual [..., H], become its output, given the layer's unit
+# vector [H]. Computed in float32 and rounded to the model's dtype once: the square of a large
+# float16 activation would overflow.
+JOIN: dict[LayerStep, Join] = {
+    "none": _join,
+    "reflect": _join_reflected,
+    "normalise and reflect": _join_normalised_and_reflected,
+}

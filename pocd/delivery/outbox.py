@@ -10,7 +10,7 @@ import asyncio
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, Self, TypeVar
 
 import orjson
@@ -170,8 +170,13 @@ class Outbox:
         spans = tuple(Span(start, stop) for start, stop in orjson.loads(islands))
         return RoundProgress(Progress(cursor, spans), checked, valid)
 
-    def commit_span(self, round_: Round, node: Node, span: Span, proofs: Sequence[Proof], now: float) -> None:
-        """Store that `span` was checked and what was found in it, in one transaction."""
+    def commit_span(
+        self, round_: Round, node: Node, span: Span, proofs: Sequence[Proof], fingerprint: str, now: float
+    ) -> None:
+        """Store that `span` was checked and what was found in it, in one transaction.
+
+        `fingerprint` names the weights that it was checked with.
+        """
         with self._transaction():
             number = self._round_number(round_)
             progress = self._round_progress(number, node).progress.add(span)
@@ -189,8 +194,8 @@ class Outbox:
                 ),
             )
             self._db.executemany(
-                "INSERT INTO proofs (round, node_id, nonce, distance, found_at) VALUES (?, ?, ?, ?, ?)",
-                [(number, node.id, proof.nonce, proof.distance, now) for proof in proofs],
+                "INSERT INTO proofs (round, node_id, nonce, distance, found_at, fingerprint) VALUES (?, ?, ?, ?, ?, ?)",
+                [(number, node.id, proof.nonce, proof.distance, now, fingerprint) for proof in proofs],
             )
             self._db.execute("UPDATE totals SET checked = checked + ?, valid = valid + ?", (len(span), len(proofs)))
 
@@ -201,9 +206,9 @@ class Outbox:
     ) -> float | None:
         """Put proofs into batches and queue these for `receivers`, in one transaction.
 
-        A batch is formed of `size` proofs of one round, or of fewer when the oldest is `age` seconds
-        old or the round is not `current`. Without receivers the proofs wait for one. One call forms
-        a bounded number of batches; the rest is due at once.
+        A batch is formed of `size` proofs of one round and one set of weights, or of fewer when the
+        oldest is `age` seconds old or the round is not `current`. Without receivers the proofs wait
+        for one. One call forms a bounded number of batches; the rest is due at once.
 
         Returns:
             When to call again, in seconds since the epoch; None with no proof left.
@@ -215,16 +220,17 @@ class Outbox:
         most = max(1, min(MOST_BATCHES, MOST_NONCES // size))
         with self._transaction():
             groups = self._db.execute(
-                "SELECT round, node_id, count(*), min(found_at) FROM proofs"
-                " GROUP BY round, node_id ORDER BY min(number)"
+                "SELECT round, node_id, fingerprint, count(*), min(found_at) FROM proofs"
+                " GROUP BY round, node_id, fingerprint ORDER BY min(number)"
             ).fetchall()
-            for number, node_id, left, oldest in groups:
+            for number, node_id, fingerprint, left, oldest in groups:
                 (encoded,) = self._db.execute("SELECT round FROM rounds WHERE number = ?", (number,)).fetchone()
                 round_ = Round(**orjson.loads(encoded))
                 # A clock that was set back must not keep a proof for ever.
                 ripe = round_ != current or not 0 <= now - oldest < age
                 while len(formed) < most and (left >= size or (ripe and left > 0)):
-                    formed.append(self._form_batch(number, round_, node_id, receivers, size=size, now=now))
+                    group = ProofBatch(round_, node_id, fingerprint, ())
+                    formed.append(self._form_batch(number, group, receivers, size=size, now=now))
                     left -= formed[-1]  # noqa: PLW2901 - what is left of the group
                 if left:
                     due.append(now if ripe or left >= size else oldest + age)
@@ -233,15 +239,14 @@ class Outbox:
                 self._change_queue(name, pending=1, delivered=0, nonces=nonces)
         return min(due, default=None)
 
-    def _form_batch(
-        self, number: int, round_: Round, node_id: int, receivers: Sequence[str], *, size: int, now: float
-    ) -> int:
-        """Move the oldest proofs of a round into a batch; returns how many. Part of a transaction."""
+    def _form_batch(self, number: int, empty: ProofBatch, receivers: Sequence[str], *, size: int, now: float) -> int:
+        """Move the oldest proofs that belong into `empty` there; returns how many. Part of a transaction."""
         rows = self._db.execute(
-            "SELECT number, nonce, distance FROM proofs WHERE round = ? AND node_id = ? ORDER BY number LIMIT ?",
-            (number, node_id, size),
+            "SELECT number, nonce, distance FROM proofs WHERE round = ? AND node_id = ? AND fingerprint IS ?"
+            " ORDER BY number LIMIT ?",
+            (number, empty.node_id, empty.model_fingerprint, size),
         ).fetchall()
-        batch = ProofBatch(round_, node_id, tuple(Proof(nonce, distance) for _, nonce, distance in rows))
+        batch = replace(empty, proofs=tuple(Proof(nonce, distance) for _, nonce, distance in rows))
         row = self._db.execute(
             "INSERT INTO batches (id, kind, nonces, body, created_at) VALUES (?, 'generated', ?, ?, ?)",
             (batch.id, len(rows), batch.to_json(), now),

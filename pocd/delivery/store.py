@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-VERSION = 1
+VERSION = 2
 APPLICATION_ID = 0x706F6364  # "pocd"
 
 SCHEMA = """
@@ -25,7 +25,8 @@ CREATE TABLE progress (round INTEGER NOT NULL REFERENCES rounds, node_id INTEGER
   PRIMARY KEY (round, node_id, node_count)) STRICT, WITHOUT ROWID;
 -- Valid nonces that no batch holds yet.
 CREATE TABLE proofs (number INTEGER PRIMARY KEY AUTOINCREMENT, round INTEGER NOT NULL REFERENCES rounds,
-  node_id INTEGER NOT NULL, nonce INTEGER NOT NULL, distance REAL NOT NULL, found_at REAL NOT NULL) STRICT;
+  node_id INTEGER NOT NULL, nonce INTEGER NOT NULL, distance REAL NOT NULL, found_at REAL NOT NULL,
+  fingerprint TEXT) STRICT;
 CREATE TABLE batches (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, kind TEXT NOT NULL,
   nonces INTEGER NOT NULL, body BLOB NOT NULL, created_at REAL NOT NULL) STRICT;
 CREATE TABLE deliveries (batch INTEGER NOT NULL REFERENCES batches, receiver TEXT NOT NULL,
@@ -34,6 +35,9 @@ CREATE TABLE deliveries (batch INTEGER NOT NULL REFERENCES batches, receiver TEX
 CREATE INDEX pending ON deliveries (receiver, batch) WHERE delivered_at IS NULL;
 CREATE INDEX pending_of_batch ON deliveries (batch) WHERE delivered_at IS NULL;
 """
+
+# What makes a store of each version one of the next. Proofs of version 1 do not say which weights they are of.
+MIGRATIONS = {1: "ALTER TABLE proofs ADD COLUMN fingerprint TEXT"}
 
 
 class StoreError(Exception):
@@ -55,12 +59,11 @@ def open_store(path: Path) -> sqlite3.Connection:
         raise StoreError(f"store {path} cannot be opened: {error}; check store.path and its permissions") from error
     try:
         connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-        is_new = _check(connection, path)
+        version = _check(connection, path)
         connection.execute("PRAGMA journal_mode = WAL")  # not before the check: it rewrites the file's header
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
-        if is_new:
-            _create(connection)
+        _bring_up_to_date(connection, version)
     except sqlite3.Error as error:
         connection.close()
         raise unusable(path, error) from error
@@ -70,8 +73,8 @@ def open_store(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _check(connection: sqlite3.Connection, path: Path) -> bool:
-    """Refuse what is not ours, changing nothing; tell whether the store has yet to be made."""
+def _check(connection: sqlite3.Connection, path: Path) -> int:
+    """Refuse what is not ours, changing nothing; return the store's version, 0 where it has yet to be made."""
     connection.execute("BEGIN IMMEDIATE")  # takes the lock that a second daemon will miss
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (application,) = connection.execute("PRAGMA application_id").fetchone()
@@ -84,15 +87,21 @@ def _check(connection: sqlite3.Connection, path: Path) -> bool:
             "install that pocd again, the file was not touched"
         )
     connection.execute("COMMIT")
-    return not tables
+    assert isinstance(version, int)
+    return version if tables else 0
 
 
-def _create(connection: sqlite3.Connection) -> None:
+def _bring_up_to_date(connection: sqlite3.Connection, version: int) -> None:
+    """Make the tables, or change those of an earlier version, in one transaction."""
     connection.execute("BEGIN IMMEDIATE")
-    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    if version == 0:
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        for statement in SCHEMA.split(";\n"):
+            connection.execute(statement)
+    else:
+        for earlier in range(version, VERSION):
+            connection.execute(MIGRATIONS[earlier])
     connection.execute(f"PRAGMA user_version = {VERSION}")
-    for statement in SCHEMA.split(";\n"):
-        connection.execute(statement)
     connection.execute("COMMIT")
 
 

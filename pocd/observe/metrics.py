@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pocd.admin.status import Parts
 
 STATES = ("IDLE", "LOADING", "GENERATING", "STOPPED")
+INFO = ("model", "fingerprint", "dtype", "device", "decoder", "torch")
 STAGES = {
     "checked": "Nonces whose distance was computed and committed.",
     "valid": "Nonces that were found valid and committed.",
@@ -73,9 +74,15 @@ class DaemonCollector(Collector):
         yield GaugeMetricFamily("pocd_chain_failures", "Polls that failed in a row.", chain.failures)
         yield GaugeMetricFamily("pocd_worker_ready", "1 while a worker has a model ready.", int(worker.ready.is_set()))
         yield CounterMetricFamily("pocd_worker_restarts", "Workers that ended and were started again.", worker.restarts)
+        yield CounterMetricFamily(
+            "pocd_worker_refused_batches",
+            "Batches without a result, since the model gave NaN or infinity.",
+            self._parts.miner.refused_batches,
+        )
+        yield GaugeMetricFamily("pocd_worker_batch_size", "Nonces per forward pass.", worker.batch_size)
         if worker.info is not None:
             info = InfoMetricFamily("pocd_worker", "What the worker runs.")
-            info.add_metric([], {"model": worker.info.model, "dtype": worker.info.dtype, "device": worker.info.device})
+            info.add_metric([], {key: getattr(worker.info, key) for key in INFO})
             yield info
 
     def _receivers(self) -> Iterator[Metric]:

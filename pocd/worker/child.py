@@ -18,12 +18,25 @@ from typing import TYPE_CHECKING
 import torch
 
 from pocd.compute.engine import BlockRun, block_run
-from pocd.compute.errors import ComputeError, DeviceError, NonFiniteError
+from pocd.compute.errors import ComputeError, DeviceError, NonFiniteError, OutOfMemoryError
 from pocd.compute.model import Model, load_model
+from pocd.compute.names import TOLERANCE
 from pocd.compute.schemes import SCHEMES
 from pocd.statistics import expected_valid_rate
 from pocd.worker import messages
-from pocd.worker.messages import Cancel, Cancelled, Compute, Distances, Failed, Heartbeat, Load, Ready, RoundBegun
+from pocd.worker.messages import (
+    BatchSize,
+    Cancel,
+    Cancelled,
+    Compute,
+    Distances,
+    Failed,
+    Heartbeat,
+    Load,
+    Ready,
+    Refused,
+    RoundBegun,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +45,6 @@ if TYPE_CHECKING:
 
 HEARTBEAT_SECONDS = 2.0
 NICENESS = 5  # on the CPU the daemon goes first: its answers are short, a batch is long
-SELF_TEST_TOLERANCE = 0.02  # a nonce against itself in another batch; float16 and bfloat16 included
 
 
 class Inbox:
@@ -101,10 +113,11 @@ class Link:
 class Worker:
     """A loaded model and the round that it is prepared for."""
 
-    def __init__(self, model: Model, batch_size: int, link: Link) -> None:
+    def __init__(self, model: Model, batch_size: int, link: Link, *, shrink: bool) -> None:
         self._model = model
         self._batch_size = batch_size
         self._link = link
+        self._shrink = shrink
         self._round: Round | None = None
         self._attached = ExitStack()
         self._run: BlockRun | None = None
@@ -115,7 +128,12 @@ class Worker:
             self._begin(message.round)
         assert self._run is not None
         nonces = range(message.first, message.first + message.step * message.count, message.step)
-        return self._run.distances(nonces, batch_size=self._batch_size)
+        while True:
+            try:
+                return self._run.distances(nonces, batch_size=self._batch_size)
+            except OutOfMemoryError as error:
+                self._batch_size = smaller(self._batch_size, error, shrink=self._shrink)
+                self._link.send(BatchSize(self._batch_size, str(error)))
 
     def _begin(self, round_: Round) -> None:
         self._attached.close()
@@ -130,29 +148,54 @@ class Worker:
         )
         self._run = self._attached.enter_context(run)
         self._round = round_
-        self._link.send(RoundBegun(round_.id, expected_valid_rate(round_.r_target, scheme.output_dim)))
+        self._link.send(RoundBegun(round_.id, expected_valid_rate(round_.r_target, self._run.dimension)))
 
 
-def self_test(model: Model, load: Load) -> None:
-    """Run the model once in the configured shape, and check that it answers the same twice.
+def smaller(batch_size: int, error: OutOfMemoryError, *, shrink: bool) -> int:
+    """Return the batch size to try after `error`.
+
+    Raises:
+        ComputeError: There is none: the size was configured, or one nonce does not fit.
+    """
+    if not shrink:
+        raise ComputeError(f"{error}; lower worker.batch_size, or set it to 'auto'") from error
+    if batch_size == 1:
+        raise ComputeError(f"{error}; use a smaller model, dtype or round.seq_len") from error
+    torch.cuda.empty_cache()  # does nothing without a GPU
+    return batch_size // 2
+
+
+def fitting_batch_size(model: Model, load: Load) -> int:
+    """Run the self-test with the batch size of `load`, or the largest of its halves that fits.
+
+    Raises:
+        ComputeError: The self-test failed, or none fits.
+    """
+    batch_size = load.batch_size
+    while True:
+        try:
+            self_test(model, load, batch_size)
+        except OutOfMemoryError as error:
+            batch_size = smaller(batch_size, error, shrink=load.shrink)
+        else:
+            return batch_size
+
+
+def self_test(model: Model, load: Load, batch_size: int) -> None:
+    """Run the model once in the shape that will be used, and check that it answers the same twice.
 
     Raises:
         NonFiniteError: It gave NaN or infinity.
-        ComputeError: The batch does not fit into memory, or two answers to one nonce differ.
+        OutOfMemoryError: The batch does not fit.
+        ComputeError: Two answers to one nonce differ.
     """
     scheme = SCHEMES[load.scheme]
-    try:
-        with block_run(model, scheme, block_hash="self-test", public_key="self-test", seq_len=load.seq_len) as run:
-            together = run.distances(range(load.batch_size), batch_size=load.batch_size)
-            alone = run.distances([load.batch_size - 1], batch_size=load.batch_size)
-    except torch.OutOfMemoryError as error:
+    with block_run(model, scheme, block_hash="self-test", public_key="self-test", seq_len=load.seq_len) as run:
+        together = run.distances(range(batch_size), batch_size=batch_size)
+        alone = run.distances([batch_size - 1], batch_size=batch_size)
+    if abs(together[-1] - alone[0]) > TOLERANCE[load.dtype]:
         raise ComputeError(
-            f"a batch of {load.batch_size} × {load.seq_len} positions does not fit into the memory of {load.device}; "
-            "lower worker.batch_size"
-        ) from error
-    if abs(together[-1] - alone[0]) > SELF_TEST_TOLERANCE or not 0 <= alone[0] <= 2:
-        raise ComputeError(
-            f"the self-test of {load.model!r} failed: nonce {load.batch_size - 1} has distance {together[-1]} "
+            f"the self-test of {load.model!r} failed: nonce {batch_size - 1} has distance {together[-1]} "
             f"in a batch and {alone[0]} alone; the device computes wrongly"
         )
 
@@ -161,27 +204,30 @@ def work(link: Link, load: Load) -> None:
     """Load the model, report, and compute what is asked for until that fails."""
     if load.device == "cpu":
         os.nice(NICENESS)
-    model = load_model(load.model, dtype=load.dtype, device=load.device)
-    self_test(model, load)
+    model = load_model(load.model, dtype=load.dtype, device=load.device, revision=load.revision, seq_len=load.seq_len)
+    batch_size = fitting_batch_size(model, load)
     link.send(
         Ready(
             model=load.model,
+            fingerprint=model.fingerprint,
             dtype=load.dtype,
             device=str(model.device),
             hidden_size=model.hidden_size,
-            layers=len(model.layers),
+            layers=model.layers,
+            decoder=model.decoder.kind,
+            batch_size=batch_size,
             torch=torch.__version__,
         )
     )
-    worker = Worker(model, load.batch_size, link)
+    worker = Worker(model, batch_size, link, shrink=load.shrink)
     while True:
         message = link.inbox.get(link.send)
         try:
             distances = worker.distances(message)
         except NonFiniteError as error:
-            link.send(Failed("computation", str(error)))
-            return
-        link.send(Distances(message.id, distances))
+            link.send(Refused(message.id, str(error)))
+        else:
+            link.send(Distances(message.id, distances))
 
 
 def main() -> None:

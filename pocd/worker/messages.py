@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import orjson
 
@@ -14,20 +14,27 @@ if TYPE_CHECKING:
     import asyncio
     from typing import BinaryIO
 
+    from pocd.compute.names import Dtype
+
 LARGEST_FRAME = 16 * 2**20  # bytes
 _LENGTH = struct.Struct(">I")
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """To the worker, first and once: load this model and test it in the shape that will be used."""
+    """To the worker, first and once: load this model and test it in the shape that will be used.
+
+    With `shrink` the batch size is halved until it fits into memory.
+    """
 
     model: str
-    dtype: str
+    dtype: Dtype
     device: str
     scheme: str
     seq_len: int
     batch_size: int
+    shrink: bool = False
+    revision: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +57,28 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """From the worker: the model is loaded and has answered its self-test."""
+    """From the worker: the model is loaded and has answered its self-test.
+
+    Attributes:
+        fingerprint: Of the model's weights.
+        decoder: "flat", or "layers" for a model that is run by transformers' own layers.
+        batch_size: That fits into memory.
+    """
 
     model: str
+    fingerprint: str
     dtype: str
     device: str
     hidden_size: int
     layers: int
+    decoder: str
+    batch_size: int
     torch: str
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """From the worker, last: why it ends. `kind` is configuration, device or computation."""
+    """From the worker, last: why it ends. `kind` is configuration or device."""
 
     kind: str
     message: str
@@ -85,6 +101,22 @@ class Distances:
 
 
 @dataclass(frozen=True, slots=True)
+class Refused:
+    """From the worker: a Compute has no result, since the model gave NaN or infinity."""
+
+    id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BatchSize:
+    """From the worker: memory has become short, and batches are of this size from now on."""
+
+    size: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Cancelled:
     """From the worker: a Compute was left out."""
 
@@ -96,11 +128,11 @@ class Heartbeat:
     """From the worker, every two seconds: its process runs."""
 
 
-Message = Load | Compute | Cancel | Ready | Failed | RoundBegun | Distances | Cancelled | Heartbeat
+Message = (
+    Load | Compute | Cancel | Ready | Failed | RoundBegun | Distances | Refused | BatchSize | Cancelled | Heartbeat
+)
 
-_TYPES: dict[str, type[Any]] = {
-    kind.__name__: kind for kind in (Load, Compute, Cancel, Ready, Failed, RoundBegun, Distances, Cancelled, Heartbeat)
-}
+_TYPES: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Message)}
 
 
 def encode(message: Message) -> bytes:

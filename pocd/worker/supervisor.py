@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import socket
 import sys
@@ -10,7 +11,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pocd.worker import messages
-from pocd.worker.messages import Cancel, Cancelled, Compute, Distances, Failed, Heartbeat, Load, Ready, RoundBegun
+from pocd.worker.messages import (
+    BatchSize,
+    Cancel,
+    Cancelled,
+    Compute,
+    Distances,
+    Failed,
+    Heartbeat,
+    Load,
+    Ready,
+    Refused,
+    RoundBegun,
+)
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -22,6 +35,8 @@ if TYPE_CHECKING:
 
 IN_FLIGHT = 2  # leases at the worker: one computed, one waiting, so that the device never does
 LONGEST_BACKOFF = 60.0
+MOST_REFUSED_IN_A_ROW = 3  # batches without a result, until the worker is restarted
+MOST_REFUSED = 100  # likewise, in one life of the worker and altogether
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +75,11 @@ class WorkerRefusedError(Exception):
 
 
 class Supervisor:
-    """Keeps one worker alive. Its public attributes are what status shows."""
+    """Keeps one worker alive. Its public attributes are what status shows.
+
+    Attributes:
+        last_refusal: Why the last batch that has no result has none.
+    """
 
     def __init__(
         self, load: Load, miner: Miner, limits: Limits, *, clock: Callable[[], float], log: FilteringBoundLogger
@@ -76,6 +95,12 @@ class Supervisor:
         self.pid: int | None = None
         self.restarts = 0
         self.last_error: str | None = None
+        self.last_refusal: str | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Nonces per batch; where the worker had to shrink it, that is remembered across its restarts."""
+        return self._load.batch_size
 
     async def run(self) -> None:
         """Keep a worker running until cancelled.
@@ -116,17 +141,33 @@ class Supervisor:
         try:
             await link.send(self._load)
             self.info = await self._until_ready(link)
+            self._shrink(self.info.batch_size)
             self.ready.set()
-            self._log.info(
-                "worker ready", action="worker_ready", pid=process.pid, device=self.info.device, dtype=self.info.dtype
-            )
-            await _Feeding(link, self._miner, self._limits, self._lease_ids, self._clock, self._load.batch_size).run()
+            info = dataclasses.asdict(self.info)
+            self._log.info("worker ready", action="worker_ready", pid=process.pid, **info)
+            await _Feeding(link, self, self._miner, self._limits, self._lease_ids, self._clock).run()
         except (OSError, EOFError) as error:
             code = await _end(process, writer, self._limits.exit)
             raise WorkerError(f"worker process {process.pid} {_exit_text(code)}") from error
         finally:
             self.pid = None
             await _end(process, writer, self._limits.exit)
+
+    def _shrink(self, batch_size: int) -> None:
+        """Take over the batch size that the worker found to fit."""
+        self._load = dataclasses.replace(self._load, batch_size=batch_size)
+
+    def memory_became_short(self, message: BatchSize) -> None:
+        """Take over the worker's new batch size, and say so."""
+        self._log.warning(
+            f"{message.reason}; batches are of {message.size} nonces now", action="batch_size", size=message.size
+        )
+        self._shrink(message.size)
+
+    def batch_refused(self, reason: str) -> None:
+        """Say that a batch has no result, and why."""
+        self._log.error(f"batch refused: {reason}", action="batch_refused")
+        self.last_refusal = reason
 
     async def _until_ready(self, link: _Link) -> Ready:
         deadline = self._clock() + self._limits.load
@@ -160,8 +201,6 @@ class _Link:
         except TimeoutError:
             raise WorkerError(f"worker {silence} for {limit:.0f} s, killed") from None
         if isinstance(message, Failed):
-            if message.kind == "computation":
-                raise WorkerError(message.message)
             raise WorkerRefusedError(message.kind, message.message)
         return message
 
@@ -172,18 +211,20 @@ class _Feeding:
     def __init__(
         self,
         link: _Link,
+        supervisor: Supervisor,
         miner: Miner,
         limits: Limits,
         lease_ids: itertools.count[int],
         clock: Callable[[], float],
-        batch_size: int,
     ) -> None:
         self._link = link
+        self._supervisor = supervisor
         self._miner = miner
         self._limits = limits
         self._lease_ids = lease_ids
         self._clock = clock
-        self._batch_size = batch_size
+        self._refused_in_a_row = 0
+        self._refused = 0
         self._slots = asyncio.Semaphore(IN_FLIGHT)
         self._in_flight: dict[int, Lease] = {}
         self._progress_at = clock()
@@ -199,11 +240,12 @@ class _Feeding:
         finally:
             for lease in self._in_flight.values():
                 await self._miner.give_back(lease)
+            self._miner.retry_refused()
 
     async def _send(self) -> None:
         while True:
             await self._slots.acquire()
-            lease = await self._miner.lease(self._batch_size)
+            lease = await self._miner.lease(self._supervisor.batch_size)
             if not self._in_flight:
                 self._progress_at = self._clock()
             number = next(self._lease_ids)
@@ -223,11 +265,16 @@ class _Feeding:
         while True:
             message = await self._link.receive(self._limits.heartbeat, "gave no sign of life")
             if isinstance(message, Distances):
-                self._progress_at = self._clock()
-                self._slots.release()
-                lease = self._in_flight.pop(message.id)
+                lease = self._finished(message.id)
+                self._refused_in_a_row = 0
                 # Shielded: when this task is cancelled, what was computed is committed and counted all the same.
-                await asyncio.shield(self._miner.complete(lease, message.distances))
+                assert self._supervisor.info is not None, "a worker that computes is ready"
+                fingerprint = self._supervisor.info.fingerprint
+                await asyncio.shield(self._miner.complete(lease, message.distances, fingerprint))
+            elif isinstance(message, Refused):
+                await self._refuse(self._finished(message.id), message.reason)
+            elif isinstance(message, BatchSize):
+                self._supervisor.memory_became_short(message)
             elif isinstance(message, Cancelled):
                 self._slots.release()
                 await self._miner.give_back(self._in_flight.pop(message.id))
@@ -239,6 +286,22 @@ class _Feeding:
                 assert isinstance(message, Heartbeat), f"unexpected {message}"
             if self._in_flight and self._clock() - self._progress_at > self._limits.batch:
                 raise WorkerError(f"worker finished no batch within {self._limits.batch:.0f} s, killed")
+
+    def _finished(self, number: int) -> Lease:
+        self._progress_at = self._clock()
+        self._slots.release()
+        return self._in_flight.pop(number)
+
+    async def _refuse(self, lease: Lease, reason: str) -> None:
+        """Set a lease aside that has no result; too many of them end the worker."""
+        self._supervisor.batch_refused(reason)
+        await self._miner.refuse(lease)
+        self._refused += 1
+        self._refused_in_a_row += 1
+        if self._refused_in_a_row == MOST_REFUSED_IN_A_ROW:
+            raise WorkerError(f"worker gave no result for {MOST_REFUSED_IN_A_ROW} batches in a row, killed: {reason}")
+        if self._refused == MOST_REFUSED:
+            raise WorkerError(f"worker gave no result for {MOST_REFUSED} batches, killed: {reason}")
 
 
 async def _end(process: Process, writer: asyncio.StreamWriter, limit: float) -> int:

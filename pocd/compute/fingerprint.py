@@ -1,0 +1,65 @@
+"""A short name for a checkpoint's weights: hosts with different ones are told so (docs/protocol.md section 5).
+
+It finds mistakes (another model, revision, fine-tuning, or quantisation), not fraud: only a sample of
+each tensor counts. It is taken from the files, before any conversion, so it is the same for every
+dtype, device, sharding and version of transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import orjson
+import torch
+from safetensors import safe_open
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+    from torch import nn
+
+SAMPLE = 64  # elements of each tensor, evenly spaced, the first and the last among them
+
+
+def _sample(tensor: torch.Tensor) -> bytes:
+    """A tensor's sample as float32 bytes, little-endian; float16 and bfloat16 are exact in it."""
+    flat = tensor.detach().reshape(-1)
+    count = min(SAMPLE, flat.numel())
+    places = [i * (flat.numel() - 1) // max(1, count - 1) for i in range(count)]
+    return flat[places].to("cpu", torch.float32).numpy().astype("<f4").tobytes()
+
+
+def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """Return 32 hex digits: SHA-256 over names, shapes and samples, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+        digest.update(f"{name}\0{list(tensor.shape)}\0".encode())
+        digest.update(_sample(tensor))
+    return digest.hexdigest()[:32]
+
+
+def _checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers reads: one, or those that an index names."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file() or not index.is_file():
+        return [folder / "model.safetensors"]
+    return [folder / name for name in sorted(set(orjson.loads(index.read_bytes())["weight_map"].values()))]
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    for file in _checkpoint_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
+                yield name, tensors.get_tensor(name)  # mapped, not read: only the sample's pages are
+
+
+def checkpoint_fingerprint(folder: Path) -> str:
+    """Return the fingerprint of the safetensors checkpoint in `folder`."""
+    return fingerprint(_tensors(folder))
+
+
+def module_fingerprint(module: nn.Module) -> str:
+    """Return the fingerprint of a model that was made in memory; a tied tensor counts once."""
+    return fingerprint(module.named_parameters())

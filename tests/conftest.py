@@ -1,0 +1,9 @@
+"""What every test process needs before torch and numpy are imported."""
+
+from __future__ import annotations
+
+import os
+
+# Tests run beside worker processes: threads that wait have to sleep, not to spin on a core that another one needs.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
