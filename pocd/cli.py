@@ -31,6 +31,13 @@ ConfigOption = Annotated[Path, typer.Option("--config", help="The configuration 
 UrlOption = Annotated[str | None, typer.Option("--url", help="The admin API. Default: as the configuration says.")]
 TokenOption = Annotated[Path | None, typer.Option("--token-file", help="The API's token. Default: as configured.")]
 HostOption = Annotated[str, typer.Option(help="Address to listen on.")]
+ModelOption = Annotated[str, typer.Option(help="A local path, a hub id, or bundled:NAME.")]
+SchemeOption = Annotated[str, typer.Option(help="The scheme.")]
+SeqLenOption = Annotated[int, typer.Option(help="Sequence length, in positions.")]
+DtypeOption = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+BatchSizeOption = Annotated[int, typer.Option(help="Nonces per forward pass.", min=1, max=65536)]
+RevisionOption = Annotated[str | None, typer.Option(help="Revision (branch, tag or commit) of a hub model.")]
 PortOption = Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.", min=0, max=65535)]
 
 
@@ -131,24 +138,24 @@ def demo(
 
 
 @app.command()
-def compute(
+def compute(  # noqa: PLR0913 - one argument per option
     *,
-    model: Annotated[str, typer.Option(help="A local path, a hub id, or bundled:NAME.")],
+    model: ModelOption,
     block_hash: Annotated[str, typer.Option(help="The block hash, as the chain wrote it.")],
     public_key: Annotated[str, typer.Option(help="The miner's public key.")],
     nonces: Annotated[str, typer.Option(help="Ranges a:b (b left out) and numbers, separated by commas.")],
-    scheme: Annotated[str, typer.Option(help="The scheme.")] = "poc2",
-    seq_len: Annotated[int, typer.Option(help="Sequence length, in positions.")] = 256,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
-    batch_size: Annotated[int, typer.Option(help="Nonces per forward pass.", min=1, max=65536)] = 32,
+    scheme: SchemeOption = "poc2",
+    seq_len: SeqLenOption = 256,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+    batch_size: BatchSizeOption = 32,
+    revision: RevisionOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per nonce.")] = False,
 ) -> None:
     """Print the distance of each nonce."""
     from pocd.compute import command
-    from pocd.compute.errors import ComputeError, DeviceError
 
-    try:
+    with _compute_errors():
         request = command.Request(
             model=model,
             scheme=scheme,
@@ -159,9 +166,60 @@ def compute(
             dtype=dtype,
             device=device,
             batch_size=batch_size,
+            revision=revision,
         )
         for nonce, distance in command.distances(request):
             _print(f'{{"nonce": {nonce}, "distance": {distance!r}}}' if as_json else f"{nonce}\t{distance:.6f}")
+
+
+@app.command()
+def calibrate(  # noqa: PLR0913 - one argument per option
+    *,
+    model: ModelOption,
+    scheme: SchemeOption = "poc2",
+    rate: Annotated[float, typer.Option(help="The share of valid nonces to aim at, above 0 and below 1.")] = 0.1,
+    blocks: Annotated[int, typer.Option(help="Block hashes to try, 2 or more.")] = 5,
+    nonces: Annotated[int, typer.Option(help="Nonces per block.")] = 2000,
+    seq_len: SeqLenOption = 256,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+    batch_size: BatchSizeOption = 32,
+    public_key: Annotated[str, typer.Option(help="A miner's public key.")] = "calibration",
+    seed: Annotated[str, typer.Option(help="Block hashes follow from it.")] = "pocd",
+    revision: RevisionOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with everything.")] = False,
+) -> None:
+    """Find the r_target for a rate of valid nonces, and how much the rate depends on the block."""
+    import orjson
+
+    from pocd.compute import calibration, command
+
+    plan = calibration.Plan(
+        model=model,
+        scheme=scheme,
+        rate=rate,
+        blocks=blocks,
+        nonces=nonces,
+        seq_len=seq_len,
+        dtype=dtype,
+        device=device,
+        batch_size=batch_size,
+        public_key=public_key,
+        seed=seed,
+        revision=revision,
+    )
+    with _compute_errors(), calibration.progress(blocks * nonces) as advance:
+        measurement = command.measure(plan, advance)
+    report = calibration.calibrate(plan, measurement)
+    _print(orjson.dumps(report).decode() if as_json else calibration.as_text(report))
+
+
+@contextlib.contextmanager
+def _compute_errors() -> Iterator[None]:
+    from pocd.compute.errors import ComputeError, DeviceError
+
+    try:
+        yield
     except ComputeError as error:
         raise EndedError(EXIT_NO_DEVICE if isinstance(error, DeviceError) else EXIT_CONFIG, str(error)) from error
 

@@ -5,5 +5,5 @@ from __future__ import annotations
 import os
 
 # Tests run beside worker processes: threads that wait have to sleep, not to spin on a core that another one needs.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as pocd.compute.threads
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")

@@ -65,7 +65,7 @@ def normalise_and_reflect(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 class PlainRun:
-    """A model prepared for one block hash; its hooks stay until `close`."""
+    """A model prepared for one block hash; its hooks are there while a distance is computed."""
 
     def __init__(self, causal: Any, block_hash: str, public_key: str, seq_len: int) -> None:  # noqa: ANN401 - transformers gives its classes no common type
         self.decoder = causal.eval().model
@@ -76,12 +76,12 @@ class PlainRun:
         flat = normal(seed32(f"{block_hash}_lm_head"), self.size * HEAD_DIM, self.device)
         self.head = flat.view(HEAD_DIM, self.size) * 0.02
         self.target = unit(f"{block_hash}_target", HEAD_DIM, self.device)
-        self.hooks: list[RemovableHandle] = []
-        for i, layer in enumerate(self.decoder.layers):
-            v = unit(f"{block_hash}_layer_{i}_householder", self.size, self.device).to(self.dtype)
-            self._hook(layer, v)
+        self.vectors = [
+            unit(f"{block_hash}_layer_{i}_householder", self.size, self.device).to(self.dtype)
+            for i in range(len(self.decoder.layers))
+        ]
 
-    def _hook(self, layer: Any, v: torch.Tensor) -> None:  # noqa: ANN401 - a decoder layer of any family
+    def _hook(self, layer: Any, v: torch.Tensor) -> list[RemovableHandle]:  # noqa: ANN401 - a decoder layer of any family
         caught: dict[str, torch.Tensor] = {}
 
         def catch_residual(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
@@ -94,9 +94,11 @@ class PlainRun:
             branch = normalise_and_reflect(caught.pop("branch"), v)
             return normalise_and_reflect(caught.pop("residual"), v) + branch
 
-        self.hooks.append(layer.post_attention_layernorm.register_forward_pre_hook(catch_residual))
-        self.hooks.append(layer.mlp.register_forward_hook(catch_branch))
-        self.hooks.append(layer.register_forward_hook(replace_output))
+        return [
+            layer.post_attention_layernorm.register_forward_pre_hook(catch_residual),
+            layer.mlp.register_forward_hook(catch_branch),
+            layer.register_forward_hook(replace_output),
+        ]
 
     def _unit(self, text: str) -> torch.Tensor:
         return unit(text, self.size, self.device)
@@ -106,12 +108,13 @@ class PlainRun:
         owner = f"{self.block_hash}_{self.public_key}"
         flat = normal(seed32(f"{owner}_nonce{nonce}"), self.seq_len * self.size, self.device)
         x = flat.view(1, self.seq_len, self.size).to(self.dtype)
-        h = self.decoder(inputs_embeds=x, use_cache=False).last_hidden_state[0, -1].float()
+        hooks = [self._hook(layer, v) for layer, v in zip(self.decoder.layers, self.vectors, strict=True)]
+        try:
+            h = self.decoder(inputs_embeds=x, use_cache=False).last_hidden_state[0, -1].float()
+        finally:
+            for hook in (hook for group in hooks for hook in group):
+                hook.remove()
         for r in range(8):
             h = reflect(h, self._unit(f"{owner}_nonce_{nonce}_hidden_r{r}"))
         z = self.head @ (h / h.norm())
         return float((z / z.norm() - self.target).norm())
-
-    def close(self) -> None:
-        for hook in self.hooks:
-            hook.remove()

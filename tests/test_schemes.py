@@ -116,7 +116,6 @@ def test_plain_torch_agrees_with_plain_numpy(name: str) -> None:
     causal = load_model(name, dtype="float32", device="cpu").causal
     run = plain_torch.PlainRun(causal, "ABC", "key", SEQ_LEN)
     found = [run.distance(nonce) for nonce in NONCES]
-    run.close()
     assert found == pytest.approx(plain_distances(name, "poc2"), abs=TOLERANCE)
     for module in causal.modules():
         assert not module._forward_hooks
@@ -129,7 +128,6 @@ def test_plain_torch_agrees_with_the_vectors(entry: dict[str, Any]) -> None:
     for value in entry["values"][::5]:
         run = plain_torch.PlainRun(causal, value["block_hash"], value["public_key"], entry["seq_len"])
         assert run.distance(value["nonce"]) == pytest.approx(value["distance"], abs=TOLERANCE)
-        run.close()
 
 
 @pytest.mark.parametrize("form", ["Llama", "Mistral", "Qwen2", "Qwen3"])
@@ -140,7 +138,6 @@ def test_plain_torch_runs_every_family_of_the_llama_form(form: str) -> None:
     run = plain_torch.PlainRun(causal, "ABC", "key", 13)
     expected = plain.distance(family.plain(causal), block_hash="ABC", public_key="key", nonce=5, seq_len=13)
     assert run.distance(5) == pytest.approx(expected, abs=TOLERANCE)
-    run.close()
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.01), ("float16", 0.002)])
@@ -148,7 +145,6 @@ def test_plain_torch_in_half_precision_stays_near_float32(dtype: str, tolerance:
     causal = load_model(BUNDLED[0], dtype=dtype, device="cpu").causal
     run = plain_torch.PlainRun(causal, "ABC", "key", SEQ_LEN)
     found = [run.distance(nonce) for nonce in NONCES]
-    run.close()
     exact = plain_distances(BUNDLED[0], "poc2")
     assert found == pytest.approx(exact, abs=tolerance)
     assert found != exact

@@ -1,24 +1,35 @@
-"""`pocd compute`: distances by the command line, so that anyone can recompute a proof."""
+"""`pocd compute` and `pocd calibrate`: the engine by the command line, so that anyone can recompute a proof."""
 
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from pocd.compute.calibration import Measurement, Plan, block_hashes, check_plan
 from pocd.compute.errors import InputError
 from pocd.compute.names import check_device, check_dtype, resolve
 from pocd.compute.schemes import SCHEMES
+from pocd.compute.threads import WAITING
 from pocd.nonces import LARGEST_NONCE
+from pocd.statistics import head_valid_rate, r_target_for
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from pocd.compute.engine import BlockRun
+    from pocd.compute.model import Model
+
+HEAD_ROWS = 4096  # of the head that are in float32 at a time
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to compute. `nonces` are ranges, which do not overlap."""
+    """What to compute. `nonces` are ranges, which do not overlap; `revision` is a hub model's."""
 
     model: str
     scheme: str
@@ -29,6 +40,7 @@ class Request:
     dtype: str
     device: str
     batch_size: int
+    revision: str | None = None
 
 
 def parse_nonces(text: str) -> tuple[range, ...]:
@@ -56,21 +68,33 @@ def parse_nonces(text: str) -> tuple[range, ...]:
     return tuple(ranges)
 
 
+def _check_names(asked: Request | Plan) -> None:
+    """Refuse unknown names before torch is imported, which takes seconds, and prepare that import."""
+    if asked.scheme not in SCHEMES:
+        raise InputError(f"scheme {asked.scheme!r} is unknown; allowed are: {', '.join(SCHEMES)}")
+    check_dtype(asked.dtype)
+    check_device(asked.device)
+    resolve(asked.model, asked.revision)
+    os.environ.update(WAITING | os.environ)
+
+
 def distances(request: Request) -> Iterator[tuple[int, float]]:
     """Yield (nonce, distance) in the order asked for.
 
     Raises:
         ComputeError: The input, the model or the device cannot be used.
     """
-    if request.scheme not in SCHEMES:
-        raise InputError(f"scheme {request.scheme!r} is unknown; allowed are: {', '.join(SCHEMES)}")
-    check_dtype(request.dtype)
-    check_device(request.device)
-    resolve(request.model)
+    _check_names(request)
     from pocd.compute.engine import block_run
     from pocd.compute.model import load_model
 
-    model = load_model(request.model, dtype=request.dtype, device=request.device)
+    model = load_model(
+        request.model,
+        dtype=request.dtype,
+        device=request.device,
+        revision=request.revision,
+        seq_len=request.seq_len,
+    )
     preparation = block_run(
         model,
         SCHEMES[request.scheme],
@@ -82,3 +106,53 @@ def distances(request: Request) -> Iterator[tuple[int, float]]:
         nonces = itertools.chain.from_iterable(request.nonces)
         while batch := list(itertools.islice(nonces, request.batch_size)):
             yield from zip(batch, run.distances(batch, batch_size=request.batch_size), strict=True)
+
+
+def measure(plan: Plan, advance: Callable[[int], None]) -> Measurement:
+    """Run the engine on every block of `plan`.
+
+    Args:
+        plan: What to run.
+        advance: Told how many nonces have just been done.
+
+    Raises:
+        ComputeError: The plan, the model or the device cannot be used.
+    """
+    check_plan(plan)
+    _check_names(plan)
+    from pocd.compute.model import load_model
+
+    model = load_model(plan.model, dtype=plan.dtype, device=plan.device, revision=plan.revision, seq_len=plan.seq_len)
+    parts = [_measure_block(model, plan, block_hash, advance) for block_hash in block_hashes(plan.seed, plan.blocks)]
+    dimensions, head_rates, distances = zip(*parts, strict=True)
+    return Measurement(model.fingerprint, model.hidden_size, dimensions[0], np.array(distances), head_rates)
+
+
+def _measure_block(
+    model: Model, plan: Plan, block_hash: str, advance: Callable[[int], None]
+) -> tuple[int, float, list[float]]:
+    """D, the head's rate and the distances of one block."""
+    from pocd.compute.engine import block_run
+
+    found: list[float] = []
+    preparation = block_run(
+        model, SCHEMES[plan.scheme], block_hash=block_hash, public_key=plan.public_key, seq_len=plan.seq_len
+    )
+    with preparation as run:
+        for start in range(0, plan.nonces, plan.batch_size):
+            batch = range(start, min(start + plan.batch_size, plan.nonces))
+            found += run.distances(batch, batch_size=plan.batch_size)
+            advance(len(batch))
+        return run.dimension, _head_rate(run, plan.rate), found
+
+
+def _head_rate(run: BlockRun, rate: float) -> float:
+    """The valid rate at the theoretical r_target that head and target give to uniform hidden states."""
+    size = run.model.hidden_size
+    gram, aim = np.zeros((size, size)), np.zeros(size)
+    # In parts, as a vocabulary's head may be too large for a second copy.
+    for part, target in zip(run.head.split(HEAD_ROWS), run.target.split(HEAD_ROWS), strict=True):
+        weight = part.float()
+        gram += (weight.T @ weight).cpu().numpy()
+        aim += (weight.T @ target).cpu().numpy()
+    return head_valid_rate(r_target_for(rate, run.dimension), gram, aim)

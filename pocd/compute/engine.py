@@ -78,8 +78,8 @@ class BlockRun:
     def _batch(self, nonces: Sequence[int]) -> torch.Tensor:
         """Distances of one batch, float32 [B]."""
         try:
-            states = self.model.decoder(self._inputs(nonces), JOIN[self.scheme.layer_step], self.vectors)
-            return self._distance(self._hidden(states, nonces))
+            states = self.model.decoder(self.inputs(nonces), JOIN[self.scheme.layer_step], self.vectors)
+            return self._distance(self.hidden(states, nonces))
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -87,13 +87,13 @@ class BlockRun:
             f"a batch of {len(nonces)} × {self.seq_len} positions does not fit into the memory of {self.model.device}"
         )
 
-    def _inputs(self, nonces: Sequence[int]) -> torch.Tensor:
+    def inputs(self, nonces: Sequence[int]) -> torch.Tensor:
         """Random input embeddings [B, S, H] in the model's dtype."""
         seeds = self._seeds([f"nonce{nonce}" for nonce in nonces])
         flat = normal(seeds, self.seq_len * self.model.hidden_size, dtype=self.model.dtype)
         return flat.view(len(nonces), self.seq_len, self.model.hidden_size)
 
-    def _hidden(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
+    def hidden(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
         """What the head sees, float32 [B, H], from the last position after the final norm [B, H]."""
         count = self.scheme.reflections
         seeds = self._seeds([f"nonce_{nonce}_hidden_r{r}" for nonce in nonces for r in range(count)])
@@ -128,10 +128,10 @@ class BlockRun:
                 places.append(place)
 
         states = self.model.by_layers(
-            self._inputs(nonces[:1]), JOIN[self.scheme.layer_step], self.vectors, observe=observe
+            self.inputs(nonces[:1]), JOIN[self.scheme.layer_step], self.vectors, observe=observe
         )
         observe("the final norm", states)
-        observe("the head", self._distance(self._hidden(states, nonces[:1])))
+        observe("the head", self._distance(self.hidden(states, nonces[:1])))
         where = f"first in {places[0]}" if places else "but not when it ran again, so the device may be faulty"
         dtype = str(self.model.dtype).removeprefix("torch.")
         return (

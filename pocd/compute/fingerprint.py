@@ -8,9 +8,9 @@ dtype, device, sharding and version of transformers.
 from __future__ import annotations
 
 import hashlib
+import json
 from typing import TYPE_CHECKING
 
-import orjson
 import torch
 from safetensors import safe_open
 
@@ -45,7 +45,7 @@ def _checkpoint_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file() or not index.is_file():
         return [folder / "model.safetensors"]
-    return [folder / name for name in sorted(set(orjson.loads(index.read_bytes())["weight_map"].values()))]
+    return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -24,13 +24,19 @@ FLAT_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Q
 
 
 def _norm(x: torch.Tensor, norm: Any) -> torch.Tensor:  # noqa: ANN401 - each family has its own RMSNorm class
-    return functional.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return functional.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    # torch's own is one kernel on GPUs, but six passes over the data on the CPU.
+    mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1]
+    return (x * mean_square.add_(norm.variance_epsilon).rsqrt_()).mul_(norm.weight)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn [B, S, heads, head_dim] by its positions; `sin` is negative in its first half."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos, torch.cat((second, first), dim=-1), sin)
+    """Turn [B, S, heads, head_dim] by its positions: the halves of each head against each other."""
+    turned, half = x * cos, x.shape[-1] // 2
+    turned[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return turned
 
 
 class FlatDecoder:
@@ -66,8 +72,7 @@ class FlatDecoder:
         """Cosines and sines of the positions [1, S, 1, head_dim], in the model's dtype."""
         positions = torch.arange(embeddings.shape[1], device=embeddings.device).unsqueeze(0)
         cos, sin = self._decoder.rotary_emb(embeddings, positions)
-        first, second = sin.chunk(2, dim=-1)
-        return cos.unsqueeze(2), torch.cat((-first, second), dim=-1).unsqueeze(2)
+        return cos.unsqueeze(2), sin.unsqueeze(2)
 
     def _attend(
         self,

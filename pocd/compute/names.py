@@ -11,7 +11,7 @@ from pocd.compute.errors import InputError, ModelError
 BUNDLED = Path(__file__).resolve().parent.parent / "models"
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-DTYPES: tuple[str, ...] = get_args(Dtype)
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 # How far two honest distances of one nonce may lie apart: docs/protocol.md section 5, measured there.
 TOLERANCE: dict[Dtype, float] = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}
 # Where batch_size = "auto" begins. On the CPU more is not faster; on a GPU it is halved until it fits.

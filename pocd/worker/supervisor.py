@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import itertools
+import os
 import socket
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pocd.compute.threads import WAITING
 from pocd.worker import messages
 from pocd.worker.messages import (
     BatchSize,
@@ -131,6 +133,7 @@ class Supervisor:
                 "-m",
                 "pocd.worker.child",
                 str(theirs.fileno()),
+                env=WAITING | os.environ,
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
             )

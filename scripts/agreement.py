@@ -1,0 +1,191 @@
+"""Measure how far honest distances of one nonce lie apart, and what tolerance a validator needs.
+
+Usage: python scripts/agreement.py [--models NAME …] [--nonces 512] [--seq-len 64] [--device cpu]
+           [--compiled] [--json]
+
+Each row compares the distances of the same nonces under scheme `poc2`, computed in two ways that an
+honest miner and an honest validator may differ in. Per row: the largest and the 99th-percentile
+difference, and the share of a miner's valid nonces that would not be valid for the validator, at the
+r_target that one nonce in ten passes: with no tolerance, and with the default one of that dtype
+(`pocd/compute/names.py`). That share is E[max(Δ − tolerance, 0)] times the density of distances at
+r_target over the rate: it needs no nonce to lie at r_target by chance.
+
+It needs torch, transformers, numpy, scipy and rich, and a checkout: no installation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import bench  # the models that it builds; it also finds the checkout
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
+
+import numpy as np  # noqa: E402 - a checkout is no installation: the path comes first
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from rich import box  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from pocd.compute.engine import block_run  # noqa: E402
+from pocd.compute.names import DTYPES, TOLERANCE  # noqa: E402
+from pocd.compute.schemes import RANDOM_HEAD_DIM, SCHEMES  # noqa: E402
+from pocd.statistics import expected_valid_rate, r_target_for  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    from pocd.compute.model import Model
+    from pocd.compute.names import Dtype
+
+RATE = 0.1
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Row:
+    """Differences between two ways of computing, over all nonces. Shares are of a miner's valid nonces."""
+
+    model: str
+    dtype: str
+    between: str
+    largest: float
+    percentile_99: float
+    flipped: float
+    flipped_with_tolerance: float
+
+
+class Distances:
+    """The same nonces' distances, in many ways."""
+
+    def __init__(self, count: int, seq_len: int) -> None:
+        self.nonces = list(range(count))
+        self.seq_len = seq_len
+
+    def of(self, model: Model, *, batch_size: int = BATCH, nonces: list[int] | None = None) -> NDArray[np.float64]:
+        """Distances in the order of the nonces' numbers."""
+        order = self.nonces if nonces is None else nonces
+        with block_run(
+            model, SCHEMES["poc2"], block_hash="block_alpha", public_key="agreement", seq_len=self.seq_len
+        ) as run:
+            found = dict(zip(order, run.distances(order, batch_size=batch_size), strict=True))
+        return np.array([found[nonce] for nonce in self.nonces])
+
+    def pairs(self, model: Model, options: argparse.Namespace) -> Iterator[tuple[str, NDArray[np.float64]]]:
+        """Yield what differs and the differences, validator − miner, within one model, dtype and device."""
+        base = self.of(model)
+        shuffled = np.random.default_rng(0).permutation(self.nonces).tolist()
+        yield "place in the batch and neighbours", self.of(model, nonces=shuffled) - base
+        for size in (1, 8, 64):
+            yield f"batch size {BATCH} and {size}", self.of(model, batch_size=size) - base
+        if model.device.type == "cpu":
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            yield f"{threads} threads and 1", self.of(model) - base
+            torch.set_num_threads(threads)
+        by_layers = replace(model, decoder=model.by_layers)
+        yield "flat decoder and transformers' layers", self.of(by_layers) - base
+        model.causal.set_attn_implementation("eager")
+        yield "fused (SDPA) and eager attention", self.of(by_layers) - base
+        model.causal.set_attn_implementation("sdpa")
+        if options.compiled:
+            compiled: Any = torch.compile(model.decoder, fullgraph=True, dynamic=False)
+            yield "eager and compiled", self.of(replace(model, decoder=compiled)) - base
+
+
+def row(model: str, dtype: Dtype, between: str, difference: NDArray[np.float64]) -> Row:
+    """Sum up one comparison."""
+    r_target = r_target_for(RATE, RANDOM_HEAD_DIM)
+    step = 1e-4
+    above, below = (expected_valid_rate(r_target + side * step, RANDOM_HEAD_DIM) for side in (1, -1))
+    density = (above - below) / (2 * step) / RATE  # of a valid nonce's distance, at r_target
+
+    def flipped(tolerance: float) -> float:
+        # Either of the two may be the miner.
+        return float(np.maximum(np.abs(difference) - tolerance, 0).mean() / 2 * density)
+
+    size = np.abs(difference)
+    return Row(
+        model, dtype, between, float(size.max()), float(np.quantile(size, 0.99)), flipped(0), flipped(TOLERANCE[dtype])
+    )
+
+
+def compare(name: str, distances: Distances, options: argparse.Namespace) -> list[Row]:
+    """All comparisons of one model."""
+    device, cpu = torch.device(options.device), torch.device("cpu")
+    exact = distances.of(bench.build(name, torch.float32, cpu))
+    rows = []
+    for dtype in DTYPES:
+        model = bench.build(name, getattr(torch, dtype), device)
+        rows += [row(name, dtype, *pair) for pair in distances.pairs(model, options)]
+        if dtype != "float32":
+            rows.append(row(name, dtype, f"{dtype} and float32", distances.of(model) - exact))
+        if device.type != "cpu":
+            other = distances.of(bench.build(name, getattr(torch, dtype), cpu))
+            rows.append(row(name, dtype, f"{device.type} and cpu", distances.of(model) - other))
+    return rows
+
+
+def table(rows: list[Row]) -> Table:
+    """One table over all models: the worst of them in each comparison."""
+    worst: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for each in rows:
+        worst[each.dtype, each.between].append(each)
+    made = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for head in ("dtype", "between", "largest", "99%", "flipped", "with tolerance"):
+        made.add_column(head, justify="left" if head in {"dtype", "between"} else "right")
+    for (dtype, between), found in worst.items():
+        made.add_row(
+            dtype,
+            between,
+            f"{max(each.largest for each in found):.1e}",
+            f"{max(each.percentile_99 for each in found):.1e}",
+            f"{max(each.flipped for each in found):.2%}",
+            f"{max(each.flipped_with_tolerance for each in found):.3%}",
+            end_section=False,
+        )
+    return made
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    bundled = ["bundled:tiny-qwen3", "bundled:tiny-llama"]
+    parser.add_argument("--models", nargs="+", choices=[*bundled, bench.QWEN_06B], default=bundled)
+    parser.add_argument("--nonces", type=int, default=512)
+    parser.add_argument("--seq-len", type=int, default=64)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compiled", action="store_true", help="compiled too")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, and print."""
+    options = parse()
+    transformers.utils.logging.disable_progress_bar()
+    distances = Distances(options.nonces, options.seq_len)
+    rows = [each for name in options.models for each in compare(name, distances, options)]
+    if options.json:
+        print(json.dumps({"tolerance": TOLERANCE, "rows": [asdict(each) for each in rows]}))
+        return
+    console = Console(highlight=False)
+    console.print(
+        f"{', '.join(options.models)}; {options.nonces} nonces, sequence length {options.seq_len}, "
+        f"{options.device}, torch {torch.__version__}; the worse of the models"
+    )
+    console.print(table(rows))
+    console.print(f"default tolerances: {', '.join(f'{dtype} {value:g}' for dtype, value in TOLERANCE.items())}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,358 @@
+"""Measure the engine against the bare model, and against the protocol written plainly.
+
+Usage: python scripts/bench.py [--models NAME …] [--seq-len 256] [--batch-size N] [--dtype float32]
+           [--device cpu] [--repeats 7] [--compiled] [--growth] [--json]
+
+In one process, interleaved, each figure the median of several samples, as nonces per second:
+(a) plain: `tests/plain_torch.py`, one nonce at a time;
+(b) bare: transformers' decoder on ready inputs, model.model(inputs_embeds=…, use_cache=False);
+(c) engine: from nonces to distances.
+The ratios c/a and c/b are medians over the rounds of sampling, each of samples taken one after the
+other, so that a machine that others use too distorts them least. FLOP/s count the bare model's
+forward pass; their share is of the rate that a large matrix product reaches here.
+
+It needs torch, transformers, numpy, scipy and rich, and a checkout: no installation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import itertools
+import json
+import platform
+import re
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import torch  # noqa: E402 - a checkout is no installation: the paths come first
+import transformers  # noqa: E402
+from plain_torch import PlainRun  # noqa: E402
+from rich import box  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+from pocd.compute.engine import BlockRun, block_run  # noqa: E402
+from pocd.compute.model import Model, adapt  # noqa: E402
+from pocd.compute.names import AUTO_BATCH_SIZE, BUNDLED, DTYPES  # noqa: E402
+from pocd.compute.schemes import SCHEMES  # noqa: E402
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+QWEN_06B = "qwen3-0.6b"  # random weights of its shape
+BLOCK, KEY = "block_alpha", "bench"
+SMALL = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What one model gave in one shape. Rates are nonces per second, memory is MiB above what was held before."""
+
+    model: str
+    parameters: int
+    hidden_size: int
+    dtype: str
+    seq_len: int
+    batch_size: int
+    plain: float | None
+    bare: float
+    engine: float
+    engine_over_plain: float | None
+    engine_over_bare: float
+    gflop_per_nonce: float
+    bare_gflops: float
+    engine_gflops: float
+    engine_share_of_matrix_rate: float
+    generator_share: float
+    round_seconds: float
+    bare_memory: float
+    engine_memory: float
+    compile_seconds: float | None = None
+    compiled_bare_seconds: float | None = None
+
+
+def random_qwen3(**shape: Any) -> Any:  # noqa: ANN401 - what transformers takes and gives
+    """A Qwen3-form model of random weights; a small vocabulary, which `poc2` does not use."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(vocab_size=256, tie_word_embeddings=True, max_position_embeddings=4096, **shape)
+    return transformers.Qwen3ForCausalLM(config)
+
+
+def build(name: str, dtype: torch.dtype, device: torch.device) -> Model:
+    """Make one of the models that `--models` names."""
+    if name == QWEN_06B:
+        causal = random_qwen3(
+            num_hidden_layers=28,
+            hidden_size=1024,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            intermediate_size=3072,
+        )
+    else:
+        causal = transformers.AutoModelForCausalLM.from_pretrained(BUNDLED / name.removeprefix("bundled:"))
+    return adapt(causal.to(device, dtype), name=name)
+
+
+def flop_per_nonce(model: Model, seq_len: int) -> float:
+    """Multiply-adds times two of one bare forward pass: matrices, and the causal half of attention."""
+    config = model.causal.config
+    matrices = sum(p.numel() for layer in model.by_layers.layers for p in layer.parameters() if p.dim() == 2)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention: float = 2 * seq_len**2 * config.num_attention_heads * head_dim * model.layers
+    return 2 * matrices * seq_len + attention
+
+
+class Bench:
+    """Times calls on one device."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, repeats: int) -> None:
+        self.device, self.dtype, self.repeats = device, dtype, repeats
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """How long `call` takes, with all that it leaves to the device."""
+        self.wait()
+        start = time.perf_counter()
+        call()
+        self.wait()
+        return time.perf_counter() - start
+
+    def wait(self) -> None:
+        """Wait until the device has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def interleaved(self, calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
+        """Seconds of each call, `repeats` times, in turns; after one run of each that does not count."""
+        for call in calls.values():
+            call()
+        samples: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(self.repeats):
+            for name, call in calls.items():
+                samples[name].append(self.seconds(call))
+        return samples
+
+    def peak_memory(self, call: Callable[[], object]) -> float:
+        """MiB that `call` needs at its peak, above what is held before it."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
+            call()
+            return float(torch.cuda.max_memory_allocated() - held) / 2**20
+        ctypes.CDLL(None).malloc_trim(0)  # what is free must not hide what the call takes
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak (proc(5))
+        held = status_kib("VmRSS")
+        call()
+        return (status_kib("VmHWM") - held) / 1024
+
+    @torch.inference_mode()
+    def matrix_rate(self) -> float:
+        """FLOP/s of a large matrix product, the best of several."""
+        size = 8192 if self.device.type == "cuda" else 2048
+        a = torch.randn(size, size, device=self.device).to(self.dtype)
+        fastest = min(self.seconds(lambda: a @ a) for _ in range(5 + self.repeats))
+        return 2.0 * size * size * size / fastest
+
+
+def status_kib(field: str) -> int:
+    """One of the memory figures of this process (proc(5))."""
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match, field
+    return int(match[1])
+
+
+def measure(bench: Bench, model: Model, seq_len: int, batch_size: int, *, plain: bool, rate: float) -> Figures:
+    """Measure one model in one shape."""
+    inputs = torch.randn(batch_size, seq_len, model.hidden_size, device=bench.device).to(bench.dtype)
+    bare_model = model.by_layers.decoder
+
+    @torch.inference_mode()
+    def bare() -> object:
+        return bare_model(inputs_embeds=inputs, use_cache=False)
+
+    def prepare() -> None:
+        with block_run(model, SCHEMES["poc2"], block_hash="another", public_key=KEY, seq_len=seq_len):
+            pass
+
+    with block_run(model, SCHEMES["poc2"], block_hash=BLOCK, public_key=KEY, seq_len=seq_len) as run:
+        nonces = list(range(batch_size))
+        calls: dict[str, Callable[[], object]] = {
+            "bare": bare,
+            "engine": lambda: run.distances(nonces, batch_size=batch_size),
+            "generator": lambda: generate(run, nonces),
+        }
+        if plain:
+            calls = {"plain": plain_call(model, seq_len)} | calls
+        samples = bench.interleaved(calls)
+        memory = {name: bench.peak_memory(calls[name]) for name in ("bare", "engine")}
+    middle = {name: statistics.median(values) for name, values in samples.items()}
+    flop = flop_per_nonce(model, seq_len)
+    over_plain = [batch_size * a / c for a, c in zip(samples["plain"], samples["engine"], strict=True)] if plain else []
+    over_bare = [b / c for b, c in zip(samples["bare"], samples["engine"], strict=True)]
+    return Figures(
+        model=model.name,
+        parameters=sum(p.numel() for p in model.causal.parameters()),
+        hidden_size=model.hidden_size,
+        dtype=str(model.dtype).removeprefix("torch."),
+        seq_len=seq_len,
+        batch_size=batch_size,
+        plain=1 / middle["plain"] if plain else None,
+        bare=batch_size / middle["bare"],
+        engine=batch_size / middle["engine"],
+        engine_over_plain=statistics.median(over_plain) if plain else None,
+        engine_over_bare=statistics.median(over_bare),
+        gflop_per_nonce=flop / 1e9,
+        bare_gflops=flop * batch_size / middle["bare"] / 1e9,
+        engine_gflops=flop * batch_size / middle["engine"] / 1e9,
+        engine_share_of_matrix_rate=flop * batch_size / middle["engine"] / rate,
+        generator_share=middle["generator"] / middle["engine"],
+        round_seconds=statistics.median(bench.seconds(prepare) for _ in range(bench.repeats)),
+        bare_memory=memory["bare"],
+        engine_memory=memory["engine"],
+    )
+
+
+@torch.inference_mode()
+def generate(run: BlockRun, nonces: list[int]) -> None:
+    """All random numbers of a batch: inputs, and the vectors of the reflections with their use."""
+    run.hidden(run.inputs(nonces)[:, -1], nonces)
+
+
+def plain_call(model: Model, seq_len: int) -> Callable[[], object]:
+    """Make (a): the next nonce at each call. Head, layer vectors and target are drawn once, as for (c)."""
+    plain, nonces = PlainRun(model.causal, BLOCK, KEY, seq_len), itertools.count()
+    return lambda: plain.distance(next(nonces))
+
+
+def compiled(bench: Bench, model: Model, figures: Figures, rate: float) -> Figures:
+    """Measure the same with the bare decoder and the engine's both compiled; the cost of that is told apart."""
+    start = time.perf_counter()
+    decoder: Any = torch.compile(model.decoder, fullgraph=True, dynamic=False)
+    fast = replace(model, decoder=decoder)
+    with block_run(fast, SCHEMES["poc2"], block_hash=BLOCK, public_key=KEY, seq_len=figures.seq_len) as run:
+        run.distances(range(figures.batch_size), batch_size=figures.batch_size)
+    engine_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    fast = replace(
+        fast, by_layers=replace(model.by_layers, decoder=cast("nn.Module", torch.compile(model.by_layers.decoder)))
+    )
+    shape = (figures.batch_size, figures.seq_len, model.hidden_size)
+    with torch.inference_mode():
+        fast.by_layers.decoder(
+            inputs_embeds=torch.zeros(shape, device=bench.device, dtype=bench.dtype), use_cache=False
+        )
+    bare_seconds = time.perf_counter() - start
+    found = measure(bench, fast, figures.seq_len, figures.batch_size, plain=False, rate=rate)
+    return replace(
+        found, model=f"{model.name}, compiled", compile_seconds=engine_seconds, compiled_bare_seconds=bare_seconds
+    )
+
+
+def growth(bench: Bench, rate: float) -> list[Figures]:
+    """How cost grows with sequence length, batch size and hidden size."""
+    model = build("bundled:tiny-qwen3", bench.dtype, bench.device)
+    found = [measure(bench, model, length, 8, plain=False, rate=rate) for length in (64, 128, 256, 512, 1024)]
+    found += [measure(bench, model, 256, size, plain=False, rate=rate) for size in (1, 4, 16, 64)]
+    for hidden in (64, 128, 256, 512, 1024):
+        causal = random_qwen3(hidden_size=hidden, head_dim=hidden // 4, intermediate_size=3 * hidden, **SMALL)
+        other = adapt(causal.to(bench.device, bench.dtype), name=f"4 layers, hidden {hidden}")
+        found.append(measure(bench, other, 256, 8, plain=False, rate=rate))
+    return found
+
+
+def table(title: str, rows: list[Figures]) -> Table:
+    """A table for 80 columns."""
+    made = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in ("model", "S", "B", "plain", "bare", "engine", "c/a", "c/b", "GFLOP/s", "peak", "gen", "MiB"):
+        made.add_column(name, justify="left" if name == "model" else "right", no_wrap=name != "model")
+    for row in rows:
+        made.add_row(
+            row.model.removeprefix("bundled:"),
+            str(row.seq_len),
+            str(row.batch_size),
+            "" if row.plain is None else f"{row.plain:.3g}",
+            f"{row.bare:.3g}",
+            f"{row.engine:.3g}",
+            "" if row.engine_over_plain is None else f"{row.engine_over_plain:.2f}",
+            f"{row.engine_over_bare:.2f}",
+            f"{row.engine_gflops:.0f}",
+            f"{row.engine_share_of_matrix_rate:.0%}",
+            f"{row.generator_share:.0%}",
+            f"{row.engine_memory:.0f}",
+        )
+    return made
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    known = ["bundled:tiny-qwen3", "bundled:tiny-llama", QWEN_06B]
+    parser.add_argument("--models", nargs="+", choices=known, default=known)
+    parser.add_argument("--seq-len", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, help="default: as 'auto' begins; 4 for 0.6b on the CPU")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--compiled", action="store_true", help="both compiled too")
+    parser.add_argument("--growth", action="store_true", help="how cost grows with S, B and H too")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, and print."""
+    options = parse()
+    torch.set_num_threads(options.threads)
+    transformers.utils.logging.disable_progress_bar()
+    device = torch.device(options.device)
+    bench = Bench(device, getattr(torch, options.dtype), options.repeats)
+    rate = bench.matrix_rate()
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
+    rows, more = [], []
+    for name in options.models:
+        model = build(name, bench.dtype, device)
+        small = 4 if name == QWEN_06B and device.type == "cpu" else AUTO_BATCH_SIZE[device.type]
+        batch_size = options.batch_size or small
+        rows.append(measure(bench, model, options.seq_len, batch_size, plain=True, rate=rate))
+        if options.compiled:
+            rows.append(compiled(bench, model, rows[-1], rate))
+    if options.growth:
+        more = growth(bench, rate)
+    facts = {
+        "device": machine,
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "matrix_gflops": rate / 1e9,
+    }
+    if options.json:
+        print(json.dumps(facts | {"models": [asdict(row) for row in rows], "growth": [asdict(row) for row in more]}))
+        return
+    console = Console(highlight=False)
+    console.print(f"{machine}, {options.threads} threads, torch {torch.__version__}, {options.dtype}")
+    console.print(f"a large matrix product reaches {rate / 1e9:.0f} GFLOP/s")
+    console.print(table("nonces/s of (a) plain, (b) bare and (c) engine", rows))
+    console.print("S sequence length, B batch size; peak: GFLOP/s as a share of the product's;")
+    console.print("gen: share of the engine's time for random numbers; MiB: its peak above the model")
+    for row in rows:
+        line = f"{row.model}: {row.round_seconds * 1000:.0f} ms to prepare a round"
+        if row.compile_seconds is not None:
+            line += f"; compiled in {row.compile_seconds:.0f} s (the bare decoder: {row.compiled_bare_seconds:.0f} s)"
+        console.print(line)
+    if more:
+        console.print(table("how cost grows", more))
+
+
+if __name__ == "__main__":
+    main()
