@@ -253,9 +253,7 @@ def compiled(bench: Bench, model: Model, figures: Figures, rate: float) -> Figur
         )
     bare_seconds = time.perf_counter() - start
     found = measure(bench, fast, figures.seq_len, figures.batch_size, plain=False, rate=rate)
-    return replace(
-        found, model=f"{model.name}, compiled", compile_seconds=engine_seconds, compiled_bare_seconds=bare_seconds
-    )
+    return replace(found, model=f"{model.name}+c", compile_seconds=engine_seconds, compiled_bare_seconds=bare_seconds)
 
 
 def growth(bench: Bench, rate: float) -> list[Figures]:
@@ -344,9 +342,10 @@ def main() -> None:
     console.print(f"a large matrix product reaches {rate / 1e9:.0f} GFLOP/s")
     console.print(table("nonces/s of (a) plain, (b) bare and (c) engine", rows))
     console.print("S sequence length, B batch size; peak: GFLOP/s as a share of the product's;")
-    console.print("gen: share of the engine's time for random numbers; MiB: its peak above the model")
+    console.print("gen: share of the engine's time for random numbers; MiB: its peak above the model;")
+    console.print("+c: bare and engine compiled")
     for row in rows:
-        line = f"{row.model}: {row.round_seconds * 1000:.0f} ms to prepare a round"
+        line = f"{row.model.removeprefix('bundled:')}: {row.round_seconds * 1000:.0f} ms to prepare a round"
         if row.compile_seconds is not None:
             line += f"; compiled in {row.compile_seconds:.0f} s (the bare decoder: {row.compiled_bare_seconds:.0f} s)"
         console.print(line)

@@ -245,8 +245,8 @@ def test_a_batch_size_that_does_not_fit_is_halved_until_it_does() -> None:
 def test_a_configured_batch_size_that_does_not_fit_is_an_error_that_names_the_key() -> None:
     load = dataclasses.replace(LOAD, seq_len=4096, batch_size=4096)
     assert limited(load, 400).endswith(
-        "a batch of 4096 × 4096 positions does not fit into the memory of cpu; lower worker.batch_size, "
-        "or set it to 'auto'"
+        "a batch of 4096 × 4096 positions does not fit into the memory of cpu; a smaller one may: "
+        "lower worker.batch_size, or set it to 'auto'"
     )
 
 

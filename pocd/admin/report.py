@@ -32,12 +32,16 @@ def as_text(body: dict[str, Any]) -> str:
             ("valid rate", f"{observed} observed, {expected} expected ({round_['valid']} of {round_['checked']})"),
         ]
     minute, quarter = rates["checked_per_second_1m"], rates["checked_per_second_15m"]
-    device = f"{worker['device']}, {worker['dtype']}" if "device" in worker else "not ready"
+    device = "{device}, {dtype}, batches of {batch_size}".format(**worker) if "device" in worker else "not ready"
     rows += [
         ("rate", f"{minute:.1f} nonces/s over 1 min, {quarter:.1f} over 15 min"),
         ("funnel", " → ".join(f"{stage} {count}" for stage, count in funnel.items())),
-        ("worker", f"{device}, {worker['restarts']} restarts"),
+        ("worker", f"{device}, {worker['restarts']} restarts, {worker['refused_batches']} batches refused"),
     ]
+    if "fingerprint" in worker:
+        rows.append(("weights", worker["fingerprint"]))
+    if worker["last_refusal"]:
+        rows.append(("refused", worker["last_refusal"]))
     for receiver in body["receivers"]:
         trouble = f", last error: {receiver['last_error']}" if receiver["last_error"] else ""
         counts = f"{receiver['delivered_batches']} batches delivered, {receiver['pending_batches']} pending"

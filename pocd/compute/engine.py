@@ -63,7 +63,7 @@ class BlockRun:
             NonFiniteError: The model gave NaN or infinity; it names the nonces and the layer.
         """
         _check_nonces(nonces)
-        rows = _rows(batch_size)
+        rows = _rows(batch_size, self.seq_len)
         found: list[float] = []
         for start in range(0, len(nonces), batch_size):
             batch = list(nonces[start : start + batch_size])
@@ -84,7 +84,8 @@ class BlockRun:
             if not _is_out_of_memory(error):
                 raise
         raise OutOfMemoryError(  # outside the handler, whose traceback would hold the memory
-            f"a batch of {len(nonces)} × {self.seq_len} positions does not fit into the memory of {self.model.device}"
+            f"a batch of {len(nonces)} × {self.seq_len} positions does not fit into the memory of {self.model.device}; "
+            "a smaller one may"
         )
 
     def inputs(self, nonces: Sequence[int]) -> torch.Tensor:
@@ -110,7 +111,7 @@ class BlockRun:
         square = torch.zeros_like(along)
         for weight, target in zip(self.head.split(rows), self.target.split(rows), strict=True):
             z = (h @ weight.float().T).double()
-            along += z @ target.double()
+            along += (z * target).sum(dim=-1)
             square += z.square().sum(dim=-1)
         return (2 - 2 * along / square.sqrt()).clamp_min(0).sqrt().float()
 
@@ -140,13 +141,16 @@ class BlockRun:
         )
 
 
-def _rows(batch_size: int) -> int:
-    """How many rows a batch is padded to: for few nonces a multiple of four.
+def _rows(batch_size: int, seq_len: int) -> int:
+    """How many nonces a batch is padded to: a multiple of four, where products of 5 to 11 rows would occur.
 
-    The CPU's matrix product treats the rest of 5 to 11 rows that four does not divide in another way,
-    so that a nonce's rounding would depend on its place in the batch.
+    The CPU treats what is left of so few rows after division by four in another way, so that a nonce's
+    rounding would depend on its place in the batch. The last layer's products have a row for each nonce,
+    the others one for each position.
     """
-    return -(-batch_size // 4) * 4 if 1 < batch_size < 12 else batch_size
+    few = range(5, 12)
+    is_affected = batch_size > 1 and (batch_size in few or batch_size * seq_len in few)
+    return -(-batch_size // 4) * 4 if is_affected else batch_size
 
 
 def _check_nonces(nonces: Sequence[int]) -> None:

@@ -28,7 +28,8 @@ def _norm(x: torch.Tensor, norm: Any) -> torch.Tensor:  # noqa: ANN401 - each fa
         return functional.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
     # torch's own is one kernel on GPUs, but six passes over the data on the CPU.
     mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1]
-    return (x * mean_square.add_(norm.variance_epsilon).rsqrt_()).mul_(norm.weight)
+    normed: torch.Tensor = x * mean_square.add_(norm.variance_epsilon).rsqrt_()
+    return normed.mul_(norm.weight)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

@@ -27,8 +27,11 @@ def reflect_in_order(h: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
 
 
 def _reflect_in_place(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Reflect many x [..., H] at one v [H]: a matrix product and one pass over x."""
-    return x.addcmul_((x @ v).unsqueeze(-1), v, value=-2)
+    """Reflect many x [..., H] at one v [H].
+
+    Not by x @ v: the CPU rounds the last few rows of a product with a vector in another way.
+    """
+    return x.addcmul_((x * v).sum(dim=-1, keepdim=True), v, value=-2)
 
 
 def _join(branch: torch.Tensor, residual: torch.Tensor, _v: torch.Tensor) -> torch.Tensor:

@@ -158,9 +158,11 @@ def smaller(batch_size: int, error: OutOfMemoryError, *, shrink: bool) -> int:
         ComputeError: There is none: the size was configured, or one nonce does not fit.
     """
     if not shrink:
-        raise ComputeError(f"{error}; lower worker.batch_size, or set it to 'auto'") from error
+        raise ComputeError(f"{error}: lower worker.batch_size, or set it to 'auto'") from error
     if batch_size == 1:
-        raise ComputeError(f"{error}; use a smaller model, dtype or round.seq_len") from error
+        raise ComputeError(
+            "not even one nonce fits into the memory: use a smaller model, dtype or round.seq_len"
+        ) from error
     torch.cuda.empty_cache()  # does nothing without a GPU
     return batch_size // 2
 
