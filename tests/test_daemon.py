@@ -100,6 +100,8 @@ async def test_proofs_arrive_and_recompute(tmp_path: Path) -> None:
     assert {(batch["block_hash"], batch["block_height"], batch["public_key"]) for batch in held} == {
         (block, 1, "test-key")
     }
+    assert {batch["model_fingerprint"] for batch in held} == {body["worker"]["fingerprint"]}
+    assert (body["worker"]["decoder"], body["worker"]["batch_size"]) == ("flat", 8)
     found = {nonce: d for batch in held for nonce, d in zip(batch["nonces"], batch["dist"], strict=True)}
     assert len(found) == sum(len(batch["nonces"]) for batch in held)
     assert sorted((block, nonce) for nonce in found) == sorted(stored_proofs(tmp_path))

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ from pocd.miner import Miner
 from pocd.nonces import Node, Progress
 from pocd.proof import Round
 from pocd.worker import messages
-from pocd.worker.messages import BatchSize, Cancel, Cancelled, Compute, Load, Message
+from pocd.worker.messages import BatchSize, Cancel, Cancelled, Compute, Load, Message, Ready
 from pocd.worker.supervisor import Limits, Supervisor, WorkerRefusedError
 
 if TYPE_CHECKING:
@@ -257,3 +258,23 @@ async def test_a_worker_that_had_to_shrink_its_batches_says_so_and_it_is_remembe
     assert supervisor.batch_size == 32
     assert [entry["action"] for entry in logs] == ["batch_size"]
     assert supervisor._load.batch_size == 32, "the next worker begins with it"
+
+
+def test_a_worker_ends_when_its_daemon_is_killed_with_messages_unread() -> None:
+    """The kernel then tells it of a reset connection, not of an end."""
+    ours, theirs = socket.socketpair()
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "pocd.worker.child", str(theirs.fileno())], pass_fds=(theirs.fileno(),)
+    )
+    theirs.close()
+    try:
+        with ours, ours.makefile("rb") as stream:
+            ours.settimeout(PATIENCE)
+            ours.sendall(messages.encode(LOAD))
+            while not isinstance(messages.read(stream), Ready):
+                pass
+            assert ours.recv(1, socket.MSG_PEEK)  # a heartbeat, which nobody reads
+        assert worker.wait(PATIENCE) == 0
+    finally:
+        worker.kill()
+        worker.wait()

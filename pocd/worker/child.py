@@ -6,6 +6,7 @@ which ends this process even when the main thread hangs in a kernel; a third one
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
@@ -97,8 +98,10 @@ class Link:
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
     def _read(self) -> None:
-        while (message := messages.read(self._stream)) is not None:
-            self.inbox.put(message)
+        # A daemon that is killed with messages of ours unread resets the connection.
+        with contextlib.suppress(ConnectionResetError):
+            while (message := messages.read(self._stream)) is not None:
+                self.inbox.put(message)
         os._exit(0)  # the daemon is gone: nobody wants what is being computed
 
     def _beat(self) -> None:
