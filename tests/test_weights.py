@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from hashlib import sha256
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import plain
@@ -131,7 +130,3 @@ def bare_outputs(model: Model) -> torch.Tensor:
         decoder: Any = model.causal.get_decoder()
         states: torch.Tensor = decoder(inputs_embeds=inputs.to(model.dtype), use_cache=False).last_hidden_state
     return states
-
-
-def test_the_bundled_checkpoints_are_where_the_tests_think() -> None:
-    assert (Path(BUNDLED) / "tiny-qwen3" / "model.safetensors").is_file()
