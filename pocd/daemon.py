@@ -8,25 +8,34 @@ import errno
 import random
 import signal
 import sqlite3
-import time
 from typing import TYPE_CHECKING
+
+import aiohttp
 
 from pocd.admin import status
 from pocd.admin.server import AdminApi
 from pocd.admin.status import Parts
+from pocd.calling import open_session
 from pocd.chain.cometbft import CometBFT
+from pocd.chain.evm import EVM
 from pocd.chain.failover import Failover
 from pocd.chain.follower import ChainHealth, follow
+from pocd.clock import SYSTEM, Clock
 from pocd.compute.names import AUTO_BATCH_SIZE
-from pocd.delivery.dispatcher import Batcher, Dispatcher, Receiver, open_session
-from pocd.delivery.outbox import OutboxThread
+from pocd.delivery.batcher import Batcher
+from pocd.delivery.dispatcher import Dispatcher, Receiver
+from pocd.delivery.keeper import MIB, Keeper
+from pocd.delivery.keeper import Limits as StoreLimits
+from pocd.delivery.outbox import Outbox
+from pocd.delivery.outbox_thread import OutboxThread
 from pocd.delivery.signing import SecretError, WebhookKeys
-from pocd.delivery.store import StoreError
+from pocd.delivery.store import StoreError, StoreUnavailableError
 from pocd.exits import EXIT_CONFIG, EXIT_CRASH, EXIT_NO_DEVICE, EndedError
 from pocd.miner import Miner
 from pocd.nonces import Node
 from pocd.proof import Round
-from pocd.rounds import RoundPolicy, active_start
+from pocd.rounds import RoundPolicy
+from pocd.scheduler import RoundScheduler
 from pocd.serving import listening
 from pocd.settings import ConfigError, check_model
 from pocd.worker.messages import Load
@@ -37,10 +46,9 @@ if TYPE_CHECKING:
     from pathlib import Path
     from typing import Any
 
-    import aiohttp
     from structlog.typing import FilteringBoundLogger
 
-    from pocd.chain.source import ChainSource, Head
+    from pocd.chain.source import Block, ChainSource
     from pocd.observe.notify import Notifier
     from pocd.settings import Settings
 
@@ -48,6 +56,8 @@ FINISH_SECONDS = 5.0  # for the batches being computed, when stopping
 DELIVER_SECONDS = 5.0  # for the last deliveries
 REPORT_SECONDS = 60.0  # between two log lines with the funnel
 STATUS_SECONDS = 10.0  # between two STATUS= lines to the service manager
+CHAIN_TIMEOUT = aiohttp.ClientTimeout(total=60)  # far above what a call to a node takes with its own limits
+KNOWN_ROUNDS = 256  # whose block hashes are held against what nodes say after a restart
 
 
 async def run(settings: Settings, *, log: FilteringBoundLogger, notifier: Notifier) -> None:
@@ -65,8 +75,10 @@ async def run(settings: Settings, *, log: FilteringBoundLogger, notifier: Notifi
     except StoreError as error:
         raise ConfigError(str(error)) from error
     with contextlib.closing(outbox):
-        async with open_session() as session:
-            daemon = Daemon(settings, outbox, session, receivers, log=log, notifier=notifier)
+        async with contextlib.AsyncExitStack() as stack:
+            sessions = [await stack.enter_async_context(open_session(CHAIN_TIMEOUT)) for _ in settings.chain.urls]
+            source = await _chain(settings, outbox, sessions, log)
+            daemon = Daemon(settings, outbox, source, receivers, clock=SYSTEM, log=log, notifier=notifier)
             async with _api(daemon, token):
                 await daemon.run()
 
@@ -99,6 +111,39 @@ def _receivers(settings: Settings) -> list[Receiver]:
     return made
 
 
+async def _chain(
+    settings: Settings, outbox: OutboxThread, sessions: list[aiohttp.ClientSession], log: FilteringBoundLogger
+) -> Failover:
+    """Return the configured nodes, which stand in for one another; each has a session of its own.
+
+    Raises:
+        ConfigError: The store belongs to another chain than the configured one.
+    """
+    chain, known = settings.chain, outbox.outbox.chain
+    if known is not None and chain.id not in {None, known.chain_id}:
+        raise ConfigError(
+            f"chain.id is {chain.id}, but the store {settings.store.path} belongs to chain {known.chain_id}; "
+            "another chain needs another store.path"
+        )
+    attempts = 1 if len(sessions) > 1 else 3  # with several nodes the next one is the second attempt
+    sources: list[ChainSource] = [
+        EVM(session, url, confirmations=chain.confirmations, attempts=attempts)
+        if chain.kind == "evm"
+        else CometBFT(session, url, attempts=attempts)
+        for session, url in zip(sessions, chain.urls, strict=True)
+    ]
+    rounds = await outbox(Outbox.recent_rounds, KNOWN_ROUNDS)
+    return Failover(
+        sources,
+        chain_id=known.chain_id if known else chain.id,
+        hashes={round_.block_height: round_.block_hash for round_ in rounds},
+        highest=known.height if known else None,
+        monotonic=SYSTEM.monotonic,
+        wall=SYSTEM.wall,
+        log=log,
+    )
+
+
 @contextlib.asynccontextmanager
 async def _api(daemon: Daemon, token: str | None) -> AsyncIterator[None]:
     """Serve the admin API while the context lasts."""
@@ -123,9 +168,10 @@ class Daemon:
         self,
         settings: Settings,
         outbox: OutboxThread,
-        session: aiohttp.ClientSession,
+        source: ChainSource,
         receivers: list[Receiver],
         *,
+        clock: Clock,
         log: FilteringBoundLogger,
         notifier: Notifier,
     ) -> None:
@@ -133,11 +179,22 @@ class Daemon:
         self.log = log
         self._notifier = notifier
         self._stop = asyncio.Event()
+        self._clock = clock
+        self._source = source
         round_ = settings.round
-        self._policy = RoundPolicy(round_.every, round_.offset, round_.duration)
-        self._source: ChainSource = Failover([CometBFT(session, url) for url in settings.chain.urls])
         node = Node(settings.node.node_id, settings.node.node_count)
-        miner = Miner(outbox, node, paused=outbox.outbox.paused, clock=time.monotonic, wall=time.time)
+        miner = Miner(outbox, node, paused=outbox.outbox.paused, clock=clock.monotonic, wall=clock.wall)
+        withdraw = settings.chain.replaced_blocks == "withdraw"
+        self._scheduler = RoundScheduler(
+            source,
+            miner,
+            outbox,
+            policy=RoundPolicy(round_.every, round_.offset, round_.duration),
+            make_round=self._make_round,
+            withdraw=withdraw,
+            wall=clock.wall,
+            log=log,
+        )
         start = AUTO_BATCH_SIZE[settings.model.device.partition(":")[0]]
         load = Load(
             model=settings.model.name,
@@ -149,20 +206,38 @@ class Daemon:
             shrink=settings.worker.batch_size == "auto",
             revision=settings.model.revision,
         )
-        supervisor = Supervisor(load, miner, Limits(batch=settings.worker.batch_timeout), clock=time.monotonic, log=log)
+        supervisor = Supervisor(load, miner, Limits(batch=settings.worker.batch_timeout), clock=clock.monotonic, log=log)
+        delivery = settings.delivery
         dispatchers = [
-            Dispatcher(receiver, outbox, session, wall=time.time, jitter=lambda: random.uniform(-1, 1), log=log)  # noqa: S311 - it spreads load, it hides nothing
+            Dispatcher(
+                receiver,
+                outbox,
+                expire_after=delivery.expire_after,
+                wall=clock.wall,
+                jitter=lambda: random.uniform(-1, 1),  # noqa: S311 - it spreads load, it hides nothing
+                log=log,
+            )
             for receiver in receivers
         ]
         self._batcher = Batcher(
             miner,
             outbox,
             dispatchers,
-            size=settings.delivery.batch_nonces,
-            age=settings.delivery.batch_seconds,
-            wall=time.time,
+            size=delivery.batch_nonces,
+            age=delivery.batch_seconds,
+            withdraw=withdraw,
+            wall=clock.wall,
         )
-        self.parts = Parts(settings, outbox, miner, supervisor, ChainHealth(), dispatchers, time.monotonic())
+        limits = StoreLimits(
+            keep_delivered=delivery.keep_delivered,
+            expire_after=delivery.expire_after,
+            size=settings.store.size_limit_mib * MIB,
+            free=settings.store.free_space_mib * MIB,
+        )
+        self._keeper = Keeper(settings.store.path, outbox, miner, dispatchers, limits=limits, clock=clock, log=log)
+        known = outbox.outbox.chain
+        health = ChainHealth(highest=known.height if known else 0)
+        self.parts = Parts(settings, outbox, miner, supervisor, health, dispatchers, clock, clock.monotonic(), log)
 
     def shut_down(self) -> None:
         """Ask the daemon to stop; returns at once."""
@@ -181,6 +256,7 @@ class Daemon:
                 chain = group.create_task(self._follow_chain())
                 worker = group.create_task(parts.supervisor.run())
                 batcher = group.create_task(self._batcher.run())
+                keeper = group.create_task(self._keeper.run())
                 deliveries = [group.create_task(dispatcher.run()) for dispatcher in parts.dispatchers]
                 reports = [group.create_task(part) for part in self._reports()]
 
@@ -189,8 +265,9 @@ class Daemon:
                 self._notifier.stopping()
                 await _cancel(chain)
                 await parts.miner.close(FINISH_SECONDS)
-                await _cancel(worker, batcher)
-                await self._batcher.form()
+                await _cancel(worker, batcher, keeper)
+                with contextlib.suppress(StoreUnavailableError):  # they are formed at the next start
+                    await self._batcher.form()
                 await self._deliver_last()
                 await _cancel(*deliveries, *reports)
         except BaseExceptionGroup as errors:
@@ -202,28 +279,15 @@ class Daemon:
         await follow(
             self._source,
             poll_interval=self.settings.chain.poll_interval,
-            on_head=self._on_head,
+            on_head=self._scheduler.on_head,
             health=self.parts.chain,
             log=self.log,
+            clock=self._clock.wall,
         )
 
-    async def _on_head(self, head: Head) -> None:
-        """Mine the round that should be active at `head`."""
-        miner = self.parts.miner
-        start = active_start(head.block.height, self._policy)
-        mined = miner.mining.round.block_height if miner.mining else None
-        if start == mined:
-            return
-        if start is None:
-            self.log.info("no round is active", action="round_end", height=head.block.height)
-            await miner.set_round(None)
-            return
-        if mined is not None and start < mined:
-            self.log.warning("head went back, round kept", action="head_back", height=head.block.height, round=mined)
-            return
-        block = head.block if start == head.block.height else await self._source.block(start)
+    def _make_round(self, block: Block) -> Round:
         settings = self.settings
-        round_ = Round(
+        return Round(
             block_hash=block.hash,
             block_height=block.height,
             public_key=settings.node.public_key,
@@ -232,8 +296,6 @@ class Daemon:
             model=settings.model.name,
             seq_len=settings.round.seq_len,
         )
-        await miner.set_round(round_)
-        self.log.info("round begins", action="round_begin", height=start, block_hash=block.hash, round=round_.id)
 
     def _reports(self) -> list[Coroutine[Any, Any, None]]:
         reports = [self._announce_ready(), self._report_status(), self._log_funnel()]
@@ -287,6 +349,8 @@ async def _cancel(*tasks: asyncio.Task[None]) -> None:
 def _translate(error: BaseException) -> BaseException:
     if isinstance(error, WorkerRefusedError):
         return EndedError(EXIT_NO_DEVICE if error.kind == "device" else EXIT_CONFIG, str(error))
+    if isinstance(error, StoreError):
+        return EndedError(EXIT_CONFIG, str(error))
     if isinstance(error, sqlite3.Error):
         return EndedError(
             EXIT_CRASH, f"the store failed: {error}; nothing stored is lost, check the disk and start again"

@@ -9,13 +9,16 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pocd.delivery.outbox import Outbox, OutboxThread
+from pocd.delivery.outbox import Outbox
+from pocd.delivery.store import StoreUnavailableError
 from pocd.nonces import Ledger, Node, Span
 from pocd.observe.rates import RateWindow
 from pocd.proof import Proof, Round
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from pocd.delivery.outbox_thread import OutboxThread
 
 LATEST = 20  # proofs that status shows
 
@@ -55,7 +58,11 @@ class Mining:
 
 
 class Miner:
-    """Owns the active round. Workers take leases from it and bring distances back."""
+    """Owns the active round. Workers take leases from it and bring distances back.
+
+    Attributes:
+        held: Why nothing is mined though nobody stopped it: the store takes nothing. None while it does.
+    """
 
     def __init__(
         self, outbox: OutboxThread, node: Node, *, paused: bool, clock: Callable[[], float], wall: Callable[[], float]
@@ -68,6 +75,7 @@ class Miner:
         self._lent: Counter[Mining] = Counter()  # how many leases of each round are out; no zeros
         self._closed = False
         self.paused = paused
+        self.held: str | None = None
         self.mining: Mining | None = None
         self.checked_rate = RateWindow(clock)
         self.valid_rate = RateWindow(clock)
@@ -76,8 +84,8 @@ class Miner:
 
     @property
     def current(self) -> Mining | None:
-        """The round to work on now; None while there is none or mining is stopped."""
-        return None if self.paused or self._closed else self.mining
+        """The round to work on now; None while there is none, or mining is stopped or held."""
+        return None if self.paused or self._closed or self.held else self.mining
 
     async def set_round(self, round_: Round | None) -> None:
         """Replace the active round at once. What the old one found is delivered all the same."""
@@ -108,6 +116,11 @@ class Miner:
         """Go on with the round that is active, if one is."""
         await self._outbox(Outbox.set_paused, paused=False)
         self.paused = False
+        await self._announce()
+
+    async def hold(self, reason: str | None) -> None:
+        """Lend nothing for a reason, until it is None."""
+        self.held = reason
         await self._announce()
 
     async def close(self, limit: float) -> None:
@@ -143,9 +156,10 @@ class Miner:
             await self._changed.wait_for(lambda: self.current is not mining)
 
     async def complete(self, lease: Lease, distances: Sequence[float], fingerprint: str) -> None:
-        """Commit a lease's result: the valid nonces are on disk when this returns.
+        """Commit a lease's result: the valid nonces are on disk when this returns, or mining is held.
 
-        `fingerprint` names the weights that computed it.
+        `fingerprint` names the weights that computed it. What the store does not take is not counted, and lent
+        again when it does.
         """
         mining = lease.mining
         assert len(distances) == len(lease.span), "one distance per nonce"
@@ -155,7 +169,14 @@ class Miner:
             for nonce, distance in zip(lease.nonces, distances, strict=True)
             if distance < mining.round.r_target
         ]
-        await self._outbox(Outbox.commit_span, mining.round, self._node, lease.span, proofs, fingerprint, self._wall())
+        try:
+            await self._outbox(
+                Outbox.commit_span, mining.round, self._node, lease.span, proofs, fingerprint, self._wall()
+            )
+        except StoreUnavailableError as error:
+            await self.hold(str(error))
+            await self.give_back(lease)
+            return
         mining.checked += len(distances)
         mining.valid += len(proofs)
         mining.latest.extend(proofs)

@@ -70,8 +70,24 @@ def _parse_batch_size(value: object) -> int | str:
     return int(text)
 
 
+def _resolve_credential(value: object) -> object:
+    """Turn credential:NAME into the file that systemd's LoadCredential= made of it (systemd.exec(5))."""
+    if not isinstance(value, str) or not value.startswith("credential:"):
+        return value
+    name, folder = value.removeprefix("credential:"), os.environ.get("CREDENTIALS_DIRECTORY")
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name in {".", ".."}:
+        raise ValueError("credential:NAME takes a name of letters, digits and . _ -")
+    if not folder:
+        raise ValueError(
+            f"{value} is a systemd credential, and there are none here: run by the unit with LoadCredential={name}:FILE, "
+            "or give the path of a file"
+        )
+    return Path(folder) / name
+
+
 BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_parse_batch_size)]
 HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
+SecretFile = Annotated[Path, BeforeValidator(_resolve_credential)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1, le=2**63 - 1)]  # TOML's integers have 64 bits
 Index = Annotated[int, Field(ge=0, le=2**63 - 1)]
@@ -98,9 +114,19 @@ class NodeSettings(_Section):
 class ChainSettings(_Section):
     """Where block hashes come from."""
 
-    kind: Literal["cometbft"] = "cometbft"
+    kind: Literal["cometbft", "evm"] = "cometbft"
     urls: list[HttpUrl] = Field(min_length=1)
+    id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     poll_interval: float = Field(default=2.0, gt=0, le=3600)
+    confirmations: int = Field(default=12, ge=0, le=10_000)
+    replaced_blocks: Literal["withdraw", "deliver"] = "withdraw"
+
+    @model_validator(mode="after")
+    def _reorganisations_are_of_evm(self) -> Self:
+        given = self.model_fields_set & {"confirmations", "replaced_blocks"}
+        if self.kind != "evm" and given:
+            raise ValueError(f'{" and ".join(sorted(given))} can be set for kind "evm" only: others do not reorganise')
+        return self
 
 
 class RoundSettings(_Section):
@@ -143,7 +169,7 @@ class ReceiverSettings(_Section):
 
     name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
     url: HttpUrl
-    secret_file: Path | None = None
+    secret_file: SecretFile | None = None
 
 
 class DeliverySettings(_Section):
@@ -152,6 +178,8 @@ class DeliverySettings(_Section):
     receivers: list[ReceiverSettings] = []
     batch_nonces: int = Field(default=1000, ge=1, le=100_000)
     batch_seconds: float = Field(default=5.0, gt=0)
+    expire_after: float = Field(default=604_800.0, gt=0)
+    keep_delivered: float = Field(default=86_400.0, ge=0)
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
@@ -167,7 +195,7 @@ class AdminSettings(_Section):
 
     host: str = "127.0.0.1"
     port: Port = 8460
-    token_file: Path | None = None
+    token_file: SecretFile | None = None
 
     @model_validator(mode="after")
     def _token_beyond_loopback(self) -> Self:
@@ -182,6 +210,8 @@ class StoreSettings(_Section):
     """The outbox's file."""
 
     path: Path = Path("/var/lib/pocd/outbox.db")
+    size_limit_mib: int = Field(default=8192, ge=1, le=2**40)
+    free_space_mib: int = Field(default=512, ge=0, le=2**40)
 
 
 class LogSettings(_Section):

@@ -214,7 +214,7 @@ async def store(
         proofs = [Proof(nonce, 1 + nonce / 2**20) for nonce in NODE.nonces(span)]
         store.commit_span(ROUND, NODE, span, proofs, "f00d", NOW)
         store.form_batches(receivers, size=size, age=0.0, now=NOW, current=ROUND)
-        rows = store._db.execute("SELECT number, id, kind, body, 0, created_at FROM batches ORDER BY number")
+        rows = store.db.execute("SELECT number, id, kind, body, 0, created_at FROM batches ORDER BY number")
         return [PendingDelivery(*row) for row in rows][-batches:]
 
     return await outbox(write)

@@ -9,7 +9,9 @@ from typing import TypeVar
 
 import pytest
 
-from pocd.delivery.outbox import Outbox, OutboxThread, Totals
+from pocd.delivery.deliveries import next_pending
+from pocd.delivery.outbox import Outbox, Totals
+from pocd.delivery.outbox_thread import OutboxThread
 from pocd.miner import LATEST, Lease, Miner
 from pocd.nonces import Node, Progress, Span
 from pocd.proof import Proof, Round
@@ -65,7 +67,7 @@ async def soon(awaitable: Awaitable[T]) -> T:
 async def let_all_run(outbox: OutboxThread) -> None:
     """Let every task go as far as it can: through the loop and through the store's thread, several times."""
     for _ in range(5):
-        await outbox(Outbox.head, "nobody")
+        await outbox(next_pending, "nobody")
         await asyncio.sleep(0)
 
 
@@ -78,7 +80,7 @@ async def stored(outbox: OutboxThread) -> list[Proof]:
     """Return the proofs on disk, in order."""
 
     def read(store: Outbox) -> list[Proof]:
-        return [Proof(*row) for row in store._db.execute("SELECT nonce, distance FROM proofs ORDER BY number")]
+        return [Proof(*row) for row in store.db.execute("SELECT nonce, distance FROM proofs ORDER BY number")]
 
     return await outbox(read)
 

@@ -10,7 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
@@ -19,15 +19,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pocd.delivery.outbox import (
-    Outbox,
-    OutboxThread,
-    PendingDelivery,
-    Queue,
-    RoundProgress,
-    Totals,
-)
-from pocd.delivery.store import APPLICATION_ID, VERSION, StoreError
+from pocd.delivery import deliveries
+from pocd.delivery.deliveries import PendingDelivery, next_pending, record_delivered, record_failed
+from pocd.delivery.outbox import KnownChain, Outbox, Queue, ReceiverState, RoundProgress, Totals
+from pocd.delivery.outbox_thread import OutboxThread
+from pocd.delivery.schema import APPLICATION_ID, VERSION
+from pocd.delivery.store import StoreError, StoreUnavailableError
 from pocd.nonces import Ledger, Node, Progress, Span
 from pocd.proof import Proof, ProofBatch, Round
 
@@ -81,11 +78,11 @@ def form(
 
 def drain(outbox: Outbox, receiver: str) -> list[PendingDelivery]:
     """Accept everything for `receiver`, in the order in which it comes."""
-    deliveries = []
-    while head := outbox.head(receiver):
-        outbox.record_delivered(receiver, head.batch, NOW)
-        deliveries.append(head)
-    return deliveries
+    accepted = []
+    while head := next_pending(outbox, receiver):
+        record_delivered(outbox, receiver, head.batch, NOW)
+        accepted.append(head)
+    return accepted
 
 
 def nonces_of(body: bytes) -> list[int]:
@@ -96,24 +93,30 @@ def nonces_of(body: bytes) -> list[int]:
 
 def batched(outbox: Outbox) -> list[list[int]]:
     """Return the nonces of every batch, in order."""
-    return [nonces_of(body) for (body,) in outbox._db.execute("SELECT body FROM batches ORDER BY number")]
+    return [nonces_of(body) for (body,) in outbox.db.execute("SELECT body FROM batches ORDER BY number")]
 
 
 def waiting(outbox: Outbox) -> int:
-    (count,) = outbox._db.execute("SELECT count(*) FROM proofs").fetchone()
+    (count,) = outbox.db.execute("SELECT count(*) FROM proofs").fetchone()
     assert isinstance(count, int)
     return count
 
 
 def recount(outbox: Outbox) -> Totals:
-    """Count the funnel from the rows themselves."""
-    (checked, valid) = outbox._db.execute("SELECT total(checked), total(valid) FROM progress").fetchone()
-    (stored,) = outbox._db.execute("SELECT total(nonces) FROM batches").fetchone()
-    (delivered,) = outbox._db.execute(
-        "SELECT total(nonces) FROM batches WHERE number NOT IN"
-        " (SELECT batch FROM deliveries WHERE delivered_at IS NULL)"
-    ).fetchone()
-    return Totals(int(checked), int(valid), int(stored), int(delivered))
+    """Count the funnel from the rows themselves (of which none was pruned or purged)."""
+    (checked, valid) = outbox.db.execute("SELECT total(checked), total(valid) FROM progress").fetchone()
+    (stored,) = outbox.db.execute("SELECT total(nonces) FROM batches").fetchone()
+    states: dict[int, tuple[int, set[str]]] = {}
+    for number, nonces, state in outbox.db.execute(
+        "SELECT number, nonces, deliveries.state FROM batches JOIN deliveries ON batch = number"
+    ):
+        states.setdefault(number, (nonces, set()))[1].add(state)
+    stages: Counter[str] = Counter()
+    for nonces, found in states.values():
+        order = ("pending", "dead", "expired", "withdrawn", "purged", "delivered")
+        stages[next(state for state in order if state in found)] += nonces
+    stages.pop("pending", None)
+    return Totals(int(checked), int(valid), int(stored), **stages)
 
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -128,16 +131,16 @@ def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_new_store_makes_its_folder_and_is_empty(tmp_path: Path) -> None:
     path = tmp_path / "not" / "yet" / "store.db"
     with opened(path) as outbox:
-        assert outbox.totals == Totals(0, 0, 0, 0)
+        assert outbox.totals == Totals()
         assert outbox.queues == {}
         assert not outbox.paused
-        assert outbox.head("a") is None
+        assert next_pending(outbox, "a") is None
     assert path.is_file()
 
 
 def test_writes_are_fsynced_and_the_file_is_ours_alone(outbox: Outbox) -> None:
     def pragma(name: str) -> object:
-        return outbox._db.execute(f"PRAGMA {name}").fetchone()[0]
+        return outbox.db.execute(f"PRAGMA {name}").fetchone()[0]
 
     assert pragma("journal_mode") == "wal"
     assert pragma("synchronous") == 2
@@ -233,7 +236,7 @@ def test_a_store_of_version_1_is_brought_up_to_date_and_loses_nothing(path: Path
         old.execute("UPDATE rounds SET id = ?", (ROUND.id,))
         old.commit()
     with opened(path) as store:
-        assert store.totals == Totals(checked=4, valid=2, stored=1, delivered=0)
+        assert store.totals == Totals(checked=4, valid=2, stored=1)
         assert store.begin_round(ROUND, NODE, NOW) == RoundProgress(Progress(4), checked=4, valid=2)
         commit(store, 4, 5)
         form(store, "main", size=1)
@@ -243,12 +246,55 @@ def test_a_store_of_version_1_is_brought_up_to_date_and_loses_nothing(path: Path
         assert old_proof.body == ProofBatch(ROUND, 1, None, (Proof(10, 1.25),)).to_json()
         assert new_proof.body == ProofBatch(ROUND, 1, WEIGHTS, (Proof(13, 1.013),)).to_json()
     with opened(path) as again:
-        assert again._db.execute("PRAGMA user_version").fetchone() == (VERSION,)
+        assert again.db.execute("PRAGMA user_version").fetchone() == (VERSION,)
         assert again.totals == Totals(checked=5, valid=3, stored=3, delivered=3)
+    assert_schema_is_as_made_anew(path)
+
+
+def test_a_store_of_version_2_is_brought_up_to_date_and_loses_nothing(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as old:
+        old.executescript((Path(__file__).parent / "data" / "store_v2.sql").read_text())
+        old.execute("UPDATE rounds SET id = ?", (ROUND.id,))
+        old.commit()
+    with opened(path) as store:
+        assert store.totals == recount(store) == Totals(checked=8, valid=4, stored=3)
+        assert store.queues == {
+            "main": Queue(pending_batches=2, pending_nonces=3),
+            "other": Queue(pending_batches=1, pending_nonces=2, delivered_batches=1, delivered_nonces=1),
+        }
+        assert store.receivers == {
+            "main": ReceiverState(failures=3, next_at=NOW + 1, error="HTTP 503"),
+            "other": ReceiverState(failures=2, next_at=NOW + 9, error="HTTP 500"),
+        }
+        assert store.begin_round(ROUND, NODE, NOW) == RoundProgress(Progress(8), checked=8, valid=4)
+        form(store, "main", "other", size=1)
+        new = ProofBatch(ROUND, 1, WEIGHTS, (Proof(10, 1.25),)).to_json()
+        first, second = b'{"nonces":[1]}', b'{"nonces":[4,7]}'
+        found = {name: drain(store, name) for name in ("main", "other")}
+        assert [(each.sequence, each.body, each.attempts) for each in found["main"]] == [
+            (1, first, 3),
+            (2, second, 0),
+            (3, new, 0),
+        ]
+        assert [(each.sequence, each.body) for each in found["other"]] == [(2, second), (3, new)]
+        assert store.totals == recount(store) == Totals(checked=8, valid=4, stored=4, delivered=4)
+    assert_schema_is_as_made_anew(path)
+
+
+def assert_schema_is_as_made_anew(path: Path) -> None:
     fresh = path.with_name("fresh.db")
     with opened(fresh), opened(path):
         pass
     assert columns(path) == columns(fresh)
+    assert made_of(path) == made_of(fresh)
+
+
+def made_of(path: Path) -> list[tuple[str, str]]:
+    """Every index and trigger, in words."""
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute(
+            "SELECT name, sql FROM sqlite_schema WHERE type IN ('index', 'trigger') AND sql IS NOT NULL ORDER BY 1"
+        ).fetchall()
 
 
 def columns(path: Path) -> list[tuple[str, str, str]]:
@@ -304,19 +350,19 @@ def test_closing_and_opening_again_keeps_everything(path: Path, outbox: Outbox) 
     commit(outbox, 6, 8)  # leaves a hole
     form(outbox, "a", "b", size=2)
     commit(outbox, 8, 9)
-    first = outbox.head("a")
+    first = next_pending(outbox, "a")
     assert first is not None
-    outbox.record_delivered("a", first.batch, NOW)
-    outbox.record_failed("b", first.batch, "HTTP 500", NOW + 5)
+    record_delivered(outbox, "a", first.batch, NOW)
+    record_failed(outbox, "b", first.batch, "HTTP 500", fault=True, next_at=NOW + 5)
     outbox.set_paused(paused=True)
     totals, queues, bodies = outbox.totals, outbox.queues, batched(outbox)
-    heads = outbox.head("a"), outbox.head("b")
+    heads = next_pending(outbox, "a"), next_pending(outbox, "b")
     outbox.close()
 
     with opened(path) as again:
         assert again.totals == totals == recount(again) == Totals(checked=7, valid=7, stored=6, delivered=0)
-        assert again.queues == queues == {"a": Queue(2, 4, 1, 2), "b": Queue(3, 6, 0, 0)}
-        assert (again.head("a"), again.head("b")) == heads
+        assert again.queues == queues == {"a": Queue(2, 4, 1, 2), "b": Queue(3, 6)}
+        assert (next_pending(again, "a"), next_pending(again, "b")) == heads
         assert batched(again) == bodies
         assert again.paused
         assert again.begin_round(ROUND, NODE, NOW) == RoundProgress(Progress(4, (Span(6, 9),)), checked=7, valid=7)
@@ -361,18 +407,18 @@ def test_what_a_killed_process_announced_is_there(path: Path) -> None:
 def test_a_batch_keeps_its_bytes_and_id_across_failures_and_restarts(path: Path, outbox: Outbox) -> None:
     proofs = commit(outbox, 0, 3)
     form(outbox, "a", size=3)
-    first = outbox.head("a")
+    first = next_pending(outbox, "a")
     assert first is not None
     batch = ProofBatch(ROUND, NODE.id, WEIGHTS, tuple(proofs))
     assert (first.id, first.kind, first.body) == (batch.id, "generated", batch.to_json())
-    assert (first.attempts, first.next_at) == (0, NOW)
+    assert (first.sequence, first.attempts, first.queued_at) == (1, 0, NOW)
 
-    outbox.record_failed("a", first.batch, "HTTP 500", NOW + 1)
+    record_failed(outbox, "a", first.batch, "HTTP 500", fault=True, next_at=NOW + 1)
     outbox.close()
     with opened(path) as again:
-        again.record_failed("a", first.batch, "HTTP 502", NOW + 3)
-        expected = PendingDelivery(first.batch, first.id, "generated", first.body, attempts=2, next_at=NOW + 3)
-        assert again.head("a") == expected
+        record_failed(again, "a", first.batch, "HTTP 502", fault=True, next_at=NOW + 3)
+        assert next_pending(again, "a") == replace(first, attempts=2, faults=2)
+        assert again.receivers["a"] == ReceiverState(failures=2, next_at=NOW + 3, error="HTTP 502")
 
 
 # Checking nonces
@@ -399,7 +445,7 @@ def test_a_span_cannot_be_committed_twice(outbox: Outbox) -> None:
 
 def test_progress_and_proofs_are_one_transaction(path: Path, outbox: Outbox) -> None:
     commit(outbox, 0, 2)
-    outbox._db.execute(
+    outbox.db.execute(
         "CREATE TEMP TRIGGER broken BEFORE INSERT ON proofs WHEN new.nonce > 10"
         " BEGIN SELECT RAISE(ABORT, 'broken'); END"
     )
@@ -419,17 +465,17 @@ def test_progress_and_proofs_are_one_transaction(path: Path, outbox: Outbox) -> 
 def test_a_distance_that_is_no_number_is_never_stored(outbox: Outbox) -> None:
     with pytest.raises(sqlite3.IntegrityError):
         outbox.commit_span(ROUND, NODE, Span(0, 1), [Proof(1, float("nan"))], WEIGHTS, NOW)
-    assert outbox.totals == recount(outbox) == Totals(0, 0, 0, 0)
+    assert outbox.totals == recount(outbox) == Totals()
     assert outbox.begin_round(ROUND, NODE, NOW).progress == Progress()
 
 
 def test_a_full_disk_is_named_as_the_cause_and_costs_nothing_committed(outbox: Outbox) -> None:
     commit(outbox, 0, 1)
-    (pages,) = outbox._db.execute("PRAGMA page_count").fetchone()
-    outbox._db.execute(f"PRAGMA max_page_count = {pages}")
+    (pages,) = outbox.db.execute("PRAGMA page_count").fetchone()
+    outbox.db.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(sqlite3.Error, match="full"):
         commit(outbox, 1, 2000)
-    outbox._db.execute(f"PRAGMA max_page_count = {10 * pages}")
+    outbox.db.execute(f"PRAGMA max_page_count = {10 * pages}")
     assert outbox.begin_round(ROUND, NODE, NOW) == RoundProgress(Progress(1), 1, 1)
     commit(outbox, 1, 2000)
     assert outbox.totals == recount(outbox) == Totals(2000, 2000, 0, 0)
@@ -502,7 +548,7 @@ def test_one_call_forms_a_bounded_number_of_batches_and_the_rest_is_due_at_once(
 
 def test_forming_batches_is_one_transaction(outbox: Outbox) -> None:
     commit(outbox, 0, 6)
-    outbox._db.execute(
+    outbox.db.execute(
         "CREATE TEMP TRIGGER broken BEFORE INSERT ON deliveries WHEN new.batch = 3 AND new.receiver = 'b'"
         " BEGIN SELECT RAISE(ABORT, 'broken'); END"
     )
@@ -512,7 +558,7 @@ def test_forming_batches_is_one_transaction(outbox: Outbox) -> None:
     assert waiting(outbox) == 6
     assert outbox.totals == recount(outbox) == Totals(6, 6, 0, 0)
     assert outbox.queues == {}
-    outbox._db.execute("DROP TRIGGER broken")
+    outbox.db.execute("DROP TRIGGER broken")
     form(outbox, "a", "b", size=2)
     assert batched(outbox) == [[1, 4], [7, 10], [13, 16]]
     assert outbox.queues == {"a": Queue(3, 6, 0, 0), "b": Queue(3, 6, 0, 0)}
@@ -584,10 +630,10 @@ def test_each_receiver_gets_every_batch_in_order_at_its_own_pace(outbox: Outbox)
 def test_a_batch_that_failed_stays_at_the_head_of_its_queue(outbox: Outbox) -> None:
     commit(outbox, 0, 2)
     form(outbox, "a", size=1)
-    first = outbox.head("a")
+    first = next_pending(outbox, "a")
     assert first is not None
-    outbox.record_failed("a", first.batch, "HTTP 500", NOW + 100)
-    again = outbox.head("a")
+    record_failed(outbox, "a", first.batch, "HTTP 500", fault=True, next_at=NOW + 100)
+    again = next_pending(outbox, "a")
     assert again is not None
     assert (again.batch, again.attempts) == (first.batch, 1)
 
@@ -595,14 +641,14 @@ def test_a_batch_that_failed_stays_at_the_head_of_its_queue(outbox: Outbox) -> N
 def test_delivered_counts_a_batch_when_its_last_receiver_has_it(outbox: Outbox) -> None:
     commit(outbox, 0, 3)
     form(outbox, "a", "b", size=3)
-    head = outbox.head("a")
+    head = next_pending(outbox, "a")
     assert head is not None
-    outbox.record_delivered("a", head.batch, NOW)
+    record_delivered(outbox, "a", head.batch, NOW)
     assert outbox.totals == recount(outbox) == Totals(3, 3, 3, 0)
     assert outbox.queues == {"a": Queue(0, 0, 1, 3), "b": Queue(1, 3, 0, 0)}
-    outbox.record_failed("b", head.batch, "HTTP 500", NOW)
+    record_failed(outbox, "b", head.batch, "HTTP 500", fault=True, next_at=NOW)
     assert outbox.totals.delivered == 0
-    outbox.record_delivered("b", head.batch, NOW)
+    record_delivered(outbox, "b", head.batch, NOW)
     assert outbox.totals == recount(outbox) == Totals(3, 3, 3, 3)
     assert outbox.queues["b"] == Queue(0, 0, 1, 3)
 
@@ -672,198 +718,7 @@ async def test_closing_the_thread_finishes_what_was_asked_and_frees_the_file(pat
     thread.close()
     await asyncio.gather(*calls)
     with opened(path) as again:
-        (rounds,) = again._db.execute("SELECT count(*) FROM rounds").fetchone()
+        (rounds,) = again.db.execute("SELECT count(*) FROM rounds").fetchone()
         assert rounds == 2
 
 
-# Everything at once
-
-ROUNDS = tuple(Round(name, height, "miner", 1.4, "poc2", "tiny", 16) for height, name in enumerate("XYZ", start=1))
-RECEIVERS = ("a", "b")
-
-
-@dataclass
-class Model:
-    """What the store has to hold, kept in plain lists."""
-
-    done: dict[Round, set[int]] = field(default_factory=dict)
-    found: list[tuple[str, int, float]] = field(default_factory=list)  # round id, nonce, distance
-    batches: dict[int, tuple[str, bytes, tuple[str, ...]]] = field(default_factory=dict)  # id, body, receivers
-    attempts: Counter[tuple[str, int]] = field(default_factory=Counter)
-    accepted: dict[str, list[int]] = field(default_factory=lambda: {name: [] for name in RECEIVERS})
-
-    def pending(self, receiver: str) -> list[int]:
-        theirs = [number for number, (_, _, receivers) in self.batches.items() if receiver in receivers]
-        return [number for number in theirs if number not in self.accepted[receiver]]
-
-    def nonces(self, number: int) -> int:
-        return len(nonces_of(self.batches[number][1]))
-
-    def totals(self) -> Totals:
-        delivered = [
-            number
-            for number, (_, _, receivers) in self.batches.items()
-            if all(number in self.accepted[receiver] for receiver in receivers)
-        ]
-        return Totals(
-            checked=sum(map(len, self.done.values())),
-            valid=len(self.found),
-            stored=sum(map(self.nonces, self.batches)),
-            delivered=sum(map(self.nonces, delivered)),
-        )
-
-    def queue(self, receiver: str) -> Queue:
-        pending, accepted = self.pending(receiver), self.accepted[receiver]
-        return Queue(len(pending), sum(map(self.nonces, pending)), len(accepted), sum(map(self.nonces, accepted)))
-
-
-class OutboxMachine(RuleBasedStateMachine):
-    """A life of the store with crashes at every point between its transactions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.folder = Path(tempfile.mkdtemp(prefix="pocd-outbox-"))
-        self.generation = 0
-        self.now = NOW
-        self.model = Model()
-        self.outbox = Outbox.open(self.path)
-        self.active = ROUNDS[0]
-        self.begin(ROUNDS[0])
-
-    @property
-    def path(self) -> Path:
-        return self.folder / f"{self.generation}.db"
-
-    def teardown(self) -> None:
-        self.outbox.close()
-        shutil.rmtree(self.folder)
-
-    def mine(self) -> None:
-        """Take up the active round as the miner does: from what the store says was done."""
-        done = self.outbox.begin_round(self.active, NODE, self.now)
-        mine = self.model.done.setdefault(self.active, set())
-        islands = [range(island.start, island.stop) for island in done.progress.islands]
-        assert set(range(done.progress.cursor)).union(*islands) == mine
-        assert done.checked == len(mine)
-        assert done.valid == sum(round_id == self.active.id for round_id, _, _ in self.model.found)
-        self.ledger = Ledger(done.progress)
-        self.leased: list[Span] = []
-
-    @rule(round_=st.sampled_from(ROUNDS))
-    def begin(self, round_: Round) -> None:
-        self.active = round_
-        self.mine()
-
-    @rule(count=st.integers(1, 4))
-    def lease(self, count: int) -> None:
-        self.leased.append(self.ledger.take(count))
-
-    @precondition(lambda self: self.leased)
-    @rule(data=st.data())
-    def commit_span(self, data: st.DataObject) -> None:
-        span = self.leased.pop(data.draw(st.integers(0, len(self.leased) - 1)))
-        valid = data.draw(st.lists(st.sampled_from(NODE.nonces(span)), unique=True))
-        proofs = [Proof(nonce, data.draw(st.floats(0, 1.4, exclude_max=True))) for nonce in sorted(valid)]
-        self.outbox.commit_span(self.active, NODE, span, proofs, WEIGHTS, self.now)
-        self.model.done[self.active] |= set(range(span.start, span.stop))
-        self.model.found += [(self.active.id, proof.nonce, proof.distance) for proof in proofs]
-
-    @rule(
-        receivers=st.sampled_from([(), ("a",), RECEIVERS, RECEIVERS]),
-        size=st.integers(1, 5),
-        age=st.sampled_from([1.0, 100.0]),
-        over=st.booleans(),
-    )
-    def form_batches(self, receivers: tuple[str, ...], size: int, age: float, over: bool) -> None:  # noqa: FBT001
-        self.outbox.form_batches(receivers, size=size, age=age, now=self.now, current=None if over else self.active)
-        rows = self.outbox._db.execute("SELECT number, id, body, nonces FROM batches ORDER BY number").fetchall()
-        for number, name, body, nonces in rows:
-            if number not in self.model.batches:
-                self.model.batches[number] = (name, body, receivers)
-                assert 1 <= nonces <= size
-        if receivers and over:
-            assert waiting(self.outbox) == 0
-
-    @rule(receiver=st.sampled_from(RECEIVERS))
-    def accept(self, receiver: str) -> None:
-        if head := self.head(receiver):
-            self.outbox.record_delivered(receiver, head.batch, self.now)
-            self.model.accepted[receiver].append(head.batch)
-
-    @rule(receiver=st.sampled_from(RECEIVERS), delay=st.floats(0, 72))
-    def refuse(self, receiver: str, delay: float) -> None:
-        if head := self.head(receiver):
-            self.outbox.record_failed(receiver, head.batch, "HTTP 500", self.now + delay)
-            self.model.attempts[receiver, head.batch] += 1
-            again = self.head(receiver)
-            assert again is not None
-            assert (again.batch, again.next_at) == (head.batch, self.now + delay)
-
-    def head(self, receiver: str) -> PendingDelivery | None:
-        """Return the head of a queue, which has to be the oldest batch that is pending, as it was formed."""
-        head = self.outbox.head(receiver)
-        pending = self.model.pending(receiver)
-        assert (head.batch if head else None) == min(pending, default=None)
-        if head:
-            assert (head.id, head.body) == self.model.batches[head.batch][:2]
-            assert head.attempts == self.model.attempts[receiver, head.batch]
-        return head
-
-    @rule(seconds=st.floats(-1000, 1000))
-    def set_clock(self, seconds: float) -> None:
-        self.now += seconds
-
-    @rule()
-    def reopen(self) -> None:
-        self.outbox.close()
-        self.outbox = Outbox.open(self.path)
-        self.mine()
-
-    @rule()
-    def crash(self) -> None:
-        """Go on from a copy of the files as they are on disk, with no chance for the store to say goodbye."""
-        old = self.path
-        self.generation += 1
-        for suffix in ("", "-wal"):
-            shutil.copyfile(f"{old}{suffix}", f"{self.path}{suffix}")
-        self.outbox.close()
-        self.outbox = Outbox.open(self.path)
-        self.mine()
-
-    @invariant()
-    def every_proof_is_in_one_place(self) -> None:
-        rows = self.outbox._db.execute(
-            "SELECT rounds.id, nonce, distance FROM proofs JOIN rounds ON rounds.number = proofs.round"
-        )
-        held = list(rows)
-        for (body,) in self.outbox._db.execute("SELECT body FROM batches"):
-            batch = orjson.loads(body)
-            (round_,) = [round_ for round_ in ROUNDS if round_.block_hash == batch["block_hash"]]
-            held += [(round_.id, *pair) for pair in zip(batch["nonces"], batch["dist"], strict=True)]
-        assert sorted(held) == sorted(self.model.found)
-
-    @invariant()
-    def no_batch_ever_changes(self) -> None:
-        rows = self.outbox._db.execute("SELECT number, id, body FROM batches")
-        assert {number: (name, body) for number, name, body in rows} == {
-            number: (name, body) for number, (name, body, _) in self.model.batches.items()
-        }
-
-    @invariant()
-    def each_receiver_accepts_in_order(self) -> None:
-        for numbers in self.model.accepted.values():
-            assert numbers == sorted(set(numbers))
-
-    @invariant()
-    def the_funnel_is_honest(self) -> None:
-        totals = self.outbox.totals
-        assert totals.checked >= totals.valid >= totals.stored >= totals.delivered
-        assert totals == self.model.totals() == recount(self.outbox)
-        for receiver in RECEIVERS:
-            assert self.outbox.queues.get(receiver, Queue()) == self.model.queue(receiver)
-
-
-TestOutboxLife = OutboxMachine.TestCase
-TestOutboxLife.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)

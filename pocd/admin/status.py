@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from pocd import __version__
-from pocd.delivery.outbox import Queue
+from pocd.delivery.outbox import Queue, ReceiverState
 from pocd.observe.mask import mask_url
 
 if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
     from pocd.chain.follower import ChainHealth
+    from pocd.clock import Clock
     from pocd.delivery.dispatcher import Dispatcher
-    from pocd.delivery.outbox import OutboxThread
+    from pocd.delivery.outbox_thread import OutboxThread
     from pocd.miner import Miner, Mining
     from pocd.settings import Settings
     from pocd.worker.supervisor import Supervisor
@@ -29,7 +32,9 @@ class Parts:
     supervisor: Supervisor
     chain: ChainHealth
     dispatchers: list[Dispatcher]
+    clock: Clock
     started_at: float  # monotonic
+    log: FilteringBoundLogger
 
 
 def state(parts: Parts) -> str:
@@ -38,7 +43,7 @@ def state(parts: Parts) -> str:
         return "STOPPED"
     if not parts.supervisor.ready.is_set():
         return "LOADING"
-    return "GENERATING" if parts.miner.mining else "IDLE"
+    return "GENERATING" if parts.miner.current else "IDLE"
 
 
 def problems(parts: Parts) -> list[dict[str, str]]:
@@ -49,10 +54,29 @@ def problems(parts: Parts) -> list[dict[str, str]]:
     if not parts.supervisor.ready.is_set():
         last = parts.supervisor.last_error
         found.append({"part": "worker", "reason": f"no model is ready; last error: {last}" if last else "loading"})
-    chain = parts.chain.problem(time.time(), parts.settings.chain.poll_interval)
+    if parts.miner.held:
+        found.append({"part": "store", "reason": parts.miner.held})
+    chain = parts.chain.problem(parts.clock.wall(), parts.settings.chain.poll_interval)
     if chain:
         found.append({"part": "chain", "reason": chain})
     return found
+
+
+def alarms(parts: Parts) -> list[dict[str, str]]:
+    """Name what only a person can mend though mining goes on; empty when nothing is."""
+    return [
+        {"part": f"receiver {dispatcher.receiver.name}", "reason": reason}
+        for dispatcher in parts.dispatchers
+        if (reason := dispatcher.alarm or parked(dispatcher.state))
+    ]
+
+
+def parked(state: ReceiverState) -> str | None:
+    """Say that a receiver wants nothing any more, or None when it does."""
+    if state.parked_at is None:
+        return None
+    since = datetime.fromtimestamp(state.parked_at, UTC).isoformat(timespec="seconds")
+    return f"parked since {since} ({state.error}); `pocd outbox retry` asks it again"
 
 
 def _round_view(mining: Mining) -> dict[str, Any]:
@@ -66,14 +90,14 @@ def _round_view(mining: Mining) -> dict[str, Any]:
     }
 
 
-def _chain_view(chain: ChainHealth, poll_interval: float) -> dict[str, Any]:
+def _chain_view(chain: ChainHealth, problem: str | None) -> dict[str, Any]:
     block = chain.head.block if chain.head else None
     return {
         "chain_id": block.chain_id if block else None,
         "height": block.height if block else None,
         "hash": block.hash if block else None,
         "block_time": block.time.isoformat() if block else None,
-        "problem": chain.problem(time.time(), poll_interval),
+        "problem": problem,
     }
 
 
@@ -90,12 +114,17 @@ def _worker_view(supervisor: Supervisor, miner: Miner) -> dict[str, Any]:
     }
 
 
-def _receiver_view(dispatcher: Dispatcher, queues: dict[str, Queue]) -> dict[str, Any]:
+def _receiver_view(dispatcher: Dispatcher, queues: dict[str, Queue], now: float) -> dict[str, Any]:
+    state = dispatcher.state
     return {
         "name": dispatcher.receiver.name,
         "url": mask_url(dispatcher.receiver.url),
         **asdict(queues.get(dispatcher.receiver.name, Queue())),
-        "last_error": dispatcher.last_error,
+        "last_error": state.error,
+        "failures_in_a_row": state.failures,
+        "next_attempt_seconds": max(0.0, state.next_at - now) if state.failures else None,
+        "parked": state.parked_at is not None,
+        "alarm": dispatcher.alarm or parked(state),
     }
 
 
@@ -107,7 +136,8 @@ def view(parts: Parts) -> dict[str, Any]:
     """
     miner, settings = parts.miner, parts.settings
     mining = miner.mining
-    elapsed = time.monotonic() - mining.started_at if mining else 0.0
+    now, monotonic = parts.clock.wall(), parts.clock.monotonic()
+    elapsed = monotonic - mining.started_at if mining else 0.0
     queues = parts.outbox.outbox.queues
     names = {dispatcher.receiver.name for dispatcher in parts.dispatchers}
     latest = list(mining.latest) if mining else []
@@ -129,14 +159,15 @@ def view(parts: Parts) -> dict[str, Any]:
             "valid_per_second_1m": miner.valid_rate.per_second(60),
             "valid_per_second_15m": miner.valid_rate.per_second(900),
         },
-        "chain": _chain_view(parts.chain, settings.chain.poll_interval),
+        "chain": _chain_view(parts.chain, parts.chain.problem(now, settings.chain.poll_interval)),
         "worker": _worker_view(parts.supervisor, miner),
-        "receivers": [_receiver_view(dispatcher, queues) for dispatcher in parts.dispatchers],
+        "receivers": [_receiver_view(dispatcher, queues, now) for dispatcher in parts.dispatchers],
         # Queues of receivers that are no longer configured: kept, and sent again when they return.
         "orphaned_queues": {name: asdict(queue) for name, queue in queues.items() if name not in names},
         "problems": problems(parts),
+        "alarms": alarms(parts),
         "version": __version__,
-        "uptime_seconds": time.monotonic() - parts.started_at,
+        "uptime_seconds": monotonic - parts.started_at,
     }
 
 

@@ -1,4 +1,4 @@
-"""Deliver stored batches: one task per receiver, in order, until each is accepted (docs/protocol.md section 6)."""
+"""Deliver stored batches: one task per receiver, one request in flight, in order (docs/protocol.md section 6)."""
 
 from __future__ import annotations
 
@@ -10,19 +10,24 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 
-from pocd.delivery import policy, signing
-from pocd.delivery.outbox import Outbox, OutboxThread, PendingDelivery
-from pocd.delivery.policy import Outcome
-from pocd.observe.mask import excerpt
+from pocd.calling import open_session
+from pocd.delivery import deliveries, policy, signing
+from pocd.delivery.outbox import ReceiverState
+from pocd.delivery.policy import Accept, Outcome, Park, Retry, SetAside
+from pocd.observe.mask import excerpt, mask_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from structlog.typing import FilteringBoundLogger
 
-    from pocd.miner import Miner
+    from pocd.delivery.deliveries import PendingDelivery
+    from pocd.delivery.outbox_thread import OutboxThread
 
 TIMEOUT = aiohttp.ClientTimeout(total=15, connect=3)
+ANSWER_BYTES = 16 * 1024  # of the answer to a batch that was not accepted
+ANSWER_SECONDS = 2.0  # for that, after its head
+SEQUENCE_HEADER = "pocd-sequence"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,137 +45,207 @@ class Receiver:
     keys: signing.WebhookKeys | None
 
 
-def open_session() -> aiohttp.ClientSession:
-    """Return a client that keeps no cookies and heeds no proxy of the environment."""
-    return aiohttp.ClientSession(timeout=TIMEOUT, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False)
-
-
 class Dispatcher:
-    """Delivers to one receiver. Its public attributes are what status shows."""
+    """Delivers to one receiver. Its public attributes are what status shows.
+
+    Attributes:
+        settled: Set while nothing can be sent now: the queue is empty or parked, or waits to retry.
+        alarm: What only a person can mend, such as a wrong URL; None while nothing is.
+    """
 
     def __init__(
         self,
         receiver: Receiver,
         outbox: OutboxThread,
-        session: aiohttp.ClientSession,
         *,
+        expire_after: float,
         wall: Callable[[], float],
         jitter: Callable[[], float],
         log: FilteringBoundLogger,
     ) -> None:
         self.receiver = receiver
         self._outbox = outbox
-        self._session = session
+        self._expire_after = expire_after
         self._wall = wall
         self._jitter = jitter
         self._log = log.bind(receiver=receiver.name)
-        self._stored = asyncio.Event()
-        self.settled = asyncio.Event()  # set while nothing can be sent now: the queue is empty, or waits to retry
-        self.last_error: str | None = None
+        self._woken = asyncio.Event()
+        self.settled = asyncio.Event()
+        self.alarm: str | None = None
+
+    @property
+    def state(self) -> ReceiverState:
+        """How the receiver answers, as the store knows it."""
+        return self._outbox.outbox.receivers.get(self.receiver.name, ReceiverState())
 
     async def run(self) -> None:
         """Deliver until cancelled."""
-        while True:
-            self._stored.clear()
-            head = await self._outbox(Outbox.head, self.receiver.name)
-            wait = policy.remaining_wait(head.next_at, self._wall()) if head else None
-            if head is not None and wait == 0:
-                await self._deliver(head)
-                continue
-            self.settled.set()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._stored.wait()
-            self.settled.clear()
+        await self._unpark_elsewhere()
+        async with open_session(TIMEOUT) as session:
+            while True:
+                self._woken.clear()
+                wait = None if self.state.parked_at else policy.remaining_wait(self.state.next_at, self._wall())
+                head = await self._next() if wait == 0 else None
+                if head is not None:
+                    await self._deliver(session, head)
+                    continue
+                self.settled.set()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait or None):  # with an empty queue there is nothing to wait for
+                        await self._woken.wait()
+                self.settled.clear()
 
     def wake(self) -> None:
         """Look at the queue again: something may have been stored."""
         self.settled.clear()
-        self._stored.set()
+        self._woken.set()
 
-    async def _deliver(self, head: PendingDelivery) -> None:
-        outcome = await self._attempt(head)
-        if outcome.accepted:
-            await asyncio.shield(self._outbox(Outbox.record_delivered, self.receiver.name, head.batch, self._wall()))
-            if self.last_error is not None:
-                self._log.info("receiver accepts again", action="receiver_restored", attempts=head.attempts + 1)
-            self.last_error = None
+    async def _unpark_elsewhere(self) -> None:
+        parked = self.state.parked_url
+        if parked is not None and parked != mask_url(self.receiver.url):
+            self._log.info("receiver has another URL than the one that wanted no more", action="receiver_unparked")
+            await self._outbox.persistently(deliveries.ask_again, self.receiver.name)
+
+    async def _next(self, after: int = 0) -> PendingDelivery | None:
+        return await self._outbox.persistently(deliveries.next_pending, self.receiver.name, after)
+
+    async def _deliver(self, session: aiohttp.ClientSession, head: PendingDelivery) -> None:
+        outcome = await self._attempt(session, head)
+        failed = await self._record(head, outcome)
+        if failed and policy.may_be_poison(outcome, head.faults + 1):
+            await self._try_the_next(session, head)
+        if failed and self._wall() - head.queued_at >= self._expire_after:
+            await self._expire()
+
+    async def _try_the_next(self, session: aiohttp.ClientSession, head: PendingDelivery) -> None:
+        """Find out whether `head` alone is what the receiver fails at."""
+        following = await self._next(after=head.sequence)
+        if following is None:
             return
-        delay = policy.backoff(head.attempts + 1, self._jitter())
-        await self._outbox(Outbox.record_failed, self.receiver.name, head.batch, outcome.detail, self._wall() + delay)
-        self.last_error = outcome.detail
-        self._log.warning(
-            "delivery failed, will retry",
-            action="delivery_retry",
-            batch=head.id,
-            attempts=head.attempts + 1,
-            cause=outcome.detail,
-            after_s=round(delay, 1),
-        )
+        if await self._record(following, await self._attempt(session, following)):
+            batches = [head.batch, following.batch]
+            await self._outbox.persistently(deliveries.forget_faults, self.receiver.name, batches)
 
-    async def _attempt(self, head: PendingDelivery) -> Outcome:
+    async def _record(self, delivery: PendingDelivery, outcome: Outcome) -> bool:
+        """Store what came of an attempt; returns whether the receiver could not take it now."""
+        name, faults, now = self.receiver.name, delivery.faults + outcome.fault, self._wall()
+        overtaken = outcome.fault and await self._outbox.persistently(
+            deliveries.is_overtaken, name, delivery.sequence
+        )
+        decision = policy.decide(
+            outcome,
+            failures=self.state.failures + 1,
+            faults=faults,
+            overtaken=overtaken,
+            jitter=self._jitter(),
+        )
+        self._tell(delivery, outcome, decision)
+        record = self._outbox.persistently
+        match decision:
+            case Accept():
+                # Shielded: what the receiver has, it has, though the daemon is stopping.
+                await asyncio.shield(record(deliveries.record_delivered, name, delivery.batch, now))
+            case SetAside(reason):
+                await record(deliveries.record_set_aside, name, delivery.batch, reason, now)
+            case Park():
+                url = mask_url(self.receiver.url)
+                await record(deliveries.record_parked, name, delivery.batch, outcome.detail, url, now)
+            case Retry(seconds):
+                await record(
+                    deliveries.record_failed,
+                    name,
+                    delivery.batch,
+                    outcome.detail,
+                    fault=outcome.fault,
+                    next_at=now + seconds,
+                )
+                return True
+        return False
+
+    def _tell(self, delivery: PendingDelivery, outcome: Outcome, decision: policy.Decision) -> None:
+        """Log a decision, and raise or lower the alarm."""
+        log = self._log.bind(batch=delivery.id, sequence=delivery.sequence, attempts=delivery.attempts + 1)
+        alarm = f"answers {outcome.detail}: check its URL and its secret" if outcome.alarm else None
+        match decision:
+            case Accept():
+                if self.state.failures:
+                    log.info("receiver accepts again", action="receiver_restored", failures=self.state.failures)
+            case SetAside(reason):
+                log.error("batch set aside", action="dead_letter", cause=reason)
+            case Park():
+                log.error("receiver parked, its queue is kept", action="receiver_parked", cause=outcome.detail)
+            case Retry(seconds):
+                log.warning(
+                    "delivery failed, will retry",
+                    action="delivery_retry",
+                    cause=outcome.detail,
+                    after_s=round(seconds, 1),
+                )
+                if alarm and alarm != self.alarm:
+                    log.error("receiver needs attention", action="receiver_alarm", cause=alarm)
+        self.alarm = alarm
+
+    async def _expire(self) -> None:
+        """Expire what is too old, after the receiver has just failed once more."""
+        now = self._wall()
+        expired, more = 0, True
+        while more:
+            count = await self._outbox.persistently(
+                deliveries.expire, self.receiver.name, queued_before=now - self._expire_after, now=now
+            )
+            expired, more = expired + count, count == deliveries.CHUNK
+        self._log.error("batches expired; they are kept", action="expired", batches=expired, after_s=self._expire_after)
+
+    async def _attempt(self, session: aiohttp.ClientSession, delivery: PendingDelivery) -> Outcome:
         timestamp = int(self._wall())
         keys = self.receiver.keys
-        signed = keys.headers(head.id, timestamp, head.body) if keys else signing.unsigned_headers(head.id, timestamp)
-        headers = {"Content-Type": "application/json", **signed}
-        url = f"{self.receiver.url.rstrip('/')}/{head.kind}"
-        try:
-            async with self._session.post(
-                url, data=io.BytesIO(head.body), headers=headers, allow_redirects=False
-            ) as response:
-                # The status says it all. The body is not read: it may be broken, endless or never come.
-                return Outcome(response.status, f"HTTP {response.status}")
-        except TimeoutError:
-            return Outcome(None, f"no answer within {TIMEOUT.total} s")
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            # An error's text that names the URL may show its credentials.
-            name = type(error).__name__
-            return Outcome(None, name if "://" in str(error) else f"{name}: {excerpt(str(error), 200)}")
-
-
-class Batcher:
-    """Forms batches of stored proofs when they are many enough, old enough, or their round is over."""
-
-    def __init__(
-        self,
-        miner: Miner,
-        outbox: OutboxThread,
-        dispatchers: list[Dispatcher],
-        *,
-        size: int,
-        age: float,
-        wall: Callable[[], float],
-    ) -> None:
-        self._miner = miner
-        self._outbox = outbox
-        self._dispatchers = dispatchers
-        self._size = size
-        self._age = age
-        self._wall = wall
-
-    async def run(self) -> None:
-        """Form batches until cancelled."""
-        while True:
-            self._miner.proofs_stored.clear()
-            due = await self.form()
-            # Never longer than the age: the clock may have been set back since `due` was told.
-            wait = None if due is None else min(max(due - self._wall(), 0.0), self._age)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._miner.proofs_stored.wait()
-
-    async def form(self) -> float | None:
-        """Form the batches that are due; returns when the next one will be, in wall time."""
-        mining = self._miner.current
-        names = [dispatcher.receiver.name for dispatcher in self._dispatchers]
-        due = await self._outbox(
-            Outbox.form_batches,
-            names,
-            size=self._size,
-            age=self._age,
-            now=self._wall(),
-            current=mining.round if mining else None,
+        signed = (
+            keys.headers(delivery.id, timestamp, delivery.body)
+            if keys
+            else signing.unsigned_headers(delivery.id, timestamp)
         )
-        for dispatcher in self._dispatchers:
-            dispatcher.wake()
-        return due
+        headers = {"Content-Type": "application/json", SEQUENCE_HEADER: str(delivery.sequence), **signed}
+        url = f"{self.receiver.url.rstrip('/')}/{delivery.kind}"
+        try:
+            async with session.post(
+                url, data=io.BytesIO(delivery.body), headers=headers, allow_redirects=False
+            ) as response:
+                return await self._outcome(response)
+        except aiohttp.ClientConnectorError as error:
+            return Outcome(None, _describe(error))
+        except aiohttp.ConnectionTimeoutError:
+            return Outcome(None, f"no connection within {TIMEOUT.connect} s")
+        except TimeoutError:
+            return Outcome(None, f"no answer within {TIMEOUT.total} s", broke=True)
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            return Outcome(None, _describe(error), broke=not isinstance(error, ValueError))
+
+    async def _outcome(self, response: aiohttp.ClientResponse) -> Outcome:
+        """Read what a receiver answered. Of a 2xx the status says it all: its body may be broken or never come."""
+        detail = f"HTTP {response.status}"
+        if 200 <= response.status < 300:
+            return Outcome(response.status, detail)
+        said = await _read_answer(response)
+        if said:
+            detail = f"{detail}: {excerpt(said, 200)}"
+        asked = response.headers.get("Retry-After")
+        retry_after = None if asked is None else policy.parse_retry_after(asked, self._wall())
+        if asked is not None and retry_after is None:
+            detail = f"{detail} (Retry-After makes no sense: {excerpt(asked, 40)})"
+        return Outcome(response.status, detail, retry_after)
+
+
+async def _read_answer(response: aiohttp.ClientResponse) -> bytes:
+    """Read the beginning of an answer's body, as far as it comes."""
+    body = bytearray()
+    with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
+        async with asyncio.timeout(ANSWER_SECONDS):
+            while len(body) < ANSWER_BYTES and (chunk := await response.content.read(ANSWER_BYTES - len(body))):
+                body += chunk
+    return bytes(body)
+
+
+def _describe(error: Exception) -> str:
+    # An error's text that names the URL may show its credentials.
+    name = type(error).__name__
+    return name if "://" in str(error) else f"{name}: {excerpt(str(error), 200)}"

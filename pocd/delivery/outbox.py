@@ -1,17 +1,16 @@
 """The outbox: proofs, batches and what became of them, in one SQLite file that survives anything but its disk.
 
-Everything here is synchronous and runs in one thread, see `OutboxThread`. Each public method that
-writes is one transaction, fsynced before it returns (WAL, synchronous FULL).
+Everything here is synchronous and runs in one thread, see `outbox_thread.py`. Each public method that
+writes is one transaction, fsynced before it returns (WAL, synchronous FULL). What is done to single
+deliveries is in `deliveries.py`; what keeps the file small in `upkeep.py`.
 """
 
 from __future__ import annotations
 
-import asyncio
 import sqlite3
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Self
 
 import orjson
 
@@ -20,11 +19,8 @@ from pocd.nonces import Node, Progress, Span
 from pocd.proof import Proof, ProofBatch, Round
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 MOST_BATCHES = 64  # formed in one transaction, so that others get their turn
 MOST_NONCES = 100_000  # likewise
@@ -32,12 +28,21 @@ MOST_NONCES = 100_000  # likewise
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """The funnel since the store was made, in nonces: each number is on disk."""
+    """The funnel since the store was made, in nonces: each number is on disk.
 
-    checked: int
-    valid: int
-    stored: int
-    delivered: int
+    Every stored nonce is in one of the later stages or still on its way to a receiver. `delivered` means accepted by
+    every receiver; `dead`, `expired` and `withdrawn` that at least one receiver will not get it unless it is sent again;
+    `purged` that an operator gave it up.
+    """
+
+    checked: int = 0
+    valid: int = 0
+    stored: int = 0
+    delivered: int = 0
+    dead: int = 0
+    expired: int = 0
+    withdrawn: int = 0
+    purged: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,41 +55,67 @@ class RoundProgress:
 
 
 @dataclass(frozen=True, slots=True)
-class PendingDelivery:
-    """A batch that a receiver has not accepted yet. Times in seconds since the epoch."""
-
-    batch: int
-    id: str
-    kind: str
-    body: bytes
-    attempts: int
-    next_at: float
-
-
-@dataclass(frozen=True, slots=True)
 class Queue:
-    """How one receiver's queue stands."""
+    """How one receiver's batches stand, and the nonces in them. Delivered and purged ones are counted for ever."""
 
     pending_batches: int = 0
     pending_nonces: int = 0
     delivered_batches: int = 0
     delivered_nonces: int = 0
+    dead_batches: int = 0
+    dead_nonces: int = 0
+    expired_batches: int = 0
+    expired_nonces: int = 0
+    withdrawn_batches: int = 0
+    withdrawn_nonces: int = 0
+    purged_batches: int = 0
+    purged_nonces: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverState:
+    """How a receiver answers. Times in seconds since the epoch.
+
+    Attributes:
+        failures: How often it has failed in a row.
+        next_at: When it is asked again.
+        error: What the last attempt failed with; None when it went well.
+        parked_at: Since when it wants nothing any more (HTTP 410); None when it does.
+        parked_url: The masked URL that said so.
+    """
+
+    failures: int = 0
+    next_at: float = 0.0
+    error: str | None = None
+    parked_at: float | None = None
+    parked_url: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KnownChain:
+    """The chain that this store belongs to, and the greatest height that it was seen at."""
+
+    chain_id: str
+    height: int
 
 
 class Outbox:
     """The open store. Call it from the thread that opened it only; its public attributes may be read anywhere.
 
     Attributes:
+        db: The connection, for the modules of this room.
         totals: The funnel.
         queues: How each receiver's queue stands, by name; also of receivers that are no longer configured.
+        receivers: How each of them answers, by name.
         paused: Whether mining was stopped by hand and not resumed.
+        chain: The chain that the store belongs to, once one was seen.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
-        self._db = connection
-        self.totals = self._read_totals()
-        self.queues = self._read_queues()
-        self.paused = self._read_paused()
+        self.db = connection
+        self.totals, self.queues, self.receivers = self._read_views()
+        self.paused = self._read_meta("paused") is not None
+        self.chain = self._read_chain()
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -102,68 +133,131 @@ class Outbox:
 
     def close(self) -> None:
         """Close the file; its lock goes with it."""
-        self._db.close()
+        self.db.close()
 
     @contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
+    def transaction(self) -> Iterator[None]:
+        """Do all that happens in the context, or nothing of it."""
+        self.db.execute("BEGIN IMMEDIATE")
         try:
             yield
-            self._db.execute("COMMIT")
+            views = self._read_views()  # before the commit: what is committed must not be told as failed
+            self._commit()
         except BaseException:
-            if self._db.in_transaction:  # a full disk or an I/O error has rolled back already
-                self._db.execute("ROLLBACK")
+            if self.db.in_transaction:  # a full disk or an I/O error may have rolled back already
+                self.db.execute("ROLLBACK")
             raise
         # Plain attributes, replaced whole: other threads may read them at any time.
-        self.totals = self._read_totals()
+        self.totals, self.queues, self.receivers = views
 
-    def _read_totals(self) -> Totals:
-        return Totals(*self._db.execute("SELECT checked, valid, stored, delivered FROM totals").fetchone())
+    def _commit(self) -> None:
+        self.db.execute("COMMIT")
 
-    def _read_queues(self) -> dict[str, Queue]:
-        rows = self._db.execute(
-            "SELECT receiver, sum(delivered_at IS NULL), sum(nonces * (delivered_at IS NULL)),"
-            " sum(delivered_at IS NOT NULL), sum(nonces * (delivered_at IS NOT NULL))"
-            " FROM deliveries JOIN batches ON number = batch GROUP BY receiver"
+    def _read_views(self) -> tuple[Totals, dict[str, Queue], dict[str, ReceiverState]]:
+        checked, valid = self.db.execute("SELECT checked, valid FROM totals").fetchone()
+        stages = dict(self.db.execute("SELECT state, nonces FROM stages").fetchall())
+        stored = sum(stages.values())
+        stages.pop("pending", None)
+        queues: dict[str, dict[str, int]] = {}
+        for receiver, state, batches, nonces in self.db.execute("SELECT receiver, state, batches, nonces FROM queues"):
+            counts = {f"{state}_batches": batches, f"{state}_nonces": nonces}
+            queues[receiver] = queues.get(receiver, {}) | counts
+        states = self.db.execute("SELECT name, failures, next_at, error, parked_at, parked_url FROM receivers")
+        return (
+            Totals(checked, valid, stored, **stages),
+            {receiver: Queue(**counts) for receiver, counts in queues.items()},
+            {name: ReceiverState(*state) for name, *state in states},
         )
-        return {receiver: Queue(*counts) for receiver, *counts in rows}
 
-    # Stopped by hand
+    # What outlives a restart
 
-    def _read_paused(self) -> bool:
-        return self._db.execute("SELECT 1 FROM meta WHERE key = 'paused'").fetchone() is not None
+    def _read_meta(self, key: str) -> str | None:
+        row = self.db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return row[0] if row else None
+
+    def _read_chain(self) -> KnownChain | None:
+        chain_id, height = self._read_meta("chain_id"), self._read_meta("chain_height")
+        return None if chain_id is None or height is None else KnownChain(chain_id, int(height))
 
     def set_paused(self, paused: bool) -> None:  # noqa: FBT001 - it sets that very flag
         """Remember whether mining is stopped, also across restarts."""
-        with self._transaction():
+        with self.transaction():
             if paused:
-                self._db.execute("INSERT OR IGNORE INTO meta VALUES ('paused', '')")
+                self.db.execute("INSERT OR IGNORE INTO meta VALUES ('paused', '')")
             else:
-                self._db.execute("DELETE FROM meta WHERE key = 'paused'")
+                self.db.execute("DELETE FROM meta WHERE key = 'paused'")
         self.paused = paused
 
-    # Checking nonces
+    def remember_head(self, chain_id: str, height: int) -> None:
+        """Remember which chain this is, and the greatest height that it was seen at."""
+        assert self.chain is None or (chain_id == self.chain.chain_id and height >= self.chain.height)
+        with self.transaction():
+            self.db.executemany(
+                "INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value",
+                [("chain_id", chain_id), ("chain_height", str(height))],
+            )
+        self.chain = KnownChain(chain_id, height)
+
+    # Rounds
 
     def begin_round(self, round_: Round, node: Node, now: float) -> RoundProgress:
-        """Register a round, or find it again, and return what this node has done of it."""
-        with self._transaction():
-            self._db.execute(
+        """Register a round, or find it again, and return what this node has done of it.
+
+        A round whose block was replaced, and is the chain's again, is whole again: what was withdrawn goes out.
+        """
+        with self.transaction():
+            self.db.execute(
                 "INSERT OR IGNORE INTO rounds (id, round, seen_at) VALUES (?, ?, ?)",
                 (round_.id, orjson.dumps(asdict(round_)).decode(), now),
             )
             number = self._round_number(round_)
-            self._db.execute(
+            self.db.execute(
                 "INSERT OR IGNORE INTO progress VALUES (?, ?, ?, 0, '[]', 0, 0)", (number, node.id, node.count)
             )
+            self.db.execute("UPDATE rounds SET replaced = NULL WHERE number = ? AND replaced IS NOT NULL", (number,))
+            withdrawn = self.db.execute(
+                "SELECT receiver, batch FROM deliveries WHERE state = 'withdrawn'"
+                " AND batch IN (SELECT number FROM batches WHERE round = ?) ORDER BY receiver, sequence",
+                (number,),
+            ).fetchall()
+            self.queue_again(withdrawn, now)
         return self._round_progress(number, node)
 
+    def recent_rounds(self, limit: int) -> list[Round]:
+        """Return the `limit` rounds with the greatest heights whose blocks are still the chain's, highest first."""
+        rows = self.db.execute(
+            "SELECT round FROM rounds WHERE replaced IS NULL"
+            " ORDER BY json_extract(round, '$.block_height') DESC, number DESC LIMIT ?",
+            (limit,),
+        )
+        return [Round(**orjson.loads(encoded)) for (encoded,) in rows]
+
+    def replace_round(self, round_: Round, reason: str, *, withdraw: bool, now: float) -> None:
+        """Mark a round whose block is no longer the chain's.
+
+        Args:
+            round_: A round that was begun.
+            reason: What is shown beside what it found.
+            withdraw: Whether what it found and no receiver has yet is not to be sent.
+            now: Seconds since the epoch.
+        """
+        with self.transaction():
+            number = self._round_number(round_)
+            self.db.execute("UPDATE rounds SET replaced = ? WHERE number = ?", (reason, number))
+            if withdraw:
+                self.db.execute(
+                    "UPDATE deliveries SET state = 'withdrawn', reason = ?, changed_at = ?"
+                    " WHERE state = 'pending' AND batch IN (SELECT number FROM batches WHERE round = ?)",
+                    (reason, now, number),
+                )
+
     def _round_number(self, round_: Round) -> int:
-        (number,) = self._db.execute("SELECT number FROM rounds WHERE id = ?", (round_.id,)).fetchone()
+        (number,) = self.db.execute("SELECT number FROM rounds WHERE id = ?", (round_.id,)).fetchone()
         assert isinstance(number, int)
         return number
 
     def _round_progress(self, number: int, node: Node) -> RoundProgress:
-        cursor, islands, checked, valid = self._db.execute(
+        cursor, islands, checked, valid = self.db.execute(
             "SELECT cursor, islands, checked, valid FROM progress WHERE (round, node_id, node_count) = (?, ?, ?)",
             (number, node.id, node.count),
         ).fetchone()
@@ -177,10 +271,10 @@ class Outbox:
 
         `fingerprint` names the weights that it was checked with.
         """
-        with self._transaction():
+        with self.transaction():
             number = self._round_number(round_)
             progress = self._round_progress(number, node).progress.add(span)
-            self._db.execute(
+            self.db.execute(
                 "UPDATE progress SET cursor = ?, islands = ?, checked = checked + ?, valid = valid + ?"
                 " WHERE (round, node_id, node_count) = (?, ?, ?)",
                 (
@@ -193,141 +287,103 @@ class Outbox:
                     node.count,
                 ),
             )
-            self._db.executemany(
+            self.db.executemany(
                 "INSERT INTO proofs (round, node_id, nonce, distance, found_at, fingerprint) VALUES (?, ?, ?, ?, ?, ?)",
                 [(number, node.id, proof.nonce, proof.distance, now, fingerprint) for proof in proofs],
             )
-            self._db.execute("UPDATE totals SET checked = checked + ?, valid = valid + ?", (len(span), len(proofs)))
+            self.db.execute("UPDATE totals SET checked = checked + ?, valid = valid + ?", (len(span), len(proofs)))
 
     # Forming batches
 
     def form_batches(
-        self, receivers: Sequence[str], *, size: int, age: float, now: float, current: Round | None
+        self,
+        receivers: Sequence[str],
+        *,
+        size: int,
+        age: float,
+        now: float,
+        current: Round | None,
+        withdraw: bool = True,
     ) -> float | None:
         """Put proofs into batches and queue these for `receivers`, in one transaction.
 
         A batch is formed of `size` proofs of one round and one set of weights, or of fewer when the
         oldest is `age` seconds old or the round is not `current`. Without receivers the proofs wait
-        for one. One call forms a bounded number of batches; the rest is due at once.
+        for one. One call forms a bounded number of batches; the rest is due at once. What a round
+        found whose block was replaced is withdrawn at once, where `withdraw` says so.
 
         Returns:
             When to call again, in seconds since the epoch; None with no proof left.
         """
         if not receivers:
             return None
-        formed: list[int] = []  # the nonces in each
+        left_to_form = max(1, min(MOST_BATCHES, MOST_NONCES // size))
         due: list[float] = []
-        most = max(1, min(MOST_BATCHES, MOST_NONCES // size))
-        with self._transaction():
-            groups = self._db.execute(
+        with self.transaction():
+            self.db.executemany("INSERT OR IGNORE INTO receivers (name) VALUES (?)", [(name,) for name in receivers])
+            groups = self.db.execute(
                 "SELECT round, node_id, fingerprint, count(*), min(found_at) FROM proofs"
                 " GROUP BY round, node_id, fingerprint ORDER BY min(number)"
             ).fetchall()
             for number, node_id, fingerprint, left, oldest in groups:
-                (encoded,) = self._db.execute("SELECT round FROM rounds WHERE number = ?", (number,)).fetchone()
+                encoded, replaced = self.db.execute(
+                    "SELECT round, replaced FROM rounds WHERE number = ?", (number,)
+                ).fetchone()
                 round_ = Round(**orjson.loads(encoded))
                 # A clock that was set back must not keep a proof for ever.
                 ripe = round_ != current or not 0 <= now - oldest < age
-                while len(formed) < most and (left >= size or (ripe and left > 0)):
-                    group = ProofBatch(round_, node_id, fingerprint, ())
-                    formed.append(self._form_batch(number, group, receivers, size=size, now=now))
-                    left -= formed[-1]  # noqa: PLW2901 - what is left of the group
+                while left_to_form and (left >= size or (ripe and left > 0)):
+                    empty = ProofBatch(round_, node_id, fingerprint, ())
+                    reason = replaced if withdraw else None
+                    left -= self._form_batch(number, empty, receivers, size=size, now=now, withdrawn=reason)  # noqa: PLW2901 - what is left of the group
+                    left_to_form -= 1
                 if left:
                     due.append(now if ripe or left >= size else oldest + age)
-        for nonces in formed:
-            for name in receivers:
-                self._change_queue(name, pending=1, delivered=0, nonces=nonces)
         return min(due, default=None)
 
-    def _form_batch(self, number: int, empty: ProofBatch, receivers: Sequence[str], *, size: int, now: float) -> int:
+    def _form_batch(  # noqa: PLR0913 - all of it goes into the rows
+        self,
+        number: int,
+        empty: ProofBatch,
+        receivers: Sequence[str],
+        *,
+        size: int,
+        now: float,
+        withdrawn: str | None,
+    ) -> int:
         """Move the oldest proofs that belong into `empty` there; returns how many. Part of a transaction."""
-        rows = self._db.execute(
+        rows = self.db.execute(
             "SELECT number, nonce, distance FROM proofs WHERE round = ? AND node_id = ? AND fingerprint IS ?"
             " ORDER BY number LIMIT ?",
             (number, empty.node_id, empty.model_fingerprint, size),
         ).fetchall()
         batch = replace(empty, proofs=tuple(Proof(nonce, distance) for _, nonce, distance in rows))
-        row = self._db.execute(
-            "INSERT INTO batches (id, kind, nonces, body, created_at) VALUES (?, 'generated', ?, ?, ?)",
-            (batch.id, len(rows), batch.to_json(), now),
+        row = self.db.execute(
+            "INSERT INTO batches (id, kind, round, nonces, created_at, state, changed_at, body)"
+            " VALUES (?, 'generated', ?, ?, ?, 'pending', ?, ?)",
+            (batch.id, number, len(rows), now, now, batch.to_json()),
         ).lastrowid
-        self._db.executemany(
-            "INSERT INTO deliveries VALUES (?, ?, 0, ?, NULL, NULL)", [(row, name, now) for name in receivers]
-        )
-        self._db.executemany("DELETE FROM proofs WHERE number = ?", [(proof,) for proof, _, _ in rows])
-        self._db.execute("UPDATE totals SET stored = stored + ?", (len(rows),))
+        for name in receivers:
+            self.db.execute(
+                "INSERT INTO deliveries VALUES (?, ?, ?, ?, ?, 0, 0, ?)",
+                (name, row, self.next_sequence(name), "withdrawn" if withdrawn else "pending", now, withdrawn),
+            )
+        self.db.executemany("DELETE FROM proofs WHERE number = ?", [(proof,) for proof, _, _ in rows])
         return len(rows)
 
-    def _change_queue(self, receiver: str, *, pending: int, delivered: int, nonces: int) -> None:
-        """Count batches of `nonces` each that came to a receiver's queue or left it."""
-        old = self.queues.get(receiver, Queue())
-        self.queues = self.queues | {
-            receiver: Queue(
-                old.pending_batches + pending,
-                old.pending_nonces + pending * nonces,
-                old.delivered_batches + delivered,
-                old.delivered_nonces + delivered * nonces,
-            )
-        }
-
-    # Delivering
-
-    def head(self, receiver: str) -> PendingDelivery | None:
-        """Return the oldest batch that `receiver` has not accepted."""
-        row = self._db.execute(
-            "SELECT number, id, kind, body, attempts, next_at FROM deliveries JOIN batches ON number = batch"
-            " WHERE receiver = ? AND delivered_at IS NULL ORDER BY batch LIMIT 1",
-            (receiver,),
+    def next_sequence(self, receiver: str) -> int:
+        """Give the next place in a receiver's queue. Part of a transaction."""
+        (sequence,) = self.db.execute(
+            "UPDATE receivers SET sequence = sequence + 1 WHERE name = ? RETURNING sequence", (receiver,)
         ).fetchone()
-        return PendingDelivery(*row) if row else None
+        assert isinstance(sequence, int)
+        return sequence
 
-    def record_delivered(self, receiver: str, batch: int, now: float) -> None:
-        """Mark a batch as accepted by `receiver`; count it as delivered when no receiver waits for it."""
-        with self._transaction():
-            self._db.execute(
-                "UPDATE deliveries SET delivered_at = ?, attempts = attempts + 1, last_error = NULL"
-                " WHERE receiver = ? AND batch = ? AND delivered_at IS NULL",
-                (now, receiver, batch),
-            )
-            (nonces,) = self._db.execute("SELECT nonces FROM batches WHERE number = ?", (batch,)).fetchone()
-            (waiting,) = self._db.execute(
-                "SELECT count(*) FROM deliveries WHERE batch = ? AND delivered_at IS NULL", (batch,)
-            ).fetchone()
-            if not waiting:
-                self._db.execute("UPDATE totals SET delivered = delivered + ?", (nonces,))
-        self._change_queue(receiver, pending=-1, delivered=1, nonces=nonces)
-
-    def record_failed(self, receiver: str, batch: int, error: str, next_at: float) -> None:
-        """Remember a failed attempt and when to make the next one."""
-        with self._transaction():
-            self._db.execute(
-                "UPDATE deliveries SET attempts = attempts + 1, last_error = ?, next_at = ?"
+    def queue_again(self, deliveries: Sequence[tuple[str, int]], now: float) -> None:
+        """Put deliveries, as (receiver, batch), at the ends of their queues, as if new. Part of a transaction."""
+        for receiver, batch in deliveries:
+            self.db.execute(
+                "UPDATE deliveries SET state = 'pending', sequence = ?, changed_at = ?, faults = 0"
                 " WHERE receiver = ? AND batch = ?",
-                (error, next_at, receiver, batch),
+                (self.next_sequence(receiver), now, receiver, batch),
             )
-
-
-class OutboxThread:
-    """The one thread that an `Outbox` lives in; callers await its methods from the event loop.
-
-    A call that was started runs to its end even when its caller is cancelled: what is being
-    written gets written.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="outbox")
-        try:
-            self.outbox = self._executor.submit(Outbox.open, path).result()
-        except BaseException:
-            self._executor.shutdown()
-            raise
-
-    async def __call__(self, method: Callable[Concatenate[Outbox, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run `method(outbox, *args, **kwargs)` in the thread and return its result."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, lambda: method(self.outbox, *args, **kwargs))
-
-    def close(self) -> None:
-        """Finish what was begun, then close the store."""
-        self._executor.submit(self.outbox.close).result()
-        self._executor.shutdown()

@@ -1,25 +1,118 @@
-"""What to do after an attempt to deliver: a pure decision."""
+"""What becomes of a batch after an attempt to deliver it, and when the next one is: pure decisions.
+
+docs/protocol.md section 6 has them as a table.
+"""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from datetime import UTC
+from email.utils import parsedate_to_datetime
 
 BACKOFF_SECONDS = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 60.0)
 JITTER = 0.2  # of the backoff, either way, so that hosts do not come back in step
-LONGEST_WAIT = BACKOFF_SECONDS[-1] * (1 + JITTER) + 1.0  # and room for rounding
+LONGEST_RETRY_AFTER = 600.0  # seconds; a receiver that asks for more is asked again all the same
+LONGEST_WAIT = LONGEST_RETRY_AFTER * (1 + JITTER) + 1.0  # and room for rounding
+POISON_FAULTS = 8  # failures of one batch alone, until it is set aside
+
+REFUSED = frozenset({400, 409, 413, 422})  # the message will never do
+PASSING = frozenset({408, 425, 429})  # like 5xx: the receiver's state, which changes
+GONE = 410
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one attempt: an HTTP status, or the reason why there is none."""
+    """What came of one attempt.
+
+    Attributes:
+        status: The HTTP status; None where there is none.
+        detail: What happened, in words for people.
+        retry_after: Seconds that the receiver asked to be left alone.
+        broke: Whether an answer was due and did not come whole: a timeout, a reset, no HTTP.
+    """
 
     status: int | None
     detail: str
+    retry_after: float | None = None
+    broke: bool = False
 
     @property
     def accepted(self) -> bool:
         """Whether the receiver has the batch: any 2xx."""
         return self.status is not None and 200 <= self.status < 300
+
+    @property
+    def fault(self) -> bool:
+        """Whether the batch itself may be what the receiver fails at."""
+        return self.broke or (self.status is not None and self.status >= 500)
+
+    @property
+    def alarm(self) -> bool:
+        """Whether it looks like a wrong setting, which only a person can mend: 3xx, 401, 403, 404 and the like."""
+        return self.status is not None and 300 <= self.status < 500 and self.status not in REFUSED | PASSING
+
+
+@dataclass(frozen=True, slots=True)
+class Accept:
+    """The receiver has the batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """The receiver cannot take anything now: the head of its queue waits `seconds` and is sent again."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """This batch will not be sent again by itself, a dead letter; the queue goes on."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Park:
+    """The receiver wants nothing any more; its queue is kept."""
+
+
+Decision = Accept | Retry | SetAside | Park
+
+
+def decide(outcome: Outcome, *, failures: int, faults: int, overtaken: bool, jitter: float) -> Decision:
+    """Return what follows from an attempt to deliver the head of a queue.
+
+    Args:
+        outcome: What came of it.
+        failures: How often the receiver has failed in a row, with this attempt.
+        faults: How often this batch may have been what it failed at, with this attempt.
+        overtaken: Whether the receiver has accepted a later batch.
+        jitter: Uniformly random in [-1, 1].
+    """
+    if outcome.accepted:
+        return Accept()
+    if outcome.status in REFUSED:
+        return SetAside(f"refused: {outcome.detail}")
+    if outcome.status == GONE:
+        return Park()
+    if outcome.fault and faults >= POISON_FAULTS and overtaken:
+        return SetAside(f"poison: failed {faults} times while a later batch was accepted: {outcome.detail}")
+    if outcome.retry_after is not None:
+        # Never earlier than asked for.
+        wait = min(max(outcome.retry_after, BACKOFF_SECONDS[0]), LONGEST_RETRY_AFTER)
+        return Retry(wait * (1 + JITTER * abs(jitter)))
+    return Retry(backoff(failures, jitter))
+
+
+def may_be_poison(outcome: Outcome, faults: int) -> bool:
+    """Tell whether the next batch should be tried, to see which is at fault: the receiver or this batch.
+
+    Args:
+        outcome: What came of the last attempt.
+        faults: As in `decide`.
+    """
+    return outcome.fault and faults >= POISON_FAULTS - 1
 
 
 def backoff(failures: int, jitter: float) -> float:
@@ -36,8 +129,28 @@ def backoff(failures: int, jitter: float) -> float:
 def remaining_wait(next_at: float, now: float) -> float:
     """Return how long to wait until `next_at`, both in wall time.
 
-    No backoff is longer than `LONGEST_WAIT`: what lies farther ahead was stored before the clock
+    No wait is longer than `LONGEST_WAIT`: what lies farther ahead was stored before the clock
     was set back, and is due now.
     """
     wait = next_at - now
     return wait if 0 < wait <= LONGEST_WAIT else 0.0
+
+
+def parse_retry_after(text: str, now: float) -> float | None:
+    """Return the seconds that a Retry-After header asks for, not below 0; None where it makes no sense.
+
+    Source: RFC 9110 section 10.2.3: seconds, or a date in one of three forms.
+
+    Args:
+        text: The header's value.
+        now: Wall time in seconds.
+    """
+    text = text.strip()
+    if re.fullmatch("[0-9]+", text):
+        return float(text)
+    try:
+        date = parsedate_to_datetime(text)
+        # A date without a zone is GMT, as all HTTP dates are.
+        return max(0.0, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now)
+    except (ValueError, OverflowError, TypeError, IndexError):
+        return None

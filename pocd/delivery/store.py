@@ -1,47 +1,27 @@
-"""The outbox's file: opened, checked, and made where it is missing."""
+"""The store's file: opened, checked, made or brought up to date; and what SQLite's errors mean for the daemon."""
 
 from __future__ import annotations
 
 import sqlite3
 from typing import TYPE_CHECKING
 
+from pocd.delivery.schema import APPLICATION_ID, MIGRATIONS, SCHEMA, VERSION
+
 if TYPE_CHECKING:
     from pathlib import Path
 
-VERSION = 2
-APPLICATION_ID = 0x706F6364  # "pocd"
+LOOKED_THROUGH_BYTES = 256 * 2**20
+"""A file up to this size is looked through for damage when it is opened (about a third of a second)."""
 
-SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
-CREATE TABLE totals (checked INTEGER NOT NULL, valid INTEGER NOT NULL, stored INTEGER NOT NULL,
-  delivered INTEGER NOT NULL) STRICT;
-INSERT INTO totals VALUES (0, 0, 0, 0);
-CREATE TABLE rounds (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, round TEXT NOT NULL,
-  seen_at REAL NOT NULL) STRICT;
--- What one node has checked of one round; islands is a JSON list of [start, stop] above the cursor.
-CREATE TABLE progress (round INTEGER NOT NULL REFERENCES rounds, node_id INTEGER NOT NULL,
-  node_count INTEGER NOT NULL, cursor INTEGER NOT NULL, islands TEXT NOT NULL,
-  checked INTEGER NOT NULL, valid INTEGER NOT NULL,
-  PRIMARY KEY (round, node_id, node_count)) STRICT, WITHOUT ROWID;
--- Valid nonces that no batch holds yet.
-CREATE TABLE proofs (number INTEGER PRIMARY KEY AUTOINCREMENT, round INTEGER NOT NULL REFERENCES rounds,
-  node_id INTEGER NOT NULL, nonce INTEGER NOT NULL, distance REAL NOT NULL, found_at REAL NOT NULL,
-  fingerprint TEXT) STRICT;
-CREATE TABLE batches (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, kind TEXT NOT NULL,
-  nonces INTEGER NOT NULL, body BLOB NOT NULL, created_at REAL NOT NULL) STRICT;
-CREATE TABLE deliveries (batch INTEGER NOT NULL REFERENCES batches, receiver TEXT NOT NULL,
-  attempts INTEGER NOT NULL, next_at REAL NOT NULL, last_error TEXT, delivered_at REAL,
-  PRIMARY KEY (receiver, batch)) STRICT, WITHOUT ROWID;
-CREATE INDEX pending ON deliveries (receiver, batch) WHERE delivered_at IS NULL;
-CREATE INDEX pending_of_batch ON deliveries (batch) WHERE delivered_at IS NULL;
-"""
-
-# What makes a store of each version one of the next. Proofs of version 1 do not say which weights they are of.
-MIGRATIONS = {1: "ALTER TABLE proofs ADD COLUMN fingerprint TEXT"}
+WAL_BYTES = 64 * 2**20  # what the write-ahead log is cut back to
 
 
 class StoreError(Exception):
     """The store cannot be used; the message names the file and what to do."""
+
+
+class StoreUnavailableError(Exception):
+    """The store cannot write or read just now: a full disk, an I/O error. Nothing that is stored is lost."""
 
 
 def open_store(path: Path) -> sqlite3.Connection:
@@ -50,7 +30,7 @@ def open_store(path: Path) -> sqlite3.Connection:
     The connection holds the file alone, writes ahead (WAL) and fsyncs each transaction.
 
     Raises:
-        StoreError: The file cannot be written, is held by another daemon, or is not ours.
+        StoreError: The file cannot be written, is damaged, is held by another daemon, or is not ours.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,6 +42,7 @@ def open_store(path: Path) -> sqlite3.Connection:
         version = _check(connection, path)
         connection.execute("PRAGMA journal_mode = WAL")  # not before the check: it rewrites the file's header
         connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
         connection.execute("PRAGMA foreign_keys = ON")
         _bring_up_to_date(connection, version)
     except sqlite3.Error as error:
@@ -74,7 +55,7 @@ def open_store(path: Path) -> sqlite3.Connection:
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> int:
-    """Refuse what is not ours, changing nothing; return the store's version, 0 where it has yet to be made."""
+    """Refuse what is not ours, newer or damaged, changing nothing; return the version, 0 where it is yet to be made."""
     connection.execute("BEGIN IMMEDIATE")  # takes the lock that a second daemon will miss
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (application,) = connection.execute("PRAGMA application_id").fetchone()
@@ -86,6 +67,11 @@ def _check(connection: sqlite3.Connection, path: Path) -> int:
             f"store {path} has version {version}, made by a newer pocd (this one writes {VERSION}); "
             "install that pocd again, the file was not touched"
         )
+    # A larger file would hold up every start; what is damaged in it is found when it is read.
+    if path.stat().st_size <= LOOKED_THROUGH_BYTES:
+        (finding,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+        if finding != "ok":
+            raise StoreError(_damaged(path, finding.splitlines()[-1]))
     connection.execute("COMMIT")
     assert isinstance(version, int)
     return version if tables else 0
@@ -93,20 +79,24 @@ def _check(connection: sqlite3.Connection, path: Path) -> int:
 
 def _bring_up_to_date(connection: sqlite3.Connection, version: int) -> None:
     """Make the tables, or change those of an earlier version, in one transaction."""
+    if version == VERSION:
+        return
     connection.execute("BEGIN IMMEDIATE")
     if version == 0:
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        for statement in SCHEMA.split(";\n"):
-            connection.execute(statement)
+        statements = SCHEMA
     else:
-        for earlier in range(version, VERSION):
-            connection.execute(MIGRATIONS[earlier])
+        statements = [statement for earlier in range(version, VERSION) for statement in MIGRATIONS[earlier]]
+    for statement in statements:
+        connection.execute(statement)
     connection.execute(f"PRAGMA user_version = {VERSION}")
     connection.execute("COMMIT")
 
 
 def unusable(path: Path, error: sqlite3.Error) -> StoreError:
-    """Say of the store at `path` what SQLite's `error` means for the operator."""
+    """Say of the store at `path`, which was to be opened, what SQLite's `error` means for the operator."""
+    if is_damaged(error):
+        return StoreError(_damaged(path, str(error)))
     text = str(error)
     if "locked" in text:
         text = "another process holds it (is a second daemon running on it?); stop that one or choose another path"
@@ -115,3 +105,30 @@ def unusable(path: Path, error: sqlite3.Error) -> StoreError:
     else:
         text = f"{text}; check store.path, its permissions and the free space"
     return StoreError(f"store {path} cannot be used: {text}")
+
+
+def is_damaged(error: sqlite3.Error) -> bool:
+    """Tell whether `error` means that what is on disk is not what was written."""
+    return getattr(error, "sqlite_errorname", "").startswith("SQLITE_CORRUPT")
+
+
+def failure_of(path: Path, error: sqlite3.Error) -> Exception:
+    """Return what SQLite's `error`, in the store at `path` while it is in use, means for the daemon.
+
+    A `StoreError` for a damaged file, a `StoreUnavailableError` for what may pass, and the error itself where the
+    fault is ours.
+    """
+    if is_damaged(error):
+        return StoreError(_damaged(path, str(error)))
+    if isinstance(error, sqlite3.OperationalError) and not isinstance(error, sqlite3.ProgrammingError):
+        name = getattr(error, "sqlite_errorname", "")
+        if name and name != "SQLITE_ERROR":  # that one is a wrong statement
+            return StoreUnavailableError(f"the store {path} cannot be written: {error} ({name})")
+    return error
+
+
+def _damaged(path: Path, finding: str) -> str:
+    return (
+        f"store {path} is damaged: {finding}; the file was kept as it is. Move it and its -wal file away, save what "
+        f"can be saved with `sqlite3 {path.name} .recover`, and start again with a new store"
+    )

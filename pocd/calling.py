@@ -1,0 +1,99 @@
+"""How we call others over HTTP: without cookies or the environment's proxies, and without waiting for each other."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from typing import TYPE_CHECKING
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Addresses = list[tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[str, int] | tuple[str, int, int, int]]]
+
+
+def open_session(timeout: aiohttp.ClientTimeout) -> aiohttp.ClientSession:
+    """Return a client for one peer, which shares nothing with those for others; the caller closes it."""
+    # IPv6 and IPv4 are tried in turn, as RFC 8305 says. Answers come uncompressed: nobody can send us a bomb.
+    return aiohttp.ClientSession(
+        timeout=timeout,
+        connector=aiohttp.TCPConnector(resolver=ThreadResolver()),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        trust_env=False,
+        auto_decompress=False,
+        headers={"Accept-Encoding": "identity"},
+    )
+
+
+class ThreadResolver(AbstractResolver):
+    """Looks names up by the system's resolver, each name in a thread of its own.
+
+    The system's call cannot be cancelled and may take half a minute. In a pool that all share, a few dead names
+    would hold up every other one (uvloop's has two threads for this). Here a name that hangs occupies one thread,
+    which whoever asks for the same name again waits for, and which does not keep the process from ending.
+
+    Args:
+        getaddrinfo: The system's.
+    """
+
+    def __init__(self, getaddrinfo: Callable[..., Addresses] = socket.getaddrinfo) -> None:
+        self._getaddrinfo = getaddrinfo
+        self._lookups: dict[tuple[str, int, socket.AddressFamily], asyncio.Future[Addresses]] = {}
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """Return the addresses of `host`.
+
+        Raises:
+            OSError: The name is not known, or cannot be looked up now.
+        """
+        key = (host, port, family)
+        lookup = self._lookups.get(key)
+        if lookup is None:
+            lookup = self._lookups[key] = self._start(key)
+        found = await asyncio.shield(lookup)
+        return [
+            ResolveResult(
+                hostname=host,
+                host=socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0],
+                port=port,
+                family=kind,
+                proto=protocol,
+                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+            )
+            for kind, _, protocol, _, address in found
+        ]
+
+    def _start(self, key: tuple[str, int, socket.AddressFamily]) -> asyncio.Future[Addresses]:
+        loop = asyncio.get_running_loop()
+        lookup: asyncio.Future[Addresses] = loop.create_future()
+        lookup.add_done_callback(lambda done: self._finished(key, done))
+        host, port, family = key
+
+        def look_up() -> None:
+            try:
+                found = self._getaddrinfo(host, port, type=socket.SOCK_STREAM, family=family, flags=socket.AI_ADDRCONFIG)
+            except (OSError, UnicodeError) as error:
+                told = error if isinstance(error, OSError) else OSError(f"{host!r} is no name of a host: {error}")
+                report = lookup.set_exception, told
+            else:
+                report = lookup.set_result, found
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(*report)
+
+        threading.Thread(target=look_up, name=f"lookup {host}", daemon=True).start()
+        return lookup
+
+    def _finished(self, key: tuple[str, int, socket.AddressFamily], lookup: asyncio.Future[Addresses]) -> None:
+        del self._lookups[key]
+        if not lookup.cancelled():
+            lookup.exception()  # taken notice of, also when nobody waits for it any more
+
+    async def close(self) -> None:
+        """Do nothing: lookups under way end by themselves."""

@@ -1,0 +1,71 @@
+"""Form batches of stored proofs when they are many enough, old enough, or their round is over."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import TYPE_CHECKING
+
+from pocd.delivery.outbox import Outbox
+from pocd.delivery.store import StoreUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pocd.delivery.dispatcher import Dispatcher
+    from pocd.delivery.outbox_thread import OutboxThread
+    from pocd.miner import Miner
+
+
+class Batcher:
+    """Forms batches for all receivers."""
+
+    def __init__(
+        self,
+        miner: Miner,
+        outbox: OutboxThread,
+        dispatchers: list[Dispatcher],
+        *,
+        size: int,
+        age: float,
+        withdraw: bool,
+        wall: Callable[[], float],
+    ) -> None:
+        self._miner = miner
+        self._outbox = outbox
+        self._dispatchers = dispatchers
+        self._size = size
+        self._age = age
+        self._withdraw = withdraw
+        self._wall = wall
+
+    async def run(self) -> None:
+        """Form batches until cancelled."""
+        while True:
+            self._miner.proofs_stored.clear()
+            try:
+                due = await self.form()
+            except StoreUnavailableError:  # nothing was changed, and readiness tells
+                due = self._wall() + self._age
+            # Never longer than the age: the clock may have been set back since `due` was told.
+            wait = None if due is None else min(max(due - self._wall(), 0.0), self._age)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(wait):
+                    await self._miner.proofs_stored.wait()
+
+    async def form(self) -> float | None:
+        """Form the batches that are due; returns when the next one will be, in wall time."""
+        mining = self._miner.current
+        names = [dispatcher.receiver.name for dispatcher in self._dispatchers]
+        due = await self._outbox(
+            Outbox.form_batches,
+            names,
+            size=self._size,
+            age=self._age,
+            now=self._wall(),
+            current=mining.round if mining else None,
+            withdraw=self._withdraw,
+        )
+        for dispatcher in self._dispatchers:
+            dispatcher.wake()
+        return due

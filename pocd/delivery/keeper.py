@@ -1,0 +1,175 @@
+"""Keep the store small, and mining within what the disk can take."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pocd.clock import Clock, JumpDetector
+from pocd.delivery import deliveries, upkeep
+from pocd.delivery.store import StoreUnavailableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from structlog.typing import FilteringBoundLogger
+
+    from pocd.delivery.dispatcher import Dispatcher
+    from pocd.delivery.outbox_thread import OutboxThread
+    from pocd.miner import Miner
+
+LOOK_SECONDS = 5.0
+ROOM_AGAIN = 0.05  # how far back from a limit mining goes on, so that it does not flutter there
+MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long things are kept, in seconds, and how much they may take, in bytes.
+
+    Attributes:
+        keep_delivered: After the last receiver has accepted a batch.
+        expire_after: For a batch of a receiver that nobody sends to: parked, or no longer configured.
+        size: Bytes in use in the store's file.
+        free: Bytes that have to stay free on its disk.
+    """
+
+    keep_delivered: float
+    expire_after: float
+    size: int
+    free: int
+
+
+def shortage(used: int, free: int, limits: Limits, *, held: bool) -> str | None:
+    """Return why mining has to wait for room, or None where there is enough.
+
+    Args:
+        used: Bytes in use in the store's file.
+        free: Bytes free on its disk.
+        limits: What is allowed.
+        held: Whether mining waits already; then it goes on only with some room to spare.
+    """
+    margin = ROOM_AGAIN if held else 0.0
+    if used > limits.size * (1 - margin):
+        return (
+            f"the store holds {used / MIB:.0f} MiB, and store.size_limit_mib is {limits.size / MIB:.0f}: mend what keeps "
+            "receivers from accepting (pocd status), give up dead letters (pocd outbox purge), or raise the limit"
+        )
+    if free < limits.free * (1 + margin):
+        return (
+            f"the store's disk has {free / MIB:.0f} MiB free, and store.free_space_mib is {limits.free / MIB:.0f}: "
+            "make room on the disk"
+        )
+    return None
+
+
+class Keeper:
+    """Looks at the store every few seconds."""
+
+    def __init__(
+        self,
+        path: Path,
+        outbox: OutboxThread,
+        miner: Miner,
+        dispatchers: list[Dispatcher],
+        *,
+        limits: Limits,
+        clock: Clock,
+        log: FilteringBoundLogger,
+        free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
+    ) -> None:
+        self._path = path
+        self._outbox = outbox
+        self._miner = miner
+        self._dispatchers = dispatchers
+        self._limits = limits
+        self._clock = clock
+        self._jumps = JumpDetector(clock)
+        self._log = log
+        self._free_bytes = free_bytes
+        self._told: str | None = None  # the reason that was logged last
+
+    async def run(self) -> None:
+        """Look until cancelled."""
+        await self._clamp()  # the clock may have been set back while the daemon was not running
+        while True:
+            await self.look()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def look(self) -> None:
+        """Prune and expire what is due, and hold mining or let it go on."""
+        jump = self._jumps.jump()
+        if jump:
+            self._log.warning("the wall clock was set", action="clock_jump", seconds=round(jump, 1))
+        if jump < 0:
+            await self._clamp()
+        try:
+            await self._prune(self._clock.wall() - self._limits.keep_delivered)
+            await self._repeat(upkeep.prune_rounds)
+            await self._expire_unserved()
+            reason = await self._shortage()
+            if self._miner.held and reason is None:
+                await self._outbox(upkeep.probe)
+        except StoreUnavailableError as error:
+            reason = str(error)
+        if reason != self._miner.held:
+            await self._miner.hold(reason)
+        self._tell(reason)
+
+    def _tell(self, reason: str | None) -> None:
+        if reason and not self._told:
+            self._log.error("mining waits for the store", action="store_held", cause=reason)
+        elif self._told and not reason:
+            self._log.info("the store takes proofs again, mining goes on", action="store_released")
+        self._told = reason
+
+    async def _clamp(self) -> None:
+        await self._outbox.persistently(upkeep.clamp_times, self._clock.wall())
+
+    async def _shortage(self) -> str | None:
+        used = await self._outbox(upkeep.used_bytes)
+        if used > self._limits.size * (1 - ROOM_AGAIN):
+            # What was delivered is kept for convenience only, and goes before mining stops.
+            pruned = await self._prune(self._clock.wall())
+            if pruned:
+                self._log.warning("delivered batches were pruned for room", action="pruned_early", batches=pruned)
+            used = await self._outbox(upkeep.used_bytes)
+        return shortage(used, self._free(), self._limits, held=self._miner.held is not None)
+
+    def _free(self) -> int:
+        try:
+            return self._free_bytes(self._path.parent)
+        except OSError as error:
+            raise StoreUnavailableError(f"the store's folder {self._path.parent} cannot be looked at: {error}") from error
+
+    async def _prune(self, before: float) -> int:
+        return await self._repeat(upkeep.prune_delivered, before)
+
+    async def _repeat(self, method: Callable[..., int], *args: object) -> int:
+        """Do a bounded piece of upkeep until nothing is left of it; others get their turn between."""
+        total, count = 0, deliveries.CHUNK
+        while count == deliveries.CHUNK:
+            count = await self._outbox(method, *args)
+            total += count
+        return total
+
+    async def _expire_unserved(self) -> None:
+        """Expire what is too old in queues that no dispatcher sends from; the others expire at a failed attempt."""
+        served = {each.receiver.name for each in self._dispatchers if each.state.parked_at is None}
+        now = self._clock.wall()
+        for name, queue in self._outbox.outbox.queues.items():
+            if name in served or not queue.pending_batches:
+                continue
+            expired, count = 0, deliveries.CHUNK
+            while count == deliveries.CHUNK:
+                count = await self._outbox(
+                    deliveries.expire, name, queued_before=now - self._limits.expire_after, now=now
+                )
+                expired += count
+            if expired:
+                self._log.error(
+                    "batches expired; they are kept", action="expired", receiver=name, batches=expired
+                )
