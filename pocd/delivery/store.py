@@ -44,6 +44,10 @@ class StoreError(Exception):
     """The store cannot be used; the message names the file and what to do."""
 
 
+class StoreUnavailableError(Exception):
+    """The open store cannot take a write now; the message names the file and what to do."""
+
+
 def open_store(path: Path) -> sqlite3.Connection:
     """Open the store at `path`, making it and its folder where they are missing.
 
