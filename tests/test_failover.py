@@ -252,6 +252,16 @@ async def test_hashes_that_are_known_from_before() -> None:
         await chain.block(5)
 
 
+async def test_of_too_many_known_hashes_the_newest_count() -> None:
+    hashes = dict.fromkeys(range(1, KNOWN_HASHES + 2), "STORED")
+    source = Fake("a", block_at(1))
+    chain = failover([source], hashes=hashes)
+    assert (await chain.block(1)).hash == "HASH1"
+    source.answer = block_at(KNOWN_HASHES + 1)
+    with pytest.raises(ChainError, match="STORED was seen before"):
+        await chain.block(KNOWN_HASHES + 1)
+
+
 async def test_where_blocks_are_replaced_another_hash_is_believed() -> None:
     source = Fake("a", block_at(5), reorganises=True)
     chain = failover([source], hashes={5: "STORED"})
