@@ -1,4 +1,4 @@
-"""CometBFT's answers, good, bad and absurd; and several nodes that stand in for one another."""
+"""CometBFT's answers, good, bad and absurd, and what is common to all nodes: requests over real sockets."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from aiohttp.test_utils import TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocd.chain import cometbft
+from pocd.chain import rpc
 from pocd.chain.cometbft import CometBFT, parse_block, parse_status
-from pocd.chain.failover import KNOWN_HASHES, Failover
+from pocd.chain.rpc import Rpc
 from pocd.chain.source import Block, BlockUnavailableError, ChainError, Head
 from pocd.observe.mask import excerpt, mask_url
 
@@ -332,7 +332,9 @@ async def node_of(
     waits = Waits()
     async with TestServer(app) as server, aiohttp.ClientSession() as session:
         yield (
-            CometBFT(session, f"{server.make_url('/')}{path}", sleep=waits, attempts=attempts, timeout=request_timeout),
+            CometBFT(
+                Rpc(session, f"{server.make_url('/')}{path}", sleep=waits, attempts=attempts, timeout=request_timeout)
+            ),
             requests,
             waits,
         )
@@ -430,7 +432,7 @@ async def test_redirects_are_not_followed() -> None:
 
 
 async def test_an_answer_without_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cometbft, "MAX_ANSWER_BYTES", 100_000)
+    monkeypatch.setattr(rpc, "MAX_ANSWER_BYTES", 100_000)
 
     async def endless(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
@@ -484,7 +486,7 @@ async def raw_server(reply: bytes) -> asyncio.Server:
 async def test_not_quite_http(reply: bytes, text: str) -> None:
     async with await raw_server(reply) as server, aiohttp.ClientSession() as session:
         port = server.sockets[0].getsockname()[1]
-        node = CometBFT(session, f"http://me:secret@127.0.0.1:{port}?key=hidden", sleep=Waits())
+        node = CometBFT(Rpc(session, f"http://me:secret@127.0.0.1:{port}?key=hidden", sleep=Waits()))
         with pytest.raises(ChainError, match="(?i)" + text) as caught:
             await node.head()
     message = str(caught.value)
@@ -497,7 +499,7 @@ async def test_not_quite_http(reply: bytes, text: str) -> None:
 async def test_connection_refused(unused_tcp_port: int) -> None:
     waits = Waits()
     async with aiohttp.ClientSession() as session:
-        node = CometBFT(session, f"http://me:secret@127.0.0.1:{unused_tcp_port}", sleep=waits)
+        node = CometBFT(Rpc(session, f"http://me:secret@127.0.0.1:{unused_tcp_port}", sleep=waits))
         with pytest.raises(ChainError, match=r"^http://\*\*\*@127\.0\.0\.1:\d+/block at height 5: Cannot connect"):
             await node.block(5)
         assert len(waits.seconds) == 2
@@ -508,7 +510,7 @@ async def test_connection_refused(unused_tcp_port: int) -> None:
 async def test_not_an_address(url: str) -> None:
     async with aiohttp.ClientSession() as session:
         with pytest.raises(ValueError, match="is not a") as caught:
-            CometBFT(session, url)
+            Rpc(session, url)
     assert "secret" not in str(caught.value)
 
 
@@ -516,104 +518,5 @@ async def test_not_an_address(url: str) -> None:
 async def test_an_address_that_only_fails_in_use(url: str) -> None:
     async with aiohttp.ClientSession() as session:
         with pytest.raises(ChainError, match=r"/status: this address cannot be used: .*codec") as caught:
-            await CometBFT(session, url).head()
+            await CometBFT(Rpc(session, url)).head()
     assert "secret" not in str(caught.value)
-
-
-# Several nodes
-
-
-def block_at(height: int, *, chain_id: str = "chain", block_hash: str | None = None) -> Block:
-    return Block(chain_id, height, block_hash or f"HASH{height}", datetime(2024, 1, 1, tzinfo=UTC))
-
-
-class Fake:
-    """A source that answers what it is told, and counts."""
-
-    def __init__(self, name: str, answer: Block | ChainError) -> None:
-        self.name = name
-        self.answer = answer
-        self.asked = 0
-
-    def __str__(self) -> str:
-        return self.name
-
-    async def block(self, height: int) -> Block:  # noqa: ARG002  # the answer is fixed
-        self.asked += 1
-        if isinstance(self.answer, ChainError):
-            raise self.answer
-        return self.answer
-
-    async def head(self) -> Head:
-        return Head(await self.block(0), catching_up=False)
-
-
-async def test_failover_stays_with_the_source_that_answered() -> None:
-    first, second, third = Fake("a", ChainError("a is down")), Fake("b", block_at(5)), Fake("c", block_at(6))
-    chain = Failover([first, second, third])
-    assert (await chain.head()).block.height == 5
-    first.answer = block_at(7)
-    assert (await chain.block(5)).height == 5
-    assert (first.asked, second.asked, third.asked) == (1, 2, 0)
-    second.answer = ChainError("b is down")
-    third.answer = ChainError("c is down")
-    assert (await chain.head()).block.height == 7
-    assert (first.asked, second.asked, third.asked) == (2, 3, 1)
-
-
-async def test_failover_says_what_each_source_said() -> None:
-    chain = Failover([Fake("a", ChainError("a: refused")), Fake("b", BlockUnavailableError("b: pruned"))])
-    with pytest.raises(ChainError, match=r"^a: refused; b: pruned$") as caught:
-        await chain.block(5)
-    assert caught.type is ChainError
-
-
-async def test_a_block_that_no_source_holds() -> None:
-    chain = Failover([Fake("a", BlockUnavailableError("a: pruned")), Fake("b", BlockUnavailableError("b: pruned"))])
-    with pytest.raises(BlockUnavailableError, match=r"^a: pruned; b: pruned$"):
-        await chain.block(5)
-
-
-async def test_another_chain_is_refused_and_the_next_source_asked() -> None:
-    first, wrong, right = Fake("a", block_at(5)), Fake("b", block_at(6, chain_id="other")), Fake("c", block_at(6))
-    chain = Failover([first, wrong, right])
-    await chain.head()
-    first.answer = ChainError("a is down")
-    assert (await chain.head()).block == block_at(6)
-    right.answer = ChainError("c is down")
-    with pytest.raises(ChainError, match=r"^c is down; a is down; b is on chain other, expected chain$"):
-        await chain.head()
-
-
-async def test_another_hash_at_a_known_height_is_refused() -> None:
-    source = Fake("a", block_at(5))
-    chain = Failover([source])
-    await chain.head()
-    source.answer = block_at(5, block_hash="OTHER")
-    with pytest.raises(ChainError, match=r"^a has hash OTHER at height 5, but HASH5 was seen before$"):
-        await chain.block(5)
-    source.answer = block_at(5)
-    assert await chain.block(5) == block_at(5)
-
-
-async def test_known_hashes_are_bounded_and_the_last_seen_stay() -> None:
-    source = Fake("a", block_at(1))
-    chain = Failover([source])
-    await chain.head()
-    for height in range(2, KNOWN_HASHES + 1):
-        source.answer = block_at(height)
-        await chain.head()
-    source.answer = block_at(1)
-    await chain.head()  # seen again just now: height 2 is the next to be forgotten
-    source.answer = block_at(KNOWN_HASHES + 1)
-    await chain.head()
-    source.answer = block_at(2, block_hash="FORGOTTEN")
-    assert (await chain.head()).block.hash == "FORGOTTEN"
-    source.answer = block_at(1, block_hash="OTHER")
-    with pytest.raises(ChainError, match="HASH1 was seen before"):
-        await chain.head()
-
-
-async def test_no_sources() -> None:
-    with pytest.raises(ValueError, match="at least one"):
-        Failover([])

@@ -14,6 +14,7 @@ from aiohttp.test_utils import BaseTestServer, TestServer
 
 from pocd.chain.cometbft import CometBFT
 from pocd.chain.devchain import DevChain, application, serve
+from pocd.chain.rpc import Rpc
 from pocd.chain.source import BlockUnavailableError, ChainError
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def test_impossible_chains(block_seconds: float, first_height: int) -> None:
 
 
 async def test_the_client_reads_it(server: BaseTestServer, session: aiohttp.ClientSession, clock: Clock) -> None:
-    node = CometBFT(session, str(server.make_url("/")))
+    node = CometBFT(Rpc(session, str(server.make_url("/"))))
     head = await node.head()
     assert head.block == await node.block(1_262_196)
     assert head.block.chain_id == "pocd-dev"
@@ -89,7 +90,7 @@ async def test_the_client_reads_it(server: BaseTestServer, session: aiohttp.Clie
 
 async def test_before_the_first_block(server: BaseTestServer, session: aiohttp.ClientSession, clock: Clock) -> None:
     clock.now = GENESIS - 1
-    node = CometBFT(session, str(server.make_url("/")))
+    node = CometBFT(Rpc(session, str(server.make_url("/"))))
     with pytest.raises(ChainError, match="no blocks yet"):
         await node.head()
     async with session.get(server.make_url("/status")) as response:
@@ -180,7 +181,7 @@ async def test_serve_until_cancelled(session: aiohttp.ClientSession) -> None:
     chain = DevChain("seed", block_seconds=1e9, genesis=0.0)
     task = asyncio.create_task(serve(chain, "127.0.0.1", 0, urls.put_nowait))
     url = await urls.get()
-    assert (await CometBFT(session, url).head()).block.hash in {chain.block_hash(height) for height in range(1, 9)}
+    assert (await CometBFT(Rpc(session, url)).head()).block.hash in {chain.block_hash(height) for height in range(1, 9)}
     port = int(url.rpartition(":")[2])
     with pytest.raises(OSError, match=str(port)):
         await serve(chain, "127.0.0.1", port, None)
@@ -188,4 +189,4 @@ async def test_serve_until_cancelled(session: aiohttp.ClientSession) -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     with pytest.raises(ChainError, match="Cannot connect"):
-        await CometBFT(session, url, attempts=1).head()
+        await CometBFT(Rpc(session, url, attempts=1)).head()

@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 
 from pocd.chain.follower import ChainHealth, follow
 from pocd.chain.source import Block, ChainError, Head
+from pocd.delivery.store import StoreUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,13 +28,15 @@ class PlayedOutError(Exception):
 class Play:
     """A source, a clock, a sleep and a listener, played from a script of answers, one for each poll."""
 
+    reorganises = False
+
     def __init__(self, script: Sequence[Head | Exception], *, seconds_per_poll: float = 0.0) -> None:
         self.script = list(script)
         self.seconds_per_poll = seconds_per_poll
         self.now = START
         self.waits: list[float] = []
         self.heads: list[Head] = []
-        self.refuse: ChainError | None = None
+        self.refuse: Exception | None = None
         self.health = ChainHealth()
 
     def clock(self) -> float:
@@ -87,7 +90,7 @@ async def test_every_head_is_passed_on_changed_or_not() -> None:
     play = Play([head_at(1), head_at(1), head_at(2)])
     assert await play.run() == []
     assert play.heads == [head_at(1), head_at(1), head_at(2)]
-    assert play.health == ChainHealth(head_at(2), seen_at=START + 10, error=None, failures=0)
+    assert play.health == ChainHealth(head_at(2), seen_at=START + 10, error=None, failures=0, highest=2)
 
 
 async def test_the_wait_is_the_interval_less_the_time_spent() -> None:
@@ -111,10 +114,10 @@ async def test_a_clock_set_back_does_not_stop_the_polls() -> None:
 async def test_a_failure_is_noted_and_forgotten() -> None:
     play = Play([head_at(1), ChainError("refused"), ChainError("timeout")])
     await play.run()
-    assert play.health == ChainHealth(head_at(1), seen_at=START, error="timeout", failures=2)
+    assert play.health == ChainHealth(head_at(1), seen_at=START, error="timeout", failures=2, highest=1)
     play.script = [head_at(2)]
     await play.run()
-    assert play.health == ChainHealth(head_at(2), seen_at=START + 15, error=None, failures=0)
+    assert play.health == ChainHealth(head_at(2), seen_at=START + 15, error=None, failures=0, highest=2)
 
 
 async def test_log_lines_down_at_most_one_a_minute_and_restored() -> None:
@@ -133,8 +136,38 @@ async def test_an_error_of_the_listener_is_a_failed_poll() -> None:
     play = Play([head_at(1), head_at(2)])
     play.refuse = ChainError("block 2 is pruned")
     assert await play.run() == [("warning", "chain_down")]
-    assert play.health == ChainHealth(head_at(2), seen_at=None, error="block 2 is pruned", failures=2)
+    assert play.health == ChainHealth(head_at(2), seen_at=None, error="block 2 is pruned", failures=2, highest=2)
     assert play.health.problem(play.now, 5.0) == "no good answer from the chain yet: block 2 is pruned"
+
+
+async def test_a_store_that_is_full_is_a_failed_poll() -> None:
+    play = Play([head_at(1)])
+    play.refuse = StoreUnavailableError("store x.db: disk full")
+    assert await play.run() == [("warning", "chain_down")]
+    assert play.health.error == "store x.db: disk full"
+    play.refuse, play.script = None, [head_at(2)]
+    await play.run()
+    assert play.health.error is None
+
+
+async def test_log_lines_degraded_and_well_again_once_each() -> None:
+    degraded, well, down = ("warning", "chain_degraded"), ("info", "chain_well"), ("warning", "chain_down")
+    behind, stale = head_at(2, catching_up=True), head_at(2, age=900)
+    play = Play([head_at(1), behind, behind, stale, head_at(3), head_at(3), head_at(2), head_at(3)])
+    assert await play.run() == [degraded, well, degraded, well]
+    play = Play([behind, ChainError("refused"), behind, head_at(3)])
+    assert await play.run() == [degraded, down, ("info", "chain_restored"), well]
+
+
+async def test_the_highest_head_is_remembered() -> None:
+    play = Play([head_at(7), head_at(5)])
+    await play.run()
+    assert play.health.highest == 7
+    assert play.health.problem(play.now, 5.0) == (
+        "the node's newest block, 5, is below 7, which was seen before: "
+        "it lags, or the chain was reset (then use another store.path)"
+    )
+    assert ChainHealth(head_at(5), START, highest=5).problem(START, 5.0) is None
 
 
 async def test_a_head_that_is_catching_up_is_not_passed_on() -> None:

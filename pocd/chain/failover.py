@@ -2,53 +2,119 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from pocd.chain.source import Block, BlockUnavailableError, ChainError, ChainSource, Head
+from pocd.chain.source import STALE_AFTER, Block, BlockUnavailableError, ChainError, ChainSource, Head
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+    from structlog.typing import FilteringBoundLogger
 
 Answer = TypeVar("Answer", Block, Head)
 
 KNOWN_HASHES = 256
 """How many heights' hashes are remembered, those seen last."""
 
+FARTHEST_JUMP = 1_000_000
+"""Blocks; a head that is farther above the highest one seen is a lie, which would end all rounds for good."""
+
+BACKOFF = (1.0, 2.0, 4.0, 8.0, 10.0)
+"""Seconds that a source is left alone after its first, second, … failure in a row; the last for ever after."""
+
+
+@dataclass(slots=True)
+class _Node:
+    """A source and how it fared. `rests_until` is monotonic; `error` is the last failure's while it rests."""
+
+    source: ChainSource
+    failures: int = 0
+    rests_until: float = 0.0
+    error: str = ""
+
 
 class Failover:
-    """Asks `sources` in order, from the one that answered last, until one answers and agrees with what is known.
+    """Asks `sources` in order, from the first, until one answers, agrees with what is known, and is not behind.
 
-    The first answer fixes the chain's id, and each height's first answer its hash. A node on another chain, or with
-    another hash at a known height, is refused: these chains do not reorganise (docs/protocol.md section 8). Which of
-    two nodes is right cannot be known from here, so the first stays believed until a restart.
+    A source that failed is left alone for a while (`BACKOFF`); so the first is asked again as soon as it may work. A
+    node that lags is no failure: the next is asked, but with no better one its head is what there is.
+
+    The chain's id is fixed, by the caller or by the first answer, and so is each height's hash where blocks are never
+    replaced. A node on another chain, or with another hash at a known height, is refused (docs/protocol.md section 8).
+    Which of two nodes is right cannot be known from here: the first stays believed.
 
     Args:
-        sources: At least one; `str(source)` is how messages name it.
+        sources: At least one, all of the same kind; `str(source)` is how messages name it.
+        chain_id: The chain's id, where it is known already.
+        hashes: Hashes by height that are known already; of no use where blocks may be replaced.
+        highest: The highest head that is known already.
+        monotonic: Seconds of a clock that is never set.
+        wall: Unix time in seconds.
+        log: Gets a line when another source's head is taken than before.
+        stale_after: Seconds; a head older than this is behind.
 
     Raises:
         ValueError: No sources.
     """
 
-    def __init__(self, sources: Sequence[ChainSource]) -> None:
+    def __init__(
+        self,
+        sources: Sequence[ChainSource],
+        *,
+        chain_id: str | None,
+        hashes: Mapping[int, str],
+        highest: int | None,
+        monotonic: Callable[[], float],
+        wall: Callable[[], float],
+        log: FilteringBoundLogger,
+        stale_after: float = STALE_AFTER,
+    ) -> None:
         if not sources:
             raise ValueError("at least one chain source is needed")
-        self._sources = tuple(sources)
-        self._last_good = 0
-        self._chain_id: str | None = None
-        self._hashes: OrderedDict[int, str] = OrderedDict()
+        assert len({source.reorganises for source in sources}) == 1, "sources of one chain are of one kind"
+        self._nodes = [_Node(source) for source in sources]
+        self._chain_id = chain_id
+        self._hashes = OrderedDict(sorted(hashes.items())[-KNOWN_HASHES:])
+        self._highest = highest
+        self._monotonic = monotonic
+        self._wall = wall
+        self._log = log
+        self._stale_after = stale_after
+        self._followed = sources[0]
 
     def __str__(self) -> str:
         """The sources' names, in order."""
-        return ", ".join(str(source) for source in self._sources)
+        return ", ".join(str(node.source) for node in self._nodes)
+
+    @property
+    def reorganises(self) -> bool:
+        """As its sources."""
+        return self._nodes[0].source.reorganises
 
     async def head(self) -> Head:
-        """Return the newest block of the first source that answers.
+        """Return the head of the first source that answers and is not behind; else the highest that is.
 
         Raises:
             ChainError: None answered, or none agreed; the message joins what each said.
         """
-        return await self._first(lambda source: source.head(), lambda head: head.block)
+        errors: list[ChainError] = []
+        behind: list[tuple[Head, ChainSource]] = []
+        for node in self._nodes:
+            try:
+                head = await self._ask(node, lambda source: source.head(), self._check_head)
+            except ChainError as error:
+                errors.append(error)
+                continue
+            if self._problem(head) is None:
+                return self._take(head, node.source, [*map(str, errors), *self._problems(behind)])
+            behind.append((head, node.source))
+        if not behind:
+            raise _joined(errors)
+        head, source = max(behind, key=lambda pair: pair[0].block.height)  # the first of equals
+        return self._take(head, source, [*map(str, errors), *self._problems(behind)])
 
     async def block(self, height: int) -> Block:
         """Return the block at `height` (at least 1) of the first source that has it.
@@ -57,36 +123,82 @@ class Failover:
             BlockUnavailableError: Every source answered that it does not hold it.
             ChainError: None answered, or none agreed; the message joins what each said.
         """
-        return await self._first(lambda source: source.block(height), lambda block: block)
-
-    async def _first(
-        self, ask: Callable[[ChainSource], Awaitable[Answer]], block_of: Callable[[Answer], Block]
-    ) -> Answer:
         errors: list[ChainError] = []
-        start = self._last_good  # a call at the same time may move it
-        for step in range(len(self._sources)):
-            index = (start + step) % len(self._sources)
-            source = self._sources[index]
+        for node in self._nodes:
             try:
-                answer = await ask(source)
-                self._check(block_of(answer), source)
+                return await self._ask(node, lambda source: source.block(height), self._check)
             except ChainError as error:
                 errors.append(error)
-            else:
-                self._last_good = index
-                return answer
-        absent = all(isinstance(error, BlockUnavailableError) for error in errors)
-        kind = BlockUnavailableError if absent else ChainError
-        raise kind("; ".join(str(error) for error in errors))
+        raise _joined(errors)
+
+    async def _ask(
+        self,
+        node: _Node,
+        ask: Callable[[ChainSource], Awaitable[Answer]],
+        check: Callable[[Answer, ChainSource], None],
+    ) -> Answer:
+        left = node.rests_until - self._monotonic()
+        if left > 0:
+            raise ChainError(f"{node.error} (left alone for {math.ceil(left)} s more)")
+        try:
+            answer = await ask(node.source)
+            check(answer, node.source)
+        except BlockUnavailableError:
+            raise  # an answer too
+        except ChainError as error:
+            node.error = str(error)
+            node.rests_until = self._monotonic() + BACKOFF[min(node.failures, len(BACKOFF) - 1)]
+            node.failures += 1
+            raise
+        node.failures = 0
+        return answer
+
+    def _check_head(self, head: Head, source: ChainSource) -> None:
+        height = head.block.height
+        if self._highest is not None and height > self._highest + FARTHEST_JUMP:
+            raise ChainError(
+                f"{source} says that its newest block is {height}, more than {FARTHEST_JUMP} above {self._highest}, "
+                "the highest seen before: check its URL (if it is right, use another store.path)"
+            )
+        self._check(head.block, source)
+        self._highest = max(height, self._highest or 0)
 
     def _check(self, block: Block, source: ChainSource) -> None:
         if self._chain_id is not None and block.chain_id != self._chain_id:
-            raise ChainError(f"{source} is on chain {block.chain_id}, expected {self._chain_id}")
+            raise ChainError(
+                f"{source} is on chain {block.chain_id}, expected {self._chain_id}: check its URL "
+                "(another chain needs another store.path)"
+            )
+        self._chain_id = block.chain_id
+        if self.reorganises:
+            return
         known = self._hashes.get(block.height, block.hash)
         if block.hash != known:
-            raise ChainError(f"{source} has hash {block.hash} at height {block.height}, but {known} was seen before")
-        self._chain_id = block.chain_id
+            raise ChainError(
+                f"{source} has hash {block.hash} at height {block.height}, but {known} was seen before: check its URL "
+                "(a chain that began anew needs another store.path)"
+            )
         self._hashes[block.height] = block.hash
         self._hashes.move_to_end(block.height)
         if len(self._hashes) > KNOWN_HASHES:
             self._hashes.popitem(last=False)
+
+    def _problem(self, head: Head) -> str | None:
+        if head.catching_up:
+            return "is catching up"
+        age = self._wall() - head.block.time.timestamp()
+        return f"has a newest block that is {age:.0f} s old" if age > self._stale_after else None
+
+    def _problems(self, behind: list[tuple[Head, ChainSource]]) -> list[str]:
+        return [f"{source} {self._problem(head)}" for head, source in behind]
+
+    def _take(self, head: Head, source: ChainSource, reasons: list[str]) -> Head:
+        if source is not self._followed:
+            self._log.warning("another node is followed", action="chain_source", source=str(source), because=reasons)
+            self._followed = source
+        return head
+
+
+def _joined(errors: list[ChainError]) -> ChainError:
+    absent = all(isinstance(error, BlockUnavailableError) for error in errors)
+    return (BlockUnavailableError if absent else ChainError)("; ".join(str(error) for error in errors))

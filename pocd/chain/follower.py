@@ -11,7 +11,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pocd.chain.source import ChainError, ChainSource, Head
+from pocd.chain.source import STALE_AFTER, ChainError, ChainSource, Head
+from pocd.delivery.store import StoreUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -31,14 +32,16 @@ class ChainHealth:
         seen_at: Unix time in seconds of the last poll that went well to its end.
         error: What the last poll failed with; None when it went well.
         failures: How many polls have failed since the last good one.
+        highest: The highest head ever seen, also before this daemon's start.
     """
 
     head: Head | None = None
     seen_at: float | None = None
     error: str | None = None
     failures: int = 0
+    highest: int = 0
 
-    def problem(self, now: float, poll_interval: float, stale_after: float = 600.0) -> str | None:
+    def problem(self, now: float, poll_interval: float, stale_after: float = STALE_AFTER) -> str | None:
         """Say why the chain is degraded, or None when it is well (docs/protocol.md section 8).
 
         Args:
@@ -54,6 +57,11 @@ class ChainHealth:
             return f"last good answer {now - self.seen_at:.0f} s ago{because}"
         if self.head.catching_up:
             return f"the node is catching up, at height {self.head.block.height}"
+        if self.head.block.height < self.highest:
+            return (
+                f"the node's newest block, {self.head.block.height}, is below {self.highest}, which was seen before: "
+                "it lags, or the chain was reset (then use another store.path)"
+            )
         age = now - self.head.block.time.timestamp()
         if age > stale_after:
             return f"the newest block, {self.head.block.height}, is {age:.0f} s old: the node lags or the chain stands"
@@ -73,18 +81,21 @@ async def follow(
     """Poll `source` until cancelled and pass every head on (docs/protocol.md section 8).
 
     A head that is catching up is noted in `health` but not passed on. A `ChainError`, of the source or of `on_head`,
-    is a failed poll: noted, logged, and forgotten at the next good one. Any other exception is a bug and ends the loop.
+    is a failed poll: noted, logged, and forgotten at the next good one; so is a store that cannot take what `on_head`
+    has for it. Any other exception is a bug and ends the loop.
 
     Args:
         source: Where heads come from; its calls must be bounded in time.
         poll_interval: Seconds from the start of one poll to the start of the next, if the poll takes no longer.
         on_head: Called after every good answer, also when the head is the same as before.
         health: Updated in place.
-        log: Gets a line when the chain goes down, one a minute while it is, and one when it is restored.
+        log: Gets a line when the chain goes down, one a minute while it is, and one when it is restored; also one when
+            a chain that answers is degraded, and one when it is well again.
         clock: Unix time in seconds.
         sleep: Waits that many seconds.
     """
     logged_at: float | None = None  # when the chain was last said to be down; None while it is up
+    degraded = False
     while True:
         started = clock()
         failures_before = health.failures
@@ -94,8 +105,14 @@ async def follow(
             if logged_at is not None:
                 log.info("chain restored", action="chain_restored", failures=failures_before)
             logged_at = None
+            problem = health.problem(now, poll_interval)
+            if problem and not degraded:
+                log.warning("chain degraded", action="chain_degraded", problem=problem)
+            elif degraded and not problem:
+                log.info("chain well again", action="chain_well")
+            degraded = problem is not None
         elif logged_at is None or not 0 <= now - logged_at < LOG_EVERY:  # negative: the clock was set back
-            log.warning("chain down", action="chain_down", error=health.error, failures=health.failures)
+            log.warning("chain not followed", action="chain_down", error=health.error, failures=health.failures)
             logged_at = now
         # Never longer than the interval, or a clock set back an hour would stop the polls for an hour.
         await sleep(min(max(poll_interval - (now - started), 0.0), poll_interval))
@@ -110,9 +127,10 @@ async def _poll(
     try:
         head = await source.head()
         health.head = head
+        health.highest = max(health.highest, head.block.height)
         if not head.catching_up:
             await on_head(head)
-    except ChainError as error:
+    except (ChainError, StoreUnavailableError) as error:
         health.error = str(error)
         health.failures += 1
     else:

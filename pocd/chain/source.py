@@ -9,6 +9,10 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 
+STALE_AFTER = 600.0
+"""Seconds; a newest block older than this means a node that lags without saying so, or a chain that stands."""
+
+
 @dataclass(frozen=True, slots=True)
 class Block:
     """A block, as far as mining needs it.
@@ -28,7 +32,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The newest block that a node knows, and whether the node is still catching up."""
+    """The newest block of a node that counts, and whether the node is still catching up."""
 
     block: Block
     catching_up: bool
@@ -44,6 +48,10 @@ class BlockUnavailableError(ChainError):
 
 class ChainSource(Protocol):
     """A node of some chain, or several that stand in for one another."""
+
+    @property
+    def reorganises(self) -> bool:
+        """Whether another block may take the place of one that was seen before, as on chains without finality."""
 
     async def head(self) -> Head:
         """Return the newest block.

@@ -1,0 +1,134 @@
+"""One Ethereum node, read over its JSON-RPC: pure parsing first, then a thin shell that fetches.
+
+Such chains reorganise: the newest blocks may be replaced by others. So the head here is a block with some others on
+top of it (docs/protocol.md section 8).
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from pocd.chain.rpc import Answer, read_message
+from pocd.chain.source import Block, BlockUnavailableError, ChainError, Head
+
+if TYPE_CHECKING:
+    from pocd.chain.rpc import Rpc
+
+# Ethereum's JSON-RPC specification, "hex encoding": no leading zeros, lower case. 64 bits are enough for all we read.
+_QUANTITY = re.compile(r"0x(0|[1-9a-f][0-9a-f]{0,15})")
+_HASH = re.compile(r"0x[0-9a-fA-F]{64}")
+# EIP-1474's "resource not found", and what nodes say of history that they have dropped (EIP-4444).
+_ABSENT_CODES = (-32001, 4444)
+
+
+def parse_quantity(body: bytes, where: str) -> int:
+    """Read an answer that is one number (`eth_chainId`, `eth_blockNumber`).
+
+    Args:
+        body: The answer's bytes, whatever they are.
+        where: What was asked, as error messages name it.
+
+    Raises:
+        ChainError: A JSON-RPC error, or an answer that makes no sense.
+    """
+    return _quantity(_answer(body, where), "result")
+
+
+def parse_syncing(body: bytes, where: str) -> bool:
+    """Read the answer to `eth_syncing`: false, or an object that tells how far it is; errors as for a quantity."""
+    answer = _answer(body, where)
+    value = answer.field("result")
+    if value is not False and not isinstance(value, dict):
+        raise answer.wrong("result", "false or an object")
+    return value is not False
+
+
+def parse_block(body: bytes, height: int, chain_id: str, where: str) -> Block:
+    """Read the answer to `eth_getBlockByNumber`.
+
+    Args:
+        body: The answer's bytes, whatever they are.
+        height: The height that was asked for; the block's own must be the same.
+        chain_id: What the node calls its chain; the block itself does not say.
+        where: What was asked, as error messages name it.
+
+    Raises:
+        BlockUnavailableError: The height is not there yet, or pruned.
+        ChainError: Another JSON-RPC error, or an answer that makes no sense.
+    """
+    answer = _answer(body, where)
+    if answer.field("result") is None:
+        raise BlockUnavailableError(f"{where}: the node has no such block")
+    number = _quantity(answer, "result.number")
+    if number != height:
+        raise ChainError(f"{where}: asked for block {height}, got block {number}")
+    block_hash = answer.field("result.hash")
+    if not isinstance(block_hash, str) or not _HASH.fullmatch(block_hash):
+        raise answer.wrong("result.hash", "0x and 64 hex digits")
+    return Block(chain_id, number, block_hash, _time(answer, "result.timestamp"))
+
+
+def _answer(body: bytes, where: str) -> Answer:
+    return Answer(where, body, read_message(body, where, lambda _text, code: code in _ABSENT_CODES))
+
+
+def _quantity(answer: Answer, path: str) -> int:
+    value = answer.field(path)
+    if not isinstance(value, str) or not _QUANTITY.fullmatch(value):
+        raise answer.wrong(path, "a whole number in hex")
+    return int(value, 16)
+
+
+def _time(answer: Answer, path: str) -> datetime:
+    try:
+        return datetime.fromtimestamp(_quantity(answer, path), UTC)
+    except (ValueError, OverflowError, OSError):  # a year after 9999
+        raise answer.wrong(path, "a Unix time in hex") from None
+
+
+class EVM:
+    """The Ethereum node that `rpc` asks.
+
+    Args:
+        rpc: Where it is.
+        confirmations: How many blocks must be on top of one before it counts; at least 0. Reorganisations that are
+            no deeper than that are never seen.
+    """
+
+    reorganises = True
+
+    def __init__(self, rpc: Rpc, *, confirmations: int) -> None:
+        self._rpc = rpc
+        self._confirmations = confirmations
+
+    def __str__(self) -> str:
+        """The masked address: how messages name this node."""
+        return str(self._rpc)
+
+    async def head(self) -> Head:
+        """Return the block `confirmations` below the newest.
+
+        Raises:
+            ChainError: See `ChainSource.head`; also a chain that is shorter than that.
+        """
+        catching_up = parse_syncing(*await self._ask("eth_syncing"))
+        newest = parse_quantity(*await self._ask("eth_blockNumber"))
+        height = newest - self._confirmations
+        if height < 1:
+            raise ChainError(
+                f"{self}: the chain has only {newest} blocks, and one counts when {self._confirmations} are on top "
+                "of it (chain.confirmations); wait"
+            )
+        return Head(await self.block(height), catching_up)
+
+    async def block(self, height: int) -> Block:
+        """Return the block at `height` as the node has it now, also above the head; see `ChainSource.block`."""
+        chain_id = str(parse_quantity(*await self._ask("eth_chainId")))
+        body, where = await self._ask("eth_getBlockByNumber", hex(height), False)
+        return parse_block(body, height, chain_id, f"{where} at height {height}")
+
+    async def _ask(self, method: str, *params: object) -> tuple[bytes, str]:
+        where = f"{self} {method}"
+        return await self._rpc.post(method, list(params), where), where

@@ -1,0 +1,225 @@
+"""What all nodes' JSON-RPC has in common: requests that are bounded and tried again, and answers that are checked.
+
+A chain's own module (cometbft.py, evm.py) knows the methods and the fields; nothing here does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import orjson
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from yarl import URL
+
+from pocd.chain.source import BlockUnavailableError, ChainError
+from pocd.observe.mask import excerpt, mask_url
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+MAX_ANSWER_BYTES = 8 * 1024 * 1024
+"""The longest answer that is read; a block's transactions are in it."""
+
+
+class _TransientError(ChainError):
+    """Worth another attempt within the same call."""
+
+
+def read_message(body: bytes, where: str, absent: Callable[[str, object], bool]) -> dict[str, Any]:
+    """Read a JSON-RPC answer that is not an error.
+
+    Args:
+        body: The answer's bytes, whatever they are.
+        where: What was asked, as error messages name it.
+        absent: Whether an error's text and code say that the node does not hold the block that was asked for.
+
+    Raises:
+        BlockUnavailableError: An error of which `absent` says so.
+        ChainError: Any other error, or no JSON object.
+    """
+    try:
+        message = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise ChainError(f"{where}: the answer is not JSON: {excerpt(body)}") from None
+    if not isinstance(message, dict):
+        raise ChainError(f"{where}: the answer is not a JSON object: {excerpt(body)}")
+    error = message.get("error")
+    if error is None:
+        return message
+    fields = error if isinstance(error, dict) else {"message": error}
+    parts = [fields.get("message"), fields.get("data")]
+    text = ": ".join(part for part in parts if isinstance(part, str) and part)
+    kind = BlockUnavailableError if absent(text, fields.get("code")) else ChainError
+    raise kind(f"{where}: the node says: {excerpt(text or body, 160)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A part of a JSON-RPC answer whose fields are checked as they are read; paths are dotted.
+
+    Attributes:
+        where: What was asked, as error messages name it.
+        body: The whole answer, of which messages show the beginning.
+        content: The part that paths begin at.
+    """
+
+    where: str
+    body: bytes
+    content: object
+
+    def field(self, path: str) -> object:
+        """Return what is at `path`; `ChainError` where it is missing."""
+        value = self.content
+        for name in path.split("."):
+            if not isinstance(value, dict) or name not in value:
+                raise ChainError(f"{self.where}: the answer has no {path}: {excerpt(self.body)}")
+            value = value[name]
+        return value
+
+    def wrong(self, path: str, expected: str) -> ChainError:
+        """Return the error that says what is at `path` instead of what was expected."""
+        value = self.field(path)
+        shown = "an object or a list" if isinstance(value, dict | list) else excerpt(orjson.dumps(value))
+        return ChainError(f"{self.where}: {path} must be {expected}, but is {shown}")
+
+    def text(self, path: str) -> str:
+        """Return a string that is opaque, but fit to be shown and hashed; `ChainError` where it is not."""
+        value = self.field(path)
+        # A page of text or a line break is no name of a chain and no hash.
+        if not isinstance(value, str) or not 0 < len(value) <= 256 or not value.isprintable():
+            raise self.wrong(path, "a non-empty string on one line")
+        return value
+
+    def flag(self, path: str) -> bool:
+        """Return true or false; `ChainError` where it is neither."""
+        value = self.field(path)
+        if not isinstance(value, bool):
+            raise self.wrong(path, "true or false")
+        return value
+
+
+class Rpc:
+    """Requests to the node at `url`, over `session`, which the caller owns and closes.
+
+    Every call is bounded: at most `attempts` requests of at most `timeout` seconds each, with random waits of at most
+    1/4, 1/2, 1, 1, … s between them. Only what may pass is tried again: a failing connection, a timeout, HTTP 429, and
+    HTTP 5xx unless it carries a JSON-RPC error, which is an answer.
+
+    Args:
+        session: Sends the requests. User info in `url` is sent as basic authentication.
+        url: Base address, http or https; a path is kept, and so is a query (for API keys).
+        attempts: Requests per call, at least 1.
+        timeout: Seconds for one request, from the connection to the last byte.
+        sleep: Waits between attempts.
+
+    Raises:
+        ValueError: `url` is not an http(s) address.
+    """
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        *,
+        attempts: int = 3,
+        timeout: float = 5.0,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        try:
+            self._base = URL(url)
+        except ValueError:
+            raise ValueError(f"{mask_url(url)} is not a URL") from None  # the cause quotes the password
+        if self._base.scheme not in {"http", "https"} or not self._base.host:
+            raise ValueError(f"{mask_url(url)} is not an http:// or https:// URL with a host")
+        self._session = session
+        self._attempts = attempts
+        self._timeout = timeout
+        self._sleep = sleep
+
+    def __str__(self) -> str:
+        """The masked address: how messages name this node."""
+        return mask_url(str(self._base))
+
+    def url(self, path: str) -> URL:
+        """Return the address of `path` below the base, with the base's query."""
+        return (self._base / path).with_query(self._base.query)
+
+    async def get(self, url: URL, where: str) -> bytes:
+        """Return the body of the answer to `GET url`.
+
+        Raises:
+            ChainError: No answer, or none that is JSON-RPC's; the message begins with `where`.
+        """
+        return await self._call("GET", url, None, where)
+
+    async def post(self, method: str, params: list[object], where: str) -> bytes:
+        """Return the body of the answer to a JSON-RPC call at the base address; errors as for `get`."""
+        call = {"jsonrpc": "2.0", "id": 1, "method": method, "params": params}
+        return await self._call("POST", self._base, orjson.dumps(call), where)
+
+    async def _call(self, verb: str, url: URL, content: bytes | None, where: str) -> bytes:
+        # One object per call: tenacity keeps the state of a call in it.
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(self._attempts),
+            wait=wait_random_exponential(multiplier=0.25, max=1.0),
+            retry=retry_if_exception_type(_TransientError),
+            sleep=self._sleep,
+            reraise=True,
+        )
+        return await retrying(self._call_once, verb, url, content, where)
+
+    async def _call_once(self, verb: str, url: URL, content: bytes | None, where: str) -> bytes:
+        try:
+            async with self._session.request(
+                verb,
+                url,
+                data=content,
+                headers={"Content-Type": "application/json"} if content else None,
+                timeout=aiohttp.ClientTimeout(total=self._timeout),
+                allow_redirects=False,
+                raise_for_status=False,
+            ) as response:
+                body = await _read_bounded(response, where)
+        except TimeoutError:
+            raise _TransientError(f"{where}: no answer within {self._timeout:g} s") from None
+        except aiohttp.ClientResponseError as error:  # its own text quotes the URL, secrets included
+            raise _TransientError(f"{where}: the answer is not HTTP: {excerpt(error.message)}") from None
+        except aiohttp.ClientError as error:
+            raise _TransientError(f"{where}: {excerpt(str(error) or type(error).__name__, 160)}") from None
+        except UnicodeError as error:  # a host with an empty or too long label, or user info outside Latin-1
+            raise ChainError(f"{where}: this address cannot be used: {excerpt(str(error))}") from None
+        _check_http(response.status, response.headers.get("Location"), body, where)
+        return body
+
+
+async def _read_bounded(response: aiohttp.ClientResponse, where: str) -> bytes:
+    body = bytearray()
+    async for chunk in response.content.iter_chunked(64 * 1024):
+        body += chunk
+        if len(body) > MAX_ANSWER_BYTES:
+            begin = excerpt(bytes(body[:1024]))
+            raise ChainError(f"{where}: the answer is longer than {MAX_ANSWER_BYTES} bytes: {begin}")
+    return bytes(body)
+
+
+def _check_http(status: int, location: str | None, body: bytes, where: str) -> None:
+    if status == 200 or (status != 429 and _is_rpc_error(body)):
+        return
+    if 300 <= status < 400 and location is not None:
+        target = excerpt(mask_url(location))
+        raise ChainError(
+            f"{where}: HTTP {status}, a redirect to {target}, which is not followed; configure that address"
+        )
+    kind = _TransientError if status == 429 or status >= 500 else ChainError
+    raise kind(f"{where}: HTTP {status}: {excerpt(body)}")
+
+
+def _is_rpc_error(body: bytes) -> bool:
+    try:
+        message = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(message, dict) and isinstance(message.get("error"), dict)
