@@ -77,15 +77,21 @@ class ThreadResolver(AbstractResolver):
         host, port, family = key
 
         def look_up() -> None:
+            found: Addresses | OSError
             try:
                 found = self._getaddrinfo(host, port, type=socket.SOCK_STREAM, family=family, flags=socket.AI_ADDRCONFIG)
-            except (OSError, UnicodeError) as error:
-                told = error if isinstance(error, OSError) else OSError(f"{host!r} is no name of a host: {error}")
-                report = lookup.set_exception, told
-            else:
-                report = lookup.set_result, found
+            except OSError as error:
+                found = error
+            except UnicodeError as error:
+                found = OSError(f"{host!r} is no name of a host: {error}")
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(*report)
+                loop.call_soon_threadsafe(report, found)
+
+        def report(found: Addresses | OSError) -> None:
+            if isinstance(found, OSError):
+                lookup.set_exception(found)
+            else:
+                lookup.set_result(found)
 
         threading.Thread(target=look_up, name=f"lookup {host}", daemon=True).start()
         return lookup

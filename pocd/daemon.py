@@ -20,6 +20,7 @@ from pocd.chain.cometbft import CometBFT
 from pocd.chain.evm import EVM
 from pocd.chain.failover import Failover
 from pocd.chain.follower import ChainHealth, follow
+from pocd.chain.rpc import Rpc
 from pocd.clock import SYSTEM, Clock
 from pocd.compute.names import AUTO_BATCH_SIZE
 from pocd.delivery.batcher import Batcher
@@ -127,10 +128,10 @@ async def _chain(
         )
     attempts = 1 if len(sessions) > 1 else 3  # with several nodes the next one is the second attempt
     sources: list[ChainSource] = [
-        EVM(session, url, confirmations=chain.confirmations, attempts=attempts)
-        if chain.kind == "evm"
-        else CometBFT(session, url, attempts=attempts)
-        for session, url in zip(sessions, chain.urls, strict=True)
+        EVM(rpc, confirmations=chain.confirmations) if chain.kind == "evm" else CometBFT(rpc)
+        for rpc in (
+            Rpc(session, url, attempts=attempts) for session, url in zip(sessions, chain.urls, strict=True)
+        )
     ]
     rounds = await outbox(Outbox.recent_rounds, KNOWN_ROUNDS)
     return Failover(
