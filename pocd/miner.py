@@ -93,9 +93,9 @@ class Miner:
             return
         # A round that comes back while leases of it are out goes on with its ledger, which alone knows of them.
         mining = next((lent for lent in self._lent if lent.round == round_), None)
-        if mining is None and round_ is not None:
+        if round_ is not None:
             done = await self._outbox(Outbox.begin_round, round_, self._node, self._wall())
-            mining = Mining(
+            mining = mining or Mining(
                 round=round_,
                 ledger=Ledger(done.progress),
                 started_at=self._clock(),

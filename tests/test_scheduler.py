@@ -284,7 +284,6 @@ async def test_a_block_that_comes_back_takes_up_its_round_again(path: Path) -> N
         assert await conductor.on_chain() == [first]
 
 
-@pytest.mark.xfail(reason="Miner.set_round does not tell the store of a round whose leases are out", strict=True)
 async def test_a_block_that_comes_back_while_its_round_is_being_computed(path: Path) -> None:
     chain = Chain(11, reorganises=True)
     with conducted(path, chain) as conductor:

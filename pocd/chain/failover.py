@@ -19,7 +19,7 @@ Answer = TypeVar("Answer", Block, Head)
 KNOWN_HASHES = 256
 """How many heights' hashes are remembered, those seen last."""
 
-FARTHEST_JUMP = 1_000_000
+FARTHEST_JUMP = 100_000_000
 """Blocks; a head that is farther above the highest one seen is a lie, which would end all rounds for good."""
 
 BACKOFF = (1.0, 2.0, 4.0, 8.0, 10.0)
@@ -39,7 +39,7 @@ class _Node:
 class Failover:
     """Asks `sources` in order, from the first, until one answers, agrees with what is known, and is not behind.
 
-    A source that failed is left alone for a while (`BACKOFF`); so the first is asked again as soon as it may work. A
+    A source that failed, and is not the only one, is left alone for a while (`BACKOFF`); so the first is asked again as soon as it may work. A
     node that lags is no failure: the next is asked, but with no better one its head is what there is.
 
     The chain's id is fixed, by the caller or by the first answer, and so is each height's hash where blocks are never
@@ -138,7 +138,7 @@ class Failover:
         check: Callable[[Answer, ChainSource], None],
     ) -> Answer:
         left = node.rests_until - self._monotonic()
-        if left > 0:
+        if left > 0 and len(self._nodes) > 1:
             raise ChainError(f"{node.error} (left alone for {math.ceil(left)} s more)")
         try:
             answer = await ask(node.source)

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
+LAG = 3
+"""Blocks below the highest one seen that are no sign of a node that lags: balanced public nodes differ by a few."""
+
 LOG_EVERY = 60.0
 """Seconds between two log lines while the chain is down."""
 
@@ -57,7 +60,7 @@ class ChainHealth:
             return f"last good answer {now - self.seen_at:.0f} s ago{because}"
         if self.head.catching_up:
             return f"the node is catching up, at height {self.head.block.height}"
-        if self.head.block.height < self.highest:
+        if self.head.block.height < self.highest - LAG:
             return (
                 f"the node's newest block, {self.head.block.height}, is below {self.highest}, which was seen before: "
                 "it lags, or the chain was reset (then use another store.path)"
