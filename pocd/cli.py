@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pocd import __version__
+from pocd.cli_api import ConfigOption, TokenOption, UrlOption, call_api, echo
+from pocd.cli_outbox import app as outbox_app
 from pocd.exits import EXIT_CONFIG, EXIT_CRASH, EXIT_NO_DEVICE, EndedError
 from pocd.settings import DEFAULT_PATH, ConfigError, check_model, load, to_toml
 
@@ -26,10 +28,8 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
 app.add_typer(config_app, name="config")
+app.add_typer(outbox_app, name="outbox")
 
-ConfigOption = Annotated[Path, typer.Option("--config", help="The configuration file.")]
-UrlOption = Annotated[str | None, typer.Option("--url", help="The admin API. Default: as the configuration says.")]
-TokenOption = Annotated[Path | None, typer.Option("--token-file", help="The API's token. Default: as configured.")]
 HostOption = Annotated[str, typer.Option(help="Address to listen on.")]
 ModelOption = Annotated[str, typer.Option(help="A local path, a hub id, or bundled:NAME.")]
 SchemeOption = Annotated[str, typer.Option(help="The scheme.")]
@@ -51,7 +51,7 @@ def root(
     """Mine proofs of compute, and deliver every one of them."""
     context.obj = debug
     if version:
-        _print(f"pocd {__version__}")
+        echo(f"pocd {__version__}")
         raise typer.Exit
 
 
@@ -73,15 +73,6 @@ def main() -> None:
             traceback.print_exc()
         code = _fail(EXIT_CRASH, f"{type(error).__name__}: {error} (pocd --debug … shows where)")
     sys.exit(code)
-
-
-def _print(text: str) -> None:
-    """Print a line; where the reader has gone, it has what it wanted: end well."""
-    try:
-        typer.echo(text)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes nowhere
-        raise typer.Exit from None
 
 
 def _fail(code: int, message: str) -> int:
@@ -169,7 +160,7 @@ def compute(  # noqa: PLR0913 - one argument per option
             revision=revision,
         )
         for nonce, distance in command.distances(request):
-            _print(f'{{"nonce": {nonce}, "distance": {distance!r}}}' if as_json else f"{nonce}\t{distance:.6f}")
+            echo(f'{{"nonce": {nonce}, "distance": {distance!r}}}' if as_json else f"{nonce}\t{distance:.6f}")
 
 
 @app.command()
@@ -211,7 +202,7 @@ def calibrate(  # noqa: PLR0913 - one argument per option
     with _compute_errors(), calibration.progress(blocks * nonces) as advance:
         measurement = command.measure(plan, advance)
     report = calibration.calibrate(plan, measurement)
-    _print(orjson.dumps(report).decode() if as_json else calibration.as_text(report))
+    echo(orjson.dumps(report).decode() if as_json else calibration.as_text(report))
 
 
 @contextlib.contextmanager
@@ -222,20 +213,6 @@ def _compute_errors() -> Iterator[None]:
         yield
     except ComputeError as error:
         raise EndedError(EXIT_NO_DEVICE if isinstance(error, DeviceError) else EXIT_CONFIG, str(error)) from error
-
-
-def _call(method: str, path: str, config: Path, url: str | None, token_file: Path | None) -> dict[str, Any]:
-    from pocd.admin.client import AdminError, call
-    from pocd.daemon import read_token
-
-    if url is None and config.exists():
-        admin = load(config).admin
-        host = f"[{admin.host}]" if ":" in admin.host else admin.host
-        url, token_file = f"http://{host}:{admin.port}", token_file or admin.token_file
-    try:
-        return asyncio.run(call(url or "http://127.0.0.1:8460", method, path, token=read_token(token_file)))
-    except AdminError as error:
-        raise EndedError(EXIT_CRASH, str(error)) from error
 
 
 @app.command()
@@ -249,22 +226,22 @@ def status(
     """Show what the daemon is doing."""
     from pocd.admin import report
 
-    body = _call("GET", "/api/v1/pow/status", config, url, token_file)
-    _print(report.as_json(body) if as_json else report.as_text(body))
+    body = call_api("GET", "/api/v1/pow/status", config, url, token_file)
+    echo(report.as_json(body) if as_json else report.as_text(body))
 
 
 @app.command()
 def stop(config: ConfigOption = DEFAULT_PATH, url: UrlOption = None, token_file: TokenOption = None) -> None:
     """Stop mining until `pocd resume`, also across restarts. The daemon runs on and delivers."""
-    body = _call("POST", "/api/v1/pow/stop", config, url, token_file)
-    _print(f"mining is {body['state']}")
+    body = call_api("POST", "/api/v1/pow/stop", config, url, token_file)
+    echo(f"mining is {body['state']}")
 
 
 @app.command()
 def resume(config: ConfigOption = DEFAULT_PATH, url: UrlOption = None, token_file: TokenOption = None) -> None:
     """Go on mining."""
-    body = _call("POST", "/api/v1/pow/resume", config, url, token_file)
-    _print(f"mining is {body['state']}")
+    body = call_api("POST", "/api/v1/pow/resume", config, url, token_file)
+    echo(f"mining is {body['state']}")
 
 
 @app.command()
@@ -326,10 +303,10 @@ def _port_errors(host: str, port: int) -> Iterator[None]:
 def config_check(config: ConfigOption = DEFAULT_PATH) -> None:
     """Check the configuration, without starting anything."""
     check_model(load(config))
-    _print(f"{config}: good")
+    echo(f"{config}: good")
 
 
 @config_app.command("show")
 def config_show(config: ConfigOption = DEFAULT_PATH) -> None:
     """Print the configuration in effect, as TOML: file, environment and defaults together."""
-    _print(to_toml(load(config)).rstrip("\n"))
+    echo(to_toml(load(config)).rstrip("\n"))

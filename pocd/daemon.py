@@ -129,9 +129,7 @@ async def _chain(
     attempts = 1 if len(sessions) > 1 else 3  # with several nodes the next one is the second attempt
     sources: list[ChainSource] = [
         EVM(rpc, confirmations=chain.confirmations) if chain.kind == "evm" else CometBFT(rpc)
-        for rpc in (
-            Rpc(session, url, attempts=attempts) for session, url in zip(sessions, chain.urls, strict=True)
-        )
+        for rpc in (Rpc(session, url, attempts=attempts) for session, url in zip(sessions, chain.urls, strict=True))
     ]
     rounds = await outbox(Outbox.recent_rounds, KNOWN_ROUNDS)
     return Failover(
@@ -207,7 +205,9 @@ class Daemon:
             shrink=settings.worker.batch_size == "auto",
             revision=settings.model.revision,
         )
-        supervisor = Supervisor(load, miner, Limits(batch=settings.worker.batch_timeout), clock=clock.monotonic, log=log)
+        supervisor = Supervisor(
+            load, miner, Limits(batch=settings.worker.batch_timeout), clock=clock.monotonic, log=log
+        )
         delivery = settings.delivery
         dispatchers = [
             Dispatcher(

@@ -24,7 +24,7 @@ from rich.live import Live
 from rich.table import Table
 
 from pocd.admin.client import AdminError, call
-from pocd.admin.report import percent
+from pocd.admin.report import funnel_text, percent
 from pocd.exits import EXIT_CONFIG, EXIT_CRASH, EXIT_OK, EndedError
 from pocd.settings import ENV_PREFIX
 
@@ -252,18 +252,13 @@ def _rates(body: dict[str, Any]) -> tuple[str, str]:
     return percent(round_.get("expected_valid_rate")), percent(round_.get("observed_valid_rate"))
 
 
-def _funnel(body: dict[str, Any]) -> str:
-    return " → ".join(f"{stage} {count}" for stage, count in body["funnel"].items())
-
-
 def _line(body: dict[str, Any]) -> str:
     round_ = body["round"]
     block = f"block {round_['block_height'] if round_ else '–'}"
     rate = f"{body['rates']['checked_per_second_1m']:.0f} nonces/s"
     expected, observed = _rates(body)
-    return (
-        f"{body['state']:10} {block} | {rate} | {_funnel(body)} | valid rate expected {expected}, observed {observed}"
-    )
+    funnel = funnel_text(body["funnel"])
+    return f"{body['state']:10} {block} | {rate} | {funnel} | valid rate expected {expected}, observed {observed}"
 
 
 def _table(plan: Plan, body: dict[str, Any], finished: int) -> Table:
@@ -280,7 +275,7 @@ def _table(plan: Plan, body: dict[str, Any], finished: int) -> Table:
         table.add_row("round", f"{round_['id']}   {round_['checked']} checked, {round_['valid']} valid")
     table.add_row("finished", f"{finished} rounds" + (f" of {plan.blocks}" if plan.blocks else ""))
     table.add_row("rate", f"{body['rates']['checked_per_second_1m']:.1f} nonces/s")
-    table.add_row("funnel", _funnel(body))
+    table.add_row("funnel", funnel_text(body["funnel"]))
     table.add_row("valid rate", f"expected {expected}; observed {observed} in this round, {overall} in all")
     table.add_row("end", f"after {plan.blocks} blocks, or Ctrl-C" if plan.blocks else "Ctrl-C")
     return table

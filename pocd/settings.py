@@ -79,8 +79,8 @@ def _resolve_credential(value: object) -> object:
         raise ValueError("credential:NAME takes a name of letters, digits and . _ -")
     if not folder:
         raise ValueError(
-            f"{value} is a systemd credential, and there are none here: run by the unit with LoadCredential={name}:FILE, "
-            "or give the path of a file"
+            f"{value} is a systemd credential, and there are none here: run it by a unit with "
+            f"LoadCredential={name}:FILE, or give the path of a file"
         )
     return Path(folder) / name
 

@@ -9,7 +9,7 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from pocd.chain.follower import ChainHealth, follow
+from pocd.chain.follower import LAG, ChainHealth, follow
 from pocd.chain.source import Block, ChainError, Head
 from pocd.delivery.store import StoreUnavailableError
 
@@ -153,21 +153,21 @@ async def test_a_store_that_is_full_is_a_failed_poll() -> None:
 async def test_log_lines_degraded_and_well_again_once_each() -> None:
     degraded, well, down = ("warning", "chain_degraded"), ("info", "chain_well"), ("warning", "chain_down")
     behind, stale = head_at(2, catching_up=True), head_at(2, age=900)
-    play = Play([head_at(1), behind, behind, stale, head_at(3), head_at(3), head_at(2), head_at(3)])
+    play = Play([head_at(1), behind, behind, stale, head_at(9), head_at(6), head_at(5), head_at(9)])
     assert await play.run() == [degraded, well, degraded, well]
     play = Play([behind, ChainError("refused"), behind, head_at(3)])
     assert await play.run() == [degraded, down, ("info", "chain_restored"), well]
 
 
 async def test_the_highest_head_is_remembered() -> None:
-    play = Play([head_at(7), head_at(5)])
+    play = Play([head_at(9), head_at(5)])
     await play.run()
-    assert play.health.highest == 7
+    assert play.health.highest == 9
     assert play.health.problem(play.now, 5.0) == (
-        "the node's newest block, 5, is below 7, which was seen before: "
+        "the node's newest block, 5, is below 9, which was seen before: "
         "it lags, or the chain was reset (then use another store.path)"
     )
-    assert ChainHealth(head_at(5), START, highest=5).problem(START, 5.0) is None
+    assert ChainHealth(head_at(5), START, highest=5 + LAG).problem(START, 5.0) is None
 
 
 async def test_a_head_that_is_catching_up_is_not_passed_on() -> None:

@@ -146,3 +146,28 @@ def test_nothing_that_is_logged_can_break_the_logger(tmp_path: Path) -> None:
     script = r'log.info("a", text="\udcff", number=2**70, thing=object)'
     (entry,) = [json.loads(line) for line in logged(tmp_path, script)]
     assert (entry["text"], entry["number"], entry["thing"]) == ("\udcff", 2**70, "<class 'object'>")
+
+
+def test_a_full_disk_costs_lines_and_says_how_many_but_ends_nobody(tmp_path: Path) -> None:
+    script = """
+import resource
+soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+log.info("before")
+resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+log.info("lost")
+log.info("lost")
+resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+log.info("after")
+"""
+    lines = logged(tmp_path, script)
+    assert "pocd: 2 log lines could not be written" in lines
+    assert entries([lines[0], lines[-1]])[0]["event"] == "before"
+    assert entries([lines[0], lines[-1]])[1]["event"] == "after"
+
+
+def test_standard_error_may_be_full_for_ever() -> None:
+    say = "configure('info', 'json').info('lost'); print('alive', flush=True)"
+    script = f"from pocd.observe.logs import configure; {say}"
+    with open("/dev/full", "wb") as full:  # noqa: PTH123 - a device
+        done = subprocess.run([sys.executable, "-c", script], stderr=full, stdout=subprocess.PIPE, check=False)
+    assert done.stdout == b"alive\n"

@@ -7,15 +7,23 @@ from typing import Any
 import aiohttp
 import orjson
 
-TIMEOUT = aiohttp.ClientTimeout(total=10, connect=3)
+TIMEOUT = aiohttp.ClientTimeout(total=40, connect=3)  # above what the daemon allows its store
 
 
 class AdminError(Exception):
     """The API cannot be reached or refused; the message says what and where."""
 
 
-async def call(url: str, method: str, path: str, *, token: str | None = None) -> dict[str, Any]:
-    """Call the API at `url` and return its JSON body.
+async def call(
+    url: str,
+    method: str,
+    path: str,
+    *,
+    token: str | None = None,
+    query: dict[str, str] | None = None,
+    body: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Call the API at `url`, with `body` as JSON, and return the JSON that it answers.
 
     Raises:
         AdminError: Nothing answers there, or the answer is an error.
@@ -24,14 +32,19 @@ async def call(url: str, method: str, path: str, *, token: str | None = None) ->
     try:
         async with (
             aiohttp.ClientSession(timeout=TIMEOUT, headers=headers) as session,
-            session.request(method, url.rstrip("/") + path) as response,
+            session.request(
+                method,
+                url.rstrip("/") + path,
+                params=query,
+                data=None if body is None else orjson.dumps(body),
+            ) as response,
         ):
-            body = orjson.loads(await response.read())
+            answer = orjson.loads(await response.read())
             if response.status >= 400:
-                raise AdminError(f"{url} refused: {body['error']['message']}")
-            if not isinstance(body, dict):
+                raise AdminError(f"{url} refused: {answer['error']['message']}")
+            if not isinstance(answer, dict):
                 raise AdminError(f"{url} is not pocd's admin API")
-            return body
+            return answer
     except TimeoutError:
         raise AdminError(f"{url} does not answer; is the daemon overloaded?") from None
     except aiohttp.ClientConnectionError:

@@ -17,6 +17,74 @@ def percent(rate: float | None) -> str:
     return "–" if rate is None else f"{100 * rate:.2f}%"
 
 
+MAIN_STAGES = ("checked", "valid", "stored", "delivered")
+
+
+def funnel_text(funnel: dict[str, int]) -> str:
+    """Return the funnel on one line, with the stages of what was not accepted where there is any."""
+    lost = [f"{stage} {count}" for stage, count in funnel.items() if stage not in MAIN_STAGES and count]
+    return " → ".join(f"{stage} {funnel[stage]}" for stage in MAIN_STAGES) + "".join(f", {each}" for each in lost)
+
+
+def _receiver(receiver: dict[str, Any]) -> str:
+    """Describe one receiver's queue and how it answers."""
+    counts = [f"{receiver['delivered_batches']} batches delivered", f"{receiver['pending_batches']} pending"]
+    counts += [
+        f"{receiver[f'{state}_batches']} {state}"
+        for state in ("dead", "expired", "withdrawn", "purged")
+        if receiver[f"{state}_batches"]
+    ]
+    text = f"{receiver['name']}: {', '.join(counts)}"
+    if receiver["url"] is None:
+        return f"{text}; no longer configured, its queue is kept"
+    if receiver["last_error"]:
+        text += f"; last error: {receiver['last_error']}"
+    if receiver["next_attempt_seconds"] is not None and not receiver["parked"]:
+        text += f", asked again in {receiver['next_attempt_seconds']:.0f} s"
+    return text
+
+
+def age(seconds: float) -> str:
+    """Return a span of time as people say it."""
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def outbox_as_text(body: dict[str, Any]) -> str:
+    """Return the lines that `pocd outbox list` prints."""
+    lines = [_receiver(receiver) for receiver in body["receivers"]]
+    if body["batches"]:
+        lines += ["", _LETTER.format("receiver", "seq", "batch", "state", "nonces", "attempts", "age", "reason")]
+    lines += [_letter(letter) for letter in body["batches"]]
+    if body["next"]:
+        lines.append(f"more: --after {body['next']}")
+    return "\n".join(lines) or "no receiver and no batch yet"
+
+
+_LETTER = "{:12} {:>6} {:32} {:9} {:>6} {:>8} {:>6}  {}"
+
+
+def _letter(letter: dict[str, Any]) -> str:
+    return _LETTER.format(
+        letter["receiver"],
+        letter["sequence"],
+        letter["id"],
+        letter["state"],
+        letter["nonces"],
+        letter["attempts"],
+        age(letter["age_seconds"]),
+        letter["reason"] or "",
+    ).rstrip()
+
+
+def batch_as_text(body: dict[str, Any]) -> str:
+    """Return the lines that `pocd outbox show` prints."""
+    lines = [_LETTER.format("receiver", "seq", "batch", "state", "nonces", "attempts", "age", "reason")]
+    return "\n".join([*lines, *map(_letter, body["deliveries"]), "", as_json(body["batch"])])
+
+
 def as_text(body: dict[str, Any]) -> str:
     """Return the lines that `pocd status` prints."""
     funnel, rates, chain, worker, round_ = (body[key] for key in ("funnel", "rates", "chain", "worker", "round"))
@@ -35,16 +103,14 @@ def as_text(body: dict[str, Any]) -> str:
     device = "{device}, {dtype}, batches of {batch_size}".format(**worker) if "device" in worker else "not ready"
     rows += [
         ("rate", f"{minute:.1f} nonces/s over 1 min, {quarter:.1f} over 15 min"),
-        ("funnel", " → ".join(f"{stage} {count}" for stage, count in funnel.items())),
+        ("funnel", funnel_text(funnel)),
         ("worker", f"{device}, {worker['restarts']} restarts, {worker['refused_batches']} batches refused"),
     ]
     if "fingerprint" in worker:
         rows.append(("weights", worker["fingerprint"]))
     if worker["last_refusal"]:
         rows.append(("refused", worker["last_refusal"]))
-    for receiver in body["receivers"]:
-        trouble = f", last error: {receiver['last_error']}" if receiver["last_error"] else ""
-        counts = f"{receiver['delivered_batches']} batches delivered, {receiver['pending_batches']} pending"
-        rows.append(("receiver", f"{receiver['name']}: {counts}{trouble}"))
+    rows += [("receiver", _receiver(receiver)) for receiver in body["receivers"]]
+    rows += [("alarm", f"{alarm['part']}: {alarm['reason']}") for alarm in body["alarms"]]
     rows += [("problem", f"{problem['part']}: {problem['reason']}") for problem in body["problems"]]
     return "\n".join(f"{name:10} {text}" for name, text in rows)

@@ -9,6 +9,8 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from pocd.admin import status
+from pocd.admin.outbox import OutboxApi
+from pocd.delivery.store import StoreUnavailableError
 from pocd.observe import metrics
 from pocd.serving import RefusalError, errors_as_json, json_answer
 
@@ -39,6 +41,17 @@ def _require_token(token: str) -> Middleware:
     return check
 
 
+@web.middleware
+async def _store_failures(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer 503 while the store cannot do what was asked; nothing was changed."""
+    try:
+        return await handler(request)
+    except StoreUnavailableError as error:
+        raise RefusalError(503, "store_unavailable", str(error)) from error
+    except TimeoutError as error:
+        raise RefusalError(503, "store_busy", "the store did not answer in time; try again later") from error
+
+
 class AdminApi:
     """The routes, over the daemon's parts."""
 
@@ -49,7 +62,7 @@ class AdminApi:
 
     def application(self, token: str | None) -> web.Application:
         """Return the aiohttp application; with a `token`, everything but probes asks for it."""
-        middlewares = [errors_as_json, *([_require_token(token)] if token else [])]
+        middlewares = [errors_as_json, *([_require_token(token)] if token else []), _store_failures]
         app = web.Application(middlewares=middlewares, client_max_size=LARGEST_BODY)
         app.add_routes(
             [
@@ -60,6 +73,7 @@ class AdminApi:
                 web.get("/healthz", self.healthz),
                 web.get("/readyz", self.readyz),
                 web.get("/metrics", self.metrics),
+                *OutboxApi(self._parts).routes(),
             ]
         )
         return app

@@ -114,18 +114,34 @@ def _worker_view(supervisor: Supervisor, miner: Miner) -> dict[str, Any]:
     }
 
 
-def _receiver_view(dispatcher: Dispatcher, queues: dict[str, Queue], now: float) -> dict[str, Any]:
-    state = dispatcher.state
+def _receiver_view(
+    name: str, dispatcher: Dispatcher | None, queue: Queue, state: ReceiverState, now: float
+) -> dict[str, Any]:
     return {
-        "name": dispatcher.receiver.name,
-        "url": mask_url(dispatcher.receiver.url),
-        **asdict(queues.get(dispatcher.receiver.name, Queue())),
+        "name": name,
+        "url": mask_url(dispatcher.receiver.url) if dispatcher else None,
+        **asdict(queue),
         "last_error": state.error,
         "failures_in_a_row": state.failures,
-        "next_attempt_seconds": max(0.0, state.next_at - now) if state.failures else None,
+        "next_attempt_seconds": max(0.0, state.next_at - now) if state.failures and dispatcher else None,
         "parked": state.parked_at is not None,
-        "alarm": dispatcher.alarm or parked(state),
+        "alarm": (dispatcher.alarm if dispatcher else None) or parked(state),
     }
+
+
+def receiver_views(parts: Parts) -> list[dict[str, Any]]:
+    """Return how each receiver stands; also those that are no longer configured, whose queues are kept."""
+    queues, states, now = parts.outbox.outbox.queues, parts.outbox.outbox.receivers, parts.clock.wall()
+    views = [
+        _receiver_view(each.receiver.name, each, queues.get(each.receiver.name, Queue()), each.state, now)
+        for each in parts.dispatchers
+    ]
+    served = {dispatcher.receiver.name for dispatcher in parts.dispatchers}
+    return views + [
+        _receiver_view(name, None, queue, states.get(name, ReceiverState()), now)
+        for name, queue in queues.items()
+        if name not in served
+    ]
 
 
 def view(parts: Parts) -> dict[str, Any]:
@@ -138,8 +154,6 @@ def view(parts: Parts) -> dict[str, Any]:
     mining = miner.mining
     now, monotonic = parts.clock.wall(), parts.clock.monotonic()
     elapsed = monotonic - mining.started_at if mining else 0.0
-    queues = parts.outbox.outbox.queues
-    names = {dispatcher.receiver.name for dispatcher in parts.dispatchers}
     latest = list(mining.latest) if mining else []
     return {
         "state": state(parts),
@@ -161,9 +175,7 @@ def view(parts: Parts) -> dict[str, Any]:
         },
         "chain": _chain_view(parts.chain, parts.chain.problem(now, settings.chain.poll_interval)),
         "worker": _worker_view(parts.supervisor, miner),
-        "receivers": [_receiver_view(dispatcher, queues, now) for dispatcher in parts.dispatchers],
-        # Queues of receivers that are no longer configured: kept, and sent again when they return.
-        "orphaned_queues": {name: asdict(queue) for name, queue in queues.items() if name not in names},
+        "receivers": receiver_views(parts),
         "problems": problems(parts),
         "alarms": alarms(parts),
         "version": __version__,

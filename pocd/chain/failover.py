@@ -39,8 +39,9 @@ class _Node:
 class Failover:
     """Asks `sources` in order, from the first, until one answers, agrees with what is known, and is not behind.
 
-    A source that failed, and is not the only one, is left alone for a while (`BACKOFF`); so the first is asked again as soon as it may work. A
-    node that lags is no failure: the next is asked, but with no better one its head is what there is.
+    A source that failed, and is not the only one, is left alone for a while (`BACKOFF`); so the first is asked again
+    as soon as it may work. A node that lags is no failure: the next is asked, but with no better one its head is what
+    there is.
 
     The chain's id is fixed, by the caller or by the first answer, and so is each height's hash where blocks are never
     replaced. A node on another chain, or with another hash at a known height, is refused (docs/protocol.md section 8).

@@ -129,9 +129,7 @@ class Dispatcher:
     async def _record(self, delivery: PendingDelivery, outcome: Outcome) -> bool:
         """Store what came of an attempt; returns whether the receiver could not take it now."""
         name, faults, now = self.receiver.name, delivery.faults + outcome.fault, self._wall()
-        overtaken = outcome.fault and await self._outbox.persistently(
-            deliveries.is_overtaken, name, delivery.sequence
-        )
+        overtaken = outcome.fault and await self._outbox.persistently(deliveries.is_overtaken, name, delivery.sequence)
         decision = policy.decide(
             outcome,
             failures=self.state.failures + 1,

@@ -55,8 +55,8 @@ def shortage(used: int, free: int, limits: Limits, *, held: bool) -> str | None:
     margin = ROOM_AGAIN if held else 0.0
     if used > limits.size * (1 - margin):
         return (
-            f"the store holds {used / MIB:.0f} MiB, and store.size_limit_mib is {limits.size / MIB:.0f}: mend what keeps "
-            "receivers from accepting (pocd status), give up dead letters (pocd outbox purge), or raise the limit"
+            f"the store holds {used / MIB:.0f} MiB, and store.size_limit_mib is {limits.size / MIB:.0f}: mend what "
+            "keeps receivers from accepting (pocd status), give up dead letters (pocd outbox purge), or raise the limit"
         )
     if free < limits.free * (1 + margin):
         return (
@@ -143,7 +143,7 @@ class Keeper:
         try:
             return self._free_bytes(self._path.parent)
         except OSError as error:
-            raise StoreUnavailableError(f"the store's folder {self._path.parent} cannot be looked at: {error}") from error
+            raise StoreUnavailableError(f"the store's folder cannot be looked at: {error}") from error
 
     async def _prune(self, before: float) -> int:
         return await self._repeat(upkeep.prune_delivered, before)
@@ -170,6 +170,4 @@ class Keeper:
                 )
                 expired += count
             if expired:
-                self._log.error(
-                    "batches expired; they are kept", action="expired", receiver=name, batches=expired
-                )
+                self._log.error("batches expired; they are kept", action="expired", receiver=name, batches=expired)

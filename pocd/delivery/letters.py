@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 State = Literal["pending", "delivered", "dead", "expired", "withdrawn"]
 SetAside = Literal["dead", "expired", "withdrawn"]
+Purgeable = Literal["pending", "dead", "expired", "withdrawn"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +126,7 @@ def purge(outbox: Outbox, selection: Selection, now: float) -> list[tuple[str, i
 def _chosen(outbox: Outbox, selection: Selection) -> list[tuple[str, int]]:
     condition, parameters = selection.sql()
     rows: Sequence[tuple[str, int]] = outbox.db.execute(
-        f"SELECT receiver, batch FROM deliveries JOIN batches ON number = batch WHERE {condition}"
+        f"SELECT receiver, batch FROM deliveries JOIN batches ON number = batch WHERE {condition}"  # noqa: S608 - made of placeholders
         " ORDER BY receiver, sequence LIMIT ?",
         (*parameters, CHUNK),
     ).fetchall()

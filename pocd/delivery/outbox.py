@@ -31,8 +31,8 @@ class Totals:
     """The funnel since the store was made, in nonces: each number is on disk.
 
     Every stored nonce is in one of the later stages or still on its way to a receiver. `delivered` means accepted by
-    every receiver; `dead`, `expired` and `withdrawn` that at least one receiver will not get it unless it is sent again;
-    `purged` that an operator gave it up.
+    every receiver; `dead`, `expired` and `withdrawn` that one will not get it unless it is sent again; `purged` that
+    an operator gave it up.
     """
 
     checked: int = 0
@@ -341,7 +341,7 @@ class Outbox:
                     due.append(now if ripe or left >= size else oldest + age)
         return min(due, default=None)
 
-    def _form_batch(  # noqa: PLR0913 - all of it goes into the rows
+    def _form_batch(
         self,
         number: int,
         empty: ProofBatch,

@@ -84,11 +84,11 @@ _COUNT_IN = """
 
 _TRIGGERS = [
     f"CREATE TRIGGER delivery_queued AFTER INSERT ON deliveries BEGIN{_COUNT_IN}{_BATCH_FOLLOWS} END",
-    "CREATE TRIGGER delivery_moved AFTER UPDATE OF state ON deliveries WHEN old.state <> new.state BEGIN"
     f"""
+CREATE TRIGGER delivery_moved AFTER UPDATE OF state ON deliveries WHEN old.state <> new.state BEGIN
   UPDATE queues SET batches = batches - 1,
     nonces = nonces - (SELECT nonces FROM batches WHERE number = new.batch)
-    WHERE receiver = old.receiver AND state = old.state;{_COUNT_IN}{_BATCH_FOLLOWS} END""",
+    WHERE receiver = old.receiver AND state = old.state;{_COUNT_IN}{_BATCH_FOLLOWS} END""",  # noqa: S608 - made of constants
     """
 CREATE TRIGGER batch_formed AFTER INSERT ON batches BEGIN
   INSERT INTO stages VALUES (new.state, new.nonces) ON CONFLICT DO UPDATE SET nonces = nonces + new.nonces; END""",
@@ -133,15 +133,19 @@ MIGRATIONS: dict[int, list[str]] = {
         *_COUNTS,
         *_INDEXES,
         *_TRIGGERS,
-        "INSERT INTO batches SELECT number, id, kind, NULL, nonces, created_at, 'pending', created_at, body"
-        " FROM old_batches ORDER BY number",
+        """
+INSERT INTO batches SELECT number, id, kind, NULL, nonces, created_at, 'pending', created_at, body
+  FROM old_batches ORDER BY number""",
         "INSERT INTO receivers (name, sequence) SELECT receiver, max(batch) FROM old_deliveries GROUP BY receiver",
-        "INSERT INTO deliveries SELECT receiver, batch, batch, iif(delivered_at IS NULL, 'pending', 'delivered'),"
-        " coalesce(delivered_at, created_at), attempts, 0, last_error"
-        " FROM old_deliveries JOIN old_batches ON number = batch ORDER BY receiver, batch",
-        "UPDATE receivers SET (failures, next_at, error) = (SELECT attempts, next_at, last_error FROM old_deliveries"
-        "  WHERE receiver = name AND delivered_at IS NULL ORDER BY batch LIMIT 1)"
-        " WHERE name IN (SELECT receiver FROM old_deliveries WHERE delivered_at IS NULL)",
+        """
+INSERT INTO deliveries SELECT receiver, batch, batch, iif(delivered_at IS NULL, 'pending', 'delivered'),
+    coalesce(delivered_at, created_at), attempts, 0, last_error
+  FROM old_deliveries JOIN old_batches ON number = batch ORDER BY receiver, batch""",
+        """
+UPDATE receivers SET (failures, next_at, error) = (
+    SELECT attempts, next_at, last_error FROM old_deliveries
+      WHERE receiver = name AND delivered_at IS NULL ORDER BY batch LIMIT 1)
+  WHERE name IN (SELECT receiver FROM old_deliveries WHERE delivered_at IS NULL)""",
         "DROP TABLE old_deliveries",
         "DROP TABLE old_batches",
     ],

@@ -60,15 +60,15 @@ def clamp_times(outbox: Outbox, now: float) -> None:
     Else what they belong to would neither expire nor be pruned until the clock has caught up.
     """
     with outbox.transaction():
-        for table, column in (
-            ("batches", "created_at"),
-            ("batches", "changed_at"),
-            ("deliveries", "changed_at"),
-            ("proofs", "found_at"),
-            ("rounds", "seen_at"),
-            ("receivers", "parked_at"),
+        for statement in (
+            "UPDATE batches SET created_at = ?1 WHERE created_at > ?1",
+            "UPDATE batches SET changed_at = ?1 WHERE changed_at > ?1",
+            "UPDATE deliveries SET changed_at = ?1 WHERE changed_at > ?1",
+            "UPDATE proofs SET found_at = ?1 WHERE found_at > ?1",
+            "UPDATE rounds SET seen_at = ?1 WHERE seen_at > ?1",
+            "UPDATE receivers SET parked_at = ?1 WHERE parked_at > ?1",
         ):
-            outbox.db.execute(f"UPDATE {table} SET {column} = ? WHERE {column} > ?", (now, now))
+            outbox.db.execute(statement, (now,))
 
 
 def used_bytes(outbox: Outbox) -> int:

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import sys
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TextIO, cast
 
 import orjson
 import structlog
@@ -56,6 +56,33 @@ def _goes_to_journal() -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
 
 
+class _Lossy:
+    """A stream whose failures end nobody: a full disk takes no log lines, and the daemon has to go on all the same.
+
+    How many lines were lost is said as soon as one can be written again.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lost = 0
+
+    def write(self, text: str) -> int:
+        """Write a line, or count it as lost."""
+        try:
+            if self._lost:
+                self._stream.write(f"pocd: {self._lost} log lines could not be written\n")
+                self._stream.flush()
+                self._lost = 0
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError:
+            self._lost += 1
+        return len(text)
+
+    def flush(self) -> None:
+        """Do nothing: each line is flushed as it is written."""
+
+
 class _LibraryHandler(logging.Handler):
     """Passes on what libraries (aiohttp, asyncio) say through the standard library, so that it looks like our own."""
 
@@ -96,7 +123,7 @@ def configure(level: str, style: Literal["auto", "console", "json"]) -> Filterin
     structlog.configure(
         processors=[*shared, *renderers],
         wrapper_class=structlog.make_filtering_bound_logger(numeric),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _Lossy(sys.stderr))),
         cache_logger_on_first_use=True,
     )
     log: FilteringBoundLogger = structlog.get_logger()

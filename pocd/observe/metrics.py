@@ -24,6 +24,12 @@ STAGES = {
     "valid": "Nonces that were found valid and committed.",
     "stored": "Valid nonces in a batch on disk.",
     "delivered": "Valid nonces that every receiver accepted.",
+    "purged": "Valid nonces that an operator gave up.",
+}
+SET_ASIDE = {
+    "dead": "Valid nonces that a receiver refused or failed at.",
+    "expired": "Valid nonces that became too old for a receiver.",
+    "withdrawn": "Valid nonces of replaced blocks that were not sent.",
 }
 
 
@@ -46,6 +52,8 @@ class DaemonCollector(Collector):
             yield CounterMetricFamily(
                 f"pocd_nonces_{stage}", f"{text} Since the store was made.", getattr(totals, stage)
             )
+        for stage, text in SET_ASIDE.items():
+            yield GaugeMetricFamily(f"pocd_nonces_{stage}", f"{text} Now.", getattr(totals, stage))
 
     def _round(self) -> Iterator[Metric]:
         states = StateSetMetricFamily("pocd_state", "What the daemon is doing.", labels=[])
@@ -72,6 +80,12 @@ class DaemonCollector(Collector):
                 "pocd_chain_head_timestamp_seconds", "Its time, by the chain.", chain.head.block.time.timestamp()
             )
         yield GaugeMetricFamily("pocd_chain_failures", "Polls that failed in a row.", chain.failures)
+        problem = chain.problem(self._parts.clock.wall(), self._parts.settings.chain.poll_interval)
+        yield GaugeMetricFamily(
+            "pocd_chain_degraded", "1 while no node answers, or it lags or catches up.", int(problem is not None)
+        )
+        held = self._parts.miner.held is not None
+        yield GaugeMetricFamily("pocd_store_held", "1 while mining waits for the store.", int(held))
         yield GaugeMetricFamily("pocd_worker_ready", "1 while a worker has a model ready.", int(worker.ready.is_set()))
         yield CounterMetricFamily("pocd_worker_restarts", "Workers that ended and were started again.", worker.restarts)
         yield CounterMetricFamily(
@@ -87,16 +101,22 @@ class DaemonCollector(Collector):
 
     def _receivers(self) -> Iterator[Metric]:
         labels = ["receiver"]
-        pending = GaugeMetricFamily("pocd_receiver_pending_batches", "Batches not accepted yet.", labels=labels)
-        waiting = GaugeMetricFamily("pocd_receiver_pending_nonces", "Valid nonces in them.", labels=labels)
+        held = GaugeMetricFamily(
+            "pocd_receiver_batches", "Batches that are not accepted, by state.", labels=[*labels, "state"]
+        )
+        waiting = GaugeMetricFamily("pocd_receiver_pending_nonces", "Valid nonces not accepted yet.", labels=labels)
         accepted = CounterMetricFamily("pocd_receiver_delivered_batches", "Batches accepted.", labels=labels)
-        for name, queue in self._parts.outbox.outbox.queues.items():
-            pending.add_metric([name], queue.pending_batches)
-            waiting.add_metric([name], queue.pending_nonces)
-            accepted.add_metric([name], queue.delivered_batches)
-        yield pending
-        yield waiting
-        yield accepted
+        failures = GaugeMetricFamily("pocd_receiver_failures", "Attempts that failed in a row.", labels=labels)
+        alarm = GaugeMetricFamily("pocd_receiver_alarm", "1 while only a person can mend it.", labels=labels)
+        for view in status.receiver_views(self._parts):
+            name = view["name"]
+            for state in ("pending", "dead", "expired", "withdrawn"):
+                held.add_metric([name, state], view[f"{state}_batches"])
+            waiting.add_metric([name], view["pending_nonces"])
+            accepted.add_metric([name], view["delivered_batches"])
+            failures.add_metric([name], view["failures_in_a_row"])
+            alarm.add_metric([name], int(view["alarm"] is not None))
+        yield from (held, waiting, accepted, failures, alarm)
 
 
 def registry(parts: Parts) -> CollectorRegistry:

@@ -1,0 +1,201 @@
+"""The admin API's view of the outbox: list, show, send again, give up (docs/delivery.md).
+
+Pydantic models at the edge, one bounded call to the store's thread after another behind it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import orjson
+from aiohttp import web
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from pocd.admin.status import receiver_views
+from pocd.delivery import deliveries, letters
+from pocd.delivery.letters import Purgeable, Selection, SetAside, State
+from pocd.serving import RefusalError, json_answer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pocd.admin.status import Parts
+
+STORE_SECONDS = 30.0  # for all that one call wants from the store; a hung disk must not keep callers
+MOST_IDS = 1000
+AFTER = r"^[A-Za-z0-9._-]{1,64}:[0-9]{1,18}$"
+
+
+def _check_states(states: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not states:
+        raise ValueError("must name at least one state")
+    return states
+
+
+Model = TypeVar("Model", bound=BaseModel)
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+BatchId = Annotated[str, Field(min_length=1, max_length=256)]
+BatchIds = Annotated[tuple[BatchId, ...], Field(min_length=1, max_length=MOST_IDS)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ListQuery(_Body):
+    """The query of `GET /api/v1/outbox`."""
+
+    state: State | None = None
+    receiver: Name | None = None
+    after: Annotated[str, Field(pattern=AFTER)] | None = None
+    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+
+
+class RetryBody(_Body):
+    """What to send again. `states` unset: dead and expired; with `ids` also withdrawn."""
+
+    ids: BatchIds | None = None
+    receiver: Name | None = None
+    states: Annotated[tuple[SetAside, ...], AfterValidator(_check_states)] | None = None
+
+
+class PurgeBody(_Body):
+    """What to give up. `states` unset: dead, expired and withdrawn.
+
+    Pending batches only of a receiver that is no longer configured.
+    """
+
+    ids: BatchIds | None = None
+    receiver: Name | None = None
+    states: Annotated[tuple[Purgeable, ...], AfterValidator(_check_states)] | None = None
+
+
+class OutboxApi:
+    """The routes, over the daemon's parts."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def routes(self) -> list[web.RouteDef]:
+        """Return the routes for the application."""
+        return [
+            web.get("/api/v1/outbox", self.index),
+            web.get("/api/v1/outbox/{id}", self.show),
+            web.post("/api/v1/outbox/retry", self.retry),
+            web.post("/api/v1/outbox/purge", self.purge),
+        ]
+
+    async def index(self, request: web.Request) -> web.Response:
+        """Every receiver's counts, and a page of its batches; without a state all that are not delivered."""
+        query = _parse(ListQuery, dict(request.query))
+        states: tuple[State, ...] = (query.state,) if query.state else ("pending", "dead", "expired", "withdrawn")
+        name, _, sequence = (query.after or ":0").partition(":")
+        selection = Selection(states, query.receiver)
+        async with _limit():
+            found = await self._parts.outbox(
+                letters.listed, selection, after=(name, int(sequence)), limit=query.limit + 1
+            )
+        page = found[: query.limit]
+        following = f"{page[-1].receiver}:{page[-1].sequence}" if len(found) > len(page) else None
+        return json_answer(
+            {
+                "receivers": receiver_views(self._parts),
+                "batches": [self._view(letter) for letter in page],
+                "next": following,
+            }
+        )
+
+    async def show(self, request: web.Request) -> web.Response:
+        """One batch: what became of it for each receiver, and its bytes."""
+        name = request.match_info["id"]
+        async with _limit():
+            found = await self._parts.outbox(letters.shown, name)
+        if found is None:
+            raise RefusalError(404, "not_found", f"no batch {name} is in the store; it may have been pruned", "id")
+        each, body = found
+        return json_answer(
+            {"id": name, "deliveries": [self._view(letter) for letter in each], "batch": orjson.Fragment(body)}
+        )
+
+    async def retry(self, request: web.Request) -> web.Response:
+        """Queue again what was set aside, and ask the receivers that are meant at once."""
+        body = await _read(request, RetryBody)
+        self._check(body)
+        default: tuple[State, ...] = ("dead", "expired", "withdrawn") if body.ids else ("dead", "expired")
+        selection = Selection(body.states or default, body.receiver, body.ids)
+        queued, names = await self._repeat(letters.send_again, selection)
+        if body.ids and not queued:
+            raise RefusalError(404, "not_found", "none of these batches is set aside", "ids")
+        names |= {body.receiver} if body.receiver else set()
+        async with _limit():
+            for name in sorted(names):
+                await self._parts.outbox(deliveries.ask_again, name)
+        for dispatcher in self._parts.dispatchers:
+            dispatcher.wake()
+        self._parts.log.info("batches are sent again", action="outbox_retry", batches=queued, receivers=sorted(names))
+        return json_answer({"queued": queued, "receivers": sorted(names)})
+
+    async def purge(self, request: web.Request) -> web.Response:
+        """Give up what was set aside, for good."""
+        body = await _read(request, PurgeBody)
+        self._check(body)
+        served = {dispatcher.receiver.name for dispatcher in self._parts.dispatchers}
+        if body.states and "pending" in body.states and (body.receiver is None or body.receiver in served):
+            message = "pending batches are given up only of one receiver, named, that is no longer configured"
+            raise RefusalError(409, "still_served", message, "states")
+        states = body.states or ("dead", "expired", "withdrawn")
+        purged, names = await self._repeat(letters.purge, Selection(states, body.receiver, body.ids))
+        if body.ids and not purged:
+            raise RefusalError(404, "not_found", "none of these batches is set aside", "ids")
+        self._parts.log.warning("batches given up", action="outbox_purge", batches=purged, receivers=sorted(names))
+        return json_answer({"purged": purged, "receivers": sorted(names)})
+
+    def _check(self, body: RetryBody | PurgeBody) -> None:
+        """Refuse a body that means everything by saying nothing, or names no receiver that was ever known."""
+        if body.ids is None and body.receiver is None and body.states is None:
+            raise RefusalError(400, "invalid_request", "say which batches: ids, receiver or states", None)
+        known = self._parts.outbox.outbox.receivers.keys() | {each.receiver.name for each in self._parts.dispatchers}
+        if body.receiver is not None and body.receiver not in known:
+            raise RefusalError(404, "not_found", f"no receiver {body.receiver}; known are {sorted(known)}", "receiver")
+
+    async def _repeat(self, method: Callable[..., list[tuple[str, int]]], selection: Selection) -> tuple[int, set[str]]:
+        """Do a bounded piece of work until nothing is left of it; returns how many deliveries, and whose."""
+        total, names = 0, set[str]()
+        async with _limit():
+            while True:
+                done = await self._parts.outbox(method, selection, self._parts.clock.wall())
+                total += len(done)
+                names |= {receiver for receiver, _ in done}
+                if len(done) < deliveries.CHUNK:
+                    return total, names
+
+    def _view(self, letter: letters.Letter) -> dict[str, Any]:
+        return asdict(letter) | {"age_seconds": max(0.0, self._parts.clock.wall() - letter.created_at)}
+
+
+def _limit() -> asyncio.Timeout:
+    return asyncio.timeout(STORE_SECONDS)
+
+
+async def _read(request: web.Request, model: type[Model]) -> Model:
+    """Parse a JSON body."""
+    try:
+        value = orjson.loads(await request.read() or b"{}")
+    except orjson.JSONDecodeError as error:
+        raise RefusalError(400, "malformed_json", str(error)) from None
+    if not isinstance(value, dict):
+        raise RefusalError(400, "invalid_request", "the body has to be a JSON object")
+    return _parse(model, value)
+
+
+def _parse(model: type[Model], value: dict[str, Any]) -> Model:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        field = str(first["loc"][0]) if first["loc"] else None
+        where = ".".join(map(str, first["loc"]))
+        message = f"{where}: {first['msg'].removeprefix('Value error, ')}" if where else first["msg"]
+        raise RefusalError(400, "invalid_request", message, field) from None

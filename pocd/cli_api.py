@@ -1,0 +1,57 @@
+"""What the commands share that talk to a running daemon."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pocd.exits import EXIT_CRASH, EndedError
+from pocd.settings import load
+
+ConfigOption = Annotated[Path, typer.Option("--config", help="The configuration file.")]
+UrlOption = Annotated[str | None, typer.Option("--url", help="The admin API. Default: as the configuration says.")]
+TokenOption = Annotated[Path | None, typer.Option("--token-file", help="The API's token. Default: as configured.")]
+
+
+def echo(text: str) -> None:
+    """Print a line; where the reader has gone, it has what it wanted: end well."""
+    try:
+        typer.echo(text)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes nowhere
+        raise typer.Exit from None
+
+
+def call_api(
+    method: str,
+    path: str,
+    config: Path,
+    url: str | None,
+    token_file: Path | None,
+    *,
+    query: dict[str, str] | None = None,
+    body: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Call the daemon that `url`, or else the configuration, names.
+
+    Raises:
+        ConfigError: The configuration or the token cannot be read.
+        EndedError: The daemon cannot be reached, or refuses.
+    """
+    from pocd.admin.client import AdminError, call
+    from pocd.daemon import read_token
+
+    if url is None and config.exists():
+        admin = load(config).admin
+        host = f"[{admin.host}]" if ":" in admin.host else admin.host
+        url, token_file = f"http://{host}:{admin.port}", token_file or admin.token_file
+    target, token = url or "http://127.0.0.1:8460", read_token(token_file)
+    try:
+        return asyncio.run(call(target, method, path, token=token, query=query, body=body))
+    except AdminError as error:
+        raise EndedError(EXIT_CRASH, str(error)) from error
