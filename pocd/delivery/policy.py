@@ -50,7 +50,7 @@ class Outcome:
     @property
     def alarm(self) -> bool:
         """Whether it looks like a wrong setting, which only a person can mend: 3xx, 401, 403, 404 and the like."""
-        return self.status is not None and 300 <= self.status < 500 and self.status not in REFUSED | PASSING
+        return self.status is not None and 300 <= self.status < 500 and self.status not in REFUSED | PASSING | {GONE}
 
 
 @dataclass(frozen=True, slots=True)
