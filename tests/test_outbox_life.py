@@ -7,8 +7,10 @@ import asyncio
 import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import orjson
 import structlog
@@ -26,16 +28,23 @@ from pocd.delivery.policy import Outcome
 from pocd.nonces import Ledger, Node, Span
 from pocd.proof import Proof, Round
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 NOW = 1_700_000_000.0
 NODE = Node(1, 3)
 WEEK = 604_800.0
+MEMORY = Path("/dev/shm")  # thousands of transactions: their fsyncs are tested elsewhere
 ROUNDS = tuple(Round(name, height, "miner", 1.4, "poc2", "tiny", 16) for height, name in enumerate("XYZ", start=1))
 RECEIVERS = ("a", "b")
 QUIET = structlog.wrap_logger(structlog.PrintLogger(), wrapper_class=structlog.make_filtering_bound_logger(50))
-SET_ASIDE = ("dead", "expired", "withdrawn")
+SET_ASIDE: tuple[letters.State, ...] = ("dead", "expired", "withdrawn")
 
 OUTCOMES = st.sampled_from(
-    [Outcome(status, f"HTTP {status}") for status in (200, 200, 200, 204, 302, 401, 404, 422, 413, 410, 429, 500, 500, 503)]
+    [
+        Outcome(status, f"HTTP {status}")
+        for status in (200, 200, 200, 204, 302, 401, 404, 422, 413, 410, 429, 500, 500, 503)
+    ]
     + [
         Outcome(503, "HTTP 503", retry_after=1e9),
         Outcome(429, "HTTP 429", retry_after=0.0),
@@ -76,7 +85,7 @@ class OutboxLife(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp(prefix="pocd-outbox-"))
+        self.folder = Path(tempfile.mkdtemp(prefix="pocd-outbox-", dir=MEMORY if MEMORY.is_dir() else None))
         self.generation = 0
         self.now = NOW
         self.model = Model()
@@ -91,8 +100,8 @@ class OutboxLife(RuleBasedStateMachine):
     def outbox(self) -> Outbox:
         return self.thread.outbox
 
-    def call(self, method, *arguments, **named):  # type: ignore[no-untyped-def] # noqa: ANN - whatever the method takes and gives
-        return self.loop.run_until_complete(self.thread(method, *arguments, **named))
+    def call(self, method: Callable[Concatenate[Outbox, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self.loop.run_until_complete(self.thread(method, *args, **kwargs))
 
     def open(self) -> None:
         self.thread = OutboxThread(self.path)
@@ -162,11 +171,24 @@ class OutboxLife(RuleBasedStateMachine):
         if receivers and over:
             assert self.rows("SELECT count(*) FROM proofs") == [(0,)]
 
-    def rows(self, sql: str) -> list[tuple]:  # type: ignore[type-arg] # of any columns
-        def read(outbox: Outbox) -> list[tuple]:  # type: ignore[type-arg] # likewise
-            return outbox.db.execute(sql).fetchall()
+    def rows(self, sql: str) -> list[tuple[Any, ...]]:
+        return self.call(lambda outbox: outbox.db.execute(sql).fetchall())
 
-        return self.call(read)  # type: ignore[no-any-return] # as it comes
+    @precondition(lambda self: self.active)
+    @rule(count=st.integers(1, 4), receivers=st.sampled_from([("a",), RECEIVERS, RECEIVERS]), size=st.integers(1, 2))
+    def store(self, count: int, receivers: tuple[str, ...], size: int) -> None:
+        """Find nonces and form batches of them, so that there is something to deliver."""
+        assert self.active is not None
+        span = self.ledger.take(count)
+        proofs = [Proof(nonce, 1.0) for nonce in NODE.nonces(span)]
+        self.call(Outbox.commit_span, self.active, NODE, span, proofs, "f00d", self.now)
+        self.model.done[self.active] |= set(range(span.start, span.stop))
+        self.model.found += [(self.active.id, proof.nonce, proof.distance) for proof in proofs]
+        self.form_batches(receivers, size, over=True)
+
+    def delivery_states(self) -> dict[tuple[str, int], str]:
+        rows = self.rows("SELECT receiver, batch, state FROM deliveries")
+        return {(receiver, batch): state for receiver, batch, state in rows}
 
     # Delivering
 
@@ -196,7 +218,7 @@ class OutboxLife(RuleBasedStateMachine):
         assert not self.call(letters.send_again, selection, self.now)
         for name, batch in queued:
             assert (name, batch) not in self.model.accepted
-        for name in {name for name, _ in queued} | ({receiver} - {None}):
+        for name in {name for name, _ in queued} | ({receiver} if receiver else set()):
             self.call(deliveries.ask_again, name)
 
     @rule(receiver=st.sampled_from(RECEIVERS), state=st.sampled_from([*SET_ASIDE, "pending"]))
@@ -273,7 +295,10 @@ class OutboxLife(RuleBasedStateMachine):
 
     def every_delivery_is_in_one_state(self) -> None:
         """Nothing vanishes: what has no row any more was accepted or given up by every receiver."""
-        rows = {(receiver, batch): state for receiver, batch, state in self.rows("SELECT receiver, batch, state FROM deliveries")}
+        rows = {
+            (receiver, batch): state
+            for receiver, batch, state in self.rows("SELECT receiver, batch, state FROM deliveries")
+        }
         bodies = dict(self.rows("SELECT number, body FROM batches"))
         for number, (_, body, _, names) in self.model.batches.items():
             pairs = [(name, number) for name in names]
@@ -299,7 +324,10 @@ class OutboxLife(RuleBasedStateMachine):
                     seen.add((arrival.batch, arrival.sequence))
 
     def the_counts_are_those_of_the_rows(self) -> None:
-        states = {(receiver, batch): state for receiver, batch, state in self.rows("SELECT receiver, batch, state FROM deliveries")}
+        states = {
+            (receiver, batch): state
+            for receiver, batch, state in self.rows("SELECT receiver, batch, state FROM deliveries")
+        }
         stages: Counter[str] = Counter()
         queues: dict[str, Counter[str]] = {name: Counter() for name in RECEIVERS}
         for number, (_, _, nonces, names) in self.model.batches.items():
@@ -324,5 +352,5 @@ class OutboxLife(RuleBasedStateMachine):
 
 TestOutboxLife = OutboxLife.TestCase
 TestOutboxLife.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=250, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -133,7 +134,7 @@ class Keeper:
         used = await self._outbox(upkeep.used_bytes)
         if used > self._limits.size * (1 - ROOM_AGAIN):
             # What was delivered is kept for convenience only, and goes before mining stops.
-            pruned = await self._prune(self._clock.wall())
+            pruned = await self._prune(math.inf)
             if pruned:
                 self._log.warning("delivered batches were pruned for room", action="pruned_early", batches=pruned)
             used = await self._outbox(upkeep.used_bytes)
