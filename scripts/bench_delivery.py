@@ -134,7 +134,7 @@ def milliseconds(began: float) -> float:
 
 
 async def delivering(outbox: OutboxThread, urls: dict[str, str], count: int) -> float:
-    """Deliver to all of `urls` until the fast one has `count` batches; returns the seconds."""
+    """Deliver to all of `urls` until the fast one has `count` batches; returns its batches per second."""
     log: FilteringBoundLogger = structlog.wrap_logger(None, wrapper_class=SILENT)
     dispatchers = [
         Dispatcher(
@@ -142,16 +142,20 @@ async def delivering(outbox: OutboxThread, urls: dict[str, str], count: int) -> 
         )
         for name, url in urls.items()
     ]
-    began = time.perf_counter()
     tasks = [asyncio.create_task(dispatcher.run()) for dispatcher in dispatchers]
-    while outbox.outbox.queues[FAST].delivered_batches < count:
-        await asyncio.sleep(0.002)
-        assert not any(task.done() for task in tasks)
-    seconds = time.perf_counter() - began
+
+    async def until(least: int) -> tuple[int, float]:
+        while (delivered := outbox.outbox.queues[FAST].delivered_batches) < least:
+            await asyncio.sleep(0.002)
+            assert not any(task.done() for task in tasks)
+        return delivered, time.perf_counter()
+
+    before, began = await until(1)
+    after, ended = await until(count)
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
-    return seconds
+    return (after - before) / (ended - began)
 
 
 def deliver_copy(store: Path, urls: dict[str, str], batches: int) -> float:
@@ -159,14 +163,14 @@ def deliver_copy(store: Path, urls: dict[str, str], batches: int) -> float:
     with tempfile.TemporaryDirectory(dir=store.parent) as folder:
         copy = copied(store, Path(folder) / store.name)
         with closing(OutboxThread(copy)) as outbox, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return batches / runner.run(delivering(outbox, urls, batches))
+            return runner.run(delivering(outbox, urls, batches))
 
 
 def throughput(options: argparse.Namespace, folder: Path) -> None:
     """Measure the rate alone and beside dead receivers."""
     table = new_table(
         f"delivery of {options.batches} batches to one fast receiver, {options.rounds} rounds",
-        *("nonces each", "beside it", "batches/s", "nonces/s", "of alone", "min–max", "of queue only", "min–max"),
+        *("beside it", "nonces each", "batches/s", "nonces/s", "of alone", "min–max", "of queue only", "min–max"),
     )
     with ExitStack() as stack:
         fast = {FAST: stack.enter_context(fast_receiver())}
@@ -190,7 +194,7 @@ def throughput(options: argparse.Namespace, folder: Path) -> None:
             for name, found in rates.items():
                 rate = statistics.median(found)
                 ratios = [*ratio(found, rates["alone"]), *ratio(found, rates["queue only"])]
-                table.add_row(str(nonces), name, f"{rate:.0f}", f"{rate * nonces:,.0f}", *ratios)
+                table.add_row(name, str(nonces), f"{rate:.0f}", f"{rate * nonces:,.0f}", *ratios)
     show(table)
 
 
@@ -223,7 +227,7 @@ def opened(store: Path, url: str) -> dict[str, float]:
             )
 
         found["look ms"] = statistics.median(look() for _ in range(5))
-        found["batches/s"] = count / runner.run(delivering(outbox, {FAST: url}, count))
+        found["batches/s"] = runner.run(delivering(outbox, {FAST: url}, count))
         found["delivering MB"] = resident(os.getpid())
         found["prune ms"] = timed(upkeep.prune_delivered, time.time() + 1)
         found["expire ms"] = timed(deliveries.expire, FAST, queued_before=time.time() + 1, now=time.time())
