@@ -9,7 +9,8 @@ second receiver that refuses connections, or accepts them and never answers. In 
 second one does not take stays pending, which is less to write than marking all of it delivered: so there is also its
 queue without anybody who sends from it.
 backlog: what depends on how much is pending, in a process of its own for each size and round.
-mining: two real daemons, one with the reference receiver and one with none, of which one at a time mines.
+mining: two real daemons, one with the reference receiver and one with none, of which one at a time mines; beside the
+rates stands the CPU time of daemon and receiver, in cores, which tells more where other programs run.
 
 Rates are medians over the rounds. Ratios are medians too, each of two samples taken one after the other, so that a
 machine that others use too distorts them least; beside them stand the smallest and the greatest.

@@ -52,11 +52,18 @@ format = "json"
 
 @dataclass
 class Miner:
-    """A daemon that mines when told to. The samples are nonces per second, and the daemon's CPU time per second."""
+    """A daemon that mines when told to.
+
+    Attributes:
+        pids: The daemon and its receiver, where it has one; the worker is another process.
+        rates: Nonces per second of each turn.
+        loads: CPU time per second of each of `pids`, of each turn.
+    """
 
     daemon: Running
+    pids: list[int]
     rates: list[float] = dataclasses.field(default_factory=list)
-    loads: list[float] = dataclasses.field(default_factory=list)
+    loads: list[list[float]] = dataclasses.field(default_factory=list)
 
     async def mine(self, seconds: float, warm_up: float) -> None:
         """Mine for a while, alone, and note how fast. What is counted begins and ends with a commit."""
@@ -64,11 +71,13 @@ class Miner:
         await self._commit()
         await asyncio.sleep(warm_up)
         before, began = await self._commit()
-        cpu = cpu_seconds(self.daemon.process.pid)
+        used = [cpu_seconds(pid) for pid in self.pids]
         await asyncio.sleep(seconds)
         after, ended = await self._commit()
         self.rates.append((after - before) / (ended - began))
-        self.loads.append((cpu_seconds(self.daemon.process.pid) - cpu) / (ended - began))
+        self.loads.append(
+            [(cpu_seconds(pid) - cpu) / (ended - began) for pid, cpu in zip(self.pids, used, strict=True)]
+        )
         await call(self.daemon.url, "POST", f"{API}/stop")
 
     async def _checked(self) -> int:
@@ -107,7 +116,9 @@ async def mine_in_turns(options: argparse.Namespace, folder: Path) -> dict[str, 
                     store=home / "outbox.db",
                 )
             )
-            miners[name] = Miner(await stack.enter_async_context(started(home, "run", "--config", str(config))))
+            daemon = await stack.enter_async_context(started(home, "run", "--config", str(config)))
+            pids = [daemon.process.pid, *([receiver.process.pid] if value else [])]
+            miners[name] = Miner(daemon, pids)
             await miners[name].mine(min(options.seconds, 2), options.warm_up)
             del miners[name].rates[:], miners[name].loads[:]
         for turn in range(options.rounds):
@@ -123,12 +134,13 @@ def mining(options: argparse.Namespace, folder: Path) -> None:
     miners = asyncio.run(mine_in_turns(options, folder))
     table = new_table(
         f"mining with and without a receiver, {options.rounds} turns of {options.seconds:g} s each",
-        *("receiver", "nonces/s", "min–max", "with/without", "min–max", "daemon's CPU"),
+        *("receiver", "nonces/s", "min–max", "with/without", "min–max", "daemon's CPU", "receiver's"),
     )
     without = miners["none"].rates
     for name, miner in miners.items():
         rate = statistics.median(miner.rates)
         spread = f"{min(miner.rates):.1f}–{max(miner.rates):.1f}"
         ratios = ("", "") if name == "none" else ratio(miner.rates, without)
-        table.add_row(name, f"{rate:.1f}", spread, *ratios, f"{statistics.median(miner.loads):.1%}")
+        loads = [f"{statistics.median(load):.1%}" for load in zip(*miner.loads, strict=True)]
+        table.add_row(name, f"{rate:.1f}", spread, *ratios, *loads)
     show(table)
