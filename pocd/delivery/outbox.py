@@ -321,9 +321,11 @@ class Outbox:
         due: list[float] = []
         with self.transaction():
             self.db.executemany("INSERT OR IGNORE INTO receivers (name) VALUES (?)", [(name,) for name in receivers])
+            # The groups come from an index alone, as this is looked at whenever something was found.
             groups = self.db.execute(
-                "SELECT round, node_id, fingerprint, count(*), min(found_at) FROM proofs"
-                " GROUP BY round, node_id, fingerprint ORDER BY min(number)"
+                "SELECT waiting.round, waiting.node_id, waiting.fingerprint, count, found_at FROM proofs JOIN"
+                " (SELECT round, node_id, fingerprint, count(*) AS count, min(number) AS first FROM proofs"
+                "  GROUP BY round, node_id, fingerprint) AS waiting ON number = first ORDER BY first"
             ).fetchall()
             for number, node_id, fingerprint, left, oldest in groups:
                 encoded, replaced = self.db.execute(
@@ -368,7 +370,10 @@ class Outbox:
                 "INSERT INTO deliveries VALUES (?, ?, ?, ?, ?, 0, 0, ?)",
                 (name, row, self.next_sequence(name), "withdrawn" if withdrawn else "pending", now, withdrawn),
             )
-        self.db.executemany("DELETE FROM proofs WHERE number = ?", [(proof,) for proof, _, _ in rows])
+        self.db.execute(
+            "DELETE FROM proofs WHERE round = ? AND node_id = ? AND fingerprint IS ? AND number <= ?",
+            (number, empty.node_id, empty.model_fingerprint, rows[-1][0]),
+        )
         return len(rows)
 
     def next_sequence(self, receiver: str) -> int:

@@ -68,7 +68,7 @@ _INDEXES = [
     "CREATE INDEX batches_of_round ON batches (round, state)",
     "CREATE INDEX deliveries_in_order ON deliveries (receiver, state, sequence)",
     "CREATE INDEX deliveries_of_batch ON deliveries (batch, state)",
-    "CREATE INDEX proofs_of_round ON proofs (round)",
+    "CREATE INDEX proofs_that_go_together ON proofs (round, node_id, fingerprint)",
 ]
 
 _BATCH_FOLLOWS = """
