@@ -9,11 +9,12 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from pocd.admin import status
+from pocd.delivery.store import StoreUnavailableError
 from pocd.observe import metrics
 from pocd.serving import RefusalError, errors_as_json, json_answer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from aiohttp.typedefs import Handler, Middleware
 
@@ -70,13 +71,20 @@ class AdminApi:
 
     async def stop(self, _request: web.Request) -> web.Response:
         """Stop the round and pause mining until resumed, also across restarts."""
-        await self._parts.miner.pause()
+        await self._remembered(self._parts.miner.pause())
         return json_answer(status.view(self._parts))
 
     async def resume(self, _request: web.Request) -> web.Response:
         """Go on mining."""
-        await self._parts.miner.resume()
+        await self._remembered(self._parts.miner.resume())
         return json_answer(status.view(self._parts))
+
+    async def _remembered(self, change: Awaitable[None]) -> None:
+        """Make a change that has to outlive a restart."""
+        try:
+            await change
+        except StoreUnavailableError as error:
+            raise RefusalError(503, "store_unavailable", f"{error}; nothing was changed, try again later") from error
 
     async def shutdown(self, _request: web.Request) -> web.Response:
         """End the daemon in good order."""
