@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from crash_verdict import Verdict, judge
 from failpoints import MINING, Point
@@ -73,7 +73,7 @@ STATUS = "/api/v1/pow/status"
 FAILPOINTS = Path(__file__).parent / "failpoints.py"
 BLOCK_SECONDS = 0.7
 LIFE_SECONDS = 20.0  # until a daemon that did not pass its fail point is killed from outside
-DRAIN_SECONDS = 300.0
+STALLED_SECONDS = 90.0  # without a delivery, at the end: more than the longest wait between two attempts
 
 Service = Literal["up", "frozen", "down"]
 """How the receiver is while the daemon runs; a frozen one accepts connections and is silent (SIGSTOP)."""
@@ -231,11 +231,13 @@ async def _drain(folder: Path, config: Path) -> None:
     """Run the daemon as usual: stop mining, deliver everything, end it with SIGTERM."""
     async with started(folder, "run", "--config", str(config)) as daemon:
         await call(daemon.url, "POST", "/api/v1/pow/stop")
-        deadline = time.monotonic() + DRAIN_SECONDS
-        while time.monotonic() < deadline:
-            body: dict[str, Any] = await call(daemon.url, "GET", STATUS)
-            if body["funnel"]["delivered"] == body["funnel"]["valid"]:
+        delivered, moved_at = -1, time.monotonic()
+        while time.monotonic() - moved_at < STALLED_SECONDS:
+            funnel: dict[str, int] = (await call(daemon.url, "GET", STATUS))["funnel"]
+            if funnel["delivered"] == funnel["valid"]:
                 break
+            if funnel["delivered"] > delivered:
+                delivered, moved_at = funnel["delivered"], time.monotonic()
             await asyncio.sleep(0.1)
         await daemon.end()
 
