@@ -79,14 +79,31 @@ async def polled(daemon: Daemon, chain: Chain, times: int) -> None:
 # A disk that takes nothing for a while
 
 
+LARGEST_FILE = 256 * 1024  # of a daemon whose disk is full
+
+
+async def fill_disk(daemon: Daemon, folder: Path) -> tuple[int, int]:
+    """Let a daemon that mines write its log, but nothing more to its store; returns its limits before."""
+    wal = folder / "outbox.db-wal"
+    await daemon.until(lambda _body: wal.exists() and wal.stat().st_size > 4 * LARGEST_FILE)
+    before = resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, (LARGEST_FILE, before[1]))
+    return before
+
+
+async def nothing_lost_or_doubled(folder: Path, url: str, more_than: int) -> None:
+    """Check that the receiver holds what the store says, and more proofs than there were."""
+    held = [(batch["block_hash"], nonce) for batch in await batches(url) for nonce in batch["nonces"]]
+    assert len(set(held)) == len(held)
+    assert sorted(held) == sorted(stored_proofs(folder))
+    assert len(held) > more_than
+    assert dense(folder)
+
+
 async def test_a_full_disk_holds_mining_until_it_takes_something_again(tmp_path: Path) -> None:
-    limit, wal = 256 * 1024, tmp_path / "outbox.db-wal"
     async with Chain().served() as chain, receiving(tmp_path) as url:
         async with running(config(tmp_path, chain.url, {"one": url}, round__r_target=2.0)) as daemon:
-            await daemon.until(lambda _body: wal.exists() and wal.stat().st_size > 4 * limit)
-            pid = daemon.process.pid
-            _, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, hard))
+            unlimited = await fill_disk(daemon, tmp_path)
             body = await daemon.until(reasons)
             assert "cannot be written" in reasons(body)[0]
             assert body["state"] == "IDLE"
@@ -98,9 +115,10 @@ async def test_a_full_disk_holds_mining_until_it_takes_something_again(tmp_path:
             with pytest.raises(AdminError, match="cannot be written"):  # nor can a stop be remembered
                 await call(daemon.url, "POST", "/api/v1/pow/stop")
             assert (await daemon.status())["state"] == "IDLE"
-            assert daemon.log.stat().st_size < limit / 4  # it is under the same limit, and was not meant
+            assert "store_released" not in [entry["action"] for entry in daemon.entries()]
+            assert daemon.log.stat().st_size < LARGEST_FILE / 4  # it is under the same limit, and was not meant
 
-            resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard, hard))
+            resource.prlimit(daemon.process.pid, resource.RLIMIT_FSIZE, unlimited)
             checked = body["funnel"]["checked"]
             await daemon.until(lambda body: body["funnel"]["checked"] > checked + 50 and not body["problems"])
             assert (await readiness(daemon))[0] == 200
@@ -108,11 +126,23 @@ async def test_a_full_disk_holds_mining_until_it_takes_something_again(tmp_path:
             await daemon.until(lambda body: body["funnel"]["delivered"] == body["funnel"]["valid"])
             assert (await daemon.status())["worker"]["restarts"] == 0
             assert await daemon.end() == 0
-        held = [(batch["block_hash"], nonce) for batch in await batches(url) for nonce in batch["nonces"]]
-    assert len(set(held)) == len(held)
-    assert sorted(held) == sorted(stored_proofs(tmp_path))
-    assert len(held) > checked
-    assert dense(tmp_path)
+        await nothing_lost_or_doubled(tmp_path, url, checked)
+
+
+async def test_a_daemon_can_be_stopped_while_its_disk_is_full(tmp_path: Path) -> None:
+    async with Chain().served() as chain, receiving(tmp_path) as url:
+        path = config(tmp_path, chain.url, {"one": url}, round__r_target=2.0)
+        async with running(path) as daemon:
+            await fill_disk(daemon, tmp_path)
+            checked = (await daemon.until(reasons))["funnel"]["checked"]
+            assert await daemon.end() == 0
+        async with running(path) as daemon:
+            assert (await daemon.status())["funnel"]["checked"] == checked
+            await daemon.until(lambda body: body["funnel"]["checked"] > checked)
+            await call(daemon.url, "POST", "/api/v1/pow/stop")
+            await daemon.until(lambda body: body["funnel"]["delivered"] == body["funnel"]["valid"])
+            assert await daemon.end() == 0
+        await nothing_lost_or_doubled(tmp_path, url, checked)
 
 
 def limit_pages(outbox: Outbox, more: int) -> None:
