@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import os
 import resource
+import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +34,8 @@ from pocd.miner import Miner
 from pocd.nonces import Node, Span
 from pocd.proof import Proof, Round
 from pocd.serving import listening
+from pocd.worker import messages
+from pocd.worker.messages import Heartbeat, Load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -143,6 +147,32 @@ async def test_a_daemon_can_be_stopped_while_its_disk_is_full(tmp_path: Path) ->
             await daemon.until(lambda body: body["funnel"]["delivered"] == body["funnel"]["valid"])
             assert await daemon.end() == 0
         await nothing_lost_or_doubled(tmp_path, url, checked)
+
+
+# The worker's child, on a disk that takes nothing.
+CHILD = """
+import resource
+from pocd.worker import child
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+child.main()
+"""
+
+
+def test_a_worker_on_a_full_disk_crashes_and_does_not_blame_the_configuration() -> None:
+    load = Load("bundled:tiny-llama", "float32", "cpu", "poc2", 16, 8)
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            worker = subprocess.Popen(
+                [sys.executable, "-c", CHILD, str(theirs.fileno())], pass_fds=(theirs.fileno(),), stderr=subprocess.PIPE
+            )
+        ours.sendall(messages.encode(load))
+        _, err = worker.communicate(timeout=60)
+        with ours.makefile("rb") as stream:
+            said = list(iter(lambda: messages.read(stream), None))
+    assert worker.returncode == 1, err
+    assert b"No usable temporary directory" in err
+    assert all(isinstance(message, Heartbeat) for message in said), said
 
 
 def limit_pages(outbox: Outbox, more: int) -> None:
