@@ -244,6 +244,8 @@ async def _drain(folder: Path, config: Path) -> None:
 
 async def crash(folder: Path, runs: list[Run], console: Console) -> Table:
     """Do all runs and the last one; returns what happened. `judge` tells whether it was well."""
+    if task := asyncio.current_task():
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # so that no process is left behind
     (folder / "secret").write_text(SECRET + "\n")
     config = folder / "pocd.toml"
     options = ("--port", "0", "--block-seconds", str(BLOCK_SECONDS))
@@ -297,6 +299,9 @@ def main() -> int:
             table = asyncio.run(crash(folder, plan(arguments.runs, arguments.seed), console))
         except (EndedError, AdminError) as error:
             console.print(f"wrong: {error}", soft_wrap=True)
+            return 1
+        except asyncio.CancelledError:
+            console.print("ended before its time")
             return 1
         return report(table, judge(folder / "outbox.db", folder / "receiver.db"), console)
 
