@@ -47,7 +47,7 @@ async def _store_failures(request: web.Request, handler: Handler) -> web.StreamR
     try:
         return await handler(request)
     except StoreUnavailableError as error:
-        raise RefusalError(503, "store_unavailable", str(error)) from error
+        raise RefusalError(503, "store_unavailable", f"{error}; nothing was changed, try again later") from error
     except TimeoutError as error:
         raise RefusalError(503, "store_busy", "the store did not answer in time; try again later") from error
 

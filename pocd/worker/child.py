@@ -12,6 +12,7 @@ import queue
 import signal
 import socket
 import sys
+import tempfile
 import threading
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -209,6 +210,7 @@ def work(link: Link, load: Load) -> None:
     """Load the model, report, and compute what is asked for until that fails."""
     if load.device == "cpu":
         os.nice(NICENESS)
+    tempfile.gettempdir()  # torch needs one; a full disk has none: a crash, to be tried again, not the model's fault
     model = load_model(load.model, dtype=load.dtype, device=load.device, revision=load.revision, seq_len=load.seq_len)
     batch_size = fitting_batch_size(model, load)
     link.send(
