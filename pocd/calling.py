@@ -6,15 +6,15 @@ import asyncio
 import contextlib
 import socket
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-Addresses = list[tuple[socket.AddressFamily, socket.SocketKind, int, str, tuple[str, int] | tuple[str, int, int, int]]]
+    Addresses = Sequence[tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]]  # the last for `getnameinfo`
 
 
 def open_session(timeout: aiohttp.ClientTimeout) -> aiohttp.ClientSession:
@@ -79,7 +79,9 @@ class ThreadResolver(AbstractResolver):
         def look_up() -> None:
             found: Addresses | OSError
             try:
-                found = self._getaddrinfo(host, port, type=socket.SOCK_STREAM, family=family, flags=socket.AI_ADDRCONFIG)
+                found = self._getaddrinfo(
+                    host, port, type=socket.SOCK_STREAM, family=family, flags=socket.AI_ADDRCONFIG
+                )
             except OSError as error:
                 found = error
             except UnicodeError as error:
