@@ -129,9 +129,7 @@ class Dispatcher:
     async def _record(self, delivery: PendingDelivery, outcome: Outcome) -> bool:
         """Store what came of an attempt; returns whether the receiver could not take it now."""
         name, faults, now = self.receiver.name, delivery.faults + outcome.fault, self._wall()
-        overtaken = outcome.fault and await self._outbox.persistently(
-            deliveries.is_overtaken, name, delivery.sequence
-        )
+        overtaken = outcome.fault and await self._outbox.persistently(deliveries.is_overtaken, name, delivery.sequence)
         decision = policy.decide(
             outcome,
             failures=self.state.failures + 1,
@@ -194,7 +192,10 @@ class Dispatcher:
                 deliveries.expire, self.receiver.name, queued_before=now - self._expire_after, now=now
             )
             expired, more = expired + count, count == deliveries.CHUNK
-        self._log.error("batches expired; they are kept", action="expired", batches=expired, after_s=self._expire_after)
+        if expired:
+            self._log.error(
+                "batches expired; they are kept", action="expired", batches=expired, after_s=self._expire_after
+            )
 
     async def _attempt(self, session: aiohttp.ClientSession, delivery: PendingDelivery) -> Outcome:
         timestamp = int(self._wall())
