@@ -14,7 +14,12 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from aiohttp import AddrInfoType
+
     Addresses = Sequence[tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]]  # the last for `getnameinfo`
+
+
+STUCK_SECONDS = 30.0  # after which the kernel ends a connection whose other side takes nothing
 
 
 def open_session(timeout: aiohttp.ClientTimeout) -> aiohttp.ClientSession:
@@ -22,12 +27,25 @@ def open_session(timeout: aiohttp.ClientTimeout) -> aiohttp.ClientSession:
     # IPv6 and IPv4 are tried in turn, as RFC 8305 says. Answers come uncompressed: nobody can send us a bomb.
     return aiohttp.ClientSession(
         timeout=timeout,
-        connector=aiohttp.TCPConnector(resolver=ThreadResolver()),
+        connector=aiohttp.TCPConnector(resolver=ThreadResolver(), socket_factory=_open_socket),
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,
         auto_decompress=False,
         headers={"Accept-Encoding": "identity"},
     )
+
+
+def _open_socket(address: AddrInfoType) -> socket.socket:
+    """Make a socket that does not outlive its use.
+
+    Closing a connection waits for what is written to it to be taken. A peer that stops reading in the middle of a
+    request would keep one socket of each attempt for ever, until there are none left.
+    """
+    family, kind, protocol, _, _ = address
+    opened = socket.socket(family, kind, protocol)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STUCK_SECONDS * 1000))
+    return opened
 
 
 class ThreadResolver(AbstractResolver):
