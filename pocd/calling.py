@@ -113,7 +113,10 @@ class ThreadResolver(AbstractResolver):
             else:
                 lookup.set_result(found)
 
-        threading.Thread(target=look_up, name=f"lookup {host}", daemon=True).start()
+        try:
+            threading.Thread(target=look_up, name=f"lookup {host}", daemon=True).start()
+        except RuntimeError as error:  # too many threads
+            report(OSError(f"{host!r} cannot be looked up: {error}"))
         return lookup
 
     def _finished(self, key: tuple[str, int, socket.AddressFamily], lookup: asyncio.Future[Addresses]) -> None:

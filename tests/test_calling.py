@@ -105,6 +105,18 @@ async def test_what_is_no_name_is_an_error_like_a_name_that_nobody_knows(host: s
         await soon(ThreadResolver().resolve(host, 80))
 
 
+async def test_no_thread_to_look_a_name_up_is_an_error_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    resolver = ThreadResolver()
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(OSError, match="cannot be looked up: can't start new thread"):
+        await soon(resolver.resolve("localhost", 80))
+    monkeypatch.undo()
+    assert await soon(resolver.resolve("localhost", 80))
+
+
 async def test_every_address_of_a_name_is_given() -> None:
     def system(*_: Any, **__: Any) -> calling.Addresses:  # noqa: ANN401 - the system's own
         kind = socket.SOCK_STREAM
