@@ -251,3 +251,18 @@ async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(30):
         while not condition():  # noqa: ASYNC110 - the kernel is watched
             await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize(("window", "most"), [(16 * 1024, 2 * 16 * 1024), (None, 2**30)])
+async def test_a_window_bounds_what_a_peer_may_send_before_it_is_looked_at(window: int | None, most: int) -> None:
+    """The kernel counts its own overhead in, and so doubles the number."""
+    async with serving() as server, open_session(TIMEOUT, window=window) as session:
+        server.answers.append(partial(web.Response, body=b"x" * 2**20))  # so that the connection is still in use
+        async with session.post(server.url, data=b"{}") as response:
+            assert response.connection is not None
+            assert response.connection.transport is not None
+            opened = response.connection.transport.get_extra_info("socket")
+            size = opened.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+            assert len(await response.read()) == 2**20
+    assert 0 < size <= most
+    assert (size > 2 * 16 * 1024) == (window is None)

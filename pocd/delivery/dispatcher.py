@@ -81,7 +81,7 @@ class Dispatcher:
     async def run(self) -> None:
         """Deliver until cancelled."""
         await self._unpark_elsewhere()
-        async with open_session(TIMEOUT) as session:
+        async with open_session(TIMEOUT, window=ANSWER_BYTES) as session:
             while True:
                 self._woken.clear()
                 wait = None if self.state.parked_at else policy.remaining_wait(self.state.next_at, self._wall())
