@@ -247,6 +247,8 @@ async def _read_answer(response: aiohttp.ClientResponse) -> bytes:
 
 
 def _describe(error: Exception) -> str:
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"no HTTP: {excerpt(error.message, 200)}"
     # An error's text that names the URL may show its credentials.
     name = type(error).__name__
     return name if "://" in str(error) else f"{name}: {excerpt(str(error), 200)}"
