@@ -6,29 +6,55 @@ import asyncio
 import contextlib
 import socket
 import threading
-from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
-Addresses = Sequence[tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]]
+    from aiohttp import AddrInfoType
+
+    Addresses = Sequence[tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]]  # the last for `getnameinfo`
 
 
-def open_session(timeout: aiohttp.ClientTimeout) -> aiohttp.ClientSession:
-    """Return a client for one peer, which shares nothing with those for others; the caller closes it."""
+STUCK_SECONDS = 30.0  # after which the kernel ends a connection whose other side takes nothing
+
+
+def open_session(timeout: aiohttp.ClientTimeout, *, window: int | None = None) -> aiohttp.ClientSession:
+    """Return a client for one peer, which shares nothing with those for others; the caller closes it.
+
+    Args:
+        timeout: Of each call.
+        window: Bytes that may arrive before they are looked at, for answers that are small; None for large ones. It
+            bounds how long a peer that floods us can keep our thread busy in one go.
+    """
     # IPv6 and IPv4 are tried in turn, as RFC 8305 says. Answers come uncompressed: nobody can send us a bomb.
     return aiohttp.ClientSession(
         timeout=timeout,
-        connector=aiohttp.TCPConnector(resolver=ThreadResolver()),
+        connector=aiohttp.TCPConnector(resolver=ThreadResolver(), socket_factory=partial(_open_socket, window)),
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,
         auto_decompress=False,
         headers={"Accept-Encoding": "identity"},
     )
+
+
+def _open_socket(window: int | None, address: AddrInfoType) -> socket.socket:
+    """Make a socket that does not outlive its use.
+
+    Closing a connection waits for what is written to it to be taken. A peer that stops reading in the middle of a
+    request would keep one socket of each attempt for ever, until there are none left.
+    """
+    family, kind, protocol, _, _ = address
+    opened = socket.socket(family, kind, protocol)
+    if window is not None:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STUCK_SECONDS * 1000))
+    return opened
 
 
 class ThreadResolver(AbstractResolver):
@@ -96,7 +122,10 @@ class ThreadResolver(AbstractResolver):
             else:
                 lookup.set_result(found)
 
-        threading.Thread(target=look_up, name=f"lookup {host}", daemon=True).start()
+        try:
+            threading.Thread(target=look_up, name=f"lookup {host}", daemon=True).start()
+        except RuntimeError as error:  # too many threads
+            report(OSError(f"{host!r} cannot be looked up: {error}"))
         return lookup
 
     def _finished(self, key: tuple[str, int, socket.AddressFamily], lookup: asyncio.Future[Addresses]) -> None:

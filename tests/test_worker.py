@@ -22,7 +22,8 @@ from processes import PATIENCE
 from safetensors.torch import load_file, save_file
 
 from pocd.compute.names import BUNDLED
-from pocd.delivery.outbox import Outbox, OutboxThread
+from pocd.delivery.outbox import Outbox
+from pocd.delivery.outbox_thread import OutboxThread
 from pocd.miner import Miner
 from pocd.nonces import Node, Progress
 from pocd.proof import Round

@@ -76,8 +76,9 @@ def record_failed(outbox: Outbox, receiver: str, batch: int, reason: str, *, fau
     """Remember a failed attempt, and when to ask `receiver` again; `fault`: the batch may be what it failed at."""
     with outbox.transaction():
         outbox.db.execute(
-            "UPDATE deliveries SET attempts = attempts + 1, faults = faults + ?, reason = ?"
-            " WHERE receiver = ? AND batch = ?",
+            # What was set aside meanwhile keeps the reason for that.
+            "UPDATE deliveries SET attempts = attempts + 1, faults = faults + ?,"
+            " reason = iif(state = 'pending', ?, reason) WHERE receiver = ? AND batch = ?",
             (fault, reason, receiver, batch),
         )
         outbox.db.execute(
@@ -101,7 +102,8 @@ def record_parked(outbox: Outbox, receiver: str, batch: int, reason: str, url: s
     """Remember that `receiver`, at the masked `url`, wants nothing any more. Its queue is kept."""
     with outbox.transaction():
         outbox.db.execute(
-            "UPDATE deliveries SET attempts = attempts + 1, reason = ? WHERE receiver = ? AND batch = ?",
+            "UPDATE deliveries SET attempts = attempts + 1, reason = iif(state = 'pending', ?, reason)"
+            " WHERE receiver = ? AND batch = ?",
             (reason, receiver, batch),
         )
         outbox.db.execute(

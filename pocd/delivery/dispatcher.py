@@ -81,7 +81,7 @@ class Dispatcher:
     async def run(self) -> None:
         """Deliver until cancelled."""
         await self._unpark_elsewhere()
-        async with open_session(TIMEOUT) as session:
+        async with open_session(TIMEOUT, window=ANSWER_BYTES) as session:
             while True:
                 self._woken.clear()
                 wait = None if self.state.parked_at else policy.remaining_wait(self.state.next_at, self._wall())
@@ -192,7 +192,10 @@ class Dispatcher:
                 deliveries.expire, self.receiver.name, queued_before=now - self._expire_after, now=now
             )
             expired, more = expired + count, count == deliveries.CHUNK
-        self._log.error("batches expired; they are kept", action="expired", batches=expired, after_s=self._expire_after)
+        if expired:
+            self._log.error(
+                "batches expired; they are kept", action="expired", batches=expired, after_s=self._expire_after
+            )
 
     async def _attempt(self, session: aiohttp.ClientSession, delivery: PendingDelivery) -> Outcome:
         timestamp = int(self._wall())
@@ -244,6 +247,8 @@ async def _read_answer(response: aiohttp.ClientResponse) -> bytes:
 
 
 def _describe(error: Exception) -> str:
+    if isinstance(error, aiohttp.ClientResponseError):
+        return f"no HTTP: {excerpt(error.message, 200)}"
     # An error's text that names the URL may show its credentials.
     name = type(error).__name__
     return name if "://" in str(error) else f"{name}: {excerpt(str(error), 200)}"
