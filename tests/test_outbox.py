@@ -1,11 +1,9 @@
 """The store over real SQLite files: what is committed is there, once, whatever ends the process."""
 
 import asyncio
-import shutil
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -15,17 +13,13 @@ from pathlib import Path
 
 import orjson
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pocd.delivery import deliveries
 from pocd.delivery.deliveries import PendingDelivery, next_pending, record_delivered, record_failed
 from pocd.delivery.outbox import KnownChain, Outbox, Queue, ReceiverState, RoundProgress, Totals
 from pocd.delivery.outbox_thread import OutboxThread
 from pocd.delivery.schema import APPLICATION_ID, VERSION
-from pocd.delivery.store import StoreError, StoreUnavailableError
-from pocd.nonces import Ledger, Node, Progress, Span
+from pocd.delivery.store import StoreError
+from pocd.nonces import Node, Progress, Span
 from pocd.proof import Proof, ProofBatch, Round
 
 NOW = 1_700_000_000.0
@@ -584,9 +578,9 @@ def test_a_batch_holds_proofs_of_one_round_and_one_node_only(outbox: Outbox) -> 
         outbox.commit_span(round_, node, Span(0, 2), proofs, WEIGHTS, NOW)
         expected.append(ProofBatch(round_, node.id, WEIGHTS, tuple(proofs)))
     form(outbox, "a", current=None)
-    deliveries = drain(outbox, "a")
-    assert [delivery.id for delivery in deliveries] == [batch.id for batch in expected]
-    assert [delivery.body for delivery in deliveries] == [batch.to_json() for batch in expected]
+    accepted = drain(outbox, "a")
+    assert [delivery.id for delivery in accepted] == [batch.id for batch in expected]
+    assert [delivery.body for delivery in accepted] == [batch.to_json() for batch in expected]
 
 
 def test_without_receivers_proofs_wait_for_one(path: Path, outbox: Outbox) -> None:
@@ -663,6 +657,65 @@ def test_batches_are_kept_after_their_delivery(path: Path, outbox: Outbox) -> No
         assert again.queues == {"a": Queue(0, 0, 1, 3)}
 
 
+def test_each_receiver_counts_its_own_messages_without_a_gap(outbox: Outbox) -> None:
+    commit(outbox, 0, 2)
+    form(outbox, "a", size=1)
+    commit(outbox, 2, 4)
+    form(outbox, "a", "b", size=1)
+    assert [delivery.sequence for delivery in drain(outbox, "a")] == [1, 2, 3, 4]
+    assert [delivery.sequence for delivery in drain(outbox, "b")] == [1, 2]
+
+
+# Blocks that are replaced
+
+
+def test_the_chain_and_its_greatest_height_are_remembered(path: Path, outbox: Outbox) -> None:
+    assert outbox.chain is None
+    outbox.remember_head("chain-1", 7)
+    outbox.remember_head("chain-1", 9)
+    outbox.close()
+    with opened(path) as again:
+        assert again.chain == KnownChain("chain-1", 9)
+
+
+def test_what_a_replaced_round_found_is_withdrawn_and_comes_back_with_its_block(outbox: Outbox) -> None:
+    commit(outbox, 0, 3)
+    form(outbox, "a", "b", size=1)
+    sent = next_pending(outbox, "a")
+    assert sent is not None
+    record_delivered(outbox, "a", sent.batch, NOW)
+    commit(outbox, 3, 4)  # in no batch yet
+    outbox.replace_round(ROUND, "block replaced", withdraw=True, now=NOW)
+    assert outbox.recent_rounds(10) == []
+    assert next_pending(outbox, "a") is next_pending(outbox, "b") is None
+    form(outbox, "a", "b", current=None)
+    assert next_pending(outbox, "a") is None, "a late find is withdrawn too"
+    assert outbox.totals == recount(outbox) == Totals(4, 4, 4, withdrawn=4)
+
+    outbox.begin_round(ROUND, NODE, NOW)
+    assert outbox.recent_rounds(10) == [ROUND]
+    assert [nonces_of(delivery.body) for delivery in drain(outbox, "a")] == [[4], [7], [10]]
+    assert [nonces_of(delivery.body) for delivery in drain(outbox, "b")] == [[1], [4], [7], [10]]
+    assert outbox.totals == recount(outbox) == Totals(4, 4, 4, delivered=4)
+
+
+def test_what_a_replaced_round_found_is_sent_where_that_is_wanted(outbox: Outbox) -> None:
+    commit(outbox, 0, 1)
+    form(outbox, "a", size=1)
+    commit(outbox, 1, 2)
+    outbox.replace_round(ROUND, "block replaced", withdraw=False, now=NOW)
+    outbox.form_batches(["a"], size=9, age=1.0, now=NOW, current=None, withdraw=False)
+    assert [nonces_of(delivery.body) for delivery in drain(outbox, "a")] == [[1], [4]]
+
+
+def test_rounds_are_told_from_the_greatest_height_down(outbox: Outbox) -> None:
+    outbox.begin_round(NEXT, NODE, NOW)
+    assert outbox.recent_rounds(10) == [NEXT, ROUND]
+    assert outbox.recent_rounds(1) == [NEXT]
+    outbox.replace_round(NEXT, "block replaced", withdraw=True, now=NOW)
+    assert outbox.recent_rounds(10) == [ROUND]
+
+
 # The thread
 
 
@@ -720,5 +773,3 @@ async def test_closing_the_thread_finishes_what_was_asked_and_frees_the_file(pat
     with opened(path) as again:
         (rounds,) = again.db.execute("SELECT count(*) FROM rounds").fetchone()
         assert rounds == 2
-
-
