@@ -58,6 +58,7 @@ DELIVER_SECONDS = 5.0  # for the last deliveries
 REPORT_SECONDS = 60.0  # between two log lines with the funnel
 STATUS_SECONDS = 10.0  # between two STATUS= lines to the service manager
 CHAIN_TIMEOUT = aiohttp.ClientTimeout(total=60)  # far above what a call to a node takes with its own limits
+CONFIRMATIONS = 12  # of an EVM chain, where the configuration names none
 KNOWN_ROUNDS = 256  # whose block hashes are held against what nodes say after a restart
 
 
@@ -126,9 +127,10 @@ async def _chain(
             f"chain.id is {chain.id}, but the store {settings.store.path} belongs to chain {known.chain_id}; "
             "another chain needs another store.path"
         )
+    confirmations = CONFIRMATIONS if chain.confirmations is None else chain.confirmations
     attempts = 1 if len(sessions) > 1 else 3  # with several nodes the next one is the second attempt
     sources: list[ChainSource] = [
-        EVM(rpc, confirmations=chain.confirmations) if chain.kind == "evm" else CometBFT(rpc)
+        EVM(rpc, confirmations=confirmations) if chain.kind == "evm" else CometBFT(rpc)
         for rpc in (Rpc(session, url, attempts=attempts) for session, url in zip(sessions, chain.urls, strict=True))
     ]
     rounds = await outbox(Outbox.recent_rounds, KNOWN_ROUNDS)
@@ -183,7 +185,7 @@ class Daemon:
         round_ = settings.round
         node = Node(settings.node.node_id, settings.node.node_count)
         miner = Miner(outbox, node, paused=outbox.outbox.paused, clock=clock.monotonic, wall=clock.wall)
-        withdraw = settings.chain.replaced_blocks == "withdraw"
+        withdraw = settings.chain.replaced_blocks != "deliver"
         self._scheduler = RoundScheduler(
             source,
             miner,

@@ -118,14 +118,14 @@ class ChainSettings(_Section):
     urls: list[HttpUrl] = Field(min_length=1)
     id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     poll_interval: float = Field(default=2.0, gt=0, le=3600)
-    confirmations: int = Field(default=12, ge=0, le=10_000)
-    replaced_blocks: Literal["withdraw", "deliver"] = "withdraw"
+    confirmations: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    replaced_blocks: Literal["withdraw", "deliver"] | None = None
 
     @model_validator(mode="after")
     def _reorganisations_are_of_evm(self) -> Self:
-        given = self.model_fields_set & {"confirmations", "replaced_blocks"}
-        if self.kind != "evm" and given:
-            raise ValueError(f'{" and ".join(sorted(given))} can be set for kind "evm" only: others do not reorganise')
+        for name in ("confirmations", "replaced_blocks"):
+            if self.kind != "evm" and getattr(self, name) is not None:
+                raise ValueError(f'{name} can be set for kind "evm" only: other chains do not reorganise')
         return self
 
 

@@ -85,6 +85,11 @@ def everything_set() -> str:
     return re.sub(r"^# (?=\[\[|\w+ = )", "", SHIPPED.read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
+def everything_set_for_evm() -> str:
+    """The shipped file with everything set, for the kind of chain that has all of it."""
+    return everything_set().replace('kind = "cometbft"', 'kind = "evm"')
+
+
 def test_the_shipped_file_shows_every_key_and_no_other() -> None:
     assert leaves(tomllib.loads(everything_set())).keys() == fields(Settings).keys()
 
@@ -95,7 +100,8 @@ def test_the_shipped_file_shows_the_defaults() -> None:
     required = {name for name, field in code.items() if field.is_required()}
     unset = {name for name, field in code.items() if not field.is_required() and field.get_default() is None}
     assert required == {"node.public_key", "chain.urls"}
-    assert unset == {"admin.token_file", "model.revision"}
+    evm = {"chain.confirmations", "chain.replaced_blocks"}
+    assert unset == {"admin.token_file", "model.revision", "chain.id"} | evm
     assert shown.keys() == code.keys() - unset
     for name in shown.keys() - required:
         default = code[name].get_default()
@@ -118,7 +124,7 @@ def test_the_shipped_file_loads_to_the_defaults(tmp_path: Path) -> None:
 
 
 def test_the_shipped_file_loads_with_everything_set(tmp_path: Path) -> None:
-    settings = load(written(tmp_path, everything_set()))
+    settings = load(written(tmp_path, everything_set_for_evm()))
     assert settings.admin.token_file == Path("/etc/pocd/token")
     assert [(receiver.name, receiver.secret_file) for receiver in settings.delivery.receivers] == [
         ("main", Path("/etc/pocd/receiver-secret"))
@@ -309,7 +315,7 @@ def test_a_variable_that_names_no_key_is_refused(tmp_path: Path, monkeypatch: py
 
 
 def test_what_is_shown_loads_again_and_is_equal(tmp_path: Path) -> None:
-    settings = load(written(tmp_path, everything_set()))
+    settings = load(written(tmp_path, everything_set_for_evm()))
     assert load(written(tmp_path, to_toml(settings))) == settings
 
 
@@ -345,3 +351,41 @@ def test_credentials_are_never_shown(tmp_path: Path) -> None:
     assert SECRET not in shown
     assert 'urls = ["http://***@chain.example:26657/rpc"]' in shown
     assert 'url = "https://***@receiver.example"' in shown
+
+
+# Secrets by credential, and keys of one kind of chain.
+
+
+def test_a_credential_is_the_file_that_systemd_made_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, GOOD + '[admin]\ntoken_file = "credential:token"\n')
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials/pocd.service")
+    assert load(path).admin.token_file == Path("/run/credentials/pocd.service/token")
+    path = written(
+        tmp_path,
+        f'{GOOD}[delivery]\nreceivers = [{{ name = "a", url = "http://a", secret_file = "credential:key.1" }}]\n',
+    )
+    assert load(path).delivery.receivers[0].secret_file == Path("/run/credentials/pocd.service/key.1")
+
+
+def test_a_credential_outside_of_systemd_is_refused_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
+    text = refusal(written(tmp_path, GOOD + '[admin]\ntoken_file = "credential:token"\n'))
+    assert "admin.token_file" in text
+    assert "LoadCredential=token:FILE" in text
+
+
+@pytest.mark.parametrize("name", ["", "..", "a/b", "a b"])
+def test_a_credentials_name_leads_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials/pocd.service")
+    text = refusal(written(tmp_path, f'{GOOD}[admin]\ntoken_file = "credential:{name}"\n'))
+    assert "takes a name of letters" in text
+
+
+@pytest.mark.parametrize("line", ["confirmations = 1", 'replaced_blocks = "deliver"'])
+def test_what_only_one_kind_of_chain_has_is_refused_for_another(tmp_path: Path, line: str) -> None:
+    text = refusal(written(tmp_path, f"{GOOD}{line}\n"))
+    assert f'{line.partition(" ")[0]} can be set for kind "evm" only' in text
+    settings = load(written(tmp_path, f'{GOOD}kind = "evm"\n{line}\n'))
+    assert settings.chain.kind == "evm"

@@ -7,7 +7,6 @@ catching up. What should run is a pure function of the head (docs/protocol.md se
 from __future__ import annotations
 
 import asyncio
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -78,7 +77,7 @@ async def follow(
     on_head: Callable[[Head], Awaitable[None]],
     health: ChainHealth,
     log: FilteringBoundLogger,
-    clock: Callable[[], float] = time.time,
+    clock: Callable[[], float],
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> None:
     """Poll `source` until cancelled and pass every head on (docs/protocol.md section 8).
