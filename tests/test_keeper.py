@@ -243,12 +243,26 @@ async def test_a_store_that_takes_nothing_holds_mining_and_goes_on_by_itself(
     await keeper.look()
     assert miner.held is not None, "a mebibyte does not fit either"
     await outbox(limit, 2**30)
-    await keeper.look()
+    await miner.hold("the disk is full")
+    with capture_logs() as logs:
+        await keeper.look()
     assert miner.held is None
+    assert [entry["action"] for entry in logs] == ["store_released"]
     again = await miner.lease(20_000)
     assert again.span == lease.span
     await miner.complete(again, [1.0] * 20_000, "f00d")
     assert outbox.outbox.totals == Totals(checked=20_000, valid=20_000)
+
+
+async def test_a_hold_that_is_over_at_the_next_look_is_told_all_the_same(keeper: Keeper, miner: Miner) -> None:
+    await miner.hold("the disk is full")
+    with capture_logs() as logs:
+        await keeper.look()
+    assert miner.held is None
+    assert [(entry["action"], entry.get("cause")) for entry in logs] == [
+        ("store_held", "the disk is full"),
+        ("store_released", None),
+    ]
 
 
 @pytest.mark.parametrize(

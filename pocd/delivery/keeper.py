@@ -102,6 +102,7 @@ class Keeper:
 
     async def look(self) -> None:
         """Prune and expire what is due, and hold mining or let it go on."""
+        self._tell(self._miner.held)  # a commit that failed has held it since the last look
         jump = self._jumps.jump()
         if jump:
             self._log.warning("the wall clock was set", action="clock_jump", seconds=round(jump, 1))
