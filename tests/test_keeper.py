@@ -154,7 +154,7 @@ async def test_a_backlog_is_pruned_and_expired_whole(
     outbox: OutboxThread, keeper: Keeper, times: Times, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deliveries, "CHUNK", 2)
-    monkeypatch.setattr(upkeep, "CHUNK", 2)
+    monkeypatch.setattr(upkeep, "PRUNED_BATCHES", 2)
     for _ in range(5):
         await store(outbox, "gone")
     times.go_on(2 * WEEK)

@@ -6,6 +6,7 @@ import asyncio
 import math
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pocd.clock import Clock, JumpDetector
@@ -102,7 +103,8 @@ class Keeper:
 
     async def look(self) -> None:
         """Prune and expire what is due, and hold mining or let it go on."""
-        self._tell(self._miner.held)  # a commit that failed has held it since the last look
+        held = self._miner.held
+        self._tell(held)  # a commit that failed may have held it since the last look
         jump = self._jumps.jump()
         if jump:
             self._log.warning("the wall clock was set", action="clock_jump", seconds=round(jump, 1))
@@ -113,11 +115,13 @@ class Keeper:
             await self._repeat(upkeep.prune_rounds)
             await self._expire_unserved()
             reason = await self._shortage()
-            if self._miner.held and reason is None:
+            if held and reason is None:
                 await self._outbox(upkeep.probe)
         except StoreUnavailableError as error:
             reason = str(error)
-        if reason != self._miner.held:
+        if reason is None and self._miner.held != held:
+            return  # a commit failed meanwhile: the next look finds out whether it can be made
+        if reason != held:
             await self._miner.hold(reason)
         self._tell(reason)
 
@@ -152,9 +156,8 @@ class Keeper:
 
     async def _repeat(self, method: Callable[..., int], *args: object) -> int:
         """Do a bounded piece of upkeep until nothing is left of it; others get their turn between."""
-        total, count = 0, deliveries.CHUNK
-        while count == deliveries.CHUNK:
-            count = await self._outbox(method, *args)
+        total = 0
+        while count := await self._outbox(method, *args):
             total += count
         return total
 
@@ -165,11 +168,8 @@ class Keeper:
         for name, queue in self._outbox.outbox.queues.items():
             if name in served or not queue.pending_batches:
                 continue
-            expired, count = 0, deliveries.CHUNK
-            while count == deliveries.CHUNK:
-                count = await self._outbox(
-                    deliveries.expire, name, queued_before=now - self._limits.expire_after, now=now
-                )
-                expired += count
+            expired = await self._repeat(
+                partial(deliveries.expire, receiver=name, queued_before=now - self._limits.expire_after, now=now)
+            )
             if expired:
                 self._log.error("batches expired; they are kept", action="expired", receiver=name, batches=expired)

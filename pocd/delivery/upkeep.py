@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 KEPT_ROUNDS = 1000
 """Rounds whose progress is kept though nothing found in them is in the store any more."""
 
+PRUNED_BATCHES = 100  # in one transaction: each may hold megabytes
 PROBE_BYTES = 2**20
 
 
@@ -22,12 +23,12 @@ def prune_delivered(outbox: Outbox, before: float) -> int:
     """Delete what every receiver accepted, or was purged from, and last changed before a time, oldest first.
 
     Returns:
-        How many batches, at most `CHUNK`; with that many, call again.
+        How many batches, at most `PRUNED_BATCHES`; call again until there is none.
     """
     old = outbox.db.execute(
         "SELECT number FROM batches WHERE state IN ('delivered', 'purged') AND changed_at < ?"
         " ORDER BY changed_at LIMIT ?",
-        (before, CHUNK),
+        (before, PRUNED_BATCHES),
     ).fetchall()
     if old:
         with outbox.transaction():
@@ -39,7 +40,7 @@ def prune_rounds(outbox: Outbox) -> int:
     """Delete the progress of rounds long past, of which the store holds neither proofs nor batches.
 
     Returns:
-        How many rounds, at most `CHUNK`; with that many, call again.
+        How many rounds, at most `CHUNK`; call again until there is none.
     """
     old = outbox.db.execute(
         "SELECT number FROM rounds WHERE number <= (SELECT max(number) FROM rounds) - ?"
