@@ -101,10 +101,10 @@ async def mine_in_turns(options: argparse.Namespace, folder: Path) -> dict[str, 
         receiver = await stack.enter_async_context(
             started(folder, "receiver", "--port", "0", "--store", str(folder / "receiver.db"))
         )
-        receivers = {"none": "", "reference receiver": f'{{ name = "local", url = "{receiver.url}" }}'}
+        receivers = {"none": "", "reference": f'{{ name = "local", url = "{receiver.url}" }}'}
         miners = {}
         for name, value in receivers.items():
-            home = folder / name.partition(" ")[0]
+            home = folder / name
             home.mkdir()
             config = home / "pocd.toml"
             config.write_text(
