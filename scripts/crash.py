@@ -72,7 +72,7 @@ SECRET = "whsec_Y3Jhc2ggcnVucyBuZWVkIG5vIHNlY3JldCB3b3J0aCBrZWVwaW5n"  # noqa: S
 STATUS = "/api/v1/pow/status"
 FAILPOINTS = Path(__file__).parent / "failpoints.py"
 BLOCK_SECONDS = 0.7
-LIFE_SECONDS = 20.0  # until a daemon that did not pass its fail point is killed from outside
+LIFE_SECONDS = 60.0  # until a daemon that did not pass its fail point is killed from outside
 STALLED_SECONDS = 90.0  # without a delivery, at the end: more than the longest wait between two attempts
 
 Service = Literal["up", "frozen", "down"]
