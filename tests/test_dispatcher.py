@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
 
+import aiohttp
 import orjson
 import pytest
 import structlog
@@ -14,6 +15,8 @@ from aiohttp import web
 from delivering import NOW, Bench, Server, expected, prepared, running, sent, serving, soon, talking
 from standardwebhooks import Webhook, WebhookVerificationError
 
+from pocd.calling import open_session
+from pocd.delivery import dispatcher as module
 from pocd.delivery import policy
 from pocd.delivery.outbox import ReceiverState
 from pocd.delivery.signing import WebhookKeys
@@ -323,6 +326,23 @@ async def test_the_end_of_an_endless_answer_is_not_waited_for(bench: Bench, stat
             await soon(dispatcher.settled.wait())
             await soon(hung_up.wait())
     assert (await bench.head() is None) == accepted
+
+
+async def test_no_more_may_arrive_unread_than_is_read(
+    bench: Bench, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a flood costs the other receivers: see the zoo, where it is slow to show."""
+    windows = []
+
+    def watched(timeout: aiohttp.ClientTimeout, *, window: int) -> aiohttp.ClientSession:
+        windows.append(window)
+        return open_session(timeout, window=window)
+
+    monkeypatch.setattr(module, "open_session", watched)
+    await bench.store(1, "a")
+    async with running(bench.dispatcher(server.url)):
+        await server.take(1)
+    assert windows == [module.ANSWER_BYTES]
 
 
 @pytest.mark.parametrize(
