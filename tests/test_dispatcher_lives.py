@@ -1,8 +1,9 @@
-"""Delivery to several receivers, across restarts, and while the store takes nothing."""
+"""Delivery to several receivers, across restarts, and while the store takes nothing; what is kept of an answer."""
 
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +156,23 @@ async def test_what_was_accepted_is_recorded_though_the_daemon_stops_and_the_sto
                 await asyncio.sleep(0)
     may_go_on.set()
     assert await bench.states() == ["delivered"]
+
+
+async def test_an_answer_is_read_for_its_beginning_only(bench: Bench, server: Server) -> None:
+    await bench.store(1, "a")
+    server.answers.append(partial(web.Response, status=400, body=b"x" * 2**20))
+    dispatcher = bench.dispatcher(server.url)
+    async with running(dispatcher):
+        await soon(dispatcher.settled.wait())
+    (dead,) = await bench.letters()
+    assert dead.reason == "refused: HTTP 400: " + "x" * 200 + "…"
+
+
+async def test_the_url_of_a_parked_receiver_is_stored_without_its_credentials(bench: Bench, server: Server) -> None:
+    await bench.store(1, "a")
+    server.then(410)
+    dispatcher = bench.dispatcher(server.url.replace("http://", "http://user:hunter2@"))
+    async with running(dispatcher):
+        await server.take(1)
+        await soon(dispatcher.settled.wait())
+    assert bench.receiver().parked_url == server.url.replace("http://", "http://***@")
