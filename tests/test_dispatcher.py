@@ -6,8 +6,8 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
+import aiohttp
 import orjson
 import pytest
 import structlog
@@ -15,9 +15,10 @@ from aiohttp import web
 from delivering import NOW, Bench, Server, expected, prepared, running, sent, serving, soon, talking
 from standardwebhooks import Webhook, WebhookVerificationError
 
+from pocd.calling import open_session
+from pocd.delivery import dispatcher as module
 from pocd.delivery import policy
-from pocd.delivery.deliveries import record_delivered
-from pocd.delivery.outbox import Queue, ReceiverState
+from pocd.delivery.outbox import ReceiverState
 from pocd.delivery.signing import WebhookKeys
 
 OLD, NEW, OTHER = ("whsec_" + base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2, 3))
@@ -327,6 +328,23 @@ async def test_the_end_of_an_endless_answer_is_not_waited_for(bench: Bench, stat
     assert (await bench.head() is None) == accepted
 
 
+async def test_no_more_may_arrive_unread_than_is_read(
+    bench: Bench, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a flood costs the other receivers: see the zoo, where it is slow to show."""
+    windows = []
+
+    def watched(timeout: aiohttp.ClientTimeout, *, window: int) -> aiohttp.ClientSession:
+        windows.append(window)
+        return open_session(timeout, window=window)
+
+    monkeypatch.setattr(module, "open_session", watched)
+    await bench.store(1, "a")
+    async with running(bench.dispatcher(server.url)):
+        await server.take(1)
+    assert windows == [module.ANSWER_BYTES]
+
+
 @pytest.mark.parametrize(
     "url", ["http://user:hunter2@127.0.0.1:1", "http://user:hunter2@[::bad", "http://a..b/hunter2"]
 )
@@ -358,106 +376,3 @@ async def test_neither_logs_nor_reasons_tell_the_secret_or_the_url_s_credentials
     told = repr((logs, await bench.letters(), dispatcher.state, dispatcher.alarm, dispatcher.receiver.keys))
     for secret in ("hunter2", NEW.removeprefix("whsec_"), str(bytes([2]) * 32), request.headers["webhook-signature"]):
         assert secret not in told
-
-
-# Several receivers, several lives
-
-
-async def test_a_dead_receiver_does_not_delay_another(bench: Bench, server: Server) -> None:
-    asked = asyncio.Event()
-
-    async def talk(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
-        asked.set()
-        await reader.read()
-
-    batches = await bench.store(5, "dead", "alive")
-    async with talking(talk) as url:
-        dead, alive = bench.dispatcher(url, "dead"), bench.dispatcher(server.url, "alive")
-        async with running(dead):
-            await soon(asked.wait())
-            async with running(alive):
-                assert sent(await server.take(5)) == expected(batches)
-                await soon(alive.settled.wait())
-            assert not dead.settled.is_set()
-    queues = bench.outbox.outbox.queues
-    assert queues["alive"] == Queue(delivered_batches=5, delivered_nonces=10)
-    assert queues["dead"] == Queue(pending_batches=5, pending_nonces=10)
-    assert bench.outbox.outbox.totals.delivered == 0
-
-
-async def test_a_retry_goes_on_after_a_restart_where_it_stood(path: Path, server: Server) -> None:
-    server.then(500, 500)
-    with prepared(path) as bench:
-        batches = await bench.store(2, "a")
-        dispatcher = bench.dispatcher(server.url)
-        async with running(dispatcher):
-            await server.take(1)
-            await soon(dispatcher.settled.wait())
-            await bench.step(dispatcher)
-            await server.take(1)
-
-    with prepared(path) as again:
-        assert again.receiver().failures == 2
-        assert again.receiver().next_at == NOW + 3
-        assert await again.faults() == [2, 0]
-        again.wall.now = NOW + 2.9
-        dispatcher = again.dispatcher(server.url)
-        async with running(dispatcher):
-            await soon(dispatcher.settled.wait())
-            assert server.requests.empty(), "its time has not come"
-            again.wall.now = NOW + 3
-            dispatcher.wake()
-            assert sent(await server.take(2)) == expected(batches)
-
-
-async def test_an_attempt_that_was_cut_off_is_made_again(bench: Bench, server: Server) -> None:
-    asked = asyncio.Event()
-
-    async def talk(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
-        asked.set()
-        await reader.read()
-
-    batches = await bench.store(1, "a")
-    async with talking(talk) as url, running(bench.dispatcher(url)):
-        await soon(asked.wait())
-    async with running(bench.dispatcher(server.url)):
-        assert sent(await server.take(1)) == expected(batches)
-
-
-FULL = """
-CREATE TEMP TRIGGER large_writes AFTER UPDATE OF changed_at ON deliveries
-BEGIN INSERT OR REPLACE INTO meta VALUES ('ballast', hex(zeroblob(100000))); END"""
-
-
-async def test_a_batch_is_not_sent_again_while_the_full_disk_does_not_take_that_it_was_accepted(
-    bench: Bench, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tries = asyncio.Queue[None]()
-    loop = asyncio.get_running_loop()
-
-    def watched(*arguments: Any) -> None:  # noqa: ANN401 - passed on
-        loop.call_soon_threadsafe(tries.put_nowait, None)
-        record_delivered(*arguments)
-
-    monkeypatch.setattr("pocd.delivery.deliveries.record_delivered", watched)
-    monkeypatch.setattr("pocd.delivery.outbox_thread.AGAIN_SECONDS", 0.001)
-    batches = await bench.store(2, "a")
-    db = bench.outbox.outbox.db
-    (pages,) = await bench.outbox(lambda _: db.execute("PRAGMA page_count").fetchone())
-    await bench.outbox(lambda _: db.execute(FULL))
-    await bench.outbox(lambda _: db.execute(f"PRAGMA max_page_count = {pages}").fetchone())
-
-    dispatcher = bench.dispatcher(server.url)
-    async with running(dispatcher):
-        assert sent(await server.take(1)) == expected(batches[:1])
-        for _ in range(5):
-            await soon(tries.get())
-        dispatcher.wake()
-        assert await bench.states() == ["pending", "pending"]
-        assert server.requests.empty()
-
-        await bench.outbox(lambda _: db.execute(f"PRAGMA max_page_count = {10 * pages + 100}").fetchone())
-        assert sent(await server.take(1)) == expected(batches[1:])
-        await soon(dispatcher.settled.wait())
-    assert await bench.states() == ["delivered", "delivered"]
-    assert server.requests.empty()

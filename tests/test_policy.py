@@ -1,6 +1,7 @@
 """What becomes of a batch, and when to try again: pure decisions, held to their bounds for every input."""
 
 import random
+import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from math import isfinite
@@ -220,6 +221,14 @@ def test_the_date_of_the_standard_is_understood_in_all_three_forms() -> None:
     for text in ("Sun, 06 Nov 1994 08:49:37 GMT", "Sunday, 06-Nov-94 08:49:37 GMT", "Sun Nov  6 08:49:37 1994"):
         assert parse_retry_after(text, before) == 37.0
         assert parse_retry_after(text, NOW.timestamp()) == 0.0, "long past"
+
+
+def test_a_date_without_a_zone_is_not_of_the_host_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("TZ", "Asia/Tokyo")
+        time.tzset()
+        assert parse_retry_after("Tue Jul 14 09:30:05 2026", NOW.timestamp()) == 5.0
+    time.tzset()
 
 
 def test_a_date_that_names_another_zone_is_taken_at_its_word() -> None:
