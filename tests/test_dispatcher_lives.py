@@ -1,6 +1,7 @@
 """Delivery to several receivers, across restarts, and while the store takes nothing; what is kept of an answer."""
 
 import asyncio
+import base64
 import threading
 from collections.abc import AsyncIterator, Iterator
 from functools import partial
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from aiohttp import web
 from delivering import NOW, Bench, Server, expected, prepared, running, sent, serving, soon, talking
 
@@ -176,3 +178,52 @@ async def test_the_url_of_a_parked_receiver_is_stored_without_its_credentials(be
         await server.take(1)
         await soon(dispatcher.settled.wait())
     assert bench.receiver().parked_url == server.url.replace("http://", "http://***@")
+
+
+async def test_a_receiver_that_sends_back_the_request_tells_nobody_its_credentials(
+    bench: Bench, server: Server
+) -> None:
+    """As debugging services do. What is shown of an answer is shown without what was sent in confidence."""
+    await bench.store(1, "a")
+    url = server.url.replace("http://", "http://user:hunter%402@")
+    sent_along = base64.b64encode(b"user:hunter@2").decode()
+
+    def echo() -> web.Response:
+        return web.Response(status=400, text=f"you sent Basic {sent_along}, user:hunter@2 or hunter%402")
+
+    server.answers.append(echo)
+    with structlog.testing.capture_logs() as logs:
+        async with running(bench.dispatcher(url)):
+            (request,) = await server.take(1)
+            while await bench.head():
+                await asyncio.sleep(0)
+    assert request.headers["authorization"] == f"Basic {sent_along}"
+    (letter,) = await bench.letters()
+    assert letter.reason == "refused: HTTP 400: you sent Basic ***, *** or ***"
+    assert not [secret for secret in ("hunter", sent_along) if secret in repr(logs)]
+
+
+async def test_what_nobody_foresaw_is_a_failure_like_any_other(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A receiver must not be able to end the daemon, whatever it makes the client library raise."""
+    await bench.store(1, "a")
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug in a parser")
+
+    monkeypatch.setattr("aiohttp.ClientSession.post", fail)
+    dispatcher = bench.dispatcher("http://127.0.0.1:1")
+    with structlog.testing.capture_logs() as logs:
+        async with running(dispatcher):
+            await soon(dispatcher.settled.wait())
+    assert dispatcher.state.error == "unforeseen RuntimeError: a bug in a parser"
+    assert [entry["action"] for entry in logs] == ["delivery_bug", "delivery_retry"]
+
+
+async def test_a_redirect_says_where_to_without_its_secrets(bench: Bench, server: Server) -> None:
+    await bench.store(1, "a")
+    location = {"Location": "https://user:hunter2@elsewhere.example/generated?key=hunter2"}
+    server.answers.append(partial(web.Response, status=307, headers=location))
+    dispatcher = bench.dispatcher(server.url)
+    async with running(dispatcher):
+        await soon(dispatcher.settled.wait())
+    assert dispatcher.state.error == "HTTP 307 to https://***@elsewhere.example/generated?key=***, not followed"

@@ -14,7 +14,7 @@ from pocd.calling import open_session
 from pocd.delivery import deliveries, policy, signing
 from pocd.delivery.outbox import ReceiverState
 from pocd.delivery.policy import Accept, Outcome, Park, Retry, SetAside
-from pocd.observe.mask import excerpt, mask_url
+from pocd.observe.mask import excerpt, mask_url, url_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -220,6 +220,10 @@ class Dispatcher:
             return Outcome(None, f"no answer within {TIMEOUT.total} s", broke=True)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             return Outcome(None, _describe(error), broke=not isinstance(error, ValueError))
+        except Exception as error:  # noqa: BLE001 - as said below
+            # Whatever a receiver makes the client library do, it must not end the daemon.
+            self._log.exception("an attempt failed in a way that nobody foresaw", action="delivery_bug")
+            return Outcome(None, f"unforeseen {_describe(error)}", broke=True)
 
     async def _outcome(self, response: aiohttp.ClientResponse) -> Outcome:
         """Read what a receiver answered. Of a 2xx the status says it all: its body may be broken or never come."""
@@ -227,13 +231,23 @@ class Dispatcher:
         if 200 <= response.status < 300:
             return Outcome(response.status, detail)
         said = await _read_answer(response)
-        if said:
-            detail = f"{detail}: {excerpt(said, 200)}"
+        location = response.headers.get("Location")
+        if 300 <= response.status < 400 and location:
+            detail = f"{detail} to {excerpt(mask_url(location), 200)}, not followed"
+        elif said:
+            detail = f"{detail}: {_without_secrets(excerpt(said, 200), self.receiver.url)}"
         asked = response.headers.get("Retry-After")
         retry_after = None if asked is None else policy.parse_retry_after(asked, self._wall())
         if asked is not None and retry_after is None:
             detail = f"{detail} (Retry-After makes no sense: {excerpt(asked, 40)})"
         return Outcome(response.status, detail, retry_after)
+
+
+def _without_secrets(text: str, url: str) -> str:
+    """Hide the user info of a receiver's URL in what it says: some send back the request."""
+    for secret in url_secrets(url):
+        text = text.replace(secret, "***")
+    return text
 
 
 async def _read_answer(response: aiohttp.ClientResponse) -> bytes:

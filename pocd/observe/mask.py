@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+from urllib.parse import unquote
+
+SHORTEST_SECRET = 4  # characters; to hide a shorter one would garble every text, and hide nothing
+
 
 def mask_url(url: str) -> str:
     """Return `url` without what may be secret: user info, the query's values, the fragment.
@@ -24,6 +29,20 @@ def _mask_parameter(part: str) -> str:
     if equals:
         return f"{name}=***"
     return "***" if part else ""  # a bare word may be a key as well
+
+
+def url_secrets(url: str) -> tuple[str, ...]:
+    """Return the forms in which the user info of `url` may come back from its host: as text, or as it was sent.
+
+    The longest first, so that replacing them one after another leaves no piece of one.
+    """
+    info, at, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
+    if not at:
+        return ()
+    user, _, password = info.partition(":")
+    plain = f"{unquote(user)}:{unquote(password)}"
+    forms = {info, plain, base64.b64encode(plain.encode()).decode(), password, unquote(password)}
+    return tuple(sorted((form for form in forms if len(form.strip(":")) >= SHORTEST_SECRET), key=len, reverse=True))
 
 
 def excerpt(data: bytes | str, limit: int = 80) -> str:
