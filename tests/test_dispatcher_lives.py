@@ -193,10 +193,10 @@ async def test_a_receiver_that_sends_back_the_request_tells_nobody_its_credentia
 
     server.answers.append(echo)
     with structlog.testing.capture_logs() as logs:
-        async with running(bench.dispatcher(url)):
+        dispatcher = bench.dispatcher(url)
+        async with running(dispatcher):
             (request,) = await server.take(1)
-            while await bench.head():
-                await asyncio.sleep(0)
+            await soon(dispatcher.settled.wait())
     assert request.headers["authorization"] == f"Basic {sent_along}"
     (letter,) = await bench.letters()
     assert letter.reason == "refused: HTTP 400: you sent Basic ***, *** or ***"
