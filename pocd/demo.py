@@ -73,6 +73,7 @@ port = 0
 
 [store]
 path = "{store}"
+free_space_mib = 64
 
 [log]
 format = "json"

@@ -62,7 +62,7 @@ def config(folder: Path, chain_url: str, receivers: dict[str, str], **changes: A
         "worker": {"batch_size": 8},
         "delivery": {"batch_seconds": 0.2},
         "admin": {"port": 0},
-        "store": {"path": str(folder / "outbox.db")},
+        "store": {"path": str(folder / "outbox.db"), "free_space_mib": 0},
         "log": {"format": "json"},
     }
     for name, value in changes.items():
