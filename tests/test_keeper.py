@@ -180,6 +180,32 @@ async def test_rounds_long_past_are_forgotten_but_not_what_they_found(
     assert [round_.block_height for round_ in found] == [15, 14, 10]
 
 
+async def test_the_file_does_not_grow_for_ever(
+    path: Path, outbox: OutboxThread, keeper: Keeper, times: Times, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upkeep, "KEPT_ROUNDS", 5)
+
+    def write(opened: Outbox, height: int) -> None:
+        """A round of its own, mined, batched and delivered."""
+        round_ = Round("AB", height, "miner", 1.4, "poc2", "tiny", 16)
+        opened.begin_round(round_, NODE, times.wall)
+        span = Span(0, 3000)
+        opened.commit_span(round_, NODE, span, [Proof(nonce, 1.0) for nonce in NODE.nonces(span)], "f00d", times.wall)
+        opened.form_batches(["a", "b"], size=1000, age=0.0, now=times.wall, current=None)
+        for name in ("a", "b"):
+            while head := deliveries.next_pending(opened, name):
+                deliveries.record_delivered(opened, name, head.batch, times.wall)
+
+    sizes = []
+    for height in range(1, 41):
+        await outbox(write, height)
+        times.go_on(DAY / 2)
+        await keeper.look()
+        sizes.append(sum(file.stat().st_size for file in path.parent.iterdir()))
+    assert max(sizes[20:]) <= max(sizes[:20])
+    assert outbox.outbox.totals == Totals(checked=120_000, valid=120_000, stored=120_000, delivered=120_000)
+
+
 # Room
 
 
