@@ -202,7 +202,7 @@ async def test_the_file_does_not_grow_for_ever(
         times.go_on(DAY / 2)
         await keeper.look()
         sizes.append(sum(file.stat().st_size for file in path.parent.iterdir()))
-    assert max(sizes[20:]) <= max(sizes[:20])
+    assert max(sizes[20:]) <= 1.05 * max(sizes[:20])
     assert outbox.outbox.totals == Totals(checked=120_000, valid=120_000, stored=120_000, delivered=120_000)
 
 
