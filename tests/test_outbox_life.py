@@ -352,5 +352,5 @@ class OutboxLife(RuleBasedStateMachine):
 
 TestOutboxLife = OutboxLife.TestCase
 TestOutboxLife.settings = settings(
-    max_examples=250, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
