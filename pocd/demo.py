@@ -73,7 +73,6 @@ port = 0
 
 [store]
 path = "{store}"
-free_space_mib = 64
 
 [log]
 format = "json"

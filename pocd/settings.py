@@ -211,7 +211,7 @@ class StoreSettings(_Section):
 
     path: Path = Path("/var/lib/pocd/outbox.db")
     size_limit_mib: int = Field(default=8192, ge=1, le=2**40)
-    free_space_mib: int = Field(default=512, ge=0, le=2**40)
+    free_space_mib: int = Field(default=32, ge=0, le=2**40)
 
 
 class LogSettings(_Section):
