@@ -172,12 +172,15 @@ async def test_rounds_long_past_are_forgotten_but_not_what_they_found(
 ) -> None:
     monkeypatch.setattr(upkeep, "KEPT_ROUNDS", 2)
     await store(outbox, "a")  # of round 10, and pending
+    waiting = Round("AB", 9, "miner", 1.4, "poc2", "tiny", 16)
+    await outbox(Outbox.begin_round, waiting, NODE, NOW)
+    await outbox(Outbox.commit_span, waiting, NODE, Span(0, 1), [Proof(0, 1.0)], "f00d", NOW)  # in no batch yet
     for height in range(11, 16):
         round_ = Round("AB", height, "miner", 1.4, "poc2", "tiny", 16)
         await outbox(Outbox.begin_round, round_, NODE, NOW)
     await keeper.look()
     found = await outbox(Outbox.recent_rounds, 100)
-    assert [round_.block_height for round_ in found] == [15, 14, 10]
+    assert [round_.block_height for round_ in found] == [15, 14, 10, 9]
 
 
 async def test_the_file_does_not_grow_for_ever(

@@ -226,11 +226,18 @@ class OutboxLife(RuleBasedStateMachine):
         self.model.purged |= set(self.call(letters.purge, Selection((state,), receiver), self.now))
 
     @precondition(lambda self: self.active)
-    @rule()
-    def replace_round(self) -> None:
+    @rule(found=st.integers(0, 3), comes_back=st.booleans())
+    def replace_round(self, found: int, comes_back: bool) -> None:  # noqa: FBT001
+        """The active round's block is replaced, with something of it unsent; perhaps it is the chain's again later."""
         assert self.active is not None
-        self.call(Outbox.replace_round, self.active, "block replaced", withdraw=True, now=self.now)
+        if found:
+            self.store(found, RECEIVERS, size=1)
+        replaced = self.active
+        self.call(Outbox.replace_round, replaced, "block replaced", withdraw=True, now=self.now)
+        self.nothing_is_wrong()
         self.active, self.leased = None, []
+        if comes_back:
+            self.begin(replaced)
 
     @rule(receiver=st.sampled_from(RECEIVERS))
     def expire_unserved(self, receiver: str) -> None:
