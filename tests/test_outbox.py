@@ -14,6 +14,7 @@ from pathlib import Path
 import orjson
 import pytest
 
+from pocd.delivery import deliveries
 from pocd.delivery.deliveries import PendingDelivery, next_pending, record_delivered, record_failed
 from pocd.delivery.outbox import KnownChain, Outbox, Queue, ReceiverState, RoundProgress, Totals
 from pocd.delivery.outbox_thread import OutboxThread
@@ -697,6 +698,19 @@ def test_what_a_replaced_round_found_is_withdrawn_and_comes_back_with_its_block(
     assert [nonces_of(delivery.body) for delivery in drain(outbox, "a")] == [[4], [7], [10]]
     assert [nonces_of(delivery.body) for delivery in drain(outbox, "b")] == [[1], [4], [7], [10]]
     assert outbox.totals == recount(outbox) == Totals(4, 4, 4, delivered=4)
+
+
+def test_a_refusal_of_what_was_withdrawn_meanwhile_is_no_dead_letter(outbox: Outbox) -> None:
+    commit(outbox, 0, 1)
+    form(outbox, "a", size=1)
+    under_way = next_pending(outbox, "a")
+    assert under_way is not None
+    outbox.replace_round(ROUND, "block replaced", withdraw=True, now=NOW)
+    deliveries.record_set_aside(outbox, "a", under_way.batch, "refused", NOW)
+    assert outbox.totals == recount(outbox) == Totals(1, 1, 1, withdrawn=1)
+    outbox.begin_round(ROUND, NODE, NOW)
+    record_delivered(outbox, "a", under_way.batch, NOW)
+    assert outbox.totals == recount(outbox) == Totals(1, 1, 1, delivered=1)
 
 
 def test_what_a_replaced_round_found_is_sent_where_that_is_wanted(outbox: Outbox) -> None:
