@@ -131,7 +131,7 @@ def expire(outbox: Outbox, receiver: str, *, queued_before: float, now: float) -
     """Mark what `receiver` has not accepted and was queued before a time as expired, oldest first.
 
     Returns:
-        How many batches, at most `CHUNK`; with that many, call again.
+        How many batches, at most `CHUNK`; call again until there is none.
     """
     oldest = outbox.db.execute(
         "SELECT batch, changed_at FROM deliveries WHERE receiver = ? AND state = 'pending' ORDER BY sequence LIMIT ?",

@@ -185,13 +185,11 @@ class Dispatcher:
 
     async def _expire(self) -> None:
         """Expire what is too old, after the receiver has just failed once more."""
-        now = self._wall()
-        expired, more = 0, True
-        while more:
-            count = await self._outbox.persistently(
-                deliveries.expire, self.receiver.name, queued_before=now - self._expire_after, now=now
-            )
-            expired, more = expired + count, count == deliveries.CHUNK
+        now, expired = self._wall(), 0
+        while count := await self._outbox.persistently(
+            deliveries.expire, self.receiver.name, queued_before=now - self._expire_after, now=now
+        ):
+            expired += count
         if expired:
             self._log.error(
                 "batches expired; they are kept", action="expired", batches=expired, after_s=self._expire_after

@@ -26,7 +26,7 @@ class Letter:
 
     Attributes:
         id: The batch's webhook-id.
-        state: What became of it for this receiver.
+        state: What became of it for this receiver; a purged one is shown while another receiver is to have the batch.
         reason: Why it failed last, or why it was set aside.
         created_at: When the batch was formed.
         changed_at: When it entered its state; for a pending one, when it was queued.
@@ -36,7 +36,7 @@ class Letter:
     sequence: int
     id: str
     kind: str
-    state: State
+    state: State | Literal["purged"]
     nonces: int
     attempts: int
     reason: str | None
