@@ -23,8 +23,10 @@ from pocd.chain.follower import ChainHealth, follow
 from pocd.chain.rpc import Rpc
 from pocd.clock import SYSTEM, Clock
 from pocd.compute.names import AUTO_BATCH_SIZE
+from pocd.control import Control
 from pocd.delivery.batcher import Batcher
 from pocd.delivery.dispatcher import Dispatcher, Receiver
+from pocd.delivery.dispatchers import Dispatchers
 from pocd.delivery.keeper import MIB, Keeper
 from pocd.delivery.keeper import Limits as StoreLimits
 from pocd.delivery.outbox import Outbox
@@ -34,11 +36,13 @@ from pocd.delivery.store import StoreError, StoreUnavailableError
 from pocd.exits import EXIT_CONFIG, EXIT_CRASH, EXIT_NO_DEVICE, EndedError
 from pocd.miner import Miner
 from pocd.nonces import Node
+from pocd.observe.events import Events
 from pocd.proof import Round
 from pocd.rounds import RoundPolicy
 from pocd.scheduler import RoundScheduler
 from pocd.serving import listening
 from pocd.settings import ConfigError, check_model
+from pocd.validator import Validator
 from pocd.worker.messages import Load
 from pocd.worker.supervisor import Limits, Supervisor, WorkerRefusedError
 
@@ -184,11 +188,13 @@ class Daemon:
         self._source = source
         round_ = settings.round
         node = Node(settings.node.node_id, settings.node.node_count)
-        miner = Miner(outbox, node, paused=outbox.outbox.paused, clock=clock.monotonic, wall=clock.wall)
+        events = Events(clock)
+        miner = Miner(outbox, clock=clock.monotonic, wall=clock.wall)
+        control = Control(miner, outbox, node, wall=clock.wall, log=log, events=events)
         withdraw = settings.chain.replaced_blocks != "deliver"
         self._scheduler = RoundScheduler(
             source,
-            miner,
+            control,
             outbox,
             policy=RoundPolicy(round_.every, round_.offset, round_.duration),
             make_round=self._make_round,
@@ -208,20 +214,33 @@ class Daemon:
             revision=settings.model.revision,
         )
         supervisor = Supervisor(
-            load, miner, Limits(batch=settings.worker.batch_timeout), clock=clock.monotonic, log=log
+            load, miner, Limits(batch=settings.worker.batch_timeout), clock=clock.monotonic, log=log, events=events
         )
         delivery = settings.delivery
-        dispatchers = [
-            Dispatcher(
+        dispatchers = Dispatchers(
+            receivers,
+            lambda receiver: Dispatcher(
                 receiver,
                 outbox,
                 expire_after=delivery.expire_after,
                 wall=clock.wall,
                 jitter=lambda: random.uniform(-1, 1),  # noqa: S311 - it spreads load, it hides nothing
                 log=log,
-            )
-            for receiver in receivers
-        ]
+                events=events,
+            ),
+            outbox,
+            origins=settings.admin.callback_origins,
+            log=log,
+        )
+        validator = Validator(
+            outbox,
+            supervisor,
+            dispatchers,
+            most=settings.validation.max_queued,
+            wall=clock.wall,
+            log=log,
+            events=events,
+        )
         self._batcher = Batcher(
             miner,
             outbox,
@@ -230,6 +249,7 @@ class Daemon:
             age=delivery.batch_seconds,
             withdraw=withdraw,
             wall=clock.wall,
+            events=events,
         )
         limits = StoreLimits(
             keep_delivered=delivery.keep_delivered,
@@ -240,7 +260,20 @@ class Daemon:
         self._keeper = Keeper(settings.store.path, outbox, miner, dispatchers, limits=limits, clock=clock, log=log)
         known = outbox.outbox.chain
         health = ChainHealth(highest=known.height if known else 0)
-        self.parts = Parts(settings, outbox, miner, supervisor, health, dispatchers, clock, clock.monotonic(), log)
+        self.parts = Parts(
+            settings=settings,
+            outbox=outbox,
+            miner=miner,
+            control=control,
+            supervisor=supervisor,
+            validator=validator,
+            chain=health,
+            dispatchers=dispatchers,
+            clock=clock,
+            started_at=clock.monotonic(),
+            log=log,
+            events=events,
+        )
 
     def shut_down(self) -> None:
         """Ask the daemon to stop; returns at once."""
@@ -251,16 +284,17 @@ class Daemon:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.shut_down)
-        parts = self.parts
-        if not parts.dispatchers:
+        parts, asked = self.parts, self.parts.control.asked
+        if not parts.dispatchers.configured:
             self.log.warning("no receiver is configured: proofs are kept until one is", action="no_receiver")
         try:
             async with asyncio.TaskGroup() as group:
+                deliveries = group.create_task(parts.dispatchers.run(asked.callback if asked else None))
                 chain = group.create_task(self._follow_chain())
                 worker = group.create_task(parts.supervisor.run())
                 batcher = group.create_task(self._batcher.run())
                 keeper = group.create_task(self._keeper.run())
-                deliveries = [group.create_task(dispatcher.run()) for dispatcher in parts.dispatchers]
+                validations = group.create_task(parts.validator.run())
                 reports = [group.create_task(part) for part in self._reports()]
 
                 await self._stop.wait()
@@ -268,17 +302,18 @@ class Daemon:
                 self._notifier.stopping()
                 await _cancel(chain)
                 await parts.miner.close(FINISH_SECONDS)
-                await _cancel(worker, batcher, keeper)
+                await _cancel(worker, validations, batcher, keeper)
                 with contextlib.suppress(StoreUnavailableError):  # they are formed at the next start
                     await self._batcher.form()
                 await self._deliver_last()
-                await _cancel(*deliveries, *reports)
+                await _cancel(deliveries, *reports)
         except BaseExceptionGroup as errors:
             raise _translate(errors.exceptions[0]) from None  # the first is the cause, the others were cancelled
         finally:
             self.log.info("stopped", action="stopped", funnel=status.summary(parts))
 
     async def _follow_chain(self) -> None:
+        await self.parts.control.restore()
         await follow(
             self._source,
             poll_interval=self.settings.chain.poll_interval,

@@ -9,16 +9,18 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from pocd.delivery.outbox import Outbox
+from pocd.delivery.outbox import Outbox, RoundProgress, Weights, Work
 from pocd.delivery.store import StoreUnavailableError
-from pocd.nonces import Ledger, Node, Span
+from pocd.nonces import Ledger, Span
 from pocd.observe.rates import RateWindow
-from pocd.proof import Proof, Round
+from pocd.proof import Proof
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from pocd.delivery.outbox_thread import OutboxThread
+    from pocd.nonces import Node
+    from pocd.proof import Round
 
 LATEST = 20  # proofs that status shows
 
@@ -29,12 +31,11 @@ class Lease:
 
     mining: Mining
     span: Span
-    node: Node
 
     @property
     def nonces(self) -> range:
         """The nonces of the span."""
-        return self.node.nonces(self.span)
+        return self.mining.node.nonces(self.span)
 
 
 @dataclass(eq=False, slots=True)
@@ -48,6 +49,7 @@ class Mining:
     """
 
     round: Round
+    node: Node
     ledger: Ledger
     started_at: float
     checked_before: int
@@ -61,20 +63,18 @@ class Miner:
     """Owns the active round. Workers take leases from it and bring distances back.
 
     Attributes:
+        paused: Whether nothing is mined because somebody said so, see `pocd.control`.
         held: Why nothing is mined though nobody stopped it: the store takes nothing. None while it does.
     """
 
-    def __init__(
-        self, outbox: OutboxThread, node: Node, *, paused: bool, clock: Callable[[], float], wall: Callable[[], float]
-    ) -> None:
+    def __init__(self, outbox: OutboxThread, *, clock: Callable[[], float], wall: Callable[[], float]) -> None:
         self._outbox = outbox
-        self._node = node
         self._clock = clock
         self._wall = wall
         self._changed = asyncio.Condition()
         self._lent: Counter[Mining] = Counter()  # how many leases of each round are out; no zeros
         self._closed = False
-        self.paused = paused
+        self.paused = False
         self.held: str | None = None
         self.mining: Mining | None = None
         self.checked_rate = RateWindow(clock)
@@ -87,35 +87,39 @@ class Miner:
         """The round to work on now; None while there is none, or mining is stopped or held."""
         return None if self.paused or self._closed or self.held else self.mining
 
-    async def set_round(self, round_: Round | None) -> None:
+    async def set_round(self, work: Work | None) -> None:
         """Replace the active round at once. What the old one found is delivered all the same."""
-        if round_ == (self.mining.round if self.mining else None):
-            return
-        # A round that comes back while leases of it are out goes on with its ledger, which alone knows of them.
-        mining = next((lent for lent in self._lent if lent.round == round_), None)
-        if round_ is not None:
-            done = await self._outbox(Outbox.begin_round, round_, self._node, self._wall())
-            mining = mining or Mining(
-                round=round_,
-                ledger=Ledger(done.progress),
-                started_at=self._clock(),
-                checked_before=done.checked,
-                checked=done.checked,
-                valid=done.valid,
-            )
-        self.mining = mining
+        if not self.works_on(work):
+            await self.take_up(work, await self._outbox(Outbox.begin_round, work, self._wall()) if work else None)
+
+    def works_on(self, work: Work | None) -> bool:
+        """Tell whether the active round is that of `work`, on the same share of the nonces."""
+        if self.mining is None or work is None:
+            return self.mining is None and work is None
+        return (self.mining.round, self.mining.node) == (work.round, work.node)
+
+    async def take_up(self, work: Work | None, done: RoundProgress | None) -> None:
+        """Make `work`, which was begun in the store, the active round at once; `done` is what was done of it."""
+        if not self.works_on(work):
+            # A round that comes back while leases of it are out goes on with its ledger, which alone knows of them.
+            lent = (mining for mining in self._lent if work and (mining.round, mining.node) == (work.round, work.node))
+            self.mining = next(lent, None) or (self._mining(work, done) if work and done else None)
         await self._announce()
 
-    async def pause(self) -> None:
-        """Stop mining until `resume`, also across restarts. What is being checked is still committed."""
-        await self._outbox(Outbox.set_paused, paused=True)
-        self.paused = True
-        await self._announce()
+    def _mining(self, work: Work, done: RoundProgress) -> Mining:
+        return Mining(
+            round=work.round,
+            node=work.node,
+            ledger=Ledger(done.progress),
+            started_at=self._clock(),
+            checked_before=done.checked,
+            checked=done.checked,
+            valid=done.valid,
+        )
 
-    async def resume(self) -> None:
-        """Go on with the round that is active, if one is."""
-        await self._outbox(Outbox.set_paused, paused=False)
-        self.paused = False
+    async def pause(self, paused: bool) -> None:  # noqa: FBT001 - it sets that very flag
+        """Lend nothing, or go on with the active round. What is being checked is still committed."""
+        self.paused = paused
         await self._announce()
 
     async def hold(self, reason: str | None) -> None:
@@ -141,7 +145,7 @@ class Miner:
         """Lend the next nonces, at most `count`; waits while there is nothing to mine."""
         mining = await self.until_mining()
         self._lent[mining] += 1
-        return Lease(mining, mining.ledger.take(count), self._node)
+        return Lease(mining, mining.ledger.take(count))
 
     async def until_mining(self) -> Mining:
         """Wait until there is a round to work on, and return it."""
@@ -155,11 +159,10 @@ class Miner:
         async with self._changed:
             await self._changed.wait_for(lambda: self.current is not mining)
 
-    async def complete(self, lease: Lease, distances: Sequence[float], fingerprint: str) -> None:
+    async def complete(self, lease: Lease, distances: Sequence[float], weights: Weights) -> None:
         """Commit a lease's result: the valid nonces are on disk when this returns, or mining is held.
 
-        `fingerprint` names the weights that computed it. What the store does not take is not counted, and lent
-        again when it does.
+        `weights` are what computed it. What the store does not take is not counted, and lent again when it does.
         """
         mining = lease.mining
         assert len(distances) == len(lease.span), "one distance per nonce"
@@ -170,9 +173,7 @@ class Miner:
             if distance < mining.round.r_target
         ]
         try:
-            await self._outbox(
-                Outbox.commit_span, mining.round, self._node, lease.span, proofs, fingerprint, self._wall()
-            )
+            await self._outbox(Outbox.commit_span, mining.round, mining.node, lease.span, proofs, weights, self._wall())
         except StoreUnavailableError as error:
             await self.hold(str(error))
             await self.give_back(lease)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import orjson
 
@@ -61,17 +61,27 @@ class ProofBatch:
 
     Attributes:
         model_fingerprint: Names the weights that they were computed with; None where an earlier version stored them.
+        dtype: The precision, likewise.
     """
+
+    kind: ClassVar = "generated"
 
     round: Round
     node_id: int
     model_fingerprint: str | None
+    dtype: str | None
     proofs: tuple[Proof, ...]
+
+    @property
+    def size(self) -> int:
+        """How many nonces it has."""
+        return len(self.proofs)
 
     def _content(self) -> dict[str, Any]:
         return asdict(self.round) | {
             "node_id": self.node_id,
             "model_fingerprint": self.model_fingerprint,
+            "dtype": self.dtype,
             "nonces": [proof.nonce for proof in self.proofs],
             "dist": [proof.distance for proof in self.proofs],
         }

@@ -1,4 +1,4 @@
-"""The conductor: looks at every head and has the miner work on the round that should run now.
+"""The conductor: looks at every head and says which round should run now.
 
 Level-triggered: nothing follows from a change, all from what is. A missed block, a restart or an outage needs no
 catching up, and a step that failed is done by the next look (docs/protocol.md section 8).
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from pocd.chain.source import Block, ChainSource, Head
+    from pocd.control import Control
     from pocd.delivery.outbox_thread import OutboxThread
-    from pocd.miner import Miner
     from pocd.proof import Round
     from pocd.rounds import RoundPolicy
 
@@ -33,7 +33,7 @@ ALWAYS_HELD = 128
 
 
 class RoundScheduler:
-    """Decides which round runs.
+    """Decides which round runs, as far as the chain decides (see `pocd.control`).
 
     The height that counts is the highest ever seen, which the store remembers: a node that lags behind it, or a
     restart, begins no round that is over and ends none that runs. Only the blocks that the head can vouch for are asked
@@ -44,19 +44,19 @@ class RoundScheduler:
 
     Args:
         source: Asked for the blocks that rounds start at.
-        miner: Told which round runs.
+        control: Told which round should run.
         outbox: Remembers the head and the rounds.
         policy: When rounds start and how long they live.
         make_round: The round that a block starts.
         withdraw: Whether what a replaced round found, and no receiver has yet, is not to be sent.
         wall: Unix time in seconds.
-        log: Gets a line when a round begins, ends or is replaced, and when the head goes back.
+        log: Gets a line when a round is replaced, and when the head goes back.
     """
 
     def __init__(
         self,
         source: ChainSource,
-        miner: Miner,
+        control: Control,
         outbox: OutboxThread,
         *,
         policy: RoundPolicy,
@@ -66,7 +66,7 @@ class RoundScheduler:
         log: FilteringBoundLogger,
     ) -> None:
         self._source = source
-        self._miner = miner
+        self._control = control
         self._outbox = outbox
         self._policy = policy
         self._make_round = make_round
@@ -78,7 +78,7 @@ class RoundScheduler:
         self._went_back = False
 
     async def on_head(self, head: Head) -> None:
-        """Have the miner work on the round that should be active at `head`.
+        """Tell which round should be active at `head`.
 
         Raises:
             ChainError: A block that is needed could not be read.
@@ -86,30 +86,24 @@ class RoundScheduler:
         """
         self._note(head.block)
         start = active_start(self._highest, self._policy)
-        mined = self._mined()
+        mined = self._control.chain_round
         if mined is not None and mined.block_height != start:
             mined = None  # it is over, whatever comes next
         round_ = mined
         try:
             await self._remember(head.block)
             round_ = await self._wanted(start, head.block, mined)
-            if round_ is not None and round_ != mined:
-                await self._begin(round_)
+            await self._control.follow(round_)
         except (ChainError, StoreUnavailableError):
-            if round_ != self._mined():
-                await self._end()
+            if round_ != self._control.chain_round:
+                await self._control.follow(None)
             raise
-        if round_ is None:
-            await self._end()
-
-    def _mined(self) -> Round | None:
-        return self._miner.mining.round if self._miner.mining else None
 
     def _note(self, head: Block) -> None:
         """Raise the height that counts, or say once that the head went back."""
         went_back = head.height < self._highest
         if went_back and not self._went_back:
-            mined = self._mined()
+            mined = self._control.chain_round
             self._log.warning(
                 "head went back",
                 action="head_back",
@@ -182,18 +176,3 @@ class RoundScheduler:
         if height not in blocks:
             blocks[height] = await self._source.block(height)
         return blocks[height]
-
-    async def _begin(self, round_: Round) -> None:
-        await self._miner.set_round(round_)
-        self._log.info(
-            "round begins",
-            action="round_begin",
-            height=round_.block_height,
-            block_hash=round_.block_hash,
-            round=round_.id,
-        )
-
-    async def _end(self) -> None:
-        if self._mined() is not None:
-            self._log.info("no round is active", action="round_end", height=self._highest)
-            await self._miner.set_round(None)

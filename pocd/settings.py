@@ -16,10 +16,12 @@ import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from pocd.claim import MOST_NONCES
 from pocd.compute.errors import ModelError
 from pocd.compute.names import DEVICE_PATTERN, Dtype, resolve
 from pocd.compute.schemes import SCHEMES
 from pocd.observe.mask import mask_url
+from pocd.statistics import FRAUD_THRESHOLD, MISMATCH
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -30,13 +32,15 @@ if TYPE_CHECKING:
 DEFAULT_PATH = Path("/etc/pocd/pocd.toml")
 ENV_PREFIX = "POCD_"
 LARGEST_BATCH = 65536
+CALLBACK_PREFIX = "callback-"  # of the names of receivers that came with a callback URL through the API
 
 
 class ConfigError(Exception):
     """The configuration cannot be used; the message names the key and what is allowed."""
 
 
-def _check_http_url(url: str) -> str:
+def check_http_url(url: str) -> str:
+    """Refuse with a ValueError what is no URL that paths can be appended to; its text shows no credentials."""
     try:
         parts = urlsplit(url)
         good = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
@@ -59,6 +63,12 @@ def _check_public_key(key: str) -> str:
     if key != key.strip():
         raise ValueError("must not begin or end with white space")
     return key
+
+
+def _check_name(name: str) -> str:
+    if name.startswith(CALLBACK_PREFIX):
+        raise ValueError(f"must not begin with {CALLBACK_PREFIX!r}: those are the queues of callback URLs")
+    return name
 
 
 def _parse_batch_size(value: object) -> int | str:
@@ -86,7 +96,7 @@ def _resolve_credential(value: object) -> object:
 
 
 BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_parse_batch_size)]
-HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
+HttpUrl = Annotated[str, AfterValidator(check_http_url)]
 SecretFile = Annotated[Path, BeforeValidator(_resolve_credential)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1, le=2**63 - 1)]  # TOML's integers have 64 bits
@@ -167,7 +177,7 @@ class WorkerSettings(_Section):
 class ReceiverSettings(_Section):
     """One receiver of proofs."""
 
-    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")
+    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$"), AfterValidator(_check_name)]
     url: HttpUrl
     secret_file: SecretFile | None = None
 
@@ -204,6 +214,16 @@ class AdminSettings(_Section):
                 f"host {self.host!r} is not loopback: set token_file, so that not everybody can stop mining"
             )
         return self
+
+
+class ValidationSettings(_Section):
+    """How batches of others are judged."""
+
+    fraud_threshold: float = Field(default=FRAUD_THRESHOLD, gt=0, lt=1)
+    mismatch: float = Field(default=MISMATCH, gt=0, lt=1)
+    tolerance: Annotated[float, Field(ge=0, le=2)] | None = None
+    max_nonces: int = Field(default=10_000, ge=1, le=MOST_NONCES)
+    max_queued: int = Field(default=16, ge=1, le=1000)
 
 
 class StoreSettings(_Section):
@@ -250,6 +270,7 @@ class Settings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
     delivery: DeliverySettings = DeliverySettings()
     admin: AdminSettings = AdminSettings()
+    validation: ValidationSettings = ValidationSettings()
     store: StoreSettings = StoreSettings()
     log: LogSettings = LogSettings()
 

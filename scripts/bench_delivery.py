@@ -40,11 +40,14 @@ from aiohttp import web
 from bench_mining import mining
 from measuring import in_turns, new_table, ratio, resident, show
 
+from pocd.clock import SYSTEM
 from pocd.delivery import deliveries, upkeep
 from pocd.delivery.dispatcher import Dispatcher, Receiver
-from pocd.delivery.outbox import Outbox
+from pocd.delivery.forming import form_batches
+from pocd.delivery.outbox import Outbox, Weights, Work
 from pocd.delivery.outbox_thread import OutboxThread
 from pocd.nonces import Node, Span
+from pocd.observe.events import Events
 from pocd.proof import Proof, Round
 from pocd.serving import listening
 
@@ -71,10 +74,10 @@ def fill(path: Path, receivers: list[str], batches: int, nonces: int) -> None:
         for height, begin in enumerate(range(0, batches, BATCHES_OF_ROUND)):
             count = nonces * min(BATCHES_OF_ROUND, batches - begin)
             round_ = Round(f"{height:064X}", height, "bench", 1.4, "poc2", "bench", 256)
-            outbox.begin_round(round_, NODE, time.time())
+            outbox.begin_round(Work(round_, NODE), time.time())
             proofs = [Proof(nonce, 1.25 + nonce / 7e6) for nonce in range(count)]
-            outbox.commit_span(round_, NODE, Span(0, count), proofs, "bench", time.time())
-            while outbox.form_batches(receivers, size=nonces, age=0, now=time.time(), current=None):
+            outbox.commit_span(round_, NODE, Span(0, count), proofs, Weights("bench", "float32"), time.time())
+            while form_batches(outbox, receivers, size=nonces, age=0, now=time.time(), current=None).due:
                 pass
         assert all(outbox.queues[name].pending_batches == batches for name in receivers)
 
@@ -139,7 +142,13 @@ async def delivering(outbox: OutboxThread, urls: dict[str, str], count: int) -> 
     log: FilteringBoundLogger = structlog.wrap_logger(None, wrapper_class=SILENT)
     dispatchers = [
         Dispatcher(
-            Receiver(name, url, None), outbox, expire_after=7 * 86400, wall=time.time, jitter=lambda: 0.0, log=log
+            Receiver(name, url, None),
+            outbox,
+            expire_after=7 * 86400,
+            wall=time.time,
+            jitter=lambda: 0.0,
+            log=log,
+            events=Events(SYSTEM),
         )
         for name, url in urls.items()
     ]

@@ -15,7 +15,8 @@ from enum import Enum
 from typing import Any
 
 from pocd import cli
-from pocd.delivery import deliveries
+from pocd.delivery import batcher, deliveries
+from pocd.delivery.forming import Formed, form_batches
 from pocd.delivery.outbox import Outbox
 
 MINING = "mining has begun\n"  # on standard error, once the first nonces are to be committed
@@ -54,7 +55,7 @@ class Countdown:
 
 def arm(countdown: Countdown) -> None:
     """Wrap what the points lie in. All of it runs in the outbox's thread, so nobody sees a point half passed."""
-    commit, commit_span, form = Outbox._commit, Outbox.commit_span, Outbox.form_batches  # noqa: SLF001 - it is wrapped
+    commit, commit_span = Outbox._commit, Outbox.commit_span  # noqa: SLF001 - it is wrapped
     record_delivered = deliveries.record_delivered
 
     def committing(outbox: Outbox) -> None:
@@ -68,12 +69,11 @@ def arm(countdown: Countdown) -> None:
             sys.stderr.write(MINING)
         commit_span(outbox, *args)
 
-    def forming(outbox: Outbox, *args: Any, **kwargs: Any) -> float | None:  # noqa: ANN401 - passed on
-        before = outbox.totals.stored
-        due = form(outbox, *args, **kwargs)
-        if outbox.totals.stored > before:
+    def forming(outbox: Outbox, *args: Any, **kwargs: Any) -> Formed:  # noqa: ANN401 - passed on
+        formed = form_batches(outbox, *args, **kwargs)
+        if formed.batches:
             countdown.passes(Point.AFTER_FORMING)
-        return due
+        return formed
 
     def recording(outbox: Outbox, *args: Any) -> None:  # noqa: ANN401 - passed on
         countdown.passes(Point.AFTER_POST)
@@ -82,7 +82,7 @@ def arm(countdown: Countdown) -> None:
     for owner, name, wrapper in (
         (Outbox, "_commit", committing),
         (Outbox, "commit_span", committing_span),
-        (Outbox, "form_batches", forming),
+        (batcher, "form_batches", forming),
         (deliveries, "record_delivered", recording),
     ):
         setattr(owner, name, wrapper)

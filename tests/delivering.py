@@ -11,14 +11,19 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import structlog
 from aiohttp import web
 
+from pocd.clock import SYSTEM
 from pocd.delivery import deliveries, letters
 from pocd.delivery.dispatcher import Dispatcher, Receiver
+from pocd.delivery.dispatchers import Dispatchers
+from pocd.delivery.forming import form_batches
+from pocd.delivery.outbox import Weights, Work
 from pocd.delivery.outbox_thread import OutboxThread
 from pocd.nonces import Node, Span
+from pocd.observe.events import Events
 from pocd.proof import Proof, Round
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
     from pathlib import Path
 
     from pocd.delivery.deliveries import PendingDelivery
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+WEIGHTS = Weights("f00d", "float32")
 NOW = 1_700_000_000.0
 WEEK = 7 * 86_400.0
 NODE = Node(0, 1)
@@ -169,6 +175,25 @@ async def running(*parts: Part) -> AsyncIterator[None]:
             task.cancel()
 
 
+def events() -> Events:
+    """Return a ring that nobody listens to."""
+    return Events(SYSTEM)
+
+
+def dispatchers(
+    outbox: OutboxThread,
+    receivers: Sequence[Receiver] = (),
+    make: Callable[[Receiver], Dispatcher] | None = None,
+    origins: Sequence[str] = (),
+) -> Dispatchers:
+    """Return the dispatchers of `receivers`, for those who only ask which there are if `make` is None."""
+
+    def none(receiver: Receiver) -> Dispatcher:
+        raise AssertionError(receiver)
+
+    return Dispatchers(receivers, make or none, outbox, origins=origins, log=structlog.get_logger())
+
+
 @dataclass(frozen=True, slots=True)
 class Bench:
     """A store and a clock, and dispatchers on them."""
@@ -186,18 +211,24 @@ class Bench:
             wall=self.wall,
             jitter=lambda: 0.0,
             log=structlog.get_logger(),
+            events=events(),
         )
+
+    def dispatchers(self, *urls: str) -> Dispatchers:
+        """Return all dispatchers, for receivers named a, b, …"""
+        receivers = [Receiver(name, url, None) for name, url in zip("abc", urls, strict=False)]
+        return dispatchers(self.outbox, receivers, lambda receiver: self.dispatcher(receiver.url, receiver.name))
 
     async def store(self, batches: int, *receivers: str, size: int = 2) -> list[PendingDelivery]:
         """Store `batches` batches of `size` proofs for `receivers`; return them as the first one is to get them."""
 
         def write(outbox: Outbox) -> list[PendingDelivery]:
             (last,) = outbox.db.execute("SELECT coalesce(max(number), 0) FROM batches").fetchone()
-            done = outbox.begin_round(ROUND, NODE, self.wall.now).progress.cursor
+            done = outbox.begin_round(Work(ROUND, NODE), self.wall.now).progress.cursor
             span = Span(done, done + batches * size)
             proofs = [Proof(nonce, 1 + nonce / 2**20) for nonce in NODE.nonces(span)]
-            outbox.commit_span(ROUND, NODE, span, proofs, "f00d", self.wall.now)
-            outbox.form_batches(receivers, size=size, age=0.0, now=self.wall.now, current=ROUND)
+            outbox.commit_span(ROUND, NODE, span, proofs, WEIGHTS, self.wall.now)
+            form_batches(outbox, receivers, size=size, age=0.0, now=self.wall.now, current=ROUND)
             rows = outbox.db.execute(
                 "SELECT number, sequence, id, kind, body, created_at, 0, 0"
                 " FROM deliveries JOIN batches ON number = batch WHERE receiver = ? AND number > ? ORDER BY number",

@@ -8,12 +8,14 @@ from typing import Any
 
 import orjson
 import pytest
-from delivering import NODE, NOW, ROUND, Bench, Request, Server, prepared, running, serving, soon
+from delivering import NODE, NOW, ROUND, WEIGHTS, Bench, Request, Server, events, prepared, running, serving, soon
 
+from pocd.delivery import batcher
 from pocd.delivery.batcher import Batcher
 from pocd.delivery.deliveries import PendingDelivery
 from pocd.delivery.dispatcher import Dispatcher
-from pocd.delivery.outbox import Outbox
+from pocd.delivery.forming import Formed, form_batches
+from pocd.delivery.outbox import Outbox, Work
 from pocd.miner import Miner
 from pocd.proof import Round
 
@@ -43,13 +45,16 @@ class Mine:
     async def find(self, count: int) -> None:
         """Check `count` nonces, all of them valid."""
         lease = await self.miner.lease(count)
-        await self.miner.complete(lease, [1.0] * len(lease.span), "f00d")
+        await self.miner.complete(lease, [1.0] * len(lease.span), WEIGHTS)
 
 
 def mine(bench: Bench, url: str, *, size: int, age: float, withdraw: bool = True) -> Mine:
-    miner = Miner(bench.outbox, NODE, paused=False, clock=lambda: 0.0, wall=bench.wall)
-    dispatcher = bench.dispatcher(url)
-    batcher = Batcher(miner, bench.outbox, [dispatcher], size=size, age=age, withdraw=withdraw, wall=bench.wall)
+    miner = Miner(bench.outbox, clock=lambda: 0.0, wall=bench.wall)
+    dispatchers = bench.dispatchers(url)
+    batcher = Batcher(
+        miner, bench.outbox, dispatchers, size=size, age=age, withdraw=withdraw, wall=bench.wall, events=events()
+    )
+    (dispatcher,) = dispatchers
     return Mine(miner, dispatcher, batcher)
 
 
@@ -61,7 +66,7 @@ def nonces(message: Request | PendingDelivery) -> list[int]:
 
 async def test_a_batch_goes_out_when_it_is_full(bench: Bench, server: Server) -> None:
     one = mine(bench, server.url, size=3, age=1e6)
-    await one.miner.set_round(ROUND)
+    await one.miner.set_round(Work(ROUND, NODE))
     async with running(one.dispatcher, one.batcher):
         await one.find(2)
         await one.find(5)
@@ -74,9 +79,9 @@ async def test_a_batch_goes_out_when_it_is_full(bench: Bench, server: Server) ->
 async def test_what_one_forming_leaves_is_formed_next(
     bench: Bench, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pocd.delivery.outbox.MOST_BATCHES", 1)
+    monkeypatch.setattr("pocd.delivery.forming.MOST_BATCHES", 1)
     one = mine(bench, server.url, size=2, age=1e6)
-    await one.miner.set_round(ROUND)
+    await one.miner.set_round(Work(ROUND, NODE))
     await one.find(6)
     async with running(one.dispatcher, one.batcher):
         assert [nonces(request) for request in await server.take(3)] == [[0, 1], [2, 3], [4, 5]]
@@ -84,7 +89,7 @@ async def test_what_one_forming_leaves_is_formed_next(
 
 async def test_a_batch_is_formed_when_it_is_old_enough(bench: Bench) -> None:
     one = mine(bench, "http://127.0.0.1:1", size=100, age=5.0)
-    await one.miner.set_round(ROUND)
+    await one.miner.set_round(Work(ROUND, NODE))
     await one.find(2)
     bench.wall.now += 4.5
     assert await one.batcher.form() == NOW + 5
@@ -97,19 +102,19 @@ async def test_a_batch_is_formed_when_it_is_old_enough(bench: Bench) -> None:
 async def test_a_batch_that_grows_old_goes_out_with_nobody_to_ask_for_it(bench: Bench, server: Server) -> None:
     bench.wall.tick = 0.001
     one = mine(bench, server.url, size=100, age=0.02)
-    await one.miner.set_round(ROUND)
+    await one.miner.set_round(Work(ROUND, NODE))
     async with running(one.dispatcher, one.batcher):
         await one.find(2)
         (request,) = await server.take(1)
     assert nonces(request) == [0, 1]
 
 
-@pytest.mark.parametrize("following", [NEXT, None], ids=["next", "none"])
+@pytest.mark.parametrize("following", [Work(NEXT, NODE), None], ids=["next", "none"])
 async def test_what_is_left_of_a_round_goes_out_when_it_is_over(
-    bench: Bench, server: Server, following: Round | None
+    bench: Bench, server: Server, following: Work | None
 ) -> None:
     one = mine(bench, server.url, size=100, age=1e6)
-    await one.miner.set_round(ROUND)
+    await one.miner.set_round(Work(ROUND, NODE))
     async with running(one.dispatcher, one.batcher):
         await one.find(2)
         await one.miner.set_round(following)
@@ -120,22 +125,24 @@ async def test_what_is_left_of_a_round_goes_out_when_it_is_over(
 
 async def test_a_late_result_of_a_round_that_is_over_goes_out_at_once(bench: Bench, server: Server) -> None:
     one = mine(bench, server.url, size=100, age=1e6)
-    await one.miner.set_round(ROUND)
+    await one.miner.set_round(Work(ROUND, NODE))
     lease = await one.miner.lease(2)
-    await one.miner.set_round(NEXT)
+    await one.miner.set_round(Work(NEXT, NODE))
     async with running(one.dispatcher, one.batcher):
         await soon(one.dispatcher.settled.wait())
-        await one.miner.complete(lease, [1.0, 1.0], "f00d")
+        await one.miner.complete(lease, [1.0, 1.0], WEIGHTS)
         (request,) = await server.take(1)
     assert nonces(request) == [0, 1]
 
 
-@pytest.mark.parametrize("stop", [Miner.pause, lambda miner: miner.close(1.0)], ids=["pause", "close"])
+@pytest.mark.parametrize(
+    "stop", [lambda miner: miner.pause(paused=True), lambda miner: miner.close(1.0)], ids=["pause", "close"]
+)
 async def test_stopping_sends_what_is_left(
     bench: Bench, server: Server, stop: Callable[[Miner], Awaitable[None]]
 ) -> None:
     one = mine(bench, server.url, size=100, age=1e6)
-    await one.miner.set_round(ROUND)
+    await one.miner.set_round(Work(ROUND, NODE))
     async with running(one.dispatcher, one.batcher):
         await one.find(2)
         await stop(one.miner)
@@ -148,16 +155,15 @@ async def test_while_the_store_takes_nothing_the_batcher_waits_and_tries_again(
 ) -> None:
     tries = asyncio.Queue[None]()
     loop = asyncio.get_running_loop()
-    form_batches = Outbox.form_batches
 
-    def watched(*arguments: Any, **names: Any) -> float | None:  # noqa: ANN401 - passed on
+    def watched(*arguments: Any, **names: Any) -> Formed:  # noqa: ANN401 - passed on
         loop.call_soon_threadsafe(tries.put_nowait, None)
         return form_batches(*arguments, **names)
 
-    monkeypatch.setattr(Outbox, "form_batches", watched)
+    monkeypatch.setattr(batcher, "form_batches", watched)
     bench.wall.tick = 0.001
     one = mine(bench, server.url, size=2, age=0.02)
-    await one.miner.set_round(ROUND)
+    await one.miner.set_round(Work(ROUND, NODE))
     await one.find(2)
     db = bench.outbox.outbox.db
     await bench.outbox(lambda _: db.execute("PRAGMA query_only = ON"))
@@ -177,7 +183,7 @@ async def test_what_a_replaced_round_found_is_withdrawn_as_soon_as_it_is_formed(
     withdraw: bool,  # noqa: FBT001 - a parameter of the cases
 ) -> None:
     one = mine(bench, server.url, size=2, age=1e6, withdraw=withdraw)
-    await one.miner.set_round(ROUND)
+    await one.miner.set_round(Work(ROUND, NODE))
     await one.find(2)
     await bench.outbox(Outbox.replace_round, ROUND, "reorganised", withdraw=withdraw, now=NOW)
     async with running(one.dispatcher):

@@ -14,7 +14,8 @@ from crash_verdict import judge
 from failpoints import Point
 
 from pocd.delivery.deliveries import next_pending, record_delivered
-from pocd.delivery.outbox import Outbox
+from pocd.delivery.forming import form_batches
+from pocd.delivery.outbox import Outbox, Weights, Work
 from pocd.nonces import Node, Span
 from pocd.proof import Proof, Round
 from pocd.receiver_store import Arrival, Store
@@ -22,6 +23,7 @@ from pocd.receiver_store import Arrival, Store
 if TYPE_CHECKING:
     from pathlib import Path
 
+WEIGHTS = Weights("f00d", "float32")
 NODE = Node(1, 3)
 ROUND = Round("AB", 10, "miner", 2.0, "poc2", "tiny", 16)
 NOW = 1_700_000_000.0
@@ -71,10 +73,10 @@ async def stores(folder: Path) -> tuple[Path, Path]:
     ours, theirs = folder / "outbox.db", folder / "receiver.db"
     receiver = await Store.open(theirs)
     with closing(Outbox.open(ours)) as outbox:
-        outbox.begin_round(ROUND, NODE, NOW)
+        outbox.begin_round(Work(ROUND, NODE), NOW)
         proofs = [Proof(nonce, 1.0) for nonce in NODE.nonces(Span(0, 6))]
-        outbox.commit_span(ROUND, NODE, Span(0, 6), proofs, "f00d", NOW)
-        outbox.form_batches(["witness"], size=2, age=1, now=NOW, current=None)
+        outbox.commit_span(ROUND, NODE, Span(0, 6), proofs, WEIGHTS, NOW)
+        form_batches(outbox, ["witness"], size=2, age=1, now=NOW, current=None)
         while head := next_pending(outbox, "witness"):
             nonces = tuple(proof.nonce for proof in proofs[2 * head.batch - 2 : 2 * head.batch])
             await receiver.add(

@@ -19,6 +19,7 @@ import aiohttp
 import pytest
 import structlog
 from aiohttp import web
+from delivering import dispatchers
 from processes import Chain, Daemon, config, fails, running
 from test_daemon import batches, dense, receiving, stored_proofs
 
@@ -26,8 +27,9 @@ from pocd import receiver, receiver_store
 from pocd.admin.client import AdminError, call
 from pocd.clock import Clock
 from pocd.delivery.deliveries import next_pending, record_delivered
+from pocd.delivery.forming import form_batches
 from pocd.delivery.keeper import Keeper, Limits
-from pocd.delivery.outbox import Outbox, Totals
+from pocd.delivery.outbox import Outbox, Totals, Weights, Work
 from pocd.delivery.outbox_thread import OutboxThread
 from pocd.delivery.store import StoreError, StoreUnavailableError
 from pocd.miner import Miner
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Handler
 
+WEIGHTS = Weights("f00d", "float32")
 NODE = Node(1, 3)
 ROUND = Round("AB", 10, "miner", 2.0, "poc2", "tiny", 16)
 NOW = 1_700_000_000.0
@@ -52,10 +55,10 @@ def fill(path: Path, round_: Round = ROUND, *, nonces: int = 50_000, delivered: 
     """Make a store of more than a mebibyte, whose batches wait for the receiver "one" or were accepted by it."""
     now = time.time()
     with closing(Outbox.open(path)) as outbox:
-        outbox.begin_round(round_, NODE, now)
+        outbox.begin_round(Work(round_, NODE), now)
         proofs = [Proof(nonce, 1 + nonce / 3e6) for nonce in NODE.nonces(Span(0, nonces))]
-        outbox.commit_span(round_, NODE, Span(0, nonces), proofs, "f00d", now)
-        outbox.form_batches(["one"], size=1000, age=1, now=now, current=None)
+        outbox.commit_span(round_, NODE, Span(0, nonces), proofs, WEIGHTS, now)
+        form_batches(outbox, ["one"], size=1000, age=1, now=now, current=None)
         while delivered and (head := next_pending(outbox, "one")):
             record_delivered(outbox, "one", head.batch, now)
 
@@ -185,21 +188,21 @@ async def test_what_a_full_disk_refused_is_lent_again_once_there_is_room(tmp_pat
     path = tmp_path / "outbox.db"
     clock = Clock(wall=lambda: NOW, monotonic=lambda: 0.0)
     with closing(OutboxThread(path)) as outbox:
-        miner = Miner(outbox, NODE, paused=False, clock=clock.monotonic, wall=clock.wall)
+        miner = Miner(outbox, clock=clock.monotonic, wall=clock.wall)
         limits = Limits(keep_delivered=1, expire_after=1, size=2**40, free=0)
         log = structlog.get_logger()
-        keeper = Keeper(path, outbox, miner, [], limits=limits, clock=clock, log=log)
-        await miner.set_round(ROUND)
+        keeper = Keeper(path, outbox, miner, dispatchers(outbox), limits=limits, clock=clock, log=log)
+        await miner.set_round(Work(ROUND, NODE))
         await outbox(limit_pages, 0)
         lease = await miner.lease(2000)
 
-        await miner.complete(lease, [1.0] * 2000, "f00d")
+        await miner.complete(lease, [1.0] * 2000, WEIGHTS)
         assert miner.held is not None
         assert "SQLITE_FULL" in miner.held
         assert outbox.outbox.totals == Totals()
         proofs = [Proof(nonce, 1.0) for nonce in lease.nonces]
         with pytest.raises(StoreUnavailableError, match="SQLITE_FULL"):
-            await outbox(Outbox.commit_span, ROUND, NODE, lease.span, proofs, "f00d", NOW)
+            await outbox(Outbox.commit_span, ROUND, NODE, lease.span, proofs, WEIGHTS, NOW)
         await keeper.look()
         assert miner.current is None, "the probe found no room"
 
@@ -208,7 +211,7 @@ async def test_what_a_full_disk_refused_is_lent_again_once_there_is_room(tmp_pat
         assert miner.held is None
         again = await miner.lease(2000)
         assert again.span == lease.span
-        await miner.complete(again, [1.0] * 2000, "f00d")
+        await miner.complete(again, [1.0] * 2000, WEIGHTS)
         assert outbox.outbox.totals == Totals(checked=2000, valid=2000)
 
 

@@ -7,18 +7,21 @@ from pathlib import Path
 
 import pytest
 import structlog
+from delivering import dispatchers
 from structlog.testing import capture_logs
 
 from pocd.clock import Clock, JumpDetector
 from pocd.delivery import deliveries, letters, upkeep
+from pocd.delivery.forming import form_batches
 from pocd.delivery.keeper import MIB, Keeper, Limits, shortage
 from pocd.delivery.letters import Selection
-from pocd.delivery.outbox import Outbox, Totals
+from pocd.delivery.outbox import Outbox, Totals, Weights, Work
 from pocd.delivery.outbox_thread import OutboxThread
 from pocd.miner import Miner
 from pocd.nonces import Node, Span
 from pocd.proof import Proof, Round
 
+WEIGHTS = Weights("f00d", "float32")
 NOW = 1_700_000_000.0
 NODE = Node(0, 1)
 ROUND = Round("AB", 10, "miner", 1.4, "poc2", "tiny", 16)
@@ -73,7 +76,7 @@ def room() -> Room:
 
 @pytest.fixture
 def miner(outbox: OutboxThread, times: Times) -> Miner:
-    return Miner(outbox, NODE, paused=False, clock=times.clock.monotonic, wall=times.clock.wall)
+    return Miner(outbox, clock=times.clock.monotonic, wall=times.clock.wall)
 
 
 @pytest.fixture
@@ -83,18 +86,18 @@ def keeper(path: Path, outbox: OutboxThread, miner: Miner, times: Times, room: R
 
 def made(path: Path, outbox: OutboxThread, miner: Miner, times: Times, room: Room, limits: Limits = LIMITS) -> Keeper:
     log = structlog.get_logger()
-    return Keeper(path, outbox, miner, [], limits=limits, clock=times.clock, log=log, free_bytes=room)
+    return Keeper(path, outbox, miner, dispatchers(outbox), limits=limits, clock=times.clock, log=log, free_bytes=room)
 
 
 async def store(outbox: OutboxThread, *receivers: str, now: float = NOW, nonces: int = 1) -> None:
     """Store one more batch, of as many proofs, for the receivers."""
 
     def write(opened: Outbox) -> None:
-        start = opened.begin_round(ROUND, NODE, now).checked
+        start = opened.begin_round(Work(ROUND, NODE), now).checked
         span = Span(start, start + nonces)
         proofs = [Proof(nonce, 1.0) for nonce in NODE.nonces(span)]
-        opened.commit_span(ROUND, NODE, span, proofs, "f00d", now)
-        opened.form_batches(receivers, size=nonces, age=0.0, now=now, current=ROUND)
+        opened.commit_span(ROUND, NODE, span, proofs, WEIGHTS, now)
+        form_batches(opened, receivers, size=nonces, age=0.0, now=now, current=ROUND)
 
     await outbox(write)
 
@@ -173,11 +176,11 @@ async def test_rounds_long_past_are_forgotten_but_not_what_they_found(
     monkeypatch.setattr(upkeep, "KEPT_ROUNDS", 2)
     await store(outbox, "a")  # of round 10, and pending
     waiting = Round("AB", 9, "miner", 1.4, "poc2", "tiny", 16)
-    await outbox(Outbox.begin_round, waiting, NODE, NOW)
-    await outbox(Outbox.commit_span, waiting, NODE, Span(0, 1), [Proof(0, 1.0)], "f00d", NOW)  # in no batch yet
+    await outbox(Outbox.begin_round, Work(waiting, NODE), NOW)
+    await outbox(Outbox.commit_span, waiting, NODE, Span(0, 1), [Proof(0, 1.0)], WEIGHTS, NOW)  # in no batch yet
     for height in range(11, 16):
         round_ = Round("AB", height, "miner", 1.4, "poc2", "tiny", 16)
-        await outbox(Outbox.begin_round, round_, NODE, NOW)
+        await outbox(Outbox.begin_round, Work(round_, NODE), NOW)
     await keeper.look()
     found = await outbox(Outbox.recent_rounds, 100)
     assert [round_.block_height for round_ in found] == [15, 14, 10, 9]
@@ -191,10 +194,10 @@ async def test_the_file_does_not_grow_for_ever(
     def write(opened: Outbox, height: int) -> None:
         """A round of its own, mined, batched and delivered."""
         round_ = Round("AB", height, "miner", 1.4, "poc2", "tiny", 16)
-        opened.begin_round(round_, NODE, times.wall)
+        opened.begin_round(Work(round_, NODE), times.wall)
         span = Span(0, 3000)
-        opened.commit_span(round_, NODE, span, [Proof(nonce, 1.0) for nonce in NODE.nonces(span)], "f00d", times.wall)
-        opened.form_batches(["a", "b"], size=1000, age=0.0, now=times.wall, current=None)
+        opened.commit_span(round_, NODE, span, [Proof(nonce, 1.0) for nonce in NODE.nonces(span)], WEIGHTS, times.wall)
+        form_batches(opened, ["a", "b"], size=1000, age=0.0, now=times.wall, current=None)
         for name in ("a", "b"):
             while head := deliveries.next_pending(opened, name):
                 deliveries.record_delivered(opened, name, head.batch, times.wall)
@@ -215,7 +218,7 @@ async def test_the_file_does_not_grow_for_ever(
 async def test_a_disk_that_runs_full_holds_mining_until_there_is_room_to_spare(
     keeper: Keeper, miner: Miner, room: Room
 ) -> None:
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     room.free = 50 * MIB - 1
     with capture_logs() as logs:
         await keeper.look()
@@ -239,7 +242,7 @@ async def test_a_full_store_gives_up_its_history_first_then_holds_mining(
     used = await outbox(upkeep.used_bytes)
     limits = Limits(keep_delivered=DAY, expire_after=WEEK, size=used * 3 // 4, free=0)
     keeper = made(path, outbox, miner, times, room, limits)
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     await keeper.look()
     assert miner.held is not None
     assert "store.size_limit_mib" in miner.held
@@ -261,10 +264,10 @@ async def test_a_store_that_takes_nothing_holds_mining_and_goes_on_by_itself(
         (now,) = opened.db.execute("PRAGMA page_count").fetchone()
         opened.db.execute(f"PRAGMA max_page_count = {now if pages is None else pages}")
 
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     lease = await miner.lease(20_000)
     await outbox(limit, None)
-    await miner.complete(lease, [1.0] * 20_000, "f00d")
+    await miner.complete(lease, [1.0] * 20_000, WEIGHTS)
     assert miner.held is not None
     assert "full" in miner.held
     assert miner.mining is not None
@@ -279,7 +282,7 @@ async def test_a_store_that_takes_nothing_holds_mining_and_goes_on_by_itself(
     assert [entry["action"] for entry in logs] == ["store_released"]
     again = await miner.lease(20_000)
     assert again.span == lease.span
-    await miner.complete(again, [1.0] * 20_000, "f00d")
+    await miner.complete(again, [1.0] * 20_000, WEIGHTS)
     assert outbox.outbox.totals == Totals(checked=20_000, valid=20_000)
 
 

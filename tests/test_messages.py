@@ -28,7 +28,7 @@ EVERY: list[Message] = [
     Compute(3, ROUND, 2**63 - 4, 3, 1),
     Cancel(9),
     Load("m", "float16", "cuda:1", "trained", 64, 8, shrink=True, revision="v1"),
-    Ready("m", "f00d", "float32", "cpu", 128, 4, "flat", 8, "2.13.0"),
+    Ready("m", "f00d", "float32", "cpu", 128, 4, "flat", 8, 4096, "2.13.0"),
     Failed("device", "no GPU — \n none"),
     RoundBegun("id", 0.1),
     Distances(3, [1.4042000770568848, 0.0, 2.0]),

@@ -10,7 +10,7 @@ from typing import TypeVar
 import pytest
 
 from pocd.delivery.deliveries import next_pending
-from pocd.delivery.outbox import Outbox, Totals
+from pocd.delivery.outbox import Outbox, Totals, Weights, Work
 from pocd.delivery.outbox_thread import OutboxThread
 from pocd.miner import LATEST, Lease, Miner
 from pocd.nonces import Node, Progress, Span
@@ -18,6 +18,7 @@ from pocd.proof import Proof, Round
 
 T = TypeVar("T")
 
+WEIGHTS = Weights("f00d", "float32")
 NOW = 1_700_000_000.0
 NODE = Node(1, 3)
 ROUND = Round("AB", 10, "miner", 1.4, "poc2", "tiny", 16)
@@ -55,8 +56,8 @@ def miner(outbox: OutboxThread, clock: Clock) -> Miner:
     return open_miner(outbox, clock)
 
 
-def open_miner(outbox: OutboxThread, clock: Clock | None = None, node: Node = NODE) -> Miner:
-    return Miner(outbox, node, paused=outbox.outbox.paused, clock=clock or Clock(), wall=lambda: NOW)
+def open_miner(outbox: OutboxThread, clock: Clock | None = None) -> Miner:
+    return Miner(outbox, clock=clock or Clock(), wall=lambda: NOW)
 
 
 async def soon(awaitable: Awaitable[T]) -> T:
@@ -73,7 +74,7 @@ async def let_all_run(outbox: OutboxThread) -> None:
 
 async def complete(miner: Miner, lease: Lease, distance: float = 1.0) -> None:
     """Bring a lease back with the same distance for each of its nonces."""
-    await soon(miner.complete(lease, [distance] * len(lease.nonces), "f00d"))
+    await soon(miner.complete(lease, [distance] * len(lease.nonces), WEIGHTS))
 
 
 async def stored(outbox: OutboxThread) -> list[Proof]:
@@ -86,14 +87,14 @@ async def stored(outbox: OutboxThread) -> list[Proof]:
 
 
 async def progress(outbox: OutboxThread, round_: Round = ROUND) -> Progress:
-    return (await outbox(Outbox.begin_round, round_, NODE, NOW)).progress
+    return (await outbox(Outbox.begin_round, Work(round_, NODE), NOW)).progress
 
 
 # Leases
 
 
 async def test_leases_are_this_nodes_nonces_dense_and_none_twice(miner: Miner) -> None:
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     leases = await soon(asyncio.gather(*(miner.lease(count) for count in (4, 1, 3))))
     assert [nonce for lease in leases for nonce in lease.nonces] == [1 + 3 * x for x in range(8)]
     assert all(lease.mining is miner.mining for lease in leases)
@@ -103,7 +104,7 @@ async def test_without_a_round_a_lease_waits_for_one(miner: Miner, outbox: Outbo
     waiting = asyncio.create_task(miner.lease(2))
     await let_all_run(outbox)
     assert not waiting.done()
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     lease = await soon(waiting)
     assert lease.mining.round == ROUND
 
@@ -111,13 +112,13 @@ async def test_without_a_round_a_lease_waits_for_one(miner: Miner, outbox: Outbo
 async def test_everybody_who_waits_for_a_round_gets_a_share_of_it(miner: Miner, outbox: OutboxThread) -> None:
     waiting = [asyncio.create_task(miner.lease(2)) for _ in range(3)]
     await let_all_run(outbox)
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     leases = await soon(asyncio.gather(*waiting))
     assert sorted(lease.span for lease in leases) == [Span(0, 2), Span(2, 4), Span(4, 6)]
 
 
 async def test_what_is_given_back_is_lent_again_first(miner: Miner) -> None:
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     first, second = await miner.lease(4), await miner.lease(4)
     await miner.give_back(second)
     await miner.give_back(first)
@@ -128,13 +129,13 @@ async def test_what_is_given_back_is_lent_again_first(miner: Miner) -> None:
 async def test_after_a_restart_what_was_lent_and_not_finished_is_lent_first(path: Path) -> None:
     with closing(OutboxThread(path)) as outbox:
         miner = open_miner(outbox)
-        await miner.set_round(ROUND)
+        await miner.set_round(Work(ROUND, NODE))
         leases = [await miner.lease(2) for _ in range(4)]
         await complete(miner, leases[0])
         await complete(miner, leases[2])
     with closing(OutboxThread(path)) as outbox:
         miner = open_miner(outbox)
-        await miner.set_round(ROUND)
+        await miner.set_round(Work(ROUND, NODE))
         assert [(await miner.lease(2)).span for _ in range(3)] == [leases[1].span, Span(6, 8), Span(8, 10)]
         assert miner.mining is not None
         assert (miner.mining.checked_before, miner.mining.checked, miner.mining.valid) == (4, 4, 4)
@@ -144,10 +145,10 @@ async def test_after_a_restart_what_was_lent_and_not_finished_is_lent_first(path
 
 
 async def test_valid_is_strictly_below_the_target(miner: Miner, outbox: OutboxThread) -> None:
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     lease = await miner.lease(5)
     below, above = math.nextafter(1.4, 0), math.nextafter(1.4, 2)
-    await soon(miner.complete(lease, [1.4, below, above, 0.0, 2.0], "f00d"))
+    await soon(miner.complete(lease, [1.4, below, above, 0.0, 2.0], WEIGHTS))
     assert await stored(outbox) == [Proof(4, below), Proof(10, 0.0)]
     assert outbox.outbox.totals == Totals(checked=5, valid=2, stored=0, delivered=0)
 
@@ -155,8 +156,8 @@ async def test_valid_is_strictly_below_the_target(miner: Miner, outbox: OutboxTh
 async def test_a_completed_lease_is_on_disk(path: Path) -> None:
     with closing(OutboxThread(path)) as outbox:
         miner = open_miner(outbox)
-        await miner.set_round(ROUND)
-        await soon(miner.complete(await miner.lease(2), [1.5, 1.25], "f00d"))
+        await miner.set_round(Work(ROUND, NODE))
+        await soon(miner.complete(await miner.lease(2), [1.5, 1.25], WEIGHTS))
     with closing(OutboxThread(path)) as outbox:
         assert await stored(outbox) == [Proof(4, 1.25)]
         assert await progress(outbox) == Progress(2)
@@ -170,21 +171,21 @@ async def test_a_completed_lease_is_on_disk(path: Path) -> None:
 async def test_what_is_not_one_finite_distance_per_nonce_commits_nothing(
     miner: Miner, outbox: OutboxThread, distances: list[float]
 ) -> None:
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     lease = await miner.lease(2)
     with pytest.raises(AssertionError):
-        await miner.complete(lease, distances, "f00d")
+        await miner.complete(lease, distances, WEIGHTS)
     assert await stored(outbox) == []
     assert await progress(outbox) == Progress()
     await complete(miner, lease)  # it is still lent, and may be completed yet
 
 
 async def test_counts_and_rates_follow_what_is_committed(miner: Miner, clock: Clock) -> None:
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     mining = miner.mining
     assert mining is not None
     clock.now += 10
-    await soon(miner.complete(await miner.lease(4), [1.0, 1.0, 2.0, 1.5], "f00d"))
+    await soon(miner.complete(await miner.lease(4), [1.0, 1.0, 2.0, 1.5], WEIGHTS))
     assert (mining.checked_before, mining.checked, mining.valid) == (0, 4, 2)
     assert list(mining.latest) == [Proof(1, 1.0), Proof(4, 1.0)]
     assert (miner.checked_rate.per_second(60), miner.valid_rate.per_second(60)) == (0.4, 0.2)
@@ -192,14 +193,14 @@ async def test_counts_and_rates_follow_what_is_committed(miner: Miner, clock: Cl
 
 
 async def test_only_the_latest_proofs_are_held(miner: Miner) -> None:
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     await complete(miner, await miner.lease(LATEST + 5))
     assert miner.mining is not None
     assert [proof.nonce for proof in miner.mining.latest] == [1 + 3 * x for x in range(5, LATEST + 5)]
 
 
 async def test_stored_proofs_are_announced(miner: Miner) -> None:
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     miner.proofs_stored.clear()
     await complete(miner, await miner.lease(2), distance=1.9)
     assert not miner.proofs_stored.is_set(), "nothing was found"
@@ -211,11 +212,11 @@ async def test_stored_proofs_are_announced(miner: Miner) -> None:
 
 
 async def test_a_new_round_replaces_the_old_one_at_once(miner: Miner) -> None:
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     old = await miner.lease(5)
     replaced = asyncio.create_task(miner.until_replaced(old.mining))
     miner.proofs_stored.clear()
-    await miner.set_round(NEXT)
+    await miner.set_round(Work(NEXT, NODE))
     await soon(replaced)
     assert miner.proofs_stored.is_set()
     new = await miner.lease(2)
@@ -223,9 +224,9 @@ async def test_a_new_round_replaces_the_old_one_at_once(miner: Miner) -> None:
 
 
 async def test_what_was_lent_under_the_old_round_still_commits_to_it(miner: Miner, outbox: OutboxThread) -> None:
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     old = await miner.lease(2)
-    await miner.set_round(NEXT)
+    await miner.set_round(Work(NEXT, NODE))
     new = await miner.lease(3)
     await complete(miner, old)
     await complete(miner, new)
@@ -236,18 +237,18 @@ async def test_what_was_lent_under_the_old_round_still_commits_to_it(miner: Mine
 
 
 async def test_the_same_round_again_changes_nothing(miner: Miner) -> None:
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     lease = await miner.lease(2)
     await complete(miner, lease)
     miner.proofs_stored.clear()
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     assert miner.mining is lease.mining
     assert not miner.proofs_stored.is_set()
     assert (await miner.lease(2)).span == Span(2, 4)
 
 
 async def test_between_rounds_nothing_is_lent(miner: Miner, outbox: OutboxThread) -> None:
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     old = await miner.lease(2)
     await miner.set_round(None)
     await soon(miner.until_replaced(old.mining))
@@ -255,29 +256,29 @@ async def test_between_rounds_nothing_is_lent(miner: Miner, outbox: OutboxThread
     await let_all_run(outbox)
     assert not waiting.done()
     await complete(miner, old)
-    await miner.set_round(NEXT)
+    await miner.set_round(Work(NEXT, NODE))
     assert (await soon(waiting)).mining.round == NEXT
 
 
 async def test_a_round_that_comes_back_goes_on_where_it_was(miner: Miner) -> None:
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     await complete(miner, await miner.lease(4))
-    await miner.set_round(NEXT)
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(NEXT, NODE))
+    await miner.set_round(Work(ROUND, NODE))
     assert (await miner.lease(2)).span == Span(4, 6)
     assert miner.mining is not None
     assert (miner.mining.checked_before, miner.mining.checked) == (4, 4)
 
 
-@pytest.mark.parametrize("between", [None, NEXT], ids=["none", "another"])
+@pytest.mark.parametrize("between", [None, Work(NEXT, NODE)], ids=["none", "another"])
 async def test_a_round_that_comes_back_does_not_lend_again_what_is_still_lent(
-    miner: Miner, outbox: OutboxThread, between: Round | None
+    miner: Miner, outbox: OutboxThread, between: Work | None
 ) -> None:
     """A chain node that lags can take the head back into the round that has just ended."""
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     old = await miner.lease(2)
     await miner.set_round(between)
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     new = await miner.lease(2)
     assert set(old.nonces).isdisjoint(new.nonces)
     await complete(miner, old)
@@ -291,37 +292,26 @@ async def test_a_round_that_comes_back_does_not_lend_again_what_is_still_lent(
 
 
 async def test_while_paused_nothing_is_lent_and_what_was_lent_still_commits(miner: Miner, outbox: OutboxThread) -> None:
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     lease = await miner.lease(2)
     replaced = asyncio.create_task(miner.until_replaced(lease.mining))
-    await miner.pause()
+    await miner.pause(paused=True)
     await soon(replaced)
     assert miner.current is None
     waiting = asyncio.create_task(miner.lease(2))
     await complete(miner, lease)
     await let_all_run(outbox)
     assert not waiting.done()
-    await miner.resume()
+    await miner.pause(paused=False)
     assert (await soon(waiting)).span == Span(2, 4)
 
 
-async def test_a_pause_outlives_the_daemon_and_its_end_too(path: Path) -> None:
-    for paused in (True, False):
-        with closing(OutboxThread(path)) as outbox:
-            miner = open_miner(outbox)
-            await (miner.pause() if paused else miner.resume())
-        with closing(OutboxThread(path)) as outbox:
-            miner = open_miner(outbox)
-            await miner.set_round(ROUND)
-            assert (miner.current is None) == paused
-
-
 async def test_a_round_that_begins_while_paused_is_taken_up_at_resume(miner: Miner) -> None:
-    await miner.set_round(ROUND)
-    await miner.pause()
-    await miner.set_round(NEXT)
+    await miner.set_round(Work(ROUND, NODE))
+    await miner.pause(paused=True)
+    await miner.set_round(Work(NEXT, NODE))
     assert miner.current is None
-    await miner.resume()
+    await miner.pause(paused=False)
     assert (await miner.lease(1)).mining.round == NEXT
 
 
@@ -329,7 +319,7 @@ async def test_a_round_that_begins_while_paused_is_taken_up_at_resume(miner: Min
 
 
 async def test_close_waits_for_every_lease_and_lends_no_more(miner: Miner, outbox: OutboxThread) -> None:
-    await miner.set_round(ROUND)
+    await miner.set_round(Work(ROUND, NODE))
     first, second = await miner.lease(2), await miner.lease(2)
     closing_ = asyncio.create_task(miner.close(3600))
     late = asyncio.create_task(miner.lease(2))
@@ -351,10 +341,10 @@ async def test_close_with_nothing_lent_returns(miner: Miner) -> None:
 async def test_close_gives_up_after_its_limit_and_what_was_lent_is_checked_again(path: Path) -> None:
     with closing(OutboxThread(path)) as outbox:
         miner = open_miner(outbox)
-        await miner.set_round(ROUND)
+        await miner.set_round(Work(ROUND, NODE))
         lease = await miner.lease(2)
         await soon(miner.close(0.01))
     with closing(OutboxThread(path)) as outbox:
         miner = open_miner(outbox)
-        await miner.set_round(ROUND)
+        await miner.set_round(Work(ROUND, NODE))
         assert (await miner.lease(2)).span == lease.span

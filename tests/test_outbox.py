@@ -14,17 +14,21 @@ from pathlib import Path
 import orjson
 import pytest
 
+from pocd.control import decode
 from pocd.delivery import deliveries
 from pocd.delivery.deliveries import PendingDelivery, next_pending, record_delivered, record_failed
-from pocd.delivery.outbox import KnownChain, Outbox, Queue, ReceiverState, RoundProgress, Totals
+from pocd.delivery.dispatchers import register_callback
+from pocd.delivery.forming import form_batches
+from pocd.delivery.outbox import KnownChain, Outbox, Queue, ReceiverState, RoundProgress, Totals, Weights, Work
 from pocd.delivery.outbox_thread import OutboxThread
 from pocd.delivery.schema import APPLICATION_ID, VERSION
 from pocd.delivery.store import StoreError
 from pocd.nonces import Node, Progress, Span
+from pocd.phases import Mode
 from pocd.proof import Proof, ProofBatch, Round
 
 NOW = 1_700_000_000.0
-WEIGHTS = "f00d"  # a fingerprint
+WEIGHTS = Weights("f00d", "float32")
 NODE = Node(1, 3)
 ROUND = Round("AB", 10, "miner", 1.4, "poc2", "tiny", 16)
 NEXT = Round("CD", 20, "miner", 1.4, "poc2", "tiny", 16)
@@ -38,7 +42,7 @@ def path(tmp_path: Path) -> Path:
 @pytest.fixture
 def outbox(path: Path) -> Iterator[Outbox]:
     with opened(path) as store:
-        store.begin_round(ROUND, NODE, NOW)
+        store.begin_round(Work(ROUND, NODE), NOW)
         yield store
 
 
@@ -68,7 +72,7 @@ def form(
     now: float = NOW,
     current: Round | None = ROUND,
 ) -> float | None:
-    return outbox.form_batches(receivers, size=size, age=age, now=now, current=current)
+    return form_batches(outbox, receivers, size=size, age=age, now=now, current=current).due
 
 
 def drain(outbox: Outbox, receiver: str) -> list[PendingDelivery]:
@@ -128,7 +132,7 @@ def test_a_new_store_makes_its_folder_and_is_empty(tmp_path: Path) -> None:
     with opened(path) as outbox:
         assert outbox.totals == Totals()
         assert outbox.queues == {}
-        assert not outbox.paused
+        assert outbox.control is None
         assert next_pending(outbox, "a") is None
     assert path.is_file()
 
@@ -232,14 +236,14 @@ def test_a_store_of_version_1_is_brought_up_to_date_and_loses_nothing(path: Path
         old.commit()
     with opened(path) as store:
         assert store.totals == Totals(checked=4, valid=2, stored=1)
-        assert store.begin_round(ROUND, NODE, NOW) == RoundProgress(Progress(4), checked=4, valid=2)
+        assert store.begin_round(Work(ROUND, NODE), NOW) == RoundProgress(Progress(4), checked=4, valid=2)
         commit(store, 4, 5)
         form(store, "main", size=1)
         first, old_proof, new_proof = drain(store, "main")
         assert (first.body, first.attempts) == (b'{"nonces":[1]}', 3)
         # Version 1 did not say which weights a proof is of.
-        assert old_proof.body == ProofBatch(ROUND, 1, None, (Proof(10, 1.25),)).to_json()
-        assert new_proof.body == ProofBatch(ROUND, 1, WEIGHTS, (Proof(13, 1.013),)).to_json()
+        assert old_proof.body == ProofBatch(ROUND, 1, None, None, (Proof(10, 1.25),)).to_json()
+        assert new_proof.body == ProofBatch(ROUND, 1, "f00d", "float32", (Proof(13, 1.013),)).to_json()
     with opened(path) as again:
         assert again.db.execute("PRAGMA user_version").fetchone() == (VERSION,)
         assert again.totals == Totals(checked=5, valid=3, stored=3, delivered=3)
@@ -261,9 +265,9 @@ def test_a_store_of_version_2_is_brought_up_to_date_and_loses_nothing(path: Path
             "main": ReceiverState(failures=3, next_at=NOW + 1, error="HTTP 503"),
             "other": ReceiverState(failures=2, next_at=NOW + 9, error="HTTP 500"),
         }
-        assert store.begin_round(ROUND, NODE, NOW) == RoundProgress(Progress(8), checked=8, valid=4)
+        assert store.begin_round(Work(ROUND, NODE), NOW) == RoundProgress(Progress(8), checked=8, valid=4)
         form(store, "main", "other", size=1)
-        new = ProofBatch(ROUND, 1, WEIGHTS, (Proof(10, 1.25),)).to_json()
+        new = ProofBatch(ROUND, 1, "f00d", None, (Proof(10, 1.25),)).to_json()  # it did not say which dtype
         first, second = b'{"nonces":[1]}', b'{"nonces":[4,7]}'
         found = {name: drain(store, name) for name in ("main", "other")}
         assert [(each.sequence, each.body, each.attempts) for each in found["main"]] == [
@@ -273,6 +277,23 @@ def test_a_store_of_version_2_is_brought_up_to_date_and_loses_nothing(path: Path
         ]
         assert [(each.sequence, each.body) for each in found["other"]] == [(2, second), (3, new)]
         assert store.totals == recount(store) == Totals(checked=8, valid=4, stored=4, delivered=4)
+    assert_schema_is_as_made_anew(path)
+
+
+def test_a_store_of_version_3_is_brought_up_to_date_and_mining_stays_stopped(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as old:
+        old.executescript((Path(__file__).parent / "data" / "store_v3.sql").read_text())
+    with opened(path) as store:
+        assert store.totals == recount(store) == Totals(checked=9, valid=5, stored=4)
+        assert decode(store.control) == (Mode.STOPPED, None)
+        assert store.recent_rounds(9) == [ROUND]
+        assert store.begin_round(Work(ROUND, NODE), NOW) == RoundProgress(Progress(9), checked=9, valid=5)
+        form(store, "main", "other", size=1)
+        last = drain(store, "main")[-1]
+        # Version 3 did not say in which precision a proof was found.
+        assert last.body == ProofBatch(ROUND, 1, "f00d", None, (Proof(25, 1.25),)).to_json()
+        drain(store, "other")
+        assert store.totals == recount(store) == Totals(checked=9, valid=5, stored=5, delivered=5)
     assert_schema_is_as_made_anew(path)
 
 
@@ -301,22 +322,24 @@ def columns(path: Path) -> list[tuple[str, str, str]]:
 
 
 def test_proofs_of_other_weights_go_into_another_batch(outbox: Outbox) -> None:
-    for start, weights in enumerate(["old", "old", "new", "old"]):
+    half, full = Weights("old", "float16"), Weights("old", "float32")
+    for start, weights in enumerate([full, full, Weights("new", "float32"), half, full]):
         span = Span(start, start + 1)
         outbox.commit_span(ROUND, NODE, span, proofs_of(span), weights, NOW)
     form(outbox, "a", size=2, now=NOW + 60)
     found = [orjson.loads(delivery.body) for delivery in drain(outbox, "a")]
-    assert [(body["model_fingerprint"], body["nonces"]) for body in found] == [
-        ("old", [1, 4]),
-        ("old", [10]),
-        ("new", [7]),
+    assert [(body["model_fingerprint"], body["dtype"], body["nonces"]) for body in found] == [
+        ("old", "float32", [1, 4]),
+        ("old", "float32", [13]),
+        ("new", "float32", [7]),
+        ("old", "float16", [10]),
     ]
 
 
 @pytest.mark.parametrize("journal", ["delete", "wal"])
 def test_a_newer_store_is_refused_and_left_alone(path: Path, journal: str) -> None:
     with opened(path) as outbox:
-        outbox.set_paused(paused=True)
+        outbox.set_control("{}", None, NOW)
     with closing(sqlite3.connect(path)) as newer:
         newer.execute(f"PRAGMA user_version = {VERSION + 1}")
         newer.execute(f"PRAGMA journal_mode = {journal}")
@@ -349,7 +372,7 @@ def test_closing_and_opening_again_keeps_everything(path: Path, outbox: Outbox) 
     assert first is not None
     record_delivered(outbox, "a", first.batch, NOW)
     record_failed(outbox, "b", first.batch, "HTTP 500", fault=True, next_at=NOW + 5)
-    outbox.set_paused(paused=True)
+    outbox.set_control("stopped", None, NOW)
     totals, queues, bodies = outbox.totals, outbox.queues, batched(outbox)
     heads = next_pending(outbox, "a"), next_pending(outbox, "b")
     outbox.close()
@@ -359,8 +382,10 @@ def test_closing_and_opening_again_keeps_everything(path: Path, outbox: Outbox) 
         assert again.queues == queues == {"a": Queue(2, 4, 1, 2), "b": Queue(3, 6)}
         assert (next_pending(again, "a"), next_pending(again, "b")) == heads
         assert batched(again) == bodies
-        assert again.paused
-        assert again.begin_round(ROUND, NODE, NOW) == RoundProgress(Progress(4, (Span(6, 9),)), checked=7, valid=7)
+        assert again.control == "stopped"
+        assert again.begin_round(Work(ROUND, NODE), NOW) == RoundProgress(
+            Progress(4, (Span(6, 9),)), checked=7, valid=7
+        )
         assert waiting(again) == 1
 
 
@@ -368,17 +393,18 @@ def test_what_a_killed_process_announced_is_there(path: Path) -> None:
     """The child prints each span after its commit; it is killed without warning in the middle of its work."""
     code = (
         "import sys, pathlib\n"
-        "from pocd.delivery.outbox import Outbox\n"
+        "from pocd.delivery.forming import form_batches\n"
+        "from pocd.delivery.outbox import Outbox, Weights, Work\n"
         "from pocd.nonces import Node, Span\n"
         "from pocd.proof import Proof, Round\n"
         "outbox, node = Outbox.open(pathlib.Path(sys.argv[1])), Node(1, 3)\n"
         "round_ = Round('AB', 10, 'miner', 1.4, 'poc2', 'tiny', 16)\n"
-        "outbox.begin_round(round_, node, 0.0)\n"
+        "outbox.begin_round(Work(round_, node), 0.0)\n"
         "for start in range(0, 10**9, 10):\n"
         "    span = Span(start, start + 10)\n"
         "    proofs = [Proof(nonce, 1.0) for nonce in node.nonces(span)[:3]]\n"
-        "    outbox.commit_span(round_, node, span, proofs, 'f00d', 0.0)\n"
-        "    outbox.form_batches(['a'], size=2, age=1e9, now=0.0, current=round_)\n"
+        "    outbox.commit_span(round_, node, span, proofs, Weights('f00d', 'float32'), 0.0)\n"
+        "    form_batches(outbox, ['a'], size=2, age=1e9, now=0.0, current=round_)\n"
         "    print(span.stop, flush=True)\n"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True) as child:
@@ -390,7 +416,7 @@ def test_what_a_killed_process_announced_is_there(path: Path) -> None:
     assert child.returncode != 0
 
     with opened(path) as outbox:
-        done = outbox.begin_round(ROUND, NODE, NOW)
+        done = outbox.begin_round(Work(ROUND, NODE), NOW)
         assert done.progress.cursor >= announced
         assert done == RoundProgress(Progress(done.checked), done.checked, done.valid)
         assert outbox.totals == recount(outbox)
@@ -404,7 +430,7 @@ def test_a_batch_keeps_its_bytes_and_id_across_failures_and_restarts(path: Path,
     form(outbox, "a", size=3)
     first = next_pending(outbox, "a")
     assert first is not None
-    batch = ProofBatch(ROUND, NODE.id, WEIGHTS, tuple(proofs))
+    batch = ProofBatch(ROUND, NODE.id, WEIGHTS.fingerprint, WEIGHTS.dtype, tuple(proofs))
     assert (first.id, first.kind, first.body) == (batch.id, "generated", batch.to_json())
     assert (first.sequence, first.attempts, first.queued_at) == (1, 0, NOW)
 
@@ -422,12 +448,12 @@ def test_a_batch_keeps_its_bytes_and_id_across_failures_and_restarts(path: Path,
 def test_another_round_or_share_has_progress_of_its_own(outbox: Outbox) -> None:
     commit(outbox, 0, 5)
     fresh = RoundProgress(Progress(), 0, 0)
-    assert outbox.begin_round(NEXT, NODE, NOW) == fresh
-    assert outbox.begin_round(ROUND, Node(2, 3), NOW) == fresh
-    assert outbox.begin_round(ROUND, Node(1, 4), NOW) == fresh
+    assert outbox.begin_round(Work(NEXT, NODE), NOW) == fresh
+    assert outbox.begin_round(Work(ROUND, Node(2, 3)), NOW) == fresh
+    assert outbox.begin_round(Work(ROUND, Node(1, 4)), NOW) == fresh
     commit(outbox, 5, 6)
-    assert outbox.begin_round(ROUND, Node(1, 4), NOW) == fresh
-    assert outbox.begin_round(ROUND, NODE, NOW) == RoundProgress(Progress(6), 6, 6)
+    assert outbox.begin_round(Work(ROUND, Node(1, 4)), NOW) == fresh
+    assert outbox.begin_round(Work(ROUND, NODE), NOW) == RoundProgress(Progress(6), 6, 6)
 
 
 def test_a_span_cannot_be_committed_twice(outbox: Outbox) -> None:
@@ -448,11 +474,11 @@ def test_progress_and_proofs_are_one_transaction(path: Path, outbox: Outbox) -> 
         commit(outbox, 2, 6)  # nonces 7, 10, 13: the last ones fail when the first are already inserted
     assert outbox.totals == recount(outbox) == Totals(2, 2, 0, 0)
     assert waiting(outbox) == 2
-    assert outbox.begin_round(ROUND, NODE, NOW).progress == Progress(2)
+    assert outbox.begin_round(Work(ROUND, NODE), NOW).progress == Progress(2)
 
     outbox.close()
     with opened(path) as again:
-        assert again.begin_round(ROUND, NODE, NOW) == RoundProgress(Progress(2), 2, 2)
+        assert again.begin_round(Work(ROUND, NODE), NOW) == RoundProgress(Progress(2), 2, 2)
         commit(again, 2, 6)
         assert again.totals == recount(again) == Totals(6, 6, 0, 0)
 
@@ -461,7 +487,7 @@ def test_a_distance_that_is_no_number_is_never_stored(outbox: Outbox) -> None:
     with pytest.raises(sqlite3.IntegrityError):
         outbox.commit_span(ROUND, NODE, Span(0, 1), [Proof(1, float("nan"))], WEIGHTS, NOW)
     assert outbox.totals == recount(outbox) == Totals()
-    assert outbox.begin_round(ROUND, NODE, NOW).progress == Progress()
+    assert outbox.begin_round(Work(ROUND, NODE), NOW).progress == Progress()
 
 
 def test_a_full_disk_is_named_as_the_cause_and_costs_nothing_committed(outbox: Outbox) -> None:
@@ -471,21 +497,59 @@ def test_a_full_disk_is_named_as_the_cause_and_costs_nothing_committed(outbox: O
     with pytest.raises(sqlite3.Error, match="full"):
         commit(outbox, 1, 2000)
     outbox.db.execute(f"PRAGMA max_page_count = {10 * pages}")
-    assert outbox.begin_round(ROUND, NODE, NOW) == RoundProgress(Progress(1), 1, 1)
+    assert outbox.begin_round(Work(ROUND, NODE), NOW) == RoundProgress(Progress(1), 1, 1)
     commit(outbox, 1, 2000)
     assert outbox.totals == recount(outbox) == Totals(2000, 2000, 0, 0)
 
 
-def test_pausing_is_remembered_until_resumed(path: Path, outbox: Outbox) -> None:
-    for paused in (True, True, False, False, True):
-        outbox.set_paused(paused=paused)
-        assert outbox.paused == paused
+def test_what_the_api_decided_is_remembered_until_the_chain_decides_again(path: Path, outbox: Outbox) -> None:
+    for control in ("one", "two", "two", None, None, "three"):
+        assert outbox.set_control(control, None, NOW) is None
+        assert outbox.control == control
     outbox.close()
     with opened(path) as again:
-        assert again.paused
-        again.set_paused(paused=False)
+        assert again.control == "three"
+        again.set_control(None, None, NOW)
     with opened(path) as again:
-        assert not again.paused
+        assert again.control is None
+
+
+def test_a_round_that_is_asked_for_begins_with_what_was_decided_or_not_at_all(path: Path, outbox: Outbox) -> None:
+    commit(outbox, 0, 4)
+    done = outbox.set_control("mine", Work(ROUND, NODE, by_chain=False), NOW)
+    assert done == RoundProgress(Progress(4), 4, 4)
+    outbox.db.execute("CREATE TEMP TRIGGER broken BEFORE INSERT ON progress BEGIN SELECT RAISE(ABORT, 'broken'); END")
+    with pytest.raises(sqlite3.IntegrityError, match="broken"):
+        outbox.set_control("another", Work(NEXT, NODE, by_chain=False), NOW)
+    assert outbox.control == "mine"
+    outbox.close()
+    with opened(path) as again:
+        assert again.control == "mine"
+        assert again.db.execute("SELECT count(*) FROM rounds").fetchone() == (1,)
+
+
+def test_only_rounds_that_the_chain_began_say_what_its_hashes_are(outbox: Outbox) -> None:
+    outbox.begin_round(Work(NEXT, NODE, by_chain=False), NOW)
+    assert outbox.recent_rounds(10) == [ROUND]
+    outbox.begin_round(Work(NEXT, NODE), NOW)
+    assert outbox.recent_rounds(10) == [NEXT, ROUND]
+    outbox.begin_round(Work(ROUND, NODE, by_chain=False), NOW)
+    assert outbox.recent_rounds(10) == [NEXT, ROUND]
+
+
+def test_a_rounds_own_receiver_gets_its_batches_beside_the_others_or_alone(outbox: Outbox) -> None:
+    register_callback(outbox, "own", "http://127.0.0.1/own")
+    outbox.begin_round(Work(ROUND, NODE, by_chain=False, callback="own"), NOW)
+    outbox.begin_round(Work(NEXT, NODE), NOW)
+    commit(outbox, 0, 2)
+    commit(outbox, 0, 3, round_=NEXT)
+    form(outbox, size=2, now=NOW + 99)
+    assert [nonces_of(each.body) for each in drain(outbox, "own")] == [[1, 4]]
+    assert waiting(outbox) == 3, "what has no receiver waits for one"
+    commit(outbox, 2, 4)
+    form(outbox, "a", "own", size=3, now=NOW + 99)
+    assert [nonces_of(each.body) for each in drain(outbox, "a")] == [[1, 4, 7], [7, 10]]
+    assert [nonces_of(each.body) for each in drain(outbox, "own")] == [[1, 4, 7], [7, 10]]
 
 
 # Forming batches
@@ -527,10 +591,10 @@ def test_what_is_left_of_full_batches_is_due_by_its_own_age(outbox: Outbox) -> N
 def test_one_call_forms_a_bounded_number_of_batches_and_the_rest_is_due_at_once(
     outbox: Outbox, monkeypatch: pytest.MonkeyPatch, most_batches: int, most_nonces: int, size: int, each_time: int
 ) -> None:
-    monkeypatch.setattr("pocd.delivery.outbox.MOST_BATCHES", most_batches)
-    monkeypatch.setattr("pocd.delivery.outbox.MOST_NONCES", most_nonces)
+    monkeypatch.setattr("pocd.delivery.forming.MOST_BATCHES", most_batches)
+    monkeypatch.setattr("pocd.delivery.forming.MOST_NONCES", most_nonces)
     commit(outbox, 0, 10 * size - 1)
-    outbox.begin_round(NEXT, NODE, NOW)
+    outbox.begin_round(Work(NEXT, NODE), NOW)
     commit(outbox, 0, 1, round_=NEXT)
     for formed in range(each_time, 11, each_time):
         assert form(outbox, "a", size=size, current=None) == NOW, "due at once"
@@ -561,7 +625,7 @@ def test_forming_batches_is_one_transaction(outbox: Outbox) -> None:
 
 def test_proofs_of_a_round_that_is_over_are_batched_at_once(outbox: Outbox) -> None:
     commit(outbox, 0, 2)
-    outbox.begin_round(NEXT, NODE, NOW)
+    outbox.begin_round(Work(NEXT, NODE), NOW)
     commit(outbox, 0, 1, round_=NEXT, now=NOW + 1)
     assert form(outbox, "a", current=NEXT, now=NOW + 2) == NOW + 11
     assert batched(outbox) == [[1, 4]]
@@ -571,13 +635,13 @@ def test_proofs_of_a_round_that_is_over_are_batched_at_once(outbox: Outbox) -> N
 
 def test_a_batch_holds_proofs_of_one_round_and_one_node_only(outbox: Outbox) -> None:
     other = Node(2, 3)
-    outbox.begin_round(NEXT, NODE, NOW)
-    outbox.begin_round(ROUND, other, NOW)
+    outbox.begin_round(Work(NEXT, NODE), NOW)
+    outbox.begin_round(Work(ROUND, other), NOW)
     expected = []
     for round_, node in ((ROUND, NODE), (NEXT, NODE), (ROUND, other)):
         proofs = proofs_of(Span(0, 2), node)
         outbox.commit_span(round_, node, Span(0, 2), proofs, WEIGHTS, NOW)
-        expected.append(ProofBatch(round_, node.id, WEIGHTS, tuple(proofs)))
+        expected.append(ProofBatch(round_, node.id, WEIGHTS.fingerprint, WEIGHTS.dtype, tuple(proofs)))
     form(outbox, "a", current=None)
     accepted = drain(outbox, "a")
     assert [delivery.id for delivery in accepted] == [batch.id for batch in expected]
@@ -693,7 +757,7 @@ def test_what_a_replaced_round_found_is_withdrawn_and_comes_back_with_its_block(
     assert next_pending(outbox, "a") is None, "a late find is withdrawn too"
     assert outbox.totals == recount(outbox) == Totals(4, 4, 4, withdrawn=4)
 
-    outbox.begin_round(ROUND, NODE, NOW)
+    outbox.begin_round(Work(ROUND, NODE), NOW)
     assert outbox.recent_rounds(10) == [ROUND]
     assert [nonces_of(delivery.body) for delivery in drain(outbox, "a")] == [[4], [7], [10]]
     assert [nonces_of(delivery.body) for delivery in drain(outbox, "b")] == [[1], [4], [7], [10]]
@@ -708,7 +772,7 @@ def test_a_refusal_of_what_was_withdrawn_meanwhile_is_no_dead_letter(outbox: Out
     outbox.replace_round(ROUND, "block replaced", withdraw=True, now=NOW)
     deliveries.record_set_aside(outbox, "a", under_way.batch, "refused", NOW)
     assert outbox.totals == recount(outbox) == Totals(1, 1, 1, withdrawn=1)
-    outbox.begin_round(ROUND, NODE, NOW)
+    outbox.begin_round(Work(ROUND, NODE), NOW)
     record_delivered(outbox, "a", under_way.batch, NOW)
     assert outbox.totals == recount(outbox) == Totals(1, 1, 1, delivered=1)
 
@@ -718,12 +782,12 @@ def test_what_a_replaced_round_found_is_sent_where_that_is_wanted(outbox: Outbox
     form(outbox, "a", size=1)
     commit(outbox, 1, 2)
     outbox.replace_round(ROUND, "block replaced", withdraw=False, now=NOW)
-    outbox.form_batches(["a"], size=9, age=1.0, now=NOW, current=None, withdraw=False)
+    form_batches(outbox, ["a"], size=9, age=1.0, now=NOW, current=None, withdraw=False)
     assert [nonces_of(delivery.body) for delivery in drain(outbox, "a")] == [[1], [4]]
 
 
 def test_rounds_are_told_from_the_greatest_height_down(outbox: Outbox) -> None:
-    outbox.begin_round(NEXT, NODE, NOW)
+    outbox.begin_round(Work(NEXT, NODE), NOW)
     assert outbox.recent_rounds(10) == [NEXT, ROUND]
     assert outbox.recent_rounds(1) == [NEXT]
     outbox.replace_round(NEXT, "block replaced", withdraw=True, now=NOW)
@@ -753,7 +817,7 @@ async def test_calls_run_in_one_thread_one_after_another_and_give_results_and_er
         assert threading.get_ident() not in idents
         with pytest.raises(ValueError, match="told"):
             await thread(fail)
-        done = await thread(Outbox.begin_round, ROUND, NODE, NOW)
+        done = await thread(Outbox.begin_round, Work(ROUND, NODE), NOW)
         assert done == RoundProgress(Progress(), 0, 0)
 
 
@@ -767,7 +831,7 @@ async def test_a_write_that_began_is_finished_though_its_caller_was_cancelled(pa
         commit(outbox, 0, 3)
 
     with closing(OutboxThread(path)) as thread:
-        await thread(Outbox.begin_round, ROUND, NODE, NOW)
+        await thread(Outbox.begin_round, Work(ROUND, NODE), NOW)
         call = asyncio.create_task(thread(slow_commit))
         await began.wait()
         call.cancel()
@@ -780,7 +844,7 @@ async def test_a_write_that_began_is_finished_though_its_caller_was_cancelled(pa
 
 async def test_closing_the_thread_finishes_what_was_asked_and_frees_the_file(path: Path) -> None:
     thread = OutboxThread(path)
-    calls = [asyncio.create_task(thread(Outbox.begin_round, round_, NODE, NOW)) for round_ in (ROUND, NEXT)]
+    calls = [asyncio.create_task(thread(Outbox.begin_round, Work(round_, NODE), NOW)) for round_ in (ROUND, NEXT)]
     await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
     thread.close()
     await asyncio.gather(*calls)

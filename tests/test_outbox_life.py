@@ -14,6 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import orjson
 import structlog
+from delivering import events
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -21,8 +22,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from pocd.delivery import deliveries, letters, upkeep
 from pocd.delivery.deliveries import PendingDelivery, next_pending
 from pocd.delivery.dispatcher import Dispatcher, Receiver
+from pocd.delivery.forming import form_batches
 from pocd.delivery.letters import Selection
-from pocd.delivery.outbox import Outbox, Queue, Totals
+from pocd.delivery.outbox import Outbox, Queue, Totals, Weights, Work
 from pocd.delivery.outbox_thread import OutboxThread
 from pocd.delivery.policy import Outcome
 from pocd.nonces import Ledger, Node, Span
@@ -31,6 +33,7 @@ from pocd.proof import Proof, Round
 P = ParamSpec("P")
 T = TypeVar("T")
 
+WEIGHTS = Weights("f00d", "float32")
 NOW = 1_700_000_000.0
 NODE = Node(1, 3)
 WEEK = 604_800.0
@@ -117,6 +120,7 @@ class OutboxLife(RuleBasedStateMachine):
             wall=lambda: self.now,
             jitter=lambda: 0.0,
             log=QUIET,
+            events=events(),
         )
         made.outcomes, made.arrivals = [], self.model.arrived[name]
         return made
@@ -130,7 +134,7 @@ class OutboxLife(RuleBasedStateMachine):
     @rule(round_=st.sampled_from(ROUNDS))
     def begin(self, round_: Round) -> None:
         """Take up a round as the miner does: from what the store says was done."""
-        done = self.call(Outbox.begin_round, round_, NODE, self.now)
+        done = self.call(Outbox.begin_round, Work(round_, NODE), self.now)
         mine = self.model.done.setdefault(round_, set())
         islands = [range(island.start, island.stop) for island in done.progress.islands]
         assert set(range(done.progress.cursor)).union(*islands) == mine
@@ -152,7 +156,7 @@ class OutboxLife(RuleBasedStateMachine):
         span = self.leased.pop(data.draw(st.integers(0, len(self.leased) - 1)))
         valid = data.draw(st.lists(st.sampled_from(NODE.nonces(span)), unique=True))
         proofs = [Proof(nonce, data.draw(st.floats(0, 1.4, exclude_max=True))) for nonce in sorted(valid)]
-        self.call(Outbox.commit_span, self.active, NODE, span, proofs, "f00d", self.now)
+        self.call(Outbox.commit_span, self.active, NODE, span, proofs, WEIGHTS, self.now)
         self.model.done[self.active] |= set(range(span.start, span.stop))
         self.model.found += [(self.active.id, proof.nonce, proof.distance) for proof in proofs]
 
@@ -163,7 +167,7 @@ class OutboxLife(RuleBasedStateMachine):
     )
     def form_batches(self, receivers: tuple[str, ...], size: int, over: bool) -> None:  # noqa: FBT001
         current = None if over else self.active
-        self.call(Outbox.form_batches, receivers, size=size, age=100.0, now=self.now, current=current)
+        self.call(form_batches, receivers, size=size, age=100.0, now=self.now, current=current)
         for number, name, body, nonces in self.rows("SELECT number, id, body, nonces FROM batches ORDER BY number"):
             if number not in self.model.batches:
                 self.model.batches[number] = (name, body, nonces, receivers)
@@ -181,7 +185,7 @@ class OutboxLife(RuleBasedStateMachine):
         assert self.active is not None
         span = self.ledger.take(count)
         proofs = [Proof(nonce, 1.0) for nonce in NODE.nonces(span)]
-        self.call(Outbox.commit_span, self.active, NODE, span, proofs, "f00d", self.now)
+        self.call(Outbox.commit_span, self.active, NODE, span, proofs, WEIGHTS, self.now)
         self.model.done[self.active] |= set(range(span.start, span.stop))
         self.model.found += [(self.active.id, proof.nonce, proof.distance) for proof in proofs]
         self.form_batches(receivers, size, over=True)

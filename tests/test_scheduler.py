@@ -21,11 +21,15 @@ from structlog.testing import capture_logs
 from pocd.chain.evm import EVM
 from pocd.chain.rpc import Rpc
 from pocd.chain.source import Block, BlockUnavailableError, ChainError, ChainSource, Head
-from pocd.delivery.outbox import KnownChain, Outbox
+from pocd.clock import SYSTEM
+from pocd.control import Control
+from pocd.delivery.forming import form_batches
+from pocd.delivery.outbox import KnownChain, Outbox, Weights
 from pocd.delivery.outbox_thread import OutboxThread
 from pocd.delivery.store import StoreUnavailableError
 from pocd.miner import Miner
 from pocd.nonces import Node
+from pocd.observe.events import Events
 from pocd.proof import Round
 from pocd.rounds import RoundPolicy
 from pocd.scheduler import ALWAYS_HELD, RoundScheduler
@@ -89,16 +93,20 @@ class Conducted:
     ) -> None:
         self.chain = chain
         self.outbox = OutboxThread(path)
-        self.miner = Miner(self.outbox, Node(0, 1), paused=False, clock=lambda: 0.0, wall=lambda: NOW)
+        self.miner = Miner(self.outbox, clock=lambda: 0.0, wall=lambda: NOW)
+        self.log = cast("FilteringBoundLogger", structlog.get_logger())
+        self.control = Control(
+            self.miner, self.outbox, Node(0, 1), wall=lambda: NOW, log=self.log, events=Events(SYSTEM)
+        )
         self.scheduler = RoundScheduler(
             chain,
-            self.miner,
+            self.control,
             self.outbox,
             policy=policy,
             make_round=lambda block: round_of(block, public_key),
             withdraw=withdraw,
             wall=lambda: NOW,
-            log=cast("FilteringBoundLogger", structlog.get_logger()),
+            log=self.log,
         )
 
     def close(self) -> None:
@@ -147,7 +155,7 @@ async def test_a_round_begins_at_its_start_lives_and_ends(path: Path) -> None:
     assert mined == [None, 5, 5, 5, None, None, 10, 10]
     assert chain.asked == []  # the head itself was the start
     assert actions(records) == ["round_begin", "round_end", "round_begin"]
-    assert (records[0]["height"], records[0]["block_hash"], records[1]["height"]) == (5, "0:5", 8)
+    assert (records[0]["height"], records[0]["block_hash"], records[0]["by"]) == (5, "0:5", "chain")
 
 
 async def test_a_round_whose_start_was_missed_is_found(path: Path) -> None:
@@ -295,7 +303,7 @@ async def test_a_block_that_comes_back_while_its_round_is_being_computed(path: P
         chain.hashes = hashes
         assert await conductor.look() == first
         assert await conductor.on_chain() == [first]
-        await conductor.miner.complete(lease, [1.0], "weights")
+        await conductor.miner.complete(lease, [1.0], Weights("f00d", "float32"))
         assert (await conductor.miner.lease(1)).span.start == 1  # it goes on where it was
 
 
@@ -371,8 +379,8 @@ async def test_what_a_replaced_round_found_is_withdrawn_where_that_is_wanted(
     chain = Chain(11, reorganises=True)
     with conducted(path, chain, withdraw=withdraw) as conductor:
         await conductor.look()
-        await conductor.miner.complete(await conductor.miner.lease(1), [1.0], "weights")
-        await conductor.outbox(Outbox.form_batches, ["one"], size=1, age=0.0, now=NOW, current=None)
+        await conductor.miner.complete(await conductor.miner.lease(1), [1.0], Weights("f00d", "float32"))
+        await conductor.outbox(form_batches, ["one"], size=1, age=0.0, now=NOW, current=None)
         chain.reorganise(3)
         await conductor.look()
         queue = conductor.outbox.outbox.queues["one"]

@@ -21,11 +21,13 @@ import torch
 from processes import PATIENCE
 from safetensors.torch import load_file, save_file
 
+from pocd.clock import SYSTEM
 from pocd.compute.names import BUNDLED
-from pocd.delivery.outbox import Outbox
+from pocd.delivery.outbox import Outbox, Work
 from pocd.delivery.outbox_thread import OutboxThread
 from pocd.miner import Miner
 from pocd.nonces import Node, Progress
+from pocd.observe.events import Events
 from pocd.proof import Round
 from pocd.worker import messages
 from pocd.worker.messages import BatchSize, Cancel, Cancelled, Compute, Load, Message, Ready
@@ -44,9 +46,12 @@ ROUND = Round("block_alpha", 1, "node_A", 1.4142, "poc2", "bundled:tiny-llama", 
 def prepared(folder: Path, load: Load, **limits: float) -> Iterator[tuple[Supervisor, Miner]]:
     """A supervisor that does not run yet, and its miner, on a real store."""
     with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
-        miner = Miner(outbox, NODE, paused=False, clock=time.monotonic, wall=time.time)
+        miner = Miner(outbox, clock=time.monotonic, wall=time.time)
         known = Limits(**{"batch": 60.0} | limits)
-        yield Supervisor(load, miner, known, clock=time.monotonic, log=structlog.get_logger()), miner
+        yield (
+            Supervisor(load, miner, known, clock=time.monotonic, log=structlog.get_logger(), events=Events(SYSTEM)),
+            miner,
+        )
 
 
 @contextlib.asynccontextmanager
@@ -55,7 +60,7 @@ async def supervised(
 ) -> AsyncIterator[tuple[Supervisor, Miner]]:
     """A supervisor that runs, over a miner with one round."""
     with prepared(folder, load, **limits) as (supervisor, miner):
-        await miner.set_round(round_)
+        await miner.set_round(Work(round_, NODE))
         task = asyncio.create_task(supervisor.run())
         try:
             yield supervisor, miner
@@ -101,7 +106,7 @@ async def test_a_worker_that_stands_still_is_killed_and_replaced(tmp_path: Path)
         done = checked(miner)
     # What the killed worker had in hand was checked by the next one: no gap is left.
     with contextlib.closing(OutboxThread(tmp_path / "outbox.db")) as outbox:
-        found = await outbox(Outbox.begin_round, ROUND, NODE, 0.0)
+        found = await outbox(Outbox.begin_round, Work(ROUND, NODE), 0.0)
     assert found.progress == Progress(done)
 
 
@@ -198,7 +203,7 @@ async def test_a_batch_with_nan_is_refused_counted_and_logged_and_the_rest_goes_
             assert supervisor.last_refusal is not None
             await miner.close(PATIENCE)
     with contextlib.closing(OutboxThread(tmp_path / "outbox.db")) as outbox:
-        found = await outbox(Outbox.begin_round, round_, NODE, 0.0)
+        found = await outbox(Outbox.begin_round, Work(round_, NODE), 0.0)
     gaps = found.progress.gaps()
     assert sum(map(len, gaps)) > 0, "what has no distance is not stored as checked"
     assert found.checked == found.progress.end - sum(map(len, gaps))

@@ -9,16 +9,21 @@ from typing import TYPE_CHECKING, Any
 from pocd import __version__
 from pocd.delivery.outbox import Queue, ReceiverState
 from pocd.observe.mask import mask_url
+from pocd.phases import Mode, state_of
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from pocd.chain.follower import ChainHealth
     from pocd.clock import Clock
+    from pocd.control import Control
     from pocd.delivery.dispatcher import Dispatcher
+    from pocd.delivery.dispatchers import Dispatchers
     from pocd.delivery.outbox_thread import OutboxThread
     from pocd.miner import Miner, Mining
+    from pocd.phases import State
     from pocd.settings import Settings
+    from pocd.validator import Validator
     from pocd.worker.supervisor import Supervisor
 
 
@@ -29,27 +34,26 @@ class Parts:
     settings: Settings
     outbox: OutboxThread
     miner: Miner
+    control: Control
     supervisor: Supervisor
+    validator: Validator
     chain: ChainHealth
-    dispatchers: list[Dispatcher]
+    dispatchers: Dispatchers
     clock: Clock
     started_at: float  # monotonic
     log: FilteringBoundLogger
 
 
-def state(parts: Parts) -> str:
-    """Return STOPPED, LOADING, IDLE or GENERATING (docs/protocol.md section 7)."""
-    if parts.miner.paused:
-        return "STOPPED"
-    if not parts.supervisor.ready.is_set():
-        return "LOADING"
-    return "GENERATING" if parts.miner.current else "IDLE"
+def state(parts: Parts) -> State:
+    """Return what the daemon is doing, in one word."""
+    ready, mining = parts.supervisor.ready.is_set(), parts.miner.current is not None
+    return state_of(parts.control.mode, ready=ready, mining=mining)
 
 
 def problems(parts: Parts) -> list[dict[str, str]]:
     """Name what keeps the daemon from mining as it should; empty when nothing does."""
     found = []
-    if parts.miner.paused:
+    if parts.control.mode is Mode.STOPPED:
         found.append({"part": "miner", "reason": "mining was stopped by hand; POST /api/v1/pow/resume goes on"})
     if not parts.supervisor.ready.is_set():
         last = parts.supervisor.last_error
@@ -83,6 +87,8 @@ def _round_view(mining: Mining) -> dict[str, Any]:
     return {
         **asdict(mining.round),
         "id": mining.round.id,
+        "node_id": mining.node.id,
+        "node_count": mining.node.count,
         "checked": mining.checked,
         "valid": mining.valid,
         "expected_valid_rate": mining.expected_valid_rate,
@@ -111,6 +117,21 @@ def _worker_view(supervisor: Supervisor, miner: Miner) -> dict[str, Any]:
         "batch_size": supervisor.batch_size,
         "refused_batches": miner.refused_batches,
         "last_refusal": supervisor.last_refusal,
+    }
+
+
+def _control_view(control: Control) -> dict[str, Any]:
+    asked = control.asked
+    return {
+        "mode": control.mode,
+        "asked": None
+        if asked is None
+        else {
+            "block_hash": asked.round.block_hash,
+            "block_height": asked.round.block_height,
+            "fraud_threshold": asked.fraud_threshold,
+            "callback": asked.callback,
+        },
     }
 
 
@@ -155,8 +176,11 @@ def view(parts: Parts) -> dict[str, Any]:
     now, monotonic = parts.clock.wall(), parts.clock.monotonic()
     elapsed = monotonic - mining.started_at if mining else 0.0
     latest = list(mining.latest) if mining else []
+    ready, now_state = parts.supervisor.ready.is_set(), state(parts)
     return {
-        "state": state(parts),
+        "state": now_state,
+        "status": now_state,  # as an earlier API called it, like the next one
+        "is_model_initialized": ready,
         "valid_nonces": [proof.nonce for proof in latest],
         "valid_distances": [proof.distance for proof in latest],
         "total_checked": mining.checked if mining else 0,
@@ -165,6 +189,7 @@ def view(parts: Parts) -> dict[str, Any]:
         "rate_per_second": (mining.checked - mining.checked_before) / elapsed if mining and elapsed else 0.0,
         "r_target": mining.round.r_target if mining else settings.round.r_target,
         "round": _round_view(mining) if mining else None,
+        "control": _control_view(parts.control),
         "node": settings.node.model_dump(),
         "funnel": asdict(parts.outbox.outbox.totals),
         "rates": {

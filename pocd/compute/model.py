@@ -87,9 +87,15 @@ def _read_config(name: str, source: str, revision: str | None) -> Any:  # noqa: 
         raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
 
 
+def longest_seq_len(config: Any) -> int:  # noqa: ANN401 - as above
+    """Return how many positions the model of `config` has."""
+    longest: int = getattr(config.get_text_config(), "max_position_embeddings", LARGEST_SEQ_LEN)
+    return longest
+
+
 def check_seq_len(seq_len: int, config: Any, name: str) -> None:  # noqa: ANN401 - as above
     """Refuse a sequence length that the positions of `name` do not allow with an InputError."""
-    longest = getattr(config.get_text_config(), "max_position_embeddings", LARGEST_SEQ_LEN)
+    longest = longest_seq_len(config)
     if not 1 <= seq_len <= longest:
         raise InputError(f"seq_len {seq_len} is outside 1 to {longest}, the positions of {name!r}")
 

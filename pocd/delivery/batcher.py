@@ -6,15 +6,16 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
-from pocd.delivery.outbox import Outbox
+from pocd.delivery.forming import form_batches
 from pocd.delivery.store import StoreUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pocd.delivery.dispatcher import Dispatcher
+    from pocd.delivery.dispatchers import Dispatchers
     from pocd.delivery.outbox_thread import OutboxThread
     from pocd.miner import Miner
+    from pocd.observe.events import Events
 
 
 class Batcher:
@@ -24,12 +25,13 @@ class Batcher:
         self,
         miner: Miner,
         outbox: OutboxThread,
-        dispatchers: list[Dispatcher],
+        dispatchers: Dispatchers,
         *,
         size: int,
         age: float,
         withdraw: bool,
         wall: Callable[[], float],
+        events: Events,
     ) -> None:
         self._miner = miner
         self._outbox = outbox
@@ -38,6 +40,7 @@ class Batcher:
         self._age = age
         self._withdraw = withdraw
         self._wall = wall
+        self._events = events
 
     async def run(self) -> None:
         """Form batches until cancelled."""
@@ -56,16 +59,17 @@ class Batcher:
     async def form(self) -> float | None:
         """Form the batches that are due; returns when the next one will be, in wall time."""
         mining = self._miner.current
-        names = [dispatcher.receiver.name for dispatcher in self._dispatchers]
-        due = await self._outbox(
-            Outbox.form_batches,
-            names,
+        formed = await self._outbox(
+            form_batches,
+            self._dispatchers.configured,
             size=self._size,
             age=self._age,
             now=self._wall(),
             current=mining.round if mining else None,
             withdraw=self._withdraw,
         )
-        for dispatcher in self._dispatchers:
-            dispatcher.wake()
-        return due
+        self._dispatchers.wake()
+        for batch in formed.batches:
+            where = {"nonces": batch.size, "height": batch.round.block_height}
+            self._events.publish("batch", id=batch.id, kind=batch.kind, **where)
+        return formed.due

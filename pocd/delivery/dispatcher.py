@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 
     from pocd.delivery.deliveries import PendingDelivery
     from pocd.delivery.outbox_thread import OutboxThread
+    from pocd.observe.events import Events
 
 TIMEOUT = aiohttp.ClientTimeout(total=15, connect=3)
 ANSWER_BYTES = 16 * 1024  # of the answer to a batch that was not accepted
 ANSWER_SECONDS = 2.0  # for that, after its head
 SEQUENCE_HEADER = "pocd-sequence"
+OUTCOMES = {Accept: "delivered", SetAside: "set aside", Park: "parked", Retry: "retry"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +64,7 @@ class Dispatcher:
         wall: Callable[[], float],
         jitter: Callable[[], float],
         log: FilteringBoundLogger,
+        events: Events,
     ) -> None:
         self.receiver = receiver
         self._outbox = outbox
@@ -69,6 +72,7 @@ class Dispatcher:
         self._wall = wall
         self._jitter = jitter
         self._log = log.bind(receiver=receiver.name)
+        self._events = events
         self._woken = asyncio.Event()
         self.settled = asyncio.Event()
         self.alarm: str | None = None
@@ -138,6 +142,7 @@ class Dispatcher:
             jitter=self._jitter(),
         )
         self._tell(delivery, outcome, decision)
+        self._events.publish("delivery", receiver=name, id=delivery.id, outcome=OUTCOMES[type(decision)])
         record = self._outbox.persistently
         match decision:
             case Accept():

@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pocd.clock import Clock, JumpDetector
-from pocd.delivery import deliveries, upkeep
+from pocd.delivery import deliveries, upkeep, validations
 from pocd.delivery.store import StoreUnavailableError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-    from pocd.delivery.dispatcher import Dispatcher
+    from pocd.delivery.dispatchers import Dispatchers
     from pocd.delivery.outbox_thread import OutboxThread
     from pocd.miner import Miner
 
@@ -76,7 +76,7 @@ class Keeper:
         path: Path,
         outbox: OutboxThread,
         miner: Miner,
-        dispatchers: list[Dispatcher],
+        dispatchers: Dispatchers,
         *,
         limits: Limits,
         clock: Clock,
@@ -113,6 +113,7 @@ class Keeper:
         try:
             await self._prune(self._clock.wall() - self._limits.keep_delivered)
             await self._repeat(upkeep.prune_rounds)
+            await self._outbox(validations.prune, self._clock.wall() - self._limits.keep_delivered)
             await self._expire_unserved()
             reason = await self._shortage()
             if held and reason is None:

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import sqlite3
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Self
 
 import orjson
 
 from pocd.delivery.store import open_store, unusable
 from pocd.nonces import Node, Progress, Span
-from pocd.proof import Proof, ProofBatch, Round
+from pocd.proof import Proof, Round
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-MOST_BATCHES = 64  # formed in one transaction, so that others get their turn
-MOST_NONCES = 100_000  # likewise
+_SET_META = "INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +42,29 @@ class Totals:
     expired: int = 0
     withdrawn: int = 0
     purged: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A round to be mined, and by which node of the miner.
+
+    Attributes:
+        by_chain: A block of the chain began it; else the admin API asked for it.
+        callback: Name of the receiver that wants its batches beside the configured ones.
+    """
+
+    round: Round
+    node: Node
+    by_chain: bool = True
+    callback: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What nonces were checked with: the fingerprint of the model's weights, and the precision."""
+
+    fingerprint: str
+    dtype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +104,7 @@ class ReceiverState:
         error: What the last attempt failed with; None when it went well.
         parked_at: Since when it wants nothing any more (HTTP 410); None when it does.
         parked_url: The masked URL that said so.
+        url: Where it is, if it came with a callback URL.
     """
 
     failures: int = 0
@@ -89,6 +112,7 @@ class ReceiverState:
     error: str | None = None
     parked_at: float | None = None
     parked_url: str | None = None
+    url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +131,14 @@ class Outbox:
         totals: The funnel.
         queues: How each receiver's queue stands, by name; also of receivers that are no longer configured.
         receivers: How each of them answers, by name.
-        paused: Whether mining was stopped by hand and not resumed.
+        control: What the admin API last said of mining (see `pocd.control`); None while the chain decides.
         chain: The chain that the store belongs to, once one was seen.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.db = connection
         self.totals, self.queues, self.receivers = self._read_views()
-        self.paused = self._read_meta("paused") is not None
+        self.control = self._read_meta("control")
         self.chain = self._read_chain()
 
     @classmethod
@@ -162,7 +186,7 @@ class Outbox:
         for receiver, state, batches, nonces in self.db.execute("SELECT receiver, state, batches, nonces FROM queues"):
             counts = {f"{state}_batches": batches, f"{state}_nonces": nonces}
             queues[receiver] = queues.get(receiver, {}) | counts
-        states = self.db.execute("SELECT name, failures, next_at, error, parked_at, parked_url FROM receivers")
+        states = self.db.execute("SELECT name, failures, next_at, error, parked_at, parked_url, url FROM receivers")
         return (
             Totals(checked, valid, stored, **stages),
             {receiver: Queue(**counts) for receiver, counts in queues.items()},
@@ -179,54 +203,63 @@ class Outbox:
         chain_id, height = self._read_meta("chain_id"), self._read_meta("chain_height")
         return None if chain_id is None or height is None else KnownChain(chain_id, int(height))
 
-    def set_paused(self, paused: bool) -> None:  # noqa: FBT001 - it sets that very flag
-        """Remember whether mining is stopped, also across restarts."""
+    def set_control(self, control: str | None, work: Work | None, now: float) -> RoundProgress | None:
+        """Remember what the admin API said of mining, also across restarts, and begin the round that follows from it.
+
+        Returns:
+            What was done of the round before; None where `work` is None.
+        """
         with self.transaction():
-            if paused:
-                self.db.execute("INSERT OR IGNORE INTO meta VALUES ('paused', '')")
+            if control is None:
+                self.db.execute("DELETE FROM meta WHERE key = 'control'")
             else:
-                self.db.execute("DELETE FROM meta WHERE key = 'paused'")
-        self.paused = paused
+                self.db.execute(_SET_META, ("control", control))
+            progress = self._begin(work, now) if work else None
+        self.control = control
+        return progress
 
     def remember_head(self, chain_id: str, height: int) -> None:
         """Remember which chain this is, and the greatest height that it was seen at."""
         assert self.chain is None or (chain_id == self.chain.chain_id and height >= self.chain.height)
         with self.transaction():
-            self.db.executemany(
-                "INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value",
-                [("chain_id", chain_id), ("chain_height", str(height))],
-            )
+            self.db.executemany(_SET_META, [("chain_id", chain_id), ("chain_height", str(height))])
         self.chain = KnownChain(chain_id, height)
 
     # Rounds
 
-    def begin_round(self, round_: Round, node: Node, now: float) -> RoundProgress:
+    def begin_round(self, work: Work, now: float) -> RoundProgress:
         """Register a round, or find it again, and return what this node has done of it.
 
         A round whose block was replaced, and is the chain's again, is whole again: what was withdrawn goes out.
         """
         with self.transaction():
-            self.db.execute(
-                "INSERT OR IGNORE INTO rounds (id, round, seen_at) VALUES (?, ?, ?)",
-                (round_.id, orjson.dumps(asdict(round_)).decode(), now),
-            )
-            number = self._round_number(round_)
-            self.db.execute(
-                "INSERT OR IGNORE INTO progress VALUES (?, ?, ?, 0, '[]', 0, 0)", (number, node.id, node.count)
-            )
-            self.db.execute("UPDATE rounds SET replaced = NULL WHERE number = ? AND replaced IS NOT NULL", (number,))
-            withdrawn = self.db.execute(
-                "SELECT receiver, batch FROM deliveries WHERE state = 'withdrawn'"
-                " AND batch IN (SELECT number FROM batches WHERE round = ?) ORDER BY receiver, sequence",
-                (number,),
-            ).fetchall()
-            self.queue_again(withdrawn, now)
+            return self._begin(work, now)
+
+    def _begin(self, work: Work, now: float) -> RoundProgress:
+        round_, node = work.round, work.node
+        self.db.execute(
+            "INSERT OR IGNORE INTO rounds (id, round, seen_at, by_chain) VALUES (?, ?, ?, ?)",
+            (round_.id, orjson.dumps(asdict(round_)).decode(), now, work.by_chain),
+        )
+        number = self._round_number(round_)
+        if work.by_chain:
+            self.db.execute("UPDATE rounds SET by_chain = 1 WHERE number = ?", (number,))
+        else:
+            self.db.execute("UPDATE rounds SET callback = ? WHERE number = ?", (work.callback, number))
+        self.db.execute("INSERT OR IGNORE INTO progress VALUES (?, ?, ?, 0, '[]', 0, 0)", (number, node.id, node.count))
+        self.db.execute("UPDATE rounds SET replaced = NULL WHERE number = ? AND replaced IS NOT NULL", (number,))
+        withdrawn = self.db.execute(
+            "SELECT receiver, batch FROM deliveries WHERE state = 'withdrawn'"
+            " AND batch IN (SELECT number FROM batches WHERE round = ?) ORDER BY receiver, sequence",
+            (number,),
+        ).fetchall()
+        self.queue_again(withdrawn, now)
         return self._round_progress(number, node)
 
     def recent_rounds(self, limit: int) -> list[Round]:
-        """Return the `limit` rounds with the greatest heights whose blocks are still the chain's, highest first."""
+        """Return the chain's `limit` rounds with the greatest heights whose blocks were not replaced, highest first."""
         rows = self.db.execute(
-            "SELECT round FROM rounds WHERE replaced IS NULL"
+            "SELECT round FROM rounds WHERE replaced IS NULL AND by_chain"
             " ORDER BY json_extract(round, '$.block_height') DESC, number DESC LIMIT ?",
             (limit,),
         )
@@ -265,12 +298,9 @@ class Outbox:
         return RoundProgress(Progress(cursor, spans), checked, valid)
 
     def commit_span(
-        self, round_: Round, node: Node, span: Span, proofs: Sequence[Proof], fingerprint: str, now: float
+        self, round_: Round, node: Node, span: Span, proofs: Sequence[Proof], weights: Weights, now: float
     ) -> None:
-        """Store that `span` was checked and what was found in it, in one transaction.
-
-        `fingerprint` names the weights that it was checked with.
-        """
+        """Store that `span` was checked with `weights`, and what was found in it, in one transaction."""
         with self.transaction():
             number = self._round_number(round_)
             progress = self._round_progress(number, node).progress.add(span)
@@ -288,93 +318,16 @@ class Outbox:
                 ),
             )
             self.db.executemany(
-                "INSERT INTO proofs (round, node_id, nonce, distance, found_at, fingerprint) VALUES (?, ?, ?, ?, ?, ?)",
-                [(number, node.id, proof.nonce, proof.distance, now, fingerprint) for proof in proofs],
+                "INSERT INTO proofs (round, node_id, nonce, distance, found_at, fingerprint, dtype)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                [
+                    (number, node.id, proof.nonce, proof.distance, now, weights.fingerprint, weights.dtype)
+                    for proof in proofs
+                ],
             )
             self.db.execute("UPDATE totals SET checked = checked + ?, valid = valid + ?", (len(span), len(proofs)))
 
-    # Forming batches
-
-    def form_batches(
-        self,
-        receivers: Sequence[str],
-        *,
-        size: int,
-        age: float,
-        now: float,
-        current: Round | None,
-        withdraw: bool = True,
-    ) -> float | None:
-        """Put proofs into batches and queue these for `receivers`, in one transaction.
-
-        A batch is formed of `size` proofs of one round and one set of weights, or of fewer when the
-        oldest is `age` seconds old or the round is not `current`. Without receivers the proofs wait
-        for one. One call forms a bounded number of batches; the rest is due at once. What a round
-        found whose block was replaced is withdrawn at once, where `withdraw` says so.
-
-        Returns:
-            When to call again, in seconds since the epoch; None with no proof left.
-        """
-        if not receivers:
-            return None
-        left_to_form = max(1, min(MOST_BATCHES, MOST_NONCES // size))
-        due: list[float] = []
-        with self.transaction():
-            self.db.executemany("INSERT OR IGNORE INTO receivers (name) VALUES (?)", [(name,) for name in receivers])
-            # The groups come from an index alone, as this is looked at whenever something was found.
-            groups = self.db.execute(
-                "SELECT waiting.round, waiting.node_id, waiting.fingerprint, count, found_at FROM proofs JOIN"
-                " (SELECT round, node_id, fingerprint, count(*) AS count, min(number) AS first FROM proofs"
-                "  GROUP BY round, node_id, fingerprint) AS waiting ON number = first ORDER BY first"
-            ).fetchall()
-            for number, node_id, fingerprint, left, oldest in groups:
-                encoded, replaced = self.db.execute(
-                    "SELECT round, replaced FROM rounds WHERE number = ?", (number,)
-                ).fetchone()
-                round_ = Round(**orjson.loads(encoded))
-                # A clock that was set back must not keep a proof for ever.
-                ripe = round_ != current or not 0 <= now - oldest < age
-                while left_to_form and (left >= size or (ripe and left > 0)):
-                    empty = ProofBatch(round_, node_id, fingerprint, ())
-                    reason = replaced if withdraw else None
-                    left -= self._form_batch(number, empty, receivers, size=size, now=now, withdrawn=reason)  # noqa: PLW2901 - what is left of the group
-                    left_to_form -= 1
-                if left:
-                    due.append(now if ripe or left >= size else oldest + age)
-        return min(due, default=None)
-
-    def _form_batch(
-        self,
-        number: int,
-        empty: ProofBatch,
-        receivers: Sequence[str],
-        *,
-        size: int,
-        now: float,
-        withdrawn: str | None,
-    ) -> int:
-        """Move the oldest proofs that belong into `empty` there; returns how many. Part of a transaction."""
-        rows = self.db.execute(
-            "SELECT number, nonce, distance FROM proofs WHERE round = ? AND node_id = ? AND fingerprint IS ?"
-            " ORDER BY number LIMIT ?",
-            (number, empty.node_id, empty.model_fingerprint, size),
-        ).fetchall()
-        batch = replace(empty, proofs=tuple(Proof(nonce, distance) for _, nonce, distance in rows))
-        row = self.db.execute(
-            "INSERT INTO batches (id, kind, round, nonces, created_at, state, changed_at, body)"
-            " VALUES (?, 'generated', ?, ?, ?, 'pending', ?, ?)",
-            (batch.id, number, len(rows), now, now, batch.to_json()),
-        ).lastrowid
-        for name in receivers:
-            self.db.execute(
-                "INSERT INTO deliveries VALUES (?, ?, ?, ?, ?, 0, 0, ?)",
-                (name, row, self.next_sequence(name), "withdrawn" if withdrawn else "pending", now, withdrawn),
-            )
-        self.db.execute(
-            "DELETE FROM proofs WHERE round = ? AND node_id = ? AND fingerprint IS ? AND number <= ?",
-            (number, empty.node_id, empty.model_fingerprint, rows[-1][0]),
-        )
-        return len(rows)
+    # Queues
 
     def next_sequence(self, receiver: str) -> int:
         """Give the next place in a receiver's queue. Part of a transaction."""

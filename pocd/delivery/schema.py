@@ -6,17 +6,18 @@ follows from the first, and the counts in `queues` and `stages` follow from both
 
 from __future__ import annotations
 
-VERSION = 3
+VERSION = 4
 APPLICATION_ID = 0x706F6364  # "pocd"
 
 _META = "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT"
 
 _TOTALS = "CREATE TABLE totals (checked INTEGER NOT NULL, valid INTEGER NOT NULL) STRICT"
 
-# `replaced` says why the block of a round is no longer the chain's.
+# `replaced` says why the block of a round is no longer the chain's. `by_chain`: a block of the chain began it, so its
+# hash is the chain's word. `callback` names the receiver that whoever asked for it by the API wants its batches at.
 _ROUNDS = """
 CREATE TABLE rounds (number INTEGER PRIMARY KEY, id TEXT NOT NULL UNIQUE, round TEXT NOT NULL,
-  seen_at REAL NOT NULL, replaced TEXT) STRICT"""
+  seen_at REAL NOT NULL, replaced TEXT, by_chain INTEGER NOT NULL DEFAULT 1, callback TEXT) STRICT"""
 
 _ROUNDS_BY_HEIGHT = "CREATE INDEX rounds_by_height ON rounds (json_extract(round, '$.block_height'))"
 
@@ -31,7 +32,7 @@ CREATE TABLE progress (round INTEGER NOT NULL REFERENCES rounds, node_id INTEGER
 _PROOFS = """
 CREATE TABLE proofs (number INTEGER PRIMARY KEY AUTOINCREMENT, round INTEGER NOT NULL REFERENCES rounds,
   node_id INTEGER NOT NULL, nonce INTEGER NOT NULL, distance REAL NOT NULL, found_at REAL NOT NULL,
-  fingerprint TEXT) STRICT"""
+  fingerprint TEXT, dtype TEXT) STRICT"""
 
 # The body comes last: what stands behind a long one is slow to read. `round` is null in batches of version 2.
 _BATCHES = """
@@ -39,11 +40,12 @@ CREATE TABLE batches (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL
   round INTEGER REFERENCES rounds, nonces INTEGER NOT NULL, created_at REAL NOT NULL,
   state TEXT NOT NULL, changed_at REAL NOT NULL, body BLOB NOT NULL) STRICT"""
 
-# What is known of each receiver: the last sequence number given, and how it answers.
+# What is known of each receiver: the last sequence number given, and how it answers. `url` only of those that came
+# with a callback URL; the others' are in the configuration.
 _RECEIVERS = """
 CREATE TABLE receivers (name TEXT PRIMARY KEY, sequence INTEGER NOT NULL DEFAULT 0,
   failures INTEGER NOT NULL DEFAULT 0, next_at REAL NOT NULL DEFAULT 0, error TEXT,
-  parked_at REAL, parked_url TEXT) STRICT, WITHOUT ROWID"""
+  parked_at REAL, parked_url TEXT, url TEXT) STRICT, WITHOUT ROWID"""
 
 # One batch for one receiver. Attempts are all that were made; faults those that may be the batch's own fault.
 _DELIVERIES = """
@@ -62,13 +64,21 @@ CREATE TABLE queues (receiver TEXT NOT NULL, state TEXT NOT NULL, batches INTEGE
     "CREATE TABLE stages (state TEXT PRIMARY KEY, nonces INTEGER NOT NULL) STRICT, WITHOUT ROWID",
 ]
 
+# Batches of others that we were asked to judge: what exactly was asked, and what came of it.
+_VALIDATIONS = """
+CREATE TABLE validations (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, asked_at REAL NOT NULL,
+  state TEXT NOT NULL, changed_at REAL NOT NULL, reason TEXT, request BLOB NOT NULL, answer BLOB) STRICT"""
+
+_VALIDATIONS_BY_STATE = "CREATE INDEX validations_by_state ON validations (state, number)"
+
+_PROOFS_THAT_GO_TOGETHER = "CREATE INDEX proofs_that_go_together ON proofs (round, node_id, fingerprint, dtype)"
+
 _INDEXES = [
     "CREATE INDEX batches_by_id ON batches (id)",
     "CREATE INDEX batches_by_state ON batches (state, changed_at)",
     "CREATE INDEX batches_of_round ON batches (round, state)",
     "CREATE INDEX deliveries_in_order ON deliveries (receiver, state, sequence)",
     "CREATE INDEX deliveries_of_batch ON deliveries (batch, state)",
-    "CREATE INDEX proofs_that_go_together ON proofs (round, node_id, fingerprint)",
 ]
 
 _BATCH_FOLLOWS = """
@@ -82,20 +92,25 @@ _COUNT_IN = """
   INSERT INTO queues SELECT new.receiver, new.state, 1, nonces FROM batches WHERE number = new.batch
     ON CONFLICT DO UPDATE SET batches = batches + 1, nonces = nonces + excluded.nonces;"""
 
-_TRIGGERS = [
+# The funnel counts what we found ourselves, so not the nonces of validated batches.
+_FUNNEL_TRIGGERS = [
+    """
+CREATE TRIGGER batch_formed AFTER INSERT ON batches WHEN new.kind = 'generated' BEGIN
+  INSERT INTO stages VALUES (new.state, new.nonces) ON CONFLICT DO UPDATE SET nonces = nonces + new.nonces; END""",
+    """
+CREATE TRIGGER batch_moved AFTER UPDATE OF state ON batches
+  WHEN old.state <> new.state AND new.kind = 'generated' BEGIN
+  UPDATE stages SET nonces = nonces - new.nonces WHERE state = old.state;
+  INSERT INTO stages VALUES (new.state, new.nonces) ON CONFLICT DO UPDATE SET nonces = nonces + new.nonces; END""",
+]
+
+_DELIVERY_TRIGGERS = [
     f"CREATE TRIGGER delivery_queued AFTER INSERT ON deliveries BEGIN{_COUNT_IN}{_BATCH_FOLLOWS} END",
     f"""
 CREATE TRIGGER delivery_moved AFTER UPDATE OF state ON deliveries WHEN old.state <> new.state BEGIN
   UPDATE queues SET batches = batches - 1,
     nonces = nonces - (SELECT nonces FROM batches WHERE number = new.batch)
     WHERE receiver = old.receiver AND state = old.state;{_COUNT_IN}{_BATCH_FOLLOWS} END""",  # noqa: S608 - made of constants
-    """
-CREATE TRIGGER batch_formed AFTER INSERT ON batches BEGIN
-  INSERT INTO stages VALUES (new.state, new.nonces) ON CONFLICT DO UPDATE SET nonces = nonces + new.nonces; END""",
-    """
-CREATE TRIGGER batch_moved AFTER UPDATE OF state ON batches WHEN old.state <> new.state BEGIN
-  UPDATE stages SET nonces = nonces - new.nonces WHERE state = old.state;
-  INSERT INTO stages VALUES (new.state, new.nonces) ON CONFLICT DO UPDATE SET nonces = nonces + new.nonces; END""",
 ]
 
 SCHEMA: list[str] = [
@@ -109,9 +124,13 @@ SCHEMA: list[str] = [
     _BATCHES,
     _RECEIVERS,
     _DELIVERIES,
+    _VALIDATIONS,
     *_COUNTS,
     *_INDEXES,
-    *_TRIGGERS,
+    _PROOFS_THAT_GO_TOGETHER,
+    _VALIDATIONS_BY_STATE,
+    *_DELIVERY_TRIGGERS,
+    *_FUNNEL_TRIGGERS,
 ]
 
 MIGRATIONS: dict[int, list[str]] = {
@@ -128,11 +147,12 @@ MIGRATIONS: dict[int, list[str]] = {
         "DROP INDEX pending",
         "DROP INDEX pending_of_batch",
         _BATCHES,
-        _RECEIVERS,
+        _RECEIVERS.replace(", url TEXT", ""),
         _DELIVERIES,
         *_COUNTS,
         *_INDEXES,
-        *_TRIGGERS,
+        *_DELIVERY_TRIGGERS,
+        *_FUNNEL_TRIGGERS,
         """
 INSERT INTO batches SELECT number, id, kind, NULL, nonces, created_at, 'pending', created_at, body
   FROM old_batches ORDER BY number""",
@@ -148,5 +168,21 @@ UPDATE receivers SET (failures, next_at, error) = (
   WHERE name IN (SELECT receiver FROM old_deliveries WHERE delivered_at IS NULL)""",
         "DROP TABLE old_deliveries",
         "DROP TABLE old_batches",
+    ],
+    # Version 3 knew no API rounds, no callback URLs and no validations; being stopped was all there was to remember.
+    3: [
+        "ALTER TABLE rounds ADD COLUMN by_chain INTEGER NOT NULL DEFAULT 1",
+        "ALTER TABLE rounds ADD COLUMN callback TEXT",
+        "ALTER TABLE proofs ADD COLUMN dtype TEXT",
+        "ALTER TABLE receivers ADD COLUMN url TEXT",
+        "DROP INDEX IF EXISTS proofs_that_go_together",
+        _PROOFS_THAT_GO_TOGETHER,
+        _VALIDATIONS,
+        _VALIDATIONS_BY_STATE,
+        "DROP TRIGGER batch_formed",
+        "DROP TRIGGER batch_moved",
+        *_FUNNEL_TRIGGERS,
+        """INSERT INTO meta SELECT 'control', '{"mode":"STOPPED","asked":null}' FROM meta WHERE key = 'paused'""",
+        "DELETE FROM meta WHERE key = 'paused'",
     ],
 }

@@ -70,6 +70,7 @@ UPDATE batches SET changed_at = ?1, created_at = min(created_at, ?1)
             "UPDATE proofs SET found_at = ?1 WHERE found_at > ?1",
             "UPDATE rounds SET seen_at = ?1 WHERE seen_at > ?1",
             "UPDATE receivers SET parked_at = ?1 WHERE parked_at > ?1",
+            "UPDATE validations SET changed_at = ?1 WHERE changed_at > ?1",
         ):
             outbox.db.execute(statement, (now,))
 

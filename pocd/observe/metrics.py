@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from pocd.admin import status
+from pocd.phases import STATES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 
     from pocd.admin.status import Parts
 
-STATES = ("IDLE", "LOADING", "GENERATING", "STOPPED")
 INFO = ("model", "fingerprint", "dtype", "device", "decoder", "torch")
 STAGES = {
     "checked": "Nonces whose distance was computed and committed.",

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import signal
 import socket
 import sys
 import tempfile
 import threading
+from collections import deque
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
 
 from pocd.compute.engine import BlockRun, block_run
-from pocd.compute.errors import ComputeError, DeviceError, NonFiniteError, OutOfMemoryError
-from pocd.compute.model import Model, load_model
+from pocd.compute.errors import ComputeError, DeviceError, InputError, NonFiniteError, OutOfMemoryError
+from pocd.compute.model import Model, load_model, longest_seq_len
 from pocd.compute.names import TOLERANCE
 from pocd.compute.schemes import SCHEMES
 from pocd.statistics import expected_valid_rate
@@ -36,12 +36,13 @@ from pocd.worker.messages import (
     Heartbeat,
     Load,
     Ready,
+    Recompute,
     Refused,
     RoundBegun,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from pocd.proof import Round
 
@@ -50,25 +51,38 @@ NICENESS = 5  # on the CPU the daemon goes first: its answers are short, a batch
 
 
 class Inbox:
-    """What the daemon asked for and has not taken back; filled by one thread, emptied by another."""
+    """What the daemon asked for and has not taken back; filled by one thread, emptied by another.
+
+    It is bounded by the daemon, which has one Recompute and a few Computes under way.
+    """
 
     def __init__(self) -> None:
-        self._waiting: queue.Queue[Compute] = queue.Queue(maxsize=16)
+        self._waiting: deque[Compute] = deque()
+        self._urgent: deque[Recompute] = deque()
         self._cancelled_through = -1
+        self._changed = threading.Condition()
 
     def put(self, message: messages.Message) -> None:
-        """Queue a Compute, or heed a Cancel."""
-        if isinstance(message, Cancel):
-            self._cancelled_through = message.through
-        else:
-            assert isinstance(message, Compute), f"expected Compute, got {message}"
-            self._waiting.put(message)
+        """Queue a Compute or a Recompute, or heed a Cancel."""
+        with self._changed:
+            if isinstance(message, Cancel):
+                self._cancelled_through = message.through
+            elif isinstance(message, Recompute):
+                self._urgent.append(message)
+            else:
+                assert isinstance(message, Compute), f"expected Compute, got {message}"
+                self._waiting.append(message)
+            self._changed.notify()
 
-    def get(self, report: Callable[[Cancelled], None]) -> Compute:
-        """Wait for a Compute that was not cancelled, and `report` those that were."""
-        while (message := self._waiting.get()).id <= self._cancelled_through:
+    def get(self, report: Callable[[Cancelled], None]) -> Compute | Recompute:
+        """Wait for a Recompute, or for a Compute that was not cancelled, and `report` those that were."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._urgent or self._waiting)
+                message = (self._urgent or self._waiting).popleft()
+            if isinstance(message, Recompute) or message.id > self._cancelled_through:
+                return message
             report(Cancelled(message.id))
-        return message
 
 
 class Link:
@@ -114,45 +128,83 @@ class Link:
                 return  # the reader ends the process
 
 
-class Worker:
-    """A loaded model and the round that it is prepared for."""
+class Prepared:
+    """The model prepared for one round, as long as that is wanted."""
 
-    def __init__(self, model: Model, batch_size: int, link: Link, *, shrink: bool) -> None:
+    def __init__(self, model: Model) -> None:
         self._model = model
-        self._batch_size = batch_size
-        self._link = link
-        self._shrink = shrink
-        self._round: Round | None = None
         self._attached = ExitStack()
         self._run: BlockRun | None = None
+        self.round: Round | None = None
 
-    def distances(self, message: Compute) -> list[float]:
+    def begin(self, round_: Round) -> BlockRun:
+        """Return the run of `round_`, prepared anew where another one was."""
+        if self._run is None or round_ != self.round:
+            self.end()
+            run = block_run(
+                self._model,
+                SCHEMES[round_.scheme],
+                block_hash=round_.block_hash,
+                public_key=round_.public_key,
+                seq_len=round_.seq_len,
+            )
+            self._run = self._attached.enter_context(run)
+            self.round = round_
+        return self._run
+
+    def end(self) -> None:
+        """Give the model its own weights back, and free what was prepared."""
+        self._attached.close()
+        self._run = self.round = None
+
+
+class Worker:
+    """A loaded model, prepared for the round that is mined and for one that is recomputed beside it."""
+
+    def __init__(self, model: Model, batch_size: int, link: Link, *, seq_len: int, shrink: bool) -> None:
+        self._batch_size = batch_size
+        self._link = link
+        self._seq_len = seq_len
+        self._shrink = shrink
+        self._mined = Prepared(model)
+        self._recomputed = Prepared(model)
+
+    def mine(self, message: Compute) -> list[float]:
         """Compute one message's distances, preparing its round first where that is a new one."""
-        if message.round != self._round or self._run is None:
-            self._begin(message.round)
-        assert self._run is not None
+        round_ = message.round
+        if round_ != self._mined.round:
+            if SCHEMES[round_.scheme].weights != "trained":
+                self._recomputed.end()  # both would draw into the same weights
+            run = self._mined.begin(round_)
+            self._link.send(RoundBegun(round_.id, expected_valid_rate(round_.r_target, run.dimension)))
         nonces = range(message.first, message.first + message.step * message.count, message.step)
+        return self._distances(self._mined.begin(round_), nonces, other=self._recomputed)
+
+    def recompute(self, message: Recompute) -> list[float]:
+        """Compute one message's distances, in the shape in which they would be mined."""
+        prepared, other = self._recomputed, self._mined
+        if message.round == self._mined.round:
+            prepared, other = other, prepared
+        elif SCHEMES[message.round.scheme].weights != "trained":
+            self._mined.end()  # likewise
+        try:
+            return self._distances(prepared.begin(message.round), message.nonces, other=other)
+        finally:
+            if message.last:
+                self._recomputed.end()
+
+    def _distances(self, run: BlockRun, nonces: Sequence[int], *, other: Prepared) -> list[float]:
         while True:
+            # A batch of longer sequences than the self-test's has about as many positions as that had.
+            rows = max(1, self._batch_size * self._seq_len // max(run.seq_len, self._seq_len))
             try:
-                return self._run.distances(nonces, batch_size=self._batch_size)
+                return run.distances(nonces, batch_size=rows)
             except OutOfMemoryError as error:
+                if other.round is not None:  # the self-test, which showed that the size fits, was alone
+                    other.end()
+                    continue
                 self._batch_size = smaller(self._batch_size, error, shrink=self._shrink)
                 self._link.send(BatchSize(self._batch_size, str(error)))
-
-    def _begin(self, round_: Round) -> None:
-        self._attached.close()
-        self._run = None
-        scheme = SCHEMES[round_.scheme]
-        run = block_run(
-            self._model,
-            scheme,
-            block_hash=round_.block_hash,
-            public_key=round_.public_key,
-            seq_len=round_.seq_len,
-        )
-        self._run = self._attached.enter_context(run)
-        self._round = round_
-        self._link.send(RoundBegun(round_.id, expected_valid_rate(round_.r_target, self._run.dimension)))
 
 
 def smaller(batch_size: int, error: OutOfMemoryError, *, shrink: bool) -> int:
@@ -223,15 +275,16 @@ def work(link: Link, load: Load) -> None:
             layers=model.layers,
             decoder=model.decoder.kind,
             batch_size=batch_size,
+            longest_seq_len=longest_seq_len(model.causal.config),
             torch=torch.__version__,
         )
     )
-    worker = Worker(model, batch_size, link, shrink=load.shrink)
+    worker = Worker(model, batch_size, link, seq_len=load.seq_len, shrink=load.shrink)
     while True:
         message = link.inbox.get(link.send)
         try:
-            distances = worker.distances(message)
-        except NonFiniteError as error:
+            distances = worker.recompute(message) if isinstance(message, Recompute) else worker.mine(message)
+        except (NonFiniteError, InputError) as error:
             link.send(Refused(message.id, str(error)))
         else:
             link.send(Distances(message.id, distances))

@@ -49,6 +49,16 @@ class Compute:
 
 
 @dataclass(frozen=True, slots=True)
+class Recompute:
+    """To the worker: compute distances of these nonces before any Compute that is not begun; `last` of this round."""
+
+    id: int
+    round: Round
+    nonces: list[int]
+    last: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Cancel:
     """To the worker: leave out every Compute up to this id that was not begun."""
 
@@ -63,6 +73,7 @@ class Ready:
         fingerprint: Of the model's weights.
         decoder: "flat", or "layers" for a model that is run by transformers' own layers.
         batch_size: That fits into memory.
+        longest_seq_len: That the model's positions allow.
     """
 
     model: str
@@ -73,6 +84,7 @@ class Ready:
     layers: int
     decoder: str
     batch_size: int
+    longest_seq_len: int
     torch: str
 
 
@@ -94,7 +106,7 @@ class RoundBegun:
 
 @dataclass(frozen=True, slots=True)
 class Distances:
-    """From the worker: the result of a Compute, in the order of its nonces."""
+    """From the worker: the result of a Compute or a Recompute, in the order of its nonces."""
 
     id: int
     distances: list[float]
@@ -102,7 +114,7 @@ class Distances:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """From the worker: a Compute has no result, since the model gave NaN or infinity."""
+    """From the worker: a Compute or a Recompute has no result: the model gave NaN or infinity, or cannot take it."""
 
     id: int
     reason: str
@@ -129,7 +141,18 @@ class Heartbeat:
 
 
 Message = (
-    Load | Compute | Cancel | Ready | Failed | RoundBegun | Distances | Refused | BatchSize | Cancelled | Heartbeat
+    Load
+    | Compute
+    | Recompute
+    | Cancel
+    | Ready
+    | Failed
+    | RoundBegun
+    | Distances
+    | Refused
+    | BatchSize
+    | Cancelled
+    | Heartbeat
 )
 
 _TYPES: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Message)}
@@ -145,7 +168,7 @@ def encode(message: Message) -> bytes:
 def _decode(body: bytes) -> Message:
     fields = orjson.loads(body)
     kind = _TYPES[fields.pop("type")]
-    if kind is Compute:
+    if kind in {Compute, Recompute}:
         fields["round"] = Round(**fields["round"])
     message: Message = kind(**fields)
     return message

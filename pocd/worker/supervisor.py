@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pocd.compute.threads import WAITING
+from pocd.delivery.outbox import Weights
 from pocd.worker import messages
 from pocd.worker.messages import (
     BatchSize,
@@ -23,6 +24,7 @@ from pocd.worker.messages import (
     Heartbeat,
     Load,
     Ready,
+    Recompute,
     Refused,
     RoundBegun,
 )
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from pocd.miner import Lease, Miner
+    from pocd.observe.events import Events
+    from pocd.proof import Round
 
 IN_FLIGHT = 2  # leases at the worker: one computed, one waiting, so that the device never does
 LONGEST_BACKOFF = 60.0
@@ -60,6 +64,34 @@ class Limits:
     exit: float = 3.0
 
 
+class NoResultError(Exception):
+    """A recomputation has no result, and will have none."""
+
+
+class WorkerLostError(Exception):
+    """The worker ended before a recomputation was done; the next one may do it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recomputation:
+    """Nonces of any round whose distances are wanted beside what is mined, at most a batch of them.
+
+    Attributes:
+        last: No more of this round is wanted.
+        distances: Gets them in the order of `nonces`, or a `NoResultError`, or a `WorkerLostError`.
+    """
+
+    round: Round
+    nonces: tuple[int, ...]
+    last: bool
+    distances: asyncio.Future[list[float]]
+
+    def fail(self, error: NoResultError | WorkerLostError) -> None:
+        """Say that there is no result, to whoever still waits for it."""
+        if not self.distances.done():
+            self.distances.set_exception(error)
+
+
 class WorkerError(Exception):
     """The worker ended or had to be ended; starting it again may help."""
 
@@ -80,14 +112,24 @@ class Supervisor:
     """Keeps one worker alive. Its public attributes are what status shows.
 
     Attributes:
+        recomputations: What is wanted beside what is mined; put there by whoever validates.
         last_refusal: Why the last batch that has no result has none.
     """
 
     def __init__(
-        self, load: Load, miner: Miner, limits: Limits, *, clock: Callable[[], float], log: FilteringBoundLogger
+        self,
+        load: Load,
+        miner: Miner,
+        limits: Limits,
+        *,
+        clock: Callable[[], float],
+        log: FilteringBoundLogger,
+        events: Events,
     ) -> None:
         self._load = load
         self._miner = miner
+        self._events = events
+        self.recomputations: asyncio.Queue[Recomputation] = asyncio.Queue(maxsize=1)
         self._limits = limits
         self._clock = clock
         self._log = log
@@ -123,6 +165,7 @@ class Supervisor:
                 self.last_error = str(error)
                 delay = min(LONGEST_BACKOFF, 2.0 ** (failures - 1))
                 self._log.error("worker ended, restarting", action="worker_restart", cause=str(error), after_s=delay)
+                self._events.publish("worker", what="restarting", cause=str(error))
                 await asyncio.sleep(delay)
 
     async def _one_life(self) -> None:
@@ -148,6 +191,7 @@ class Supervisor:
             self.ready.set()
             info = dataclasses.asdict(self.info)
             self._log.info("worker ready", action="worker_ready", pid=process.pid, **info)
+            self._events.publish("worker", what="ready", pid=process.pid)
             await _Feeding(link, self, self._miner, self._limits, self._lease_ids, self._clock).run()
         except (OSError, EOFError) as error:
             code = await _end(process, writer, self._limits.exit)
@@ -230,17 +274,21 @@ class _Feeding:
         self._refused = 0
         self._slots = asyncio.Semaphore(IN_FLIGHT)
         self._in_flight: dict[int, Lease] = {}
+        self._recomputing: dict[int, Recomputation] = {}
         self._progress_at = clock()
 
     async def run(self) -> None:
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._send())
+                group.create_task(self._send_recomputations())
                 group.create_task(self._receive())
                 group.create_task(self._cancel_replaced())
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None  # the first one is the cause; the group cancelled the others
         finally:
+            for recomputation in self._recomputing.values():
+                recomputation.fail(WorkerLostError("the worker ended"))
             for lease in self._in_flight.values():
                 await self._miner.give_back(lease)
             self._miner.retry_refused()
@@ -249,12 +297,26 @@ class _Feeding:
         while True:
             await self._slots.acquire()
             lease = await self._miner.lease(self._supervisor.batch_size)
-            if not self._in_flight:
-                self._progress_at = self._clock()
-            number = next(self._lease_ids)
+            number = self._begin()
             self._in_flight[number] = lease
             nonces = lease.nonces
             await self._link.send(Compute(number, lease.mining.round, nonces.start, nonces.step, len(nonces)))
+
+    async def _send_recomputations(self) -> None:
+        """Pass recomputations on, one at a time, so that between two of them there is a batch of what is mined."""
+        while True:
+            recomputation = await self._supervisor.recomputations.get()
+            number = self._begin()
+            self._recomputing[number] = recomputation
+            nonces = list(recomputation.nonces)
+            await self._link.send(Recompute(number, recomputation.round, nonces, recomputation.last))
+            await asyncio.wait([recomputation.distances])
+
+    def _begin(self) -> int:
+        """Number what is given to the worker next; where it was idle, the time for a batch begins now."""
+        if not self._in_flight and not self._recomputing:
+            self._progress_at = self._clock()
+        return next(self._lease_ids)
 
     async def _cancel_replaced(self) -> None:
         """Take back what waits at the worker for a round that is no longer the one to mine."""
@@ -267,13 +329,15 @@ class _Feeding:
     async def _receive(self) -> None:
         while True:
             message = await self._link.receive(self._limits.heartbeat, "gave no sign of life")
-            if isinstance(message, Distances):
+            if isinstance(message, Distances | Refused) and message.id in self._recomputing:
+                self._recomputed(message)
+            elif isinstance(message, Distances):
                 lease = self._finished(message.id)
                 self._refused_in_a_row = 0
                 # Shielded: when this task is cancelled, what was computed is committed and counted all the same.
                 assert self._supervisor.info is not None, "a worker that computes is ready"
-                fingerprint = self._supervisor.info.fingerprint
-                await asyncio.shield(self._miner.complete(lease, message.distances, fingerprint))
+                weights = Weights(self._supervisor.info.fingerprint, self._supervisor.info.dtype)
+                await asyncio.shield(self._miner.complete(lease, message.distances, weights))
             elif isinstance(message, Refused):
                 await self._refuse(self._finished(message.id), message.reason)
             elif isinstance(message, BatchSize):
@@ -282,13 +346,25 @@ class _Feeding:
                 self._slots.release()
                 await self._miner.give_back(self._in_flight.pop(message.id))
             elif isinstance(message, RoundBegun):
-                for lease in self._in_flight.values():
-                    if lease.mining.round.id == message.round_id:
-                        lease.mining.expected_valid_rate = message.expected_valid_rate
+                self._round_begun(message)
             else:
                 assert isinstance(message, Heartbeat), f"unexpected {message}"
-            if self._in_flight and self._clock() - self._progress_at > self._limits.batch:
+            busy = self._in_flight or self._recomputing
+            if busy and self._clock() - self._progress_at > self._limits.batch:
                 raise WorkerError(f"worker finished no batch within {self._limits.batch:.0f} s, killed")
+
+    def _round_begun(self, message: RoundBegun) -> None:
+        for lease in self._in_flight.values():
+            if lease.mining.round.id == message.round_id:
+                lease.mining.expected_valid_rate = message.expected_valid_rate
+
+    def _recomputed(self, message: Distances | Refused) -> None:
+        self._progress_at = self._clock()
+        recomputation = self._recomputing.pop(message.id)
+        if isinstance(message, Refused):
+            recomputation.fail(NoResultError(message.reason))
+        elif not recomputation.distances.done():
+            recomputation.distances.set_result(message.distances)
 
     def _finished(self, number: int) -> Lease:
         self._progress_at = self._clock()

@@ -1,0 +1,320 @@
+"""The API that miners' orchestrators speak: rounds, phases, validation (docs/protocol.md section 7, docs/api.md)."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from aiohttp import web
+from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
+
+from pocd.admin import answers, status
+from pocd.admin.operations import Operation
+from pocd.admin.parsing import Input, parse_body, parse_query
+from pocd.claim import LARGEST_CLAIM, MOST_NONCES, Claim
+from pocd.compute.names import TOLERANCE
+from pocd.control import Asked, NoRoundError
+from pocd.delivery.dispatchers import CallbackError
+from pocd.nonces import Node
+from pocd.phases import Call
+from pocd.proof import Round
+from pocd.serving import RefusalError, json_answer
+from pocd.settings import check_http_url
+from pocd.statistics import FRAUD_THRESHOLD
+from pocd.validation import MismatchError, Terms, check, sampled
+from pocd.validator import QueueFullError, Request
+
+if TYPE_CHECKING:
+    from pocd.admin.status import Parts
+    from pocd.delivery.validations import Validation
+
+STORE_SECONDS = 30.0  # for what one call wants from the store; a hung disk must not keep callers
+WAIT_SECONDS = 120.0  # that a call waits for a verdict; then it gets an id to ask for it
+AGAIN_SECONDS = 5  # after which a caller may try again, where a queue is full or the model loads
+MOST_NODES = 1_000_000  # so that a node's nonces stay below 2**63 for as long as anybody mines
+
+TAG = "Rounds"
+Index = Annotated[int, Field(ge=0, le=2**63 - 1)]
+
+
+class InitBody(BaseModel):
+    """A round that is asked for. Unknown fields are not used, and named in the answer."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+
+    block_hash: str = Field(min_length=1, max_length=256, description="Used exactly as written.")
+    block_height: Index
+    public_key: str = Field(min_length=1, max_length=1024, description="The miner's key, used exactly as written.")
+    r_target: float = Field(gt=0, le=2, description="A nonce is valid when its distance is below this.")
+    fraud_threshold: float = Field(
+        default=FRAUD_THRESHOLD, gt=0, lt=1, description="Batches are fraud below this probability of honesty."
+    )
+    node_id: Annotated[int, Field(ge=-1, lt=MOST_NODES)] = Field(
+        default=-1, description="The node checks the nonces node_id + node_count · x. -1: as configured."
+    )
+    node_count: Annotated[int, Field(ge=1, le=MOST_NODES)] | Literal[-1] = Field(
+        default=-1, description="How many nodes the miner has. -1: as configured."
+    )
+    batch_size: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Not used: worker.batch_size decides, and a distance does not depend on it."
+    )
+    seq_len: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Sequence length in positions. Absent: round.seq_len."
+    )
+    callback_url: Annotated[str, Field(max_length=2048), AfterValidator(check_http_url)] | None = Field(
+        default=None,
+        validation_alias=AliasChoices("callback_url", "url"),
+        description="Batches are POSTed to it + /generated and /validated, beside the configured receivers. "
+        "Of a configured origin only. `url` is the same.",
+    )
+
+    @property
+    def ignored(self) -> list[str]:
+        """What was given and is not used."""
+        return [*(self.model_extra or {}), *(["batch_size"] if self.batch_size is not None else [])]
+
+
+class ValidateQuery(Input):
+    """The query of `POST /api/v1/pow/validate`."""
+
+    wait: bool = Field(default=True, description="Whether to wait for the verdict, up to two minutes.")
+    sample: Annotated[int, Field(ge=1, le=MOST_NONCES)] | None = Field(
+        default=None, description="How many of the nonces are recomputed, drawn by `seed`. Absent: all."
+    )
+    seed: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
+        default=None, description="What the sample is drawn by: the same draws the same."
+    )
+
+
+class PowApi:
+    """The routes, over the daemon's parts."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+
+    def operations(self) -> list[Operation]:
+        """Return them for the table."""
+        validated = {200: answers.Verdict, 202: answers.Waiting}
+        path = "/api/v1/pow"
+
+        control = partial(Operation, "POST", tag=TAG)
+        done = {200: answers.Done}
+        begun = {**done, 429: "Too many callback URLs are in use (`too_many_callbacks`)."}
+        in_round = {**done, 409: "There is no round to go on with (`no_round`): POST an init first."}
+        return [
+            Operation("GET", f"{path}/status", self.status, TAG, answers={200: answers.Status}),
+            control(f"{path}/{Call.INIT}", self.init, body=InitBody, answers=begun),
+            control(f"{path}/{Call.INIT_GENERATE}", self.init_generate, body=InitBody, answers=begun),
+            control(f"{path}/{Call.INIT_VALIDATE}", self.init_validate, body=InitBody, answers=begun),
+            control(f"{path}/{Call.PHASE_GENERATE}", self.phase_generate, answers=in_round),
+            control(f"{path}/{Call.PHASE_VALIDATE}", self.phase_validate, answers=in_round),
+            control(f"{path}/{Call.STOP}", self.stop, answers=done),
+            control(f"{path}/{Call.RESUME}", self.resume, answers=done),
+            Operation(
+                "POST",
+                f"{path}/validate",
+                self.validate,
+                TAG,
+                query=ValidateQuery,
+                body=Claim,
+                answers={
+                    **validated,
+                    409: "The batch says that it was made otherwise than it is held to (`mismatch`).",
+                    429: "Too many validations wait (`queue_full`).",
+                    503: "No model is ready (`loading`), the recomputation had no result (`no_result`), or the store "
+                    "cannot do it now (`store_unavailable`, `store_busy`).",
+                },
+                largest_body=LARGEST_CLAIM,
+            ),
+            Operation(
+                "GET",
+                f"{path}/validate/{{id}}",
+                self.validation,
+                TAG,
+                answers={
+                    **validated,
+                    404: "There is no such validation (any more) (`not_found`).",
+                    503: "The recomputation had no result (`no_result`); ask again by POST.",
+                },
+            ),
+        ]
+
+    async def status(self, _request: web.Request) -> web.Response:
+        """Everything that the daemon knows of itself.
+
+        The first fields are those of the API that orchestrators already speak, and tell of the active round.
+        """
+        return json_answer(status.view(self._parts))
+
+    async def init(self, request: web.Request) -> web.Response:
+        """Take the wheel with a round of your own, and leave it ready.
+
+        Nothing is mined until `phase/generate`. Whatever was found before is delivered all the same.
+        """
+        return await self._init(request, Call.INIT)
+
+    async def init_generate(self, request: web.Request) -> web.Response:
+        """Take the wheel with a round of your own, and mine it until something else is asked for."""
+        return await self._init(request, Call.INIT_GENERATE)
+
+    async def init_validate(self, request: web.Request) -> web.Response:
+        """Take the wheel with a round of your own, whose terms batches are held to; nothing is mined."""
+        return await self._init(request, Call.INIT_VALIDATE)
+
+    async def phase_generate(self, _request: web.Request) -> web.Response:
+        """Mine the round that was asked for, from where it was left."""
+        return await self._call(Call.PHASE_GENERATE)
+
+    async def phase_validate(self, _request: web.Request) -> web.Response:
+        """Leave the device to validations, under the terms of the round that was asked for."""
+        return await self._call(Call.PHASE_VALIDATE)
+
+    async def stop(self, _request: web.Request) -> web.Response:
+        """Stop mining until an init or `resume`, also across restarts.
+
+        What was found is delivered, and batches are validated, all the same.
+        """
+        return await self._call(Call.STOP)
+
+    async def resume(self, _request: web.Request) -> web.Response:
+        """Give the wheel back to the chain: its rounds are mined as they come."""
+        return await self._call(Call.RESUME)
+
+    async def _init(self, request: web.Request, call: Call) -> web.Response:
+        body = await parse_body(request, InitBody)
+        return await self._call(call, await self._asked(body), body.ignored)
+
+    async def _call(self, call: Call, asked: Asked | None = None, ignored: list[str] | None = None) -> web.Response:
+        try:
+            async with asyncio.timeout(STORE_SECONDS):
+                await self._parts.control.call(call, asked)
+        except NoRoundError as error:
+            raise RefusalError(
+                409, "no_round", f"in mode {error} there is no round to go on with: POST /api/v1/pow/init first"
+            ) from None
+        view = status.view(self._parts)
+        return json_answer({"status": "OK", "state": view["state"], "ignored": ignored or [], "pow_status": view})
+
+    async def _asked(self, body: InitBody) -> Asked:
+        """Make what is asked for complete from the configuration."""
+        settings = self._parts.settings
+        node = Node(
+            settings.node.node_id if body.node_id == -1 else body.node_id,
+            settings.node.node_count if body.node_count == -1 else body.node_count,
+        )
+        if node.id >= node.count:
+            raise RefusalError(
+                400, "invalid_request", f"node_id: {node.id} must be below node_count {node.count}", "node_id"
+            )
+        round_ = Round(
+            block_hash=body.block_hash,
+            block_height=body.block_height,
+            public_key=body.public_key,
+            r_target=body.r_target,
+            scheme=settings.round.scheme,
+            model=settings.model.name,
+            seq_len=self._seq_len(body.seq_len),
+        )
+        callback = await self._callback(body.callback_url) if body.callback_url else None
+        return Asked(round_, node, body.fraud_threshold, callback)
+
+    def _seq_len(self, asked: int | None) -> int:
+        configured, worker = self._parts.settings.round.seq_len, self._parts.supervisor.info
+        if asked is None or asked == configured:
+            return configured
+        if worker is None:
+            raise _loading("whether the model takes seq_len is not known before it is loaded")
+        if asked > worker.longest_seq_len:
+            message = f"seq_len: {asked} is more than the {worker.longest_seq_len} positions of {worker.model}"
+            raise RefusalError(400, "invalid_request", message, "seq_len")
+        return asked
+
+    async def _callback(self, url: str) -> str:
+        asked = self._parts.control.asked
+        async with asyncio.timeout(STORE_SECONDS):
+            try:
+                return await self._parts.dispatchers.callback(url, wanted=asked.callback if asked else None)
+            except CallbackError as error:
+                status_, code = (429, "too_many_callbacks") if error.full else (400, "callback_refused")
+                raise RefusalError(
+                    status_,
+                    code,
+                    f"callback_url: {error}",
+                    "callback_url",
+                    retry_after=AGAIN_SECONDS if error.full else None,
+                ) from None
+
+    async def validate(self, request: web.Request) -> web.Response:
+        """Judge a batch: recompute its distances and hold it to the terms of the round in hand.
+
+        The terms are those of the round that was asked for by the API, else of the configuration. The verdict is
+        answered, and POSTed to every configured receiver and to the round's callback_url, + /validated. A verdict that
+        takes longer than two minutes, or is not waited for, is told by `GET /api/v1/pow/validate/{id}`.
+        The same call again gives the same answer, without computing it anew.
+        """
+        query = parse_query(request, ValidateQuery)
+        if (query.sample is None) != (query.seed is None):
+            missing = "sample" if query.sample is None else "seed"
+            raise RefusalError(400, "invalid_request", f"{missing}: sample and seed go together", missing)
+        claim = await parse_body(request, Claim)
+        terms = self._terms()
+        try:
+            check(claim, terms)
+        except MismatchError as error:
+            raise RefusalError(409, error.code, str(error), error.field) from None
+        most = self._parts.settings.validation.max_nonces
+        count = len(sampled(claim.nonces, query.sample, query.seed))
+        if count > most:
+            message = f"nonces: {count} are more than validation.max_nonces {most}; give ?sample={most}&seed=… or less"
+            raise RefusalError(400, "invalid_request", message, "nonces")
+        asked = self._parts.control.asked
+        wanted = Request(claim, terms, query.sample, query.seed, asked.callback if asked else None)
+        async with asyncio.timeout(STORE_SECONDS):
+            try:
+                found = await self._parts.validator.ask(wanted)
+            except QueueFullError as error:
+                raise RefusalError(429, "queue_full", f"{error}; try again later", retry_after=AGAIN_SECONDS) from None
+        if query.wait and found.state == "pending":
+            found = await self._parts.validator.until_finished(found.id, WAIT_SECONDS) or found
+        return _verdict(found)
+
+    async def validation(self, request: web.Request) -> web.Response:
+        """How a validation stands: its verdict, once there is one."""
+        name = request.match_info["id"]
+        async with asyncio.timeout(STORE_SECONDS):
+            found = await self._parts.validator.find(name)
+        if found is None:
+            raise RefusalError(404, "not_found", f"no validation {name} is in the store; old ones are pruned", "id")
+        return _verdict(found)
+
+    def _terms(self) -> Terms:
+        """Return what a batch is held to now."""
+        settings, asked, worker = self._parts.settings, self._parts.control.asked, self._parts.supervisor.info
+        if worker is None or not self._parts.supervisor.ready.is_set():
+            raise _loading("no model is ready to recompute distances")
+        tolerance = settings.validation.tolerance
+        return Terms(
+            r_target=asked.round.r_target if asked else settings.round.r_target,
+            fraud_threshold=asked.fraud_threshold if asked else settings.validation.fraud_threshold,
+            mismatch=settings.validation.mismatch,
+            tolerance=TOLERANCE[settings.model.dtype] if tolerance is None else tolerance,
+            scheme=settings.round.scheme,
+            model=settings.model.name,
+            model_fingerprint=worker.fingerprint,
+            dtype=worker.dtype,
+            seq_len=asked.round.seq_len if asked else settings.round.seq_len,
+            node_count=asked.node.count if asked else settings.node.node_count,
+        )
+
+
+def _loading(why: str) -> RefusalError:
+    return RefusalError(503, "loading", f"{why}; see /readyz, and try again later", retry_after=AGAIN_SECONDS)
+
+
+def _verdict(found: Validation) -> web.Response:
+    if found.state == "failed":
+        raise RefusalError(503, "no_result", f"nothing was judged: {found.reason}; POST the batch again to try again")
+    if found.answer is None:
+        return json_answer({"id": found.id, "state": found.state}, 202)
+    return web.Response(body=found.answer, content_type="application/json")

@@ -1,0 +1,171 @@
+"""All receivers at once: those of the configuration, and those that came with a callback URL through the API."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from typing import TYPE_CHECKING
+
+from pocd.delivery.dispatcher import Dispatcher, Receiver
+from pocd.delivery.netguard import allowed_origin
+from pocd.observe.mask import mask_url
+from pocd.settings import CALLBACK_PREFIX
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from structlog.typing import FilteringBoundLogger
+
+    from pocd.delivery.outbox import Outbox
+    from pocd.delivery.outbox_thread import OutboxThread
+
+MOST_CALLBACKS = 16
+
+
+class CallbackError(Exception):
+    """A callback URL cannot be taken; the message says why.
+
+    Attributes:
+        full: There are too many; else the URL is not allowed.
+    """
+
+    def __init__(self, message: str, *, full: bool = False) -> None:
+        super().__init__(message)
+        self.full = full
+
+
+def callback_name(url: str) -> str:
+    """Return the name of the queue of a callback URL: the same URL always has the same."""
+    return CALLBACK_PREFIX + hashlib.sha256(url.encode()).hexdigest()[:12]
+
+
+def register_callback(outbox: Outbox, name: str, url: str) -> None:
+    """Remember where a receiver is that came with a callback URL."""
+    with outbox.transaction():
+        outbox.db.execute(
+            "INSERT INTO receivers (name, url) VALUES (?, ?) ON CONFLICT DO UPDATE SET url = excluded.url", (name, url)
+        )
+
+
+class Dispatchers:
+    """One dispatcher for each receiver; those of callback URLs come and go.
+
+    Args:
+        receivers: Of the configuration.
+        make: Makes a dispatcher.
+        outbox: Knows the callback URLs of earlier, and whose queues are not empty.
+        origins: Origins that a callback URL may have, beside those of `receivers`.
+        log: Gets a line for what is no longer called.
+    """
+
+    def __init__(
+        self,
+        receivers: Sequence[Receiver],
+        make: Callable[[Receiver], Dispatcher],
+        outbox: OutboxThread,
+        *,
+        origins: Sequence[str],
+        log: FilteringBoundLogger,
+    ) -> None:
+        self._make = make
+        self._outbox = outbox
+        self._log = log
+        self._origins = [*origins, *(receiver.url for receiver in receivers)]
+        self._configured = [make(receiver) for receiver in receivers]
+        self._callbacks: dict[str, Dispatcher] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._group: asyncio.TaskGroup | None = None
+
+    def __iter__(self) -> Iterator[Dispatcher]:
+        """Give all of them, those of the configuration first."""
+        return iter([*self._configured, *self._callbacks.values()])
+
+    def names(self, callback: str | None = None) -> list[str]:
+        """Return the receivers of what belongs to a round whose callback is `callback`: it, and all configured ones."""
+        names = [dispatcher.receiver.name for dispatcher in self._configured]
+        return names if callback is None or callback in names else [*names, callback]
+
+    @property
+    def configured(self) -> list[str]:
+        """Names of the receivers that get everything."""
+        return self.names()
+
+    def wake(self) -> None:
+        """Have every dispatcher look at its queue."""
+        for dispatcher in self:
+            dispatcher.wake()
+
+    async def run(self, callback: str | None) -> None:
+        """Deliver until cancelled; `callback` is the receiver of the round that was asked for before."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                self._take_up_again(callback)
+                self._tasks = {each.receiver.name: group.create_task(each.run()) for each in self}
+                self._group = group
+                await asyncio.Event().wait()  # until cancelled, so without a bound
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None  # the first is the cause, the others were cancelled
+
+    def _take_up_again(self, callback: str | None) -> None:
+        """Serve the callback URLs of earlier that still have something to get."""
+        outbox = self._outbox.outbox
+        for name, state in outbox.receivers.items():
+            queue = outbox.queues.get(name)
+            if state.url is None or name in self._callbacks:
+                continue
+            if name != callback and not (queue and queue.pending_batches):
+                continue
+            if allowed_origin(state.url, self._origins):
+                self._start(Receiver(name, state.url, None))
+            else:
+                self._log.error(
+                    "callback URL is no longer allowed: its queue is kept; see admin.callback_origins",
+                    action="callback_refused",
+                    receiver=name,
+                    url=mask_url(state.url),
+                )
+
+    async def callback(self, url: str, *, wanted: str | None) -> str:
+        """Return the name of the receiver at `url`, which is served from now on.
+
+        Args:
+            url: Where batches are to be POSTed, without the last part of the path.
+            wanted: The callback that is in use, which is kept when others have to go.
+
+        Raises:
+            CallbackError: Its origin is not allowed, or there are too many.
+            StoreUnavailableError: It cannot be remembered now.
+        """
+        if not allowed_origin(url, self._origins):
+            raise CallbackError(
+                f"{mask_url(url)} is not of a configured origin: name it in admin.callback_origins, or use one of "
+                f"{', '.join(map(mask_url, self._origins)) or 'none so far'}"
+            )
+        for dispatcher in self:
+            if dispatcher.receiver.url.rstrip("/") == url.rstrip("/"):
+                return dispatcher.receiver.name
+        self._retire(wanted)
+        if len(self._callbacks) >= MOST_CALLBACKS:
+            raise CallbackError(
+                f"{MOST_CALLBACKS} callback URLs still have batches to get; wait, or purge one's queue", full=True
+            )
+        name = callback_name(url)
+        await self._outbox(register_callback, name, url)
+        if name not in self._callbacks:  # another call may have come first
+            self._start(Receiver(name, url, None))
+        return name
+
+    def _start(self, receiver: Receiver) -> None:
+        dispatcher = self._callbacks[receiver.name] = self._make(receiver)
+        if self._group is not None:  # before that, `run` will
+            self._tasks[receiver.name] = self._group.create_task(dispatcher.run())
+
+    def _retire(self, wanted: str | None) -> None:
+        """Let the callback URLs go that have got everything, where there is no room for one more."""
+        if len(self._callbacks) < MOST_CALLBACKS:
+            return
+        for name in list(self._callbacks):
+            queue = self._outbox.outbox.queues.get(name)
+            if name != wanted and not (queue and queue.pending_batches):
+                self._tasks.pop(name).cancel()
+                del self._callbacks[name]
