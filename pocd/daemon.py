@@ -34,6 +34,7 @@ from pocd.delivery.store import StoreError, StoreUnavailableError
 from pocd.exits import EXIT_CONFIG, EXIT_CRASH, EXIT_NO_DEVICE, EndedError
 from pocd.miner import Miner
 from pocd.nonces import Node
+from pocd.observe.events import Events
 from pocd.proof import Round
 from pocd.rounds import RoundPolicy
 from pocd.scheduler import RoundScheduler
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-    from pocd.chain.source import Block, ChainSource
+    from pocd.chain.source import Block, ChainSource, Head
     from pocd.observe.notify import Notifier
     from pocd.settings import Settings
 
@@ -182,6 +183,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._clock = clock
         self._source = source
+        self._newest_hash: str | None = None
         round_ = settings.round
         node = Node(settings.node.node_id, settings.node.node_count)
         miner = Miner(outbox, node, paused=outbox.outbox.paused, clock=clock.monotonic, wall=clock.wall)
@@ -240,7 +242,11 @@ class Daemon:
         self._keeper = Keeper(settings.store.path, outbox, miner, dispatchers, limits=limits, clock=clock, log=log)
         known = outbox.outbox.chain
         health = ChainHealth(highest=known.height if known else 0)
-        self.parts = Parts(settings, outbox, miner, supervisor, health, dispatchers, clock, clock.monotonic(), log)
+        self.events = Events(clock)
+        self.parts = Parts(
+            *(settings, outbox, miner, supervisor, health, dispatchers, clock, clock.monotonic(), log),
+            events=self.events,
+        )
 
     def shut_down(self) -> None:
         """Ask the daemon to stop; returns at once."""
@@ -282,11 +288,19 @@ class Daemon:
         await follow(
             self._source,
             poll_interval=self.settings.chain.poll_interval,
-            on_head=self._scheduler.on_head,
+            on_head=self._on_head,
+            on_problem=lambda problem: self.events.publish("chain", problem=problem),
             health=self.parts.chain,
             log=self.log,
             clock=self._clock.wall,
         )
+
+    async def _on_head(self, head: Head) -> None:
+        block = head.block
+        if block.hash != self._newest_hash:
+            self._newest_hash = block.hash
+            self.events.publish("block", height=block.height, hash=block.hash, chain_id=block.chain_id)
+        await self._scheduler.on_head(head)
 
     def _make_round(self, block: Block) -> Round:
         settings = self.settings

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from pocd.admin import status
+from pocd.admin import answers, status
+from pocd.admin.docs import DocsApi
+from pocd.admin.events import EventsApi
+from pocd.admin.operations import OPEN_PATHS, Media, Operation, routes
 from pocd.admin.outbox import OutboxApi
 from pocd.delivery.store import StoreUnavailableError
 from pocd.observe import metrics
@@ -20,9 +23,6 @@ if TYPE_CHECKING:
     from aiohttp.typedefs import Handler, Middleware
 
     from pocd.admin.status import Parts
-
-OPEN_PATHS = ("/healthz", "/readyz")  # for probes, which have no token
-LARGEST_BODY = 64 * 1024  # bytes
 
 
 def _require_token(token: str) -> Middleware:
@@ -62,21 +62,32 @@ class AdminApi:
 
     def application(self, token: str | None) -> web.Application:
         """Return the aiohttp application; with a `token`, everything but probes asks for it."""
+        events = EventsApi(self._parts.events, self._parts.log)
+        operations = [*self.operations(), *OutboxApi(self._parts).operations(), *events.operations()]
+        operations += DocsApi(operations, secured=token is not None).operations()
         middlewares = [errors_as_json, *([_require_token(token)] if token else []), _store_failures]
-        app = web.Application(middlewares=middlewares, client_max_size=LARGEST_BODY)
-        app.add_routes(
-            [
-                web.get("/api/v1/pow/status", self.status),
-                web.post("/api/v1/pow/stop", self.stop),
-                web.post("/api/v1/pow/resume", self.resume),
-                web.post("/shutdown", self.shutdown),
-                web.get("/healthz", self.healthz),
-                web.get("/readyz", self.readyz),
-                web.get("/metrics", self.metrics),
-                *OutboxApi(self._parts).routes(),
-            ]
-        )
+        largest = max(operation.largest_body for operation in operations)
+        app = web.Application(middlewares=middlewares, client_max_size=largest)
+        app.add_routes(routes(operations))
+        app.on_shutdown.append(events.close)
         return app
+
+    def operations(self) -> list[Operation]:
+        """Return the table's part for the daemon itself."""
+        seen = {200: answers.Status}
+        metrics = {200: Media(CONTENT_TYPE_LATEST, "The metrics.")}
+        return [
+            Operation("GET", "/api/v1/pow/status", self.status, "pow", answers=seen),
+            Operation("POST", "/api/v1/pow/stop", self.stop, "pow", answers=seen),
+            Operation("POST", "/api/v1/pow/resume", self.resume, "pow", answers=seen),
+            Operation("POST", "/shutdown", self.shutdown, "daemon", answers={202: answers.Stopping}),
+            Operation("GET", "/healthz", self.healthz, "daemon", answers={200: answers.Alive}),
+            Operation(
+                *("GET", "/readyz", self.readyz, "daemon"),
+                answers={200: answers.Readiness, 503: answers.Readiness},
+            ),
+            Operation("GET", "/metrics", self.metrics, "daemon", answers=metrics),
+        ]
 
     async def status(self, _request: web.Request) -> web.Response:
         """Everything that the daemon knows of itself."""

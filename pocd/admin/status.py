@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pocd.delivery.dispatcher import Dispatcher
     from pocd.delivery.outbox_thread import OutboxThread
     from pocd.miner import Miner, Mining
+    from pocd.observe.events import Events
     from pocd.settings import Settings
     from pocd.worker.supervisor import Supervisor
 
@@ -35,6 +36,7 @@ class Parts:
     clock: Clock
     started_at: float  # monotonic
     log: FilteringBoundLogger
+    events: Events
 
 
 def state(parts: Parts) -> str:
