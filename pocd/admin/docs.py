@@ -24,11 +24,12 @@ body { max-width: 60rem; margin: auto; padding: 1rem; }
 section { border-top: 1px solid #8886; padding: .5rem 0 1rem; }
 h1, h2, h3 { line-height: 1.2; }
 h3 { overflow-wrap: anywhere; }
-code, pre { font: .9em ui-monospace, monospace; }
+code, pre { font-family: ui-monospace, monospace; font-size: .9em; }
 pre { overflow-x: auto; padding: .6rem; background: #8882; border-radius: .3rem; }
 table { display: block; overflow-x: auto; border-collapse: collapse; }
 th, td { text-align: left; vertical-align: top; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #8883; }
-td:last-child { min-width: 14rem; }
+td:last-child { min-width: 13rem; }
+h4 { margin: .5rem 0; }
 nav ul { columns: 18rem; list-style: none; padding: 0; }
 a { color: LinkText; }
 """
@@ -71,7 +72,7 @@ def render(document: dict[str, Any], origin: str) -> str:
         if tag["name"] in operation["tags"]
     ]
     links = "".join(
-        f'<li><a href="#{operation["operationId"]}"><code>{method} {escape(path)}</code></a>'
+        f'<li><a href="#{operation["operationId"]}"><code>{method} {escape(path)}</code></a></li>'
         for _, method, path, operation in calls
     )
     schemas = document["components"]["schemas"]
@@ -170,10 +171,10 @@ LIMITS = {
     "exclusiveMinimum": "above {}",
     "maximum": "at most {}",
     "exclusiveMaximum": "below {}",
-    "minLength": "at least {} characters",
-    "maxLength": "at most {} characters",
-    "minItems": "at least {} items",
-    "maxItems": "at most {} items",
+    "minLength": "length at least {}",
+    "maxLength": "length at most {}",
+    "minItems": "length at least {}",
+    "maxItems": "length at most {}",
     "pattern": "matches <code>{}</code>",
 }
 
@@ -183,7 +184,7 @@ def _limits(schema: dict[str, Any]) -> str:
     parts = [text.format(escape(str(schema[key]))) for key, text in LIMITS.items() if key in schema]
     parts += filter(None, map(_limits, schema.get("anyOf", [])))
     if "items" in schema and (each := _limits(schema["items"])):
-        parts.append(f"each {each}")
+        parts.append(f"of each: {each}")
     return ", ".join(parts)
 
 

@@ -49,8 +49,8 @@ class ListQuery(Input):
 class _Which(Input):
     """Which batches are meant: all that match every given field. To say nothing is a mistake, not everything."""
 
-    ids: BatchIds | None = None
-    receiver: Name | None = None
+    ids: BatchIds | None = Field(default=None, description="Only these batches.")
+    receiver: Name | None = Field(default=None, description="Only this receiver's.")
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:

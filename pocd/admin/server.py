@@ -59,18 +59,22 @@ class AdminApi:
         self._parts = parts
         self._shut_down = shut_down
         self._registry = metrics.registry(parts)
+        self._events = EventsApi(parts.events, parts.log)
 
     def application(self, token: str | None) -> web.Application:
         """Return the aiohttp application; with a `token`, everything but probes asks for it."""
-        events = EventsApi(self._parts.events, self._parts.log)
-        operations = [*self.operations(), *OutboxApi(self._parts).operations(), *events.operations()]
+        operations = self.all_operations()
         operations += DocsApi(operations, secured=token is not None).operations()
         middlewares = [errors_as_json, *([_require_token(token)] if token else []), _store_failures]
         largest = max(operation.largest_body for operation in operations)
         app = web.Application(middlewares=middlewares, client_max_size=largest)
         app.add_routes(routes(operations))
-        app.on_shutdown.append(events.close)
+        app.on_shutdown.append(self._events.close)
         return app
+
+    def all_operations(self) -> list[Operation]:
+        """Return the whole table, but for the documentation that is made from it."""
+        return [*self.operations(), *OutboxApi(self._parts).operations(), *self._events.operations()]
 
     def operations(self) -> list[Operation]:
         """Return the table's part for the daemon itself."""
