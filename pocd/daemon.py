@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-    from pocd.chain.source import Block, ChainSource
+    from pocd.chain.source import Block, ChainSource, Head
     from pocd.observe.notify import Notifier
     from pocd.settings import Settings
 
@@ -186,6 +186,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._clock = clock
         self._source = source
+        self._newest_hash: str | None = None
         round_ = settings.round
         node = Node(settings.node.node_id, settings.node.node_count)
         events = Events(clock)
@@ -260,6 +261,7 @@ class Daemon:
         self._keeper = Keeper(settings.store.path, outbox, miner, dispatchers, limits=limits, clock=clock, log=log)
         known = outbox.outbox.chain
         health = ChainHealth(highest=known.height if known else 0)
+        self.events = events
         self.parts = Parts(
             settings=settings,
             outbox=outbox,
@@ -317,11 +319,19 @@ class Daemon:
         await follow(
             self._source,
             poll_interval=self.settings.chain.poll_interval,
-            on_head=self._scheduler.on_head,
+            on_head=self._on_head,
+            on_problem=lambda problem: self.events.publish("chain", problem=problem),
             health=self.parts.chain,
             log=self.log,
             clock=self._clock.wall,
         )
+
+    async def _on_head(self, head: Head) -> None:
+        block = head.block
+        if block.hash != self._newest_hash:
+            self._newest_hash = block.hash
+            self.events.publish("block", height=block.height, hash=block.hash, chain_id=block.chain_id)
+        await self._scheduler.on_head(head)
 
     def _make_round(self, block: Block) -> Round:
         settings = self.settings

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import orjson
-from aiohttp import web
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, model_validator
 
+from pocd.admin import answers
+from pocd.admin.operations import Operation
+from pocd.admin.parsing import Input, parse_body, parse_query
 from pocd.admin.status import receiver_views
 from pocd.delivery import deliveries, letters
 from pocd.delivery.letters import Purgeable, Selection, SetAside, State
@@ -21,6 +23,8 @@ from pocd.serving import RefusalError, json_answer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from aiohttp import web
+
     from pocd.admin.status import Parts
 
 STORE_SECONDS = 30.0  # for all that one call wants from the store; a hung disk must not keep callers
@@ -28,48 +32,58 @@ MOST_IDS = 1000
 AFTER = r"^[A-Za-z0-9._-]{1,64}:[0-9]{1,18}$"
 
 
-def _check_states(states: tuple[Any, ...]) -> tuple[Any, ...]:
-    if not states:
-        raise ValueError("must name at least one state")
-    return states
-
-
-Model = TypeVar("Model", bound=BaseModel)
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
 BatchId = Annotated[str, Field(min_length=1, max_length=256)]
 BatchIds = Annotated[tuple[BatchId, ...], Field(min_length=1, max_length=MOST_IDS)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ListQuery(_Body):
+class ListQuery(Input):
     """The query of `GET /api/v1/outbox`."""
 
-    state: State | None = None
-    receiver: Name | None = None
-    after: Annotated[str, Field(pattern=AFTER)] | None = None
-    limit: Annotated[int, Field(ge=1, le=1000)] = 100
+    state: State | None = Field(default=None, description="Only these; without it all that are not delivered.")
+    receiver: Name | None = Field(default=None, description="Only this receiver's batches.")
+    after: Annotated[str, Field(pattern=AFTER)] | None = Field(default=None, description="The last page's `next`.")
+    limit: int = Field(default=100, ge=1, le=1000, description="Batches at most.")
 
 
-class RetryBody(_Body):
-    """What to send again. `states` unset: dead and expired; with `ids` also withdrawn."""
+class _Which(Input):
+    """Which batches are meant: all that match every given field. To say nothing is a mistake, not everything."""
 
-    ids: BatchIds | None = None
-    receiver: Name | None = None
-    states: Annotated[tuple[SetAside, ...], AfterValidator(_check_states)] | None = None
+    ids: BatchIds | None = Field(default=None, description="Only these batches.")
+    receiver: Name | None = Field(default=None, description="Only this receiver's.")
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if all(value is None for _, value in self):
+            raise ValueError("say which batches: ids, receiver or states")
+        return self
 
 
-class PurgeBody(_Body):
-    """What to give up. `states` unset: dead, expired and withdrawn.
+def _in_json(example: dict[str, Any]) -> ConfigDict:
+    """Tell the same rule in JSON Schema: not all that is given is null."""
+    nothing: dict[str, Any] = {"properties": {key: {"type": "null"} for key in ("ids", "receiver", "states")}}
+    return ConfigDict(json_schema_extra={"examples": [example], "not": nothing})
 
-    Pending batches only of a receiver that is no longer configured.
-    """
 
-    ids: BatchIds | None = None
-    receiver: Name | None = None
-    states: Annotated[tuple[Purgeable, ...], AfterValidator(_check_states)] | None = None
+class RetryBody(_Which):
+    """What to send again: all that match every given field, at least one."""
+
+    model_config = _in_json({"receiver": "main"})
+
+    states: Annotated[tuple[SetAside, ...], Field(min_length=1)] | None = Field(
+        default=None, description="Without it dead and expired; with `ids` also withdrawn."
+    )
+
+
+class PurgeBody(_Which):
+    """What to give up: all that match every given field, at least one."""
+
+    model_config = _in_json({"states": ["expired"]})
+
+    states: Annotated[tuple[Purgeable, ...], Field(min_length=1)] | None = Field(
+        default=None,
+        description="Without it dead, expired and withdrawn. Pending only of a receiver that is no longer configured.",
+    )
 
 
 class OutboxApi:
@@ -78,18 +92,28 @@ class OutboxApi:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
 
-    def routes(self) -> list[web.RouteDef]:
-        """Return the routes for the application."""
+    def operations(self) -> list[Operation]:
+        """Return the table's part for the outbox."""
+        unknown = "There is no such batch or receiver (`not_found`)."
+        served = "Pending batches of a receiver that is still configured (`still_served`)."
         return [
-            web.get("/api/v1/outbox", self.index),
-            web.get("/api/v1/outbox/{id}", self.show),
-            web.post("/api/v1/outbox/retry", self.retry),
-            web.post("/api/v1/outbox/purge", self.purge),
+            Operation("GET", "/api/v1/outbox", self.index, "outbox", query=ListQuery, answers={200: answers.Page}),
+            Operation("GET", "/api/v1/outbox/{id}", self.show, "outbox", answers={200: answers.Shown, 404: unknown}),
+            Operation(
+                *("POST", "/api/v1/outbox/retry", self.retry, "outbox"),
+                body=RetryBody,
+                answers={200: answers.Queued, 404: unknown},
+            ),
+            Operation(
+                *("POST", "/api/v1/outbox/purge", self.purge, "outbox"),
+                body=PurgeBody,
+                answers={200: answers.Purged, 404: unknown, 409: served},
+            ),
         ]
 
     async def index(self, request: web.Request) -> web.Response:
         """Every receiver's counts, and a page of its batches; without a state all that are not delivered."""
-        query = _parse(ListQuery, dict(request.query))
+        query = parse_query(request, ListQuery)
         states: tuple[State, ...] = (query.state,) if query.state else ("pending", "dead", "expired", "withdrawn")
         name, _, sequence = (query.after or ":0").partition(":")
         selection = Selection(states, query.receiver)
@@ -121,7 +145,7 @@ class OutboxApi:
 
     async def retry(self, request: web.Request) -> web.Response:
         """Queue again what was set aside, and ask the receivers that are meant at once."""
-        body = await _read(request, RetryBody)
+        body = await parse_body(request, RetryBody)
         self._check(body)
         default: tuple[State, ...] = ("dead", "expired", "withdrawn") if body.ids else ("dead", "expired")
         selection = Selection(body.states or default, body.receiver, body.ids)
@@ -139,7 +163,7 @@ class OutboxApi:
 
     async def purge(self, request: web.Request) -> web.Response:
         """Give up what was set aside, for good."""
-        body = await _read(request, PurgeBody)
+        body = await parse_body(request, PurgeBody)
         self._check(body)
         served = {dispatcher.receiver.name for dispatcher in self._parts.dispatchers}
         if body.states and "pending" in body.states and (body.receiver is None or body.receiver in served):
@@ -152,10 +176,8 @@ class OutboxApi:
         self._parts.log.warning("batches given up", action="outbox_purge", batches=purged, receivers=sorted(names))
         return json_answer({"purged": purged, "receivers": sorted(names)})
 
-    def _check(self, body: RetryBody | PurgeBody) -> None:
-        """Refuse a body that means everything by saying nothing, or names no receiver that was ever known."""
-        if body.ids is None and body.receiver is None and body.states is None:
-            raise RefusalError(400, "invalid_request", "say which batches: ids, receiver or states", None)
+    def _check(self, body: _Which) -> None:
+        """Refuse a receiver that was never known."""
         known = self._parts.outbox.outbox.receivers.keys() | {each.receiver.name for each in self._parts.dispatchers}
         if body.receiver is not None and body.receiver not in known:
             raise RefusalError(404, "not_found", f"no receiver {body.receiver}; known are {sorted(known)}", "receiver")
@@ -177,25 +199,3 @@ class OutboxApi:
 
 def _limit() -> asyncio.Timeout:
     return asyncio.timeout(STORE_SECONDS)
-
-
-async def _read(request: web.Request, model: type[Model]) -> Model:
-    """Parse a JSON body."""
-    try:
-        value = orjson.loads(await request.read() or b"{}")
-    except orjson.JSONDecodeError as error:
-        raise RefusalError(400, "malformed_json", str(error)) from None
-    if not isinstance(value, dict):
-        raise RefusalError(400, "invalid_request", "the body has to be a JSON object")
-    return _parse(model, value)
-
-
-def _parse(model: type[Model], value: dict[str, Any]) -> Model:
-    try:
-        return model.model_validate(value)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        field = str(first["loc"][0]) if first["loc"] else None
-        where = ".".join(map(str, first["loc"]))
-        message = f"{where}: {first['msg'].removeprefix('Value error, ')}" if where else first["msg"]
-        raise RefusalError(400, "invalid_request", message, field) from None

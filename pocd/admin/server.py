@@ -1,4 +1,4 @@
-"""The admin HTTP API: look at the daemon, stop and resume mining, shut it down (docs/protocol.md section 7)."""
+"""The admin HTTP API: what its parts are, and what is asked of the daemon itself (docs/api.md)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from pocd.admin import status
+from pocd.admin import answers, status
+from pocd.admin.docs import DocsApi
+from pocd.admin.events import EventsApi
+from pocd.admin.operations import OPEN_PATHS, Media, Operation, routes
 from pocd.admin.outbox import OutboxApi
+from pocd.admin.pow import PowApi
 from pocd.delivery.store import StoreUnavailableError
 from pocd.observe import metrics
 from pocd.serving import RefusalError, errors_as_json, json_answer
@@ -20,9 +24,6 @@ if TYPE_CHECKING:
     from aiohttp.typedefs import Handler, Middleware
 
     from pocd.admin.status import Parts
-
-OPEN_PATHS = ("/healthz", "/readyz")  # for probes, which have no token
-LARGEST_BODY = 64 * 1024  # bytes
 
 
 def _require_token(token: str) -> Middleware:
@@ -59,38 +60,40 @@ class AdminApi:
         self._parts = parts
         self._shut_down = shut_down
         self._registry = metrics.registry(parts)
+        self._events = EventsApi(parts.events, parts.log)
 
     def application(self, token: str | None) -> web.Application:
         """Return the aiohttp application; with a `token`, everything but probes asks for it."""
+        operations = self.all_operations()
+        operations += DocsApi(operations, secured=token is not None).operations()
         middlewares = [errors_as_json, *([_require_token(token)] if token else []), _store_failures]
-        app = web.Application(middlewares=middlewares, client_max_size=LARGEST_BODY)
-        app.add_routes(
-            [
-                web.get("/api/v1/pow/status", self.status),
-                web.post("/api/v1/pow/stop", self.stop),
-                web.post("/api/v1/pow/resume", self.resume),
-                web.post("/shutdown", self.shutdown),
-                web.get("/healthz", self.healthz),
-                web.get("/readyz", self.readyz),
-                web.get("/metrics", self.metrics),
-                *OutboxApi(self._parts).routes(),
-            ]
-        )
+        largest = max(operation.largest_body for operation in operations)
+        app = web.Application(middlewares=middlewares, client_max_size=largest)
+        app.add_routes(routes(operations))
+        app.on_shutdown.append(self._events.close)
         return app
 
-    async def status(self, _request: web.Request) -> web.Response:
-        """Everything that the daemon knows of itself."""
-        return json_answer(status.view(self._parts))
+    def all_operations(self) -> list[Operation]:
+        """Return the whole table, but for the documentation that is made from it."""
+        return [
+            *PowApi(self._parts).operations(),
+            *self._events.operations(),
+            *OutboxApi(self._parts).operations(),
+            *self.operations(),
+        ]
 
-    async def stop(self, _request: web.Request) -> web.Response:
-        """Stop the round and pause mining until resumed, also across restarts."""
-        await self._parts.miner.pause()
-        return json_answer(status.view(self._parts))
-
-    async def resume(self, _request: web.Request) -> web.Response:
-        """Go on mining."""
-        await self._parts.miner.resume()
-        return json_answer(status.view(self._parts))
+    def operations(self) -> list[Operation]:
+        """Return the table's part for the daemon itself."""
+        metrics = {200: Media(CONTENT_TYPE_LATEST, "The metrics.")}
+        return [
+            Operation("POST", "/shutdown", self.shutdown, "daemon", answers={202: answers.Stopping}),
+            Operation("GET", "/healthz", self.healthz, "daemon", answers={200: answers.Alive}),
+            Operation(
+                *("GET", "/readyz", self.readyz, "daemon"),
+                answers={200: answers.Readiness, 503: answers.Readiness},
+            ),
+            Operation("GET", "/metrics", self.metrics, "daemon", answers=metrics),
+        ]
 
     async def shutdown(self, _request: web.Request) -> web.Response:
         """End the daemon in good order."""

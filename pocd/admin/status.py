@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pocd.delivery.dispatchers import Dispatchers
     from pocd.delivery.outbox_thread import OutboxThread
     from pocd.miner import Miner, Mining
+    from pocd.observe.events import Events
     from pocd.phases import State
     from pocd.settings import Settings
     from pocd.validator import Validator
@@ -42,6 +43,7 @@ class Parts:
     clock: Clock
     started_at: float  # monotonic
     log: FilteringBoundLogger
+    events: Events
 
 
 def state(parts: Parts) -> State:

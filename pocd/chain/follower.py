@@ -78,6 +78,7 @@ async def follow(
     health: ChainHealth,
     log: FilteringBoundLogger,
     clock: Callable[[], float],
+    on_problem: Callable[[str | None], None] = lambda _problem: None,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> None:
     """Poll `source` until cancelled and pass every head on (docs/protocol.md section 8).
@@ -94,20 +95,22 @@ async def follow(
         log: Gets a line when the chain goes down, one a minute while it is, and one when it is restored; also one when
             a chain that answers is degraded, and one when it is well again.
         clock: Unix time in seconds.
+        on_problem: Told when `health` has a problem, and, with None, when it is well again.
         sleep: Waits that many seconds.
     """
     logged_at: float | None = None  # when the chain was last said to be down; None while it is up
     degraded = False
+    unwell = False  # as `on_problem` was told
     while True:
         started = clock()
         failures_before = health.failures
         await _poll(source, on_head, health, clock)
         now = clock()
+        problem = health.problem(now, poll_interval)
         if health.error is None:
             if logged_at is not None:
                 log.info("chain restored", action="chain_restored", failures=failures_before)
             logged_at = None
-            problem = health.problem(now, poll_interval)
             if problem and not degraded:
                 log.warning("chain degraded", action="chain_degraded", problem=problem)
             elif degraded and not problem:
@@ -116,6 +119,9 @@ async def follow(
         elif logged_at is None or not 0 <= now - logged_at < LOG_EVERY:  # negative: the clock was set back
             log.warning("chain not followed", action="chain_down", error=health.error, failures=health.failures)
             logged_at = now
+        if unwell != (problem is not None):
+            unwell = not unwell
+            on_problem(problem)
         # Never longer than the interval, or a clock set back an hour would stop the polls for an hour.
         await sleep(min(max(poll_interval - (now - started), 0.0), poll_interval))
 

@@ -45,6 +45,8 @@ class DaemonCollector(Collector):
         yield from self._round()
         yield from self._chain_and_worker()
         yield from self._receivers()
+        listeners = self._parts.events.listeners
+        yield GaugeMetricFamily("pocd_event_listeners", "Open streams of events.", listeners)
 
     def _funnel(self) -> Iterator[Metric]:
         totals = self._parts.outbox.outbox.totals

@@ -1,0 +1,112 @@
+"""The table of the API's operations: the routes and the OpenAPI document are both made from it.
+
+An operation's summary and description are its handler's docstring.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from aiohttp import web
+from pydantic import BaseModel, Field
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+    from aiohttp.typedefs import Handler
+
+LARGEST_BODY = 64 * 1024  # bytes, where an operation names no other limit
+OPEN_PATHS = ("/healthz", "/readyz")  # for probes, which have no token
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong."""
+
+    code: str = Field(description="A word for programs.")
+    message: str = Field(description="What is wrong, where, and what to do, for people.")
+    field: str | None = Field(description="The field at fault; null when it is no single one.")
+
+
+class Error(BaseModel):
+    """The one form of error. Nothing was changed."""
+
+    error: ErrorDetail
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """An answer that is no JSON: its content type, and what it holds."""
+
+    type: str
+    meaning: str
+
+
+Answer = type[BaseModel] | Media | str
+"""A model of the JSON; or another medium; or, for an `Error`, when it comes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One call of the API.
+
+    Attributes:
+        tag: The heading that it stands under in the documentation.
+        query: Model that its query is parsed by; None where it has none, then what is given is not looked at.
+        body: Likewise for the JSON body.
+        answers: By status, what it answers, apart from what `all_answers` adds.
+        largest_body: Bytes; a larger body is refused with 413.
+    """
+
+    method: Literal["GET", "POST", "DELETE"]
+    path: str
+    handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    tag: str
+    query: type[BaseModel] | None = None
+    body: type[BaseModel] | None = None
+    answers: Mapping[int, Answer] = field(default_factory=dict)
+    largest_body: int = LARGEST_BODY
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it never asks for the token."""
+        return self.path in OPEN_PATHS
+
+
+def all_answers(operation: Operation, *, secured: bool) -> dict[int, Answer]:
+    """Return by status what an operation may answer: its own answers, and those that the server gives for it.
+
+    Args:
+        operation: Whose answers.
+        secured: Whether a token is asked for.
+    """
+    common: dict[int, Answer] = {
+        403: "The `Host` or the browser's `Origin` is foreign (`foreign_host`, `foreign_origin`).",
+    }
+    if secured and not operation.is_open:
+        common[401] = "The token is missing or wrong (`unauthorized`)."
+    if operation.query or operation.body:
+        common[400] = "The request makes no sense (`invalid_request`, `malformed_json`)."
+    if operation.body:
+        common[408] = "The body did not come in time (`request_timeout`)."
+        common[413] = f"The body is larger than {operation.largest_body} bytes (`request_entity_too_large`)."
+    if operation.path.startswith("/api/"):
+        common[503] = "The store cannot do it now (`store_unavailable`, `store_busy`); try again later."
+    return dict(sorted({**common, **operation.answers}.items()))
+
+
+def routes(operations: Iterable[Operation]) -> list[web.RouteDef]:
+    """Return the operations' routes; each GET answers HEAD too."""
+    return [
+        web.get(each.path, _limited(each.handler, each.largest_body))
+        if each.method == "GET"
+        else web.route(each.method, each.path, _limited(each.handler, each.largest_body))
+        for each in operations
+    ]
+
+
+def _limited(handler: Handler, largest_body: int) -> Handler:
+    async def limited(request: web.Request) -> web.StreamResponse:
+        return await handler(request.clone(client_max_size=largest_body))
+
+    return limited

@@ -1,0 +1,89 @@
+"""What happens, told as it happens: one bounded ring of events that all listeners read from.
+
+A listener is a cursor into the ring, so listeners cost nothing to publishers and cannot hold them up; one that
+reads slower than the ring turns is told how much it missed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from pocd.clock import Clock
+
+RING = 1024  # events that are kept
+
+Kind = Literal["block", "round", "state", "batch", "delivery", "worker", "validation", "chain"]
+"""What an event tells, and its data:
+
+- block {height, hash, chain_id}: the chain's newest block is another one
+- chain {problem}: why the chain is not followed as it should any more; null when it is again
+- round {height, block_hash, id, by}: another round is active, by "chain" or "api"
+- state {state}: the daemon's state is another one
+- batch {id, kind, nonces, height}: a batch was formed and is on disk
+- delivery {receiver, id, outcome}: what became of a batch for a receiver
+- worker {what, pid, cause}: the worker is "ready", or "restarting" and why
+- validation {id, state}: how a queued validation stands
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that happened.
+
+    Attributes:
+        id: Counts the events of this process from 1, without gaps.
+        time: Seconds since the epoch.
+        data: What the kind says, as JSON.
+    """
+
+    id: int
+    kind: Kind
+    time: float
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Missed:
+    """A cursor fell off the ring: so many events right after it are gone, the ones after those are still there."""
+
+    count: int
+
+
+class Events:
+    """The ring. Publish and listen in the loop's thread.
+
+    Attributes:
+        life: Names this process's count of events, so that an id from before a restart is known as such.
+        listeners: How many streams are open, for the metrics.
+    """
+
+    def __init__(self, clock: Clock, size: int = RING) -> None:
+        self._clock = clock
+        self._ring: deque[Event] = deque(maxlen=size)
+        self._news = asyncio.Event()
+        self.life = f"{int(clock.wall() * 1000):x}"
+        self.newest = 0
+        self.listeners = 0
+
+    def publish(self, kind: Kind, /, **data: Any) -> None:  # noqa: ANN401 - whatever JSON has
+        """Append an event and wake who listens."""
+        self.newest += 1
+        self._ring.append(Event(self.newest, kind, self._clock.wall(), data))
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def after(self, cursor: int) -> list[Event] | Missed:
+        """Return all events with ids above `cursor`, at least one; wait where there is none yet.
+
+        Wait no longer than you want to by `asyncio.timeout`.
+        """
+        while cursor >= self.newest:
+            await self._news.wait()
+        gone = self.newest - len(self._ring)
+        if cursor < gone:
+            return Missed(gone - cursor)
+        return [event for event in self._ring if event.id > cursor]
