@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
-READ_TIMEOUT_S = 30.0
+REJECTIONS = frozenset({400, 401, 408, 413})
 SHUTDOWN_TIMEOUT_S = 10.0
 """How long requests under way may take to end when the receiver stops."""
 
@@ -100,7 +100,8 @@ def application(store: Store, keys: WebhookKeys | None, clock: Callable[[], floa
         clock: Seconds since the Unix epoch.
     """
     receiver = _Receiver(store, keys, clock)
-    app = web.Application(middlewares=[errors_as_json, _store_failures], client_max_size=MAX_BODY_BYTES)
+    middlewares = [errors_as_json, _store_failures, receiver.count_rejected]
+    app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
     app.add_routes(
         [
             web.post("/generated", receiver.generated),
@@ -148,6 +149,16 @@ class _Receiver:
         self._keys = keys
         self._clock = clock
 
+    @web.middleware
+    async def count_rejected(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Count the batches that are refused before the store has a say, also while their bodies arrive."""
+        try:
+            return await handler(request)
+        except (RefusalError, web.HTTPRequestEntityTooLarge) as error:
+            if error.status in REJECTIONS and request.path[1:] in _BODIES:
+                await self._store.count_rejected()
+            raise
+
     async def generated(self, request: web.Request) -> web.Response:
         """POST /generated: keep a ProofBatch."""
         return await self._receive(request, "generated")
@@ -182,11 +193,7 @@ class _Receiver:
 
     async def _receive(self, request: web.Request, kind: Kind) -> web.Response:
         """Keep a batch, once, and answer when it is on disk."""
-        try:
-            arrival = await self._read_arrival(request, kind)
-        except (RefusalError, web.HTTPRequestEntityTooLarge):
-            await self._store.count_rejected()
-            raise
+        arrival = await self._read_arrival(request, kind)
         outcome = await self._store.add(arrival)
         if outcome is Outcome.CONFLICT:
             _log.warning("other bytes under a known id", action="batch_conflict", id=arrival.id, kind=kind)
@@ -213,13 +220,7 @@ class _Receiver:
 
     async def _read_body(self, request: web.Request) -> bytes:
         """Read the whole body and check its signature, if there are keys."""
-        try:
-            async with asyncio.timeout(READ_TIMEOUT_S):
-                body = await request.read()
-        except TimeoutError:
-            raise RefusalError(408, "too_slow", f"the body did not arrive within {READ_TIMEOUT_S:g} s") from None
-        except (web.RequestPayloadError, ConnectionResetError) as error:
-            raise RefusalError(400, "unreadable_body", f"the body is cut short or malformed: {error}") from None
+        body = await request.read()
         if self._keys is not None:
             try:
                 self._keys.verify(request.headers, body, self._clock())

@@ -1,27 +1,77 @@
-"""What our HTTP servers share: JSON answers, one form of error, and a server that runs as long as its context."""
+"""What our HTTP servers share: JSON answers, one form of error, and a server that slow or silent clients cannot fill.
+
+A client costs us a connection for as long as it keeps us waiting. So every wait for one has an end, and when there
+are too many connections, the one that we wait for longest goes. What is being answered is never closed for it.
+"""
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import stat
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import orjson
 from aiohttp import web
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from pathlib import Path
 
     from aiohttp.typedefs import Handler
 
+BACKLOG = 512  # connections that wait to be accepted; all at once they stay below the usual limit of 1024 files
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What the clients of a server may cost.
+
+    Attributes:
+        connections: How many there are at most.
+        first_head: Seconds from the connection to the end of the first request's head.
+        next_head: Seconds from an answer to the end of the next request's head.
+        body: Seconds for a request's body.
+        answer: Seconds in which a client has to take an answer, unless its handler streams it.
+    """
+
+    connections: int = 256
+    first_head: float = 10.0
+    next_head: float = 75.0
+    body: float = 30.0
+    answer: float = 30.0
+
+
+DEFAULT_BOUNDS = Bounds()
+
 
 class RefusalError(Exception):
-    """A request is refused: the HTTP status, a word for programs, and which field is at fault, if one is."""
+    """A request is refused: the HTTP status, a word for programs, and which field is at fault, if one is.
 
-    def __init__(self, status: int, code: str, message: str, field: str | None = None) -> None:
+    Attributes:
+        headers: What the answer's head says beside the status, such as when to come again.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        field: str | None = None,
+        *,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.field = field
+        self.headers = headers or {}
 
     def body(self) -> dict[str, object]:
         """The one form of error (docs/protocol.md section 7)."""
@@ -41,7 +91,9 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
     try:
         return await handler(request)
     except RefusalError as error:
-        return json_answer(error.body(), error.status)
+        answer = json_answer(error.body(), error.status)
+        answer.headers.update(error.headers)
+        return answer
     except web.HTTPClientError as error:  # raised again, for its headers
         refusal = RefusalError(error.status, error.reason.lower().replace(" ", "_"), error.text or error.reason)
         error.body = orjson.dumps(refusal.body())
@@ -50,23 +102,252 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
 
 
 @asynccontextmanager
-async def listening(app: web.Application, host: str, port: int, *, shutdown_timeout: float) -> AsyncIterator[str]:
-    """Serve `app` while the context lasts, and give its URL.
+async def listening(
+    app: web.Application, host: str, port: int, *, shutdown_timeout: float, bounds: Bounds = DEFAULT_BOUNDS
+) -> AsyncIterator[str]:
+    """Serve `app` on a TCP port while the context lasts, and give its URL.
 
     Args:
-        app: What to serve.
+        app: What to serve; it gets two more middlewares, and can be served once.
         host: Address to bind.
         port: TCP port; 0 takes a free one.
         shutdown_timeout: Seconds that requests under way have to end, when the context ends.
+        bounds: What clients may cost.
 
     Raises:
         OSError: The address cannot be bound.
     """
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=shutdown_timeout)
-    await runner.setup()
+    async with _protocols(app, bounds, shutdown_timeout) as protocols:
+        server = await asyncio.get_running_loop().create_server(protocols, host, port, backlog=BACKLOG)
+        try:
+            address, bound = server.sockets[0].getsockname()[:2]
+            yield f"http://[{address}]:{bound}" if ":" in address else f"http://{address}:{bound}"
+        finally:
+            server.close()
+
+
+@asynccontextmanager
+async def listening_at(
+    app: web.Application, path: Path, *, shutdown_timeout: float, bounds: Bounds = DEFAULT_BOUNDS
+) -> AsyncIterator[str]:
+    """Serve `app` on a Unix socket while the context lasts, and give its URL: unix:// and the path.
+
+    The socket is for its owner and group (mode 0660). One that was left behind, on which nobody listens, is replaced.
+
+    Args:
+        app: As of `listening`, and so are the others.
+        path: Where the socket is made; it is removed at the end.
+        shutdown_timeout: See there.
+        bounds: See there.
+
+    Raises:
+        OSError: Another program listens there, or the path cannot be used.
+    """
+    async with _protocols(app, bounds, shutdown_timeout) as protocols:
+        with _unix_socket(path) as bound:
+            server = await asyncio.get_running_loop().create_unix_server(protocols, sock=bound, backlog=BACKLOG)
+            try:
+                yield f"unix://{path}"
+            finally:
+                server.close()
+
+
+@contextmanager
+def _unix_socket(path: Path) -> Iterator[socket.socket]:
+    _remove_stale(path)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(path))
+        path.chmod(0o660)  # before anybody can connect, which needs listen()
+        made = path.lstat()
+        try:
+            yield bound
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(path.lstat(), made):  # else it is another one's by now
+                    path.unlink()
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove a socket that nobody listens on any more; `OSError` for anything else that is there."""
     try:
-        await web.TCPSite(runner, host, port).start()
-        address, bound = runner.addresses[0][:2]
-        yield f"http://[{address}]:{bound}" if ":" in address else f"http://{address}:{bound}"
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise FileExistsError(errno.EEXIST, "something else than a socket is there", str(path))
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        answer = probe.connect_ex(str(path))
+    if answer in {0, errno.EAGAIN}:  # EAGAIN: more wait there than its listener lets
+        raise OSError(errno.EADDRINUSE, "another program listens there", str(path))
+    if answer != errno.ECONNREFUSED:
+        raise OSError(answer, f"a socket is there that cannot be asked: {os.strerror(answer)}", str(path))
+    path.unlink()
+
+
+@asynccontextmanager
+async def _protocols(
+    app: web.Application, bounds: Bounds, shutdown_timeout: float
+) -> AsyncIterator[Callable[[], asyncio.Protocol]]:
+    """Give what makes the protocol of each connection, for `app`, within `bounds`."""
+    connections = _Connections(bounds)
+    app.middlewares.insert(0, connections.answer)
+    app.middlewares.append(connections.read_body)
+    runner = web.AppRunner(app, shutdown_timeout=shutdown_timeout)
+    await runner.setup()
+    assert runner.server is not None
+    try:
+        yield partial(_Protocol, runner.server, connections)
     finally:
         await runner.cleanup()
+        connections.close()
+
+
+class _Protocol(web.RequestHandler):
+    """Aiohttp's protocol of one connection, which says when it begins and ends, and whose errors have our form."""
+
+    def __init__(self, server: web.Server, connections: _Connections) -> None:
+        super().__init__(server, loop=asyncio.get_running_loop(), access_log=None)  # type: ignore[arg-type] # None: no log
+        self._connections = connections
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        stream = cast("asyncio.Transport", transport)  # uvloop's is none by its class
+        if self._connections.made(self, stream):
+            super().connection_made(transport)
+        else:
+            self.force_close()  # what comes is not looked at
+            stream.write(_TOO_MANY)
+            stream.close()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._connections.lost(self)
+        super().connection_lost(exc)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer what is no HTTP, of which no middleware and no log hears, and what fails on our side."""
+        if status < 500:
+            error = RefusalError(status, "malformed_request", (message or "this is no HTTP").partition("\n")[0])
+        else:
+            super().handle_error(request, status, exc, message)  # logs it
+            error = RefusalError(status, "internal_error", "this should not happen; the log says more")
+        answer = json_answer(error.body(), status)
+        answer.force_close()
+        return answer
+
+
+class _Connections:
+    """All connections of a server: those that wait for their client, since when and how long, and those at work."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self._bounds = bounds
+        self._open: dict[asyncio.Protocol, asyncio.Transport] = {}
+        self._waiting: dict[asyncio.Protocol, asyncio.TimerHandle | None] = {}  # the one that waits longest is first
+
+    def made(self, http: asyncio.Protocol, transport: asyncio.Transport) -> bool:
+        """Take a new connection up, in place of the one that waits longest if need be; False where none waits."""
+        if len(self._open) >= self._bounds.connections:
+            longest = next(iter(self._waiting), None)
+            if longest is None:
+                return False
+            self._drop(longest)
+        self._open[http] = transport
+        self._wait(http, self._bounds.first_head)
+        return True
+
+    def lost(self, http: asyncio.Protocol) -> None:
+        """Forget a connection that has ended."""
+        self._work(http)
+        self._open.pop(http, None)
+
+    def close(self) -> None:
+        """End what is left: connections whose clients do not take what was written to them."""
+        for http in list(self._open):
+            self._drop(http)
+
+    @web.middleware
+    async def answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Work on a request from its head to the end of its answer; the first middleware of all."""
+        http = request.protocol
+        self._work(http)
+        try:
+            try:
+                response = await handler(request)
+            except web.HTTPException as error:
+                await self._write(request, error)
+                raise
+            if isinstance(response, web.Response):
+                await self._write(request, response)
+            return response
+        finally:
+            self._wait(http, self._bounds.next_head)
+
+    @web.middleware
+    async def read_body(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Read the whole body, which the request keeps for its handler; the last middleware of all.
+
+        Until it is here the client keeps us waiting, and not we the client.
+        """
+        if request.can_read_body:
+            self._wait(request.protocol, None)
+            try:
+                async with asyncio.timeout(self._bounds.body):
+                    await request.read()
+            except TimeoutError:
+                message = f"the body did not arrive within {self._bounds.body:g} s"
+                raise RefusalError(408, "too_slow", message) from None
+            except (web.RequestPayloadError, ConnectionResetError) as error:
+                raise RefusalError(400, "unreadable_body", f"the body is cut short or malformed: {error}") from None
+            finally:
+                self._work(request.protocol)
+        return await handler(request)
+
+    async def _write(self, request: web.Request, response: web.Response) -> None:
+        """Write an answer, and end a connection whose client does not take it."""
+        try:
+            async with asyncio.timeout(self._bounds.answer):
+                await response.prepare(request)
+                await response.write_eof()
+        except TimeoutError:
+            self._drop(request.protocol)
+        except ConnectionError:
+            pass  # the client has gone: aiohttp finds out too, when it looks whether all is written
+
+    def _wait(self, http: asyncio.Protocol, seconds: float | None) -> None:
+        """It is the client's turn, for as long as that (None: somebody else watches)."""
+        self._work(http)
+        if http in self._open:
+            loop = asyncio.get_running_loop()
+            self._waiting[http] = None if seconds is None else loop.call_later(seconds, self._drop, http)
+
+    def _work(self, http: asyncio.Protocol) -> None:
+        """It is our turn."""
+        timer = self._waiting.pop(http, None)
+        if timer is not None:
+            timer.cancel()
+
+    def _drop(self, http: asyncio.Protocol) -> None:
+        """End a connection at once, without waiting for its client to take what was written."""
+        transport = self._open.get(http)
+        self.lost(http)
+        if transport is not None:
+            transport.abort()
+
+
+_TOO_MANY_BODY = RefusalError(503, "too_many_connections", "all connections are in use; try again later").body()
+_TOO_MANY = b"\r\n".join(
+    [
+        b"HTTP/1.1 503 Service Unavailable",
+        b"Content-Type: application/json",
+        b"Content-Length: %d" % len(orjson.dumps(_TOO_MANY_BODY)),
+        b"Retry-After: 1",
+        b"Connection: close",
+        b"",
+        orjson.dumps(_TOO_MANY_BODY),
+    ]
+)

@@ -14,13 +14,13 @@ from typing import Any
 import aiohttp
 import orjson
 import pytest
-from aiohttp import web
 
 from pocd import receiver_store
 from pocd.delivery.signing import WebhookKeys, unsigned_headers
 from pocd.proof import Proof, ProofBatch, Round
 from pocd.receiver import MAX_BODY_BYTES, application, serve
 from pocd.receiver_store import Arrival, Store, StoreBusyError, StoreError
+from pocd.serving import DEFAULT_BOUNDS, Bounds, listening
 
 NOW = 1_700_000_000
 AT = "2023-11-14T22:13:20.000+00:00"
@@ -83,18 +83,17 @@ class Client:
 
 
 @asynccontextmanager
-async def receiver(path: Path, keys: WebhookKeys | None = None) -> AsyncIterator[Client]:
+async def receiver(
+    path: Path, keys: WebhookKeys | None = None, bounds: Bounds = DEFAULT_BOUNDS
+) -> AsyncIterator[Client]:
     store = await Store.open(path)
-    runner = web.AppRunner(application(store, keys, clock=lambda: NOW))
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    app = application(store, keys, clock=lambda: NOW)
     try:
-        port = runner.addresses[0][1]
         timeout = aiohttp.ClientTimeout(total=60)
-        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", timeout=timeout) as session:
-            yield Client(session, store, port)
+        async with listening(app, "127.0.0.1", 0, shutdown_timeout=60, bounds=bounds) as url:
+            async with aiohttp.ClientSession(url, timeout=timeout) as session:
+                yield Client(session, store, int(url.rpartition(":")[2]))
     finally:
-        await runner.cleanup()
         await store.close()
 
 
@@ -400,14 +399,14 @@ async def test_a_body_of_16_mib_and_no_more(client: Client) -> None:
 HALF_A_POST = b"POST /generated HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
 
 
-async def test_a_sender_that_stalls_is_refused(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pocd.receiver.READ_TIMEOUT_S", 0.01)
-    reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
-    writer.write(HALF_A_POST)
-    assert b" 408 " in await asyncio.wait_for(reader.readline(), 30)
-    writer.close()
-    await writer.wait_closed()
-    assert await client.totals() == {"rejected": 1}
+async def test_a_sender_that_stalls_is_refused(path: Path) -> None:
+    async with receiver(path, bounds=Bounds(body=0.01)) as client:
+        reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
+        writer.write(HALF_A_POST)
+        assert b" 408 " in await asyncio.wait_for(reader.readline(), 30)
+        writer.close()
+        await writer.wait_closed()
+        assert await client.totals() == {"rejected": 1}
 
 
 async def test_a_sender_that_dies_is_refused(
