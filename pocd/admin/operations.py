@@ -107,6 +107,9 @@ def routes(operations: Iterable[Operation]) -> list[web.RouteDef]:
 
 def _limited(handler: Handler, largest_body: int) -> Handler:
     async def limited(request: web.Request) -> web.StreamResponse:
-        return await handler(request.clone(client_max_size=largest_body))
+        size = len(await request.read())
+        if size > largest_body:
+            raise web.HTTPRequestEntityTooLarge(max_size=largest_body, actual_size=size)
+        return await handler(request)
 
     return limited

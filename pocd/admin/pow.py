@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 STORE_SECONDS = 30.0  # for what one call wants from the store; a hung disk must not keep callers
 WAIT_SECONDS = 120.0  # that a call waits for a verdict; then it gets an id to ask for it
-AGAIN_SECONDS = 5  # after which a caller may try again, where a queue is full or the model loads
+AGAIN = {"Retry-After": "5"}  # for callers that find a queue full, or the model loading; in seconds
 MOST_NODES = 1_000_000  # so that a node's nonces stay below 2**63 for as long as anybody mines
 
 TAG = "Rounds"
@@ -242,7 +242,7 @@ class PowApi:
                     code,
                     f"callback_url: {error}",
                     "callback_url",
-                    retry_after=AGAIN_SECONDS if error.full else None,
+                    headers=AGAIN if error.full else None,
                 ) from None
 
     async def validate(self, request: web.Request) -> web.Response:
@@ -274,7 +274,7 @@ class PowApi:
             try:
                 found = await self._parts.validator.ask(wanted)
             except QueueFullError as error:
-                raise RefusalError(429, "queue_full", f"{error}; try again later", retry_after=AGAIN_SECONDS) from None
+                raise RefusalError(429, "queue_full", f"{error}; try again later", headers=AGAIN) from None
         if query.wait and found.state == "pending":
             found = await self._parts.validator.until_finished(found.id, WAIT_SECONDS) or found
         return _verdict(found)
@@ -309,7 +309,7 @@ class PowApi:
 
 
 def _loading(why: str) -> RefusalError:
-    return RefusalError(503, "loading", f"{why}; see /readyz, and try again later", retry_after=AGAIN_SECONDS)
+    return RefusalError(503, "loading", f"{why}; see /readyz, and try again later", headers=AGAIN)
 
 
 def _verdict(found: Validation) -> web.Response:
