@@ -238,8 +238,8 @@ def test_a_store_of_version_1_is_brought_up_to_date_and_loses_nothing(path: Path
         first, old_proof, new_proof = drain(store, "main")
         assert (first.body, first.attempts) == (b'{"nonces":[1]}', 3)
         # Version 1 did not say which weights a proof is of.
-        assert old_proof.body == ProofBatch(ROUND, 1, None, (Proof(10, 1.25),)).to_json()
-        assert new_proof.body == ProofBatch(ROUND, 1, WEIGHTS, (Proof(13, 1.013),)).to_json()
+        assert old_proof.body == ProofBatch(ROUND, 1, None, None, (Proof(10, 1.25),)).to_json()
+        assert new_proof.body == ProofBatch(ROUND, 1, WEIGHTS, None, (Proof(13, 1.013),)).to_json()
     with opened(path) as again:
         assert again.db.execute("PRAGMA user_version").fetchone() == (VERSION,)
         assert again.totals == Totals(checked=5, valid=3, stored=3, delivered=3)
@@ -263,7 +263,7 @@ def test_a_store_of_version_2_is_brought_up_to_date_and_loses_nothing(path: Path
         }
         assert store.begin_round(ROUND, NODE, NOW) == RoundProgress(Progress(8), checked=8, valid=4)
         form(store, "main", "other", size=1)
-        new = ProofBatch(ROUND, 1, WEIGHTS, (Proof(10, 1.25),)).to_json()
+        new = ProofBatch(ROUND, 1, WEIGHTS, None, (Proof(10, 1.25),)).to_json()
         first, second = b'{"nonces":[1]}', b'{"nonces":[4,7]}'
         found = {name: drain(store, name) for name in ("main", "other")}
         assert [(each.sequence, each.body, each.attempts) for each in found["main"]] == [
@@ -404,7 +404,7 @@ def test_a_batch_keeps_its_bytes_and_id_across_failures_and_restarts(path: Path,
     form(outbox, "a", size=3)
     first = next_pending(outbox, "a")
     assert first is not None
-    batch = ProofBatch(ROUND, NODE.id, WEIGHTS, tuple(proofs))
+    batch = ProofBatch(ROUND, NODE.id, WEIGHTS, None, tuple(proofs))
     assert (first.id, first.kind, first.body) == (batch.id, "generated", batch.to_json())
     assert (first.sequence, first.attempts, first.queued_at) == (1, 0, NOW)
 
@@ -577,7 +577,7 @@ def test_a_batch_holds_proofs_of_one_round_and_one_node_only(outbox: Outbox) -> 
     for round_, node in ((ROUND, NODE), (NEXT, NODE), (ROUND, other)):
         proofs = proofs_of(Span(0, 2), node)
         outbox.commit_span(round_, node, Span(0, 2), proofs, WEIGHTS, NOW)
-        expected.append(ProofBatch(round_, node.id, WEIGHTS, tuple(proofs)))
+        expected.append(ProofBatch(round_, node.id, WEIGHTS, None, tuple(proofs)))
     form(outbox, "a", current=None)
     accepted = drain(outbox, "a")
     assert [delivery.id for delivery in accepted] == [batch.id for batch in expected]

@@ -335,7 +335,7 @@ class Outbox:
                 # A clock that was set back must not keep a proof for ever.
                 ripe = round_ != current or not 0 <= now - oldest < age
                 while left_to_form and (left >= size or (ripe and left > 0)):
-                    empty = ProofBatch(round_, node_id, fingerprint, ())
+                    empty = ProofBatch(round_, node_id, fingerprint, dtype=None, proofs=())
                     reason = replaced if withdraw else None
                     left -= self._form_batch(number, empty, receivers, size=size, now=now, withdrawn=reason)  # noqa: PLW2901 - what is left of the group
                     left_to_form -= 1
