@@ -16,8 +16,10 @@ import typer
 
 from pocd import __version__
 from pocd.cli_api import ConfigOption, TokenOption, UrlOption, call_api, echo
+from pocd.cli_compute import calibrate, compute
 from pocd.cli_outbox import app as outbox_app
-from pocd.exits import EXIT_CONFIG, EXIT_CRASH, EXIT_NO_DEVICE, EndedError
+from pocd.cli_validate import validate
+from pocd.exits import EXIT_CONFIG, EXIT_CRASH, EndedError
 from pocd.settings import DEFAULT_PATH, ConfigError, check_model, load, to_toml
 
 if TYPE_CHECKING:
@@ -29,15 +31,10 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
 app.add_typer(config_app, name="config")
 app.add_typer(outbox_app, name="outbox")
+for command in (compute, calibrate, validate):
+    app.command()(command)
 
 HostOption = Annotated[str, typer.Option(help="Address to listen on.")]
-ModelOption = Annotated[str, typer.Option(help="A local path, a hub id, or bundled:NAME.")]
-SchemeOption = Annotated[str, typer.Option(help="The scheme.")]
-SeqLenOption = Annotated[int, typer.Option(help="Sequence length, in positions.")]
-DtypeOption = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
-DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
-BatchSizeOption = Annotated[int, typer.Option(help="Nonces per forward pass.", min=1, max=65536)]
-RevisionOption = Annotated[str | None, typer.Option(help="Revision (branch, tag or commit) of a hub model.")]
 PortOption = Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.", min=0, max=65535)]
 
 
@@ -126,93 +123,6 @@ def demo(
 
     plan = program.Plan(blocks=blocks, block_seconds=block_seconds, model=model, folder=folder.resolve())
     raise typer.Exit(asyncio.run(program.run(plan)))
-
-
-@app.command()
-def compute(  # noqa: PLR0913 - one argument per option
-    *,
-    model: ModelOption,
-    block_hash: Annotated[str, typer.Option(help="The block hash, as the chain wrote it.")],
-    public_key: Annotated[str, typer.Option(help="The miner's public key.")],
-    nonces: Annotated[str, typer.Option(help="Ranges a:b (b left out) and numbers, separated by commas.")],
-    scheme: SchemeOption = "poc2",
-    seq_len: SeqLenOption = 256,
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = "cpu",
-    batch_size: BatchSizeOption = 32,
-    revision: RevisionOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per nonce.")] = False,
-) -> None:
-    """Print the distance of each nonce."""
-    from pocd.compute import command
-
-    with _compute_errors():
-        request = command.Request(
-            model=model,
-            scheme=scheme,
-            block_hash=block_hash,
-            public_key=public_key,
-            nonces=command.parse_nonces(nonces),
-            seq_len=seq_len,
-            dtype=dtype,
-            device=device,
-            batch_size=batch_size,
-            revision=revision,
-        )
-        for nonce, distance in command.distances(request):
-            echo(f'{{"nonce": {nonce}, "distance": {distance!r}}}' if as_json else f"{nonce}\t{distance:.6f}")
-
-
-@app.command()
-def calibrate(  # noqa: PLR0913 - one argument per option
-    *,
-    model: ModelOption,
-    scheme: SchemeOption = "poc2",
-    rate: Annotated[float, typer.Option(help="The share of valid nonces to aim at, above 0 and below 1.")] = 0.1,
-    blocks: Annotated[int, typer.Option(help="Block hashes to try, 2 or more.")] = 5,
-    nonces: Annotated[int, typer.Option(help="Nonces per block.")] = 2000,
-    seq_len: SeqLenOption = 256,
-    dtype: DtypeOption = "float32",
-    device: DeviceOption = "cpu",
-    batch_size: BatchSizeOption = 32,
-    public_key: Annotated[str, typer.Option(help="A miner's public key.")] = "calibration",
-    seed: Annotated[str, typer.Option(help="Block hashes follow from it.")] = "pocd",
-    revision: RevisionOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with everything.")] = False,
-) -> None:
-    """Find the r_target for a rate of valid nonces, and how much the rate depends on the block."""
-    import orjson
-
-    from pocd.compute import calibration, command
-
-    plan = calibration.Plan(
-        model=model,
-        scheme=scheme,
-        rate=rate,
-        blocks=blocks,
-        nonces=nonces,
-        seq_len=seq_len,
-        dtype=dtype,
-        device=device,
-        batch_size=batch_size,
-        public_key=public_key,
-        seed=seed,
-        revision=revision,
-    )
-    with _compute_errors(), calibration.progress(blocks * nonces) as advance:
-        measurement = command.measure(plan, advance)
-    report = calibration.calibrate(plan, measurement)
-    echo(orjson.dumps(report).decode() if as_json else calibration.as_text(report))
-
-
-@contextlib.contextmanager
-def _compute_errors() -> Iterator[None]:
-    from pocd.compute.errors import ComputeError, DeviceError
-
-    try:
-        yield
-    except ComputeError as error:
-        raise EndedError(EXIT_NO_DEVICE if isinstance(error, DeviceError) else EXIT_CONFIG, str(error)) from error
 
 
 @app.command()

@@ -17,6 +17,8 @@ ConfigOption = Annotated[Path, typer.Option("--config", help="The configuration 
 UrlOption = Annotated[str | None, typer.Option("--url", help="The admin API. Default: as the configuration says.")]
 TokenOption = Annotated[Path | None, typer.Option("--token-file", help="The API's token. Default: as configured.")]
 
+AT_FAULT = {400, 409, 413, 422}  # HTTP statuses that say what the caller gave cannot be used
+
 
 def echo(text: str) -> None:
     """Print a line; where the reader has gone, it has what it wanted: end well."""
@@ -35,9 +37,20 @@ def call_api(
     token_file: Path | None,
     *,
     query: dict[str, str] | None = None,
-    body: dict[str, Any] | None = None,
+    body: dict[str, Any] | bytes | None = None,
+    exit_of_refusal: int = EXIT_CRASH,
 ) -> dict[str, Any]:
     """Call the daemon that `url`, or else the configuration, names.
+
+    Args:
+        method: GET or POST.
+        path: Of the API.
+        config: The configuration's file.
+        url: The API's address, instead of the configuration's.
+        token_file: The API's token, instead of the configuration's.
+        query: Of the URL.
+        body: An object, or JSON as it is.
+        exit_of_refusal: The exit status where `body` or `query` is at fault.
 
     Raises:
         ConfigError: The configuration or the token cannot be read.
@@ -54,4 +67,5 @@ def call_api(
     try:
         return asyncio.run(call(target, method, path, token=token, query=query, body=body))
     except AdminError as error:
-        raise EndedError(EXIT_CRASH, str(error)) from error
+        code = exit_of_refusal if error.status in AT_FAULT else EXIT_CRASH
+        raise EndedError(code, str(error)) from error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 EXIT_OK = 0
 EXIT_CRASH = 1
+EXIT_UNUSABLE = 2  # of `pocd validate`: nothing was judged; also a mistyped command
+EXIT_FRAUD = 3  # of `pocd validate`
 EXIT_NO_DEVICE = 75  # EX_TEMPFAIL of sysexits.h: the device may come back
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
 

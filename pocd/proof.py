@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 import orjson
@@ -61,7 +61,7 @@ class ProofBatch:
 
     Attributes:
         model_fingerprint: Names the weights that they were computed with; None where an earlier version stored them.
-        dtype: The precision, likewise.
+        dtype: The precision that they were computed in; None where an earlier version stored them.
     """
 
     kind: ClassVar = "generated"
@@ -93,4 +93,90 @@ class ProofBatch:
 
     def to_json(self) -> bytes:
         """The exact bytes of every POST of this batch: canonical JSON with `batch_id`."""
+        return canonical_json(self._content() | {"batch_id": self.id})
+
+
+@dataclass(frozen=True, slots=True)
+class ValidatedBatch:
+    """What became of a batch of claims, and the verdict (docs/protocol.md section 5, "Verdict").
+
+    The four lists stand beside each other: the entries of the batch whose nonces were recomputed, as they
+    came, repeats included. The counts are of distinct nonces, but for `duplicates` and `non_finite`.
+
+    Attributes:
+        round: What the distances were recomputed for.
+        node_id: The node that the batch names.
+        node_count: Among how many nodes the nonces are shared.
+        model_fingerprint: Names the weights that recomputed them.
+        dtype: The precision that they were recomputed in.
+        nonces: Recomputed nonces.
+        received_dist: Their claimed distances; None where that was no finite number.
+        dist: Their recomputed distances, in [0, 2].
+        valid: Whether each nonce is valid, by all its claims and its recomputed distance.
+        n: Recomputed nonces.
+        n_invalid: Those of them that are not valid.
+        n_batch: Nonces in the whole batch.
+        impossible_claims: Nonces in the whole batch with a claim outside [0, r_target).
+        duplicates: Entries in the whole batch that repeat an earlier one's nonce.
+        non_finite: Entries in the whole batch whose claim is no finite number.
+        density: The share of the node's nonces up to the largest of the batch that are in it, see section 5.
+        sparse: Whether that is 1% or less.
+        shifted: Recomputed nonces with a finite claim further than `tolerance` from the recomputed distance.
+        largest_difference: Between a finite claim and the recomputed distance; None without such a claim.
+        tolerance: How far above `r_target` a recomputed distance still counts as valid.
+        mismatch: The probability that an honest miner's nonce recomputes as invalid.
+        fraud_threshold: Below this probability of honesty it is fraud.
+        probability_honest: That an honest miner has so many invalid nonces, or impossible claims, or more.
+        fraud_detected: The verdict.
+        sample: How many nonces were to be drawn for recomputation; None for all.
+        seed: What they were drawn by; None for all.
+        suspicions: What is reported, but is not fraud by itself.
+    """
+
+    kind: ClassVar = "validated"
+
+    round: Round
+    node_id: int
+    node_count: int
+    model_fingerprint: str
+    dtype: str
+    nonces: tuple[int, ...]
+    received_dist: tuple[float | None, ...]
+    dist: tuple[float, ...]
+    valid: tuple[bool, ...]
+    n: int
+    n_invalid: int
+    n_batch: int
+    impossible_claims: int
+    duplicates: int
+    non_finite: int
+    density: float
+    sparse: bool
+    shifted: int
+    largest_difference: float | None
+    tolerance: float
+    mismatch: float
+    fraud_threshold: float
+    probability_honest: float
+    fraud_detected: bool
+    sample: int | None
+    seed: str | None
+    suspicions: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """How many entries it has."""
+        return len(self.nonces)
+
+    def _content(self) -> dict[str, Any]:
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "round"}
+        return asdict(self.round) | own
+
+    @property
+    def id(self) -> str:
+        """Hash of the content: the same verdict always travels under the same id."""
+        return content_id(self._content())
+
+    def to_json(self) -> bytes:
+        """The exact bytes of every POST of this verdict: canonical JSON with `batch_id`."""
         return canonical_json(self._content() | {"batch_id": self.id})

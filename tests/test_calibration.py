@@ -16,7 +16,7 @@ import orjson
 import pytest
 import torch
 
-from pocd import cli
+from pocd import cli_compute
 from pocd.compute import command, engine, model
 from pocd.compute.calibration import Calibration, Measurement, Plan, as_text, block_hashes, calibrate
 from pocd.compute.command import Request
@@ -156,7 +156,7 @@ def calibrating(**options: Any) -> list[str]:  # noqa: ANN401 - any option
 
 def calibrate_here(**options: Any) -> None:  # noqa: ANN401 - any option
     """The command without a process of its own, which would import torch once more."""
-    cli.calibrate(**(OPTIONS | options))
+    cli_compute.calibrate(**(OPTIONS | options))
 
 
 def test_the_command_measures_what_compute_computes() -> None:
@@ -174,13 +174,12 @@ def test_the_command_measures_what_compute_computes() -> None:
         scheme="poc2",
         block_hash=second["block_hash"],
         public_key="key",
-        nonces=(range(64),),
         seq_len=16,
         dtype="float32",
         device="cpu",
         batch_size=24,
     )
-    distances = np.array([distance for _, distance in command.distances(request)])
+    distances = np.array([distance for _, distance in command.distances(request, range(64))])
     # Another process may have another number of threads, and add in another order.
     assert second["mean"] == pytest.approx(distances.mean(), abs=2e-6)
     assert second["quantile"] == pytest.approx(np.quantile(distances, 0.1), abs=2e-6)
@@ -250,7 +249,7 @@ def test_a_revision_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EndedError, match=r"^org/name at v7$"):
         calibrate_here(model="org/name", revision="v7")
     with pytest.raises(EndedError, match=r"^org/name at v7$"):
-        cli.compute(model="org/name", revision="v7", block_hash="a", public_key="b", nonces="0")
+        cli_compute.compute(model="org/name", revision="v7", block_hash="a", public_key="b", nonces="0")
 
 
 def test_a_sequence_beyond_the_model_is_refused_before_its_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

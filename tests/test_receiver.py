@@ -16,11 +16,13 @@ import orjson
 import pytest
 
 from pocd import receiver_store
+from pocd.claim import Claim, parse_json
 from pocd.delivery.signing import WebhookKeys, unsigned_headers
 from pocd.proof import Proof, ProofBatch, Round
 from pocd.receiver import MAX_BODY_BYTES, application, serve
 from pocd.receiver_store import Arrival, Store, StoreBusyError, StoreError
 from pocd.serving import DEFAULT_BOUNDS, Bounds, listening
+from pocd.validation import Terms, judge
 
 NOW = 1_700_000_000
 AT = "2023-11-14T22:13:20.000+00:00"
@@ -151,6 +153,17 @@ async def test_a_batch_is_stored(client: Client) -> None:
     assert await client.get("/health") == {"status": "ok"}
 
 
+async def test_a_verdict_is_taken_as_pocd_sends_it(client: Client) -> None:
+    """Also one on claims that were no numbers."""
+    body = GENERATED | {"nonces": [3, 5, 5], "dist": [1.25, None, 3]}
+    claim = parse_json(Claim, orjson.dumps(body))
+    terms = Terms(1.4, 0.01, 5e-4, 1e-5, "poc2", "tiny", "f00d", "float32", 16, 1)
+    batch = judge(claim, terms, {3: 1.25, 5: 1.5}, sample=2, seed="s")
+    assert await client.post(batch.to_json(), kind="validated") == Answer(200, {"status": "stored", "id": batch.id})
+    (item,) = (await client.get("/batches"))["batches"]
+    assert (item["kind"], item["batch"]) == ("validated", orjson.loads(batch.to_json()))
+
+
 async def test_the_bytes_come_back_as_they_came(client: Client) -> None:
     body = orjson.dumps(GENERATED | {"dist": [1.0, 2]}).replace(b"1.0", b"1.000e0 ")
     await client.post(body, "a")
@@ -184,7 +197,7 @@ async def test_another_body_under_the_same_id_is_a_conflict(client: Client) -> N
 
 
 async def test_the_id_is_the_header_or_the_batch_id_or_a_hash(client: Client) -> None:
-    batch = ProofBatch(ROUND, 0, "f00d", (Proof(3, 1.25),))
+    batch = ProofBatch(ROUND, 0, "f00d", "float32", (Proof(3, 1.25),))
     assert (await client.post(batch.to_json(), "header")).body["id"] == "header"
     assert (await client.post(batch.to_json())).body["id"] == batch.id
     nameless = orjson.dumps(GENERATED)

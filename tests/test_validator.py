@@ -34,7 +34,7 @@ from pocd.proof import Round
 from pocd.validation import Terms
 from pocd.validator import QueueFullError, Request, Validator
 from pocd.worker import messages
-from pocd.worker.messages import Compute, Distances, Load, Ready, Recompute
+from pocd.worker.messages import Compute, Distances, Load, Message, Ready, Recompute
 from pocd.worker.supervisor import Limits, Supervisor
 
 if TYPE_CHECKING:
@@ -55,13 +55,12 @@ def computed(round_: Round, nonces: range, *, batch_size: int = 8) -> dict[int, 
         scheme=round_.scheme,
         block_hash=round_.block_hash,
         public_key=round_.public_key,
-        nonces=(nonces,),
         seq_len=round_.seq_len,
         dtype="float32",
         device="cpu",
         batch_size=batch_size,
     )
-    return dict(command.distances(request))
+    return dict(command.distances(request, nonces))
 
 
 def terms(fingerprint: str, scheme: str = "poc2", **changes: Any) -> Terms:  # noqa: ANN401 - any field
@@ -191,8 +190,9 @@ def test_a_recomputation_waits_for_one_batch_at_most() -> None:
             ours.sendall(messages.encode(LOAD))
             while not isinstance(messages.read(stream), Ready):
                 pass
-            asked = [Compute(number, MINED, 64 * number, 1, 64) for number in range(4)]
-            ours.sendall(b"".join(map(messages.encode, [*asked, Recompute(9, THEIRS, [5, 3, 8], last=True)])))
+            asked: list[Message] = [Compute(number, MINED, 64 * number, 1, 64) for number in range(4)]
+            asked.append(Recompute(9, THEIRS, [5, 3, 8], last=True))
+            ours.sendall(b"".join(messages.encode(message) for message in asked))
             results: dict[int, list[float]] = {}
             while len(results) < 5:
                 message = messages.read(stream)
@@ -288,7 +288,7 @@ async def test_a_full_queue_takes_nothing_more_and_still_knows_what_it_has(tmp_p
         assert waited.state == "pending"
 
 
-async def test_a_request_reads_back_as_it_was(tmp_path: Path) -> None:
+def test_a_request_reads_back_as_it_was() -> None:
     claim = Claim.model_validate_json(
         b'{"public_key": "k", "block_hash": "b", "block_height": 1, "nonces": [1, 1], "dist": [NaN, 1], "more": 1}'
     )

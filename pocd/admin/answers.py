@@ -183,6 +183,49 @@ class Done(BaseModel):
     pow_status: Status = Field(description="As GET /api/v1/pow/status answers.")
 
 
+class Verdict(BaseModel):
+    """A ValidatedBatch: what was recomputed, and whether it is fraud (docs/protocol.md section 5, "Verdict").
+
+    The four lists stand beside each other: the batch's entries as they came, repeats included; of a sample, the
+    entries of its nonces.
+    """
+
+    public_key: str
+    block_hash: str
+    block_height: int
+    node_id: int
+    nonces: list[int]
+    received_dist: list[float | None] = Field(description="As claimed; null where that is no finite number.")
+    dist: list[float] = Field(description="As recomputed.")
+    valid: list[bool] = Field(description="Whether each nonce is valid.")
+    r_target: float
+    fraud_threshold: float
+    n_invalid: int = Field(description="Recomputed distinct nonces that are not valid.")
+    probability_honest: float = Field(description="That an honest miner has as many, or more.")
+    fraud_detected: bool = Field(description="Whether that is below fraud_threshold.")
+    n: int = Field(description="Distinct nonces that were recomputed.")
+    n_batch: int = Field(description="Distinct nonces of the whole batch.")
+    impossible_claims: int = Field(description="Of the whole batch: claims that are no distance below r_target.")
+    duplicates: int = Field(description="Of the whole batch: entries that repeat a nonce. A nonce counts once.")
+    non_finite: int = Field(description="Of the whole batch: claims that are no finite number.")
+    density: float = Field(description="Share of the node's nonces, up to the largest, that the batch holds.")
+    sparse: bool = Field(description="Whether that is 1% or less. Suspicious, but no fraud by itself.")
+    shifted: int = Field(description="Recomputed nonces whose claim is further than `tolerance` from the truth.")
+    largest_difference: float | None = Field(description="Between claimed and recomputed; null without a finite claim.")
+    tolerance: float = Field(description="How far above r_target a recomputed distance still counts as valid.")
+    mismatch: float = Field(description="The probability that an honest miner's nonce recomputes as invalid.")
+    scheme: str
+    model: str
+    model_fingerprint: str = Field(description="Of the weights that distances were recomputed with.")
+    dtype: str = Field(description="The precision that they were recomputed in.")
+    seq_len: int
+    node_count: int
+    sample: int | None = Field(description="How many nonces were to be drawn; null for all.")
+    seed: str | None = Field(description="What they were drawn by.")
+    suspicions: list[str] = Field(description="Words for what is odd, fraud or not.")
+    batch_id: str = Field(description="Of this verdict: the same content has the same.")
+
+
 class Waiting(BaseModel):
     """A validation that is not done yet: ask for it by its id."""
 

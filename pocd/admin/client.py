@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from typing import Any
 
 import aiohttp
@@ -11,7 +12,15 @@ TIMEOUT = aiohttp.ClientTimeout(total=40, connect=3)  # above what the daemon al
 
 
 class AdminError(Exception):
-    """The API cannot be reached or refused; the message says what and where."""
+    """The API cannot be reached or refused; the message says what and where.
+
+    Attributes:
+        status: The HTTP status of a refusal; None without an answer.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 async def call(
@@ -21,13 +30,14 @@ async def call(
     *,
     token: str | None = None,
     query: dict[str, str] | None = None,
-    body: dict[str, Any] | None = None,
+    body: dict[str, Any] | bytes | None = None,
 ) -> dict[str, Any]:
-    """Call the API at `url`, with `body` as JSON, and return the JSON that it answers.
+    """Call the API at `url`, with `body` as JSON (bytes as they are), and return the JSON that it answers.
 
     Raises:
         AdminError: Nothing answers there, or the answer is an error.
     """
+    raw = body if isinstance(body, bytes | None) else orjson.dumps(body)
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         async with (
@@ -36,12 +46,12 @@ async def call(
                 method,
                 url.rstrip("/") + path,
                 params=query,
-                data=None if body is None else orjson.dumps(body),
+                data=None if raw is None else BytesIO(raw),  # a stream, as aiohttp warns of large bytes
             ) as response,
         ):
             answer = orjson.loads(await response.read())
             if response.status >= 400:
-                raise AdminError(f"{url} refused: {answer['error']['message']}")
+                raise AdminError(f"{url} refused: {answer['error']['message']}", response.status)
             if not isinstance(answer, dict):
                 raise AdminError(f"{url} is not pocd's admin API")
             return answer

@@ -26,6 +26,7 @@ from pocd.validation import MismatchError, Terms, check, sampled
 from pocd.validator import QueueFullError, Request
 
 if TYPE_CHECKING:
+    from pocd.admin.operations import Answer
     from pocd.admin.status import Parts
     from pocd.delivery.validations import Validation
 
@@ -95,13 +96,13 @@ class PowApi:
 
     def operations(self) -> list[Operation]:
         """Return them for the table."""
-        validated = {200: answers.Verdict, 202: answers.Waiting}
+        validated: dict[int, Answer] = {200: answers.Verdict, 202: answers.Waiting}
         path = "/api/v1/pow"
 
         control = partial(Operation, "POST", tag=TAG)
-        done = {200: answers.Done}
-        begun = {**done, 429: "Too many callback URLs are in use (`too_many_callbacks`)."}
-        in_round = {**done, 409: "There is no round to go on with (`no_round`): POST an init first."}
+        done: dict[int, Answer] = {200: answers.Done}
+        begun: dict[int, Answer] = {**done, 429: "Too many callback URLs are in use (`too_many_callbacks`)."}
+        in_round: dict[int, Answer] = {**done, 409: "There is no round to go on with (`no_round`): POST an init first."}
         return [
             Operation("GET", f"{path}/status", self.status, TAG, answers={200: answers.Status}),
             control(f"{path}/{Call.INIT}", self.init, body=InitBody, answers=begun),

@@ -1,4 +1,4 @@
-"""The status, as a person reads it."""
+"""The status, the outbox and a verdict, as a person reads them."""
 
 from __future__ import annotations
 
@@ -83,6 +83,44 @@ def batch_as_text(body: dict[str, Any]) -> str:
     """Return the lines that `pocd outbox show` prints."""
     lines = [_LETTER.format("receiver", "seq", "batch", "state", "nonces", "attempts", "age", "reason")]
     return "\n".join([*lines, *map(_letter, body["deliveries"]), "", as_json(body["batch"])])
+
+
+_SUSPICIONS = {
+    "impossible_claims": "what no honest miner claims (no finite number, or not from 0 to below r_target): "
+    "{impossible_claims} nonces",
+    "duplicates": "repeated nonces: {duplicates} entries; each nonce counts once",
+    "sparse": "few of the node's nonces (density {density:.2g}): the others may have been skipped without computing; "
+    "a low valid rate and a late batch of a long round look the same",
+    "shifted": "claims further than the tolerance from what was recomputed: {shifted} nonces",
+    "other_node": "some nonces are not those of node {node_id} of {node_count}, which the batch says it is",
+}
+
+
+def verdict_as_text(body: dict[str, Any]) -> str:
+    """Return the lines that `pocd validate` prints."""
+    which = "all distinct ones" if body["sample"] is None else f"drawn by {body['seed']!r} from {body['n_batch']}"
+    largest = body["largest_difference"]
+    difference = "no claim is a number" if largest is None else f"{largest:.2g} at most from claimed to recomputed"
+    chance, threshold = f"{body['probability_honest']:.2g}", f"{body['fraud_threshold']:g}"
+    verdict = f"FRAUD: {chance} < {threshold}" if body["fraud_detected"] else f"honest: {chance} ≥ {threshold}"
+    rows = [
+        ("block", f"{body['block_height']} {_quoted(body['block_hash'])}"),
+        ("miner", f"{_quoted(body['public_key'])}, node {body['node_id']} of {body['node_count']}"),
+        ("held to", "r_target {r_target}, scheme {scheme}, {dtype}, {seq_len} positions".format(**body)),
+        ("weights", f"{body['model_fingerprint']} of {_quoted(body['model'])}"),
+        ("recomputed", f"{body['n']} nonces, {which}; invalid: {body['n_invalid']}"),
+        ("difference", f"{difference}; tolerance {body['tolerance']:.2g}"),
+        *(("suspicious", _SUSPICIONS.get(word, word).format(**body)) for word in body["suspicions"]),
+        ("chance", f"{chance} that an honest miner has so many bad nonces, or more, at {body['mismatch']:g} each"),
+        ("verdict", verdict),
+    ]
+    return "\n".join(f"{name:10} {text}" for name, text in rows)
+
+
+def _quoted(text: str) -> str:
+    """Return what a stranger wrote, so that a terminal takes it for text."""
+    shown = "".join(each if each.isprintable() else "�" for each in text[:64])
+    return f"{shown}…" if len(text) > 64 else shown
 
 
 def as_text(body: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -19,7 +20,7 @@ from pocd.nonces import LARGEST_NONCE
 from pocd.statistics import head_valid_rate, r_target_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     from pocd.compute.engine import BlockRun
     from pocd.compute.model import Model
@@ -29,13 +30,12 @@ HEAD_ROWS = 4096  # of the head that are in float32 at a time
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to compute. `nonces` are ranges, which do not overlap; `revision` is a hub model's."""
+    """What to compute with. `revision` is a hub model's."""
 
     model: str
     scheme: str
     block_hash: str
     public_key: str
-    nonces: tuple[range, ...]
     seq_len: int
     dtype: str
     device: str
@@ -43,8 +43,8 @@ class Request:
     revision: str | None = None
 
 
-def parse_nonces(text: str) -> tuple[range, ...]:
-    """Parse ranges `a:b` (b left out) and single numbers, separated by commas.
+def parse_nonces(text: str) -> Iterator[int]:
+    """Parse ranges `a:b` (b left out) and single numbers, separated by commas; gives every nonce once.
 
     Raises:
         InputError: Not of that form, empty, out of range, or a nonce is named twice.
@@ -65,7 +65,7 @@ def parse_nonces(text: str) -> tuple[range, ...]:
     for before, after in itertools.pairwise(ordered):
         if after.start < before.stop:
             raise InputError(f"nonces: {after.start} is named twice")
-    return tuple(ranges)
+    return itertools.chain.from_iterable(ranges)
 
 
 def _check_names(asked: Request | Plan) -> None:
@@ -78,8 +78,9 @@ def _check_names(asked: Request | Plan) -> None:
     os.environ.update(WAITING | os.environ)
 
 
-def distances(request: Request) -> Iterator[tuple[int, float]]:
-    """Yield (nonce, distance) in the order asked for.
+@contextlib.contextmanager
+def prepared(request: Request) -> Iterator[BlockRun]:
+    """Load the model and prepare it for the block, while the context lasts.
 
     Raises:
         ComputeError: The input, the model or the device cannot be used.
@@ -95,16 +96,25 @@ def distances(request: Request) -> Iterator[tuple[int, float]]:
         revision=request.revision,
         seq_len=request.seq_len,
     )
-    preparation = block_run(
+    with block_run(
         model,
         SCHEMES[request.scheme],
         block_hash=request.block_hash,
         public_key=request.public_key,
         seq_len=request.seq_len,
-    )
-    with preparation as run:
-        nonces = itertools.chain.from_iterable(request.nonces)
-        while batch := list(itertools.islice(nonces, request.batch_size)):
+    ) as run:
+        yield run
+
+
+def distances(request: Request, nonces: Iterable[int]) -> Iterator[tuple[int, float]]:
+    """Yield (nonce, distance) in the order of `nonces`, which are distinct.
+
+    Raises:
+        ComputeError: As `prepared`, or a nonce has no distance.
+    """
+    with prepared(request) as run:
+        left = iter(nonces)
+        while batch := list(itertools.islice(left, request.batch_size)):
             yield from zip(batch, run.distances(batch, batch_size=request.batch_size), strict=True)
 
 

@@ -13,7 +13,7 @@ BUNDLED = Path(__file__).resolve().parent.parent / "models"
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 # How far two honest distances of one nonce in one dtype may lie apart: docs/protocol.md, "Agreement", measured there.
-TOLERANCE: dict[Dtype, float] = {"float32": 1e-5, "float16": 5e-4, "bfloat16": 2e-3}
+TOLERANCE: dict[str, float] = {"float32": 1e-5, "float16": 5e-4, "bfloat16": 2e-3}
 # Where batch_size = "auto" begins. On the CPU more is not faster; on a GPU it is halved until it fits.
 AUTO_BATCH_SIZE = {"cpu": 32, "cuda": 1024}
 DEVICE_PATTERN = r"^(cpu|cuda(:[0-9]+)?)$"

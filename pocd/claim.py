@@ -1,0 +1,85 @@
+"""A batch of claimed proofs as it comes from outside: checked once, here, for the API and the command line."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+MOST_NONCES = 100_000
+LARGEST_CLAIM = 8 * 2**20  # bytes; the longest numbers, one a line, are 5 MiB
+
+Model = TypeVar("Model", bound=BaseModel)
+Index = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Count = Annotated[int, Field(ge=1, le=2**63 - 1)]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class BodyError(Exception):
+    """What came is not what was asked for.
+
+    Attributes:
+        code: A word for programs: malformed_json or invalid_request.
+        field: The field at fault, if one is.
+    """
+
+    def __init__(self, code: str, message: str, field: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.field = field
+
+
+class Claim(BaseModel):
+    """A ProofBatch as a miner sends it (docs/protocol.md section 5); fields that it does not know are ignored."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    public_key: Annotated[str, Field(min_length=1, max_length=1024)]
+    block_hash: Name
+    block_height: Index
+    nonces: Annotated[list[Index], FailFast(), Field(min_length=1, max_length=MOST_NONCES)]
+    dist: Annotated[
+        list[float | None],
+        FailFast(),
+        Field(
+            description="One for each nonce. What is no finite number (null, NaN, Infinity) counts against the miner."
+        ),
+    ]
+    node_id: Index = 0
+    node_count: Annotated[Count | None, Field(description="Among how many nodes the nonces are shared.")] = None
+    r_target: Annotated[float | None, Field(gt=0, le=2, allow_inf_nan=False)] = None
+    scheme: Name | None = None
+    model: Name | None = None
+    model_fingerprint: Name | None = None
+    dtype: Name | None = None
+    seq_len: Count | None = None
+    batch_id: Annotated[Name | None, Field(description="Ignored: the verdict has an id of its own.")] = None
+
+    # Fields are checked in order, so the nonces are known here unless they were refused themselves.
+    @field_validator("dist")
+    @classmethod
+    def _one_for_each_nonce(cls, values: list[float | None], info: ValidationInfo) -> list[float | None]:
+        expected = len(info.data.get("nonces", values))
+        if len(values) != expected:
+            raise PydanticCustomError("length", f"{len(values)} values for {expected} nonces")
+        return [value if value is not None and math.isfinite(value) else None for value in values]
+
+
+def parse_json(model: type[Model], raw: bytes) -> Model:
+    """Parse a JSON object; numbers may also be the literals NaN, Infinity and -Infinity, which others write.
+
+    Raises:
+        BodyError: It is no JSON, no object, or a field is missing or wrong; the first of these is named.
+    """
+    try:
+        return model.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    if first["type"] == "json_invalid":
+        raise BodyError("malformed_json", first["msg"])
+    if not first["loc"]:
+        raise BodyError("invalid_request", "it has to be one JSON object")
+    where = ".".join(map(str, first["loc"]))
+    raise BodyError("invalid_request", f"{where}: {first['msg'].removeprefix('Value error, ')}", str(first["loc"][0]))
