@@ -186,12 +186,20 @@ def dispatchers(
     make: Callable[[Receiver], Dispatcher] | None = None,
     origins: Sequence[str] = (),
 ) -> Dispatchers:
-    """Return the dispatchers of `receivers`, for those who only ask which there are if `make` is None."""
+    """Return the dispatchers of `receivers`; without `make` they are plain ones."""
 
-    def none(receiver: Receiver) -> Dispatcher:
-        raise AssertionError(receiver)
+    def plain(receiver: Receiver) -> Dispatcher:
+        return Dispatcher(
+            receiver,
+            outbox,
+            expire_after=WEEK,
+            wall=lambda: NOW,
+            jitter=lambda: 0.0,
+            log=structlog.get_logger(),
+            events=events(),
+        )
 
-    return Dispatchers(receivers, make or none, outbox, origins=origins, log=structlog.get_logger())
+    return Dispatchers(receivers, make or plain, outbox, origins=origins, log=structlog.get_logger())
 
 
 @dataclass(frozen=True, slots=True)
