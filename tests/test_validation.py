@@ -228,6 +228,14 @@ def test_the_smallest_batch_in_which_one_bad_nonce_is_no_fraud() -> None:
         assert (batch.n_invalid, batch.fraud_detected) == (1, is_fraud)
 
 
+def test_the_limits_themselves_are_allowed() -> None:
+    """A probability that equals the threshold is no fraud, a difference that equals the tolerance is no shift."""
+    terms = replace(TERMS, fraud_threshold=1.0, tolerance=2**-10)
+    batch = judge(claim_of([7], [1.0]), terms, {7: 1 + 2**-10}, None, None)
+    assert (batch.probability_honest, batch.fraud_detected) == (1.0, False)
+    assert (batch.largest_difference, batch.shifted) == (2**-10, 0)
+
+
 # Density.
 
 
