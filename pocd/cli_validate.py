@@ -167,7 +167,7 @@ def _compute(
 ) -> dict[str, Any]:
     """Recompute the distances here, and judge."""
     from pocd.compute.command import prepared
-    from pocd.statistics import FRAUD_THRESHOLD, MISMATCH
+    from pocd.proof import FRAUD_THRESHOLD, MISMATCH
     from pocd.validation import MismatchError, Terms, check, judge, sampled
 
     with compute_errors(), prepared(request) as run:

@@ -8,6 +8,9 @@ from typing import Any, ClassVar
 
 import orjson
 
+MISMATCH = 5e-4  # share of an honest miner's nonces that may recompute as invalid (docs/protocol.md section 5)
+FRAUD_THRESHOLD = 0.01  # it is fraud when the probability of an honest miner is below this (likewise)
+
 
 def canonical_json(value: object) -> bytes:
     """Encode `value` with sorted keys and no white space, so that equal values are equal bytes."""

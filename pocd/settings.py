@@ -21,7 +21,7 @@ from pocd.compute.errors import ModelError
 from pocd.compute.names import DEVICE_PATTERN, Dtype, resolve
 from pocd.compute.schemes import SCHEMES
 from pocd.observe.mask import mask_url
-from pocd.statistics import FRAUD_THRESHOLD, MISMATCH
+from pocd.proof import FRAUD_THRESHOLD, MISMATCH
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

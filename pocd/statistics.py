@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import betainc, betaincinv, ndtri, poch, stdtrit
 
+from pocd.proof import MISMATCH
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.floating[Any]]
 
-MISMATCH = 5e-4  # share of an honest miner's nonces that may recompute as invalid (section 5)
-FRAUD_THRESHOLD = 0.01  # it is fraud when the probability of an honest miner is below this (section 5)
 CONFIDENCE = 0.95  # of every interval here
 DRAWS = 10_000  # of the null distribution: a p-value of 0.05 is then known to ±0.002
 

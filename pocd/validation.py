@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pocd.proof import Round, ValidatedBatch
-from pocd.statistics import probability_honest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -122,6 +121,8 @@ def judge(
         sample: As given to `sampled`.
         seed: Likewise.
     """
+    from pocd.statistics import probability_honest  # noqa: PLC0415 - scipy costs 24 MB, and few daemons validate
+
     drawn, distinct = set(sampled(claim.nonces, sample, seed)), set(claim.nonces)
     claims = list(zip(claim.nonces, claim.dist, strict=True))
     impossible = {nonce for nonce, claimed in claims if not _is_possible(claimed, terms)}

@@ -17,7 +17,7 @@ from pocd.compute.engine import block_run
 from pocd.compute.model import load_model
 from pocd.compute.names import DTYPES, TOLERANCE
 from pocd.compute.schemes import SCHEMES
-from pocd.statistics import FRAUD_THRESHOLD, MISMATCH
+from pocd.proof import FRAUD_THRESHOLD, MISMATCH
 from pocd.validation import MismatchError, Terms, check, judge, sampled
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from pocd.claim import Claim, parse_json
-from pocd.statistics import FRAUD_THRESHOLD, MISMATCH
+from pocd.proof import FRAUD_THRESHOLD, MISMATCH
 from pocd.validation import MismatchError, Terms, check, judge, round_of, sampled
 
 if TYPE_CHECKING:

@@ -18,10 +18,9 @@ from pocd.control import Asked, NoRoundError
 from pocd.delivery.dispatchers import CallbackError
 from pocd.nonces import Node
 from pocd.phases import Call
-from pocd.proof import Round
+from pocd.proof import FRAUD_THRESHOLD, Round
 from pocd.serving import RefusalError, json_answer
 from pocd.settings import check_http_url
-from pocd.statistics import FRAUD_THRESHOLD
 from pocd.validation import MismatchError, Terms, check, sampled
 from pocd.validator import QueueFullError, Request
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from pocd.delivery.validations import Validation
 
 STORE_SECONDS = 30.0  # for what one call wants from the store; a hung disk must not keep callers
-WAIT_SECONDS = 120.0  # that a call waits for a verdict; then it gets an id to ask for it
+WAIT_SECONDS = 30.0  # that a call waits for a verdict, below what clients and proxies wait; then it gets an id
 AGAIN = {"Retry-After": "5"}  # for callers that find a queue full, or the model loading; in seconds
 MOST_NODES = 1_000_000  # so that a node's nonces stay below 2**63 for as long as anybody mines
 
@@ -79,7 +78,7 @@ class InitBody(BaseModel):
 class ValidateQuery(Input):
     """The query of `POST /api/v1/pow/validate`."""
 
-    wait: bool = Field(default=True, description="Whether to wait for the verdict, up to two minutes.")
+    wait: bool = Field(default=True, description="Whether to wait for the verdict, up to 30 seconds.")
     sample: Annotated[int, Field(ge=1, le=MOST_NONCES)] | None = Field(
         default=None, description="How many of the nonces are recomputed, drawn by `seed`. Absent: all."
     )
@@ -251,7 +250,7 @@ class PowApi:
 
         The terms are those of the round that was asked for by the API, else of the configuration. The verdict is
         answered, and POSTed to every configured receiver and to the round's callback_url, + /validated. A verdict that
-        takes longer than two minutes, or is not waited for, is told by `GET /api/v1/pow/validate/{id}`.
+        takes longer than 30 seconds, or is not waited for, is told by `GET /api/v1/pow/validate/{id}`.
         The same call again gives the same answer, without computing it anew.
         """
         query = parse_query(request, ValidateQuery)
