@@ -346,7 +346,7 @@ class Daemon:
         )
 
     def _reports(self) -> list[Coroutine[Any, Any, None]]:
-        reports = [self._announce_ready(), self._report_status(), self._log_funnel()]
+        reports = [self._announce_ready(), self._report_status(), self._log_funnel(), self._tell_states()]
         return [*reports, self._feed_watchdog()] if self._notifier.watchdog_seconds else reports
 
     async def _announce_ready(self) -> None:
@@ -371,6 +371,15 @@ class Daemon:
                 valid_per_second_1m=round(miner.valid_rate.per_second(60), 3),
                 valid_per_second_15m=round(miner.valid_rate.per_second(900), 3),
             )
+
+    async def _tell_states(self) -> None:
+        """Publish each state that is another one than the last."""
+        told, news = None, 0
+        while True:
+            state = status.state(self.parts)
+            if state != told:
+                self.events.publish("state", state=state)
+            told, news = state, await self.parts.miner.until_news(news)
 
     async def _feed_watchdog(self) -> None:
         assert self._notifier.watchdog_seconds

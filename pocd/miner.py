@@ -74,6 +74,7 @@ class Miner:
         self._changed = asyncio.Condition()
         self._lent: Counter[Mining] = Counter()  # how many leases of each round are out; no zeros
         self._closed = False
+        self._news = 0  # counts announcements
         self.paused = False
         self.held: str | None = None
         self.mining: Mining | None = None
@@ -104,7 +105,7 @@ class Miner:
             # A round that comes back while leases of it are out goes on with its ledger, which alone knows of them.
             lent = (mining for mining in self._lent if work and (mining.round, mining.node) == (work.round, work.node))
             self.mining = next(lent, None) or (self._mining(work, done) if work and done else None)
-        await self._announce()
+        await self.announce()
 
     def _mining(self, work: Work, done: RoundProgress) -> Mining:
         return Mining(
@@ -120,26 +121,33 @@ class Miner:
     async def pause(self, paused: bool) -> None:  # noqa: FBT001 - it sets that very flag
         """Lend nothing, or go on with the active round. What is being checked is still committed."""
         self.paused = paused
-        await self._announce()
+        await self.announce()
 
     async def hold(self, reason: str | None) -> None:
         """Lend nothing for a reason, until it is None."""
         self.held = reason
-        await self._announce()
+        await self.announce()
 
     async def close(self, limit: float) -> None:
         """Lease nothing more; wait up to `limit` seconds for what is leased."""
         self._closed = True
-        await self._announce()
+        await self.announce()
         with contextlib.suppress(TimeoutError):  # what is not committed will be checked again
             async with asyncio.timeout(limit), self._changed:
                 await self._changed.wait_for(lambda: not self._lent)
 
-    async def _announce(self) -> None:
-        """Wake everybody who waits for another round, for a pause or for its end."""
+    async def announce(self) -> None:
+        """Wake everybody who waits for another round, for a pause or its end, or for a worker that can take leases."""
         async with self._changed:
+            self._news += 1
             self._changed.notify_all()
         self.proofs_stored.set()
+
+    async def until_news(self, known: int) -> int:
+        """Wait for an announcement after the one with the number `known`, 0 at first; returns its number."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._news > known)
+            return self._news
 
     async def lease(self, count: int) -> Lease:
         """Lend the next nonces, at most `count`; waits while there is nothing to mine."""

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import io
+import os
+import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +19,8 @@ from delivering import Request, Server, serving
 from processes import PATIENCE, Chain, Daemon, config
 from processes import running as daemon_running
 
+from pocd.admin.client import call
+from pocd.claim import LARGEST_CLAIM
 from pocd.compute import command
 from pocd.delivery.outbox import Outbox
 
@@ -59,7 +65,7 @@ class Api:
 
     async def post(self, path: str, body: Any = None, **query: str) -> tuple[int, Any]:  # noqa: ANN401 - JSON
         """POST, and return the status and the answer. Bytes go as they are."""
-        data = body if isinstance(body, bytes | None) else orjson.dumps(body)
+        data = None if body is None else io.BytesIO(body if isinstance(body, bytes) else orjson.dumps(body))
         async with self.session.post(f"{self.daemon.url}{POW}{path}", data=data, params=query) as response:
             return response.status, await response.json()
 
@@ -78,8 +84,16 @@ class Api:
                 if request.path.endswith(f"/{kind}") and body["block_hash"] == block_hash:
                     return body
 
-    async def until(self, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
-        return await self.daemon.until(lambda body: all(body[name] == value for name, value in fields.items()))
+    async def verdict(self, name: str) -> dict[str, Any]:
+        """Poll a validation until it is done."""
+        async with asyncio.timeout(PATIENCE):
+            while True:
+                async with self.session.get(f"{self.daemon.url}{POW}/validate/{name}") as response:
+                    answer: dict[str, Any] = await response.json()
+                    if response.status != 202:
+                        assert response.status == 200, answer
+                        return answer
+                await asyncio.sleep(0.05)
 
     async def found(self, least: int) -> dict[str, Any]:
         return await self.daemon.until(lambda body: body["total_valid"] >= least)
@@ -281,6 +295,142 @@ async def test_two_init_calls_racing(api: Api) -> None:
     assert status["valid_distances"] == pytest.approx(computed(last, "02ab", status["valid_nonces"]), abs=1e-5)
 
 
+async def test_unbounded_queues(tmp_path: Path) -> None:
+    """Validations that nobody computes yet are queued up to the limit; the next is told when to come again."""
+    async with serving_api(tmp_path, validation__max_queued=2, validation__max_nonces=4) as api:
+        worker = (await api.daemon.status())["worker"]["pid"]
+        os.kill(worker, signal.SIGSTOP)
+        claims = [claim_of("queued", [number], [1.0]) for number in range(3)]
+        states = [await api.post("/validate", claim, wait="false") for claim in claims]
+        assert [status for status, _ in states] == [202, 202, 429]
+        assert states[2][1]["error"]["code"] == "queue_full"
+        async with api.session.post(f"{api.daemon.url}{POW}/validate", data=orjson.dumps(claims[2])) as response:
+            assert int(response.headers["Retry-After"]) > 0
+        # The same question again is no further one.
+        assert await api.post("/validate", claims[0], wait="false") == states[0]
+        assert states[0][1] == {"id": states[0][1]["id"], "state": "pending"}
+        os.kill(worker, signal.SIGCONT)
+        for _, answer in states[:2]:
+            verdict = await api.verdict(answer["id"])
+            assert verdict["dist"] == pytest.approx(computed("queued", "02ab", verdict["nonces"]), abs=1e-5)
+        assert (await api.post("/validate", claims[2]))[0] == 200
+
+        status, answer = await api.post("/validate", claim_of("queued", [1, 2, 3, 4, 5], [1.0] * 5))
+        assert (status, answer["error"]["field"]) == (400, "nonces")
+        status, answer = await api.post("/validate", b" " * (LARGEST_CLAIM + 1))
+        assert (status, answer["error"]["code"]) == (413, "request_entity_too_large")
+        status, answer = await api.post("/init", b" " * (64 * 1024 + 1))
+        assert (status, answer["error"]["code"]) == (413, "request_entity_too_large")
+
+
+# Validation
+
+
+def claim_of(block_hash: str, nonces: list[int], dist: list[float], **more: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
+    return {
+        "public_key": "02ab",
+        "block_hash": block_hash,
+        "block_height": 1,
+        "nonces": nonces,
+        "dist": dist,
+        "node_id": 0,
+        **more,
+    }
+
+
+async def test_a_sample_is_drawn_by_the_callers_seed_and_by_nothing_else(api: Api) -> None:
+    nonces = list(range(60))
+    claim = claim_of("sampled", nonces, computed("sampled", "02ab", nonces))
+    drawn = sorted(nonces, key=lambda nonce: hashlib.sha256(f"mine_sample_{nonce}".encode()).digest())[:5]
+    verdict = await api.done("/validate", claim, sample="5", seed="mine")
+    assert sorted(verdict["nonces"]) == sorted(drawn)
+    assert (verdict["n"], verdict["n_batch"], verdict["seed"]) == (5, 60, "mine")
+    for query in ({"sample": "5"}, {"seed": "mine"}):
+        status, answer = await api.post("/validate", claim, **query)
+        assert (status, answer["error"]["field"]) == (400, "seed" if "sample" in query else "sample")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("scheme", "trained"),
+        ("model_fingerprint", "0" * 32),
+        ("model", "another/model"),
+        ("dtype", "bfloat16"),
+        ("seq_len", 1),
+        ("r_target", 2.0),
+    ],
+)
+async def test_a_batch_that_was_made_otherwise_is_refused_and_not_called_fraud(
+    api: Api, field: str, value: object
+) -> None:
+    status, answer = await api.post("/validate", claim_of("other", [1], [1.0], **{field: value}))
+    assert (status, answer["error"]["code"], answer["error"]["field"]) == (409, "mismatch", field)
+
+
+async def test_a_batch_of_this_daemon_is_found_honest_by_it_as_it_is_sent(api: Api) -> None:
+    await api.done("/init/generate", init_body(api, "as sent"))
+    batch = await api.delivered(api.server, "generated", "as sent")
+    verdict = await api.done("/validate", batch)
+    assert (verdict["n_invalid"], verdict["fraud_detected"], verdict["suspicions"]) == (0, False, [])
+
+
+async def test_a_forged_batch_is_fraud_whatever_is_mined(api: Api) -> None:
+    await api.done("/init/generate", init_body(api, "mined"))
+    nonces = list(range(40))
+    verdict = await api.done("/validate", claim_of("forged", nonces, [1.3] * 40))
+    truth = computed("forged", "02ab", nonces)
+    assert verdict["n_invalid"] == sum(distance >= 1.414 + verdict["tolerance"] for distance in truth)
+    assert verdict["fraud_detected"]
+    assert (await api.daemon.status())["state"] == "GENERATING"
+
+
+async def test_what_is_asked_for_wrongly_is_refused_by_its_field_and_changes_nothing(api: Api) -> None:
+    before = (await api.daemon.status())["control"]
+    for changes, field in (
+        ({"block_hash": ""}, "block_hash"),
+        ({"block_height": -1}, "block_height"),
+        ({"block_height": "100"}, "block_height"),
+        ({"r_target": 0}, "r_target"),
+        ({"r_target": 2.5}, "r_target"),
+        ({"fraud_threshold": 1}, "fraud_threshold"),
+        ({"node_id": 3, "node_count": 3}, "node_id"),
+        ({"node_count": 0}, "node_count"),
+        ({"seq_len": 0}, "seq_len"),
+        ({"seq_len": 10**6}, "seq_len"),
+        ({"callback_url": "http://127.0.0.1:1/other"}, "callback_url"),
+        ({"callback_url": "http://169.254.169.254/latest"}, "callback_url"),
+        ({"callback_url": f"{api.server.url}/?next=1"}, "callback_url"),
+        ({"callback_url": api.server.url.replace("http://", "http://user@")}, "callback_url"),
+        ({"callback_url": 7}, "callback_url"),
+    ):
+        status, answer = await api.post("/init/generate", init_body(api, "wrong") | changes)
+        assert (status, answer["error"]["field"]) == (400, field), (changes, answer)
+        assert answer["error"]["message"].startswith(field)
+    assert (await api.post("/init", b"not JSON"))[1]["error"]["code"] == "malformed_json"
+    assert (await api.daemon.status())["control"] == before
+
+
+async def test_what_is_left_out_or_minus_one_is_as_configured(api: Api) -> None:
+    body = {"block_hash": "short", "block_height": 1, "public_key": "02ab", "r_target": 1.41}
+    for changes in ({}, {"node_id": -1, "node_count": -1}):
+        round_ = (await api.done("/init", body | changes))["pow_status"]["round"]
+        assert (round_["node_id"], round_["node_count"], round_["seq_len"]) == (1, 3, 16)
+
+
+async def test_a_round_of_another_sequence_length_is_computed_as_such(api: Api) -> None:
+    await api.done("/init/generate", init_body(api, "longer", seq_len=40))
+    status = await api.found(3)
+    expected = computed("longer", "02ab", status["valid_nonces"], seq_len=40)
+    assert status["valid_distances"] == pytest.approx(expected, abs=1e-5)
+    claim = claim_of("longer", status["valid_nonces"], status["valid_distances"], seq_len=40)
+    assert (await api.done("/validate", claim))["n_invalid"] == 0
+    assert (await api.daemon.status())["worker"]["restarts"] == 0
+
+
+# Losing nothing
+
+
 async def test_batches_lost_at_stop_at_a_phase_change_or_at_a_restart(tmp_path: Path) -> None:
     """With both receivers down all the while, and the daemon killed in the end: each proof arrives, once, in order."""
     async with serving_api(tmp_path, delivery__batch_seconds=60) as api:
@@ -292,16 +442,18 @@ async def test_batches_lost_at_stop_at_a_phase_change_or_at_a_restart(tmp_path: 
             await api.found(before + 3)
             await api.done(path, body)
         await api.found(1)
-        await api.daemon.end(9)
+        await api.daemon.end(signal.SIGKILL)
         urls = [api.server.url, api.configured.url]
         api.server.answers.clear()
         api.configured.answers.clear()
-        path = config(tmp_path, api.chain.url, {"main": urls[1]}, admin__callback_origins=[urls[0]])
-        async with daemon_running(path) as api.daemon:
+        again = config(tmp_path, api.chain.url, {"main": urls[1]}, admin__callback_origins=[urls[0]])
+        async with daemon_running(again) as api.daemon:
             status = await api.daemon.status()
             assert status["control"]["mode"] == "GENERATING", "the round that was asked for goes on"
             assert status["control"]["asked"]["block_hash"] == "other"
             await api.done("/stop")
+            for receiver in status["receivers"]:  # which have failed for a while: do not wait for them
+                await call(api.daemon.url, "POST", "/api/v1/outbox/retry", body={"receiver": receiver["name"]})
             await api.daemon.until(lambda body: body["funnel"]["delivered"] == body["funnel"]["valid"])
             await api.daemon.end()
         with contextlib.closing(Outbox.open(tmp_path / "outbox.db")) as outbox:

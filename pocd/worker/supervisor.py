@@ -160,6 +160,7 @@ class Supervisor:
             except WorkerError as error:
                 worked = self.ready.is_set()
                 self.ready.clear()
+                await self._miner.announce()
                 self.restarts += 1
                 failures = 1 if worked and self._clock() - began > LONGEST_BACKOFF else failures + 1
                 self.last_error = str(error)
@@ -189,6 +190,7 @@ class Supervisor:
             self.info = await self._until_ready(link)
             self._shrink(self.info.batch_size)
             self.ready.set()
+            await self._miner.announce()
             info = dataclasses.asdict(self.info)
             self._log.info("worker ready", action="worker_ready", pid=process.pid, **info)
             self._events.publish("worker", what="ready", pid=process.pid)
