@@ -19,6 +19,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from pocd.compute.errors import ModelError
 from pocd.compute.names import DEVICE_PATTERN, Dtype, resolve
 from pocd.compute.schemes import SCHEMES
+from pocd.delivery.netguard import origin
 from pocd.observe.mask import mask_url
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 DEFAULT_PATH = Path("/etc/pocd/pocd.toml")
 ENV_PREFIX = "POCD_"
 LARGEST_BATCH = 65536
+LONGEST_SOCKET_PATH = 107  # bytes: unix(7)
+LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 class ConfigError(Exception):
@@ -85,9 +88,25 @@ def _resolve_credential(value: object) -> object:
     return Path(folder) / name
 
 
+def _check_socket(path: Path) -> Path:
+    if not path.is_absolute() or len(os.fsencode(path)) > LONGEST_SOCKET_PATH or not str(path).isprintable():
+        raise ValueError(f"must be an absolute path of at most {LONGEST_SOCKET_PATH} bytes: a socket can have no other")
+    return path
+
+
+def _check_origin(text: str) -> str:
+    normal = origin(text)
+    if normal is None or re.search("[/?#]", text.partition("://")[2]):
+        raise ValueError("must be http:// or https://, a host in ASCII, a port of 1 to 65535 or none, and nothing else")
+    return normal
+
+
 BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_parse_batch_size)]
 HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
 SecretFile = Annotated[Path, BeforeValidator(_resolve_credential)]
+HostName = Annotated[str, Field(pattern="^[A-Za-z0-9._-]+$"), AfterValidator(str.lower)]
+Origin = Annotated[str, AfterValidator(_check_origin)]
+SocketPath = Annotated[Path, AfterValidator(_check_socket)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Count = Annotated[int, Field(ge=1, le=2**63 - 1)]  # TOML's integers have 64 bits
 Index = Annotated[int, Field(ge=0, le=2**63 - 1)]
@@ -195,14 +214,25 @@ class AdminSettings(_Section):
 
     host: str = "127.0.0.1"
     port: Port = 8460
+    socket: SocketPath | None = None
     token_file: SecretFile | None = None
+    open_reads: bool = False
+    allowed_hosts: list[HostName] = []
+    callback_origins: list[Origin] = []
+
+    @property
+    def beyond_loopback(self) -> bool:
+        """Whether other hosts can reach it."""
+        return self.socket is None and self.host not in LOOPBACK_HOSTS
 
     @model_validator(mode="after")
-    def _token_beyond_loopback(self) -> Self:
-        if self.host not in {"127.0.0.1", "::1", "localhost"} and self.token_file is None:
+    def _token_where_it_is_needed(self) -> Self:
+        if self.beyond_loopback and self.token_file is None:
             raise ValueError(
                 f"host {self.host!r} is not loopback: set token_file, so that not everybody can stop mining"
             )
+        if self.open_reads and self.token_file is None:
+            raise ValueError("open_reads needs a token_file: without one nobody is asked for a token anyway")
         return self
 
 

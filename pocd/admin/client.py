@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from typing import Any
 
 import aiohttp
@@ -25,16 +26,27 @@ async def call(
 ) -> dict[str, Any]:
     """Call the API at `url`, with `body` as JSON, and return the JSON that it answers.
 
+    Args:
+        url: `http://HOST:PORT`, or `unix://PATH` for a Unix socket.
+        method: The HTTP method.
+        path: Begins with a slash.
+        token: What the API asks for, if it does.
+        query: Appended to the path.
+        body: Sent as JSON.
+
     Raises:
         AdminError: Nothing answers there, or the answer is an error.
     """
+    is_socket = url.startswith("unix://")
+    connector = aiohttp.UnixConnector(url.removeprefix("unix://")) if is_socket else None
+    base = "http://localhost" if is_socket else url.rstrip("/")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         async with (
-            aiohttp.ClientSession(timeout=TIMEOUT, headers=headers) as session,
+            aiohttp.ClientSession(connector=connector, timeout=TIMEOUT, headers=headers) as session,
             session.request(
                 method,
-                url.rstrip("/") + path,
+                base + path,
                 params=query,
                 data=None if body is None else orjson.dumps(body),
             ) as response,
@@ -47,7 +59,9 @@ async def call(
             return answer
     except TimeoutError:
         raise AdminError(f"{url} does not answer; is the daemon overloaded?") from None
-    except aiohttp.ClientConnectionError:
+    except aiohttp.ClientConnectionError as error:
+        if is_socket and isinstance(error, aiohttp.ClientConnectorError) and error.errno == errno.EACCES:
+            raise AdminError(f"{url} is for its owner and group only; call as one of them") from None
         raise AdminError(f"nothing listens on {url}; is the daemon running (systemctl status pocd)?") from None
     except (aiohttp.ClientError, ValueError, KeyError, TypeError):
         raise AdminError(f"{url} is not pocd's admin API") from None

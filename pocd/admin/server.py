@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hmac
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from pocd.admin import status
+from pocd.admin import guard, status
 from pocd.admin.outbox import OutboxApi
 from pocd.delivery.store import StoreUnavailableError
 from pocd.observe import metrics
@@ -17,28 +16,11 @@ from pocd.serving import RefusalError, errors_as_json, json_answer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiohttp.typedefs import Handler, Middleware
+    from aiohttp.typedefs import Handler
 
     from pocd.admin.status import Parts
 
-OPEN_PATHS = ("/healthz", "/readyz")  # for probes, which have no token
 LARGEST_BODY = 64 * 1024  # bytes
-
-
-def _require_token(token: str) -> Middleware:
-    expected = f"Bearer {token}".encode()
-
-    @web.middleware
-    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
-        if request.path in OPEN_PATHS or hmac.compare_digest(given, expected):
-            return await handler(request)
-        refusal = RefusalError(401, "unauthorized", "give the header 'Authorization: Bearer TOKEN' (admin.token_file)")
-        answer = json_answer(refusal.body(), refusal.status)
-        answer.headers["WWW-Authenticate"] = "Bearer"
-        return answer
-
-    return check
 
 
 @web.middleware
@@ -61,8 +43,8 @@ class AdminApi:
         self._registry = metrics.registry(parts)
 
     def application(self, token: str | None) -> web.Application:
-        """Return the aiohttp application; with a `token`, everything but probes asks for it."""
-        middlewares = [errors_as_json, *([_require_token(token)] if token else []), _store_failures]
+        """Return the aiohttp application, which asks for `token` where there is one."""
+        middlewares = [errors_as_json, *guard.middlewares(self._parts.settings.admin, token), _store_failures]
         app = web.Application(middlewares=middlewares, client_max_size=LARGEST_BODY)
         app.add_routes(
             [
