@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import socket
 import threading
 from functools import partial
@@ -17,24 +18,29 @@ if TYPE_CHECKING:
 
     from aiohttp import AddrInfoType
 
+    Refuse = Callable[[str], str | None]
     Addresses = Sequence[tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]]  # the last for `getnameinfo`
 
 
 STUCK_SECONDS = 30.0  # after which the kernel ends a connection whose other side takes nothing
 
 
-def open_session(timeout: aiohttp.ClientTimeout, *, window: int | None = None) -> aiohttp.ClientSession:
+def open_session(
+    timeout: aiohttp.ClientTimeout, *, window: int | None = None, refuse: Refuse | None = None
+) -> aiohttp.ClientSession:
     """Return a client for one peer, which shares nothing with those for others; the caller closes it.
 
     Args:
         timeout: Of each call.
         window: Bytes that may arrive before they are looked at, for answers that are small; None for large ones. It
             bounds how long a peer that floods us can keep our thread busy in one go.
+        refuse: Says why an IP address must not be connected to, or None. It is asked about each address right before,
+            whether it was looked up or stands in the URL; the next one of the same name is tried all the same.
     """
     # IPv6 and IPv4 are tried in turn, as RFC 8305 says. Answers come uncompressed: nobody can send us a bomb.
     return aiohttp.ClientSession(
         timeout=timeout,
-        connector=aiohttp.TCPConnector(resolver=ThreadResolver(), socket_factory=partial(_open_socket, window)),
+        connector=aiohttp.TCPConnector(resolver=ThreadResolver(), socket_factory=partial(_open_socket, window, refuse)),
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,
         auto_decompress=False,
@@ -42,13 +48,16 @@ def open_session(timeout: aiohttp.ClientTimeout, *, window: int | None = None) -
     )
 
 
-def _open_socket(window: int | None, address: AddrInfoType) -> socket.socket:
-    """Make a socket that does not outlive its use.
+def _open_socket(window: int | None, refuse: Refuse | None, address: AddrInfoType) -> socket.socket:
+    """Make a socket that does not outlive its use; `OSError` for an address that is refused.
 
     Closing a connection waits for what is written to it to be taken. A peer that stops reading in the middle of a
     request would keep one socket of each attempt for ever, until there are none left.
     """
-    family, kind, protocol, _, _ = address
+    family, kind, protocol, _, (host, *_) = address
+    reason = refuse(str(host)) if refuse else None
+    if reason is not None:
+        raise PermissionError(errno.EACCES, reason)
     opened = socket.socket(family, kind, protocol)
     if window is not None:
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)

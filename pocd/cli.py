@@ -97,6 +97,8 @@ def _announce(log: FilteringBoundLogger, what: str) -> Callable[[str], None]:
 @app.command()
 def run(config: ConfigOption = DEFAULT_PATH) -> None:
     """Run the daemon."""
+    import resource
+
     import uvloop
 
     from pocd import daemon
@@ -104,6 +106,8 @@ def run(config: ConfigOption = DEFAULT_PATH) -> None:
     from pocd.observe.notify import Notifier
 
     settings = load(config)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # many callers leave files for everything else
     log = logs.configure(settings.log.level, settings.log.format)
     log.info("pocd starts", action="start", version=__version__, config=str(config), pid=os.getpid())
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

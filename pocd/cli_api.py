@@ -14,7 +14,9 @@ from pocd.exits import EXIT_CRASH, EndedError
 from pocd.settings import load
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="The configuration file.")]
-UrlOption = Annotated[str | None, typer.Option("--url", help="The admin API. Default: as the configuration says.")]
+UrlOption = Annotated[
+    str | None, typer.Option("--url", help="The admin API: http://HOST:PORT, or unix://PATH. Default: as configured.")
+]
 TokenOption = Annotated[Path | None, typer.Option("--token-file", help="The API's token. Default: as configured.")]
 
 AT_FAULT = {400, 409, 413, 422}  # HTTP statuses that say what the caller gave cannot be used
@@ -62,7 +64,8 @@ def call_api(
     if url is None and config.exists():
         admin = load(config).admin
         host = f"[{admin.host}]" if ":" in admin.host else admin.host
-        url, token_file = f"http://{host}:{admin.port}", token_file or admin.token_file
+        url = f"unix://{admin.socket}" if admin.socket else f"http://{host}:{admin.port}"
+        token_file = token_file or admin.token_file
     target, token = url or "http://127.0.0.1:8460", read_token(token_file)
     try:
         return asyncio.run(call(target, method, path, token=token, query=query, body=body))

@@ -40,7 +40,7 @@ from pocd.observe.events import Events
 from pocd.proof import Round
 from pocd.rounds import RoundPolicy
 from pocd.scheduler import RoundScheduler
-from pocd.serving import listening
+from pocd.serving import listening, listening_at
 from pocd.settings import ConfigError, check_model
 from pocd.validator import Validator
 from pocd.worker.messages import Load
@@ -156,8 +156,16 @@ async def _api(daemon: Daemon, token: str | None) -> AsyncIterator[None]:
     app = AdminApi(daemon.parts, daemon.shut_down).application(token)
     async with contextlib.AsyncExitStack() as stack:
         try:
-            url = await stack.enter_async_context(listening(app, admin.host, admin.port, shutdown_timeout=2.0))
+            server = (
+                listening_at(app, admin.socket, shutdown_timeout=2.0)
+                if admin.socket
+                else listening(app, admin.host, admin.port, shutdown_timeout=2.0)
+            )
+            url = await stack.enter_async_context(server)
         except OSError as error:
+            if admin.socket:
+                message = f"admin API cannot listen on {admin.socket}: {error.strerror}; change admin.socket"
+                raise ConfigError(message) from None
             hint = "another program has the port" if error.errno == errno.EADDRINUSE else error.strerror
             raise ConfigError(
                 f"admin API cannot listen on {admin.host}:{admin.port}: {hint}; change admin.host or admin.port"

@@ -3,7 +3,7 @@
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -334,9 +334,11 @@ async def test_no_more_may_arrive_unread_than_is_read(
     """What a flood costs the other receivers: see the zoo, where it is slow to show."""
     windows = []
 
-    def watched(timeout: aiohttp.ClientTimeout, *, window: int) -> aiohttp.ClientSession:
+    def watched(
+        timeout: aiohttp.ClientTimeout, *, window: int, refuse: Callable[[str], str | None]
+    ) -> aiohttp.ClientSession:
         windows.append(window)
-        return open_session(timeout, window=window)
+        return open_session(timeout, window=window, refuse=refuse)
 
     monkeypatch.setattr(module, "open_session", watched)
     await bench.store(1, "a")

@@ -101,7 +101,7 @@ def test_the_shipped_file_shows_the_defaults() -> None:
     unset = {name for name, field in code.items() if not field.is_required() and field.get_default() is None}
     assert required == {"node.public_key", "chain.urls"}
     evm = {"chain.confirmations", "chain.replaced_blocks"}
-    assert unset == {"admin.token_file", "model.revision", "chain.id"} | evm
+    assert unset == {"admin.token_file", "admin.socket", "model.revision", "chain.id"} | evm
     assert shown.keys() == code.keys() - unset
     for name in shown.keys() - required:
         default = code[name].get_default()
@@ -160,6 +160,14 @@ def test_the_shipped_file_loads_with_everything_set(tmp_path: Path) -> None:
         pytest.param("[round]\nduration = 61", "round: duration 61 must be at most every 60", id="duration"),
         pytest.param("[admin]\nhost = '0.0.0.0'", "admin: host '0.0.0.0' is not loopback: set token_file", id="open"),
         pytest.param(
+            "[admin]\nopen_reads = true", "admin: open_reads needs a token_file", id="reads that are open anyway"
+        ),
+        pytest.param("[admin]\nsocket = 'admin.sock'", "admin.socket: must be an absolute path", id="relative"),
+        pytest.param(f"[admin]\nsocket = '/{'x' * 107}'", "admin.socket: must be an absolute path", id="long"),
+        pytest.param('[admin]\nsocket = "/run/a\\u0000"', "admin.socket: must be an absolute path", id="zero byte"),
+        pytest.param("[admin]\nallowed_hosts = ['h:80']", "admin.allowed_hosts.0: String should match", id="port"),
+        pytest.param("[admin]\nallowed_hosts = ['']", "admin.allowed_hosts.0: String should match", id="no name"),
+        pytest.param(
             "[delivery]\nreceivers = [{name = 'a', url = 'http://h'}, {name = 'a', url = 'http://g'}]",
             "delivery: receivers must have different names; repeated: a",
             id="two receivers of one name",
@@ -174,6 +182,47 @@ def test_the_shipped_file_loads_with_everything_set(tmp_path: Path) -> None:
 def test_a_wrong_value_is_refused_by_file_and_key(tmp_path: Path, text: str, reason: str) -> None:
     path = written(tmp_path, f"{GOOD}{text}\n")
     assert refusal(path).startswith(f"{path}: {reason}")
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "",
+        "host",
+        "ftp://host",
+        "http://host/",
+        "http://host/path",
+        "http://host?x",
+        "http://host#x",
+        "http://host:0",
+        "http://host:65536",
+        "http://host:",
+        " http://host",
+        "http://host\t",
+        "http://host.",
+        f"http://user:{SECRET}@host",
+        "http://h\u00f6st",
+    ],
+)
+def test_what_is_no_origin_is_refused(tmp_path: Path, origin: str) -> None:
+    path = written(tmp_path, f"{GOOD}[admin]\ncallback_origins = {orjson.dumps([origin]).decode()}\n")
+    assert refusal(path).startswith(f"{path}: admin.callback_origins.0: must be http:// or https://")
+
+
+def test_origins_and_hosts_have_one_form(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        f"{GOOD}[admin]\nallowed_hosts = ['Miner.Example']\n"
+        "callback_origins = ['HTTPS://Host.Example', 'http://host:8080', 'http://[0:0::1]']\n",
+    )
+    admin = load(path).admin
+    assert admin.allowed_hosts == ["miner.example"]
+    assert admin.callback_origins == ["https://host.example:443", "http://host:8080", "http://[::1]:80"]
+
+
+def test_a_socket_needs_no_token_whatever_the_host(tmp_path: Path) -> None:
+    admin = load(written(tmp_path, f"{GOOD}[admin]\nhost = '0.0.0.0'\nsocket = '/run/pocd/admin.sock'\n")).admin
+    assert (admin.socket, admin.beyond_loopback) == (Path("/run/pocd/admin.sock"), False)
 
 
 def test_a_value_in_place_of_a_section_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from io import BytesIO
 from typing import Any
 
@@ -34,17 +35,28 @@ async def call(
 ) -> dict[str, Any]:
     """Call the API at `url`, with `body` as JSON (bytes as they are), and return the JSON that it answers.
 
+    Args:
+        url: `http://HOST:PORT`, or `unix://PATH` for a Unix socket.
+        method: The HTTP method.
+        path: Begins with a slash.
+        token: What the API asks for, if it does.
+        query: Appended to the path.
+        body: Sent as JSON; bytes as they are.
+
     Raises:
         AdminError: Nothing answers there, or the answer is an error.
     """
     raw = body if isinstance(body, bytes | None) else orjson.dumps(body)
+    is_socket = url.startswith("unix://")
+    connector = aiohttp.UnixConnector(url.removeprefix("unix://")) if is_socket else None
+    base = "http://localhost" if is_socket else url.rstrip("/")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
         async with (
-            aiohttp.ClientSession(timeout=TIMEOUT, headers=headers) as session,
+            aiohttp.ClientSession(connector=connector, timeout=TIMEOUT, headers=headers) as session,
             session.request(
                 method,
-                url.rstrip("/") + path,
+                base + path,
                 params=query,
                 data=None if raw is None else BytesIO(raw),  # a stream, as aiohttp warns of large bytes
             ) as response,
@@ -57,7 +69,9 @@ async def call(
             return answer
     except TimeoutError:
         raise AdminError(f"{url} does not answer; is the daemon overloaded?") from None
-    except aiohttp.ClientConnectionError:
+    except aiohttp.ClientConnectionError as error:
+        if is_socket and isinstance(error, aiohttp.ClientConnectorError) and error.errno == errno.EACCES:
+            raise AdminError(f"{url} is for its owner and group only; call as one of them") from None
         raise AdminError(f"nothing listens on {url}; is the daemon running (systemctl status pocd)?") from None
     except (aiohttp.ClientError, ValueError, KeyError, TypeError):
         raise AdminError(f"{url} is not pocd's admin API") from None

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hmac
 from typing import TYPE_CHECKING
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from pocd.admin import answers, status
+from pocd.admin import answers, guard, status
 from pocd.admin.docs import DocsApi
 from pocd.admin.events import EventsApi
-from pocd.admin.operations import OPEN_PATHS, Media, Operation, routes
+from pocd.admin.operations import Media, Operation, routes
 from pocd.admin.outbox import OutboxApi
 from pocd.admin.pow import PowApi
 from pocd.delivery.store import StoreUnavailableError
@@ -21,25 +20,9 @@ from pocd.serving import RefusalError, errors_as_json, json_answer
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from aiohttp.typedefs import Handler, Middleware
+    from aiohttp.typedefs import Handler
 
     from pocd.admin.status import Parts
-
-
-def _require_token(token: str) -> Middleware:
-    expected = f"Bearer {token}".encode()
-
-    @web.middleware
-    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
-        if request.path in OPEN_PATHS or hmac.compare_digest(given, expected):
-            return await handler(request)
-        refusal = RefusalError(401, "unauthorized", "give the header 'Authorization: Bearer TOKEN' (admin.token_file)")
-        answer = json_answer(refusal.body(), refusal.status)
-        answer.headers["WWW-Authenticate"] = "Bearer"
-        return answer
-
-    return check
 
 
 @web.middleware
@@ -63,10 +46,10 @@ class AdminApi:
         self._events = EventsApi(parts.events, parts.log)
 
     def application(self, token: str | None) -> web.Application:
-        """Return the aiohttp application; with a `token`, everything but probes asks for it."""
+        """Return the aiohttp application, which asks for `token` where there is one."""
         operations = self.all_operations()
         operations += DocsApi(operations, secured=token is not None).operations()
-        middlewares = [errors_as_json, *([_require_token(token)] if token else []), _store_failures]
+        middlewares = [errors_as_json, *guard.middlewares(self._parts.settings.admin, token), _store_failures]
         largest = max(operation.largest_body for operation in operations)
         app = web.Application(middlewares=middlewares, client_max_size=largest)
         app.add_routes(routes(operations))

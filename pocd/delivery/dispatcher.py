@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 
 from pocd.calling import open_session
-from pocd.delivery import deliveries, policy, signing
+from pocd.delivery import deliveries, netguard, policy, signing
 from pocd.delivery.outbox import ReceiverState
 from pocd.delivery.policy import Accept, Outcome, Park, Retry, SetAside
 from pocd.observe.mask import excerpt, mask_url, url_secrets
@@ -76,6 +76,7 @@ class Dispatcher:
         self._woken = asyncio.Event()
         self.settled = asyncio.Event()
         self.alarm: str | None = None
+        self._barred: str | None = None  # why an address was not called, in the attempt under way
 
     @property
     def state(self) -> ReceiverState:
@@ -85,7 +86,7 @@ class Dispatcher:
     async def run(self) -> None:
         """Deliver until cancelled."""
         await self._unpark_elsewhere()
-        async with open_session(TIMEOUT, window=ANSWER_BYTES) as session:
+        async with open_session(TIMEOUT, window=ANSWER_BYTES, refuse=self._refuse) as session:
             while True:
                 self._woken.clear()
                 wait = None if self.state.parked_at else policy.remaining_wait(self.state.next_at, self._wall())
@@ -168,7 +169,7 @@ class Dispatcher:
     def _tell(self, delivery: PendingDelivery, outcome: Outcome, decision: policy.Decision) -> None:
         """Log a decision, and raise or lower the alarm."""
         log = self._log.bind(batch=delivery.id, sequence=delivery.sequence, attempts=delivery.attempts + 1)
-        alarm = f"answers {outcome.detail}: check its URL and its secret" if outcome.alarm else None
+        alarm = _alarm(outcome) if outcome.alarm else None
         match decision:
             case Accept():
                 if self.state.failures:
@@ -210,15 +211,14 @@ class Dispatcher:
         )
         headers = {"Content-Type": "application/json", SEQUENCE_HEADER: str(delivery.sequence), **signed}
         url = f"{self.receiver.url.rstrip('/')}/{delivery.kind}"
+        self._barred = None
         try:
             async with session.post(
                 url, data=io.BytesIO(delivery.body), headers=headers, allow_redirects=False
             ) as response:
                 return await self._outcome(response)
-        except aiohttp.ClientConnectorError as error:
-            return Outcome(None, _describe(error))
-        except aiohttp.ConnectionTimeoutError:
-            return Outcome(None, f"no connection within {TIMEOUT.connect} s")
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            return self._unconnected(error)
         except TimeoutError:
             return Outcome(None, f"no answer within {TIMEOUT.total} s", broke=True)
         except (aiohttp.ClientError, OSError, ValueError) as error:
@@ -227,6 +227,19 @@ class Dispatcher:
             # Whatever a receiver makes the client library do, it must not end the daemon.
             self._log.exception("an attempt failed in a way that nobody foresaw", action="delivery_bug")
             return Outcome(None, f"unforeseen {_describe(error)}", broke=True)
+
+    def _unconnected(self, error: aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError) -> Outcome:
+        if self._barred is not None:  # whether or not its name has other addresses, of which none could be reached
+            return Outcome(None, self._barred, barred=True)
+        if isinstance(error, aiohttp.ConnectionTimeoutError):
+            return Outcome(None, f"no connection within {TIMEOUT.connect} s")
+        return Outcome(None, _describe(error))
+
+    def _refuse(self, address: str) -> str | None:
+        reason = netguard.refusal(address)
+        if reason is not None:
+            self._barred = min(self._barred or reason, reason)  # of several always the same: their order changes
+        return reason
 
     async def _outcome(self, response: aiohttp.ClientResponse) -> Outcome:
         """Read what a receiver answered. Of a 2xx the status says it all: its body may be broken or never come."""
@@ -244,6 +257,12 @@ class Dispatcher:
         if asked is not None and retry_after is None:
             detail = f"{detail} (Retry-After makes no sense: {excerpt(asked, 40)})"
         return Outcome(response.status, detail, retry_after)
+
+
+def _alarm(outcome: Outcome) -> str:
+    if outcome.barred:
+        return f"is not called: {outcome.detail}; check its URL and where its name leads"
+    return f"answers {outcome.detail}: check its URL and its secret"
 
 
 def _without_secrets(text: str, url: str) -> str:

@@ -30,12 +30,14 @@ class Outcome:
         detail: What happened, in words for people.
         retry_after: Seconds that the receiver asked to be left alone.
         broke: Whether an answer was due and did not come whole: a timeout, a reset, no HTTP.
+        barred: Whether nothing was sent because the receiver's address must not be called.
     """
 
     status: int | None
     detail: str
     retry_after: float | None = None
     broke: bool = False
+    barred: bool = False
 
     @property
     def accepted(self) -> bool:
@@ -49,8 +51,10 @@ class Outcome:
 
     @property
     def alarm(self) -> bool:
-        """Whether it looks like a wrong setting, which only a person can mend: 3xx, 401, 403, 404 and the like."""
-        return self.status is not None and 300 <= self.status < 500 and self.status not in REFUSED | PASSING | {GONE}
+        """Whether it looks like a wrong setting, which only a person can mend: 3xx, 401, 403, 404, a barred address."""
+        if self.status is None:
+            return self.barred
+        return 300 <= self.status < 500 and self.status not in REFUSED | PASSING | {GONE}
 
 
 @dataclass(frozen=True, slots=True)

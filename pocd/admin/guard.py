@@ -1,0 +1,95 @@
+"""Who may call the admin API: the host that is asked, the page that asks, the token (docs/protocol.md section 7)."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import re
+from typing import TYPE_CHECKING
+
+from aiohttp import web
+
+from pocd.serving import RefusalError
+from pocd.settings import LOOPBACK_HOSTS
+
+if TYPE_CHECKING:
+    from collections.abc import Container
+
+    from aiohttp.typedefs import Handler, Middleware
+
+    from pocd.settings import AdminSettings
+
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})  # for probes and readers, who have no token
+READS = frozenset({"GET", "HEAD"})
+
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]*)?", re.ASCII)  # RFC 9110 section 7.2
+
+
+def middlewares(admin: AdminSettings, token: str | None) -> list[Middleware]:
+    """Return what every request passes, in this order, before the API looks at it.
+
+    Args:
+        admin: The names it may be called by, and whether reading is open.
+        token: What callers have to show; None where nothing is asked for.
+    """
+    names = LOOPBACK_HOSTS | {admin.host.lower(), *admin.allowed_hosts}
+    guards = [_refuse_foreign_hosts(names, any_address=admin.beyond_loopback), _refuse_foreign_origins]
+    return [*guards, _require_token(token, open_reads=admin.open_reads)] if token else guards
+
+
+def is_own_host(header: str, names: Container[str], *, any_address: bool) -> bool:
+    """Tell whether a Host header names us.
+
+    A web page whose name was made to point here (DNS rebinding) is, for its browser, of our origin; its name in Host
+    gives it away. Ports do not count. An address is no name, so nobody can have pointed it here.
+
+    Args:
+        header: Its value.
+        names: In lower case; IPv6 addresses without brackets.
+        any_address: Whether every IP address is good.
+    """
+    found = _HOST.fullmatch(header)
+    if found is None:
+        return False
+    host = found[1].strip("[]").lower()
+    try:
+        address = str(ipaddress.ip_address(host))
+    except ValueError:
+        return host in names
+    return any_address or address in names
+
+
+def _refuse_foreign_hosts(names: Container[str], *, any_address: bool) -> Middleware:
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        # HTTP/1.0 has no Host, and browsers always send one.
+        if all(is_own_host(host, names, any_address=any_address) for host in request.headers.getall("Host", [])):
+            return await handler(request)
+        message = "the API is not called by this name; admin.allowed_hosts says by which ones it is"
+        raise RefusalError(403, "foreign_host", message, "Host")
+
+    return check
+
+
+@web.middleware
+async def _refuse_foreign_origins(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse what a browser sends for a page of another server, or of none (`null`)."""
+    own = f"http://{request.headers.get('Host', '')}"
+    if all(origin == own for origin in request.headers.getall("Origin", [])):
+        return await handler(request)
+    raise RefusalError(403, "foreign_origin", "web pages of other servers may not call the API", "Origin")
+
+
+def _require_token(token: str, *, open_reads: bool) -> Middleware:
+    expected = f"Bearer {token}".encode()
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+        is_open = request.path in OPEN_PATHS or (open_reads and request.method in READS)
+        if is_open or hmac.compare_digest(given, expected):
+            return await handler(request)
+        message = "give the header 'Authorization: Bearer TOKEN' (admin.token_file)"
+        raise RefusalError(401, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})
+
+    return check
