@@ -183,7 +183,8 @@ class Daemon:
         self._stop = asyncio.Event()
         self._clock = clock
         self._source = source
-        self._newest_hash: str | None = None
+        self._newest_hash: str | None = None  # as it was published
+        self.events = Events(clock)
         round_ = settings.round
         node = Node(settings.node.node_id, settings.node.node_count)
         miner = Miner(outbox, node, paused=outbox.outbox.paused, clock=clock.monotonic, wall=clock.wall)
@@ -242,7 +243,6 @@ class Daemon:
         self._keeper = Keeper(settings.store.path, outbox, miner, dispatchers, limits=limits, clock=clock, log=log)
         known = outbox.outbox.chain
         health = ChainHealth(highest=known.height if known else 0)
-        self.events = Events(clock)
         self.parts = Parts(
             *(settings, outbox, miner, supervisor, health, dispatchers, clock, clock.monotonic(), log),
             events=self.events,
