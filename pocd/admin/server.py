@@ -11,7 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pocd.admin import answers, status
 from pocd.admin.docs import DocsApi
 from pocd.admin.events import EventsApi
-from pocd.admin.operations import OPEN_PATHS, Media, Operation, routes
+from pocd.admin.operations import METHODS, OPEN_PATHS, Media, Operation, limit_bodies, routes
 from pocd.admin.outbox import OutboxApi
 from pocd.delivery.store import StoreUnavailableError
 from pocd.observe import metrics
@@ -64,10 +64,9 @@ class AdminApi:
     def application(self, token: str | None) -> web.Application:
         """Return the aiohttp application; with a `token`, everything but probes asks for it."""
         operations = self.all_operations()
-        operations += DocsApi(operations, secured=token is not None).operations()
-        middlewares = [errors_as_json, *([_require_token(token)] if token else []), _store_failures]
-        largest = max(operation.largest_body for operation in operations)
-        app = web.Application(middlewares=middlewares, client_max_size=largest)
+        operations += DocsApi(operations, METHODS if token else frozenset()).operations()
+        guards = [_require_token(token)] if token else []
+        app = web.Application(middlewares=[errors_as_json, *guards, limit_bodies(operations), _store_failures])
         app.add_routes(routes(operations))
         app.on_shutdown.append(self._events.close)
         return app
