@@ -194,10 +194,11 @@ class Daemon:
         self._stop = asyncio.Event()
         self._clock = clock
         self._source = source
-        self._newest_hash: str | None = None
+        self._newest_hash: str | None = None  # as it was published
+        self.events = Events(clock)
         round_ = settings.round
         node = Node(settings.node.node_id, settings.node.node_count)
-        events = Events(clock)
+        events = self.events
         miner = Miner(outbox, clock=clock.monotonic, wall=clock.wall)
         control = Control(miner, outbox, node, wall=clock.wall, log=log, events=events)
         withdraw = settings.chain.replaced_blocks != "deliver"
@@ -269,7 +270,6 @@ class Daemon:
         self._keeper = Keeper(settings.store.path, outbox, miner, dispatchers, limits=limits, clock=clock, log=log)
         known = outbox.outbox.chain
         health = ChainHealth(highest=known.height if known else 0)
-        self.events = events
         self.parts = Parts(
             settings=settings,
             outbox=outbox,

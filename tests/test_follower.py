@@ -37,6 +37,7 @@ class Play:
         self.waits: list[float] = []
         self.heads: list[Head] = []
         self.refuse: Exception | None = None
+        self.problems: list[str | None] = []
         self.health = ChainHealth()
 
     def clock(self) -> float:
@@ -74,6 +75,7 @@ class Play:
                     health=self.health,
                     log=cast("FilteringBoundLogger", structlog.get_logger()),
                     clock=self.clock,
+                    on_problem=self.problems.append,
                     sleep=self.sleep,
                 )
             except PlayedOutError:
@@ -157,6 +159,13 @@ async def test_log_lines_degraded_and_well_again_once_each() -> None:
     assert await play.run() == [degraded, well, degraded, well]
     play = Play([behind, ChainError("refused"), behind, head_at(3)])
     assert await play.run() == [degraded, down, ("info", "chain_restored"), well]
+
+
+async def test_a_problem_is_told_when_it_begins_and_when_it_ends() -> None:
+    down = ChainError("down")
+    play = Play([head_at(1), down, down, down, down, head_at(2), head_at(3, catching_up=True)])
+    await play.run(poll_interval=10.0)
+    assert play.problems == ["last good answer 40 s ago: down", None, "the node is catching up, at height 3"]
 
 
 async def test_the_highest_head_is_remembered() -> None:

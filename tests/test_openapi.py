@@ -19,12 +19,14 @@ from pocd.admin import answers
 from pocd.admin.client import call
 from pocd.admin.docs import DocsApi, render
 from pocd.admin.openapi import document
-from pocd.admin.operations import Error, all_answers
+from pocd.admin.operations import METHODS, OPEN_PATHS, Error, all_answers
 from pocd.admin.server import AdminApi
 from pocd.clock import SYSTEM
 from pocd.observe.events import Events
+from pocd.settings import AdminSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
     from pydantic import BaseModel
@@ -32,16 +34,16 @@ if TYPE_CHECKING:
     from pocd.admin.operations import Operation
 
 # What a route does is tested against the daemon; what it is called needs none of its parts.
-PARTS: Any = SimpleNamespace(events=Events(SYSTEM), log=None)
+PARTS: Any = SimpleNamespace(events=Events(SYSTEM), log=None, settings=SimpleNamespace(admin=AdminSettings()))
 
 
 def api() -> AdminApi:
     return AdminApi(PARTS, lambda: None)
 
 
-def described(*, secured: bool = False) -> dict[str, Any]:
+def described(secured: Collection[str] = ()) -> dict[str, Any]:
     operations = api().all_operations()
-    return document([*operations, *DocsApi(operations, secured=secured).operations()], secured=secured)
+    return document([*operations, *DocsApi(operations, secured).operations()], secured)
 
 
 def test_the_document_has_every_route_and_no_other() -> None:
@@ -56,14 +58,18 @@ def test_the_document_has_every_route_and_no_other() -> None:
 
 
 def test_every_operation_is_described() -> None:
-    for path, methods in described(secured=True)["paths"].items():
+    for path, methods in described(METHODS)["paths"].items():
         for operation in methods.values():
             assert operation["summary"], path
             assert operation["responses"], path
             assert "403" in operation["responses"], path
-            assert (
-                ("401" in operation["responses"]) == ("security" in operation) == (path not in {"/healthz", "/readyz"})
-            )
+            assert ("401" in operation["responses"]) == ("security" in operation) == (path not in OPEN_PATHS)
+
+
+def test_reads_may_be_open_while_writes_ask_for_the_token() -> None:
+    paths = described({"POST"})["paths"]
+    assert "security" not in paths["/api/v1/pow/status"]["get"]
+    assert paths["/api/v1/pow/stop"]["post"]["security"] == [{"token": []}]
 
 
 def test_without_a_token_none_is_asked_for() -> None:
@@ -84,7 +90,7 @@ def test_what_is_parsed_knows_all_its_fields_and_gives_an_example(operation: Ope
 
 def test_an_operation_may_say_more_of_a_common_answer() -> None:
     (readyz,) = (each for each in api().all_operations() if each.path == "/readyz")
-    assert all_answers(readyz, secured=False)[503] is answers.Readiness
+    assert all_answers(readyz, METHODS)[503] is answers.Readiness
 
 
 class _Balance(HTMLParser):
@@ -111,7 +117,7 @@ class _Balance(HTMLParser):
 
 
 def test_the_page_is_whole_and_needs_nothing_from_outside() -> None:
-    made = described(secured=True)
+    made = described(METHODS)
     made["info"]["description"] = "<script>alert(1)</script>"
     page = render(made, "http://127.0.0.1:8460")
     looked = _Balance()

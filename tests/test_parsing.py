@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from pocd.admin.operations import Operation, routes
+from pocd.admin.operations import Operation, limit_bodies, routes
 from pocd.admin.parsing import Input, parse_body, parse_query
 from pocd.serving import RefusalError, errors_as_json, json_answer, listening
 
@@ -49,7 +49,7 @@ async def served() -> AsyncIterator[str]:
         Operation("POST", "/large", _body, "test", body=Wish, largest_body=100_000),
         Operation("GET", "/query", _query, "test", query=Question),
     ]
-    app = web.Application(middlewares=[errors_as_json], client_max_size=100_000)
+    app = web.Application(middlewares=[errors_as_json, limit_bodies(table)])
     app.add_routes(routes(table))
     async with listening(app, "127.0.0.1", 0, shutdown_timeout=1) as url:
         yield url
@@ -115,7 +115,7 @@ async def test_each_operation_has_its_own_largest_body() -> None:
 async def test_a_body_that_is_not_encoded_as_it_says_is_refused() -> None:
     async with served() as url:
         code, answer = await ask("POST", f"{url}/body", b"no gzip", Content_Encoding="gzip")
-        assert (code, answer["error"]["code"]) == (400, "malformed_body")
+        assert (code, answer["error"]["code"]) == (400, "unreadable_body")
 
 
 @pytest.mark.parametrize(

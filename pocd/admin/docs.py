@@ -15,7 +15,7 @@ from pocd.admin.operations import Media, Operation
 from pocd.serving import json_answer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 STYLE = """
@@ -38,8 +38,8 @@ a { color: LinkText; }
 class DocsApi:
     """The routes, over the whole table of operations and themselves."""
 
-    def __init__(self, operations: Iterable[Operation], *, secured: bool) -> None:
-        self._document = document([*operations, *self.operations()], secured=secured)
+    def __init__(self, operations: Iterable[Operation], secured: Collection[str]) -> None:
+        self._document = document([*operations, *self.operations()], secured)
 
     def operations(self) -> list[Operation]:
         """Return the table's part for the documentation."""

@@ -14,7 +14,7 @@ from pocd import __version__
 from pocd.admin.operations import Error, Media, Operation, all_answers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from pydantic import BaseModel
 
@@ -24,16 +24,17 @@ COMPONENTS = "#/components/schemas/"
 TITLE = "pocd's admin API"
 ABOUT = (
     "Look at a Proof-of-Compute daemon and drive it. Every error has one form: "
-    '`{"error": {"code", "message", "field"}}`; nothing was changed then.'
+    '`{"error": {"code", "message", "field"}}`; nothing was changed then. '
+    "What is no HTTP, or has a body that does not come, is refused by any call (400, 408, 413)."
 )
 
 
-def document(operations: Sequence[Operation], *, secured: bool) -> dict[str, Any]:
+def document(operations: Sequence[Operation], secured: Collection[str]) -> dict[str, Any]:
     """Return the document.
 
     Args:
         operations: The whole table.
-        secured: Whether a token is configured, so that calls have to bear it.
+        secured: Methods whose calls have to bear the token; none where no token is configured.
     """
     names, definitions = models_json_schema(
         [(model, "validation") for model in _models(operations)], ref_template=COMPONENTS + "{model}"
@@ -41,7 +42,7 @@ def document(operations: Sequence[Operation], *, secured: bool) -> dict[str, Any
     schemas: dict[Any, Any] = {model: schema for (model, _), schema in names.items()}
     paths: dict[str, dict[str, Any]] = {}
     for each in operations:
-        paths.setdefault(each.path, {})[each.method.lower()] = _operation(each, schemas, secured=secured)
+        paths.setdefault(each.path, {})[each.method.lower()] = _operation(each, schemas, secured)
     components: dict[str, Any] = {"schemas": definitions.get("$defs", {})}
     if secured:
         components["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
@@ -64,7 +65,7 @@ def _models(operations: Iterable[Operation]) -> list[type[BaseModel]]:
     return list(dict.fromkeys(found))
 
 
-def _operation(operation: Operation, schemas: dict[Any, Any], *, secured: bool) -> dict[str, Any]:
+def _operation(operation: Operation, schemas: dict[Any, Any], secured: Collection[str]) -> dict[str, Any]:
     summary, _, description = (inspect.getdoc(operation.handler) or "").partition("\n\n")
     name = getattr(operation.handler, "__name__", "call")
     made: dict[str, Any] = {
@@ -75,13 +76,13 @@ def _operation(operation: Operation, schemas: dict[Any, Any], *, secured: bool) 
         "parameters": [*_path_parameters(operation.path), *_query_parameters(operation.query)],
         "responses": {
             str(status): _response(status, answer, schemas)
-            for status, answer in all_answers(operation, secured=secured).items()
+            for status, answer in all_answers(operation, secured).items()
         },
     }
     if operation.body:
         content = {"application/json": {"schema": schemas[operation.body]}}
         made["requestBody"] = {"required": not _takes_nothing(operation.body), "content": content}
-    if secured and not operation.is_open:
+    if operation.is_secured(secured):
         made["security"] = [{"token": []}]
     return {key: value for key, value in made.items() if value}
 

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Literal
 from aiohttp import web
 from pydantic import BaseModel, Field
 
-if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterable, Mapping
+from pocd.admin.guard import OPEN_PATHS
 
-    from aiohttp.typedefs import Handler
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Container, Iterable, Mapping
+
+    from aiohttp.typedefs import Handler, Middleware
 
 LARGEST_BODY = 64 * 1024  # bytes, where an operation names no other limit
-OPEN_PATHS = ("/healthz", "/readyz")  # for probes, which have no token
+METHODS = frozenset({"GET", "POST", "DELETE"})
 
 
 class ErrorDetail(BaseModel):
@@ -67,28 +69,27 @@ class Operation:
     answers: Mapping[int, Answer] = field(default_factory=dict)
     largest_body: int = LARGEST_BODY
 
-    @property
-    def is_open(self) -> bool:
-        """Whether it never asks for the token."""
-        return self.path in OPEN_PATHS
+    def is_secured(self, methods: Container[str]) -> bool:
+        """Whether it asks for the token, where calls by these methods do."""
+        return self.method in methods and self.path not in OPEN_PATHS
 
 
-def all_answers(operation: Operation, *, secured: bool) -> dict[int, Answer]:
+def all_answers(operation: Operation, secured: Container[str]) -> dict[int, Answer]:
     """Return by status what an operation may answer: its own answers, and those that the server gives for it.
 
     Args:
         operation: Whose answers.
-        secured: Whether a token is asked for.
+        secured: Methods whose calls ask for the token.
     """
     common: dict[int, Answer] = {
         403: "The `Host` or the browser's `Origin` is foreign (`foreign_host`, `foreign_origin`).",
     }
-    if secured and not operation.is_open:
+    if operation.is_secured(secured):
         common[401] = "The token is missing or wrong (`unauthorized`)."
     if operation.query or operation.body:
-        common[400] = "The request makes no sense (`invalid_request`, `malformed_json`)."
+        common[400] = "The request makes no sense (`invalid_request`, `malformed_json`, `unreadable_body`)."
     if operation.body:
-        common[408] = "The body did not come in time (`request_timeout`)."
+        common[408] = "The body did not come in time (`too_slow`)."
         common[413] = f"The body is larger than {operation.largest_body} bytes (`request_entity_too_large`)."
     if operation.path.startswith("/api/"):
         common[503] = "The store cannot do it now (`store_unavailable`, `store_busy`); try again later."
@@ -98,18 +99,19 @@ def all_answers(operation: Operation, *, secured: bool) -> dict[int, Answer]:
 def routes(operations: Iterable[Operation]) -> list[web.RouteDef]:
     """Return the operations' routes; each GET answers HEAD too."""
     return [
-        web.get(each.path, _limited(each.handler, each.largest_body))
-        if each.method == "GET"
-        else web.route(each.method, each.path, _limited(each.handler, each.largest_body))
+        web.get(each.path, each.handler) if each.method == "GET" else web.route(each.method, each.path, each.handler)
         for each in operations
     ]
 
 
-def _limited(handler: Handler, largest_body: int) -> Handler:
-    async def limited(request: web.Request) -> web.StreamResponse:
-        size = len(await request.read())
-        if size > largest_body:
-            raise web.HTTPRequestEntityTooLarge(max_size=largest_body, actual_size=size)
-        return await handler(request)
+def limit_bodies(operations: Iterable[Operation]) -> Middleware:
+    """Return the middleware that holds each call to its `largest_body`; it goes before whatever reads bodies."""
+    largest: dict[tuple[str, str], int] = {(each.method, each.path): each.largest_body for each in operations}
 
-    return limited
+    @web.middleware
+    async def limit(request: web.Request, handler: Handler) -> web.StreamResponse:
+        resource = request.match_info.route.resource
+        size = largest.get((request.method, resource.canonical), LARGEST_BODY) if resource else LARGEST_BODY
+        return await handler(request.clone(client_max_size=size))
+
+    return limit

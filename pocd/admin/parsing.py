@@ -27,13 +27,13 @@ async def parse_body(request: web.Request, model: type[Model]) -> Model:
     Strict: a string where a number belongs is refused.
 
     Raises:
-        RefusalError: 400 `malformed_json`, or `invalid_request` with the field.
+        RefusalError: 400 `unreadable_body`, `malformed_json`, or `invalid_request` with the field.
         web.HTTPRequestEntityTooLarge: The body is larger than the operation allows.
     """
     try:
         raw = await request.read()
     except web.RequestPayloadError as error:  # a Content-Encoding that the body does not have, or broken chunks
-        raise RefusalError(400, "malformed_body", f"the body cannot be read: {error}") from None
+        raise RefusalError(400, "unreadable_body", f"the body is cut short or malformed: {error}") from None
     try:
         return model.model_validate_json(raw or b"{}", strict=True)
     except ValidationError as error:

@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pocd.admin import answers, guard, status
 from pocd.admin.docs import DocsApi
 from pocd.admin.events import EventsApi
-from pocd.admin.operations import Media, Operation, routes
+from pocd.admin.operations import METHODS, Media, Operation, limit_bodies, routes
 from pocd.admin.outbox import OutboxApi
 from pocd.admin.pow import PowApi
 from pocd.delivery.store import StoreUnavailableError
@@ -48,10 +48,11 @@ class AdminApi:
     def application(self, token: str | None) -> web.Application:
         """Return the aiohttp application, which asks for `token` where there is one."""
         operations = self.all_operations()
-        operations += DocsApi(operations, secured=token is not None).operations()
-        middlewares = [errors_as_json, *guard.middlewares(self._parts.settings.admin, token), _store_failures]
-        largest = max(operation.largest_body for operation in operations)
-        app = web.Application(middlewares=middlewares, client_max_size=largest)
+        admin = self._parts.settings.admin
+        secured = frozenset() if token is None else METHODS - guard.READS if admin.open_reads else METHODS
+        operations += DocsApi(operations, secured).operations()
+        guards = guard.middlewares(admin, token)
+        app = web.Application(middlewares=[errors_as_json, *guards, limit_bodies(operations), _store_failures])
         app.add_routes(routes(operations))
         app.on_shutdown.append(self._events.close)
         return app
