@@ -133,8 +133,8 @@ def test_the_page_is_whole_and_needs_nothing_from_outside() -> None:
     assert len(page) < 100_000
 
 
-async def get(url: str, path: str, token: str) -> aiohttp.ClientResponse:
-    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}) as session:
+async def get(url: str, path: str, token: str, **headers: str) -> aiohttp.ClientResponse:
+    async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}", **headers}) as session:
         response = await session.get(url + path)
         await response.read()
         return response
@@ -198,6 +198,8 @@ async def test_the_daemon_answers_as_its_document_says(tmp_path: Path) -> None:
             shown = await get(daemon.url, "/docs", token)
             assert shown.headers["Content-Security-Policy"] == "default-src 'none'; style-src 'unsafe-inline'"
             assert daemon.url in await shown.text()
+            odd = await get(daemon.url, "/docs", token, Host="127.0.0.1:99999")
+            assert (odd.status, "http://127.0.0.1:99999/" in await odd.text()) == (200, True)
 
             said = await schemathesis(tmp_path, daemon.url, token)
             paths = (await (await get(daemon.url, "/openapi.json", token)).json())["paths"]

@@ -56,7 +56,7 @@ class DocsApi:
 
     async def docs(self, request: web.Request) -> web.Response:
         """Describe this API as a page to read."""
-        page = render(self._document, str(request.url.origin()))
+        page = render(self._document, f"http://{request.host}")
         return web.Response(text=page, content_type="text/html", headers={"Content-Security-Policy": POLICY})
 
 
