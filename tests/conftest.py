@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 
 # Tests run beside worker processes: threads that wait have to sleep, not to spin on a core that another one needs.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as pocd.compute.threads
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# Tests that hold a thousand connections open are at both ends of them.
+_, _most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (_most, _most))

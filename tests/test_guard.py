@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import resource
 import socket
 import stat
 import sys
@@ -237,21 +239,38 @@ async def test_a_daemon_beset_by_silence_answers_and_is_guarded(tmp_path: Path) 
 
 async def test_a_daemon_on_a_unix_socket(tmp_path: Path) -> None:
     at = tmp_path / "admin.sock"
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     async with Chain().served() as chain:
         path = config(tmp_path, chain.url, {}, admin__socket=str(at))
-        for _ in range(2):  # the second one finds the first one's socket, which was killed
-            async with running(path) as daemon:
-                assert daemon.url == f"unix://{at}"
-                assert stat.S_IMODE(at.stat().st_mode) == 0o660
-                code, out, err = await pocd("status", "--config", str(path))
-                assert (code, "delivered" in out, err) == (0, True, "")
-                other = config(tmp_path, chain.url, {}, admin__socket=str(at), store__path=str(tmp_path / "other.db"))
-                code, line = await fails(other)
-                assert (code, f"cannot listen on {at}: another program listens there" in line) == (78, True)
-                assert (await call(daemon.url, "POST", "/api/v1/pow/stop"))["state"] == "STOPPED"
-                path = config(tmp_path, chain.url, {}, admin__socket=str(at))
-            assert at.exists()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most // 2, most))
+        async with running(path) as daemon:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+            assert resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE) == (most, most)
+            assert daemon.url == f"unix://{at}"
+            assert stat.S_IMODE(at.stat().st_mode) == 0o660
+            code, out, err = await pocd("status", "--config", str(path))
+            assert (code, "delivered" in out, err) == (0, True, "")
+            other = tmp_path / "other"
+            other.mkdir()
+            code, line = await fails(config(other, chain.url, {}, admin__socket=str(at)))
+            assert (code, f"cannot listen on {at}: another program listens there" in line) == (78, True)
+            assert (await call(daemon.url, "POST", "/api/v1/pow/stop"))["state"] == "STOPPED"
+            assert await daemon.end() == 0
+        assert not at.exists()
         code, _, err = await pocd("status", "--config", str(path))
         assert (code, f"nothing listens on unix://{at}" in err) == (1, True)
-        with pytest.raises(AdminError, match="nothing listens"):
-            await call(f"unix://{tmp_path}/nowhere", "GET", "/healthz")
+
+
+async def test_a_socket_of_others_is_a_clear_line(tmp_path: Path) -> None:
+    path, us = tmp_path / "admin.sock", os.geteuid()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        path.chmod(0)
+        if us == 0:
+            os.seteuid(65534)  # root may everything
+        try:
+            with pytest.raises(AdminError, match="is for its owner and group only"):
+                await call(f"unix://{path}", "GET", "/healthz")
+        finally:
+            os.seteuid(us)
