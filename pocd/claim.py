@@ -34,7 +34,22 @@ class BodyError(Exception):
 class Claim(BaseModel):
     """A ProofBatch as a miner sends it (docs/protocol.md section 5); fields that it does not know are ignored."""
 
-    model_config = ConfigDict(strict=True, frozen=True)
+    model_config = ConfigDict(
+        strict=True,
+        frozen=True,
+        json_schema_extra={
+            "examples": [
+                {
+                    "public_key": "gonka1abc",
+                    "block_hash": "9F2E5C",
+                    "block_height": 4100000,
+                    "nonces": [11, 27],
+                    "dist": [1.4031, 1.3987],
+                    "node_id": 0,
+                }
+            ]
+        },
+    )
 
     public_key: Annotated[str, Field(min_length=1, max_length=1024)]
     block_hash: Name

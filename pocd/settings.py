@@ -42,8 +42,7 @@ class ConfigError(Exception):
     """The configuration cannot be used; the message names the key and what is allowed."""
 
 
-def check_http_url(url: str) -> str:
-    """Refuse with a ValueError what is no URL that paths can be appended to; its text shows no credentials."""
+def _check_http_url(url: str) -> str:
     try:
         parts = urlsplit(url)
         good = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
@@ -112,7 +111,7 @@ def _check_origin(text: str) -> str:
 
 
 BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_parse_batch_size)]
-HttpUrl = Annotated[str, AfterValidator(check_http_url)]
+HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
 SecretFile = Annotated[Path, BeforeValidator(_resolve_credential)]
 HostName = Annotated[str, Field(pattern="^[A-Za-z0-9._-]+$"), AfterValidator(str.lower)]
 Origin = Annotated[str, AfterValidator(_check_origin)]

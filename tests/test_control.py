@@ -54,7 +54,7 @@ def test_every_pair_of_mode_and_call_has_its_answer(mode: str, expected: str) ->
 def test_the_documentation_shows_the_same_table() -> None:
     page = (Path(__file__).parent.parent / "docs" / "api.md").read_text()
     rows = [[cell.strip().strip("`") for cell in line.split("|")[1:-1]] for line in page.splitlines() if "| `" in line]
-    shown = {row[0]: row[1:] for row in rows if row[0] in list(Mode)}
+    shown = {row[0]: row[1:] for row in rows if row[0] in list(Mode) and len(row) > len(Call)}
     assert shown == {mode: [TABLE.get((mode, call), "409") for call in Call] for mode in Mode}
 
 

@@ -110,7 +110,12 @@ def _call(method: str, path: str, operation: dict[str, Any], schemas: dict[str, 
 
 
 def _schema(name: str, schema: dict[str, Any]) -> str:
-    fields = _fields(schema) if set(schema.get("required", [])) < set(schema["properties"]) else _fields(schema, [])
+    if "properties" not in schema:
+        fields = f"<p>{_type(schema)} {_limits(schema)}</p>"
+    elif set(schema.get("required", [])) < set(schema["properties"]):
+        fields = _fields(schema)
+    else:
+        fields = _fields(schema, [])
     return f'<section id="schema-{name}"><h3>{name}</h3><p>{_text(schema.get("description"))}</p>{fields}</section>'
 
 

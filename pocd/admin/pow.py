@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from aiohttp import web
-from pydantic import AfterValidator, AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from pocd.admin import answers, status
 from pocd.admin.operations import Operation
@@ -20,7 +20,6 @@ from pocd.nonces import Node
 from pocd.phases import Call
 from pocd.proof import FRAUD_THRESHOLD, Round
 from pocd.serving import RefusalError, json_answer
-from pocd.settings import check_http_url
 from pocd.validation import MismatchError, Terms, check, sampled
 from pocd.validator import QueueFullError, Request
 
@@ -34,6 +33,8 @@ WAIT_SECONDS = 30.0  # that a call waits for a verdict, below what clients and p
 AGAIN = {"Retry-After": "5"}  # for callers that find a queue full, or the model loading; in seconds
 MOST_NODES = 1_000_000  # so that a node's nonces stay below 2**63 for as long as anybody mines
 
+CALLBACK_URL = r"^https?://[^\s?#@\\]+$"  # paths are appended to it, and it may carry no credentials
+
 TAG = "Rounds"
 Index = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
@@ -41,7 +42,23 @@ Index = Annotated[int, Field(ge=0, le=2**63 - 1)]
 class InitBody(BaseModel):
     """A round that is asked for. Unknown fields are not used, and named in the answer."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="allow",
+        frozen=True,
+        allow_inf_nan=False,
+        json_schema_extra={
+            "examples": [
+                {
+                    "block_hash": "9F2E5C",
+                    "block_height": 4100000,
+                    "public_key": "gonka1abc",
+                    "r_target": 1.4042,
+                    "node_id": 0,
+                    "node_count": 1,
+                }
+            ]
+        },
+    )
 
     block_hash: str = Field(min_length=1, max_length=256, description="Used exactly as written.")
     block_height: Index
@@ -62,7 +79,7 @@ class InitBody(BaseModel):
     seq_len: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="Sequence length in positions. Absent: round.seq_len."
     )
-    callback_url: Annotated[str, Field(max_length=2048), AfterValidator(check_http_url)] | None = Field(
+    callback_url: Annotated[str, Field(max_length=2048, pattern=CALLBACK_URL)] | None = Field(
         default=None,
         validation_alias=AliasChoices("callback_url", "url"),
         description="Batches are POSTed to it + /generated and /validated, beside the configured receivers. "
@@ -100,7 +117,12 @@ class PowApi:
 
         control = partial(Operation, "POST", tag=TAG)
         done: dict[int, Answer] = {200: answers.Done}
-        begun: dict[int, Answer] = {**done, 429: "Too many callback URLs are in use (`too_many_callbacks`)."}
+        begun: dict[int, Answer] = {
+            **done,
+            403: "The callback_url is of no configured origin (`callback_refused`), or the `Host` or the browser's "
+            "`Origin` is foreign (`foreign_host`, `foreign_origin`).",
+            429: "Too many callback URLs are in use (`too_many_callbacks`).",
+        }
         in_round: dict[int, Answer] = {**done, 409: "There is no round to go on with (`no_round`): POST an init first."}
         return [
             Operation("GET", f"{path}/status", self.status, TAG, answers={200: answers.Status}),
@@ -236,7 +258,7 @@ class PowApi:
             try:
                 return await self._parts.dispatchers.callback(url, wanted=asked.callback if asked else None)
             except CallbackError as error:
-                status_, code = (429, "too_many_callbacks") if error.full else (400, "callback_refused")
+                status_, code = (429, "too_many_callbacks") if error.full else (403, "callback_refused")
                 raise RefusalError(
                     status_,
                     code,
