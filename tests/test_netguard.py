@@ -327,6 +327,12 @@ async def test_a_name_that_leads_to_another_address_next_time_is_not_followed(be
             == f"{METADATA_ADDRESS} is refused: it is link-local, where clouds keep their metadata"
         )
         assert dispatcher.alarm is not None
+        names.answers = [["127.0.0.2"]]  # where nobody listens, which is no alarm
+        dispatcher.wake()
+        async with running(dispatcher):
+            await bench.step(dispatcher)
+        assert dispatcher.state.failures == 3
+        assert dispatcher.alarm is None
         names.answers = [["127.0.0.1"]]
         dispatcher.wake()
         async with running(dispatcher):

@@ -95,6 +95,8 @@ def test_systemd_makes_the_services_user() -> None:
 
 
 def test_directories_are_those_of_the_settings() -> None:
+    shown = (FOLDER.parent / "config" / "pocd.toml").read_text(encoding="utf-8")
+    assert f'socket = "/run/{value("RuntimeDirectory")}/admin.sock"' in shown
     assert str(StoreSettings().path.parent) == f"/var/lib/{value('StateDirectory')}"
     assert str(DEFAULT_PATH.parent) == f"/etc/{value('ConfigurationDirectory')}"
     caches = [line.partition("=")[2] for line in values("Environment")]
