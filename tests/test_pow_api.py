@@ -429,6 +429,42 @@ async def test_a_round_of_another_sequence_length_is_computed_as_such(api: Api) 
     assert (await api.daemon.status())["worker"]["restarts"] == 0
 
 
+async def test_what_happens_is_told_as_it_happens(api: Api) -> None:
+    told: dict[str, list[dict[str, Any]]] = {}
+
+    async def listen(wanted: set[str]) -> None:
+        kind = ""
+        while not wanted <= set(told):
+            line = (await stream.content.readline()).decode().rstrip()
+            if line.startswith("event: "):
+                kind = line.removeprefix("event: ")
+            elif line.startswith("data: "):
+                told.setdefault(kind, []).append(orjson.loads(line.removeprefix("data: ")))
+
+    async with api.session.get(f"{api.daemon.url}{POW}/events") as stream, asyncio.timeout(PATIENCE):
+        round_ = (await api.done("/init/generate", init_body(api, "told")))["pow_status"]["round"]
+        await listen({"round", "batch", "delivery"})
+        verdict = await api.done("/validate", claim_of("told", [1, 2], [1.0, 1.0]))
+        await api.done("/stop")
+        await listen({"validation", "state"})
+        os.kill((await api.daemon.status())["worker"]["pid"], signal.SIGKILL)
+        await listen({"worker"})
+        api.chain.height += 1
+        await listen({"block"})
+    assert told["round"][0]["id"] == round_["id"]
+    assert (told["round"][0]["by"], told["round"][0]["height"]) == ("api", 100)
+    batches = {event["id"]: event for event in told["batch"]}
+    delivered = [event for event in told["delivery"] if event["id"] in batches]
+    assert {event["outcome"] for event in delivered} == {"delivered"}
+    assert {event["state"] for event in told["validation"]} == {"pending", "done"}
+    assert verdict["n"] == 2
+    assert told["state"][-1]["state"] == "STOPPED"
+    assert told["worker"][0]["what"] == "restarting"
+    assert "signal 9" in told["worker"][0]["cause"]
+    assert told["block"][-1]["height"] == api.chain.height
+    await api.daemon.until(lambda body: body["worker"]["ready"])
+
+
 # Losing nothing
 
 

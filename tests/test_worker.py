@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 import pytest
@@ -30,7 +31,7 @@ from pocd.nonces import Node, Progress
 from pocd.observe.events import Events
 from pocd.proof import Round
 from pocd.worker import messages
-from pocd.worker.messages import BatchSize, Cancel, Cancelled, Compute, Load, Message, Ready
+from pocd.worker.messages import BatchSize, Cancel, Cancelled, Compute, Load, Message, Ready, Recompute
 from pocd.worker.supervisor import Limits, Supervisor, WorkerRefusedError
 
 if TYPE_CHECKING:
@@ -284,3 +285,56 @@ def test_a_worker_ends_when_its_daemon_is_killed_with_messages_unread() -> None:
     finally:
         worker.kill()
         worker.wait()
+
+
+def test_memory_that_is_short_for_two_rounds_is_left_to_the_one_that_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The self-test showed that a batch fits beside one round's head, not beside two."""
+    from pocd.compute.errors import OutOfMemoryError
+    from pocd.worker import child
+
+    prepared: list[str] = []
+    sent: list[Message] = []
+
+    class Run:
+        seq_len, dimension = 16, 8192
+
+        def distances(self, nonces: range, *, batch_size: int) -> list[float]:
+            if len(prepared) > 1:
+                raise OutOfMemoryError("two are too many")
+            assert batch_size == 8
+            return [1.0] * len(nonces)
+
+    @contextlib.contextmanager
+    def block_run(_model: object, _scheme: object, *, block_hash: str, **_: object) -> Iterator[Run]:
+        prepared.append(block_hash)
+        yield Run()
+        prepared.remove(block_hash)
+
+    monkeypatch.setattr(child, "block_run", block_run)
+    link = SimpleNamespace(send=sent.append)
+    worker = child.Worker(cast("Any", None), 8, cast("child.Link", link), seq_len=16, shrink=False)
+    other = dataclasses.replace(ROUND, block_hash="block_beta")
+    for _ in range(2):
+        assert worker.mine(Compute(1, ROUND, 0, 1, 2)) == [1.0, 1.0]
+        assert worker.recompute(Recompute(2, other, [5], last=False)) == [1.0]
+        assert prepared == ["block_beta"]
+    assert worker.mine(Compute(3, ROUND, 0, 1, 1)) == [1.0]
+    assert worker.recompute(Recompute(4, other, [5], last=True)) == [1.0]
+    assert not prepared
+    assert {type(message) for message in sent} == {messages.RoundBegun}
+
+
+def test_a_recomputation_goes_before_what_is_not_begun() -> None:
+    from pocd.worker.child import Inbox
+
+    inbox = Inbox()
+    for message in (Compute(1, ROUND, 0, 1, 8), Compute(2, ROUND, 8, 1, 8), Recompute(3, ROUND, [7], last=True)):
+        inbox.put(message)
+    inbox.put(Cancel(2))
+    reported: list[Cancelled] = []
+    assert inbox.get(reported.append).id == 3
+    inbox.put(Compute(4, ROUND, 16, 1, 8))
+    assert inbox.get(reported.append).id == 4
+    assert reported == [Cancelled(1), Cancelled(2)]

@@ -126,15 +126,17 @@ def _quoted(text: str) -> str:
 def as_text(body: dict[str, Any]) -> str:
     """Return the lines that `pocd status` prints."""
     funnel, rates, chain, worker, round_ = (body[key] for key in ("funnel", "rates", "chain", "worker", "round"))
+    mode = body["control"]["mode"]
     rows = [
-        ("state", body["state"]),
+        ("state", body["state"] if mode in {"FOLLOWING", body["state"]} else f"{body['state']}, mode {mode}"),
         ("chain", f"{chain['chain_id'] or '–'}, height {chain['height'] or '–'}"),
     ]
     if round_:
         block = f"block {round_['block_height']} {round_['block_hash'][:16]}…"
         observed, expected = percent(round_["observed_valid_rate"]), percent(round_["expected_valid_rate"])
+        asked = "" if mode in {"FOLLOWING", "STOPPED"} else "asked for by the API: "
         rows += [
-            ("round", f"{block}, {round_['scheme']} on {round_['model']}"),
+            ("round", f"{asked}{block}, {round_['scheme']} on {round_['model']}"),
             ("valid rate", f"{observed} observed, {expected} expected ({round_['valid']} of {round_['checked']})"),
         ]
     minute, quarter = rates["checked_per_second_1m"], rates["checked_per_second_15m"]

@@ -63,7 +63,7 @@ def problems(parts: Parts) -> list[dict[str, str]]:
     if parts.miner.held:
         found.append({"part": "store", "reason": parts.miner.held})
     chain = parts.chain.problem(parts.clock.wall(), parts.settings.chain.poll_interval)
-    if chain:
+    if chain and parts.control.mode is Mode.FOLLOWING:  # else nothing waits for the chain
         found.append({"part": "chain", "reason": chain})
     return found
 
