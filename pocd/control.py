@@ -147,13 +147,12 @@ class Control:
                 work = asked.work if asked and mode is not Mode.STOPPED else None
             done = await self._outbox(Outbox.set_control, encode(mode, asked), work, self._wall())
             if (mode, asked) != (self.mode, self.asked):
-                self._log.info(
-                    "the API decides" if asked else "the chain decides", action="control", call=call, mode=mode
-                )
+                who = "the chain" if mode is Mode.FOLLOWING else "the API"
+                self._log.info(f"{who} decides", action="control", call=call, mode=mode)
             self.mode, self.asked = mode, asked
             self._miner.paused = mode not in MINING
             if mode is Mode.STOPPED:
-                await self._miner.pause(paused=True)
+                await self._miner.announce()  # the round stays, for status to tell of
                 return
             is_news = not self._miner.works_on(work)
             await self._miner.take_up(work, done)
