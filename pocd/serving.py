@@ -309,14 +309,14 @@ class _Connections:
 
     async def _write(self, request: web.Request, response: web.Response) -> None:
         """Write an answer, and end a connection whose client does not take it."""
+        timer = asyncio.get_running_loop().call_later(self._bounds.answer, self._drop, request.protocol)
         try:
-            async with asyncio.timeout(self._bounds.answer):
-                await response.prepare(request)
-                await response.write_eof()
-        except TimeoutError:
-            self._drop(request.protocol)
+            await response.prepare(request)
+            await response.write_eof()
         except ConnectionError:
             pass  # the client has gone: aiohttp finds out too, when it looks whether all is written
+        finally:
+            timer.cancel()
 
     def _wait(self, http: asyncio.Protocol, seconds: float | None) -> None:
         """It is the client's turn, for as long as that (None: somebody else watches)."""
