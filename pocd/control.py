@@ -113,11 +113,13 @@ class Control:
     async def follow(self, round_: Round | None) -> None:
         """Take note of the round that should be active by the chain, and mine it if the chain decides.
 
+        While mining is stopped it is taken up as well, for status to tell of, unless a round was asked for.
+
         Raises:
             StoreUnavailableError: It cannot be begun now; nothing has changed.
         """
         async with self._lock:
-            if self.mode is Mode.FOLLOWING:
+            if self.mode is Mode.FOLLOWING or (self.mode is Mode.STOPPED and self.asked is None):
                 work = self._of_chain(round_)
                 is_news = not self._miner.works_on(work)
                 await self._miner.set_round(work)

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import betainc, betaincinv, ndtri, poch, stdtrit
 
-from pocd.proof import MISMATCH
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -136,7 +134,7 @@ def geometry_std(rate: float, hidden_size: int, dimension: int) -> float:
 # Tests and intervals.
 
 
-def probability_honest(n_invalid: int, n: int, mismatch: float = MISMATCH) -> float:
+def probability_honest(n_invalid: int, n: int, mismatch: float) -> float:
     """Return the probability that an honest miner has at least `n_invalid` invalid nonces among `n`.
 
     The one-sided ("greater") binomial test of docs/protocol.md section 5.

@@ -112,7 +112,7 @@ SECOND = "(SELECT id FROM batches ORDER BY seq LIMIT 1 OFFSET 1)"
         ("outbox", "UPDATE progress SET cursor = 5, checked = 5", ["1 nonces arrived that were never checked"]),
         ("outbox", "UPDATE progress SET cursor = 4, islands = '[[4, 6]]'", ["has gaps", "up to position 4"]),
         ("outbox", "UPDATE batches SET state = 'pending' WHERE number = 3", ["1 batches are not delivered"]),
-        ("outbox", "INSERT INTO proofs VALUES (99, 1, 1, 19, 1.0, 0, NULL)", ["1 proofs are in no batch"]),
+        ("outbox", "INSERT INTO proofs VALUES (99, 1, 1, 19, 1.0, 0, NULL, NULL)", ["1 proofs are in no batch"]),
     ],
 )
 async def test_the_judge_names_what_is_wrong(tmp_path: Path, store: str, damage: str, complaints: list[str]) -> None:

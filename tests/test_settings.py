@@ -101,7 +101,7 @@ def test_the_shipped_file_shows_the_defaults() -> None:
     unset = {name for name, field in code.items() if not field.is_required() and field.get_default() is None}
     assert required == {"node.public_key", "chain.urls"}
     evm = {"chain.confirmations", "chain.replaced_blocks"}
-    assert unset == {"admin.token_file", "admin.socket", "model.revision", "chain.id"} | evm
+    assert unset == {"admin.token_file", "admin.socket", "model.revision", "chain.id", "validation.tolerance"} | evm
     assert shown.keys() == code.keys() - unset
     for name in shown.keys() - required:
         default = code[name].get_default()

@@ -11,6 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from pocd.proof import MISMATCH
 from pocd.statistics import (
     block_rates,
     distance_moments,
@@ -200,9 +201,9 @@ def test_the_probability_of_honesty_is_the_binomial_test(n: int, share: float, m
 
 
 def test_the_probability_of_honesty_by_default() -> None:
-    assert probability_honest(0, 1000) == 1
-    assert probability_honest(1, 1) == pytest.approx(5e-4)
-    assert probability_honest(1, 1000) == pytest.approx(1 - (1 - 5e-4) ** 1000)
+    assert probability_honest(0, 1000, MISMATCH) == 1
+    assert probability_honest(1, 1, MISMATCH) == pytest.approx(5e-4)
+    assert probability_honest(1, 1000, MISMATCH) == pytest.approx(1 - (1 - 5e-4) ** 1000)
 
 
 @pytest.mark.parametrize(("n_invalid", "n", "mismatch"), [(-1, 5, 0.1), (6, 5, 0.1), (1, 5, 1.5), (1, 5, math.nan)])

@@ -7,9 +7,6 @@ import contextlib
 import dataclasses
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -33,8 +30,7 @@ from pocd.observe.events import Events
 from pocd.proof import Round
 from pocd.validation import Terms
 from pocd.validator import QueueFullError, Request, Validator
-from pocd.worker import messages
-from pocd.worker.messages import Compute, Distances, Load, Message, Ready, Recompute
+from pocd.worker.messages import Load
 from pocd.worker.supervisor import Limits, Supervisor
 
 if TYPE_CHECKING:
@@ -176,35 +172,6 @@ async def test_a_batch_is_validated_between_those_that_are_mined_and_disturbs_no
     after = {nonce: distance for nonce, distance in latest.items() if nonce >= before}
     expected = computed(mined, range(before, max(after) + 1))
     assert after == pytest.approx({nonce: expected[nonce] for nonce in after}, abs=1e-6)
-
-
-def test_a_recomputation_waits_for_one_batch_at_most() -> None:
-    ours, theirs = socket.socketpair()
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "pocd.worker.child", str(theirs.fileno())], pass_fds=(theirs.fileno(),)
-    )
-    theirs.close()
-    try:
-        with ours, ours.makefile("rb") as stream:
-            ours.settimeout(PATIENCE)
-            ours.sendall(messages.encode(LOAD))
-            while not isinstance(messages.read(stream), Ready):
-                pass
-            asked: list[Message] = [Compute(number, MINED, 64 * number, 1, 64) for number in range(4)]
-            asked.append(Recompute(9, THEIRS, [5, 3, 8], last=True))
-            ours.sendall(b"".join(messages.encode(message) for message in asked))
-            results: dict[int, list[float]] = {}
-            while len(results) < 5:
-                message = messages.read(stream)
-                assert message is not None
-                if isinstance(message, Distances):
-                    results[message.id] = message.distances
-    finally:
-        worker.kill()
-        worker.wait()
-    assert list(results).index(9) <= 1
-    expected = computed(THEIRS, range(9))
-    assert results[9] == pytest.approx([expected[5], expected[3], expected[8]], abs=1e-6)
 
 
 async def test_the_same_question_has_the_same_answer_and_is_computed_once(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import orjson
 import pytest
@@ -267,8 +267,9 @@ async def test_a_worker_that_had_to_shrink_its_batches_says_so_and_it_is_remembe
     assert supervisor._load.batch_size == 32, "the next worker begins with it"
 
 
-def test_a_worker_ends_when_its_daemon_is_killed_with_messages_unread() -> None:
-    """The kernel then tells it of a reset connection, not of an end."""
+@contextlib.contextmanager
+def ready_worker() -> Iterator[tuple[subprocess.Popen[bytes], socket.socket, BinaryIO]]:
+    """A worker process that has loaded, the daemon's side of its socket, and a stream of what it says."""
     ours, theirs = socket.socketpair()
     worker = subprocess.Popen(
         [sys.executable, "-m", "pocd.worker.child", str(theirs.fileno())], pass_fds=(theirs.fileno(),)
@@ -280,11 +281,36 @@ def test_a_worker_ends_when_its_daemon_is_killed_with_messages_unread() -> None:
             ours.sendall(messages.encode(LOAD))
             while not isinstance(messages.read(stream), Ready):
                 pass
-            assert ours.recv(1, socket.MSG_PEEK)  # a heartbeat, which nobody reads
-        assert worker.wait(PATIENCE) == 0
+            yield worker, ours, stream
     finally:
         worker.kill()
         worker.wait()
+
+
+def test_a_worker_ends_when_its_daemon_is_killed_with_messages_unread() -> None:
+    """The kernel then tells it of a reset connection, not of an end."""
+    with ready_worker() as (worker, ours, stream):
+        assert ours.recv(1, socket.MSG_PEEK)  # a heartbeat, which nobody reads
+        stream.close()
+        ours.close()
+        assert worker.wait(PATIENCE) == 0
+
+
+def test_a_recomputation_waits_for_one_batch_at_most() -> None:
+    other = dataclasses.replace(ROUND, block_hash="block_beta")
+    with ready_worker() as (_, ours, stream):
+        asked: list[Message] = [Compute(number, ROUND, 64 * number, 1, 64) for number in range(4)]
+        asked.append(Recompute(9, other, [5, 3, 8], last=True))
+        asked.append(Recompute(10, other, [3], last=True))
+        ours.sendall(b"".join(messages.encode(message) for message in asked))
+        results: dict[int, list[float]] = {}
+        while len(results) < 6:
+            message = messages.read(stream)
+            assert message is not None
+            if isinstance(message, messages.Distances):
+                results[message.id] = message.distances
+    assert list(results).index(9) <= 1
+    assert results[10] == [results[9][1]], "in the order asked for"
 
 
 def test_memory_that_is_short_for_two_rounds_is_left_to_the_one_that_is_computed(
