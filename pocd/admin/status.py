@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from pocd import __version__
-from pocd.delivery.outbox import Queue, ReceiverState
+from pocd.delivery.outbox import Queue, ReceiverState, Totals
 from pocd.observe.mask import mask_url
 from pocd.phases import Mode, state_of
 
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from pocd.miner import Miner, Mining
     from pocd.observe.events import Events
     from pocd.phases import State
+    from pocd.proof import Round
     from pocd.settings import Settings
     from pocd.validator import Validator
+    from pocd.worker.messages import Ready
     from pocd.worker.supervisor import Supervisor
 
 
@@ -85,9 +87,14 @@ def parked(state: ReceiverState) -> str | None:
     return f"parked since {since} ({state.error}); `pocd outbox retry` asks it again"
 
 
+def _fields(value: Totals | Queue | Round | Ready) -> dict[str, Any]:
+    """Return a flat dataclass as a dictionary. `asdict` copies deeply, which is most of what a status would cost."""
+    return {name: getattr(value, name) for name in value.__slots__}
+
+
 def _round_view(mining: Mining) -> dict[str, Any]:
     return {
-        **asdict(mining.round),
+        **_fields(mining.round),
         "id": mining.round.id,
         "node_id": mining.node.id,
         "node_count": mining.node.count,
@@ -111,7 +118,7 @@ def _chain_view(chain: ChainHealth, problem: str | None) -> dict[str, Any]:
 
 def _worker_view(supervisor: Supervisor, miner: Miner) -> dict[str, Any]:
     return {
-        **({} if supervisor.info is None else asdict(supervisor.info)),
+        **({} if supervisor.info is None else _fields(supervisor.info)),
         "ready": supervisor.ready.is_set(),
         "pid": supervisor.pid,
         "restarts": supervisor.restarts,
@@ -143,7 +150,7 @@ def _receiver_view(
     return {
         "name": name,
         "url": mask_url(dispatcher.receiver.url) if dispatcher else None,
-        **asdict(queue),
+        **_fields(queue),
         "last_error": state.error,
         "failures_in_a_row": state.failures,
         "next_attempt_seconds": max(0.0, state.next_at - now) if state.failures and dispatcher else None,
@@ -193,7 +200,7 @@ def view(parts: Parts) -> dict[str, Any]:
         "round": _round_view(mining) if mining else None,
         "control": _control_view(parts.control),
         "node": settings.node.model_dump(),
-        "funnel": asdict(parts.outbox.outbox.totals),
+        "funnel": _fields(parts.outbox.outbox.totals),
         "rates": {
             "checked_per_second_1m": miner.checked_rate.per_second(60),
             "checked_per_second_15m": miner.checked_rate.per_second(900),
