@@ -30,6 +30,7 @@ from pocd.observe.events import Events
 from pocd.proof import Round
 from pocd.validation import Terms
 from pocd.validator import QueueFullError, Request, Validator
+from pocd.worker import messages
 from pocd.worker.messages import Load
 from pocd.worker.supervisor import Limits, Supervisor
 
@@ -198,13 +199,25 @@ async def test_a_verdict_also_goes_to_the_receiver_that_was_named(tmp_path: Path
         assert [head and head.kind for head in heads] == ["validated", "validated"]
 
 
-async def test_a_worker_that_is_killed_over_a_validation_costs_nothing(tmp_path: Path) -> None:
-    distances = computed(THEIRS, range(200))
+async def test_a_worker_that_is_killed_over_a_validation_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = asyncio.Event()
+    encode = messages.encode
+
+    def encode_and_note(message: messages.Message) -> bytes:
+        if isinstance(message, messages.Recompute):
+            sent.set()
+        return encode(message)
+
+    monkeypatch.setattr(messages, "encode", encode_and_note)
+    distances = computed(THEIRS, range(40))
     async with running(tmp_path) as bench:
         request = await bench.request(claim_of(THEIRS, distances))
-        asked = asyncio.create_task(bench.verdict(request))
-        await until(bench, 16)
         assert bench.supervisor.pid is not None
+        os.kill(bench.supervisor.pid, signal.SIGSTOP)  # so that what it is given stays in its hands
+        asked = asyncio.create_task(bench.verdict(request))
+        await asyncio.wait_for(sent.wait(), PATIENCE)
         os.kill(bench.supervisor.pid, signal.SIGKILL)
         verdict = await asked
         assert bench.supervisor.restarts == 1
