@@ -321,6 +321,7 @@ def test_memory_that_is_short_for_two_rounds_is_left_to_the_one_that_is_computed
     from pocd.worker import child
 
     prepared: list[str] = []
+    heads = 2
     sent: list[Message] = []
 
     class Run:
@@ -334,6 +335,8 @@ def test_memory_that_is_short_for_two_rounds_is_left_to_the_one_that_is_computed
 
     @contextlib.contextmanager
     def block_run(_model: object, _scheme: object, *, block_hash: str, **_: object) -> Iterator[Run]:
+        if len(prepared) == heads:
+            raise torch.OutOfMemoryError("no room for a head")
         prepared.append(block_hash)
         yield Run()
         prepared.remove(block_hash)
@@ -349,6 +352,9 @@ def test_memory_that_is_short_for_two_rounds_is_left_to_the_one_that_is_computed
     assert worker.mine(Compute(3, ROUND, 0, 1, 1)) == [1.0]
     assert worker.recompute(Recompute(4, other, [5], last=True)) == [1.0]
     assert not prepared
+    heads = 1  # not even the second head fits
+    worker.mine(Compute(5, ROUND, 0, 1, 1))
+    assert worker.recompute(Recompute(6, other, [5], last=True)) == [1.0]
     assert {type(message) for message in sent} == {messages.RoundBegun}
 
 

@@ -81,7 +81,7 @@ class BlockRun:
             states = self.model.decoder(self.inputs(nonces), JOIN[self.scheme.layer_step], self.vectors)
             return self._distance(self.hidden(states, nonces))
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         raise OutOfMemoryError(  # outside the handler, whose traceback would hold the memory
             f"a batch of {len(nonces)} × {self.seq_len} positions does not fit into the memory of {self.model.device}; "
@@ -163,7 +163,8 @@ def _check_nonces(nonces: Sequence[int]) -> None:
         seen.add(nonce)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Tell whether torch means by `error` that the device's memory, or the host's, does not suffice."""
     # The CPU's allocator has no exception of its own.
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pocd.compute.engine import BlockRun, block_run
+from pocd.compute.engine import BlockRun, block_run, is_out_of_memory
 from pocd.compute.errors import ComputeError, DeviceError, InputError, NonFiniteError, OutOfMemoryError
 from pocd.compute.model import Model, load_model, longest_seq_len
 from pocd.compute.names import TOLERANCE
@@ -175,7 +175,7 @@ class Worker:
         if round_ != self._mined.round:
             if SCHEMES[round_.scheme].weights != "trained":
                 self._recomputed.end()  # both would draw into the same weights
-            run = self._mined.begin(round_)
+            run = begin(self._mined, round_, other=self._recomputed)
             self._link.send(RoundBegun(round_.id, expected_valid_rate(round_.r_target, run.dimension)))
         nonces = range(message.first, message.first + message.step * message.count, message.step)
         return self._distances(self._mined.begin(round_), nonces, other=self._recomputed)
@@ -188,7 +188,8 @@ class Worker:
         elif SCHEMES[message.round.scheme].weights != "trained":
             self._mined.end()  # likewise
         try:
-            return self._distances(prepared.begin(message.round), message.nonces, other=other)
+            run = begin(prepared, message.round, other=other)
+            return self._distances(run, message.nonces, other=other)
         finally:
             if message.last:
                 self._recomputed.end()
@@ -205,6 +206,17 @@ class Worker:
                     continue
                 self._batch_size = smaller(self._batch_size, error, shrink=self._shrink)
                 self._link.send(BatchSize(self._batch_size, str(error)))
+
+
+def begin(prepared: Prepared, round_: Round, *, other: Prepared) -> BlockRun:
+    """Prepare a round, in place of the `other` where there is no memory for both."""
+    try:
+        return prepared.begin(round_)
+    except RuntimeError as error:
+        if other.round is None or not is_out_of_memory(error):
+            raise
+    other.end()
+    return prepared.begin(round_)
 
 
 def smaller(batch_size: int, error: OutOfMemoryError, *, shrink: bool) -> int:
