@@ -217,7 +217,7 @@ def spread_of_rates(
     valid: NDArray[np.int64],
     checked: NDArray[np.int64],
     *,
-    hidden_size: int,
+    hidden_size: int | None,
     dimension: int,
     generator: np.random.Generator,
 ) -> Spread:
@@ -231,7 +231,7 @@ def spread_of_rates(
     Args:
         valid: Valid nonces of each block, [blocks], at least 2 blocks.
         checked: Nonces of each block, [blocks], above 0.
-        hidden_size: H.
+        hidden_size: H. None where every nonce has a target of its own, so that no geometry is a block's.
         dimension: D.
         generator: Draws the floor's distribution.
     """
@@ -239,8 +239,13 @@ def spread_of_rates(
     spread = float(np.ptp(rates))
     low, high = rate_intervals(valid, checked)
     common = float(valid.sum() / checked.sum())
-    share = generator.beta(hidden_size / 2, hidden_size * (dimension - 1) / 2, size=(DRAWS, len(valid)))
-    drawn = generator.binomial(checked, block_rates(common, hidden_size, dimension, share))
+    shape = DRAWS, len(valid)
+    if hidden_size is None:
+        expected = np.full(shape, common)
+    else:
+        share = generator.beta(hidden_size / 2, hidden_size * (dimension - 1) / 2, size=shape)
+        expected = block_rates(common, hidden_size, dimension, share)
+    drawn = generator.binomial(checked, expected)
     floor = np.ptp(drawn / checked, axis=1)
     as_far = int((floor > spread - 1e-12).sum())  # equal spreads may differ by rounding
     p_value = (1 + as_far) / (1 + DRAWS)
