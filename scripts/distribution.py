@@ -28,6 +28,11 @@ mean of the outputs' unit vectors (1: all the same; about 1/√n: evenly spread)
 compares with a target, before the reflections of a nonce, since whoever predicts outputs knows these. Every scheme has
 such vectors: where one reads all positions, it is what it makes of them.
 
+The spread of the blocks' valid rates (keys of a block taken together) has a 95% interval, and a floor: what it stays
+below in 95% of cases if blocks share one rate, by sampling noise and by what a random head and target of a block do
+alone. Schemes with the model's own head have no such excuse and get it all the same; where each nonce has a target of
+its own the floor is noise alone.
+
 It needs torch, transformers, numpy, scipy, rich and matplotlib, and a checkout: no installation.
 """
 

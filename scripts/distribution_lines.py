@@ -157,12 +157,13 @@ def distances_of(
     watched = WatchedRun(**{field.name: getattr(run, field.name) for field in fields(run)})
     found: list[float] = []
     while len(found) < nonces:
-        batch = range(len(found), min(len(found) + batch_size, nonces))
+        batch, done = range(len(found), min(len(found) + batch_size, nonces)), len(watched.sums)
         try:
             found += watched.distances(batch, batch_size=batch_size)
         except OutOfMemoryError:
             if batch_size == 1:
                 raise
+            del watched.sums[done:]  # what this batch may have added
             batch_size //= 2
             print(f"a batch does not fit into memory; going on with {batch_size}", file=sys.stderr)
         else:

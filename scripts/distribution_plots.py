@@ -27,7 +27,7 @@ GREY, FIRST, THEORY = "0.55", "tab:blue", "crimson"
 
 def draw(verdict: Verdict, path: Path) -> None:
     """Write a PNG: distances of each block against theory, and each block's valid rate."""
-    figure = Figure(figsize=(11, 4.4), dpi=80, layout="constrained")
+    figure = Figure(figsize=(11, 4.4), dpi=75, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     asked, one = verdict.asked, verdict.found[0]
     figure.suptitle(
@@ -37,7 +37,7 @@ def draw(verdict: Verdict, path: Path) -> None:
     )
     _distances(left, verdict)
     _rates(right, verdict)
-    figure.savefig(path)
+    figure.savefig(path, pil_kwargs={"optimize": True})
 
 
 def _colours(count: int) -> list[tuple[float, float, float, float]]:
@@ -70,7 +70,7 @@ def _distances(axes: Axes, verdict: Verdict) -> None:
         axes.axvline(target, color=line_colour, linestyle="--", linewidth=1.2, label=f"r_target, {name}: {target:.4f}")
     axes.set(xlabel="distance (left of r_target: valid)", ylabel="density", xlim=(low, high), yticks=[])
     axes.set_title("Do all blocks lie on one another, and on theory?", fontsize="medium")
-    axes.legend(fontsize="small", framealpha=0.9)
+    _legend_above(axes, columns=3)
 
 
 def _rates(axes: Axes, verdict: Verdict) -> None:
@@ -85,24 +85,23 @@ def _rates(axes: Axes, verdict: Verdict) -> None:
     rate = 100 * verdict.asked.rate
     axes.axhline(rate, color=GREY, linestyle=":", label=f"aimed at, {rate:g}%")
     labels = [_short(block) for block in verdict.blocks]
-    axes.set_xticks(places, labels, rotation=30, ha="right", fontsize="small")
+    axes.set_xticks(places, labels, rotation=30 if len(places) <= 8 else 90, ha="right", fontsize="small")
     axes.set(ylabel="valid nonces, % (bars: 95%)", xlim=(-0.6, len(places) - 0.4))
-    axes.set_ylim(bottom=0, top=max(axes.get_ylim()[1], 2 * rate))
+    axes.set_ylim(top=max(axes.get_ylim()[1], 2 * rate))
     spread = verdict.first
     axes.set_title(
         f"Spread {100 * spread.spread:.1f} points; up to {100 * spread.floor_95:.1f} would be chance",
         fontsize="medium",
         color=THEORY if spread.exceeds_floor else "darkgreen",
     )
-    axes.legend(
-        fontsize="small",
-        loc="upper center",
-        bbox_to_anchor=(0.45, -0.2),
-        ncols=3,
-        frameon=False,
-        columnspacing=1,
-        handletextpad=0.3,
-    )
+    _legend_above(axes, columns=1)
+    axes.set_yticks([tick for tick in axes.get_yticks() if 0 <= tick <= min(100, axes.get_ylim()[1])])
+
+
+def _legend_above(axes: Axes, columns: int) -> None:
+    """Name what is drawn, above it, where it hides nothing."""
+    axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
+    axes.legend(loc="upper center", ncols=columns, fontsize="small", edgecolor="none", columnspacing=1.2)
 
 
 def _with_errors(
