@@ -10,9 +10,11 @@ first is mined by node 0, the second by node 1, and so on, so that shares of the
 
 The daemon wants a chain, so one development chain runs all the while; by the configuration no round ever starts on it.
 
-In the folder `--logs`, made anew by each run; the results of the run before are kept as e2e_results.jsonl.1:
-e2e_results.jsonl               a line per test, as it is finished; `error` is null where all is consistent
-test_NN_MODEL_BLOCK_KEY_*.log   what the daemon (server) and the receiver (callback) said
+In the folder `--logs`, where an earlier run's files of the same names are written over:
+e2e_results.jsonl               a line per test, as it is finished; `error` is null where all is consistent. The one
+                                of the run before is kept as e2e_results.jsonl.1
+test_NN_MODEL_BLOCK_KEY_*       what the daemon (server.log) and the receiver (callback.log) said; both stores, where
+                                something was wrong
 full_e2e_test_run.log           what this script says, the tables too
 
 Exit status: 0 where every line is consistent, 1 where one is not, 2 for a mistyped command, 130 when interrupted.
@@ -24,6 +26,7 @@ import argparse
 import asyncio
 import itertools
 import re
+import shutil
 import signal
 import sqlite3
 import sys
@@ -283,23 +286,29 @@ async def run(options: argparse.Namespace, say: Callable[[str | Table], None], r
 
 
 async def one(test: Test, options: argparse.Namespace, chain: Running) -> Line:
-    """Run one test in a folder of its own; what keeps it from its end is its line's error."""
+    """Run one test in a folder of its own, which is kept where something is wrong: its line's error says what."""
+    kept = options.logs / f"{test.name}_stores"
+    shutil.rmtree(kept, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="pocd-e2e-") as folder:
         try:
-            return await measure(test, options, chain, Path(folder))
+            line = await measure(test, options, chain, Path(folder))
         except AdminError as error:
             log = options.logs / f"{test.name}_server.log"
             words = log.read_text(errors="replace").splitlines() or ["nothing"]
-            return Line(**blank(test), error=f"{error}; {log} ends with: {words[-1]}")
+            line = Line(**blank(test), error=f"{error}; {log} ends with: {words[-1]}")
         except (EndedError, aiohttp.ClientError, TimeoutError) as error:
-            return Line(**blank(test), error=str(error) or type(error).__name__)
+            line = Line(**blank(test), error=str(error) or type(error).__name__)
+        if line.error is not None:
+            shutil.copytree(folder, kept)
+    return line
 
 
 async def until_interrupted(options: argparse.Namespace, say: Callable[[str | Table], None], results: TextIO) -> int:
     """Run all tests, or end in good order at a signal; returns the exit status."""
     task = asyncio.ensure_future(run(options, say, results))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+        # A second one changes nothing: the processes are being ended, each within a limit.
+        asyncio.get_running_loop().add_signal_handler(number, lambda: task.cancelling() or task.cancel())
     try:
         lines = await task
     except asyncio.CancelledError:

@@ -108,6 +108,7 @@ def test_a_test_that_cannot_run_says_why_in_its_line(tmp_path: Path) -> None:
     assert list(line) == FIELDS
     assert "seq_len" in line["error"]
     assert (tmp_path / "test_01_llama_b-1_k_server.log").exists()
+    assert (tmp_path / "test_01_llama_b-1_k_stores" / "outbox.db").exists()
 
 
 @pytest.mark.parametrize(
