@@ -213,35 +213,43 @@ def results_table(lines: list[Line]) -> Table:
 
 
 def spread_table(lines: list[Line]) -> Table:
-    """Show how far valid rates lie apart, per model: between the block hashes, and between the keys as a control.
+    """Show how far valid rates lie apart, per model: between the block hashes, and as a control the keys of each.
 
     All in points but p. The interval holds the spread of the true rates with 95% confidence, whatever it is; p is the
-    probability of rates so far apart, by the noise of sampling alone, were all of them one (chi-square).
+    probability of rates so far apart, by the noise of sampling alone, were all of them one (chi-square: a rough one
+    where fewer than about 5 are valid).
     """
     table = new_table(
         "spread of valid rates (points)",
         *("model", "between", "valid rates", "spread", "95% interval", "p if all were one"),
     )
     for model in dict.fromkeys(line.model for line in lines):
-        for between, of in (("blocks", "block_hash"), ("keys", "public_key"), ("tests", "test")):
-            counts: dict[Any, list[int]] = {}
-            for line in lines:
-                if line.model == model and line.total_checked:
-                    sums = counts.setdefault(getattr(line, of), [0, 0])
-                    sums[0] += line.total_valid
-                    sums[1] += line.total_checked
-            if len(counts) < 2:
-                table.add_row(model, between, "too few to compare", "", "", "")
-                continue
-            valid, checked = np.array(list(counts.values()), np.int64).T
-            low, high, p_value = _spread(valid, checked)
-            rates = 100 * valid / checked
-            shown = [f"{rate:.2f}" for rate in rates] if of != "test" else [f"{rates.min():.2f}–{rates.max():.2f}"]
-            table.add_row(
-                *(model, between, "  ".join(shown), f"{np.ptp(rates):.2f}"),
-                *(f"{100 * low:.2f}–{100 * high:.2f}", f"{p_value:.2g}"),
-            )
+        ours = [line for line in lines if line.model == model and line.total_checked]
+        groups = {"blocks": _by((line.block_hash, line) for line in ours)}
+        # Keys are compared within a block only: over all of them a key that checked more of one would differ.
+        for block in dict.fromkeys(line.block_hash for line in ours):
+            groups[f"keys of {block}"] = _by((line.public_key, line) for line in ours if line.block_hash == block)
+        for between, counts in groups.items():
+            table.add_row(model, between, *_spread_cells(counts))
     return table
+
+
+def _by(named: Iterable[tuple[str, Line]]) -> NDArray[np.int64]:
+    """Valid and checked nonces [2, names], summed over the lines of a name."""
+    sums: dict[str, NDArray[np.int64]] = {}
+    for name, line in named:
+        sums[name] = sums.get(name, np.zeros(2, np.int64)) + np.array([line.total_valid, line.total_checked])
+    return np.array(list(sums.values()), np.int64).reshape(-1, 2).T
+
+
+def _spread_cells(counts: NDArray[np.int64]) -> list[str]:
+    if counts.shape[1] < 2:
+        return ["too few to compare", "", "", ""]
+    valid, checked = counts
+    low, high, p_value = _spread(valid, checked)
+    rates = 100 * valid / checked
+    shown = "  ".join(f"{rate:.2f}" for rate in rates)
+    return [shown, f"{np.ptp(rates):.2f}", f"{100 * low:.2f}–{100 * high:.2f}", f"{p_value:.2g}"]
 
 
 def _spread(valid: NDArray[np.int64], checked: NDArray[np.int64]) -> tuple[float, float, float]:

@@ -237,20 +237,31 @@ def line(test: int, block: str, key: str, valid: int) -> Line:
     return Line(test, "m", block, key, 1.4, total_checked=1000, total_valid=valid)
 
 
-def test_the_spread_is_between_blocks_and_between_keys() -> None:
+def test_the_spread_is_between_blocks_and_between_the_keys_of_each() -> None:
     rows = shown(line(1, "a", "A", 100), line(2, "a", "B", 120), line(3, "b", "A", 200), line(4, "b", "B", 180))
-    assert [row[:5] for row in rows[:2]] == [
+    assert [row[:-2] for row in rows] == [
         ["m", "blocks", "11.00", "19.00", "8.00"],
-        ["m", "keys", "15.00", "15.00", "0.00"],
+        ["m", "keys", "of", "a", "10.00", "12.00", "2.00"],
+        ["m", "keys", "of", "b", "20.00", "18.00", "2.00"],
     ]
     # Twice 80 away from 300 of 2000, with variance 2000 · 0.15 · 0.85: chi-square 50.2, one degree of freedom.
-    assert float(rows[0][6]) == pytest.approx(1.4e-12, rel=0.02)
-    # Each within 2.24 of its standard errors of 0.80 points, the quantile for two at once; exact ones are a bit wider.
-    assert rows[1][5:] == ["0.00–3.62", "1"]
-    assert rows[2][:4] == ["m", "tests", "10.00–20.00", "10.00"]
+    assert float(rows[0][-1]) == pytest.approx(1.4e-12, rel=0.02)
+    # Likewise 10 from 110 of 1000, variance 97.9: 2.04; and 10 from 190, variance 153.9: 1.30.
+    assert [row[-1] for row in rows[1:]] == ["0.15", "0.25"]
+    low, high = map(float, rows[0][-2].split("–"))
+    # Each rate within 2.24 of its standard errors (0.70 and 0.88), the quantile for two at once; exact ones are wider.
+    assert low == pytest.approx(8 - 2.24 * 1.58, abs=0.1)
+    assert high == pytest.approx(8 + 2.24 * 1.58, abs=0.1)
+
+
+def test_keys_that_checked_more_of_one_block_do_not_differ_for_that() -> None:
+    many = replace(line(4, "b", "B", 2000), total_checked=10_000)
+    rows = shown(line(1, "a", "A", 100), line(2, "a", "B", 100), line(3, "b", "A", 200), many)
+    assert [row[-1] for row in rows[1:]] == ["1", "1"]
 
 
 def test_the_spread_of_tests_that_found_nothing_or_did_not_run() -> None:
-    assert [row[-1] for row in shown(line(1, "a", "A", 0), line(2, "b", "B", 0))] == ["1", "1", "1"]
+    assert shown(line(1, "a", "A", 0), line(2, "b", "A", 0))[0][-3:] == ["0.00", "0.00–0.44", "1"]
     failed = Line(2, "m", "b", "A", 1.4, error="no model")
     assert all("too few to compare" in " ".join(row) for row in shown(line(1, "a", "A", 100), failed))
+    assert "too few to compare" in " ".join(shown(failed)[0])
