@@ -225,7 +225,7 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         ({"blocks": 1}, "1 blocks have no spread; give 2 or more"),
         ({"nonces": 49}, "49 nonces per block tell too little of a rate of 0.1; give 50 or more"),
         ({"nonces": 400, "rate": 0.99}, "400 nonces per block tell too little of a rate of 0.99; give 500 or more"),
-        ({"scheme": "poc3"}, "scheme 'poc3' is unknown; allowed are: "),
+        ({"scheme": "poc4"}, "scheme 'poc4' is unknown; allowed are: "),
         ({"dtype": "int8"}, "dtype 'int8' is unknown; allowed are: "),
         ({"device": "gpu"}, "device 'gpu' is unknown; allowed are: "),
         ({"model": "bundled:huge"}, "model 'bundled:huge' is not bundled; "),

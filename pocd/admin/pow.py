@@ -14,6 +14,7 @@ from pocd.admin.operations import Operation
 from pocd.admin.parsing import Input, parse_body, parse_query
 from pocd.claim import LARGEST_CLAIM, MOST_NONCES, Claim
 from pocd.compute.names import TOLERANCE
+from pocd.compute.schemes import SCHEMES
 from pocd.control import Asked, NoRoundError
 from pocd.delivery.dispatchers import CallbackError
 from pocd.nonces import Node
@@ -247,6 +248,10 @@ class PowApi:
             return configured
         if worker is None:
             raise _loading("whether the model takes seq_len is not known before it is loaded")
+        scheme = self._parts.settings.round.scheme
+        if asked < (least := SCHEMES[scheme].least_seq_len):
+            message = f"seq_len: {asked} is too short for scheme {scheme!r}: {least} or more"
+            raise RefusalError(400, "invalid_request", message, "seq_len")
         if asked > worker.longest_seq_len:
             message = f"seq_len: {asked} is more than the {worker.longest_seq_len} positions of {worker.model}"
             raise RefusalError(400, "invalid_request", message, "seq_len")
