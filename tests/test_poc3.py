@@ -16,12 +16,13 @@ import vector_models
 from scipy import stats
 
 from pocd.compute import segments
-from pocd.compute.engine import block_run
+from pocd.compute.engine import BlockRun, block_run
 from pocd.compute.errors import InputError, NonFiniteError
 from pocd.compute.model import Model, adapt, load_model
 from pocd.compute.names import DTYPES
 from pocd.compute.random import seeds_tensor, signs
 from pocd.compute.schemes import SCHEMES
+from pocd.compute.transforms import JOIN
 from pocd.statistics import expected_valid_rate, r_target_for
 
 if TYPE_CHECKING:
@@ -174,15 +175,21 @@ def test_a_distance_depends_on_block_key_and_nonce(bundled: Model) -> None:
     assert len(found) == 8
 
 
+@torch.inference_mode()
 def test_every_position_counts(bundled: Model) -> None:
     """A changed input at any position changes the output, the first and the last alike."""
     with block_run(bundled, SCHEMES["poc3"], block_hash="a", public_key="b", seq_len=8) as run:
         inputs = run.inputs([0])
-        whole = run.hidden(run.states(inputs), [0])
+        whole = output(run, inputs)
         for position in range(8):
             other = inputs.clone()
             other[:, position] = -other[:, position]
-            assert torch.linalg.vector_norm(run.hidden(run.states(other), [0]) - whole) > 0.1
+            assert torch.linalg.vector_norm(output(run, other) - whole) > 0.1
+
+
+def output(run: BlockRun, inputs: torch.Tensor) -> torch.Tensor:
+    states = run.model.by_layers(inputs, JOIN["normalise and reflect"], run.vectors, all_positions=True)
+    return run.hidden(run.readout(states, [0]), [0])
 
 
 # What theory says of it.
@@ -203,7 +210,7 @@ def test_the_same_statistics_find_the_uneven_blocks_of_poc2(bundled: Model) -> N
     found = np.array(
         [compute(bundled, range(nonces), batch_size=50, seq_len=16, block=block, scheme="poc2") for block in BLOCKS[:5]]
     )
-    assert even((found < np.quantile(found, 0.1)).sum(axis=1), nonces) < 1e-6
+    assert even((found < np.quantile(found, 0.1)).sum(axis=1), nonces) < 1e-4
 
 
 def even(valid: np.ndarray[Any, np.dtype[np.int64]], nonces: int) -> float:

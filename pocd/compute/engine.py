@@ -93,7 +93,8 @@ class BlockRun:
     def _batch(self, nonces: Sequence[int]) -> torch.Tensor:
         """Distances of one batch, float32 [B]."""
         try:
-            return self._distance(self.hidden(self.states(self.inputs(nonces)), nonces), nonces)
+            states = _states(self.model, self.scheme, self.vectors, self.inputs(nonces))
+            return self.distance(states if self.standard is None else self.readout(states, nonces), nonces)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -108,27 +109,27 @@ class BlockRun:
         flat = normal(seeds, self.seq_len * self.model.hidden_size, dtype=self.model.dtype)
         return flat.view(len(nonces), self.seq_len, self.model.hidden_size)
 
-    def states(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """What the scheme reads after the final norm: the last position [B, H], or all [B, S, H]."""
-        return _states(self.model, self.scheme, self.vectors, embeddings)
-
-    def hidden(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
-        """What the head sees, or is compared with a target, float32 [B, H], from `states`."""
-        count = self.scheme.reflections
+    def readout(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
+        """What distances are made of, [B, H], from all positions after the final norm [B, S, H]."""
         if self.standard is None:
-            h = states.float()
-        else:
-            h = product(states, signs(self._seeds([f"nonce_{n}_signs" for n in nonces]), self.seq_len), self.standard)
+            return states[:, -1]
+        seeds = self._seeds([f"nonce_{nonce}_signs" for nonce in nonces])
+        return product(states, signs(seeds, self.seq_len), self.standard)
+
+    def hidden(self, readout: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
+        """What the head sees, or is compared with a target, float32 [B, H]."""
+        h, count = readout.float(), self.scheme.reflections
         if count:
             seeds = self._seeds([f"nonce_{nonce}_hidden_r{r}" for nonce in nonces for r in range(count)])
             h = reflect_in_order(h, unit_normal(seeds.view(len(nonces), count), self.model.hidden_size))
         return h / h.norm(dim=-1, keepdim=True) if self.scheme.normalise else h
 
-    def _distance(self, h: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
-        """‖z/‖z‖ − t‖ of z = W h, or of z = h without a head, float32 [B].
+    def distance(self, readout: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
+        """‖z/‖z‖ − t‖ of z = W h, or of z = h without a head, float32 [B], from a `readout` [B, H].
 
         As ‖t‖ = 1 it is √(2 − 2 z·t/‖z‖), which is as exact wherever distances are found: near √2.
         """
+        h = self.hidden(readout, nonces)
         if self.head is None or self.target is None:
             targets = unit_normal(self._seeds([f"nonce_{nonce}_target" for nonce in nonces]), self.dimension).double()
             along, square = (h * targets).sum(dim=-1), h.double().square().sum(dim=-1)
@@ -172,7 +173,9 @@ class BlockRun:
         observe("the final norm", states)
         if self.standard is not None:
             observe("the mean of the block's samples", self.standard.mean)
-        observe("what follows the final norm", self._distance(self.hidden(states, nonces[:1]), nonces[:1]))
+            states = self.readout(states, nonces[:1])
+            observe("the product of the segments", states)
+        observe("what follows it", self.distance(states, nonces[:1]))
         where = f"first in {places[0]}" if places else "but not when it ran again, so the device may be faulty"
         dtype = str(self.model.dtype).removeprefix("torch.")
         return (

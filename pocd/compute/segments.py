@@ -75,7 +75,8 @@ def product(states: torch.Tensor, signs: torch.Tensor, standard: Standard) -> to
         sums.append((inside * weight.unsqueeze(1)) @ wide)
     drift = (inside * signs.unsqueeze(1)).sum(dim=-1, keepdim=True) * standard.mean
     x = (torch.cat(sums) - drift) / standard.deviation
-    return (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)).prod(dim=1)
+    multiplied: torch.Tensor = (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)).prod(dim=1)
+    return multiplied
 
 
 def _segments(length: int, device: torch.device) -> torch.Tensor:
