@@ -23,7 +23,7 @@ from pocd.cli_compute import (
     SeqLenOption,
     compute_errors,
 )
-from pocd.compute.names import TOLERANCE
+from pocd.compute.names import default_tolerance
 from pocd.exits import EXIT_CRASH, EXIT_FRAUD, EXIT_OK, EXIT_UNUSABLE, EndedError
 from pocd.settings import DEFAULT_PATH, RoundSettings
 
@@ -175,7 +175,9 @@ def _compute(
             r_target=r_target,
             fraud_threshold=FRAUD_THRESHOLD if fraud_threshold is None else fraud_threshold,
             mismatch=MISMATCH,
-            tolerance=TOLERANCE[request.dtype] if tolerance is None else tolerance,
+            tolerance=default_tolerance(request.dtype, run.scheme, run.model.hidden_size)
+            if tolerance is None
+            else tolerance,
             scheme=request.scheme,
             model=request.model,
             model_fingerprint=run.model.fingerprint,

@@ -173,6 +173,8 @@ class RoundSettings(_Section):
             raise ValueError(f"offset {self.offset} must be below every {self.every}")
         if self.duration > self.every:
             raise ValueError(f"duration {self.duration} must be at most every {self.every}")
+        if self.seq_len < (least := SCHEMES[self.scheme].least_seq_len):
+            raise ValueError(f"seq_len {self.seq_len} is too short for scheme {self.scheme!r}: {least} or more")
         return self
 
 

@@ -25,7 +25,8 @@ def expected_valid_rate(r_target: float, dimension: int) -> float:
     """Return the share of nonces whose distance is below `r_target`, were outputs uniformly random.
 
     Between uniformly random unit vectors in D dimensions, d = √(2 − 2c) with (c + 1)/2 following
-    Beta((D − 1)/2, (D − 1)/2) (Muller 1959; docs/protocol.md section 1).
+    Beta((D − 1)/2, (D − 1)/2) (Muller 1959; docs/protocol.md section 1). One of the two may be anything: where
+    the target is drawn per nonce (`poc3`), this holds for every model and within each block.
 
     The same holds behind a random head, z = W h with W normal: for any h, z/‖z‖ is uniform on the
     sphere in D dimensions. But only over many blocks, as a uniform target alone makes it so; within a

@@ -1,10 +1,10 @@
 """Measure how far honest distances of one nonce lie apart, and what tolerance a validator needs.
 
-Usage: python scripts/agreement.py [--models NAME …] [--nonces 512] [--seq-len 64] [--device cpu]
-           [--compiled] [--json]
+Usage: python scripts/agreement.py [--models NAME …] [--scheme poc2] [--nonces 512] [--seq-len 64]
+           [--device cpu] [--compiled] [--json]
 
-Each row compares the distances of the same nonces under scheme `poc2`, computed in two ways that an
-honest miner and an honest validator may differ in. Per row: the largest and the 99th-percentile
+Each row compares the distances of the same nonces, computed in two ways that an honest miner and an
+honest validator may differ in. Per row: the largest and the 99th-percentile
 difference, and the share of a miner's valid nonces that would not be valid for the validator, at the
 r_target that one nonce in ten passes: with no tolerance, and with the default one of that dtype
 (`pocd/compute/names.py`). That share is E[max(Δ − tolerance, 0)] times the density of distances at
@@ -35,8 +35,8 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 from pocd.compute.engine import block_run  # noqa: E402
-from pocd.compute.names import DTYPES, TOLERANCE  # noqa: E402
-from pocd.compute.schemes import RANDOM_HEAD_DIM, SCHEMES  # noqa: E402
+from pocd.compute.names import DTYPES, default_tolerance  # noqa: E402
+from pocd.compute.schemes import SCHEMES  # noqa: E402
 from pocd.statistics import expected_valid_rate, r_target_for  # noqa: E402
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     from pocd.compute.model import Model
     from pocd.compute.names import Dtype
+    from pocd.compute.schemes import Scheme
 
 RATE = 0.1
 BATCH = 32
@@ -62,21 +63,25 @@ class Row:
     percentile_99: float
     flipped: float
     flipped_with_tolerance: float
+    tolerance: float
 
 
 class Distances:
     """The same nonces' distances, in many ways."""
 
-    def __init__(self, count: int, seq_len: int) -> None:
+    def __init__(self, count: int, seq_len: int, scheme: Scheme) -> None:
         self.nonces = list(range(count))
         self.seq_len = seq_len
+        self.scheme = scheme
+        self.dimension = 0
 
     def of(self, model: Model, *, batch_size: int = BATCH, nonces: list[int] | None = None) -> NDArray[np.float64]:
         """Distances in the order of the nonces' numbers."""
         order = self.nonces if nonces is None else nonces
         with block_run(
-            model, SCHEMES["poc2"], block_hash="block_alpha", public_key="agreement", seq_len=self.seq_len
+            model, self.scheme, block_hash="block_alpha", public_key="agreement", seq_len=self.seq_len
         ) as run:
+            self.dimension = run.dimension
             found = dict(zip(order, run.distances(order, batch_size=batch_size), strict=True))
         return np.array([found[nonce] for nonce in self.nonces])
 
@@ -102,20 +107,27 @@ class Distances:
             yield "eager and compiled", self.of(replace(model, decoder=compiled)) - base
 
 
-def row(model: str, dtype: Dtype, between: str, difference: NDArray[np.float64]) -> Row:
+def row(model: Model, dtype: Dtype, between: str, difference: NDArray[np.float64], distances: Distances) -> Row:
     """Sum up one comparison."""
-    r_target = r_target_for(RATE, RANDOM_HEAD_DIM)
+    r_target = r_target_for(RATE, distances.dimension)
     step = 1e-4
-    above, below = (expected_valid_rate(r_target + side * step, RANDOM_HEAD_DIM) for side in (1, -1))
+    above, below = (expected_valid_rate(r_target + side * step, distances.dimension) for side in (1, -1))
     density = (above - below) / (2 * step) / RATE  # of a valid nonce's distance, at r_target
 
     def flipped(tolerance: float) -> float:
         # Either of the two may be the miner.
         return float(np.maximum(np.abs(difference) - tolerance, 0).mean() / 2 * density)
 
-    size = np.abs(difference)
+    size, tolerance = np.abs(difference), default_tolerance(dtype, distances.scheme, model.hidden_size)
     return Row(
-        model, dtype, between, float(size.max()), float(np.quantile(size, 0.99)), flipped(0), flipped(TOLERANCE[dtype])
+        model=model.name,
+        dtype=dtype,
+        between=between,
+        largest=float(size.max()),
+        percentile_99=float(np.quantile(size, 0.99)),
+        flipped=flipped(0),
+        flipped_with_tolerance=flipped(tolerance),
+        tolerance=tolerance,
     )
 
 
@@ -126,12 +138,12 @@ def compare(name: str, distances: Distances, options: argparse.Namespace) -> lis
     rows = []
     for dtype in DTYPES:
         model = bench.build(name, getattr(torch, dtype), device)
-        rows += [row(name, dtype, *pair) for pair in distances.pairs(model, options)]
+        rows += [row(model, dtype, *pair, distances) for pair in distances.pairs(model, options)]
         if dtype != "float32":
-            rows.append(row(name, dtype, f"{dtype} and float32", distances.of(model) - exact))
+            rows.append(row(model, dtype, f"{dtype} and float32", distances.of(model) - exact, distances))
         if device.type != "cpu":
             other = distances.of(bench.build(name, getattr(torch, dtype), cpu))
-            rows.append(row(name, dtype, f"{device.type} and cpu", distances.of(model) - other))
+            rows.append(row(model, dtype, f"{device.type} and cpu", distances.of(model) - other, distances))
     return rows
 
 
@@ -161,6 +173,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     bundled = ["bundled:tiny-qwen3", "bundled:tiny-llama"]
     parser.add_argument("--models", nargs="+", choices=[*bundled, bench.QWEN_06B], default=bundled)
+    parser.add_argument("--scheme", choices=SCHEMES, default="poc2")
     parser.add_argument("--nonces", type=int, default=512)
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--device", default="cpu")
@@ -173,18 +186,19 @@ def main() -> None:
     """Measure, and print."""
     options = parse()
     transformers.utils.logging.disable_progress_bar()
-    distances = Distances(options.nonces, options.seq_len)
+    distances = Distances(options.nonces, options.seq_len, SCHEMES[options.scheme])
     rows = [each for name in options.models for each in compare(name, distances, options)]
     if options.json:
-        print(json.dumps({"tolerance": TOLERANCE, "rows": [asdict(each) for each in rows]}))
+        print(json.dumps({"scheme": options.scheme, "rows": [asdict(each) for each in rows]}))
         return
     console = Console(highlight=False)
     console.print(
-        f"{', '.join(options.models)}; {options.nonces} nonces, sequence length {options.seq_len}, "
+        f"{options.scheme}; {', '.join(options.models)}; {options.nonces} nonces, sequence length {options.seq_len}, "
         f"{options.device}, torch {torch.__version__}; the worse of the models"
     )
     console.print(table(rows))
-    console.print(f"default tolerances: {', '.join(f'{dtype} {value:g}' for dtype, value in TOLERANCE.items())}")
+    tolerances = sorted({(each.dtype, each.tolerance) for each in rows})
+    console.print(f"default tolerances: {', '.join(f'{dtype} {value:g}' for dtype, value in tolerances)}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Measure the engine against the bare model, and against the protocol written plainly.
 
 Usage: python scripts/bench.py [--models NAME …] [--seq-len 256] [--batch-size N] [--dtype float32]
-           [--device cpu] [--repeats 7] [--compiled] [--growth] [--json]
+           [--device cpu] [--repeats 7] [--scheme poc2] [--compiled] [--growth] [--json]
 
 In one process, interleaved, each figure the median of several samples, as nonces per second:
-(a) plain: `tests/plain_torch.py`, one nonce at a time;
+(a) plain: `tests/plain_torch.py`, one nonce at a time, for `poc2`; for another scheme the engine with `poc2`;
 (b) bare: transformers' decoder on ready inputs, model.model(inputs_embeds=…, use_cache=False);
 (c) engine: from nonces to distances.
 The ratios c/a and c/b are medians over the rounds of sampling, each of samples taken one after the
@@ -25,6 +25,7 @@ import re
 import statistics
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from pocd.compute.schemes import Scheme
+
 QWEN_06B = "qwen3-0.6b"  # random weights of its shape
 BLOCK, KEY = "block_alpha", "bench"
 SMALL = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -59,15 +62,18 @@ class Figures:
     """What one model gave in one shape. Rates are nonces per second, memory is MiB above what was held before."""
 
     model: str
+    scheme: str
     parameters: int
     hidden_size: int
     dtype: str
     seq_len: int
     batch_size: int
     plain: float | None
+    poc2: float | None
     bare: float
     engine: float
     engine_over_plain: float | None
+    engine_over_poc2: float | None
     engine_over_bare: float
     gflop_per_nonce: float
     bare_gflops: float
@@ -116,8 +122,8 @@ def flop_per_nonce(model: Model, seq_len: int) -> float:
 class Bench:
     """Times calls on one device."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, repeats: int) -> None:
-        self.device, self.dtype, self.repeats = device, dtype, repeats
+    def __init__(self, device: torch.device, dtype: torch.dtype, repeats: int, scheme: Scheme) -> None:
+        self.device, self.dtype, self.repeats, self.scheme = device, dtype, repeats, scheme
 
     def seconds(self, call: Callable[[], object]) -> float:
         """How long `call` takes, with all that it leaves to the device."""
@@ -181,36 +187,50 @@ def measure(bench: Bench, model: Model, seq_len: int, batch_size: int, *, plain:
         return bare_model(inputs_embeds=inputs, use_cache=False)
 
     def prepare() -> None:
-        with block_run(model, SCHEMES["poc2"], block_hash="another", public_key=KEY, seq_len=seq_len):
+        with block_run(model, bench.scheme, block_hash="another", public_key=KEY, seq_len=seq_len):
             pass
 
-    with block_run(model, SCHEMES["poc2"], block_hash=BLOCK, public_key=KEY, seq_len=seq_len) as run:
+    with ExitStack() as runs:
+        run, baseline = (
+            runs.enter_context(block_run(model, scheme, block_hash=BLOCK, public_key=KEY, seq_len=seq_len))
+            for scheme in (bench.scheme, SCHEMES["poc2"])
+        )
         nonces = list(range(batch_size))
         calls: dict[str, Callable[[], object]] = {
             "bare": bare,
             "engine": lambda: run.distances(nonces, batch_size=batch_size),
             "generator": lambda: generate(run, nonces),
         }
-        if plain:
+        if bench.scheme.name != "poc2":
+            calls["poc2"] = lambda: baseline.distances(nonces, batch_size=batch_size)
+        elif plain:
             calls = {"plain": plain_call(model, seq_len)} | calls
         samples = bench.interleaved(calls)
         memory = {name: bench.peak_memory(calls[name]) for name in ("bare", "engine")}
     middle = {name: statistics.median(values) for name, values in samples.items()}
     flop = flop_per_nonce(model, seq_len)
-    over_plain = [batch_size * a / c for a, c in zip(samples["plain"], samples["engine"], strict=True)] if plain else []
-    over_bare = [b / c for b, c in zip(samples["bare"], samples["engine"], strict=True)]
+
+    def over(name: str, nonces_per_sample: int) -> float | None:
+        if name not in samples:
+            return None
+        pairs = zip(samples[name], samples["engine"], strict=True)
+        return statistics.median(batch_size / nonces_per_sample * other / engine for other, engine in pairs)
+
     return Figures(
         model=model.name,
+        scheme=bench.scheme.name,
         parameters=sum(p.numel() for p in model.causal.parameters()),
         hidden_size=model.hidden_size,
         dtype=str(model.dtype).removeprefix("torch."),
         seq_len=seq_len,
         batch_size=batch_size,
-        plain=1 / middle["plain"] if plain else None,
+        plain=1 / middle["plain"] if "plain" in middle else None,
+        poc2=batch_size / middle["poc2"] if "poc2" in middle else None,
         bare=batch_size / middle["bare"],
         engine=batch_size / middle["engine"],
-        engine_over_plain=statistics.median(over_plain) if plain else None,
-        engine_over_bare=statistics.median(over_bare),
+        engine_over_plain=over("plain", 1),
+        engine_over_poc2=over("poc2", batch_size),
+        engine_over_bare=cast("float", over("bare", batch_size)),
         gflop_per_nonce=flop / 1e9,
         bare_gflops=flop * batch_size / middle["bare"] / 1e9,
         engine_gflops=flop * batch_size / middle["engine"] / 1e9,
@@ -224,8 +244,8 @@ def measure(bench: Bench, model: Model, seq_len: int, batch_size: int, *, plain:
 
 @torch.inference_mode()
 def generate(run: BlockRun, nonces: list[int]) -> None:
-    """All random numbers of a batch: inputs, and the vectors of the reflections with their use."""
-    run.hidden(run.inputs(nonces)[:, -1], nonces)
+    """All random numbers of a batch, with their use: inputs, and the reflections' vectors or the signs."""
+    run.hidden(run.readout(run.inputs(nonces), nonces), nonces)
 
 
 def plain_call(model: Model, seq_len: int) -> Callable[[], object]:
@@ -239,7 +259,7 @@ def compiled(bench: Bench, model: Model, figures: Figures, rate: float) -> Figur
     start = time.perf_counter()
     decoder: Any = torch.compile(model.decoder, fullgraph=True, dynamic=False)
     fast = replace(model, decoder=decoder)
-    with block_run(fast, SCHEMES["poc2"], block_hash=BLOCK, public_key=KEY, seq_len=figures.seq_len) as run:
+    with block_run(fast, bench.scheme, block_hash=BLOCK, public_key=KEY, seq_len=figures.seq_len) as run:
         run.distances(range(figures.batch_size), batch_size=figures.batch_size)
     engine_seconds = time.perf_counter() - start
     start = time.perf_counter()
@@ -271,17 +291,18 @@ def growth(bench: Bench, rate: float) -> list[Figures]:
 def table(title: str, rows: list[Figures]) -> Table:
     """A table for 80 columns."""
     made = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for name in ("model", "S", "B", "plain", "bare", "engine", "c/a", "c/b", "GFLOP/s", "peak", "gen", "MiB"):
+    baseline, ratio = ("poc2", "c/poc2") if any(row.poc2 for row in rows) else ("plain", "c/a")
+    for name in ("model", "S", "B", baseline, "bare", "engine", ratio, "c/b", "GFLOP/s", "peak", "gen", "MiB"):
         made.add_column(name, justify="left" if name == "model" else "right", no_wrap=name != "model")
     for row in rows:
         made.add_row(
             row.model.removeprefix("bundled:"),
             str(row.seq_len),
             str(row.batch_size),
-            "" if row.plain is None else f"{row.plain:.3g}",
+            rounded(row.poc2 or row.plain, ".3g"),
             f"{row.bare:.3g}",
             f"{row.engine:.3g}",
-            "" if row.engine_over_plain is None else f"{row.engine_over_plain:.2f}",
+            rounded(row.engine_over_poc2 or row.engine_over_plain, ".2f"),
             f"{row.engine_over_bare:.2f}",
             f"{row.engine_gflops:.0f}",
             f"{row.engine_share_of_matrix_rate:.0%}",
@@ -289,6 +310,11 @@ def table(title: str, rows: list[Figures]) -> Table:
             f"{row.engine_memory:.0f}",
         )
     return made
+
+
+def rounded(value: float | None, digits: str) -> str:
+    """A number for the table, or nothing."""
+    return "" if value is None else format(value, digits)
 
 
 def parse() -> argparse.Namespace:
@@ -302,6 +328,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--scheme", choices=SCHEMES, default="poc2")
     parser.add_argument("--compiled", action="store_true", help="both compiled too")
     parser.add_argument("--growth", action="store_true", help="how cost grows with S, B and H too")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
@@ -314,7 +341,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     transformers.utils.logging.disable_progress_bar()
     device = torch.device(options.device)
-    bench = Bench(device, getattr(torch, options.dtype), options.repeats)
+    bench = Bench(device, getattr(torch, options.dtype), options.repeats, SCHEMES[options.scheme])
     rate = bench.matrix_rate()
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
     rows, more = [], []
@@ -338,7 +365,7 @@ def main() -> None:
         print(json.dumps(facts | {"models": [asdict(row) for row in rows], "growth": [asdict(row) for row in more]}))
         return
     console = Console(highlight=False)
-    console.print(f"{machine}, {options.threads} threads, torch {torch.__version__}, {options.dtype}")
+    console.print(f"{machine}, {options.threads} threads, torch {torch.__version__}, {options.dtype}, {options.scheme}")
     console.print(f"a large matrix product reaches {rate / 1e9:.0f} GFLOP/s")
     console.print(table("nonces/s of (a) plain, (b) bare and (c) engine", rows))
     console.print("S sequence length, B batch size; peak: GFLOP/s as a share of the product's;")

@@ -101,12 +101,12 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Scheme:
-    """One row of section 4's table; all have eight reflections per nonce."""
+    """One row of section 4's table; all that have a head have eight reflections per nonce."""
 
     weights: Literal["trained", "all drawn", "embedding drawn"]
     after_layer: Literal["none", "reflect", "normalise + reflect"]
-    before_head: Literal["none", "normalise"]
-    head: Literal["the model's", "the embedding", "random"]
+    before_head: Literal["none", "normalise", "product of segments"]
+    head: Literal["the model's", "the embedding", "random", "none"]
 
 
 SCHEMES = {
@@ -117,6 +117,7 @@ SCHEMES = {
     "random-head": Scheme("trained", "reflect", "normalise", "random"),
     "hidden-householder": Scheme("trained", "none", "normalise", "the model's"),
     "poc2": Scheme("trained", "normalise + reflect", "normalise", "random"),
+    "poc3": Scheme("trained", "normalise + reflect", "product of segments", "none"),
 }
 NORM_WEIGHT = re.compile(r"(norm|ln_\w+)\.weight$")  # as the tested families name them
 
@@ -147,6 +148,39 @@ def after_layer(scheme: Scheme, block_hash: str) -> Step:
     return step
 
 
+def embeddings(text: str, seq_len: int, size: int) -> Array:
+    return normal(seed32(text), seq_len * size).astype(np.float64).reshape(seq_len, size)
+
+
+def units(states: Array) -> Array:
+    return np.stack([h / np.linalg.norm(h) for h in states])
+
+
+def standard(decoder: Decoder, block_hash: str, seq_len: int, step: Step) -> tuple[Array, Array]:
+    """Section 3.1, step 3: mean and deviation [H] over all positions of 32 inputs."""
+    texts = [f"{block_hash}_sample_{k}_input" for k in range(32)]
+    seen = [units(decoder.run(decoder.weights, embeddings(text, seq_len, decoder.size), step)) for text in texts]
+    every = np.concatenate(seen)
+    mean = every.mean(axis=0)
+    variance = ((every - mean) ** 2).mean(axis=0)
+    return mean, np.maximum(np.sqrt(variance), 0.01 * np.sqrt(variance.mean()))
+
+
+def segments_distance(decoder: Decoder, block_hash: str, owner: str, nonce: int, seq_len: int, step: Step) -> float:
+    """Section 3.1: all positions, in four segments, against a target of the nonce's own."""
+    mean, deviation = standard(decoder, block_hash, seq_len, step)
+    a = units(decoder.run(decoder.weights, embeddings(f"{owner}_nonce{nonce}", seq_len, decoder.size), step))
+    seed = seed32(f"{owner}_nonce_{nonce}_signs")
+    y = np.ones(decoder.size)
+    for g in range(4):
+        x = np.zeros(decoder.size)
+        for s in range(g * seq_len // 4, (g + 1) * seq_len // 4):
+            x += (1 if hash32(s, seed) < 2**31 else -1) * (a[s] - mean)
+        x /= deviation
+        y *= x / np.linalg.norm(x)
+    return float(np.linalg.norm(y / np.linalg.norm(y) - unit(f"{owner}_nonce_{nonce}_target", decoder.size)))
+
+
 def distance(
     decoder: Decoder, *, block_hash: str, public_key: str, nonce: int, seq_len: int, scheme: str = "poc2"
 ) -> float:
@@ -157,12 +191,12 @@ def distance(
     elif choices.weights == "embedding drawn":
         decoder = draw(decoder, [decoder.embedding], block_hash)
 
-    size = decoder.size
-    flat = normal(seed32(f"{block_hash}_{public_key}_nonce{nonce}"), seq_len * size)
-    x = flat.astype(np.float64).reshape(seq_len, size)
-    h = decoder.run(decoder.weights, x, after_layer(choices, block_hash))[-1]
+    size, owner, step = decoder.size, f"{block_hash}_{public_key}", after_layer(choices, block_hash)
+    if choices.head == "none":
+        return segments_distance(decoder, block_hash, owner, nonce, seq_len, step)
+    h = decoder.run(decoder.weights, embeddings(f"{owner}_nonce{nonce}", seq_len, size), step)[-1]
     for r in range(8):
-        h = reflect(h, unit(f"{block_hash}_{public_key}_nonce_{nonce}_hidden_r{r}", size))
+        h = reflect(h, unit(f"{owner}_nonce_{nonce}_hidden_r{r}", size))
     if choices.before_head == "normalise":
         h = h / np.linalg.norm(h)
 

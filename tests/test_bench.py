@@ -50,10 +50,17 @@ def test_the_bench_measures_all_three_ways() -> None:
     assert abs(row["gflop_per_nonce"] * 1e9 - (2 * weights * 8 + 4 * 2 * 8 * 8 * 128)) < 1
 
 
+def test_the_bench_holds_another_scheme_against_poc2() -> None:
+    options = "--models", "bundled:tiny-llama", "--seq-len", "8", "--batch-size", "2", "--repeats", "1"
+    (row,) = run("bench.py", *options, "--scheme", "poc3")["models"]
+    assert (row["scheme"], row["plain"], row["engine_over_plain"]) == ("poc3", None, None)
+    assert abs(row["engine_over_poc2"] * row["poc2"] / row["engine"] - 1) < 1e-9
+
+
 def test_the_agreement_table_shows_that_place_and_neighbours_change_nothing() -> None:
     found = run("agreement.py", "--models", "bundled:tiny-qwen3", "--nonces", "40", "--seq-len", "8")
     rows = {(row["dtype"], row["between"]): row for row in found["rows"]}
-    for dtype, tolerance in found["tolerance"].items():
+    for dtype, tolerance in {(row["dtype"], row["tolerance"]) for row in found["rows"]}:
         assert rows[dtype, "place in the batch and neighbours"]["largest"] == 0
         within = [row for row in found["rows"] if row["dtype"] == dtype and "float32" not in row["between"]]
         assert all(row["largest"] <= tolerance for row in within)

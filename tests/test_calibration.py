@@ -133,6 +133,7 @@ def test_the_text_fits_a_terminal(rate: float) -> None:
     assert any(f"p{100 * rate:g}" in line.split() for line in lines)
     for block in found.blocks:
         (line,) = (line for line in lines if block.block_hash[:12] in line)
+        assert block.head_rate is not None
         rates = block.valid_rate, block.valid_rate_first, block.valid_rate_pooled, block.head_rate
         assert line.split()[-4:] == [f"{100 * rate:.2f}%" for rate in rates]
         assert line.split()[1:4] == [f"{value:.5f}" for value in (block.mean, block.std, block.quantile)]
@@ -200,11 +201,25 @@ def test_the_heads_rate_is_that_of_the_blocks_own_head(monkeypatch: pytest.Monke
     found = command.measure(replace(PLAN, blocks=2, nonces=50, batch_size=32), steps.append)
     assert steps == [32, 18, 32, 18]
     assert found.distances.shape == (2, 50)
+    assert found.head_rates is not None
     for block, head_rate in zip(runs[::2], found.head_rates, strict=True):
+        assert block.head is not None
+        assert block.target is not None
         head, target = block.head.double().numpy(), block.target.double().numpy()
         expected = head_valid_rate(r_target_for(0.1, 8192), head.T @ head, head.T @ target)
         assert head_rate == pytest.approx(expected, abs=1e-5)
     assert found.head_rates[0] != found.head_rates[1]
+
+
+def test_without_a_head_theory_is_exact_and_the_floor_sampling_noise_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    calibrate_here(scheme="poc3", rate=0.2)
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "hidden size H = 128, output dimension D = 128" in printed
+    assert f"{r_target_for(0.2, 128):.6f} by theory" in printed
+    words = " ".join(printed.split())
+    assert "by sampling noise alone, as each nonce has a target of its own" in words
+    assert "head" not in words
 
 
 def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +240,7 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         ({"blocks": 1}, "1 blocks have no spread; give 2 or more"),
         ({"nonces": 49}, "49 nonces per block tell too little of a rate of 0.1; give 50 or more"),
         ({"nonces": 400, "rate": 0.99}, "400 nonces per block tell too little of a rate of 0.99; give 500 or more"),
-        ({"scheme": "poc3"}, "scheme 'poc3' is unknown; allowed are: "),
+        ({"scheme": "poc4"}, "scheme 'poc4' is unknown; allowed are: "),
         ({"dtype": "int8"}, "dtype 'int8' is unknown; allowed are: "),
         ({"device": "gpu"}, "device 'gpu' is unknown; allowed are: "),
         ({"model": "bundled:huge"}, "model 'bundled:huge' is not bundled; "),

@@ -220,7 +220,7 @@ def compute(*, nonces: str = "0", **options: str) -> list[str]:
         ({"nonces": "1,0:5"}, "nonces: 1 is named twice"),
         ({"nonces": "5:5"}, "nonces: the range 5:5 is empty"),
         ({"nonces": str(2**63)}, f"nonces: {2**63} goes beyond 2**63 - 1"),
-        ({"scheme": "poc3"}, "scheme 'poc3' is unknown; allowed are: trained, random-weights, "),
+        ({"scheme": "poc4"}, "scheme 'poc4' is unknown; allowed are: trained, random-weights, "),
         ({"dtype": "int8"}, "dtype 'int8' is unknown; allowed are: float32, float16, bfloat16"),
         ({"device": "gpu"}, "device 'gpu' is unknown; allowed are: cpu, cuda, cuda:N"),
         ({"model": "bundled:huge"}, "model 'bundled:huge' is not bundled; the bundled ones are: bundled:tiny-"),

@@ -58,7 +58,7 @@ def test_the_bare_model_computes_what_the_plain_decoder_does(family: Family) -> 
         assert np.abs(ours - theirs).max() < 2e-5 * np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("scheme", ["poc2", "trained", "random-weights", "random-embed"])
+@pytest.mark.parametrize("scheme", ["poc2", "trained", "random-weights", "random-embed", "poc3"])
 def test_distances_agree_with_the_plain_ones(family: Family, scheme: str) -> None:
     causal = family.build()
     decoder = family.plain(causal)

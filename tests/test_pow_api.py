@@ -34,11 +34,13 @@ POW = "/api/v1/pow"
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 
-def computed(block_hash: str, public_key: str, nonces: list[int], *, seq_len: int = 16) -> list[float]:
+def computed(
+    block_hash: str, public_key: str, nonces: list[int], *, seq_len: int = 16, scheme: str = "poc2"
+) -> list[float]:
     """Distances by the command line's way, without a daemon."""
     request = command.Request(
         model=MODEL,
-        scheme="poc2",
+        scheme=scheme,
         block_hash=block_hash,
         public_key=public_key,
         seq_len=seq_len,
@@ -512,3 +514,18 @@ def ordered(server: Server) -> dict[str, list[int]]:
             body = orjson.loads(request.body)
             got.setdefault(body["block_hash"], []).extend(body["nonces"])
     return got
+
+
+async def test_a_daemon_of_poc3_expects_and_tolerates_what_its_hidden_size_says(tmp_path: Path) -> None:
+    async with serving_api(tmp_path, round__scheme="poc3", round__r_target=1.3315) as api:
+        status, answer = await api.post("/init/generate", init_body(api, "short", seq_len=3))
+        assert (status, answer["error"]["field"]) == (400, "seq_len")
+        assert answer["error"]["message"] == "seq_len: 3 is too short for scheme 'poc3': 4 or more"
+        await api.done("/init/generate", init_body(api, "hidden", r_target=1.3315))
+        found = await api.found(2)
+        assert found["round"]["expected_valid_rate"] == pytest.approx(0.1, abs=1e-4)
+        expected = computed("hidden", "02ab", found["valid_nonces"], scheme="poc3")
+        assert found["valid_distances"] == pytest.approx(expected, abs=2e-5)
+        claim = claim_of("hidden", found["valid_nonces"], found["valid_distances"])
+        verdict = await api.done("/validate", claim | {"scheme": "poc3"})
+        assert (verdict["n_invalid"], verdict["tolerance"]) == (0, pytest.approx(1.2e-4))

@@ -152,10 +152,15 @@ def test_the_shipped_file_loads_with_everything_set(tmp_path: Path) -> None:
         pytest.param("[delivery]\nbatch_seconds = nan", "delivery.batch_seconds: Input should be", id="no number"),
         pytest.param(f"[round]\nevery = {2**63}", "round.every: Input should be less than", id="beyond 64 bits"),
         pytest.param(
-            "[round]\nscheme = 'poc3'", "round.scheme: unknown scheme 'poc3'; allowed are: trained, ", id="scheme"
+            "[round]\nscheme = 'poc4'", "round.scheme: unknown scheme 'poc4'; allowed are: trained, ", id="scheme"
         ),
         pytest.param("[model]\ndtype = 'int8'", "model.dtype: Input should be 'float32', 'float16'", id="dtype"),
         pytest.param("[model]\ndevice = 'gpu'", "model.device: String should match", id="device"),
+        pytest.param(
+            '[round]\nscheme = "poc3"\nseq_len = 3',
+            "round: seq_len 3 is too short for scheme 'poc3': 4 or more",
+            id="segments",
+        ),
         pytest.param("[round]\noffset = 60", "round: offset 60 must be below every 60", id="offset"),
         pytest.param("[round]\nduration = 61", "round: duration 61 must be at most every 60", id="duration"),
         pytest.param("[admin]\nhost = '0.0.0.0'", "admin: host '0.0.0.0' is not loopback: set token_file", id="open"),

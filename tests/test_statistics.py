@@ -283,6 +283,14 @@ def test_what_exceeds_the_floor_lies_above_its_95th_percentile(blocks: list[tupl
     assert found.exceeds_floor == (found.spread > found.floor_95)
 
 
+def test_without_a_head_the_floor_is_sampling_noise_alone() -> None:
+    generator = np.random.default_rng(11)
+    for n in (100, 200_000):
+        k = np.full(2, n // 10)
+        found = spread_of_rates(k, np.full(2, n), hidden_size=None, dimension=128, generator=generator)
+        assert found.floor_mean == pytest.approx(2 / math.sqrt(math.pi) * math.sqrt(0.09 / n), rel=0.03)
+
+
 def test_the_floor_is_sampling_noise_and_geometry() -> None:
     """Of two blocks: the mean of |difference| is 2/√π of one's deviation."""
     generator = np.random.default_rng(10)

@@ -154,9 +154,9 @@ async def until(bench: Bench, more: int) -> None:
             await asyncio.sleep(0.02)
 
 
-@pytest.mark.parametrize("scheme", ["poc2", "random-embed"])
+@pytest.mark.parametrize("scheme", ["poc2", "random-embed", "poc3"])
 async def test_a_batch_is_validated_between_those_that_are_mined_and_disturbs_none(tmp_path: Path, scheme: str) -> None:
-    """Of a scheme that draws weights, too: what is mined after it has its own again."""
+    """Of a scheme that draws weights, or measures its outputs, too: what is mined after it has its own again."""
     load = dataclasses.replace(LOAD, scheme=scheme)
     mined, theirs = (dataclasses.replace(round_, scheme=scheme) for round_ in (MINED, THEIRS))
     distances = computed(theirs, range(40))

@@ -104,8 +104,10 @@ def test_a_drawn_embedding_leaves_all_else_and_unties_the_head() -> None:
 def test_the_head_of_random_embed_is_the_drawn_embedding_also_in_an_untied_model() -> None:
     model = untied()
     with block_run(model, SCHEMES["random-embed"], block_hash=BLOCK, public_key="k", seq_len=4) as run:
+        assert run.head is not None
         assert torch.allclose(run.head, drawn("model.embed_tokens.weight", run.head.shape), atol=1e-7)
     with block_run(model, SCHEMES["random-weights"], block_hash=BLOCK, public_key="k", seq_len=4) as run:
+        assert run.head is not None
         assert torch.allclose(run.head, drawn("lm_head.weight", run.head.shape), atol=1e-7)
     with block_run(model, SCHEMES["trained"], block_hash=BLOCK, public_key="k", seq_len=4) as run:
         assert run.head is model.causal.lm_head.weight

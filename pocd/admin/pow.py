@@ -13,7 +13,8 @@ from pocd.admin import answers, status
 from pocd.admin.operations import Operation
 from pocd.admin.parsing import Input, parse_body, parse_query
 from pocd.claim import LARGEST_CLAIM, MOST_NONCES, Claim
-from pocd.compute.names import TOLERANCE
+from pocd.compute.names import default_tolerance
+from pocd.compute.schemes import SCHEMES
 from pocd.control import Asked, NoRoundError
 from pocd.delivery.dispatchers import CallbackError
 from pocd.nonces import Node
@@ -247,6 +248,10 @@ class PowApi:
             return configured
         if worker is None:
             raise _loading("whether the model takes seq_len is not known before it is loaded")
+        scheme = self._parts.settings.round.scheme
+        if asked < (least := SCHEMES[scheme].least_seq_len):
+            message = f"seq_len: {asked} is too short for scheme {scheme!r}: {least} or more"
+            raise RefusalError(400, "invalid_request", message, "seq_len")
         if asked > worker.longest_seq_len:
             message = f"seq_len: {asked} is more than the {worker.longest_seq_len} positions of {worker.model}"
             raise RefusalError(400, "invalid_request", message, "seq_len")
@@ -320,7 +325,9 @@ class PowApi:
             r_target=asked.round.r_target if asked else settings.round.r_target,
             fraud_threshold=asked.fraud_threshold if asked else settings.validation.fraud_threshold,
             mismatch=settings.validation.mismatch,
-            tolerance=TOLERANCE[settings.model.dtype] if tolerance is None else tolerance,
+            tolerance=default_tolerance(worker.dtype, SCHEMES[settings.round.scheme], worker.hidden_size)
+            if tolerance is None
+            else tolerance,
             scheme=settings.round.scheme,
             model=settings.model.name,
             model_fingerprint=worker.fingerprint,

@@ -80,14 +80,14 @@ class Measurement:
         dimension: D, of the head's output.
         distances: [blocks, nonces].
         head_rates: [blocks], the valid rate at the theoretical r_target that head and target give
-            to uniform hidden states.
+            to uniform hidden states. None where there is no head, and a target per nonce.
     """
 
     fingerprint: str
     hidden_size: int
     dimension: int
     distances: NDArray[np.float64]
-    head_rates: tuple[float, ...]
+    head_rates: tuple[float, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,7 @@ class Block:
         valid_rate: At the theoretical r_target.
         valid_rate_first: At the r_target measured on the first block.
         valid_rate_pooled: At the r_target measured on all blocks.
-        head_rate: What `valid_rate` would be on average, were hidden states uniformly random.
+        head_rate: What `valid_rate` would be on average, were hidden states uniformly random. None without a head.
     """
 
     block_hash: str
@@ -112,7 +112,7 @@ class Block:
     valid_rate: float
     valid_rate_first: float
     valid_rate_pooled: float
-    head_rate: float
+    head_rate: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class Calibration:
         expected_r_target: What gives the rate if outputs are uniformly random, over all blocks.
         expected_mean: Of such distances.
         expected_std: Of such distances.
-        geometry_std: Of the valid rate over blocks, by a random head and target alone.
+        geometry_std: Of the valid rate over blocks, by a random head and target alone. None without a head.
         r_target: What gave the rate: the quantile of all distances together.
         r_target_low: Where its 95% confidence interval begins, which counts that blocks differ.
         r_target_high: Where it ends.
@@ -143,7 +143,7 @@ class Calibration:
     expected_r_target: float
     expected_mean: float
     expected_std: float
-    geometry_std: float
+    geometry_std: float | None
     r_target: float
     r_target_low: float
     r_target_high: float
@@ -173,6 +173,7 @@ def block_hashes(seed: str, count: int) -> list[str]:
 def calibrate(plan: Plan, measurement: Measurement) -> Calibration:
     """Judge what was measured. Equal inputs give equal reports: the plan's seed draws the spread's floor too."""
     distances, dimension, hidden_size = measurement.distances, measurement.dimension, measurement.hidden_size
+    head_rates = measurement.head_rates
     target = r_target_for(plan.rate, dimension)
     quantiles = np.quantile(distances, plan.rate, axis=1)
     first = float(quantiles[0])
@@ -188,7 +189,7 @@ def calibrate(plan: Plan, measurement: Measurement) -> Calibration:
         expected_r_target=target,
         expected_mean=mean,
         expected_std=std,
-        geometry_std=geometry_std(plan.rate, hidden_size, dimension),
+        geometry_std=None if head_rates is None else geometry_std(plan.rate, hidden_size, dimension),
         r_target=pooled,
         r_target_low=low,
         r_target_high=high,
@@ -204,13 +205,17 @@ def calibrate(plan: Plan, measurement: Measurement) -> Calibration:
                 head_rate=head_rate,
             )
             for block_hash, row, quantile, head_rate in zip(
-                block_hashes(plan.seed, plan.blocks), distances, quantiles, measurement.head_rates, strict=True
+                block_hashes(plan.seed, plan.blocks),
+                distances,
+                quantiles,
+                head_rates or [None] * plan.blocks,
+                strict=True,
             )
         ),
         spread=spread_of_rates(
             valid,
             np.full(len(valid), plan.nonces),
-            hidden_size=hidden_size,
+            hidden_size=None if head_rates is None else hidden_size,
             dimension=dimension,
             generator=np.random.default_rng(list(plan.seed.encode())),
         ),
@@ -231,17 +236,22 @@ def as_text(report: Calibration) -> str:
     )
     legend = (
         f"Distances are between unit vectors, 0 to 2; {_quantile_name(plan.rate)} is a block's own r_target. Valid: "
-        "below the r_target of theory, of the first block, of all blocks. By head alone: at theory's, were hidden "
-        "states uniformly random."
+        "below the r_target of theory, of the first block, of all blocks."
     )
+    causes = "by sampling noise alone, as each nonce has a target of its own"
+    if report.geometry_std is not None:
+        legend += " By head alone: at theory's, were hidden states uniformly random."
+        causes = (
+            "by sampling noise and by random heads and targets (these alone: a standard deviation of "
+            f"{100 * report.geometry_std:.2f} points per block)"
+        )
     found = (
         f"Spread of the valid rates at all blocks' r_target: {100 * spread.spread:.2f} points (largest less smallest), "
         f"95% interval {100 * spread.low:.2f} to {100 * spread.high:.2f}."
     )
     floor = (
         f"Its floor, if blocks share one rate: {100 * spread.floor_mean:.2f} points on average, at most "
-        f"{100 * spread.floor_95:.2f} in 95% of cases, by sampling noise and by random heads and targets (these "
-        f"alone: a standard deviation of {100 * report.geometry_std:.2f} points per block)."
+        f"{100 * spread.floor_95:.2f} in 95% of cases, {causes}."
     )
     verdict = (
         f"The spread exceeds its floor (p = {spread.p_value:.2g}): the valid rate depends on the block hash."
@@ -256,15 +266,18 @@ def as_text(report: Calibration) -> str:
 def _table(report: Calibration) -> str:
     table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), show_edge=False)
     table.add_column("block")
-    rates = "valid at\ntheory's", "\nfirst's", "\nall's", "by head\nalone"
+    by_head = [] if report.geometry_std is None else ["by head\nalone"]
+    rates = ["valid at\ntheory's", "\nfirst's", "\nall's", *by_head]
     for name in ("mean", "std", _quantile_name(report.plan.rate), *rates):
         table.add_column(name, justify="right")
     expected = (f"{value:.5f}" for value in (report.expected_mean, report.expected_std, report.expected_r_target))
     rate = _percent(report.plan.rate)
-    table.add_row("theory", *expected, rate, "", "", rate, end_section=True)
+    table.add_row("theory", *expected, rate, "", "", *(rate for _ in by_head), end_section=True)
     for block in report.blocks:
         found = (f"{value:.5f}" for value in (block.mean, block.std, block.quantile))
-        valid = (block.valid_rate, block.valid_rate_first, block.valid_rate_pooled, block.head_rate)
+        valid = [block.valid_rate, block.valid_rate_first, block.valid_rate_pooled]
+        if block.head_rate is not None:
+            valid.append(block.head_rate)
         table.add_row(f"{block.block_hash[:12]}…", *found, *map(_percent, valid))
     file = io.StringIO()
     Console(file=file, width=WIDTH, color_system=None).print(table)

@@ -134,14 +134,15 @@ def measure(plan: Plan, advance: Callable[[int], None]) -> Measurement:
 
     model = load_model(plan.model, dtype=plan.dtype, device=plan.device, revision=plan.revision, seq_len=plan.seq_len)
     parts = [_measure_block(model, plan, block_hash, advance) for block_hash in block_hashes(plan.seed, plan.blocks)]
-    dimensions, head_rates, distances = zip(*parts, strict=True)
+    dimensions, rates, distances = zip(*parts, strict=True)
+    head_rates = None if rates[0] is None else rates
     return Measurement(model.fingerprint, model.hidden_size, dimensions[0], np.array(distances), head_rates)
 
 
 def _measure_block(
     model: Model, plan: Plan, block_hash: str, advance: Callable[[int], None]
-) -> tuple[int, float, list[float]]:
-    """D, the head's rate and the distances of one block."""
+) -> tuple[int, float | None, list[float]]:
+    """D, the head's rate (None without a head) and the distances of one block."""
     from pocd.compute.engine import block_run
 
     found: list[float] = []
@@ -156,8 +157,10 @@ def _measure_block(
         return run.dimension, _head_rate(run, plan.rate), found
 
 
-def _head_rate(run: BlockRun, rate: float) -> float:
+def _head_rate(run: BlockRun, rate: float) -> float | None:
     """The valid rate at the theoretical r_target that head and target give to uniform hidden states."""
+    if run.head is None or run.target is None:
+        return None
     size = run.model.hidden_size
     gram, aim = np.zeros((size, size)), np.zeros(size)
     # In parts, as a vocabulary's head may be too large for a second copy.

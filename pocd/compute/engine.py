@@ -10,8 +10,9 @@ import torch
 
 from pocd.compute.errors import InputError, NonFiniteError, OutOfMemoryError
 from pocd.compute.model import check_seq_len
-from pocd.compute.random import fill_normal, normal, seeds_tensor, unit_normal
+from pocd.compute.random import fill_normal, normal, seeds_tensor, signs, unit_normal
 from pocd.compute.schemes import RANDOM_HEAD_DIM
+from pocd.compute.segments import measure, product
 from pocd.compute.transforms import JOIN, reflect_in_order
 from pocd.compute.weights import drawn_weights
 from pocd.nonces import LARGEST_NONCE
@@ -21,27 +22,41 @@ if TYPE_CHECKING:
 
     from pocd.compute.model import Model
     from pocd.compute.schemes import Head, Scheme
+    from pocd.compute.segments import Standard
 
 HEAD_CHUNK = 2**24  # elements of the head that are in float32 at a time: 64 MiB
 
 
 @dataclass(frozen=True, slots=True)
 class BlockRun:
-    """A model prepared for one block hash and one public key; see `block_run`."""
+    """A model prepared for one block hash and one public key; see `block_run`.
+
+    Attributes:
+        model: What runs.
+        scheme: How.
+        block_hash: The block's.
+        public_key: The miner's.
+        seq_len: S.
+        vectors: One unit vector per layer [layers, H], in the model's dtype.
+        head: [D, H], in any dtype. None where the scheme has none.
+        target: float32 [D], unit length. None without a head: it is then drawn per nonce, and D is H.
+        standard: What standardises positions, where the scheme reads all of them.
+    """
 
     model: Model
     scheme: Scheme
     block_hash: str
     public_key: str
     seq_len: int
-    vectors: torch.Tensor  # one unit vector per layer [layers, H], in the model's dtype
-    head: torch.Tensor  # [D, H], in any dtype
-    target: torch.Tensor  # float32 [D], unit length
+    vectors: torch.Tensor
+    head: torch.Tensor | None
+    target: torch.Tensor | None
+    standard: Standard | None
 
     @property
     def dimension(self) -> int:
-        """D, the head's."""
-        return len(self.target)
+        """D, the target's."""
+        return self.model.hidden_size if self.target is None else len(self.target)
 
     @torch.inference_mode()
     def distances(self, nonces: Sequence[int], *, batch_size: int) -> list[float]:
@@ -78,8 +93,8 @@ class BlockRun:
     def _batch(self, nonces: Sequence[int]) -> torch.Tensor:
         """Distances of one batch, float32 [B]."""
         try:
-            states = self.model.decoder(self.inputs(nonces), JOIN[self.scheme.layer_step], self.vectors)
-            return self._distance(self.hidden(states, nonces))
+            states = _states(self.model, self.scheme, self.vectors, self.inputs(nonces))
+            return self.distance(states if self.standard is None else self.readout(states, nonces), nonces)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -94,26 +109,46 @@ class BlockRun:
         flat = normal(seeds, self.seq_len * self.model.hidden_size, dtype=self.model.dtype)
         return flat.view(len(nonces), self.seq_len, self.model.hidden_size)
 
-    def hidden(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
-        """What the head sees, float32 [B, H], from the last position after the final norm [B, H]."""
-        count = self.scheme.reflections
-        seeds = self._seeds([f"nonce_{nonce}_hidden_r{r}" for nonce in nonces for r in range(count)])
-        h = reflect_in_order(states.float(), unit_normal(seeds.view(len(nonces), count), self.model.hidden_size))
+    def readout(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
+        """What distances are made of, [B, H], from all positions after the final norm [B, S, H]."""
+        if self.standard is None:
+            return states[:, -1]
+        seeds = self._seeds([f"nonce_{nonce}_signs" for nonce in nonces])
+        return product(states, signs(seeds, self.seq_len), self.standard)
+
+    def hidden(self, readout: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
+        """What the head sees, or is compared with a target, float32 [B, H]."""
+        h, count = readout.float(), self.scheme.reflections
+        if count:
+            seeds = self._seeds([f"nonce_{nonce}_hidden_r{r}" for nonce in nonces for r in range(count)])
+            h = reflect_in_order(h, unit_normal(seeds.view(len(nonces), count), self.model.hidden_size))
         return h / h.norm(dim=-1, keepdim=True) if self.scheme.normalise else h
 
-    def _distance(self, h: torch.Tensor) -> torch.Tensor:
-        """‖z/‖z‖ − t‖ of z = W h, float32 [B], with only a part of W and z at a time.
+    def distance(self, readout: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
+        """‖z/‖z‖ − t‖ of z = W h, or of z = h without a head, float32 [B], from a `readout` [B, H].
 
         As ‖t‖ = 1 it is √(2 − 2 z·t/‖z‖), which is as exact wherever distances are found: near √2.
         """
+        h = self.hidden(readout, nonces)
+        if self.head is None or self.target is None:
+            targets = unit_normal(self._seeds([f"nonce_{nonce}_target" for nonce in nonces]), self.dimension).double()
+            along, square = (h * targets).sum(dim=-1), h.double().square().sum(dim=-1)
+        else:
+            along, square = self._through_head(h, self.head, self.target)
+        return (2 - 2 * along / square.sqrt()).clamp_min(0).sqrt().float()
+
+    def _through_head(
+        self, h: torch.Tensor, head: torch.Tensor, target: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """z·t and ‖z‖² of z = W h, float64 [B], with only a part of W and z at a time."""
         rows = max(1, HEAD_CHUNK // self.model.hidden_size)
         along = h.new_zeros(len(h), dtype=torch.float64)
         square = torch.zeros_like(along)
-        for weight, target in zip(self.head.split(rows), self.target.split(rows), strict=True):
+        for weight, aim in zip(head.split(rows), target.split(rows), strict=True):
             z = (h @ weight.float().T).double()
-            along += (z * target).sum(dim=-1)
+            along += (z * aim).sum(dim=-1)
             square += z.square().sum(dim=-1)
-        return (2 - 2 * along / square.sqrt()).clamp_min(0).sqrt().float()
+        return along, square
 
     def _seeds(self, texts: Sequence[str]) -> torch.Tensor:
         """Seeds of what belongs to single nonces of this miner, int32 bits [len(texts)]."""
@@ -129,10 +164,18 @@ class BlockRun:
                 places.append(place)
 
         states = self.model.by_layers(
-            self.inputs(nonces[:1]), JOIN[self.scheme.layer_step], self.vectors, observe=observe
+            self.inputs(nonces[:1]),
+            JOIN[self.scheme.layer_step],
+            self.vectors,
+            all_positions=self.scheme.reads == "segments",
+            observe=observe,
         )
         observe("the final norm", states)
-        observe("the head", self._distance(self.hidden(states, nonces[:1])))
+        if self.standard is not None:
+            observe("the mean of the block's samples", self.standard.mean)
+            states = self.readout(states, nonces[:1])
+            observe("the product of the segments", states)
+        observe("what follows it", self.distance(states, nonces[:1]))
         where = f"first in {places[0]}" if places else "but not when it ran again, so the device may be faulty"
         dtype = str(self.model.dtype).removeprefix("torch.")
         return (
@@ -185,28 +228,54 @@ def _embedding(model: Model, _block_hash: str) -> torch.Tensor:
     return head
 
 
-HEADS: dict[Head, Callable[[Model, str], torch.Tensor]] = {
+def _no_head(_model: Model, _block_hash: str) -> None:
+    return None
+
+
+HEADS: dict[Head, Callable[[Model, str], torch.Tensor | None]] = {
     "trained": _trained_head,
     "embedding": _embedding,
     "random": _random_head,
+    "none": _no_head,
 }
+
+
+@torch.inference_mode()
+def _states(model: Model, scheme: Scheme, vectors: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
+    """See `BlockRun.states`."""
+    return model.decoder(embeddings, JOIN[scheme.layer_step], vectors, all_positions=scheme.reads == "segments")
+
+
+def _standard(model: Model, scheme: Scheme, vectors: torch.Tensor, block_hash: str, seq_len: int) -> Standard | None:
+    if scheme.reads == "last position":
+        return None
+    return measure(
+        lambda embeddings: _states(model, scheme, vectors, embeddings),
+        block_hash,
+        seq_len,
+        model.hidden_size,
+        like=vectors,
+    )
 
 
 @contextmanager
 def block_run(model: Model, scheme: Scheme, *, block_hash: str, public_key: str, seq_len: int) -> Iterator[BlockRun]:
-    """Prepare `model` for one block hash: draw weights, layer vectors, head and target.
+    """Prepare `model` for one block hash: draw weights, layer vectors, head and target, or measure what standardises.
 
     When the context ends the model has its own weights again, bit for bit.
 
     Raises:
-        InputError: `seq_len` is not one that the model can take.
+        InputError: `seq_len` is not one that the model can take, or the scheme.
     """
     check_seq_len(seq_len, model.causal.config, model.name)
+    if seq_len < scheme.least_seq_len:
+        raise InputError(f"seq_len {seq_len} is too short for scheme {scheme.name!r}: {scheme.least_seq_len} or more")
     # The head's product counts as float32 (section 3): no TF32 on any device.
     torch.backends.cuda.matmul.allow_tf32 = False
     with drawn_weights(model.causal, scheme.weights, block_hash):
         head = HEADS[scheme.head](model, block_hash)
         layers = seeds_tensor([f"{block_hash}_layer_{i}_householder" for i in range(model.layers)], model.device)
+        vectors = unit_normal(layers, model.hidden_size).to(model.dtype)
         target = seeds_tensor([f"{block_hash}_target"], model.device)[0]
         yield BlockRun(
             model=model,
@@ -214,7 +283,8 @@ def block_run(model: Model, scheme: Scheme, *, block_hash: str, public_key: str,
             block_hash=block_hash,
             public_key=public_key,
             seq_len=seq_len,
-            vectors=unit_normal(layers, model.hidden_size).to(model.dtype),
+            vectors=vectors,
             head=head,
-            target=unit_normal(target, len(head)),
+            target=None if head is None else unit_normal(target, len(head)),
+            standard=_standard(model, scheme, vectors, block_hash, seq_len),
         )

@@ -1,8 +1,8 @@
 """A decoder of the Llama form as one flat function over the loaded weights.
 
 It computes what transformers' layers compute and leaves out what is never used: masks that are
-plain causal, copies of grouped keys, and everything but the last position after the last layer's
-keys and values. As it has no hooks it can be compiled whole.
+plain causal, copies of grouped keys, and, where only the last position is wanted, all others after
+the last layer's keys and values. As it has no hooks it can be compiled whole.
 """
 
 from __future__ import annotations
@@ -55,19 +55,22 @@ class FlatDecoder:
         common = config.sliding_window if config.model_type == "mistral" else None
         self._windows = [getattr(layer.self_attn, "sliding_window", common) for layer in decoder.layers]
 
-    def __call__(self, embeddings: torch.Tensor, join: Join, vectors: torch.Tensor) -> torch.Tensor:
-        """Return the last position's hidden state after the final norm [B, H]; see `LayerDecoder`."""
+    def __call__(
+        self, embeddings: torch.Tensor, join: Join, vectors: torch.Tensor, *, all_positions: bool = False
+    ) -> torch.Tensor:
+        """Return the last position's hidden state after the final norm [B, H], or all [B, S, H]; see `LayerDecoder`."""
         stream, length = embeddings, embeddings.shape[1]
         turn = self._rotations(embeddings)
         layers = self._decoder.layers
         for index, layer in enumerate(layers):
-            first = length - 1 if index == len(layers) - 1 else 0  # positions before it are not used any more
+            is_last = index == len(layers) - 1
+            first = length - 1 if is_last and not all_positions else 0  # positions before it are not used any more
             mask = _window_mask(length, self._windows[index], embeddings.device)
             with one_query() if first else nullcontext():
                 residual = self._attend(layer, stream, first, turn, mask)
             branch = _mlp(layer.mlp, _norm(residual, layer.post_attention_layernorm))
             stream = join(branch, residual, vectors[index])
-        return _norm(stream[:, -1], self._decoder.norm)
+        return _norm(stream if all_positions else stream[:, -1], self._decoder.norm)
 
     def _rotations(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of the positions [1, S, 1, head_dim], in the model's dtype."""

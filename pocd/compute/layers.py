@@ -201,28 +201,36 @@ class LayerDecoder:
     kind = "layers"
 
     def __call__(
-        self, embeddings: torch.Tensor, join: Join, vectors: torch.Tensor, *, observe: Observe | None = None
+        self,
+        embeddings: torch.Tensor,
+        join: Join,
+        vectors: torch.Tensor,
+        *,
+        all_positions: bool = False,
+        observe: Observe | None = None,
     ) -> torch.Tensor:
-        """Return the last position's hidden state after the final norm [B, H].
+        """Return the last position's hidden state after the final norm [B, H], or all positions' [B, S, H].
 
-        Only the last position is carried through what follows the last layer's keys and values.
+        In the first case nothing else is carried through what follows the last layer's keys and values.
 
         Args:
             embeddings: [B, S, H] in the model's dtype.
             join: What makes a layer's output of branch, residual and its vector.
             vectors: One per layer [layers, H].
+            all_positions: Whether all are wanted.
             observe: Is shown each layer's two halves as they come, with their names.
         """
         with ExitStack() as hooks:
             last = self.layers[-1]
-            hooks.enter_context(last.register_forward_pre_hook(_carry_last_position, with_kwargs=True))
-            hooks.enter_context(last.register_forward_pre_hook(_entering_one_query(hooks)))
+            if not all_positions:
+                hooks.enter_context(last.register_forward_pre_hook(_carry_last_position, with_kwargs=True))
+                hooks.enter_context(last.register_forward_pre_hook(_entering_one_query(hooks)))
             for index, (layer, form) in enumerate(zip(self.layers, self.forms, strict=True)):
                 edges = _Edges(layer, form.parts, hooks)
                 hook = _joining(edges, form, join, vectors[index], f"layer {index}", observe)
                 hooks.enter_context(layer.register_forward_hook(hook))
             output = _output_of_last_layer(self.decoder, last, embeddings, hooks)
-        states: torch.Tensor = self.norm(output[:, -1])
+        states: torch.Tensor = self.norm(output if all_positions else output[:, -1])
         return states
 
 

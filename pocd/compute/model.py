@@ -33,7 +33,8 @@ class Model:
         name: As configured.
         fingerprint: Names its weights, see `fingerprint.py`.
         causal: transformers' model.
-        decoder: Embeddings in, the last position's hidden state out; the fastest way that the model's class allows.
+        decoder: Embeddings in, hidden states out, of the last position or of all; the fastest way that the
+            model's class allows.
         by_layers: The same through transformers' own layers, which every model has.
         hidden_size: H.
         dtype: Of weights and activations.

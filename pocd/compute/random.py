@@ -133,6 +133,12 @@ def normal(seeds: torch.Tensor, n: int, *, dtype: torch.dtype = torch.float32) -
     return fill_normal(out, seeds.reshape(-1)).view(*seeds.shape, n)
 
 
+def signs(seeds: torch.Tensor, n: int) -> torch.Tensor:
+    """Draw `n` signs of each stream, float32 [..., n]: 1 where the hash's highest bit is 0, else −1."""
+    index = torch.arange(n, dtype=torch.int32, device=seeds.device)
+    return 1 - 2 * hash32(index, seeds.unsqueeze(-1)).lt(0).float()
+
+
 def unit_normal(seeds: torch.Tensor, n: int) -> torch.Tensor:
     """Draw uniformly random unit vectors: `normal` divided by its length, float32 [..., n]."""
     x = normal(seeds, n)

@@ -1,8 +1,8 @@
 """The registry of schemes: how a distance is composed (docs/protocol.md sections 3 and 4).
 
-A scheme is a composition of five choices. Each choice is named here and made in one place:
-`weights` in `weights.py`, `layer_step` in `transforms.py`, the others in `engine.py`. Plain data
-without torch, so that the daemon can check a scheme's name.
+A scheme is a composition of six choices. Each choice is named here and made in one place: `weights` in
+`weights.py`, `layer_step` in `transforms.py`, `reads` in `segments.py`, the others in `engine.py`. Plain
+data without torch, so that the daemon can check a scheme's name.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from typing import Literal
 
 Weights = Literal["trained", "drawn", "embedding drawn"]
 LayerStep = Literal["none", "reflect", "normalise and reflect"]
-Head = Literal["trained", "embedding", "random"]
+Reads = Literal["last position", "segments"]
+Head = Literal["trained", "embedding", "random", "none"]
 
 RANDOM_HEAD_DIM = 8192  # D of a random head
+SEGMENTS = 4  # of the sequence, where all positions are read
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,28 +27,37 @@ class Scheme:
         name: As configured and as written into batches.
         weights: The model's own; or all of them, or the input embedding, drawn anew per block hash.
         layer_step: What happens to branch and residual after every decoder layer.
-        reflections: Householder reflections per nonce, of the final hidden state.
-        normalise: Whether the hidden state is scaled to unit length before the head.
-        head: The model's output matrix; its input embedding; or one drawn per block hash.
+        reads: What counts of the decoder's output: its last position; or all, as a product over segments.
+        reflections: Householder reflections per nonce, of what was read.
+        normalise: Whether that is scaled to unit length before the head.
+        head: The model's output matrix; its input embedding; one drawn per block hash; or none: then the
+            target is drawn per nonce, in the hidden space.
     """
 
     name: str
     weights: Weights
     layer_step: LayerStep
+    reads: Reads
     reflections: int
     normalise: bool
     head: Head
 
+    @property
+    def least_seq_len(self) -> int:
+        """How many positions it needs: one, or one per segment."""
+        return SEGMENTS if self.reads == "segments" else 1
 
-_ROWS: tuple[tuple[str, Weights, LayerStep, int, bool, Head], ...] = (
-    # name, weights, after each layer, per nonce, normalise before the head, head
-    ("trained", "trained", "reflect", 8, False, "trained"),
-    ("random-weights", "drawn", "none", 8, False, "trained"),  # its head is drawn with the rest
-    ("random-embed", "embedding drawn", "reflect", 8, False, "embedding"),
-    ("end-norm", "trained", "reflect", 8, True, "trained"),
-    ("random-head", "trained", "reflect", 8, True, "random"),
-    ("hidden-householder", "trained", "none", 8, True, "trained"),
-    ("poc2", "trained", "normalise and reflect", 8, True, "random"),
+
+_ROWS: tuple[tuple[str, Weights, LayerStep, Reads, int, bool, Head], ...] = (
+    # name, weights, after each layer, reads, per nonce, normalise before the head, head
+    ("trained", "trained", "reflect", "last position", 8, False, "trained"),
+    ("random-weights", "drawn", "none", "last position", 8, False, "trained"),  # its head is drawn with the rest
+    ("random-embed", "embedding drawn", "reflect", "last position", 8, False, "embedding"),
+    ("end-norm", "trained", "reflect", "last position", 8, True, "trained"),
+    ("random-head", "trained", "reflect", "last position", 8, True, "random"),
+    ("hidden-householder", "trained", "none", "last position", 8, True, "trained"),
+    ("poc2", "trained", "normalise and reflect", "last position", 8, True, "random"),
+    ("poc3", "trained", "normalise and reflect", "segments", 0, True, "none"),
 )
 
 SCHEMES = {row[0]: Scheme(*row) for row in _ROWS}

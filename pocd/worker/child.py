@@ -22,7 +22,7 @@ import torch
 from pocd.compute.engine import BlockRun, block_run, is_out_of_memory
 from pocd.compute.errors import ComputeError, DeviceError, InputError, NonFiniteError, OutOfMemoryError
 from pocd.compute.model import Model, load_model, longest_seq_len
-from pocd.compute.names import TOLERANCE
+from pocd.compute.names import default_tolerance
 from pocd.compute.schemes import SCHEMES
 from pocd.statistics import expected_valid_rate
 from pocd.worker import messages
@@ -263,7 +263,7 @@ def self_test(model: Model, load: Load, batch_size: int) -> None:
     with block_run(model, scheme, block_hash="self-test", public_key="self-test", seq_len=load.seq_len) as run:
         together = run.distances(range(batch_size), batch_size=batch_size)
         alone = run.distances([batch_size - 1], batch_size=batch_size)
-    if abs(together[-1] - alone[0]) > TOLERANCE[load.dtype]:
+    if abs(together[-1] - alone[0]) > default_tolerance(load.dtype, scheme, model.hidden_size):
         raise ComputeError(
             f"the self-test of {load.model!r} failed: nonce {batch_size - 1} has distance {together[-1]} "
             f"in a batch and {alone[0]} alone; the device computes wrongly"

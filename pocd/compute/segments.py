@@ -1,0 +1,86 @@
+"""All positions as one vector: a product of signed sums over segments (docs/protocol.md section 3, `poc3`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from pocd.compute.random import normal, seeds_tensor
+from pocd.compute.schemes import SEGMENTS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SAMPLES = 32  # inputs from which mean and deviation are estimated
+SAMPLES_AT_ONCE = 8  # always, so that rounding depends on nobody's batch size
+LEAST_DEVIATION = 0.01  # of a coordinate, as a share of the root of all coordinates' mean variance
+STATES_CHUNK = 2**24  # elements of hidden states that are copied to float32 at a time: 64 MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Standard:
+    """Where the unit vectors of a block's hidden states lie, coordinate by coordinate, float32 [H] each."""
+
+    mean: torch.Tensor
+    deviation: torch.Tensor
+
+
+def measure(
+    run: Callable[[torch.Tensor], torch.Tensor], block_hash: str, seq_len: int, hidden_size: int, like: torch.Tensor
+) -> Standard:
+    """Estimate mean and deviation from inputs that follow from the block hash alone.
+
+    Args:
+        run: Embeddings in, all positions' hidden states out, both [SAMPLES_AT_ONCE, S, H].
+        block_hash: The block's.
+        seq_len: S.
+        hidden_size: H.
+        like: A tensor on the model's device, in its dtype.
+    """
+    total = torch.zeros(hidden_size, dtype=torch.float64, device=like.device)
+    square = torch.zeros_like(total)
+    for first in range(0, SAMPLES, SAMPLES_AT_ONCE):
+        texts = [f"{block_hash}_sample_{k}_input" for k in range(first, first + SAMPLES_AT_ONCE)]
+        flat = normal(seeds_tensor(texts, like.device), seq_len * hidden_size, dtype=like.dtype)
+        for states in run(flat.view(SAMPLES_AT_ONCE, seq_len, hidden_size)):  # one by one: they become float64
+            wide = states.float()
+            unit = (wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True)).double()
+            total += unit.sum(dim=0)
+            square += unit.square().sum(dim=0)
+    mean = total / (SAMPLES * seq_len)
+    variance = (square / (SAMPLES * seq_len) - mean.square()).clamp_min(0)
+    deviation = variance.sqrt().clamp_min(LEAST_DEVIATION * variance.mean().sqrt())
+    return Standard(mean.float(), deviation.float())
+
+
+def product(states: torch.Tensor, signs: torch.Tensor, standard: Standard) -> torch.Tensor:
+    """Multiply the segments' unit vectors, float32 [B, H].
+
+    Σ ε (A − μ) is taken as Σ (ε/‖h‖) h − (Σ ε) μ: one product of matrices per nonce, and no copy of A.
+
+    Args:
+        states: Hidden states h after the final norm [B, S, H]; A is h/‖h‖. S is at least SEGMENTS.
+        signs: ε, 1 or −1, float32 [B, S].
+        standard: Of the block.
+    """
+    _, length, size = states.shape
+    rows = max(1, STATES_CHUNK // (length * size))
+    inside = _segments(length, states.device)
+    sums = []
+    for some, sign in zip(states.split(rows), signs.split(rows), strict=True):
+        wide = some.float()
+        weight = sign / torch.linalg.vector_norm(wide, dim=-1)
+        sums.append((inside * weight.unsqueeze(1)) @ wide)
+    drift = (inside * signs.unsqueeze(1)).sum(dim=-1, keepdim=True) * standard.mean
+    x = (torch.cat(sums) - drift) / standard.deviation
+    multiplied: torch.Tensor = (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)).prod(dim=1)
+    return multiplied
+
+
+def _segments(length: int, device: torch.device) -> torch.Tensor:
+    """Which positions each segment has, 1 or 0, float32 [SEGMENTS, S]: g from ⌊gS/G⌋ to before ⌊(g + 1)S/G⌋."""
+    position = torch.arange(length, device=device)
+    bounds = [g * length // SEGMENTS for g in range(SEGMENTS + 1)]
+    return torch.stack([(position >= bounds[g]) & (position < bounds[g + 1]) for g in range(SEGMENTS)]).float()
