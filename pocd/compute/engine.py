@@ -79,7 +79,7 @@ class BlockRun:
         """Distances of one batch, float32 [B]."""
         try:
             states = self.model.decoder(self.inputs(nonces), JOIN[self.scheme.layer_step], self.vectors)
-            return self._distance(self.hidden(states, nonces))
+            return self.distance(states, nonces)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -93,6 +93,14 @@ class BlockRun:
         seeds = self._seeds([f"nonce{nonce}" for nonce in nonces])
         flat = normal(seeds, self.seq_len * self.model.hidden_size, dtype=self.model.dtype)
         return flat.view(len(nonces), self.seq_len, self.model.hidden_size)
+
+    def readout(self, states: torch.Tensor, _nonces: Sequence[int]) -> torch.Tensor:
+        """What distances are made of, [B, H], from the states of all positions after the final norm [B, S, H]."""
+        return states[:, -1]
+
+    def distance(self, readout: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
+        """Distances, float32 [B], of a `readout` [B, H]: an honest one, or what a cheater takes for it."""
+        return self._distance(self.hidden(readout, nonces))
 
     def hidden(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
         """What the head sees, float32 [B, H], from the last position after the final norm [B, H]."""
@@ -132,7 +140,7 @@ class BlockRun:
             self.inputs(nonces[:1]), JOIN[self.scheme.layer_step], self.vectors, observe=observe
         )
         observe("the final norm", states)
-        observe("the head", self._distance(self.hidden(states, nonces[:1])))
+        observe("the head", self.distance(states, nonces[:1]))
         where = f"first in {places[0]}" if places else "but not when it ran again, so the device may be faulty"
         dtype = str(self.model.dtype).removeprefix("torch.")
         return (
