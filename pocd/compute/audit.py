@@ -133,8 +133,8 @@ def as_text(report: Audit) -> str:
     legend = (
         "Cost: multiply-adds of the model's layers, as a share of a full pass (b-bit ones count b/16). R²: between "
         f"predicted and true distances. Winners: valid nonces among the best {100 * BEST:g}% of predictions. Gain: "
-        "valid nonces per unit of compute, against an honest miner (1 = none), of one who predicts all and computes the "
-        "best. Brackets: 95% intervals of each row by itself."
+        "valid nonces per unit of compute, against an honest miner (1 = none), of one who predicts all and then "
+        "computes the best. Brackets: 95% intervals of each row by itself."
     )
     gainful = [row.name for row in report.rows if row.gain.low > 1]
     verdict = (
@@ -147,10 +147,10 @@ def as_text(report: Audit) -> str:
 
 
 def _table(report: Audit) -> str:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 0, 0, 1), show_edge=False)
-    table.add_column("shortcut")
+    table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("shortcut", no_wrap=True)
     for name in ("cost", "R²", "", "winners", "", "gain", ""):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     for row in report.rows:
         table.add_row(
             row.name,

@@ -44,21 +44,21 @@ class Shortcut:
         name: What the report calls it.
         cost: Multiply-adds of the model's layers, as a share of a full forward pass's.
         rest: What a nonce that it has predicted costs when it is then computed in full.
-        states: Nonces [B] in, states of positions `start` to `stop` out [B, stop − start, H].
+        states: Who runs and nonces [B] in, states of positions `start` to `stop` out [B, stop − start, H].
         start: The first position that it has states of; the others are taken to be as on average.
         stop: The first that it has none of any more; None for the end.
         fitted: Whether a regression is put between its readout and the honest one.
-        weights: Holds other weights in the model while the shortcut runs.
+        prepared: Gives who runs the shortcut, while its context lasts: with other weights, or for another block.
     """
 
     name: str
     cost: float
     rest: float
-    states: Callable[[Sequence[int]], torch.Tensor]
+    prepared: Callable[[], AbstractContextManager[BlockRun]]
+    states: Callable[[BlockRun, Sequence[int]], torch.Tensor]
     start: int = 0
     stop: int | None = None
     fitted: bool = True
-    weights: Callable[[], AbstractContextManager[None]] = nullcontext
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,45 +118,44 @@ def shortcuts(
     run: BlockRun, honest: Honest, previous: Callable[[], AbstractContextManager[BlockRun]]
 ) -> list[Shortcut]:
     """Return all shortcuts for a block; `previous` prepares the model for the block before it."""
-    layers, length = run.model.layers, run.seq_len
-    cost = _Cost(run.model, length)
+    layers, length, cost = run.model.layers, run.seq_len, _Cost(run.model, run.seq_len)
 
-    def constant(states: torch.Tensor) -> Callable[[Sequence[int]], torch.Tensor]:
-        return lambda nonces: states.expand(len(nonces), -1, -1)
+    def plainly() -> AbstractContextManager[BlockRun]:
+        return nullcontext(run)
+
+    def constant(states: torch.Tensor) -> Callable[[BlockRun, Sequence[int]], torch.Tensor]:
+        return lambda _, nonces: states.expand(len(nonces), -1, -1)
 
     def through(
         kept: Collection[int], start: int = 0, stop: int | None = None
-    ) -> Callable[[Sequence[int]], torch.Tensor]:
-        return lambda nonces: _states(run, run.inputs(nonces)[:, start:stop], kept)
+    ) -> Callable[[BlockRun, Sequence[int]], torch.Tensor]:
+        return lambda acting, nonces: _states(acting, run.inputs(nonces)[:, start:stop], kept)
 
-    def of_previous(nonces: Sequence[int]) -> torch.Tensor:
-        with previous() as before:
-            return _states(before, run.inputs(nonces), range(layers))
-
+    whole = through(range(layers))
     found = [
-        Shortcut("mean output", 0, 1, constant(honest.average)),
-        Shortcut("another nonce's", 0, 1, constant(honest.first), fitted=False),
-        Shortcut("input embedding", 0, 1, through(())),
+        Shortcut("mean output", 0, 1, plainly, constant(honest.average)),
+        Shortcut("another nonce's", 0, 1, plainly, constant(honest.first), fitted=False),
+        Shortcut("input embedding", 0, 1, plainly, through(())),
     ]
     for depth in range(1, layers):
         share = cost.of(layers=depth)
-        found.append(Shortcut(f"stop after layer {depth}", share, 1 - share, through(range(depth))))
+        found.append(Shortcut(f"stop at layer {depth}", share, 1 - share, plainly, through(range(depth))))
     if layers > 1:
         kept = range(0, layers, 2)
-        found.append(Shortcut("every second layer", cost.of(layers=len(kept)), 1, through(kept)))
+        found.append(Shortcut("every other layer", cost.of(layers=len(kept)), 1, plainly, through(kept)))
     for name, part in (("half", 2), ("quarter", 4), ("eighth", 8)):
         count = max(1, length // part)
         share = cost.of(positions=count)
         first, last = through(range(layers), 0, count), through(range(layers), length - count)
         # The states of a prefix serve the full pass too, as no position looks ahead.
-        found.append(Shortcut(f"first {name}", share, 1 - share, first, stop=count))
-        found.append(Shortcut(f"last {name}", share, 1, last, start=length - count))
+        found.append(Shortcut(f"first {name}", share, 1 - share, plainly, first, stop=count))
+        found.append(Shortcut(f"last {name}", share, 1, plainly, last, start=length - count))
     for bits in (8, 4):
-        rounding = _replacing(run.model, functools.partial(_rounded, bits=bits), lambda _: True)
-        found.append(Shortcut(f"{bits}-bit weights", bits / BITS_OF_FULL, 1, through(range(layers)), weights=rounding))
-    reducing = _replacing(run.model, _of_low_rank, _is_mlp)
-    found.append(Shortcut("low-rank MLP", cost.of_low_rank(), 1, through(range(layers)), weights=reducing))
-    found.append(Shortcut("last block's transforms", 1, 1, of_previous))
+        rounding = functools.partial(_replacing, run, functools.partial(_rounded, bits=bits), lambda _: True)
+        found.append(Shortcut(f"{bits}-bit weights", bits / BITS_OF_FULL, 1, rounding, whole))
+    reducing = functools.partial(_replacing, run, _of_low_rank, _is_mlp)
+    found.append(Shortcut("low-rank MLP", cost.of_low_rank(), 1, reducing, whole))
+    found.append(Shortcut("old transforms", 1, 1, previous, whole))
     return found
 
 
@@ -169,8 +168,8 @@ class _Cost:
 
     def __init__(self, model: Model, seq_len: int) -> None:
         config = model.causal.config.get_text_config()
-        heads = config.num_attention_heads
-        self._head_width = heads * (getattr(config, "head_dim", None) or model.hidden_size // heads)
+        heads: int = config.num_attention_heads
+        self._head_width: int = heads * (getattr(config, "head_dim", None) or model.hidden_size // heads)
         self._matrices = list(_matrices(model))
         self._layers, self._seq_len = model.layers, seq_len
 
@@ -224,33 +223,31 @@ def _of_low_rank(weight: torch.Tensor) -> torch.Tensor:
     return nearest
 
 
+@contextmanager
 def _replacing(
-    model: Model, change: Callable[[torch.Tensor], torch.Tensor], concerns: Callable[[str], bool]
-) -> Callable[[], AbstractContextManager[None]]:
-    """Make what replaces the layers' matrices while a context lasts; afterwards they are as before, bit for bit."""
-
-    @contextmanager
-    def replaced() -> Iterator[None]:
-        saved: list[tuple[torch.Tensor, torch.Tensor]] = []
-        try:
-            for name, weight in _matrices(model):
-                if concerns(name):
-                    saved.append((weight, weight.to("cpu", copy=True)))
-                    weight.copy_(change(weight))
-            yield
-        finally:
-            for weight, values in saved:
-                weight.copy_(values)
-
-    return replaced
+    run: BlockRun, change: Callable[[torch.Tensor], torch.Tensor], concerns: Callable[[str], bool]
+) -> Iterator[BlockRun]:
+    """Replace the layers' matrices while the context lasts; afterwards they are as before, bit for bit."""
+    saved: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for name, weight in _matrices(run.model):
+            if concerns(name):
+                saved.append((weight, weight.to("cpu", copy=True)))
+                weight.copy_(change(weight))
+        yield run
+    finally:
+        for weight, values in saved:
+            weight.copy_(values)
 
 
 # What they tell.
 
 
-def _features(run: BlockRun, shortcut: Shortcut, average: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
+def _features(
+    run: BlockRun, acting: BlockRun, shortcut: Shortcut, average: torch.Tensor, nonces: Sequence[int]
+) -> torch.Tensor:
     """What the cheater has of nonces [B, H or 2H]: the readout and, where the end is missing, the last state known."""
-    known = shortcut.states(nonces)
+    known = shortcut.states(acting, nonces)
     states = average.expand(len(nonces), -1, -1).clone()
     states[:, shortcut.start : shortcut.stop] = known
     readout = _unit(run.readout(states, nonces))
@@ -270,8 +267,8 @@ def predict(
     """
     judged = nonces[trained_on:]
     asked = nonces if shortcut.fitted else judged
-    with shortcut.weights():
-        parts = [_features(run, shortcut, honest.average, batch) for batch in _batches(asked, batch_size)]
+    with shortcut.prepared() as acting:
+        parts = [_features(run, acting, shortcut, honest.average, batch) for batch in _batches(asked, batch_size)]
     features = torch.cat(parts).cpu().numpy()
     if not np.isfinite(features).all():
         raise NonFiniteError(
