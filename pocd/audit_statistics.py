@@ -127,7 +127,7 @@ def gain(predicted: Floats, valid: NDArray[np.bool_], *, cost: float, rest: floa
         share = _best_share(*chosen_on, cost=cost, rest=rest)
         blocks, n = judged_on[0].shape
         best = max(1, round(share * n))
-        worth = best / n / (cost + best / n * rest) / valid.mean()  # of a choice that is always valid
+        worth = best / n / (cost + best / n * rest) / float(valid.mean())  # of a choice that is always valid
         hits = wilson(int(_found(*judged_on)[best]), best * blocks)
         parts.append((worth * hits.value / 2, worth * hits.low / 2, worth * hits.high / 2))
     value = sum(part[0] for part in parts)
