@@ -135,7 +135,7 @@ async def run(plan: Plan) -> int:
         interrupted = await _watch(plan, daemon, console, stop)
         console.print("stopping the daemon (SIGTERM); it finishes its batches and delivers what is left")
         await daemon.end()
-        held = await _held_by(receiver.url)
+        held = await held_by(receiver.url)
     verdict = await _compare(plan, held)
     return _report(plan, verdict, console, interrupted=interrupted)
 
@@ -174,9 +174,12 @@ class Running:
 
 
 @contextlib.asynccontextmanager
-async def started(folder: Path, command: str, *options: str) -> AsyncIterator[Running]:
-    """Run `pocd COMMAND` until the context ends. Its session is its own, so that Ctrl-C reaches only us."""
-    log = folder / f"{command}.log"
+async def started(folder: Path, command: str, *options: str, log: Path | None = None) -> AsyncIterator[Running]:
+    """Run `pocd COMMAND` until the context ends. Its session is its own, so that Ctrl-C reaches only us.
+
+    What it says goes to `log`, by default COMMAND.log in `folder`.
+    """
+    log = log or folder / f"{command}.log"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
     with log.open("wb") as sink:
         process = await asyncio.create_subprocess_exec(
@@ -281,7 +284,7 @@ def _table(plan: Plan, body: dict[str, Any], finished: int) -> Table:
     return table
 
 
-async def _held_by(url: str) -> list[dict[str, Any]]:
+async def held_by(url: str) -> list[dict[str, Any]]:
     """Fetch every batch that the receiver holds, page by page."""
     batches: list[dict[str, Any]] = []
     after: int | None = 0

@@ -217,7 +217,7 @@ def spread_of_rates(
     valid: NDArray[np.int64],
     checked: NDArray[np.int64],
     *,
-    hidden_size: int,
+    hidden_size: int | None,
     dimension: int,
     generator: np.random.Generator,
 ) -> Spread:
@@ -226,12 +226,12 @@ def spread_of_rates(
     The interval is the widest and the narrowest spread within simultaneous `rate_intervals`: the
     largest of several noisy rates is biased upwards, a bootstrap would add the noise once
     more, and this holds for any counts. The floor is simulated: a rate per block by
-    `block_rates`, then a binomial count.
+    `block_rates`, or one for all where targets are drawn per nonce, then a binomial count.
 
     Args:
         valid: Valid nonces of each block, [blocks], at least 2 blocks.
         checked: Nonces of each block, [blocks], above 0.
-        hidden_size: H.
+        hidden_size: H; None where no block has a head and a target of its own.
         dimension: D.
         generator: Draws the floor's distribution.
     """
@@ -239,8 +239,11 @@ def spread_of_rates(
     spread = float(np.ptp(rates))
     low, high = rate_intervals(valid, checked)
     common = float(valid.sum() / checked.sum())
-    share = generator.beta(hidden_size / 2, hidden_size * (dimension - 1) / 2, size=(DRAWS, len(valid)))
-    drawn = generator.binomial(checked, block_rates(common, hidden_size, dimension, share))
+    by_block = np.full((DRAWS, len(valid)), common)
+    if hidden_size is not None:
+        share = generator.beta(hidden_size / 2, hidden_size * (dimension - 1) / 2, size=by_block.shape)
+        by_block = block_rates(common, hidden_size, dimension, share)
+    drawn = generator.binomial(checked, by_block)
     floor = np.ptp(drawn / checked, axis=1)
     as_far = int((floor > spread - 1e-12).sum())  # equal spreads may differ by rounding
     p_value = (1 + as_far) / (1 + DRAWS)

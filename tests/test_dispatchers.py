@@ -125,6 +125,19 @@ async def test_callback_urls_are_bounded_and_idle_ones_make_room(bench: Bench) -
         assert served(each) == [*names[1:], more]
 
 
+async def test_what_comes_late_for_one_that_made_room_is_sent_all_the_same(bench: Bench, server: Server) -> None:
+    each = over(bench, origins=(server.url,))
+    async with running(each):
+        name = await each.callback(f"{server.url}/early", wanted=None)
+        for number in range(MOST_CALLBACKS):
+            await each.callback(f"{server.url}/{number}", wanted=None)
+        assert name not in served(each)
+        await queue(bench, name)
+        each.wake()
+        (request,) = await server.take(1)
+    assert request.path == "/early/generated"
+
+
 async def test_after_a_restart_those_are_served_that_have_something_to_get_or_are_in_use(
     bench: Bench, server: Server
 ) -> None:

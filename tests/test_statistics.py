@@ -293,3 +293,9 @@ def test_the_floor_is_sampling_noise_and_geometry() -> None:
         assert found.floor_mean == pytest.approx(2 / math.sqrt(math.pi) * deviation, rel=0.03)
         assert found.floor_95 == pytest.approx(1.96 * math.sqrt(2) * deviation, rel=0.06)
         assert (found.spread, found.p_value, found.exceeds_floor) == (0, 1, False)
+
+
+def test_with_a_target_per_nonce_the_floor_is_sampling_noise_alone() -> None:
+    k, n = np.full(2, 20_000), np.full(2, 200_000)
+    found = spread_of_rates(k, n, hidden_size=None, dimension=128, generator=np.random.default_rng(10))
+    assert found.floor_mean == pytest.approx(2 / math.sqrt(math.pi) * math.sqrt(0.09 / 200_000), rel=0.03)

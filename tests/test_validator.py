@@ -197,6 +197,14 @@ async def test_a_verdict_also_goes_to_the_receiver_that_was_named(tmp_path: Path
         await bench.verdict(dataclasses.replace(request, callback="callback-own"))
         heads = [await bench.outbox(next_pending, name) for name in ("one", "callback-own")]
         assert [head and head.kind for head in heads] == ["validated", "validated"]
+        # Another question with the same answer: each receiver gets that once.
+        await bench.verdict(dataclasses.replace(request, callback="callback-other"))
+        queues = bench.outbox.outbox.queues
+        assert {name: queue.pending_batches for name, queue in queues.items()} == {
+            "one": 1,
+            "callback-own": 1,
+            "callback-other": 1,
+        }
 
 
 async def test_a_worker_that_is_killed_over_a_validation_costs_nothing(

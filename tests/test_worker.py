@@ -370,3 +370,29 @@ def test_a_recomputation_goes_before_what_is_not_begun() -> None:
     inbox.put(Compute(4, ROUND, 16, 1, 8))
     assert inbox.get(reported.append).id == 4
     assert reported == [Cancelled(1), Cancelled(2)]
+
+
+def test_rounds_that_draw_weights_are_never_prepared_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both would draw into the same model, and only the last one would have its own weights."""
+    from pocd.worker import child
+
+    prepared: list[str] = []
+
+    @contextlib.contextmanager
+    def block_run(_model: object, _scheme: object, *, block_hash: str, **_: object) -> Iterator[object]:
+        assert not prepared
+        prepared.append(block_hash)
+        yield SimpleNamespace(
+            seq_len=16, dimension=8192, distances=lambda nonces, **_: [float(prepared[-1])] * len(nonces)
+        )
+        prepared.remove(block_hash)
+
+    monkeypatch.setattr(child, "block_run", block_run)
+    link = SimpleNamespace(send=lambda _message: None)
+    worker = child.Worker(cast("Any", None), 8, cast("child.Link", link), seq_len=16, shrink=False)
+    mined = dataclasses.replace(ROUND, scheme="random-weights", block_hash="1")
+    other = dataclasses.replace(mined, block_hash="2")
+    for last in (False, False, True):
+        assert worker.mine(Compute(1, mined, 0, 1, 1)) == [1.0]
+        assert worker.recompute(Recompute(2, other, [5], last=last)) == [2.0]
+    assert worker.mine(Compute(3, mined, 0, 1, 1)) == [1.0]

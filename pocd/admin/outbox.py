@@ -156,8 +156,7 @@ class OutboxApi:
         async with _limit():
             for name in sorted(names):
                 await self._parts.outbox(deliveries.ask_again, name)
-        for dispatcher in self._parts.dispatchers:
-            dispatcher.wake()
+        self._parts.dispatchers.wake()
         self._parts.log.info("batches are sent again", action="outbox_retry", batches=queued, receivers=sorted(names))
         return json_answer({"queued": queued, "receivers": sorted(names)})
 

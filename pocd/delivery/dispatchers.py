@@ -75,6 +75,7 @@ class Dispatchers:
         self._callbacks: dict[str, Dispatcher] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._group: asyncio.TaskGroup | None = None
+        self._refused: set[str] = set()  # callbacks that were said to be no longer allowed
 
     def __iter__(self) -> Iterator[Dispatcher]:
         """Give all of them, those of the configuration first."""
@@ -91,7 +92,8 @@ class Dispatchers:
         return self.names()
 
     def wake(self) -> None:
-        """Have every dispatcher look at its queue."""
+        """Have every dispatcher look at its queue, also those of callback URLs that had got everything before."""
+        self._take_up_again(None)
         for dispatcher in self:
             dispatcher.wake()
 
@@ -117,7 +119,8 @@ class Dispatchers:
                 continue
             if allowed_origin(state.url, self._origins):
                 self._start(Receiver(name, state.url, None))
-            else:
+            elif name not in self._refused:
+                self._refused.add(name)
                 self._log.error(
                     "callback URL is no longer allowed: its queue is kept; see admin.callback_origins",
                     action="callback_refused",

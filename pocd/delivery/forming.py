@@ -122,10 +122,18 @@ def queue_batch(
         " VALUES (?, ?, ?, ?, ?, 'pending', ?, ?)",
         (batch.id, batch.kind, round_number, batch.size, now, now, batch.to_json()),
     ).lastrowid
+    assert row is not None
+    queue_for(outbox, row, receivers, now=now, withdrawn=withdrawn)
+
+
+def queue_for(
+    outbox: Outbox, batch: int, receivers: Sequence[str], *, now: float, withdrawn: str | None = None
+) -> None:
+    """Put a stored batch, by its number, at the ends of further queues, or beside them. Part of a transaction."""
     for name in receivers:
         outbox.db.execute(
             "INSERT INTO deliveries VALUES (?, ?, ?, ?, ?, 0, 0, ?)",
-            (name, row, outbox.next_sequence(name), "withdrawn" if withdrawn else "pending", now, withdrawn),
+            (name, batch, outbox.next_sequence(name), "withdrawn" if withdrawn else "pending", now, withdrawn),
         )
 
 

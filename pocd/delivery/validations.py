@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from pocd.delivery.forming import queue_batch, register_receivers
+from pocd.delivery.forming import queue_batch, queue_for, register_receivers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -77,14 +77,18 @@ def request_of(outbox: Outbox, name: str) -> bytes:
 
 
 def finish(outbox: Outbox, name: str, batch: ValidatedBatch, receivers: Sequence[str], now: float) -> None:
-    """Store a verdict, and queue it for `receivers`; one that was queued before is not queued again."""
+    """Store a verdict, and queue it for those of `receivers` that were not to get the very same one before."""
     with outbox.transaction():
         outbox.db.execute(
             "UPDATE validations SET state = 'done', changed_at = ?, answer = ? WHERE id = ?",
             (now, batch.to_json(), name),
         )
-        if receivers and not outbox.db.execute("SELECT 1 FROM batches WHERE id = ?", (batch.id,)).fetchone():
-            register_receivers(outbox, receivers)
+        register_receivers(outbox, receivers)
+        known = outbox.db.execute("SELECT number FROM batches WHERE id = ?", (batch.id,)).fetchone()
+        if known:
+            rows = outbox.db.execute("SELECT receiver FROM deliveries WHERE batch = ?", known).fetchall()
+            queue_for(outbox, known[0], [name for name in receivers if (name,) not in rows], now=now)
+        elif receivers:
             queue_batch(outbox, batch, receivers, round_number=None, now=now)
 
 
