@@ -134,7 +134,7 @@ def as_text(report: Audit) -> str:
         "Cost: multiply-adds of the model's layers, as a share of a full pass (b-bit ones count b/16). R²: between "
         f"predicted and true distances. Winners: valid nonces among the best {100 * BEST:g}% of predictions. Gain: "
         "valid nonces per unit of compute, against an honest miner (1 = none), of one who predicts all and then "
-        "computes the best. Brackets: 95% intervals of each row by itself."
+        "computes the best. Brackets: 95% intervals; one in 40 lies above the truth by chance."
     )
     gainful = [row.name for row in report.rows if row.gain.low > 1]
     verdict = (
