@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import ndtri
 
-from pocd.statistics import CONFIDENCE
+from pocd.statistics import CONFIDENCE, rate_intervals
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Z = float(ndtri((1 + CONFIDENCE) / 2))
 BEST = 0.1  # the share of predictions that `winners_among_best` looks at
-LEAST_CHOSEN = 20  # nonces that a cheater's choice is judged by at least, on each half
+LEAST_CHOSEN = 50  # nonces that a cheater's choice is judged by at least, on each half
 CHOICES = 60  # how many shares q the cheater tries
 PENALTIES = np.logspace(-9, 5, 57)  # that the ridge regression tries, times the largest square
 
@@ -81,12 +81,10 @@ def r_squared(predicted: Floats, true: Floats) -> Estimate:
     return Estimate(r * r, 0.0 if low < 0 < high else min(low * low, high * high), max(low * low, high * high))
 
 
-def wilson(hits: int, n: int) -> Estimate:
-    """Return the share hits/n with Wilson's (1927) interval."""
-    share, weight = hits / n, 1 + Z * Z / n
-    centre = (share + Z * Z / (2 * n)) / weight
-    error = Z / weight * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
-    return Estimate(share, max(0.0, centre - error), min(1.0, centre + error))
+def share(hits: int, n: int) -> Estimate:
+    """Return hits/n with Clopper and Pearson's (1934) exact interval."""
+    low, high = rate_intervals(np.array([hits]), np.array([n]))
+    return Estimate(hits / n, float(low[0]), float(high[0]))
 
 
 def winners(distances: Floats, rate: float) -> NDArray[np.bool_]:
@@ -104,7 +102,7 @@ def _found(predicted: Floats, valid: NDArray[np.bool_]) -> NDArray[np.int64]:
 def winners_among_best(predicted: Floats, valid: NDArray[np.bool_]) -> Estimate:
     """Return the share of valid nonces among the best tenth of each block's predictions."""
     best = max(1, round(BEST * predicted.shape[1]))
-    return wilson(int(_found(predicted, valid)[best]), best * len(predicted))
+    return share(int(_found(predicted, valid)[best]), best * len(predicted))
 
 
 def gain(predicted: Floats, valid: NDArray[np.bool_], *, cost: float, rest: float) -> Estimate:
@@ -113,7 +111,8 @@ def gain(predicted: Floats, valid: NDArray[np.bool_], *, cost: float, rest: floa
     The cheater predicts every nonce, computes the best share q of them in full, and so finds
     P(valid and among the best q) per cost + q · rest; the honest miner P(valid) per 1. The best q is chosen on one
     half of the nonces and judged on the other, and the other way round: what is best by chance gains
-    nothing. The interval joins Wilson's of the two halves (Zou and Donner 2008); it takes the two q as given.
+    nothing. The interval joins the exact ones of the two halves (Zou and Donner 2008); it takes the two q as
+    given. Simulated with guesses at no cost and no worth, it begins above 1 in 2.5% of cases. (Wilson's would in 4%.)
 
     Args:
         predicted: Distances [blocks, n], in an order that has nothing to do with them.
@@ -124,11 +123,11 @@ def gain(predicted: Floats, valid: NDArray[np.bool_], *, cost: float, rest: floa
     halves = [(predicted[:, i::2], valid[:, i::2]) for i in range(2)]
     parts = []
     for chosen_on, judged_on in (halves, halves[::-1]):
-        share = _best_share(*chosen_on, cost=cost, rest=rest)
+        chosen = _best_share(*chosen_on, cost=cost, rest=rest)
         blocks, n = judged_on[0].shape
-        best = max(1, round(share * n))
+        best = max(1, round(chosen * n))
         worth = best / n / (cost + best / n * rest) / float(valid.mean())  # of a choice that is always valid
-        hits = wilson(int(_found(*judged_on)[best]), best * blocks)
+        hits = share(int(_found(*judged_on)[best]), best * blocks)
         parts.append((worth * hits.value / 2, worth * hits.low / 2, worth * hits.high / 2))
     value = sum(part[0] for part in parts)
     below = math.hypot(*(found - low for found, low, _ in parts))

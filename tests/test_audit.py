@@ -85,7 +85,7 @@ def test_a_model_that_ignores_half_its_layers_is_found_out() -> None:
         layer.mlp.down_proj.weight.data.zero_()
     model = adapt(causal, name="half of it is idle")
     with prepared(model) as run:
-        found = rows(attacked(model, run, 600))
+        found = rows(attacked(model, run, 2000))
     hole = found["stop at layer 2"]
     assert hole.r_squared.low > 0.99
     assert hole.winners.value > 0.9
