@@ -1,9 +1,9 @@
 """What a cheater may compute in place of the model, and what it tells of the distances (`pocd audit`).
 
 Every shortcut gives states of the positions after the final norm, right or wrong. The scheme's own
-`readout` of them is what the cheater has of a nonce; a ridge regression, trained on honest nonces of the
-block, makes it the likeliest honest readout, and the scheme's own `distance` does the rest. So a scheme
-with another readout is attacked by the same code.
+`readout` of them is what the cheater has of a nonce, as it is, and made the likeliest honest readout by a
+ridge regression that is trained on honest nonces of the block. The scheme's own `distance` does the rest. So a
+scheme with another readout is attacked by the same code.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Shortcut:
         states: Who runs and nonces [B] in, states of positions `start` to `stop` out [B, stop − start, H].
         start: The first position that it has states of; the others are taken to be as on average.
         stop: The first that it has none of any more; None for the end.
-        fitted: Whether a regression is put between its readout and the honest one.
+        fitted: Whether the cheater is trained; else the shortcut's own readout is all there is.
         prepared: Gives who runs the shortcut, while its context lasts: with other weights, or for another block.
     """
 
@@ -259,30 +259,46 @@ def predict(
 ) -> Floats:
     """Return predicted distances of the nonces after the first `trained_on`, which the cheater is trained on.
 
-    A readout that is known badly is short, as regression draws it to the mean. Its cosine to the
-    target is scaled by its length, so that bold guesses come first only where they are well founded.
+    There are two guesses: by the shortcut's own readout, which needs no training, and by the regression's.
+    A line through both is fitted to true distances that the regression has not seen.
 
     Raises:
         NonFiniteError: The shortcut gave NaN or infinity.
     """
-    judged = nonces[trained_on:]
-    asked = nonces if shortcut.fitted else judged
     with shortcut.prepared() as acting:
-        parts = [_features(run, acting, shortcut, honest.average, batch) for batch in _batches(asked, batch_size)]
+        parts = [_features(run, acting, shortcut, honest.average, batch) for batch in _batches(nonces, batch_size)]
     features = torch.cat(parts).cpu().numpy()
     if not np.isfinite(features).all():
         raise NonFiniteError(
             f"the shortcut {shortcut.name!r} gave NaN or infinity, though the honest pass did not; try another dtype"
         )
-    if shortcut.fitted:
-        weights, bias = ridge(features[:trained_on], honest.readouts[:trained_on])
-        features = features[trained_on:] @ weights + bias
-    guesses = torch.from_numpy(features).to(run.model.device)
-    guessed = [
+    plain = _guess(run, features[:, : run.model.hidden_size], nonces, batch_size)
+    if not shortcut.fitted:
+        return plain[trained_on:]
+
+    def regressed(known: int) -> Floats:
+        weights, bias = ridge(features[:known], honest.readouts[:known])
+        return _guess(run, features @ weights + bias, nonces, batch_size)
+
+    half = trained_on // 2
+    seen = np.stack([plain, regressed(half), np.ones(len(nonces))], axis=1)[half:trained_on]
+    line = np.linalg.lstsq(seen, honest.distances[half:trained_on])[0]
+    guesses = np.stack([plain, regressed(trained_on), np.ones(len(nonces))], axis=1)
+    return np.asarray(guesses[trained_on:] @ line)
+
+
+def _guess(run: BlockRun, readouts: Floats, nonces: Sequence[int], batch_size: int) -> Floats:
+    """Distances by guessed readouts [n, H].
+
+    A readout that is known badly is short, as regression draws it to the mean. Its cosine to the
+    target is scaled by its length, so that bold guesses come first only where they are well founded.
+    """
+    guesses = torch.from_numpy(readouts).to(run.model.device)
+    cosines = [
         guess.norm(dim=-1) * (1 - run.distance(guess.float(), batch).double().square() / 2)
-        for guess, batch in zip(guesses.split(batch_size), _batches(judged, batch_size), strict=True)
+        for guess, batch in zip(guesses.split(batch_size), _batches(nonces, batch_size), strict=True)
     ]
-    return np.asarray((2 - 2 * torch.cat(guessed).clamp(-1, 1)).sqrt().cpu().numpy())
+    return np.asarray((2 - 2 * torch.cat(cosines).clamp(-1, 1)).sqrt().cpu().numpy())
 
 
 @dataclass(frozen=True, slots=True)
