@@ -16,7 +16,7 @@ import typer
 
 from pocd import __version__
 from pocd.cli_api import ConfigOption, TokenOption, UrlOption, call_api, echo
-from pocd.cli_compute import calibrate, compute
+from pocd.cli_compute import audit, calibrate, compute
 from pocd.cli_outbox import app as outbox_app
 from pocd.cli_validate import validate
 from pocd.exits import EXIT_CONFIG, EXIT_CRASH, EndedError
@@ -31,7 +31,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
 app.add_typer(config_app, name="config")
 app.add_typer(outbox_app, name="outbox")
-for command in (compute, calibrate, validate):
+for command in (compute, calibrate, audit, validate):
     app.command()(command)
 
 HostOption = Annotated[str, typer.Option(help="Address to listen on.")]

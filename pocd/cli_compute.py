@@ -1,4 +1,4 @@
-"""`pocd compute` and `pocd calibrate`, and what else on the command line runs the engine."""
+"""`pocd compute`, `pocd calibrate` and `pocd audit`, and what else on the command line runs the engine."""
 
 from __future__ import annotations
 
@@ -104,3 +104,45 @@ def calibrate(  # noqa: PLR0913 - one argument per option
         measurement = command.measure(plan, advance)
     report = calibration.calibrate(plan, measurement)
     echo(orjson.dumps(report).decode() if as_json else calibration.as_text(report))
+
+
+def audit(  # noqa: PLR0913 - one argument per option
+    *,
+    model: ModelOption,
+    scheme: SchemeOption = "poc2",
+    rate: Annotated[float, typer.Option(help="The share of valid nonces, above 0 and below 1.")] = 0.1,
+    blocks: Annotated[int, typer.Option(help="Block hashes to attack.")] = 2,
+    nonces: Annotated[int, typer.Option(help="Nonces per block: half to train the cheater, half to judge.")] = 2000,
+    seq_len: SeqLenOption = 256,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+    batch_size: BatchSizeOption = 32,
+    public_key: Annotated[str, typer.Option(help="A miner's public key.")] = "audit",
+    seed: Annotated[str, typer.Option(help="Block hashes follow from it.")] = "pocd",
+    revision: RevisionOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with everything.")] = False,
+) -> None:
+    """Measure what a cheater could save by shortcuts through the model."""
+    import orjson
+
+    from pocd.compute import audit as judging
+    from pocd.compute import calibration, command
+
+    plan = calibration.Plan(
+        model=model,
+        scheme=scheme,
+        rate=rate,
+        blocks=blocks,
+        nonces=nonces,
+        seq_len=seq_len,
+        dtype=dtype,
+        device=device,
+        batch_size=batch_size,
+        public_key=public_key,
+        seed=seed,
+        revision=revision,
+    )
+    with compute_errors(), calibration.progress(blocks * nonces) as advance:
+        found = command.attack(plan, advance)
+    report = judging.audit(plan, found)
+    echo(orjson.dumps(report).decode() if as_json else judging.as_text(report))

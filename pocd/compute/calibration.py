@@ -298,7 +298,7 @@ class _Speed(ProgressColumn):
 
 
 @contextmanager
-def progress(nonces: int) -> Iterator[Callable[[int], None]]:
+def progress(nonces: int) -> Iterator[Callable[[float], None]]:
     """Show a bar on standard error, where that is a terminal.
 
     Yields:

@@ -1,8 +1,9 @@
-"""`pocd compute` and `pocd calibrate`: the engine by the command line, so that anyone can recompute a proof."""
+"""`pocd compute`, `calibrate` and `audit`: the engine by the command line, so that anyone can recompute a proof."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import re
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pocd.compute.audit import Attack, Attacks, check_audit
 from pocd.compute.calibration import Measurement, Plan, block_hashes, check_plan
 from pocd.compute.errors import InputError
 from pocd.compute.names import check_device, check_dtype, resolve
@@ -169,3 +171,45 @@ def _head_rate(run: BlockRun, rate: float) -> float | None:
         gram += (weight.T @ weight).cpu().numpy()
         aim += (weight.T @ target).cpu().numpy()
     return head_valid_rate(r_target_for(rate, run.dimension), gram, aim)
+
+
+def attack(plan: Plan, advance: Callable[[float], None]) -> Attacks:
+    """Try every shortcut on every block of `plan`; the cheater is trained on the first half of a block's nonces.
+
+    Args:
+        plan: What to attack.
+        advance: Told how many nonces' worth of work has just been done.
+
+    Raises:
+        ComputeError: The plan, the model or the device cannot be used.
+    """
+    check_audit(plan)
+    _check_names(plan)
+    from pocd.compute import shortcuts
+    from pocd.compute.engine import block_run
+    from pocd.compute.model import load_model
+
+    model = load_model(plan.model, dtype=plan.dtype, device=plan.device, revision=plan.revision, seq_len=plan.seq_len)
+
+    def prepare(block_hash: str) -> contextlib.AbstractContextManager[BlockRun]:
+        scheme = SCHEMES[plan.scheme]
+        return block_run(model, scheme, block_hash=block_hash, public_key=plan.public_key, seq_len=plan.seq_len)
+
+    blocks = []
+    # The first has a block before it, too.
+    for before, block_hash in itertools.pairwise(block_hashes(plan.seed, plan.blocks + 1)):
+        with prepare(block_hash) as run:
+            found = shortcuts.attack(
+                run,
+                functools.partial(prepare, before),
+                range(plan.nonces),
+                trained_on=plan.nonces // 2,
+                batch_size=plan.batch_size,
+                advance=advance,
+            )
+            blocks.append(found)
+    attacks = [
+        Attack(tried.name, tried.cost, tried.rest, np.array([block.predicted[i] for block in blocks]))
+        for i, tried in enumerate(blocks[0].shortcuts)
+    ]
+    return Attacks(model.fingerprint, model.hidden_size, np.array([block.true for block in blocks]), attacks)

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pocd.compute.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
     from contextlib import AbstractContextManager
 
     from pocd.compute.transforms import Join
@@ -232,6 +232,39 @@ class LayerDecoder:
             output = _output_of_last_layer(self.decoder, last, embeddings, hooks)
         states: torch.Tensor = self.norm(output if all_positions else output[:, -1])
         return states
+
+    def states(
+        self, embeddings: torch.Tensor, join: Join, vectors: torch.Tensor, *, kept: Collection[int]
+    ) -> torch.Tensor:
+        """Return the hidden states of all positions after the final norm [B, S, H], where only some layers count.
+
+        Args:
+            embeddings: [B, S, H] in the model's dtype.
+            join: As above.
+            vectors: As above.
+            kept: The layers that count; the stream passes the others as it is.
+        """
+        with ExitStack() as hooks:
+            for index, (layer, form) in enumerate(zip(self.layers, self.forms, strict=True)):
+                edges = _Edges(layer, form.parts, hooks)
+                joining = _joining(edges, form, join, vectors[index], f"layer {index}", None)
+                hook = joining if index in kept else _passing(edges)
+                hooks.enter_context(layer.register_forward_hook(hook))
+            output = _output_of_last_layer(self.decoder, self.layers[-1], embeddings, hooks)
+        states: torch.Tensor = self.norm(output)
+        return states
+
+
+def _passing(edges: _Edges) -> Callable[..., Any]:
+    """Make the hook that gives a layer's input as its output."""
+
+    def replace(_layer: nn.Module, _args: object, output: Any) -> Any:  # noqa: ANN401 - tensor or tuple, as the layer has it
+        stream = edges.entered[""]
+        edges.entered.clear()
+        edges.left.clear()
+        return (stream, *output[1:]) if isinstance(output, tuple) else stream
+
+    return replace
 
 
 def _output_of_last_layer(
