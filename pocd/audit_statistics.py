@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import ndtri
 
-from pocd.statistics import CONFIDENCE, rate_intervals
+from pocd.proof import FRAUD_THRESHOLD, MISMATCH
+from pocd.statistics import CONFIDENCE, probability_honest, rate_intervals
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -82,9 +83,9 @@ def r_squared(predicted: Floats, true: Floats) -> Estimate:
 
 
 def share(hits: int, n: int) -> Estimate:
-    """Return hits/n with Clopper and Pearson's (1934) exact interval."""
+    """Return hits/n with Clopper and Pearson's (1934) exact interval; of nothing, 0 with all from 0 to 1."""
     low, high = rate_intervals(np.array([hits]), np.array([n]))
-    return Estimate(hits / n, float(low[0]), float(high[0]))
+    return Estimate(hits / max(1, n), float(low[0]), float(high[0]))
 
 
 def winners(distances: Floats, rate: float) -> NDArray[np.bool_]:
@@ -103,6 +104,32 @@ def winners_among_best(predicted: Floats, valid: NDArray[np.bool_]) -> Estimate:
     """Return the share of valid nonces among the best tenth of each block's predictions."""
     best = max(1, round(BEST * predicted.shape[1]))
     return share(int(_found(predicted, valid)[best]), best * len(predicted))
+
+
+def mismatch(claimed: Floats, true: Floats, rate: float, tolerance: float) -> Estimate:
+    """Return the share of proofs that a validator finds invalid, of a miner who claims distances that are not true.
+
+    Args:
+        claimed: Distances [blocks, n]. The miner sends those that are valid at the block's own r_target for `rate`.
+        true: [blocks, n].
+        rate: The share of valid nonces.
+        tolerance: How far above r_target a recomputed distance still counts as valid.
+    """
+    r_target = np.quantile(true, rate, axis=1, keepdims=True)
+    sent = claimed < r_target
+    return share(int((sent & (true > r_target + tolerance)).sum()), int(sent.sum()))
+
+
+def detection(mismatched: float, proofs: int) -> float:
+    """Return the probability that a batch is judged fraudulent, if so large a share of its proofs is invalid.
+
+    Args:
+        mismatched: That share.
+        proofs: In the batch, all recomputed.
+    """
+    honest = (probability_honest(invalid, proofs, MISMATCH) for invalid in range(proofs + 1))
+    least = next(invalid for invalid, probability in enumerate(honest) if probability < FRAUD_THRESHOLD)
+    return probability_honest(least, proofs, mismatched)
 
 
 def gain(predicted: Floats, valid: NDArray[np.bool_], *, cost: float, rest: float) -> Estimate:

@@ -1,4 +1,4 @@
-"""`pocd audit`: how much a cheater could save; judged and shown, without torch. The attacks are in `shortcuts.py`."""
+"""`pocd audit`: how much a cheater could save; judged and shown, without torch. The attacks are in `cheater.py`."""
 
 from __future__ import annotations
 
@@ -11,9 +11,20 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from pocd.audit_statistics import BEST, Estimate, gain, r_squared, winners, winners_among_best
+from pocd.audit_statistics import (
+    BEST,
+    Estimate,
+    detection,
+    gain,
+    mismatch,
+    r_squared,
+    winners,
+    winners_among_best,
+)
 from pocd.compute.calibration import LEAST_EXPECTED, WIDTH, Plan
 from pocd.compute.errors import InputError
+from pocd.compute.names import DTYPES, default_tolerance
+from pocd.compute.schemes import SCHEMES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +32,7 @@ if TYPE_CHECKING:
 
 LEAST_SEQ_LEN = 8  # a shorter one has no eighths
 LEAST_NONCES = 100  # of a block; half of them are judged
+PROOFS = (100, 1000)  # in the batches of a miner who claims what is not true
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +44,14 @@ class Attack:
         cost: Of predicting a nonce, as a share of a full forward pass.
         rest: Of computing a predicted nonce in full, likewise.
         predicted: Distances [blocks, nonces], which the cheater was not trained on.
+        claimed: Distances that a miner might give for honest ones [blocks, nonces], if it is such a shortcut.
     """
 
     name: str
     cost: float
     rest: float
     predicted: NDArray[np.float64]
+    claimed: NDArray[np.float64] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +86,25 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Caught:
+    """What comes of claiming a shortcut's distances as they are.
+
+    Attributes:
+        name: The shortcut's.
+        dtype: Whose tolerance the validator grants.
+        tolerance: How much that is, in distance.
+        mismatch: The share of proofs that it finds invalid.
+        detection: The probability that a batch of so many proofs is judged fraudulent.
+    """
+
+    name: str
+    dtype: str
+    tolerance: float
+    mismatch: Estimate
+    detection: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Audit:
     """The report. `judged` is how many nonces of each block the cheater did not know."""
 
@@ -80,6 +113,7 @@ class Audit:
     hidden_size: int
     judged: int
     rows: tuple[Row, ...]
+    caught: tuple[Caught, ...]
 
 
 def check_audit(plan: Plan) -> None:
@@ -117,7 +151,19 @@ def audit(plan: Plan, found: Attacks) -> Audit:
             )
             for attack in found.attacks
         ),
+        caught=tuple(
+            _caught(attack.name, attack.claimed, found, plan, dtype)
+            for attack in found.attacks
+            if attack.claimed is not None
+            for dtype in DTYPES
+        ),
     )
+
+
+def _caught(name: str, claimed: NDArray[np.float64], found: Attacks, plan: Plan, dtype: str) -> Caught:
+    tolerance = default_tolerance(dtype, SCHEMES[plan.scheme], found.hidden_size)
+    wrong = mismatch(claimed, found.true, plan.rate, tolerance)
+    return Caught(name, dtype, tolerance, wrong, {str(n): detection(wrong.value, n) for n in PROOFS})
 
 
 def as_text(report: Audit) -> str:
@@ -143,7 +189,12 @@ def as_text(report: Audit) -> str:
         else "No shortcut gains: every interval reaches 1 or lies below."
     )
     head = "\n".join(f"{name:9} {text}" for name, text in facts)
-    return "\n".join([head, "", _table(report), "", textwrap.fill(legend, WIDTH), textwrap.fill(verdict, WIDTH)])
+    claims = (
+        "A miner who claims a shortcut's distances as they are, before a validator who grants a dtype's tolerance. "
+        "Invalid: share of its proofs that are. Fraud: how likely a batch of so many proofs is judged so."
+    )
+    parts = (_table(report), textwrap.fill(legend, WIDTH), textwrap.fill(verdict, WIDTH))
+    return "\n\n".join([head, *parts, _table_of_claims(report), textwrap.fill(claims, WIDTH)])
 
 
 def _table(report: Audit) -> str:
@@ -159,6 +210,26 @@ def _table(report: Audit) -> str:
             *_interval(row.winners, 100, 0, "%"),
             *_interval(row.gain, 1, 2),
         )
+    return _rendered(table)
+
+
+def _table_of_claims(report: Audit) -> str:
+    table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("claimed", no_wrap=True)
+    for name in ("tolerance of", "", "invalid", "", *(f"fraud of {n}" for n in PROOFS)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in report.caught:
+        table.add_row(
+            each.name,
+            each.dtype,
+            f"{each.tolerance:.1g}",
+            *_interval(each.mismatch, 100, 1, "%"),
+            *(f"{100 * probability:.0f}%" for probability in each.detection.values()),
+        )
+    return _rendered(table)
+
+
+def _rendered(table: Table) -> str:
     file = io.StringIO()
     Console(file=file, width=WIDTH, color_system=None).print(table)
     return "\n".join(line.rstrip() for line in file.getvalue().rstrip().splitlines())

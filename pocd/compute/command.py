@@ -185,7 +185,7 @@ def attack(plan: Plan, advance: Callable[[float], None]) -> Attacks:
     """
     check_audit(plan)
     _check_names(plan)
-    from pocd.compute import shortcuts
+    from pocd.compute import cheater
     from pocd.compute.engine import block_run
     from pocd.compute.model import load_model
 
@@ -199,7 +199,7 @@ def attack(plan: Plan, advance: Callable[[float], None]) -> Attacks:
     # The first has a block before it, too.
     for before, block_hash in itertools.pairwise(block_hashes(plan.seed, plan.blocks + 1)):
         with prepare(block_hash) as run:
-            found = shortcuts.attack(
+            found = cheater.attack(
                 run,
                 functools.partial(prepare, before),
                 range(plan.nonces),
@@ -209,7 +209,13 @@ def attack(plan: Plan, advance: Callable[[float], None]) -> Attacks:
             )
             blocks.append(found)
     attacks = [
-        Attack(tried.name, tried.cost, tried.rest, np.array([block.predicted[i] for block in blocks]))
+        Attack(
+            name=tried.name,
+            cost=tried.cost,
+            rest=tried.rest,
+            predicted=np.array([block.predicted[i].distances for block in blocks]),
+            claimed=np.array([block.predicted[i].own for block in blocks]) if tried.is_claimed else None,
+        )
         for i, tried in enumerate(blocks[0].shortcuts)
     ]
     return Attacks(model.fingerprint, model.hidden_size, np.array([block.true for block in blocks]), attacks)

@@ -12,7 +12,7 @@ from pocd.compute.errors import InputError, NonFiniteError, OutOfMemoryError
 from pocd.compute.model import check_seq_len
 from pocd.compute.random import fill_normal, normal, seeds_tensor, signs, unit_normal
 from pocd.compute.schemes import RANDOM_HEAD_DIM
-from pocd.compute.segments import measure, product
+from pocd.compute.segments import factors, measure
 from pocd.compute.transforms import JOIN, reflect_in_order
 from pocd.compute.weights import drawn_weights
 from pocd.nonces import LARGEST_NONCE
@@ -113,8 +113,17 @@ class BlockRun:
         """What distances are made of, [B, H], from all positions after the final norm [B, S, H]."""
         if self.standard is None:
             return states[:, -1]
+        return self.factors(states, nonces).prod(dim=1)
+
+    def factors(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
+        """What a readout of all positions is the product of, float32 [B, SEGMENTS, H]."""
+        assert self.standard is not None, "the scheme reads all positions"
         seeds = self._seeds([f"nonce_{nonce}_signs" for nonce in nonces])
-        return product(states, signs(seeds, self.seq_len), self.standard)
+        return factors(states, signs(seeds, self.seq_len), self.standard)
+
+    def targets(self, nonces: Sequence[int]) -> torch.Tensor:
+        """The targets of single nonces, where there is no head: unit vectors, float64 [B, H]."""
+        return unit_normal(self._seeds([f"nonce_{nonce}_target" for nonce in nonces]), self.dimension).double()
 
     def hidden(self, readout: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
         """What the head sees, or is compared with a target, float32 [B, H]."""
@@ -131,8 +140,7 @@ class BlockRun:
         """
         h = self.hidden(readout, nonces)
         if self.head is None or self.target is None:
-            targets = unit_normal(self._seeds([f"nonce_{nonce}_target" for nonce in nonces]), self.dimension).double()
-            along, square = (h * targets).sum(dim=-1), h.double().square().sum(dim=-1)
+            along, square = (h * self.targets(nonces)).sum(dim=-1), h.double().square().sum(dim=-1)
         else:
             along, square = self._through_head(h, self.head, self.target)
         return (2 - 2 * along / square.sqrt()).clamp_min(0).sqrt().float()
@@ -242,7 +250,7 @@ HEADS: dict[Head, Callable[[Model, str], torch.Tensor | None]] = {
 
 @torch.inference_mode()
 def _states(model: Model, scheme: Scheme, vectors: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-    """See `BlockRun.states`."""
+    """What the scheme reads of, after the final norm: the last position [B, H], or all [B, S, H]."""
     return model.decoder(embeddings, JOIN[scheme.layer_step], vectors, all_positions=scheme.reads == "segments")
 
 

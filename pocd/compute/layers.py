@@ -18,12 +18,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from pocd.compute.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from pocd.compute.transforms import Join
 
     Observe = Callable[[str, torch.Tensor], None]
+    Between = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,41 +235,54 @@ class LayerDecoder:
         return states
 
     def states(
-        self, embeddings: torch.Tensor, join: Join, vectors: torch.Tensor, *, kept: Collection[int]
+        self,
+        embeddings: torch.Tensor,
+        join: Join,
+        vectors: torch.Tensor,
+        *,
+        between: Mapping[int, Between],
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return the hidden states of all positions after the final norm [B, S, H], where only some layers count.
+        """Return the hidden states of all positions after the final norm [B, S, H], with some layers' work changed.
 
         Args:
             embeddings: [B, S, H] in the model's dtype.
             join: As above.
             vectors: As above.
-            kept: The layers that count; the stream passes the others as it is.
+            between: For some layers by number, what makes of the stream that entered and the one that left, both
+                [B, S, H], the stream that goes on.
+            positions: Where in the sequence the embeddings are [S]; all of it from 0 if None.
         """
         with ExitStack() as hooks:
             for index, (layer, form) in enumerate(zip(self.layers, self.forms, strict=True)):
                 edges = _Edges(layer, form.parts, hooks)
-                joining = _joining(edges, form, join, vectors[index], f"layer {index}", None)
-                hook = joining if index in kept else _passing(edges)
+                hook = _joining(edges, form, join, vectors[index], f"layer {index}", None)
+                if index in between:
+                    hook = _changing(edges, hook, between[index])
                 hooks.enter_context(layer.register_forward_hook(hook))
-            output = _output_of_last_layer(self.decoder, self.layers[-1], embeddings, hooks)
+            output = _output_of_last_layer(self.decoder, self.layers[-1], embeddings, hooks, positions)
         states: torch.Tensor = self.norm(output)
         return states
 
 
-def _passing(edges: _Edges) -> Callable[..., Any]:
-    """Make the hook that gives a layer's input as its output."""
+def _changing(edges: _Edges, joining: Callable[..., Any], between: Between) -> Callable[..., Any]:
+    """Make the hook that gives what `between` makes of a layer's input and joined output."""
 
-    def replace(_layer: nn.Module, _args: object, output: Any) -> Any:  # noqa: ANN401 - tensor or tuple, as the layer has it
-        stream = edges.entered[""]
-        edges.entered.clear()
-        edges.left.clear()
-        return (stream, *output[1:]) if isinstance(output, tuple) else stream
+    def replace(layer: nn.Module, args: object, output: Any) -> Any:  # noqa: ANN401 - tensor or tuple, as the layer has it
+        entered = edges.entered[""]
+        left = joining(layer, args, output)
+        passed = between(entered, _tensor(left))
+        return (passed, *left[1:]) if isinstance(left, tuple) else passed
 
     return replace
 
 
 def _output_of_last_layer(
-    decoder: nn.Module, layer: nn.Module, embeddings: torch.Tensor, hooks: ExitStack
+    decoder: nn.Module,
+    layer: nn.Module,
+    embeddings: torch.Tensor,
+    hooks: ExitStack,
+    positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run `decoder` up to the end of its last layer; what it does after it may want all positions (GPT-2)."""
     found: list[torch.Tensor] = []
@@ -279,7 +293,8 @@ def _output_of_last_layer(
 
     hooks.enter_context(layer.register_forward_hook(leave))
     with contextlib.suppress(_Taken):
-        decoder(inputs_embeds=embeddings, use_cache=False)
+        where = {} if positions is None else {"position_ids": positions.unsqueeze(0)}
+        decoder(inputs_embeds=embeddings, use_cache=False, **where)
     (last,) = found
     return last
 

@@ -55,8 +55,8 @@ def measure(
     return Standard(mean.float(), deviation.float())
 
 
-def product(states: torch.Tensor, signs: torch.Tensor, standard: Standard) -> torch.Tensor:
-    """Multiply the segments' unit vectors, float32 [B, H].
+def factors(states: torch.Tensor, signs: torch.Tensor, standard: Standard) -> torch.Tensor:
+    """Return the segments' unit vectors, float32 [B, SEGMENTS, H]; their product is what is read.
 
     Σ ε (A − μ) is taken as Σ (ε/‖h‖) h − (Σ ε) μ: one product of matrices per nonce, and no copy of A.
 
@@ -75,8 +75,8 @@ def product(states: torch.Tensor, signs: torch.Tensor, standard: Standard) -> to
         sums.append((inside * weight.unsqueeze(1)) @ wide)
     drift = (inside * signs.unsqueeze(1)).sum(dim=-1, keepdim=True) * standard.mean
     x = (torch.cat(sums) - drift) / standard.deviation
-    multiplied: torch.Tensor = (x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)).prod(dim=1)
-    return multiplied
+    unit: torch.Tensor = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return unit
 
 
 def _segments(length: int, device: torch.device) -> torch.Tensor:

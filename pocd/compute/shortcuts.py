@@ -1,39 +1,36 @@
-"""What a cheater may compute in place of the model, and what it tells of the distances (`pocd audit`).
+"""What a cheater may compute in place of the model (`pocd audit`); `cheater.py` has what can be made of it.
 
-Every shortcut gives states of the positions after the final norm, right or wrong. The scheme's own
-`readout` of them is what the cheater has of a nonce, as it is, and made the likeliest honest readout by a
-ridge regression that is trained on honest nonces of the block. The scheme's own `distance` does the rest. So a
-scheme with another readout is attacked by the same code.
+Every shortcut gives states of positions after the final norm, right or wrong, at a cost below the full pass's.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
 
-from pocd.audit_statistics import ridge
-from pocd.compute.engine import is_out_of_memory
-from pocd.compute.errors import NonFiniteError, OutOfMemoryError
+from pocd.compute.linear import Linear
+from pocd.compute.schemes import SEGMENTS
 from pocd.compute.transforms import JOIN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from numpy.typing import NDArray
-
     from pocd.compute.engine import BlockRun
+    from pocd.compute.layers import Between
     from pocd.compute.model import Model
 
-    Floats = NDArray[np.float64]
+    Prepared = Callable[[], AbstractContextManager[BlockRun]]
+    States = Callable[[BlockRun, Sequence[int]], torch.Tensor]
 
 RANK_SHARE = 4  # the MLP's matrices keep one in so many of their ranks
 BITS_OF_FULL = 16  # a multiplication of b bits is counted as b/16
+PARTS = (("half", 1, 2), ("quarter", 1, 4), ("eighth", 1, 8), ("3 quarters", 3, 4))  # of the sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,119 +41,213 @@ class Shortcut:
         name: What the report calls it.
         cost: Multiply-adds of the model's layers, as a share of a full forward pass's.
         rest: What a nonce that it has predicted costs when it is then computed in full.
-        states: Who runs and nonces [B] in, states of positions `start` to `stop` out [B, stop − start, H].
-        start: The first position that it has states of; the others are taken to be as on average.
-        stop: The first that it has none of any more; None for the end.
-        fitted: Whether the cheater is trained; else the shortcut's own readout is all there is.
         prepared: Gives who runs the shortcut, while its context lasts: with other weights, or for another block.
+        states: Who runs and nonces [B] in, states out of the positions `where` [B, ≤ S, H].
+        where: Positions that it has states of; the others are taken to be as on average.
+        guess: How distances are guessed: "trained" on honest nonces; "as it is", by the readout of its states; or
+            by the "size" of what is known of a product, which tells not how far but how sure.
+        is_claimed: Whether a miner might give its distances for honest ones, without computing anything in full.
     """
 
     name: str
     cost: float
     rest: float
-    prepared: Callable[[], AbstractContextManager[BlockRun]]
-    states: Callable[[BlockRun, Sequence[int]], torch.Tensor]
-    start: int = 0
-    stop: int | None = None
-    fitted: bool = True
+    prepared: Prepared
+    states: States
+    where: slice = field(default_factory=lambda: slice(None))
+    guess: Literal["trained", "as it is", "size"] = "trained"
+    is_claimed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class Honest:
-    """What the honest computation gave.
+class Known:
+    """What the cheater knows of a block before it begins, from nonces that it computed honestly.
 
     Attributes:
-        readouts: Unit vectors [nonces, H].
-        distances: [nonces].
-        average: States after the final norm, averaged over the nonces that the cheater trains on [S, H].
-        first: The first nonce's states [S, H].
+        nonces: Those whose states it has kept.
+        states: Of all positions after the final norm [nonces, S, H].
+        average: The same as an average, over more nonces [S, H].
     """
 
-    readouts: Floats
-    distances: Floats
+    nonces: Sequence[int]
+    states: torch.Tensor
     average: torch.Tensor
-    first: torch.Tensor
 
 
 # Running a part of the model.
 
 
-def _states(run: BlockRun, embeddings: torch.Tensor, kept: Collection[int]) -> torch.Tensor:
-    return run.model.by_layers.states(embeddings, JOIN[run.scheme.layer_step], run.vectors, kept=kept)
+def run_states(
+    run: BlockRun,
+    embeddings: torch.Tensor,
+    between: Mapping[int, Between] | None = None,
+    positions: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Run the layers on embeddings [B, S, H]; see `LayerDecoder.states`."""
+    return run.model.by_layers.states(
+        embeddings, JOIN[run.scheme.layer_step], run.vectors, between=between or {}, positions=positions
+    )
 
 
-def _unit(readout: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(readout.double(), dim=-1)
-
-
-def _batches(nonces: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+def batches(nonces: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Divide nonces into batches of `size`."""
     return (nonces[start : start + size] for start in range(0, len(nonces), size))
 
 
-def compute_honestly(run: BlockRun, nonces: Sequence[int], trained_on: int, batch_size: int) -> Honest:
-    """Compute nonces in full; the first `trained_on` of them are those whose states are averaged."""
-    readouts, distances, first, left = [], [], None, trained_on
-    total = torch.zeros(run.seq_len, run.model.hidden_size, dtype=torch.float64, device=run.model.device)
-    for batch in _batches(nonces, batch_size):
-        states = _states(run, run.inputs(batch), range(run.model.layers))
-        first = states[0] if first is None else first
-        total += states[:left].double().sum(dim=0)
-        left = max(0, left - len(batch))
-        readouts.append(_unit(run.readout(states, batch)))
-        distances.append(run.distance(run.readout(states, batch), batch).double())
-        if not distances[-1].isfinite().all():
-            run.distances(batch, batch_size=batch_size)  # says where it begins
-    assert first is not None, "there are nonces"
-    average = (total / trained_on).to(first.dtype)
-    return Honest(torch.cat(readouts).cpu().numpy(), torch.cat(distances).cpu().numpy(), average, first)
+def _pass(entered: torch.Tensor, _left: torch.Tensor) -> torch.Tensor:
+    return entered
 
 
-# The shortcuts.
+# All of them.
 
 
-def shortcuts(
-    run: BlockRun, honest: Honest, previous: Callable[[], AbstractContextManager[BlockRun]]
-) -> list[Shortcut]:
-    """Return all shortcuts for a block; `previous` prepares the model for the block before it."""
-    layers, length, cost = run.model.layers, run.seq_len, _Cost(run.model, run.seq_len)
+def shortcuts(run: BlockRun, known: Known, previous: Prepared, batch_size: int) -> list[Shortcut]:
+    """Return all shortcuts for a block.
 
-    def plainly() -> AbstractContextManager[BlockRun]:
-        return nullcontext(run)
+    Args:
+        run: The model, prepared for the block.
+        known: What the cheater knows of the block.
+        previous: Prepares the model for the block before it.
+        batch_size: Nonces per forward pass, where the cheater trains stand-ins for layers.
+    """
+    cost = _Cost(run.model, run.seq_len)
+    return [
+        *_without_layers(run, known),
+        *_with_few_layers(run, cost),
+        *_with_linear_layers(run, known, cost, batch_size),
+        *_with_few_positions(run, cost),
+        *_with_other_weights(run, known, cost, batch_size),
+        Shortcut("old transforms", 1, 1, previous, _whole(run)),
+    ]
 
-    def constant(states: torch.Tensor) -> Callable[[BlockRun, Sequence[int]], torch.Tensor]:
+
+def _plainly(run: BlockRun) -> Prepared:
+    return lambda: nullcontext(run)
+
+
+def _whole(run: BlockRun, between: Mapping[int, Between] | None = None) -> States:
+    """Run all positions; inputs are the block's own, whoever runs."""
+    return lambda acting, nonces: run_states(acting, run.inputs(nonces), between)
+
+
+def _without_layers(run: BlockRun, known: Known) -> Iterator[Shortcut]:
+    def constant(states: torch.Tensor) -> States:
         return lambda _, nonces: states.expand(len(nonces), -1, -1)
 
-    def through(
-        kept: Collection[int], start: int = 0, stop: int | None = None
-    ) -> Callable[[BlockRun, Sequence[int]], torch.Tensor]:
-        return lambda acting, nonces: _states(acting, run.inputs(nonces)[:, start:stop], kept)
+    plainly, layers = _plainly(run), range(run.model.layers)
+    yield Shortcut("mean output", 0, 1, plainly, constant(known.average))
+    yield Shortcut("another nonce's", 0, 1, plainly, constant(known.states[0]), guess="as it is")
+    yield Shortcut("input embedding", 0, 1, plainly, _whole(run, dict.fromkeys(layers, _pass)))
 
-    whole = through(range(layers))
-    found = [
-        Shortcut("mean output", 0, 1, plainly, constant(honest.average)),
-        Shortcut("another nonce's", 0, 1, plainly, constant(honest.first), fitted=False),
-        Shortcut("input embedding", 0, 1, plainly, through(())),
-    ]
-    for depth in range(1, layers):
+
+def _with_few_layers(run: BlockRun, cost: _Cost) -> Iterator[Shortcut]:
+    plainly, layers = _plainly(run), range(run.model.layers)
+    for depth in layers[1:]:
         share = cost.of(layers=depth)
-        found.append(Shortcut(f"stop at layer {depth}", share, 1 - share, plainly, through(range(depth))))
+        passed = dict.fromkeys(layers[depth:], _pass)
+        yield Shortcut(f"stop at layer {depth}", share, 1 - share, plainly, _whole(run, passed))
+    if len(layers) > 1:
+        for index in layers:
+            share = cost.of(layers=len(layers) - 1)
+            yield Shortcut(f"without layer {index + 1}", share, 1, plainly, _whole(run, {index: _pass}))
+        passed = dict.fromkeys(layers[1::2], _pass)
+        yield Shortcut("every other layer", cost.of(layers=len(layers[::2])), 1, plainly, _whole(run, passed))
+
+
+def _with_linear_layers(run: BlockRun, known: Known, cost: _Cost, batch_size: int) -> Iterator[Shortcut]:
+    """Linear maps in place of the first half of the layers, or of every other one, trained on honest streams."""
+    layers = run.model.layers
     if layers > 1:
-        kept = range(0, layers, 2)
-        found.append(Shortcut("every other layer", cost.of(layers=len(kept)), 1, plainly, through(kept)))
-    for name, part in (("half", 2), ("quarter", 4), ("eighth", 8)):
-        count = max(1, length // part)
-        share = cost.of(positions=count)
-        first, last = through(range(layers), 0, count), through(range(layers), length - count)
+        for name, spans in (
+            ("first half linear", [(0, layers // 2 - 1)]),
+            ("every other linear", _every_other(layers)),
+        ):
+            left_out = sum(last - first + 1 for first, last in spans)
+            share = cost.of(layers=layers - left_out) + len(spans) * cost.of_linear()
+            stand_ins = linear_layers(run, known.nonces, spans, batch_size)
+            yield Shortcut(name, share, 1, _plainly(run), _whole(run, stand_ins))
+
+
+def _every_other(layers: int) -> list[tuple[int, int]]:
+    return [(index, index) for index in range(1, layers, 2)]
+
+
+def linear_layers(
+    run: BlockRun, nonces: Sequence[int], spans: Sequence[tuple[int, int]], batch_size: int
+) -> dict[int, Between]:
+    """Train a linear map in place of each span of layers (first, last), on the honest streams of some nonces."""
+    between: dict[int, Between] = {}
+    stand_ins: dict[int, Between] = {}
+    for first, last in spans:
+        entering: list[torch.Tensor] = []
+        linear = Linear()
+
+        def begin(entered: torch.Tensor, left: torch.Tensor, held: list[torch.Tensor] = entering) -> torch.Tensor:
+            held[:] = [entered]
+            return left
+
+        def end(
+            entered: torch.Tensor, left: torch.Tensor, held: list[torch.Tensor] = entering, to: Linear = linear
+        ) -> torch.Tensor:
+            to.add(held[0] if held else entered, left)
+            return left
+
+        def stand_in(entered: torch.Tensor, left: torch.Tensor, by: Linear = linear) -> torch.Tensor:
+            return by(entered).to(left.dtype)
+
+        if first < last:
+            between[first] = begin
+        between[last] = end
+        stand_ins |= dict.fromkeys(range(first, last), _pass) | {last: stand_in}
+    for batch in batches(nonces, batch_size):
+        run_states(run, run.inputs(batch), between)
+    return stand_ins
+
+
+def _with_few_positions(run: BlockRun, cost: _Cost) -> Iterator[Shortcut]:
+    length, plainly = run.seq_len, _plainly(run)
+
+    def at(where: slice) -> States:
+        positions = torch.arange(length, device=run.model.device)[where]
+        return lambda acting, nonces: run_states(acting, run.inputs(nonces)[:, where], positions=positions)
+
+    def apart(acting: BlockRun, nonces: Sequence[int]) -> torch.Tensor:
+        return torch.cat([at(quarter)(acting, nonces) for quarter in quarters], dim=1)
+
+    for name, numerator, denominator in PARTS:
+        count = max(1, length * numerator // denominator)
+        share, first, last = cost.of(positions=count), slice(0, count), slice(length - count, None)
         # The states of a prefix serve the full pass too, as no position looks ahead.
-        found.append(Shortcut(f"first {name}", share, 1 - share, plainly, first, stop=count))
-        found.append(Shortcut(f"last {name}", share, 1, plainly, last, start=length - count))
+        yield Shortcut(f"first {name}", share, 1 - share, plainly, at(first), first)
+        yield Shortcut(f"last {name}", share, 1, plainly, at(last), last)
+        if run.scheme.reads == "segments" and count * SEGMENTS >= length:
+            yield Shortcut(f"first {name}, size", share, 1 - share, plainly, at(first), first, guess="size")
+    other = slice(1, None, 2)
+    yield Shortcut("every other position", cost.of(positions=length // 2), 1, plainly, at(other), other)
+    bounds = [length * part // 4 for part in range(5)]
+    quarters = [slice(*pair) for pair in itertools.pairwise(bounds)]
+    share = sum(cost.of(positions=quarter.stop - quarter.start) for quarter in quarters)
+    yield Shortcut("quarters apart", share, 1, plainly, apart)
+
+
+def _with_other_weights(run: BlockRun, known: Known, cost: _Cost, batch_size: int) -> Iterator[Shortcut]:
+    whole, reduced = _whole(run), cost.of_low_rank()
     for bits in (8, 4):
-        rounding = functools.partial(_replacing, run, functools.partial(_rounded, bits=bits), lambda _: True)
-        found.append(Shortcut(f"{bits}-bit weights", bits / BITS_OF_FULL, 1, rounding, whole))
-    reducing = functools.partial(_replacing, run, _of_low_rank, _is_mlp)
-    found.append(Shortcut("low-rank MLP", cost.of_low_rank(), 1, reducing, whole))
-    found.append(Shortcut("old transforms", 1, 1, previous, whole))
-    return found
+        rounding = functools.partial(_replacing, run, functools.partial(_rounded, bits=bits))
+        yield Shortcut(f"{bits}-bit weights", bits / BITS_OF_FULL, 1, rounding, whole, is_claimed=True)
+    yield Shortcut("low-rank MLP", reduced, 1, functools.partial(_replacing, run, _reduced), whole)
+    # Two at once: a rounded pass is worth most, so whatever makes it cheaper is tried with it.
+    eighth = 8 / BITS_OF_FULL
+    rounding = functools.partial(_replacing, run, functools.partial(_rounded, bits=8))
+    yield Shortcut("8-bit, low-rank MLP", eighth * reduced, 1, functools.partial(_replacing, run, _both), whole)
+    if run.model.layers > 1:
+        spans = _every_other(run.model.layers)
+        share = eighth * (cost.of(layers=run.model.layers - len(spans)) + len(spans) * cost.of_linear())
+        linear = _whole(run, linear_layers(run, known.nonces, spans, batch_size))
+        yield Shortcut("8-bit, every 2nd linear", share, 1, rounding, linear)
+
+
+# What they cost.
 
 
 class _Cost:
@@ -171,7 +262,7 @@ class _Cost:
         heads: int = config.num_attention_heads
         self._head_width: int = heads * (getattr(config, "head_dim", None) or model.hidden_size // heads)
         self._matrices = list(_matrices(model))
-        self._layers, self._seq_len = model.layers, seq_len
+        self._layers, self._seq_len, self._hidden_size = model.layers, seq_len, model.hidden_size
 
     def of(self, *, layers: int | None = None, positions: int | None = None) -> float:
         """The share of so many layers at so many positions."""
@@ -182,6 +273,10 @@ class _Cost:
         pairs = positions * (positions + 1) // 2
         elements = sum(matrix.numel() for _, matrix in self._matrices)
         return positions * elements + 2 * self._layers * self._head_width * pairs
+
+    def of_linear(self) -> float:
+        """The share of one linear map at all positions, from a state and the mean of those up to it."""
+        return self._seq_len * 2 * self._hidden_size**2 / self._whole(self._seq_len)
 
     def of_low_rank(self) -> float:
         """The share that is left with the MLP's matrices as products of two thin ones."""
@@ -199,11 +294,14 @@ def _matrices(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
         yield from ((name, weight) for name, weight in layer.named_parameters() if weight.ndim > 1)
 
 
+# Other weights.
+
+
 def _is_mlp(name: str) -> bool:
     return "mlp" in name
 
 
-def _rounded(weight: torch.Tensor, *, bits: int) -> torch.Tensor:
+def _rounded(_name: str, weight: torch.Tensor, *, bits: int) -> torch.Tensor:
     """Round each row to whole multiples of its largest element / (2^(bits−1) − 1)."""
     step = weight.abs().amax(dim=-1, keepdim=True).float() / (2 ** (bits - 1) - 1)
     rounded: torch.Tensor = (weight.float() / step.clamp_min(torch.finfo(torch.float32).tiny)).round() * step
@@ -215,139 +313,29 @@ def _rank(weight: torch.Tensor) -> int:
     return max(1, min(rows, columns) // RANK_SHARE)
 
 
-def _of_low_rank(weight: torch.Tensor) -> torch.Tensor:
-    """The nearest matrix of `_rank`."""
+def _reduced(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """The nearest matrix of `_rank`, if it is one of the MLP's."""
+    if not _is_mlp(name):
+        return weight
     u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)
     rank = _rank(weight)
     nearest: torch.Tensor = (u[..., :rank] * s[..., None, :rank]) @ v[..., :rank, :]
     return nearest
 
 
+def _both(name: str, weight: torch.Tensor) -> torch.Tensor:
+    return _rounded(name, _reduced(name, weight), bits=8)
+
+
 @contextmanager
-def _replacing(
-    run: BlockRun, change: Callable[[torch.Tensor], torch.Tensor], concerns: Callable[[str], bool]
-) -> Iterator[BlockRun]:
+def _replacing(run: BlockRun, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Iterator[BlockRun]:
     """Replace the layers' matrices while the context lasts; afterwards they are as before, bit for bit."""
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
         for name, weight in _matrices(run.model):
-            if concerns(name):
-                saved.append((weight, weight.to("cpu", copy=True)))
-                weight.copy_(change(weight))
+            saved.append((weight, weight.to("cpu", copy=True)))
+            weight.copy_(change(name, weight))
         yield run
     finally:
         for weight, values in saved:
             weight.copy_(values)
-
-
-# What they tell.
-
-
-def _features(
-    run: BlockRun, acting: BlockRun, shortcut: Shortcut, average: torch.Tensor, nonces: Sequence[int]
-) -> torch.Tensor:
-    """What the cheater has of nonces [B, H or 2H]: the readout and, where the end is missing, the last state known."""
-    known = shortcut.states(acting, nonces)
-    states = average.expand(len(nonces), -1, -1).clone()
-    states[:, shortcut.start : shortcut.stop] = known
-    readout = _unit(run.readout(states, nonces))
-    return readout if shortcut.stop is None else torch.cat([readout, _unit(known[:, -1])], dim=-1)
-
-
-def predict(
-    run: BlockRun, shortcut: Shortcut, honest: Honest, nonces: Sequence[int], trained_on: int, batch_size: int
-) -> Floats:
-    """Return predicted distances of the nonces after the first `trained_on`, which the cheater is trained on.
-
-    There are two guesses: by the shortcut's own readout, which needs no training, and by the regression's.
-    A line through both is fitted to true distances that the regression has not seen.
-
-    Raises:
-        NonFiniteError: The shortcut gave NaN or infinity.
-    """
-    with shortcut.prepared() as acting:
-        parts = [_features(run, acting, shortcut, honest.average, batch) for batch in _batches(nonces, batch_size)]
-    features = torch.cat(parts).cpu().numpy()
-    if not np.isfinite(features).all():
-        raise NonFiniteError(
-            f"the shortcut {shortcut.name!r} gave NaN or infinity, though the honest pass did not; try another dtype"
-        )
-    plain = _guess(run, features[:, : run.model.hidden_size], nonces, batch_size)
-    if not shortcut.fitted:
-        return plain[trained_on:]
-
-    def regressed(known: int) -> Floats:
-        weights, bias = ridge(features[:known], honest.readouts[:known])
-        return _guess(run, features @ weights + bias, nonces, batch_size)
-
-    half = trained_on // 2
-    seen = np.stack([plain, regressed(half), np.ones(len(nonces))], axis=1)[half:trained_on]
-    line = np.linalg.lstsq(seen, honest.distances[half:trained_on])[0]
-    guesses = np.stack([plain, regressed(trained_on), np.ones(len(nonces))], axis=1)
-    return np.asarray(guesses[trained_on:] @ line)
-
-
-def _guess(run: BlockRun, readouts: Floats, nonces: Sequence[int], batch_size: int) -> Floats:
-    """Distances by guessed readouts [n, H].
-
-    A readout that is known badly is short, as regression draws it to the mean. Its cosine to the
-    target is scaled by its length, so that bold guesses come first only where they are well founded.
-    """
-    guesses = torch.from_numpy(readouts).to(run.model.device)
-    cosines = [
-        guess.norm(dim=-1) * (1 - run.distance(guess.float(), batch).double().square() / 2)
-        for guess, batch in zip(guesses.split(batch_size), _batches(nonces, batch_size), strict=True)
-    ]
-    return np.asarray((2 - 2 * torch.cat(cosines).clamp(-1, 1)).sqrt().cpu().numpy())
-
-
-@dataclass(frozen=True, slots=True)
-class Attacked:
-    """One block: its distances [n], and what each shortcut predicts of them [shortcuts, n]."""
-
-    shortcuts: list[Shortcut]
-    predicted: Floats
-    true: Floats
-
-
-@torch.inference_mode()
-def attack(
-    run: BlockRun,
-    previous: Callable[[], AbstractContextManager[BlockRun]],
-    nonces: Sequence[int],
-    *,
-    trained_on: int,
-    batch_size: int,
-    advance: Callable[[float], None],
-) -> Attacked:
-    """Predict the distances of nonces by every shortcut.
-
-    Args:
-        run: The model, prepared for the block.
-        previous: Prepares it for the block before.
-        nonces: Distinct.
-        trained_on: How many of them, the first, the cheater knows the honest distances of.
-        batch_size: Nonces per forward pass.
-        advance: Told how many nonces' worth of work has just been done.
-
-    Raises:
-        OutOfMemoryError: A batch of this size does not fit.
-        NonFiniteError: The model, or a shortcut, gave NaN or infinity.
-    """
-    try:
-        honest = compute_honestly(run, nonces, trained_on, batch_size)
-        tried = shortcuts(run, honest, previous)
-        passes = len(tried) + 1
-        advance(len(nonces) / passes)
-        predicted = []
-        for shortcut in tried:
-            predicted.append(predict(run, shortcut, honest, nonces, trained_on, batch_size))
-            advance(len(nonces) / passes)
-        return Attacked(tried, np.array(predicted), honest.distances[trained_on:])
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-    raise OutOfMemoryError(
-        f"a batch of {batch_size} × {run.seq_len} positions does not fit into the memory of {run.model.device}; "
-        "give a smaller --batch-size"
-    )
