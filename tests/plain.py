@@ -157,25 +157,25 @@ def units(states: Array) -> Array:
 
 
 def standard(decoder: Decoder, block_hash: str, seq_len: int, step: Step) -> tuple[Array, Array]:
-    """Section 3.1, step 3: mean and deviation [H] over all positions of 32 inputs."""
-    texts = [f"{block_hash}_sample_{k}_input" for k in range(32)]
+    """Section 3.1, step 2: means [S, H] and deviation [H] over 128 inputs."""
+    texts = [f"{block_hash}_sample_{k}_input" for k in range(128)]
     seen = [units(decoder.run(decoder.weights, embeddings(text, seq_len, decoder.size), step)) for text in texts]
-    every = np.concatenate(seen)
-    mean = every.mean(axis=0)
-    variance = ((every - mean) ** 2).mean(axis=0)
+    mean = np.mean(seen, axis=0)
+    variance = ((np.array(seen) - mean) ** 2).mean(axis=(0, 1))
     return mean, np.maximum(np.sqrt(variance), 0.01 * np.sqrt(variance.mean()))
 
 
-def segments_distance(decoder: Decoder, block_hash: str, owner: str, nonce: int, seq_len: int, step: Step) -> float:
-    """Section 3.1: all positions, in four segments, against a target of the nonce's own."""
-    mean, deviation = standard(decoder, block_hash, seq_len, step)
+def segments_distance(
+    decoder: Decoder, owner: str, nonce: int, seq_len: int, step: Step, mean: Array, deviation: Array
+) -> float:
+    """Section 3.1: all positions, in six segments, against a target of the nonce's own."""
     a = units(decoder.run(decoder.weights, embeddings(f"{owner}_nonce{nonce}", seq_len, decoder.size), step))
     seed = seed32(f"{owner}_nonce_{nonce}_signs")
     y = np.ones(decoder.size)
-    for g in range(4):
+    for g in range(6):
         x = np.zeros(decoder.size)
-        for s in range(g * seq_len // 4, (g + 1) * seq_len // 4):
-            x += (1 if hash32(s, seed) < 2**31 else -1) * (a[s] - mean)
+        for s in range(g * seq_len // 6, (g + 1) * seq_len // 6):
+            x += (1 if hash32(s, seed) < 2**31 else -1) * (a[s] - mean[s])
         x /= deviation
         y *= x / np.linalg.norm(x)
     return float(np.linalg.norm(y / np.linalg.norm(y) - unit(f"{owner}_nonce_{nonce}_target", decoder.size)))
@@ -193,7 +193,8 @@ def distance(
 
     size, owner, step = decoder.size, f"{block_hash}_{public_key}", after_layer(choices, block_hash)
     if choices.head == "none":
-        return segments_distance(decoder, block_hash, owner, nonce, seq_len, step)
+        found = standard(decoder, block_hash, seq_len, step)
+        return segments_distance(decoder, owner, nonce, seq_len, step, *found)
     h = decoder.run(decoder.weights, embeddings(f"{owner}_nonce{nonce}", seq_len, size), step)[-1]
     for r in range(8):
         h = reflect(h, unit(f"{owner}_nonce_{nonce}_hidden_r{r}", size))

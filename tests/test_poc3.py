@@ -88,7 +88,10 @@ def test_mean_and_deviation_are_those_of_the_vectors(entry: dict[str, Any]) -> N
     )
     with preparation as run:
         assert run.standard is not None
-        assert run.standard.mean[:4].tolist() == pytest.approx(entry["mean"], abs=1e-6)
+        mean = run.standard.mean
+        assert mean.shape == (entry["seq_len"], model.hidden_size)
+        assert mean[0, :4].tolist() == pytest.approx(entry["mean"]["first"], abs=1e-6)
+        assert mean[-1, :4].tolist() == pytest.approx(entry["mean"]["last"], abs=1e-6)
         assert run.standard.deviation[:4].tolist() == pytest.approx(entry["deviation"], rel=1e-4)
 
 
@@ -97,7 +100,7 @@ def test_signs_are_exact(entry: dict[str, Any]) -> None:
     assert signs(seeds_tensor([entry["text"]]), entry["n"]).tolist() == [entry["signs"]]
 
 
-@pytest.mark.parametrize("seq_len", [4, 5, 7, 31])
+@pytest.mark.parametrize("seq_len", [6, 7, 11, 31])
 def test_trained_models_agree_with_the_plain_implementation(bundled: Model, seq_len: int) -> None:
     """With segments of one position, and of unequal lengths."""
     nonces = [0, 1, 2**63 - 1]
@@ -105,9 +108,9 @@ def test_trained_models_agree_with_the_plain_implementation(bundled: Model, seq_
     assert found == pytest.approx(plainly(bundled, nonces, seq_len), abs=2e-5)
 
 
-@pytest.mark.parametrize("seq_len", [1, 2, 3])
+@pytest.mark.parametrize("seq_len", [1, 5])
 def test_a_sequence_with_fewer_positions_than_segments_is_refused(bundled: Model, seq_len: int) -> None:
-    with pytest.raises(InputError, match=rf"^seq_len {seq_len} is too short for scheme 'poc3': 4 or more$"):
+    with pytest.raises(InputError, match=rf"^seq_len {seq_len} is too short for scheme 'poc3': 6 or more$"):
         compute(bundled, [0], seq_len=seq_len)
 
 
@@ -124,7 +127,7 @@ def test_a_coordinate_that_never_changes_counts_for_nothing() -> None:
 def test_a_model_that_says_nothing_has_no_distances() -> None:
     model = load_model(BUNDLED[1], dtype="float32", device="cpu")
     model.causal.model.norm.weight.zero_()
-    with pytest.raises(NonFiniteError, match="first in the mean of the block's samples"):
+    with pytest.raises(NonFiniteError, match="first in the means of the block's samples"):
         compute(model, range(4))
 
 
@@ -133,7 +136,7 @@ def test_a_model_that_says_nothing_has_no_distances() -> None:
 
 @pytest.mark.parametrize("way", ["flat", "layers"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch_size", "seq_len"), [(1, 24), (2, 5), (7, 24), (13, 25)])
+@pytest.mark.parametrize(("batch_size", "seq_len"), [(1, 24), (2, 7), (7, 24), (13, 25)])
 def test_a_distance_does_not_depend_on_its_batch(dtype: str, way: str, batch_size: int, seq_len: int) -> None:
     model = load_model(BUNDLED[batch_size % 2], dtype=dtype, device="cpu")
     model = replace(model, decoder=model.by_layers) if way == "layers" else model
@@ -184,7 +187,7 @@ def test_every_position_counts(bundled: Model) -> None:
         for position in range(8):
             other = inputs.clone()
             other[:, position] = -other[:, position]
-            assert torch.linalg.vector_norm(output(run, other) - whole) > 0.1
+            assert torch.linalg.vector_norm(output(run, other) - whole) > 0.01  # rounding: 1e-6
 
 
 def output(run: BlockRun, inputs: torch.Tensor) -> torch.Tensor:

@@ -520,7 +520,7 @@ async def test_a_daemon_of_poc3_expects_and_tolerates_what_its_hidden_size_says(
     async with serving_api(tmp_path, round__scheme="poc3", round__r_target=1.3315) as api:
         status, answer = await api.post("/init/generate", init_body(api, "short", seq_len=3))
         assert (status, answer["error"]["field"]) == (400, "seq_len")
-        assert answer["error"]["message"] == "seq_len: 3 is too short for scheme 'poc3': 4 or more"
+        assert answer["error"]["message"] == "seq_len: 3 is too short for scheme 'poc3': 6 or more"
         await api.done("/init/generate", init_body(api, "hidden", r_target=1.3315))
         found = await api.found(2)
         assert found["round"]["expected_valid_rate"] == pytest.approx(0.1, abs=1e-4)

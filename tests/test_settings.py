@@ -157,8 +157,8 @@ def test_the_shipped_file_loads_with_everything_set(tmp_path: Path) -> None:
         pytest.param("[model]\ndtype = 'int8'", "model.dtype: Input should be 'float32', 'float16'", id="dtype"),
         pytest.param("[model]\ndevice = 'gpu'", "model.device: String should match", id="device"),
         pytest.param(
-            '[round]\nscheme = "poc3"\nseq_len = 3',
-            "round: seq_len 3 is too short for scheme 'poc3': 4 or more",
+            '[round]\nscheme = "poc3"\nseq_len = 5',
+            "round: seq_len 5 is too short for scheme 'poc3': 6 or more",
             id="segments",
         ),
         pytest.param("[round]\noffset = 60", "round: offset 60 must be below every 60", id="offset"),

@@ -180,7 +180,7 @@ class BlockRun:
         )
         observe("the final norm", states)
         if self.standard is not None:
-            observe("the mean of the block's samples", self.standard.mean)
+            observe("the means of the block's samples", self.standard.mean)
             states = self.readout(states, nonces[:1])
             observe("the product of the segments", states)
         observe("what follows it", self.distance(states, nonces[:1]))

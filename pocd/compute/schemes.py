@@ -16,7 +16,7 @@ Reads = Literal["last position", "segments"]
 Head = Literal["trained", "embedding", "random", "none"]
 
 RANDOM_HEAD_DIM = 8192  # D of a random head
-SEGMENTS = 4  # of the sequence, where all positions are read
+SEGMENTS = 6  # of the sequence, where all positions are read
 
 
 @dataclass(frozen=True, slots=True)

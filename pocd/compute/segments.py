@@ -13,7 +13,7 @@ from pocd.compute.schemes import SEGMENTS
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SAMPLES = 32  # inputs from which mean and deviation are estimated
+SAMPLES = 128  # inputs from which means and deviations are estimated
 SAMPLES_AT_ONCE = 8  # always, so that rounding depends on nobody's batch size
 LEAST_DEVIATION = 0.01  # of a coordinate, as a share of the root of all coordinates' mean variance
 STATES_CHUNK = 2**24  # elements of hidden states that are copied to float32 at a time: 64 MiB
@@ -21,7 +21,9 @@ STATES_CHUNK = 2**24  # elements of hidden states that are copied to float32 at 
 
 @dataclass(frozen=True, slots=True)
 class Standard:
-    """Where the unit vectors of a block's hidden states lie, coordinate by coordinate, float32 [H] each."""
+    """Where the unit vectors of a block's hidden states lie: their mean at each position, float32 [S, H], and how far
+    from it they are, coordinate by coordinate, float32 [H].
+    """
 
     mean: torch.Tensor
     deviation: torch.Tensor
@@ -30,7 +32,7 @@ class Standard:
 def measure(
     run: Callable[[torch.Tensor], torch.Tensor], block_hash: str, seq_len: int, hidden_size: int, like: torch.Tensor
 ) -> Standard:
-    """Estimate mean and deviation from inputs that follow from the block hash alone.
+    """Estimate means and deviation from inputs that follow from the block hash alone.
 
     Args:
         run: Embeddings in, all positions' hidden states out, both [SAMPLES_AT_ONCE, S, H].
@@ -39,7 +41,7 @@ def measure(
         hidden_size: H.
         like: A tensor on the model's device, in its dtype.
     """
-    total = torch.zeros(hidden_size, dtype=torch.float64, device=like.device)
+    total = torch.zeros(seq_len, hidden_size, dtype=torch.float64, device=like.device)
     square = torch.zeros_like(total)
     for first in range(0, SAMPLES, SAMPLES_AT_ONCE):
         texts = [f"{block_hash}_sample_{k}_input" for k in range(first, first + SAMPLES_AT_ONCE)]
@@ -47,10 +49,10 @@ def measure(
         for states in run(flat.view(SAMPLES_AT_ONCE, seq_len, hidden_size)):  # one by one: they become float64
             wide = states.float()
             unit = (wide / torch.linalg.vector_norm(wide, dim=-1, keepdim=True)).double()
-            total += unit.sum(dim=0)
-            square += unit.square().sum(dim=0)
-    mean = total / (SAMPLES * seq_len)
-    variance = (square / (SAMPLES * seq_len) - mean.square()).clamp_min(0)
+            total += unit
+            square += unit.square()
+    mean = total / SAMPLES
+    variance = (square / SAMPLES - mean.square()).mean(dim=0).clamp_min(0)
     deviation = variance.sqrt().clamp_min(LEAST_DEVIATION * variance.mean().sqrt())
     return Standard(mean.float(), deviation.float())
 
@@ -58,7 +60,7 @@ def measure(
 def factors(states: torch.Tensor, signs: torch.Tensor, standard: Standard) -> torch.Tensor:
     """Return the segments' unit vectors, float32 [B, SEGMENTS, H]; their product is what is read.
 
-    Σ ε (A − μ) is taken as Σ (ε/‖h‖) h − (Σ ε) μ: one product of matrices per nonce, and no copy of A.
+    Σ ε (A − μ) is taken as Σ (ε/‖h‖) h − Σ ε μ: products of matrices, and no copy of A.
 
     Args:
         states: Hidden states h after the final norm [B, S, H]; A is h/‖h‖. S is at least SEGMENTS.
@@ -73,8 +75,7 @@ def factors(states: torch.Tensor, signs: torch.Tensor, standard: Standard) -> to
         wide = some.float()
         weight = sign / torch.linalg.vector_norm(wide, dim=-1)
         sums.append((inside * weight.unsqueeze(1)) @ wide)
-    drift = (inside * signs.unsqueeze(1)).sum(dim=-1, keepdim=True) * standard.mean
-    x = (torch.cat(sums) - drift) / standard.deviation
+    x = (torch.cat(sums) - (inside * signs.unsqueeze(1)) @ standard.mean) / standard.deviation
     unit: torch.Tensor = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return unit
 
