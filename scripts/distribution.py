@@ -31,7 +31,8 @@ such vectors: where one reads all positions, it is what it makes of them.
 The spread of the blocks' valid rates (keys of a block taken together) has a 95% interval, and a floor: what it stays
 below in 95% of cases if blocks share one rate, by sampling noise and by what a random head and target of a block do
 alone. Schemes with the model's own head have no such excuse and get it all the same; where each nonce has a target of
-its own the floor is noise alone.
+its own the floor is noise alone. `equal rates` is a chi-square test of it at the theoretical r_target, `outside 99%`
+the number of blocks whose interval does not hold the theoretical rate.
 
 It needs torch, transformers, numpy, scipy, rich and matplotlib, and a checkout: no installation.
 """
@@ -51,6 +52,7 @@ from distribution_lines import Asked, Found, complete  # it also finds the check
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
 from pocd.compute.calibration import Plan, block_hashes, check_plan
 from pocd.compute.errors import ComputeError, InputError
@@ -80,6 +82,8 @@ class Verdict:
         checked: Nonces of each block, [blocks].
         first: Spread of the valid rates at the first block's r_target.
         theory: Spread at the theoretical one.
+        equal: p of Pearson's chi-square test that all blocks have one rate, at the theoretical r_target.
+        outside: How many blocks' exact 99% intervals (Clopper and Pearson 1934) do not hold the theoretical rate.
     """
 
     asked: Asked
@@ -91,6 +95,8 @@ class Verdict:
     checked: NDArray[np.int64]
     first: Spread
     theory: Spread
+    equal: float
+    outside: int
 
 
 # The judgement.
@@ -116,7 +122,29 @@ def verdict(lines: Sequence[tuple[Asked, Found]]) -> Verdict:
         for valid in (valid_first, valid_theory)
     )
     every = [each for _, each in lines]
-    return Verdict(asked, blocks, keys, every, valid_first, valid_theory, checked, first, theory)
+    intervals = [
+        stats.binomtest(int(k), int(n)).proportion_ci(0.99) for k, n in zip(valid_theory, checked, strict=True)
+    ]
+    return Verdict(
+        asked,
+        blocks,
+        keys,
+        every,
+        valid_first,
+        valid_theory,
+        checked,
+        first,
+        theory,
+        equal=equal_rates(valid_theory, checked),
+        outside=sum(not interval.low <= asked.rate <= interval.high for interval in intervals),
+    )
+
+
+def equal_rates(valid: NDArray[np.int64], checked: NDArray[np.int64]) -> float:
+    """Return p of Pearson's chi-square test that all blocks have one rate."""
+    if not 0 < valid.sum() < checked.sum():
+        return 1.0  # no nonce is valid, or all are: in all blocks alike
+    return float(stats.chi2_contingency(np.array([valid, checked - valid])).pvalue)
 
 
 def verdicts(lines: dict[Asked, Found]) -> list[Verdict]:
@@ -153,7 +181,7 @@ def table_of_schemes(judged: Sequence[Verdict]) -> Table:
     for head in ("model", "scheme"):
         table.add_column(head)
     heads = ("r_target, first's", "spread, first's r", "95% interval", "floor, 95%", "p", "spread, theory's r")
-    for head in (*heads, "floor, 95%", "largest ks", "largest R"):
+    for head in (*heads, "floor, 95%", "equal rates, p", "outside 99%", "largest ks", "largest R"):
         table.add_column(head, justify="right")
     for each in judged:
         first, theory = each.first, each.theory
@@ -167,6 +195,8 @@ def table_of_schemes(judged: Sequence[Verdict]) -> Table:
             f"{first.p_value:.2g}",
             f"{100 * theory.spread:.1f}",
             f"{100 * theory.floor_95:.1f}",
+            f"{each.equal:.2g}",
+            f"{each.outside} of {len(each.blocks)}",
             f"{max(found.ks for found in each.found):.3f}",
             f"{max(found.resultant_length for found in each.found):.2f}",
         )
@@ -257,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         hint = "; it is in the extra: pip install 'pocd[lab]'" if isinstance(error, ImportError) else ""
         print(f"distribution: {error}{hint}", file=sys.stderr)
         sys.exit(EXIT_CONFIG)
-    console = Console(highlight=False, width=200)
+    console = Console(highlight=False, width=220)
     console.print(table_of_blocks(judged))
     console.print(table_of_schemes(judged))
     console.print(

@@ -3,6 +3,9 @@
 Usage: python scripts/e2e_matrix.py [--models qwen llama] [--duration 80] [--r-target 1.4042] [--seq-len 256]
            [--dtype float32] [--device cpu] [--scheme poc2] [--logs logs]
 
+Without `--r-target` it is the report's for schemes that have a head, and with `--scheme poc3` the one that theory gives
+one nonce in ten for the model's hidden size.
+
 A model is `qwen` or `llama` (the bundled ones), a hub id or a folder. Each test starts a receiver and a daemon on empty
 stores, has the daemon generate by its API (init/generate with a callback_url), stops it after `--duration` seconds, and
 then holds what the receiver has against what the daemon's status and store say, nonce by nonce. Of the public keys the
@@ -48,6 +51,7 @@ from pocd.compute.names import DTYPES, check_device, resolve
 from pocd.compute.schemes import SCHEMES
 from pocd.demo import Running, held_by, started
 from pocd.exits import EXIT_CRASH, EndedError
+from pocd.statistics import r_target_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -57,6 +61,7 @@ if TYPE_CHECKING:
 MODELS = {"qwen": "bundled:tiny-qwen3", "llama": "bundled:tiny-llama"}
 BLOCKS = ["block_alpha", "block_beta", "block_gamma"]
 KEYS = ["node_A", "node_B", "node_C"]
+R_TARGET = 1.4042  # the report's
 RESULTS = "e2e_results.jsonl"
 
 API = "/api/v1/pow"
@@ -123,7 +128,7 @@ def tests_of(options: argparse.Namespace) -> list[Test]:
             Asked(
                 block_hash=block,
                 public_key=key,
-                r_target=options.r_target,
+                r_target=options.r_targets[model],
                 seq_len=options.seq_len,
                 scheme=options.scheme,
                 node_id=node,
@@ -132,6 +137,16 @@ def tests_of(options: argparse.Namespace) -> list[Test]:
         )
         for number, (model, block, (node, key)) in enumerate(combinations, start=1)
     ]
+
+
+def r_target_of(model: str, scheme: str) -> float:
+    """The one for one valid nonce in ten."""
+    if SCHEMES[scheme].head != "none":
+        return R_TARGET
+    from transformers import AutoConfig  # noqa: PLC0415 - it takes seconds, and is needed here alone
+
+    hidden_size: int = AutoConfig.from_pretrained(resolve(model)).get_text_config().hidden_size
+    return r_target_for(0.1, hidden_size)
 
 
 def label_of(model: str) -> str:
@@ -324,7 +339,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--blocks", nargs="+", default=BLOCKS, help="block hashes")
     parser.add_argument("--keys", nargs="+", default=KEYS, help="public keys; each is a node")
     parser.add_argument("--duration", type=float, default=80.0, help="seconds of generating per test")
-    parser.add_argument("--r-target", type=float, default=1.4042, help="poc2's for one valid nonce in ten by default")
+    parser.add_argument("--r-target", type=float, help="by default for one valid nonce in ten")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N")
@@ -337,16 +352,19 @@ def parse() -> argparse.Namespace:
             parser.error(f"argument --{name}: must differ, but {', '.join(repeated)} is there more than once")
         if not all(values):
             parser.error(f"argument --{name}: must not be empty")
-    if not 0 < options.r_target <= 2:
+    if options.r_target is not None and not 0 < options.r_target <= 2:
         parser.error("argument --r-target: must be above 0 and at most 2")
     if not 0 < options.duration < 1e6:
         parser.error("argument --duration: must be above 0 and below a million seconds")
-    if options.seq_len < 1:
-        parser.error("argument --seq-len: must be at least 1")
+    if options.seq_len < (least := SCHEMES[options.scheme].least_seq_len):
+        parser.error(f"argument --seq-len: must be at least {least}")
     try:
         check_device(options.device)
         for model in options.models:
             resolve(MODELS.get(model, model))
+        options.r_targets = {
+            model: options.r_target or r_target_of(MODELS.get(model, model), options.scheme) for model in options.models
+        }
         options.logs.mkdir(parents=True, exist_ok=True)
     except (InputError, ModelError, OSError) as error:
         parser.error(str(error))

@@ -165,10 +165,9 @@ def standard(decoder: Decoder, block_hash: str, seq_len: int, step: Step) -> tup
     return mean, np.maximum(np.sqrt(variance), 0.01 * np.sqrt(variance.mean()))
 
 
-def segments_distance(
-    decoder: Decoder, owner: str, nonce: int, seq_len: int, step: Step, mean: Array, deviation: Array
-) -> float:
+def segments_distance(decoder: Decoder, owner: str, nonce: int, step: Step, *, mean: Array, deviation: Array) -> float:
     """Section 3.1: all positions, in six segments, against a target of the nonce's own."""
+    seq_len = len(mean)
     a = units(decoder.run(decoder.weights, embeddings(f"{owner}_nonce{nonce}", seq_len, decoder.size), step))
     seed = seed32(f"{owner}_nonce_{nonce}_signs")
     y = np.ones(decoder.size)
@@ -193,8 +192,8 @@ def distance(
 
     size, owner, step = decoder.size, f"{block_hash}_{public_key}", after_layer(choices, block_hash)
     if choices.head == "none":
-        found = standard(decoder, block_hash, seq_len, step)
-        return segments_distance(decoder, owner, nonce, seq_len, step, *found)
+        mean, deviation = standard(decoder, block_hash, seq_len, step)
+        return segments_distance(decoder, owner, nonce, step, mean=mean, deviation=deviation)
     h = decoder.run(decoder.weights, embeddings(f"{owner}_nonce{nonce}", seq_len, size), step)[-1]
     for r in range(8):
         h = reflect(h, unit(f"{owner}_nonce_{nonce}_hidden_r{r}", size))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from distribution import main
+from distribution import equal_rates, main, verdict
 from distribution_lines import Asked, Found
 from matplotlib.image import imread
 from plain_torch import PlainRun
@@ -151,6 +151,34 @@ def test_hashes_are_drawn_where_a_number_is_given(tmp_path: Path) -> None:
     run(tmp_path, "--schemes", "poc2", "--blocks", "2", "--keys", "k", "--nonces", "30", "--seed", "x")
     # SHA-256 of x_0 and x_1.
     assert [line["block_hash"][:8] for line in lines(tmp_path)] == ["3078A096", "D9B1567A"]
+
+
+@pytest.mark.parametrize(
+    ("valid", "expected"),
+    [([100, 100, 100], 1.0), ([100, 130, 90], 0.01), ([100, 200, 100], 1e-15), ([0, 0, 0], 1.0), ([1000] * 3, 1.0)],
+)
+def test_equal_rates_are_told_from_unequal_ones(valid: list[int], expected: float) -> None:
+    """Against the sum of (observed - expected)² / expected, with its 2 degrees of freedom."""
+    counts, n = np.array(valid), 1000
+    found = equal_rates(counts, np.full(3, n))
+    p = counts.mean() / n
+    if 0 < p < 1:
+        square = np.square(counts - n * p).sum() / (n * p * (1 - p))
+        assert found == pytest.approx(stats.chi2.sf(square, 2))
+    assert expected / 5 < found <= max(1.0, 5 * expected)
+
+
+def test_blocks_whose_interval_misses_the_theoretical_rate_are_counted(made: tuple[Path, str]) -> None:
+    asked = Asked(**{field.name: lines(made[0])[0][field.name] for field in dataclasses.fields(Asked)})
+    found = Found(**{field.name: lines(made[0])[0][field.name] for field in dataclasses.fields(Found)})
+    blocks = []
+    for block, near in (("few", 0), ("as many as expected", 200), ("many", 700)):
+        distances = [0.1] * near + [1.9] * (1000 - near)
+        changed = dataclasses.replace(asked, block_hash=block, nonces=1000)
+        blocks.append((changed, dataclasses.replace(found, distances=distances)))
+    judged = verdict(blocks)
+    assert judged.outside == 2
+    assert judged.equal < 1e-6
 
 
 # The plots.

@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
+from e2e_matrix import R_TARGET, r_target_of
 from e2e_verdict import Asked, Line, Progress, Said, complaints, spread_table
 from processes import PATIENCE
 from rich.console import Console
+
+from pocd.statistics import expected_valid_rate
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,6 +114,11 @@ async def test_a_daemon_that_dies_is_told_and_an_interrupted_run_leaves_no_proce
     assert (logs / "test_01_qwen_b-1_node_A_stores" / "outbox.db").exists()
 
 
+def test_r_target_is_the_reports_or_by_theory_for_the_hidden_size() -> None:
+    assert r_target_of("bundled:tiny-llama", "poc2") == R_TARGET
+    assert expected_valid_rate(r_target_of("bundled:tiny-llama", "poc3"), 128) == pytest.approx(0.1)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -126,6 +134,7 @@ async def test_a_daemon_that_dies_is_told_and_an_interrupted_run_leaves_no_proce
         (("--dtype", "float8"), "float32"),
         (("--device", "tpu"), "cuda:N"),
         (("--scheme", "poc1"), "poc2"),
+        (("--scheme", "poc3", "--seq-len", "5"), "at least 6"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(

@@ -17,7 +17,7 @@ DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 # How far two honest distances of one nonce in one dtype may lie apart, where distances are made in 8192 dimensions:
 # docs/protocol.md, "Agreement", measured there.
 TOLERANCE: dict[str, float] = {"float32": 1e-5, "float16": 5e-4, "bfloat16": 2e-3}
-PRODUCT_ROUNDING = 1.5
+PRODUCT_ROUNDING = 2.0
 # Where batch_size = "auto" begins. On the CPU more is not faster; on a GPU it is halved until it fits.
 AUTO_BATCH_SIZE = {"cpu": 32, "cuda": 1024}
 DEVICE_PATTERN = r"^(cpu|cuda(:[0-9]+)?)$"

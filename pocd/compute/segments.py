@@ -21,8 +21,11 @@ STATES_CHUNK = 2**24  # elements of hidden states that are copied to float32 at 
 
 @dataclass(frozen=True, slots=True)
 class Standard:
-    """Where the unit vectors of a block's hidden states lie: their mean at each position, float32 [S, H], and how far
-    from it they are, coordinate by coordinate, float32 [H].
+    """Where the unit vectors of a block's hidden states lie.
+
+    Attributes:
+        mean: Their means at each position, float32 [S, H].
+        deviation: How far from it they are, by coordinate, over all positions, float32 [H].
     """
 
     mean: torch.Tensor
