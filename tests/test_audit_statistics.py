@@ -13,7 +13,9 @@ from pocd.audit_statistics import (
     CHOICES,
     LEAST_CHOSEN,
     PENALTIES,
+    detection,
     gain,
+    mismatch,
     r_squared,
     ridge,
     share,
@@ -112,6 +114,38 @@ def test_winners_are_the_nearest_of_each_block() -> None:
         assert row[chosen].max() < row[~chosen].min()
     assert winners_among_best(distances, valid).value >= 0.95
     assert winners_among_best(-distances, valid).value == 0
+
+
+# What a validator catches.
+
+
+def test_mismatched_proofs_are_those_that_are_sent_and_not_valid() -> None:
+    generator = np.random.default_rng(11)
+    true = generator.normal(1.3, 0.06, size=(2, 500))
+    claimed = true + generator.normal(0, 0.03, size=(2, 500))
+    for tolerance in (0.0, 0.02, 1.0):
+        sent = invalid = 0
+        for said, really in zip(claimed, true, strict=True):
+            r_target = np.quantile(really, 0.1)
+            for a, b in zip(said, really, strict=True):
+                sent += int(a < r_target)
+                invalid += int(a < r_target and b > r_target + tolerance)
+        found = mismatch(claimed, true, 0.1, tolerance)
+        assert found.value == pytest.approx(invalid / sent)
+        assert found.low <= found.value <= found.high
+    assert mismatch(true, true, 0.1, 0).value == 0
+    nothing = mismatch(true + 1, true, 0.1, 0)
+    assert (nothing.value, nothing.low, nothing.high) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("proofs", [1, 20, 100, 1000])
+def test_detection_is_how_often_the_verdict_says_fraud(proofs: int) -> None:
+    """Of docs/protocol.md section 5: fraud if the probability of so many invalid ones is below 1%, at 0.05% each."""
+    counts = np.arange(proofs + 1)
+    is_fraud = stats.binom.sf(counts - 1, proofs, 5e-4) < 0.01
+    for share_of_invalid in (0.0, 5e-4, 0.02, 0.5, 1.0):
+        expected = stats.binom.pmf(counts, proofs, share_of_invalid)[is_fraud].sum()
+        assert detection(share_of_invalid, proofs) == pytest.approx(expected, abs=1e-9)
 
 
 # The gain.
