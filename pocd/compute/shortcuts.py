@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 RANK_SHARE = 4  # the MLP's matrices keep one in so many of their ranks
 BITS_OF_FULL = 16  # a multiplication of b bits is counted as b/16
-PARTS = (("half", 1, 2), ("quarter", 1, 4), ("eighth", 1, 8), ("3 quarters", 3, 4))  # of the sequence
+PARTS = (("half", 1, 2), ("quarter", 1, 4), ("eighth", 1, 8), ("3/4", 3, 4))  # of the sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +223,7 @@ def _with_few_positions(run: BlockRun, cost: _Cost) -> Iterator[Shortcut]:
         if run.scheme.reads == "segments" and count * SEGMENTS >= length:
             yield Shortcut(f"first {name}, size", share, 1 - share, plainly, at(first), first, guess="size")
     other = slice(1, None, 2)
-    yield Shortcut("every other position", cost.of(positions=length // 2), 1, plainly, at(other), other)
+    yield Shortcut("every 2nd position", cost.of(positions=length // 2), 1, plainly, at(other), other)
     bounds = [length * part // 4 for part in range(5)]
     quarters = [slice(*pair) for pair in itertools.pairwise(bounds)]
     share = sum(cost.of(positions=quarter.stop - quarter.start) for quarter in quarters)
@@ -244,7 +244,7 @@ def _with_other_weights(run: BlockRun, known: Known, cost: _Cost, batch_size: in
         spans = _every_other(run.model.layers)
         share = eighth * (cost.of(layers=run.model.layers - len(spans)) + len(spans) * cost.of_linear())
         linear = _whole(run, linear_layers(run, known.nonces, spans, batch_size))
-        yield Shortcut("8-bit, every 2nd linear", share, 1, rounding, linear)
+        yield Shortcut("8-bit, 2nd linear", share, 1, rounding, linear)
 
 
 # What they cost.
