@@ -12,6 +12,7 @@ import orjson
 import pytest
 import random_model
 import torch
+from family_models import FAMILIES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pocd import cli_compute
@@ -231,6 +232,27 @@ def test_a_prefix_has_the_honest_states(small: Model) -> None:
         apart = found["quarters apart"].states(run, range(4))
         assert torch.allclose(apart[:, :4], states[:, :4], atol=1e-5)
         assert torch.allclose(apart[:, -4:], found["last quarter"].states(run, range(4)), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt 2"])
+@pytest.mark.parametrize("where", [slice(6, None), slice(1, None, 2)])
+def test_some_positions_see_each_other_and_nothing_else(family: str, where: slice) -> None:
+    """As if the others were hidden from them: positions with gaps are one sequence, not many."""
+    model = adapt(FAMILIES[family].build(), name=family)
+    embeddings = normal(seeds_tensor(["some"])[0], 2 * 12 * HIDDEN_SIZE).view(2, 12, HIDDEN_SIZE)
+    positions = torch.arange(12)[where]
+    vectors = torch.zeros(model.layers, HIDDEN_SIZE)
+    seen = torch.eye(12, dtype=torch.bool)
+    seen[:, positions] = True
+    seen = seen.tril().expand(2, 1, 12, 12)
+    with torch.inference_mode():
+        found = model.by_layers.states(embeddings[:, where], JOIN["none"], vectors, between={}, positions=positions)
+        bare = model.by_layers.decoder(inputs_embeds=embeddings, attention_mask=seen, use_cache=False)
+        from_zero = model.by_layers.states(embeddings[:, where], JOIN["none"], vectors, between={})
+    assert torch.allclose(found, bare.last_hidden_state[:, where], atol=1e-4)
+    # Rotary positions count by their differences alone, GPT-2's by themselves.
+    is_moved_only = family == "llama" and where.step is None
+    assert torch.allclose(found, from_zero, atol=1e-4) == is_moved_only
 
 
 # Predictions.
