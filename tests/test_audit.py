@@ -16,7 +16,7 @@ from family_models import FAMILIES
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pocd import cli_compute
-from pocd.audit_statistics import Estimate
+from pocd.audit_statistics import Estimate, ridge
 from pocd.compute import cheater, shortcuts
 from pocd.compute.audit import Attack, Attacks, Audit, Caught, Row, as_text, audit
 from pocd.compute.calibration import Plan
@@ -288,6 +288,45 @@ def test_the_size_of_what_is_known_is_the_plain_one(small: Model, name: str, cou
     # The most uncertain come first.
     assert found.distances == pytest.approx(expected[8:], rel=1e-4)
     assert np.array_equal(found.own, found.distances)
+
+
+@pytest.mark.parametrize("name", ["first half", "stop at layer 2", "every 2nd position"])
+def test_a_prediction_is_the_plain_one(small: Model, name: str) -> None:
+    """Three guesses of nonces that neither was fitted to are weighed; then both are fitted to all that is known."""
+    nonces, trained_on, half = range(130), 100, 50
+    with prepared(small, scheme="poc3") as run:
+        honest = cheater.compute_honestly(run, nonces, trained_on, 50)
+        shortcut = tried(run, honest)[name]
+        found = cheater.predict(run, shortcut, honest, nonces, trained_on, 40)
+        some, every = shortcut.states(run, nonces), shortcuts.run_states(run, run.inputs(nonces))
+        aims = run.targets(nonces).numpy()
+    average = every[:trained_on].mean(dim=0)
+
+    def products(states: torch.Tensor) -> Floats:
+        whole = average.repeat(len(nonces), 1, 1)
+        whole[:, shortcut.where] = states
+        return np.array([plain_product(run, whole[i], i, SEGMENTS) for i in nonces])
+
+    def distances(readouts: Floats) -> Floats:
+        return np.asarray(np.sqrt(2 - 2 * (readouts * aims).sum(axis=1)))
+
+    own = products(some)
+    mapped = products(torch.from_numpy(plain_map(some[:half], every[:half, shortcut.where], some)).float())
+    last = torch.nn.functional.normalize(some[:, -1].double(), dim=-1).numpy()
+    features = np.concatenate([own, last], axis=1) if name == "first half" else own
+    truth = np.array([plain_product(run, every[i], i, SEGMENTS) for i in nonces])
+
+    def guesses(known: int) -> Floats:
+        weights, bias = ridge(features[:known], truth[:known])
+        short = distances(features @ weights + bias)
+        return np.stack([distances(own), distances(mapped), short], axis=1)
+
+    between = slice(half, trained_on)
+    weighing, bias = ridge(guesses(half)[between], distances(truth)[between, None])
+    expected = (guesses(trained_on)[trained_on:] @ weighing + bias)[:, 0]
+    assert honest.distances == pytest.approx(distances(truth), abs=1e-5)
+    assert found.own == pytest.approx(distances(own)[trained_on:], abs=1e-4)
+    assert found.distances == pytest.approx(expected, abs=1e-4)
 
 
 # The shortcuts.
