@@ -116,36 +116,48 @@ def test_winners_are_the_nearest_of_each_block() -> None:
     assert winners_among_best(-distances, valid).value == 0
 
 
-# What a validator catches.
+# What a validator finds.
 
 
-def test_mismatched_proofs_are_those_that_are_sent_and_not_valid() -> None:
+@pytest.mark.parametrize("tolerance", [0, 0.1, 1])
+def test_a_mismatch_is_counted_proof_by_proof(tolerance: float) -> None:
     generator = np.random.default_rng(11)
-    true = generator.normal(1.3, 0.06, size=(2, 500))
-    claimed = true + generator.normal(0, 0.03, size=(2, 500))
-    for tolerance in (0.0, 0.02, 1.0):
-        sent = invalid = 0
-        for said, really in zip(claimed, true, strict=True):
-            r_target = np.quantile(really, 0.1)
-            for a, b in zip(said, really, strict=True):
-                sent += int(a < r_target)
-                invalid += int(a < r_target and b > r_target + tolerance)
-        found = mismatch(claimed, true, 0.1, tolerance)
-        assert found.value == pytest.approx(invalid / sent)
-        assert found.low <= found.value <= found.high
+    true = generator.normal(size=(3, 301)) + np.array([[0.0], [5.0], [-5.0]])
+    claimed = true + 0.5 * generator.normal(size=true.shape)
+    sent = invalid = 0
+    for truths, claims in zip(true, claimed, strict=True):
+        r_target = sorted(truths)[30]  # a tenth of the 300 others lie below
+        for truth, claim in zip(truths, claims, strict=True):
+            if claim < r_target:
+                sent += 1
+                invalid += truth > r_target + tolerance
+    found = mismatch(claimed, true, 0.1, tolerance)
+    assert found == share(invalid, sent)
+    assert sent > invalid > 0
+
+
+def test_a_mismatch_of_the_truth_is_none_and_of_guesses_is_that_of_chance() -> None:
+    generator = np.random.default_rng(12)
+    true = generator.normal(size=(2, 20000))
     assert mismatch(true, true, 0.1, 0).value == 0
-    nothing = mismatch(true + 1, true, 0.1, 0)
-    assert (nothing.value, nothing.low, nothing.high) == (0, 0, 1)
+    blind = mismatch(generator.normal(size=true.shape), true, 0.1, 0.5)
+    chance = stats.norm.sf(stats.norm.ppf(0.1) + 0.5)
+    assert blind.low < chance < blind.high
+    assert mismatch(true + 10, true, 0.1, 0) == share(0, 0)  # nothing was sent
 
 
-@pytest.mark.parametrize("proofs", [1, 20, 100, 1000])
-def test_detection_is_how_often_the_verdict_says_fraud(proofs: int) -> None:
-    """Of docs/protocol.md section 5: fraud if the probability of so many invalid ones is below 1%, at 0.05% each."""
-    counts = np.arange(proofs + 1)
-    is_fraud = stats.binom.sf(counts - 1, proofs, 5e-4) < 0.01
-    for share_of_invalid in (0.0, 5e-4, 0.02, 0.5, 1.0):
-        expected = stats.binom.pmf(counts, proofs, share_of_invalid)[is_fraud].sum()
-        assert detection(share_of_invalid, proofs) == pytest.approx(expected, abs=1e-9)
+@pytest.mark.parametrize("proofs", [1, 100, 1000])
+@pytest.mark.parametrize("mismatched", [0, 5e-4, 0.003, 0.05, 1])
+def test_detection_is_that_of_the_binomial_test(mismatched: float, proofs: int) -> None:
+    least = next(k for k in range(1, proofs + 1) if stats.binom.sf(k - 1, proofs, 5e-4) < 0.01)
+    assert detection(mismatched, proofs) == pytest.approx(stats.binom.sf(least - 1, proofs, mismatched), abs=1e-12)
+
+
+def test_detection_is_how_often_batches_are_judged_fraudulent() -> None:
+    invalid = np.random.default_rng(13).binomial(1000, 0.003, size=4000)
+    judged = [stats.binomtest(int(k), 1000, 5e-4, alternative="greater").pvalue < 0.01 for k in invalid]
+    found = share(sum(judged), len(judged))
+    assert found.low < detection(0.003, 1000) < found.high
 
 
 # The gain.

@@ -200,7 +200,7 @@ def as_text(report: Audit) -> str:
 def _table(report: Audit) -> str:
     table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("shortcut", no_wrap=True)
-    for name in ("cost", "R²", "", "winners", "", "gain", ""):
+    for name in ("cost", "R²", "", "", "winners", "gain", ""):
         table.add_column(name, justify="right", no_wrap=True)
     for row in report.rows:
         table.add_row(
@@ -216,7 +216,7 @@ def _table(report: Audit) -> str:
 def _table_of_claims(report: Audit) -> str:
     table = Table(box=SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("claimed", no_wrap=True)
-    for name in ("tolerance of", "", "invalid", "", *(f"fraud of {n}" for n in PROOFS)):
+    for name in ("tolerance", "", "", "invalid", *(f"fraud of {n}" for n in PROOFS)):
         table.add_column(name, justify="right", no_wrap=True)
     for each in report.caught:
         table.add_row(

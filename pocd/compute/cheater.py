@@ -99,8 +99,8 @@ def predict(
     """Predict the distances of the nonces after the first `trained_on`, which the cheater is trained on.
 
     There are three guesses: by the shortcut's own states; by the readout that a ridge regression makes of theirs; and
-    by the states that a linear map makes of them, position by position. The cheater weighs them by a linear fit to
-    true distances of nonces that neither was trained on.
+    by the states that a linear map makes of them, position by position. The cheater weighs them by another ridge
+    regression, to true distances of nonces that neither was trained on.
 
     Raises:
         NonFiniteError: The shortcut gave NaN or infinity.
@@ -115,11 +115,13 @@ def predict(
 
     def guesses(known: int) -> Floats:
         weights, bias = ridge(features[:known], honest.readouts[:known])
-        return np.stack([own, mapped, _guess(run, features @ weights + bias, nonces, batch_size), np.ones_like(own)], 1)
+        return np.stack([own, mapped, _guess(run, features @ weights + bias, nonces, batch_size)], axis=1)
 
+    # Where the states are the honest ones, two guesses are the same but for rounding: plain least squares would
+    # blow that up.
     half = trained_on // 2
-    weighing = np.linalg.lstsq(guesses(half)[half:trained_on], honest.distances[half:trained_on])[0]
-    return Predicted(guesses(trained_on)[trained_on:] @ weighing, own[trained_on:])
+    weighing, bias = ridge(guesses(half)[half:trained_on], honest.distances[half:trained_on, None])
+    return Predicted((guesses(trained_on)[trained_on:] @ weighing + bias)[:, 0], own[trained_on:])
 
 
 def _observe(

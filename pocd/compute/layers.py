@@ -293,7 +293,10 @@ def _output_of_last_layer(
 
     hooks.enter_context(layer.register_forward_hook(leave))
     with contextlib.suppress(_Taken):
-        where = {} if positions is None else {"position_ids": positions.unsqueeze(0)}
+        where = {}
+        if positions is not None:
+            # Without a mask transformers takes a gap between positions for the start of another sequence.
+            where = {"position_ids": positions.unsqueeze(0), "attention_mask": positions.new_ones(embeddings.shape[:2])}
         decoder(inputs_embeds=embeddings, use_cache=False, **where)
     (last,) = found
     return last
