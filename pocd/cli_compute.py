@@ -20,6 +20,9 @@ SeqLenOption = Annotated[int, typer.Option(help="Sequence length, in positions."
 DtypeOption = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 BatchSizeOption = Annotated[int, typer.Option(help="Nonces per forward pass.", min=1, max=65536)]
+PublicKeyOption = Annotated[str, typer.Option(help="A miner's public key.")]
+SeedOption = Annotated[str, typer.Option(help="Block hashes follow from it.")]
+ReportOption = Annotated[bool, typer.Option("--json", help="Print one JSON object with everything.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Revision (branch, tag or commit) of a hub model.")]
 
 
@@ -76,10 +79,10 @@ def calibrate(  # noqa: PLR0913 - one argument per option
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     batch_size: BatchSizeOption = 32,
-    public_key: Annotated[str, typer.Option(help="A miner's public key.")] = "calibration",
-    seed: Annotated[str, typer.Option(help="Block hashes follow from it.")] = "pocd",
+    public_key: PublicKeyOption = "calibration",
+    seed: SeedOption = "pocd",
     revision: RevisionOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with everything.")] = False,
+    as_json: ReportOption = False,
 ) -> None:
     """Find the r_target for a rate of valid nonces, and how much the rate depends on the block."""
     import orjson
@@ -117,10 +120,10 @@ def audit(  # noqa: PLR0913 - one argument per option
     dtype: DtypeOption = "float32",
     device: DeviceOption = "cpu",
     batch_size: BatchSizeOption = 32,
-    public_key: Annotated[str, typer.Option(help="A miner's public key.")] = "audit",
-    seed: Annotated[str, typer.Option(help="Block hashes follow from it.")] = "pocd",
+    public_key: PublicKeyOption = "audit",
+    seed: SeedOption = "pocd",
     revision: RevisionOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with everything.")] = False,
+    as_json: ReportOption = False,
 ) -> None:
     """Measure what a cheater could save by shortcuts through the model."""
     import orjson
