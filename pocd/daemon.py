@@ -16,26 +16,21 @@ from pocd.admin import status
 from pocd.admin.server import AdminApi
 from pocd.admin.status import Parts
 from pocd.calling import open_session
-from pocd.chain.cometbft import CometBFT
-from pocd.chain.evm import EVM
-from pocd.chain.failover import Failover
 from pocd.chain.follower import ChainHealth, follow
-from pocd.chain.rpc import Rpc
 from pocd.clock import SYSTEM, Clock
-from pocd.compute.names import AUTO_BATCH_SIZE
+from pocd.composing import cache_folder, make_chain, make_loads, make_receivers, read_token
 from pocd.control import Control
 from pocd.delivery.batcher import Batcher
-from pocd.delivery.dispatcher import Dispatcher, Receiver
+from pocd.delivery.dispatcher import Dispatcher
 from pocd.delivery.dispatchers import Dispatchers
 from pocd.delivery.keeper import MIB, Keeper
 from pocd.delivery.keeper import Limits as StoreLimits
-from pocd.delivery.outbox import Outbox
 from pocd.delivery.outbox_thread import OutboxThread
-from pocd.delivery.signing import SecretError, WebhookKeys
 from pocd.delivery.store import StoreError, StoreUnavailableError
 from pocd.exits import EXIT_CONFIG, EXIT_CRASH, EXIT_NO_DEVICE, EndedError
 from pocd.miner import Miner
 from pocd.nonces import Node
+from pocd.observe.cards import Cards
 from pocd.observe.events import Events
 from pocd.proof import Round
 from pocd.rounds import RoundPolicy
@@ -43,27 +38,27 @@ from pocd.scheduler import RoundScheduler
 from pocd.serving import listening, listening_at
 from pocd.settings import ConfigError, check_model
 from pocd.validator import Validator
-from pocd.worker.messages import Load
-from pocd.worker.supervisor import Limits, Supervisor, WorkerRefusedError
+from pocd.worker.failures import Cause, WorkerRefusedError
+from pocd.worker.pool import Pool
+from pocd.worker.supervisor import Limits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine
-    from pathlib import Path
     from typing import Any
 
     from structlog.typing import FilteringBoundLogger
 
     from pocd.chain.source import Block, ChainSource, Head
+    from pocd.delivery.dispatcher import Receiver
     from pocd.observe.notify import Notifier
     from pocd.settings import Settings
+    from pocd.worker.messages import Load
 
 FINISH_SECONDS = 5.0  # for the batches being computed, when stopping
 DELIVER_SECONDS = 5.0  # for the last deliveries
 REPORT_SECONDS = 60.0  # between two log lines with the funnel
 STATUS_SECONDS = 10.0  # between two STATUS= lines to the service manager
 CHAIN_TIMEOUT = aiohttp.ClientTimeout(total=60)  # far above what a call to a node takes with its own limits
-CONFIRMATIONS = 12  # of an EVM chain, where the configuration names none
-KNOWN_ROUNDS = 256  # whose block hashes are held against what nodes say after a restart
 
 
 async def run(settings: Settings, *, log: FilteringBoundLogger, notifier: Notifier) -> None:
@@ -75,7 +70,8 @@ async def run(settings: Settings, *, log: FilteringBoundLogger, notifier: Notifi
     """
     check_model(settings)
     token = read_token(settings.admin.token_file)
-    receivers = _receivers(settings)
+    receivers = make_receivers(settings)
+    loads = make_loads(settings)
     try:
         outbox = OutboxThread(settings.store.path)
     except StoreError as error:
@@ -83,70 +79,10 @@ async def run(settings: Settings, *, log: FilteringBoundLogger, notifier: Notifi
     with contextlib.closing(outbox):
         async with contextlib.AsyncExitStack() as stack:
             sessions = [await stack.enter_async_context(open_session(CHAIN_TIMEOUT)) for _ in settings.chain.urls]
-            source = await _chain(settings, outbox, sessions, log)
-            daemon = Daemon(settings, outbox, source, receivers, clock=SYSTEM, log=log, notifier=notifier)
+            source = await make_chain(settings, outbox, sessions, log)
+            daemon = Daemon(settings, outbox, source, receivers, loads, clock=SYSTEM, log=log, notifier=notifier)
             async with _api(daemon, token):
                 await daemon.run()
-
-
-def read_token(path: Path | None) -> str | None:
-    """Read the admin API's token.
-
-    Raises:
-        ConfigError: The file cannot be read or holds nothing.
-    """
-    if path is None:
-        return None
-    try:
-        token = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"admin.token_file {path} cannot be read: {error}") from None
-    if not token or not token.isascii():
-        raise ConfigError(f"admin.token_file {path} must hold one token of ASCII characters")
-    return token
-
-
-def _receivers(settings: Settings) -> list[Receiver]:
-    made = []
-    for receiver in settings.delivery.receivers:
-        try:
-            keys = WebhookKeys.from_file(receiver.secret_file) if receiver.secret_file else None
-        except SecretError as error:
-            raise ConfigError(f"delivery.receivers, {receiver.name}: {error}") from None
-        made.append(Receiver(receiver.name, receiver.url, keys))
-    return made
-
-
-async def _chain(
-    settings: Settings, outbox: OutboxThread, sessions: list[aiohttp.ClientSession], log: FilteringBoundLogger
-) -> Failover:
-    """Return the configured nodes, which stand in for one another; each has a session of its own.
-
-    Raises:
-        ConfigError: The store belongs to another chain than the configured one.
-    """
-    chain, known = settings.chain, outbox.outbox.chain
-    if known is not None and chain.id not in {None, known.chain_id}:
-        raise ConfigError(
-            f"chain.id is {chain.id}, but the store {settings.store.path} belongs to chain {known.chain_id}; "
-            "another chain needs another store.path"
-        )
-    confirmations = CONFIRMATIONS if chain.confirmations is None else chain.confirmations
-    attempts = 1 if len(sessions) > 1 else 3  # with several nodes the next one is the second attempt
-    sources: list[ChainSource] = [
-        EVM(rpc, confirmations=confirmations) if chain.kind == "evm" else CometBFT(rpc)
-        for rpc in (Rpc(session, url, attempts=attempts) for session, url in zip(sessions, chain.urls, strict=True))
-    ]
-    rounds = await outbox(Outbox.recent_rounds, KNOWN_ROUNDS)
-    return Failover(
-        sources,
-        chain_id=known.chain_id if known else chain.id,
-        hashes={round_.block_height: round_.block_hash for round_ in rounds},
-        highest=known.height if known else None,
-        monotonic=SYSTEM.monotonic,
-        wall=SYSTEM.wall,
-        log=log,
-    )
 
 
 @contextlib.asynccontextmanager
@@ -183,6 +119,7 @@ class Daemon:
         outbox: OutboxThread,
         source: ChainSource,
         receivers: list[Receiver],
+        loads: list[Load],
         *,
         clock: Clock,
         log: FilteringBoundLogger,
@@ -212,20 +149,16 @@ class Daemon:
             wall=clock.wall,
             log=log,
         )
-        start = AUTO_BATCH_SIZE[settings.model.device.partition(":")[0]]
-        load = Load(
-            model=settings.model.name,
-            dtype=settings.model.dtype,
-            device=settings.model.device,
-            scheme=round_.scheme,
-            seq_len=round_.seq_len,
-            batch_size=start if settings.worker.batch_size == "auto" else settings.worker.batch_size,
-            shrink=settings.worker.batch_size == "auto",
-            revision=settings.model.revision,
+        workers = Pool(
+            loads,
+            miner,
+            Limits(batch=settings.worker.batch_timeout),
+            cache=cache_folder(settings),
+            clock=clock.monotonic,
+            log=log,
+            events=events,
         )
-        supervisor = Supervisor(
-            load, miner, Limits(batch=settings.worker.batch_timeout), clock=clock.monotonic, log=log, events=events
-        )
+        cards = Cards(workers.card_uuids, clock=clock.monotonic, log=log)
         delivery = settings.delivery
         dispatchers = Dispatchers(
             receivers,
@@ -244,7 +177,7 @@ class Daemon:
         )
         validator = Validator(
             outbox,
-            supervisor,
+            workers,
             dispatchers,
             most=settings.validation.max_queued,
             wall=clock.wall,
@@ -275,7 +208,8 @@ class Daemon:
             outbox=outbox,
             miner=miner,
             control=control,
-            supervisor=supervisor,
+            workers=workers,
+            cards=cards,
             validator=validator,
             chain=health,
             dispatchers=dispatchers,
@@ -297,11 +231,12 @@ class Daemon:
         parts, asked = self.parts, self.parts.control.asked
         if not parts.dispatchers.configured:
             self.log.warning("no receiver is configured: proofs are kept until one is", action="no_receiver")
+        parts.cards.start()
         try:
             async with asyncio.TaskGroup() as group:
                 deliveries = group.create_task(parts.dispatchers.run(asked.callback if asked else None))
                 chain = group.create_task(self._follow_chain())
-                worker = group.create_task(parts.supervisor.run())
+                workers = group.create_task(parts.workers.run())
                 batcher = group.create_task(self._batcher.run())
                 keeper = group.create_task(self._keeper.run())
                 validations = group.create_task(parts.validator.run())
@@ -312,7 +247,7 @@ class Daemon:
                 self._notifier.stopping()
                 await _cancel(chain)
                 await parts.miner.close(FINISH_SECONDS)
-                await _cancel(worker, validations, batcher, keeper)
+                await _cancel(workers, validations, batcher, keeper)
                 with contextlib.suppress(StoreUnavailableError):  # they are formed at the next start
                     await self._batcher.form()
                 await self._deliver_last()
@@ -320,6 +255,7 @@ class Daemon:
         except BaseExceptionGroup as errors:
             raise _translate(errors.exceptions[0]) from None  # the first is the cause, the others were cancelled
         finally:
+            parts.cards.close()
             self.log.info("stopped", action="stopped", funnel=status.summary(parts))
 
     async def _follow_chain(self) -> None:
@@ -358,13 +294,15 @@ class Daemon:
         return [*reports, self._feed_watchdog()] if self._notifier.watchdog_seconds else reports
 
     async def _announce_ready(self) -> None:
-        self._notifier.status("loading the model")
-        await self.parts.supervisor.ready.wait()
+        await self.parts.workers.ready.wait()
         self._notifier.ready()
 
     async def _report_status(self) -> None:
+        news = 0
         while True:
-            await asyncio.sleep(STATUS_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(STATUS_SECONDS):
+                    news = await self.parts.miner.until_news(news)
             self._notifier.status(status.summary(self.parts))
 
     async def _log_funnel(self) -> None:
@@ -413,7 +351,7 @@ async def _cancel(*tasks: asyncio.Task[None]) -> None:
 
 def _translate(error: BaseException) -> BaseException:
     if isinstance(error, WorkerRefusedError):
-        return EndedError(EXIT_NO_DEVICE if error.kind == "device" else EXIT_CONFIG, str(error))
+        return EndedError(EXIT_NO_DEVICE if error.cause is Cause.DEVICE else EXIT_CONFIG, str(error))
     if isinstance(error, StoreError):
         return EndedError(EXIT_CONFIG, str(error))
     if isinstance(error, sqlite3.Error):

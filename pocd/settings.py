@@ -6,23 +6,35 @@
 from __future__ import annotations
 
 import os
-import re
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
-from urllib.parse import urlsplit
 
 import orjson
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from pocd.claim import MOST_NONCES
 from pocd.compute.errors import ModelError
-from pocd.compute.names import DEVICE_PATTERN, Dtype, resolve
+from pocd.compute.names import Compile, Dtype, resolve
 from pocd.compute.schemes import SCHEMES
-from pocd.delivery.netguard import origin
 from pocd.observe.mask import mask_url
 from pocd.proof import FRAUD_THRESHOLD, MISMATCH
+from pocd.setting_types import (
+    BatchSize,
+    Count,
+    Device,
+    HostName,
+    HttpUrl,
+    Index,
+    Origin,
+    Port,
+    PublicKey,
+    ReceiverName,
+    SchemeName,
+    SecretFile,
+    SocketPath,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,93 +44,11 @@ if TYPE_CHECKING:
 
 DEFAULT_PATH = Path("/etc/pocd/pocd.toml")
 ENV_PREFIX = "POCD_"
-LARGEST_BATCH = 65536
-CALLBACK_PREFIX = "callback-"  # of the names of receivers that came with a callback URL through the API
-LONGEST_SOCKET_PATH = 107  # bytes: unix(7)
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 class ConfigError(Exception):
     """The configuration cannot be used; the message names the key and what is allowed."""
-
-
-def _check_http_url(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # its text would show the credentials
-        good = False
-    if not good or " " in url or not url.isprintable():
-        raise ValueError("must be an http:// or https:// URL with a host, a port of 1 to 65535 or none, and no blanks")
-    if parts.query or parts.fragment:
-        raise ValueError("must have no query and no fragment: paths are appended to it")
-    return url
-
-
-def _check_scheme(name: str) -> str:
-    if name not in SCHEMES:
-        raise ValueError(f"unknown scheme {name!r}; allowed are: {', '.join(SCHEMES)}")
-    return name
-
-
-def _check_public_key(key: str) -> str:
-    if key != key.strip():
-        raise ValueError("must not begin or end with white space")
-    return key
-
-
-def _check_name(name: str) -> str:
-    if name.startswith(CALLBACK_PREFIX):
-        raise ValueError(f"must not begin with {CALLBACK_PREFIX!r}: those are the queues of callback URLs")
-    return name
-
-
-def _parse_batch_size(value: object) -> int | str:
-    text = str(value)  # the environment gives strings
-    if text == "auto":
-        return text
-    if isinstance(value, bool) or not re.fullmatch("[1-9][0-9]{0,4}", text) or int(text) > LARGEST_BATCH:
-        raise ValueError(f'must be "auto", or a whole number from 1 to {LARGEST_BATCH}')
-    return int(text)
-
-
-def _resolve_credential(value: object) -> object:
-    """Turn credential:NAME into the file that systemd's LoadCredential= made of it (systemd.exec(5))."""
-    if not isinstance(value, str) or not value.startswith("credential:"):
-        return value
-    name, folder = value.removeprefix("credential:"), os.environ.get("CREDENTIALS_DIRECTORY")
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name in {".", ".."}:
-        raise ValueError("credential:NAME takes a name of letters, digits and . _ -")
-    if not folder:
-        raise ValueError(
-            f"{value} is a systemd credential, and there are none here: run it by a unit with "
-            f"LoadCredential={name}:FILE, or give the path of a file"
-        )
-    return Path(folder) / name
-
-
-def _check_socket(path: Path) -> Path:
-    if not path.is_absolute() or len(os.fsencode(path)) > LONGEST_SOCKET_PATH or not str(path).isprintable():
-        raise ValueError(f"must be an absolute path of at most {LONGEST_SOCKET_PATH} bytes: a socket can have no other")
-    return path
-
-
-def _check_origin(text: str) -> str:
-    normal = origin(text)
-    if normal is None or re.search("[/?#]", text.partition("://")[2]):
-        raise ValueError("must be http:// or https://, a host in ASCII, a port of 1 to 65535 or none, and nothing else")
-    return normal
-
-
-BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_parse_batch_size)]
-HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
-SecretFile = Annotated[Path, BeforeValidator(_resolve_credential)]
-HostName = Annotated[str, Field(pattern="^[A-Za-z0-9._-]+$"), AfterValidator(str.lower)]
-Origin = Annotated[str, AfterValidator(_check_origin)]
-SocketPath = Annotated[Path, AfterValidator(_check_socket)]
-Port = Annotated[int, Field(ge=0, le=65535)]
-Count = Annotated[int, Field(ge=1, le=2**63 - 1)]  # TOML's integers have 64 bits
-Index = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
 class _Section(BaseModel):
@@ -128,7 +58,7 @@ class _Section(BaseModel):
 class NodeSettings(_Section):
     """Who we are, and our share of the nonces: node_id + node_count · x."""
 
-    public_key: Annotated[str, Field(min_length=1), AfterValidator(_check_public_key)]
+    public_key: PublicKey
     node_id: Index = 0
     node_count: Count = 1
 
@@ -164,7 +94,7 @@ class RoundSettings(_Section):
     offset: Index = 0
     duration: Count = 60
     r_target: float = Field(default=1.4042, gt=0, le=2)
-    scheme: Annotated[str, AfterValidator(_check_scheme)] = "poc2"
+    scheme: SchemeName = "poc2"
     seq_len: Count = 256
 
     @model_validator(mode="after")
@@ -184,20 +114,31 @@ class ModelSettings(_Section):
     name: str = Field(default="Qwen/Qwen3-0.6B", min_length=1)
     revision: Annotated[str, Field(min_length=1)] | None = None
     dtype: Dtype = "bfloat16"
-    device: str = Field(default="cuda", pattern=DEVICE_PATTERN)
+    device: Device = "cuda"
+    parallel: int = Field(default=1, ge=1, le=64)
+
+    @model_validator(mode="after")
+    def _devices_for_each_worker(self) -> Self:
+        if isinstance(self.device, list) and len(self.device) % self.parallel:
+            raise ValueError(f"device lists {len(self.device)} devices, no multiple of the {self.parallel} of parallel")
+        if isinstance(self.device, str) and self.device.startswith("cuda:") and self.parallel > 1:
+            raise ValueError(f"parallel is {self.parallel}: list as many devices in device, or set it to 'cuda'")
+        return self
 
 
 class WorkerSettings(_Section):
-    """How the GPU worker is fed."""
+    """How the GPU workers are fed, and how they run the model."""
 
     batch_size: BatchSize = "auto"
     batch_timeout: float = Field(default=300.0, gt=0)
+    compile: Compile = "auto"
+    cache: Path | None = None
 
 
 class ReceiverSettings(_Section):
     """One receiver of proofs."""
 
-    name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$"), AfterValidator(_check_name)]
+    name: ReceiverName
     url: HttpUrl
     secret_file: SecretFile | None = None
 

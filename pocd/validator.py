@@ -16,7 +16,7 @@ from pocd.claim import Claim
 from pocd.delivery import validations
 from pocd.proof import canonical_json, content_id
 from pocd.validation import Terms, judge, round_of, sampled
-from pocd.worker.supervisor import NoResultError, Recomputation, WorkerLostError
+from pocd.worker.recomputing import NoResultError, Recomputation, WorkerLostError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pocd.delivery.validations import Validation
     from pocd.observe.events import Events
     from pocd.proof import Round
-    from pocd.worker.supervisor import Supervisor
+    from pocd.worker.pool import Pool
 
 MOST_TRIES = 3  # of one part of a batch, each ended by the end of its worker
 
@@ -83,7 +83,7 @@ class Validator:
     def __init__(
         self,
         outbox: OutboxThread,
-        supervisor: Supervisor,
+        workers: Pool,
         dispatchers: Dispatchers,
         *,
         most: int,
@@ -92,7 +92,7 @@ class Validator:
         events: Events,
     ) -> None:
         self._outbox = outbox
-        self._supervisor = supervisor
+        self._workers = workers
         self._dispatchers = dispatchers
         self._most = most
         self._wall = wall
@@ -181,9 +181,9 @@ class Validator:
         nonces = sampled(request.claim.nonces, request.sample, request.seed)
         distances: dict[int, float] = {}
         while len(distances) < len(nonces):
-            await self._supervisor.ready.wait()
+            await self._workers.ready.wait()
             self._check_model(request.terms)
-            part = nonces[len(distances) : len(distances) + self._supervisor.batch_size]
+            part = nonces[len(distances) : len(distances) + self._workers.batch_size]
             last = len(distances) + len(part) == len(nonces)
             distances |= zip(part, await self._distances(round_, part, last=last), strict=True)
         return distances
@@ -191,14 +191,14 @@ class Validator:
     async def _distances(self, round_: Round, nonces: tuple[int, ...], *, last: bool) -> list[float]:
         for _ in range(MOST_TRIES):
             wanted = Recomputation(round_, nonces, last, asyncio.get_running_loop().create_future())
-            await self._supervisor.recomputations.put(wanted)
+            await self._workers.recomputations.put(wanted)
             with contextlib.suppress(WorkerLostError):
                 return await wanted.distances
         raise NoResultError(f"the worker ended {MOST_TRIES} times in a row over the same nonces")
 
     def _check_model(self, terms: Terms) -> None:
         """After a restart with another configuration the answer would not be what was asked for."""
-        info = self._supervisor.info
+        info = self._workers.info
         assert info is not None, "a worker that is ready has said what it runs"
         if (info.fingerprint, info.dtype) != (terms.model_fingerprint, terms.dtype):
             raise NoResultError("the daemon runs another model or dtype than when this was asked; ask again")

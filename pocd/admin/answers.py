@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from pocd.phases import Mode, State
+from pocd.worker.failures import Cause
 
 
 class Round(BaseModel):
@@ -88,11 +89,12 @@ class Chain(BaseModel):
 
 
 class Worker(BaseModel):
-    """The process that computes, while it has no model ready."""
+    """The processes that compute, as one, while none has had a model ready."""
 
-    ready: bool = Field(description="Whether a model is ready.")
-    pid: int | None
-    restarts: int = Field(description="How often it ended and was started again.")
+    ready: bool = Field(description="Whether one of them has a model ready.")
+    pid: int | None = Field(description="Of the first one.")
+    stage: str | None = Field(description="What the first one does until it is ready.")
+    restarts: int = Field(description="How often they ended and were started again.")
     last_error: str | None = Field(description="Why it ended last.")
     batch_size: int = Field(description="Nonces per forward pass.")
     refused_batches: int = Field(description="Batches without a result: the model gave NaN or infinity.")
@@ -100,7 +102,7 @@ class Worker(BaseModel):
 
 
 class ReadyWorker(Worker):
-    """The process that computes, once it had a model ready."""
+    """The same, once one of them had a model ready; what they run is told by the first one."""
 
     model: str
     fingerprint: str = Field(description="Of the model's weights.")
@@ -110,7 +112,44 @@ class ReadyWorker(Worker):
     layers: int
     longest_seq_len: int = Field(description="That the model's positions allow.")
     decoder: str = Field(description='"flat", or "layers" for a model that runs by transformers\' own layers.')
+    execution: str = Field(description='"eager", "compiled", or "captured": compiled, and one CUDA graph a batch.')
+    execution_reason: str = Field(description="Why so.")
+    load_seconds: float = Field(description="What loading the model took.")
+    compile_seconds: float = Field(description="What compiling it took.")
+    card: str | None = Field(description="The GPU's name; null on the CPU.")
+    card_uuid: str | None = Field(description="Its identity, as the driver knows it.")
     torch: str = Field(description="Its version.")
+
+
+class Reading(BaseModel):
+    """How a card is; null what it does not tell."""
+
+    temperature: float | None = Field(description="Degrees Celsius.")
+    power: float | None = Field(description="Watts.")
+    memory_used: int | None = Field(description="Bytes, by all processes.")
+    memory_total: int | None = Field(description="Bytes.")
+    utilization: float | None = Field(description="The share of the last second or so in which it computed.")
+
+
+class OneWorker(BaseModel):
+    """One of the workers: a process, or a rank for each device of a model that is split."""
+
+    number: int
+    device: str = Field(description='Of each rank, joined by "+".')
+    card: str | None = Field(description="The GPU's name, once it is known; null on the CPU.")
+    ready: bool
+    stage: str | None = Field(description="What it does until it is ready.")
+    pids: list[int] = Field(description="Of its processes.")
+    restarts: int = Field(description="How often it ended and was started again.")
+    causes: dict[Cause, int] = Field(description="Why, and how often.")
+    last_error: str | None = Field(description="Why it ended last.")
+    alarm: str | None = Field(description="That it fails again and again; it may be left out for a while.")
+    batch_size: int = Field(description="Nonces per forward pass.")
+    execution: str | None = Field(description='"eager", "compiled" or "captured", once it is known.')
+    execution_reason: str | None = Field(description="Why so.")
+    computed_per_second_1m: float = Field(description="Distances that it computed for what is mined.")
+    computed_per_second_15m: float
+    reading: Reading | None = Field(description="How its card is; null where there is none, or it cannot be read.")
 
 
 class Receiver(BaseModel):
@@ -166,7 +205,8 @@ class Status(BaseModel):
     funnel: Funnel
     rates: Rates
     chain: Chain
-    worker: ReadyWorker | Worker
+    worker: ReadyWorker | Worker = Field(description="All workers as one.")
+    workers: list[OneWorker]
     receivers: list[Receiver]
     problems: list[Problem] = Field(description="What keeps the daemon from mining as it should.")
     alarms: list[Problem] = Field(description="What only a person can mend though mining goes on.")

@@ -243,7 +243,7 @@ class PowApi:
         return Asked(round_, node, body.fraud_threshold, callback)
 
     def _seq_len(self, asked: int | None) -> int:
-        configured, worker = self._parts.settings.round.seq_len, self._parts.supervisor.info
+        configured, worker = self._parts.settings.round.seq_len, self._parts.workers.info
         if asked is None or asked == configured:
             return configured
         if worker is None:
@@ -317,8 +317,8 @@ class PowApi:
 
     def _terms(self) -> Terms:
         """Return what a batch is held to now."""
-        settings, asked, worker = self._parts.settings, self._parts.control.asked, self._parts.supervisor.info
-        if worker is None or not self._parts.supervisor.ready.is_set():
+        settings, asked, worker = self._parts.settings, self._parts.control.asked, self._parts.workers.info
+        if worker is None or not self._parts.workers.ready.is_set():
             raise _loading("no model is ready to recompute distances")
         tolerance = settings.validation.tolerance
         return Terms(

@@ -10,6 +10,7 @@ from pocd import __version__
 from pocd.delivery.outbox import Queue, ReceiverState, Totals
 from pocd.observe.mask import mask_url
 from pocd.phases import Mode, state_of
+from pocd.worker.failures import Cause
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
     from pocd.proof import Round
     from pocd.settings import Settings
     from pocd.validator import Validator
+    from pocd.observe.cards import Cards, Reading
     from pocd.worker.messages import Ready
+    from pocd.worker.pool import Pool
     from pocd.worker.supervisor import Supervisor
 
 
@@ -38,7 +41,8 @@ class Parts:
     outbox: OutboxThread
     miner: Miner
     control: Control
-    supervisor: Supervisor
+    workers: Pool
+    cards: Cards
     validator: Validator
     chain: ChainHealth
     dispatchers: Dispatchers
@@ -50,7 +54,7 @@ class Parts:
 
 def state(parts: Parts) -> State:
     """Return what the daemon is doing, in one word."""
-    ready, mining = parts.supervisor.ready.is_set(), parts.miner.current is not None
+    ready, mining = parts.workers.ready.is_set(), parts.miner.current is not None
     return state_of(parts.control.mode, ready=ready, mining=mining)
 
 
@@ -59,9 +63,11 @@ def problems(parts: Parts) -> list[dict[str, str]]:
     found = []
     if parts.control.mode is Mode.STOPPED:
         found.append({"part": "miner", "reason": "mining was stopped by hand; POST /api/v1/pow/resume goes on"})
-    if not parts.supervisor.ready.is_set():
-        last = parts.supervisor.last_error
-        found.append({"part": "worker", "reason": f"no model is ready; last error: {last}" if last else "loading"})
+    if not parts.workers.ready.is_set():
+        found += [
+            {"part": worker_name(parts.workers, worker), "reason": why_not_ready(worker)}
+            for worker in parts.workers.workers
+        ]
     if parts.miner.held:
         found.append({"part": "store", "reason": parts.miner.held})
     chain = parts.chain.problem(parts.clock.wall(), parts.settings.chain.poll_interval)
@@ -72,11 +78,29 @@ def problems(parts: Parts) -> list[dict[str, str]]:
 
 def alarms(parts: Parts) -> list[dict[str, str]]:
     """Name what only a person can mend though mining goes on; empty when nothing is."""
-    return [
+    workers = [
+        {"part": worker_name(parts.workers, worker), "reason": reason}
+        for worker in parts.workers.workers
+        if (reason := parts.workers.alarm(worker))
+    ]
+    cards = [{"part": "cards", "reason": parts.cards.problem}] if parts.cards.problem else []
+    return [*workers, *cards] + [
         {"part": f"receiver {dispatcher.receiver.name}", "reason": reason}
         for dispatcher in parts.dispatchers
         if (reason := dispatcher.alarm or parked(dispatcher.state))
     ]
+
+
+def worker_name(workers: Pool, worker: Supervisor) -> str:
+    """Return what a worker is called among `problems` and `alarms`."""
+    return "worker" if len(workers.workers) == 1 else f"worker {worker.number} ({worker.device})"
+
+
+def why_not_ready(worker: Supervisor) -> str:
+    """Say what a worker that is not ready does, and why it ended last."""
+    if worker.last_error is None:
+        return worker.stage or "starting"
+    return f"no model is ready ({worker.stage or 'waiting to be started again'}); last error: {worker.last_error}"
 
 
 def parked(state: ReceiverState) -> str | None:
@@ -87,7 +111,7 @@ def parked(state: ReceiverState) -> str | None:
     return f"parked since {since} ({state.error}); `pocd outbox retry` asks it again"
 
 
-def _fields(value: Totals | Queue | Round | Ready) -> dict[str, Any]:
+def _fields(value: Totals | Queue | Round | Ready | Reading) -> dict[str, Any]:
     """Return a flat dataclass as a dictionary. `asdict` copies deeply, which is most of what a status would cost."""
     return {name: getattr(value, name) for name in value.__slots__}
 
@@ -116,16 +140,41 @@ def _chain_view(chain: ChainHealth, problem: str | None) -> dict[str, Any]:
     }
 
 
-def _worker_view(supervisor: Supervisor, miner: Miner) -> dict[str, Any]:
+def _workers_view(workers: Pool, miner: Miner) -> dict[str, Any]:
+    """Return all workers as one: what the first one said, counts of all, and what went wrong last."""
+    first = workers.workers[0]
     return {
-        **({} if supervisor.info is None else _fields(supervisor.info)),
-        "ready": supervisor.ready.is_set(),
-        "pid": supervisor.pid,
-        "restarts": supervisor.restarts,
-        "last_error": supervisor.last_error,
-        "batch_size": supervisor.batch_size,
+        **({} if workers.info is None else _fields(workers.info)),
+        "ready": workers.ready.is_set(),
+        "stage": first.stage,
+        "pid": first.pids[0] if first.pids else None,
+        "restarts": workers.restarts,
+        "last_error": workers.last_error,
+        "batch_size": workers.batch_size,
         "refused_batches": miner.refused_batches,
-        "last_refusal": supervisor.last_refusal,
+        "last_refusal": next((each.last_refusal for each in workers.workers if each.last_refusal), None),
+    }
+
+
+def _worker_view(parts: Parts, worker: Supervisor) -> dict[str, Any]:
+    reading = parts.cards.reading(worker.info.card_uuid if worker.info else None)
+    return {
+        "number": worker.number,
+        "device": worker.device,
+        "card": worker.info.card if worker.info else None,
+        "ready": worker.ready,
+        "stage": worker.stage,
+        "pids": worker.pids,
+        "restarts": sum(worker.causes.values()),
+        "causes": {cause: worker.causes[cause] for cause in Cause},
+        "last_error": worker.last_error,
+        "alarm": parts.workers.alarm(worker),
+        "batch_size": worker.batch_size,
+        "execution": worker.info.execution if worker.info else None,
+        "execution_reason": worker.info.execution_reason if worker.info else None,
+        "computed_per_second_1m": worker.computed_rate.per_second(60),
+        "computed_per_second_15m": worker.computed_rate.per_second(900),
+        "reading": _fields(reading) if reading else None,
     }
 
 
@@ -185,7 +234,7 @@ def view(parts: Parts) -> dict[str, Any]:
     now, monotonic = parts.clock.wall(), parts.clock.monotonic()
     elapsed = monotonic - mining.started_at if mining else 0.0
     latest = list(mining.latest) if mining else []
-    ready, now_state = parts.supervisor.ready.is_set(), state(parts)
+    ready, now_state = parts.workers.ready.is_set(), state(parts)
     return {
         "state": now_state,
         "status": now_state,  # as an earlier API called it, like the next one
@@ -208,7 +257,8 @@ def view(parts: Parts) -> dict[str, Any]:
             "valid_per_second_15m": miner.valid_rate.per_second(900),
         },
         "chain": _chain_view(parts.chain, parts.chain.problem(now, settings.chain.poll_interval)),
-        "worker": _worker_view(parts.supervisor, miner),
+        "worker": _workers_view(parts.workers, miner),
+        "workers": [_worker_view(parts, worker) for worker in parts.workers.workers],
         "receivers": receiver_views(parts),
         "problems": problems(parts),
         "alarms": alarms(parts),
@@ -219,10 +269,13 @@ def view(parts: Parts) -> dict[str, Any]:
 
 def summary(parts: Parts) -> str:
     """Return the funnel as one short line."""
-    totals = parts.outbox.outbox.totals
+    totals, now = parts.outbox.outbox.totals, str(state(parts))
+    if now == "LOADING":
+        stages = {worker.stage for worker in parts.workers.workers} - {None}
+        now += f" ({', '.join(sorted(map(str, stages)))})" if stages else ""
     mining = parts.miner.mining
     where = f"block {mining.round.block_height}" if mining else "no round"
     return (
-        f"{state(parts)}, {where}, {parts.miner.checked_rate.per_second(60):.1f} nonces/s, "
+        f"{now}, {where}, {parts.miner.checked_rate.per_second(60):.1f} nonces/s, "
         f"checked {totals.checked} → valid {totals.valid} → stored {totals.stored} → delivered {totals.delivered}"
     )

@@ -14,6 +14,7 @@ BUNDLED = Path(__file__).resolve().parent.parent / "models"
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+Compile = Literal["auto", "always", "never"]
 # How far two honest distances of one nonce in one dtype may lie apart, where distances are made in 8192 dimensions:
 # docs/protocol.md, "Agreement", measured there.
 TOLERANCE: dict[str, float] = {"float32": 1e-5, "float16": 5e-4, "bfloat16": 2e-3}

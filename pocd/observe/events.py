@@ -25,7 +25,7 @@ Kind = Literal["block", "round", "state", "batch", "delivery", "worker", "valida
 - state {state}: the daemon's state is another one
 - batch {id, kind, nonces, height}: a batch was formed and is on disk
 - delivery {receiver, id, outcome}: what became of a batch for a receiver
-- worker {what, pid, cause}: the worker is "ready", or "restarting" and why
+- worker {what, worker, cause, reason}: that worker is "ready", "restarting" or "left_out", and why
 - validation {id, state}: how a queued validation stands
 """
 

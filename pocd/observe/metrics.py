@@ -10,6 +10,7 @@ from prometheus_client.registry import Collector
 
 from pocd.admin import status
 from pocd.phases import STATES
+from pocd.worker.failures import Cause
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,7 +19,14 @@ if TYPE_CHECKING:
 
     from pocd.admin.status import Parts
 
-INFO = ("model", "fingerprint", "dtype", "device", "decoder", "torch")
+INFO = ("model", "fingerprint", "dtype", "device", "card", "decoder", "execution", "torch")
+READINGS = {
+    "temperature": ("temperature_celsius", "Temperature."),
+    "power": ("power_watts", "Power drawn."),
+    "memory_used": ("memory_used_bytes", "Memory in use, by all processes."),
+    "memory_total": ("memory_total_bytes", "Memory that it has."),
+    "utilization": ("utilization_ratio", "Share of the last second or so in which it computed."),
+}
 STAGES = {
     "checked": "Nonces whose distance was computed and committed.",
     "valid": "Nonces that were found valid and committed.",
@@ -43,7 +51,9 @@ class DaemonCollector(Collector):
         """Yield all families, of the state right now."""
         yield from self._funnel()
         yield from self._round()
-        yield from self._chain_and_worker()
+        yield from self._chain()
+        yield from self._workers()
+        yield from self._cards()
         yield from self._receivers()
         listeners = self._parts.events.listeners
         yield GaugeMetricFamily("pocd_event_listeners", "Open streams of events.", listeners)
@@ -72,8 +82,8 @@ class DaemonCollector(Collector):
                 "pocd_round_expected_valid_ratio", "Share of valid nonces by theory.", mining.expected_valid_rate
             )
 
-    def _chain_and_worker(self) -> Iterator[Metric]:
-        chain, worker = self._parts.chain, self._parts.supervisor
+    def _chain(self) -> Iterator[Metric]:
+        chain = self._parts.chain
         if chain.head is not None:
             yield GaugeMetricFamily(
                 "pocd_chain_head_height", "Newest block that the node told.", chain.head.block.height
@@ -88,18 +98,51 @@ class DaemonCollector(Collector):
         )
         held = self._parts.miner.held is not None
         yield GaugeMetricFamily("pocd_store_held", "1 while mining waits for the store.", int(held))
-        yield GaugeMetricFamily("pocd_worker_ready", "1 while a worker has a model ready.", int(worker.ready.is_set()))
-        yield CounterMetricFamily("pocd_worker_restarts", "Workers that ended and were started again.", worker.restarts)
+
+    def _workers(self) -> Iterator[Metric]:
+        labels = ["worker"]
+        ready = GaugeMetricFamily("pocd_worker_ready", "1 while the worker has a model ready.", labels=labels)
+        restarts = CounterMetricFamily(
+            "pocd_worker_restarts", "How often the worker ended, by cause.", labels=[*labels, "cause"]
+        )
+        alarm = GaugeMetricFamily("pocd_worker_alarm", "1 while the worker fails again and again.", labels=labels)
+        size = GaugeMetricFamily("pocd_worker_batch_size", "Nonces per forward pass.", labels=labels)
+        computed = CounterMetricFamily(
+            "pocd_worker_computed_nonces", "Distances that the worker computed for what is mined.", labels=labels
+        )
+        info = InfoMetricFamily("pocd_worker", "What the worker runs, and how.", labels=labels)
+        for worker in self._parts.workers.workers:
+            name = [str(worker.number)]
+            ready.add_metric(name, int(worker.ready))
+            for cause in Cause:
+                restarts.add_metric([*name, cause], worker.causes[cause])
+            alarm.add_metric(name, int(self._parts.workers.alarm(worker) is not None))
+            size.add_metric(name, worker.batch_size)
+            computed.add_metric(name, worker.computed)
+            if worker.info is not None:
+                info.add_metric(name, {key: str(getattr(worker.info, key) or "") for key in INFO})
+        yield from (ready, restarts, alarm, size, computed, info)
         yield CounterMetricFamily(
             "pocd_worker_refused_batches",
             "Batches without a result, since the model gave NaN or infinity.",
             self._parts.miner.refused_batches,
         )
-        yield GaugeMetricFamily("pocd_worker_batch_size", "Nonces per forward pass.", worker.batch_size)
-        if worker.info is not None:
-            info = InfoMetricFamily("pocd_worker", "What the worker runs.")
-            info.add_metric([], {key: getattr(worker.info, key) for key in INFO})
-            yield info
+
+    def _cards(self) -> Iterator[Metric]:
+        parts = self._parts
+        families = {
+            field: GaugeMetricFamily(f"pocd_card_{name}", f"{text} Of the worker's card.", labels=["worker"])
+            for field, (name, text) in READINGS.items()
+        }
+        for worker in parts.workers.workers:
+            reading = parts.cards.reading(worker.info.card_uuid if worker.info else None)
+            for field, family in families.items():
+                value = getattr(reading, field, None)
+                if value is not None:
+                    family.add_metric([str(worker.number)], value)
+        yield from families.values()
+        problem = int(parts.cards.problem is not None)
+        yield GaugeMetricFamily("pocd_card_unreadable", "1 while the driver does not say how a card is.", problem)
 
     def _receivers(self) -> Iterator[Metric]:
         labels = ["receiver"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import orjson
 
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     import asyncio
     from typing import BinaryIO
 
-    from pocd.compute.names import Dtype
+    from pocd.compute.names import Compile, Dtype
 
+FailureKind = Literal["configuration", "device", "memory", "fault"]
 LARGEST_FRAME = 16 * 2**20  # bytes
 _LENGTH = struct.Struct(">I")
 
@@ -24,17 +25,35 @@ _LENGTH = struct.Struct(">I")
 class Load:
     """To the worker, first and once: load this model and test it in the shape that will be used.
 
-    With `shrink` the batch size is halved until it fits into memory.
+    Attributes:
+        devices: One for each of the worker's ranks.
+        shrink: Whether the batch size is halved until it fits into memory.
+        compile: "auto", "always" or "never".
+        rank: Which of the worker's processes this one is; 0 leads.
+        meeting: The folder in which several ranks find each other.
     """
 
     model: str
     dtype: Dtype
-    device: str
+    devices: tuple[str, ...]
     scheme: str
     seq_len: int
     batch_size: int
     shrink: bool = False
     revision: str | None = None
+    compile: Compile = "auto"
+    rank: int = 0
+    meeting: str | None = None
+
+    @property
+    def device(self) -> str:
+        """The rank's own."""
+        return self.devices[self.rank]
+
+    @property
+    def is_split(self) -> bool:
+        """Whether several ranks run the model together."""
+        return len(self.devices) > 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +90,16 @@ class Ready:
 
     Attributes:
         fingerprint: Of the model's weights.
+        device: Of each rank, joined by "+".
         decoder: "flat", or "layers" for a model that is run by transformers' own layers.
+        execution: "eager", "compiled" or "captured".
+        execution_reason: Why so.
+        load_seconds: What loading the model took.
+        compile_seconds: What compiling it took.
         batch_size: That fits into memory.
         longest_seq_len: That the model's positions allow.
+        card: The GPU's name. None on the CPU.
+        card_uuid: Its identity, as the driver knows it.
     """
 
     model: str
@@ -83,16 +109,34 @@ class Ready:
     hidden_size: int
     layers: int
     decoder: str
+    execution: str
+    execution_reason: str
+    load_seconds: float
+    compile_seconds: float
     batch_size: int
     longest_seq_len: int
     torch: str
+    card: str | None
+    card_uuid: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """From the worker, before it is ready: what it does now, in a few words."""
+
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """From the worker, last: why it ends. `kind` is configuration or device."""
+    """From the worker, last: why it ends.
 
-    kind: str
+    Attributes:
+        kind: "configuration": it cannot work as configured. "device": its device is not there. "memory": a batch does
+            not fit into its memory. "fault": the device, its driver or another rank failed.
+    """
+
+    kind: FailureKind
     message: str
 
 
@@ -145,6 +189,7 @@ Message = (
     | Compute
     | Recompute
     | Cancel
+    | Stage
     | Ready
     | Failed
     | RoundBegun
@@ -170,6 +215,8 @@ def _decode(body: bytes) -> Message:
     kind = _TYPES[fields.pop("type")]
     if kind in {Compute, Recompute}:
         fields["round"] = Round(**fields["round"])
+    if kind is Load:
+        fields["devices"] = tuple(fields["devices"])
     message: Message = kind(**fields)
     return message
 
