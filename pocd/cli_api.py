@@ -59,7 +59,7 @@ def call_api(
         EndedError: The daemon cannot be reached, or refuses.
     """
     from pocd.admin.client import AdminError, call
-    from pocd.daemon import read_token
+    from pocd.composing import read_token
 
     if url is None and config.exists():
         admin = load(config).admin

@@ -162,7 +162,7 @@ child.main()
 
 
 def test_a_worker_on_a_full_disk_crashes_and_does_not_blame_the_configuration() -> None:
-    load = Load("bundled:tiny-llama", "float32", "cpu", "poc2", 16, 8)
+    load = Load("bundled:tiny-llama", "float32", ("cpu",), "poc2", 16, 8)
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:

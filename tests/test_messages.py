@@ -20,15 +20,17 @@ from pocd.worker.messages import (
     Ready,
     Refused,
     RoundBegun,
+    Stage,
 )
 
 ROUND = Round("AB", 7, "key", 1.4042, "poc2", "bundled:tiny-qwen3", 64)
 EVERY: list[Message] = [
-    Load("m", "float32", "cpu", "poc2", 64, 8),
+    Load("m", "float32", ("cpu",), "poc2", 64, 8),
     Compute(3, ROUND, 2**63 - 4, 3, 1),
     Cancel(9),
-    Load("m", "float16", "cuda:1", "trained", 64, 8, shrink=True, revision="v1"),
-    Ready("m", "f00d", "float32", "cpu", 128, 4, "flat", 8, 4096, "2.13.0"),
+    Load("m", "float16", ("cuda:0", "cuda:1"), "trained", 64, 8, shrink=True, revision="v1", rank=1, meeting="/x"),
+    Stage("loading m"),
+    Ready("m", "f00d", "float32", "cpu", 128, 4, "flat", "eager", "asked", 1.5, 0.0, 8, 4096, "2.13.0", None, None),
     Failed("device", "no GPU — \n none"),
     RoundBegun("id", 0.1),
     Distances(3, [1.4042000770568848, 0.0, 2.0]),

@@ -32,14 +32,15 @@ from pocd.validation import Terms
 from pocd.validator import QueueFullError, Request, Validator
 from pocd.worker import messages
 from pocd.worker.messages import Load
-from pocd.worker.supervisor import Limits, Supervisor
+from pocd.worker.pool import Pool
+from pocd.worker.supervisor import Limits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
 MODEL = "bundled:tiny-llama"
-LOAD = Load(MODEL, "float32", "cpu", "poc2", 16, 8)
+LOAD = Load(MODEL, "float32", ("cpu",), "poc2", 16, 8)
 NODE = Node(0, 1)
 MINED = Round("block_alpha", 1, "node_A", 1.4142, "poc2", MODEL, 16)
 THEIRS = Round("block_beta", 2, "node_B", 1.4142, "poc2", MODEL, 16)
@@ -89,11 +90,11 @@ def claim_of(round_: Round, distances: dict[int, float]) -> Claim:
 
 @dataclasses.dataclass
 class Bench:
-    """A validator, the worker's supervisor and the miner, over one store."""
+    """A validator, the workers and the miner, over one store."""
 
     outbox: OutboxThread
     miner: Miner
-    supervisor: Supervisor
+    pool: Pool
     validator: Validator
     events: Events
 
@@ -108,9 +109,9 @@ class Bench:
 
     async def request(self, claim: Claim, **changes: Any) -> Request:  # noqa: ANN401 - of the terms
         async with asyncio.timeout(PATIENCE):
-            await self.supervisor.ready.wait()
-        assert self.supervisor.info is not None
-        return Request(claim, terms(self.supervisor.info.fingerprint, **changes), None, None, None)
+            await self.pool.ready.wait()
+        assert self.pool.info is not None
+        return Request(claim, terms(self.pool.info.fingerprint, **changes), None, None, None)
 
 
 @contextlib.contextmanager
@@ -119,10 +120,11 @@ def opened(folder: Path, load: Load = LOAD, *receivers: str, most: int = 4) -> I
     with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
         log, events = structlog.get_logger(), Events(SYSTEM)
         miner = Miner(outbox, clock=time.monotonic, wall=time.time)
-        supervisor = Supervisor(load, miner, Limits(batch=60.0), clock=time.monotonic, log=log, events=events)
+        limits, clock = Limits(batch=60.0), time.monotonic
+        pool = Pool([load], miner, limits, cache=folder, clock=clock, log=log, events=events)
         served = dispatchers(outbox, [Receiver(name, "http://127.0.0.1:1", None) for name in receivers])
-        validator = Validator(outbox, supervisor, served, most=most, wall=time.time, log=log, events=events)
-        yield Bench(outbox, miner, supervisor, validator, events)
+        validator = Validator(outbox, pool, served, most=most, wall=time.time, log=log, events=events)
+        yield Bench(outbox, miner, pool, validator, events)
 
 
 @contextlib.asynccontextmanager
@@ -131,7 +133,7 @@ async def running(
 ) -> AsyncIterator[Bench]:
     with opened(folder, load, *receivers) as bench:
         await bench.miner.set_round(Work(mined, NODE) if mined else None)
-        tasks = [asyncio.create_task(part) for part in (bench.supervisor.run(), bench.validator.run())]
+        tasks = [asyncio.create_task(part) for part in (bench.pool.run(), bench.validator.run())]
         try:
             yield bench
             assert not any(task.done() for task in tasks), [task for task in tasks if task.done()]
@@ -180,15 +182,14 @@ async def test_the_same_question_has_the_same_answer_and_is_computed_once(tmp_pa
     async with running(tmp_path, LOAD, "one", mined=None) as bench:
         request = await bench.request(claim)
         first = await bench.verdict(request)
-        assert bench.supervisor.pid is not None
-        os.kill(bench.supervisor.pid, signal.SIGSTOP)  # from now on nobody computes
+        os.kill(bench.pool.workers[0].pids[0], signal.SIGSTOP)  # from now on nobody computes
         assert await bench.verdict(request) == first
         head = await bench.outbox(next_pending, "one")
         assert head is not None
         assert (head.kind, orjson.loads(head.body), head.id) == ("validated", first, first["batch_id"])
         assert await bench.outbox(next_pending, "one", head.sequence) is None
         assert bench.outbox.outbox.totals.stored == 0, "the funnel counts what was mined"
-        os.kill(bench.supervisor.pid, signal.SIGCONT)
+        os.kill(bench.pool.workers[0].pids[0], signal.SIGCONT)
 
 
 async def test_a_verdict_also_goes_to_the_receiver_that_was_named(tmp_path: Path) -> None:
@@ -222,13 +223,12 @@ async def test_a_worker_that_is_killed_over_a_validation_costs_nothing(
     distances = computed(THEIRS, range(40))
     async with running(tmp_path) as bench:
         request = await bench.request(claim_of(THEIRS, distances))
-        assert bench.supervisor.pid is not None
-        os.kill(bench.supervisor.pid, signal.SIGSTOP)  # so that what it is given stays in its hands
+        os.kill(bench.pool.workers[0].pids[0], signal.SIGSTOP)  # so that what it is given stays in its hands
         asked = asyncio.create_task(bench.verdict(request))
         await asyncio.wait_for(sent.wait(), PATIENCE)
-        os.kill(bench.supervisor.pid, signal.SIGKILL)
+        os.kill(bench.pool.workers[0].pids[0], signal.SIGKILL)
         verdict = await asked
-        assert bench.supervisor.restarts == 1
+        assert bench.pool.restarts == 1
     assert (verdict["n_invalid"], verdict["fraud_detected"]) == (0, False)
 
 

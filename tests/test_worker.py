@@ -1,4 +1,4 @@
-"""The supervisor with real worker processes."""
+"""Workers as real processes, one at a time."""
 
 from __future__ import annotations
 
@@ -31,40 +31,39 @@ from pocd.nonces import Node, Progress
 from pocd.observe.events import Events
 from pocd.proof import Round
 from pocd.worker import messages
+from pocd.worker.failures import Cause, WorkerRefusedError
 from pocd.worker.messages import BatchSize, Cancel, Cancelled, Compute, Load, Message, Ready, Recompute
-from pocd.worker.supervisor import Limits, Supervisor, WorkerRefusedError
+from pocd.worker.pool import Pool
+from pocd.worker.supervisor import Limits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
-LOAD = Load("bundled:tiny-llama", "float32", "cpu", "poc2", 16, 8)
+LOAD = Load("bundled:tiny-llama", "float32", ("cpu",), "poc2", 16, 8)
 NODE = Node(0, 1)
 ROUND = Round("block_alpha", 1, "node_A", 1.4142, "poc2", "bundled:tiny-llama", 16)
 
 
 @contextlib.contextmanager
-def prepared(folder: Path, load: Load, **limits: float) -> Iterator[tuple[Supervisor, Miner]]:
-    """A supervisor that does not run yet, and its miner, on a real store."""
+def prepared(folder: Path, load: Load, **limits: float) -> Iterator[tuple[Pool, Miner]]:
+    """Workers that do not run yet, and their miner, on a real store."""
     with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
         miner = Miner(outbox, clock=time.monotonic, wall=time.time)
-        known = Limits(**{"batch": 60.0} | limits)
-        yield (
-            Supervisor(load, miner, known, clock=time.monotonic, log=structlog.get_logger(), events=Events(SYSTEM)),
-            miner,
-        )
+        known, log, events = Limits(**{"batch": 60.0} | limits), structlog.get_logger(), Events(SYSTEM)
+        yield Pool([load], miner, known, cache=folder, clock=time.monotonic, log=log, events=events), miner
 
 
 @contextlib.asynccontextmanager
 async def supervised(
     folder: Path, load: Load = LOAD, round_: Round = ROUND, **limits: float
-) -> AsyncIterator[tuple[Supervisor, Miner]]:
-    """A supervisor that runs, over a miner with one round."""
-    with prepared(folder, load, **limits) as (supervisor, miner):
+) -> AsyncIterator[tuple[Pool, Miner]]:
+    """Workers that run, over a miner with one round."""
+    with prepared(folder, load, **limits) as (pool, miner):
         await miner.set_round(Work(round_, NODE))
-        task = asyncio.create_task(supervisor.run())
+        task = asyncio.create_task(pool.run())
         try:
-            yield supervisor, miner
+            yield pool, miner
             assert not task.done(), task.exception()
         finally:
             task.cancel()
@@ -73,9 +72,9 @@ async def supervised(
 
 
 async def run_to_its_end(folder: Path, load: Load) -> None:
-    with prepared(folder, load) as (supervisor, _):
+    with prepared(folder, load) as (pool, _):
         async with asyncio.timeout(PATIENCE):
-            await supervisor.run()
+            await pool.run()
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -84,19 +83,23 @@ async def until(condition: Callable[[], Any]) -> None:
             await asyncio.sleep(0.02)
 
 
+def pid_of(pool: Pool) -> int:
+    (pid,) = pool.workers[0].pids
+    return pid
+
+
 def checked(miner: Miner) -> int:
     assert miner.mining is not None
     return miner.mining.checked
 
 
 async def test_a_worker_that_stands_still_is_killed_and_replaced(tmp_path: Path) -> None:
-    async with supervised(tmp_path, heartbeat=5.0, exit=0.2) as (supervisor, miner):
+    async with supervised(tmp_path, heartbeat=5.0, exit=0.2) as (pool, miner):
         await until(lambda: checked(miner) > 16)
-        pid = supervisor.pid
-        assert pid is not None
+        pid = pid_of(pool)
         os.kill(pid, signal.SIGSTOP)
-        await until(lambda: supervisor.restarts)
-        assert supervisor.last_error == "worker gave no sign of life for 5 s, killed"
+        await until(lambda: pool.restarts)
+        assert pool.last_error == "worker gave no sign of life for 5 s, killed"
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
         before = checked(miner)
@@ -112,9 +115,9 @@ async def test_a_worker_that_stands_still_is_killed_and_replaced(tmp_path: Path)
 
 
 async def test_a_worker_that_finishes_no_batch_in_time_is_killed(tmp_path: Path) -> None:
-    async with supervised(tmp_path, batch=1e-9) as (supervisor, miner):
-        await until(lambda: supervisor.restarts)
-        assert supervisor.last_error == "worker finished no batch within 0 s, killed"
+    async with supervised(tmp_path, batch=1e-9) as (pool, miner):
+        await until(lambda: pool.restarts)
+        assert pool.last_error == "worker finished no batch within 0 s, killed"
         # What it did finish counts, and nothing else.
         assert checked(miner) % LOAD.batch_size == 0
 
@@ -130,17 +133,16 @@ async def test_a_replaced_round_is_left_at_once_and_its_leases_come_back(
         return encode(message)
 
     monkeypatch.setattr(messages, "encode", encode_and_note)
-    async with supervised(tmp_path) as (supervisor, miner):
+    async with supervised(tmp_path) as (pool, miner):
         await until(lambda: checked(miner) > 16)
         old = miner.mining
         assert old is not None
-        assert supervisor.pid is not None
-        os.kill(supervisor.pid, signal.SIGSTOP)  # so that leases stay in its hands
+        os.kill(pid_of(pool), signal.SIGSTOP)  # so that leases stay in its hands
         await miner.set_round(None)
         await until(lambda: isinstance(sent[-1], Cancel))
         last = max(message.id for message in sent if isinstance(message, Compute))
         assert sent[-1] == Cancel(through=last)
-        os.kill(supervisor.pid, signal.SIGCONT)
+        os.kill(pid_of(pool), signal.SIGCONT)
         await miner.close(PATIENCE)  # returns when no lease is out
         assert old.ledger.take(1000).start == old.checked, "the next free position is the first that was not checked"
 
@@ -157,10 +159,10 @@ def test_a_worker_leaves_out_what_was_cancelled_before_it_began() -> None:
 
 
 async def test_a_worker_without_its_device_refuses(tmp_path: Path) -> None:
-    load = Load("bundled:tiny-llama", "float32", "cuda:99", "poc2", 16, 8)
+    load = Load("bundled:tiny-llama", "float32", ("cuda:99",), "poc2", 16, 8)
     with pytest.raises(WorkerRefusedError, match="cuda:99") as refused:
         await run_to_its_end(tmp_path, load)
-    assert refused.value.kind == "device"
+    assert refused.value.cause is Cause.DEVICE
 
 
 async def test_a_model_that_gives_nan_never_becomes_ready(tmp_path: Path) -> None:
@@ -170,10 +172,10 @@ async def test_a_model_that_gives_nan_never_becomes_ready(tmp_path: Path) -> Non
     weights = load_file(BUNDLED / "tiny-llama" / "model.safetensors")
     weights["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.nan
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    load = Load(str(model), "float32", "cpu", "poc2", 16, 8)
+    load = Load(str(model), "float32", ("cpu",), "poc2", 16, 8)
     with pytest.raises(WorkerRefusedError, match="NaN or infinity") as refused:
         await run_to_its_end(tmp_path, load)
-    assert refused.value.kind == "configuration"
+    assert refused.value.cause is Cause.CONFIGURATION
 
 
 def overflowing(folder: Path, factor: float) -> tuple[Load, Round]:
@@ -184,16 +186,16 @@ def overflowing(folder: Path, factor: float) -> tuple[Load, Round]:
     weights = {name: tensor.float() for name, tensor in weights.items()}
     weights["model.layers.1.mlp.up_proj.weight"] *= factor
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    load = Load(str(folder), "float16", "cpu", "poc2", 2, 1)
+    load = Load(str(folder), "float16", ("cpu",), "poc2", 2, 1)
     return load, Round("block_alpha", 1, "test-key", 2.0, "poc2", load.model, load.seq_len)
 
 
 async def test_a_batch_with_nan_is_refused_counted_and_logged_and_the_rest_goes_on(tmp_path: Path) -> None:
     load, round_ = overflowing(tmp_path / "model", 8_500)
     with structlog.testing.capture_logs() as logs:
-        async with supervised(tmp_path, load, round_) as (supervisor, miner):
+        async with supervised(tmp_path, load, round_) as (pool, miner):
             await until(lambda: miner.refused_batches and checked(miner) > 100)
-            assert supervisor.restarts == 0
+            assert pool.restarts == 0
             assert miner.mining is not None
             assert miner.mining.valid == miner.mining.checked, "at r_target 2 every distance is valid; NaN is none"
             refused = [entry for entry in logs if entry["action"] == "batch_refused"]
@@ -201,7 +203,7 @@ async def test_a_batch_with_nan_is_refused_counted_and_logged_and_the_rest_goes_
             assert refused[0]["log_level"] == "error"
             for part in ("float16", "'poc2'", "layer 1, in its branch"):
                 assert part in refused[0]["event"]
-            assert supervisor.last_refusal is not None
+            assert pool.workers[0].last_refusal is not None
             await miner.close(PATIENCE)
     with contextlib.closing(OutboxThread(tmp_path / "outbox.db")) as outbox:
         found = await outbox(Outbox.begin_round, Work(round_, NODE), 0.0)
@@ -212,13 +214,13 @@ async def test_a_batch_with_nan_is_refused_counted_and_logged_and_the_rest_goes_
 
 async def test_three_refused_batches_in_a_row_restart_the_worker_which_then_goes_on(tmp_path: Path) -> None:
     load, round_ = overflowing(tmp_path / "model", 12_800)  # about two nonces in five, the first three among them
-    async with supervised(tmp_path, load, round_) as (supervisor, miner):
-        await until(lambda: supervisor.restarts)
-        assert supervisor.last_error is not None
-        assert supervisor.last_error.startswith("worker gave no result for 3 batches in a row, killed: model ")
+    async with supervised(tmp_path, load, round_) as (pool, miner):
+        await until(lambda: pool.restarts)
+        assert pool.last_error is not None
+        assert pool.last_error.startswith("worker gave no result for 3 batches in a row, killed: model ")
         await until(lambda: checked(miner) > 0)
         # The same three again, from the new worker, and then no more.
-        assert supervisor.restarts == 2
+        assert pool.restarts == 2
         assert miner.refused_batches >= 6
 
 
@@ -228,7 +230,7 @@ def limited(load: Load, megabytes: int) -> str:
         "import re, resource, sys, orjson, torch\n"
         "torch.set_num_threads(1)\n"
         "from pocd.compute.model import load_model\n"
-        "from pocd.worker.child import fitting_batch_size\n"
+        "from pocd.worker.computing import fitting_batch_size\n"
         "from pocd.worker.messages import Load\n"
         "load = Load(**orjson.loads(sys.argv[1]))\n"
         "model = load_model(load.model, dtype=load.dtype, device=load.device)\n"
@@ -260,11 +262,11 @@ def test_a_configured_batch_size_that_does_not_fit_is_an_error_that_names_the_ke
 
 async def test_a_worker_that_had_to_shrink_its_batches_says_so_and_it_is_remembered(tmp_path: Path) -> None:
     load = dataclasses.replace(LOAD, batch_size=64, shrink=True)
-    with structlog.testing.capture_logs() as logs, prepared(tmp_path, load) as (supervisor, _):
-        supervisor.memory_became_short(BatchSize(32, "a batch of 64 × 16 positions does not fit"))
-    assert supervisor.batch_size == 32
+    with structlog.testing.capture_logs() as logs, prepared(tmp_path, load) as (pool, _):
+        pool.workers[0].memory_became_short(BatchSize(32, "a batch of 64 × 16 positions does not fit"))
+    assert pool.batch_size == 32
     assert [entry["action"] for entry in logs] == ["batch_size"]
-    assert supervisor._load.batch_size == 32, "the next worker begins with it"
+    assert pool.workers[0]._load.batch_size == 32, "the next worker begins with it"
 
 
 @contextlib.contextmanager
@@ -318,7 +320,7 @@ def test_memory_that_is_short_for_two_rounds_is_left_to_the_one_that_is_computed
 ) -> None:
     """The self-test showed that a batch fits beside one round's head, not beside two."""
     from pocd.compute.errors import OutOfMemoryError
-    from pocd.worker import child
+    from pocd.worker import computing
 
     prepared: list[str] = []
     heads = 2
@@ -341,20 +343,19 @@ def test_memory_that_is_short_for_two_rounds_is_left_to_the_one_that_is_computed
         yield Run()
         prepared.remove(block_hash)
 
-    monkeypatch.setattr(child, "block_run", block_run)
-    link = SimpleNamespace(send=sent.append)
-    worker = child.Worker(cast("Any", None), 8, cast("child.Link", link), seq_len=16, shrink=False)
+    monkeypatch.setattr(computing, "block_run", block_run)
+    worker = computing.Worker(cast("Any", None), LOAD, 8, sent.append)
     other = dataclasses.replace(ROUND, block_hash="block_beta")
     for _ in range(2):
-        assert worker.mine(Compute(1, ROUND, 0, 1, 2)) == [1.0, 1.0]
-        assert worker.recompute(Recompute(2, other, [5], last=False)) == [1.0]
+        assert worker.start(Compute(1, ROUND, 0, 1, 2))() == [1.0, 1.0]
+        assert worker.start(Recompute(2, other, [5], last=False))() == [1.0]
         assert prepared == ["block_beta"]
-    assert worker.mine(Compute(3, ROUND, 0, 1, 1)) == [1.0]
-    assert worker.recompute(Recompute(4, other, [5], last=True)) == [1.0]
+    assert worker.start(Compute(3, ROUND, 0, 1, 1))() == [1.0]
+    assert worker.start(Recompute(4, other, [5], last=True))() == [1.0]
     assert not prepared
     heads = 1  # not even the second head fits
-    worker.mine(Compute(5, ROUND, 0, 1, 1))
-    assert worker.recompute(Recompute(6, other, [5], last=True)) == [1.0]
+    worker.start(Compute(5, ROUND, 0, 1, 1))()
+    assert worker.start(Recompute(6, other, [5], last=True))() == [1.0]
     assert {type(message) for message in sent} == {messages.RoundBegun}
 
 
@@ -374,7 +375,7 @@ def test_a_recomputation_goes_before_what_is_not_begun() -> None:
 
 def test_rounds_that_draw_weights_are_never_prepared_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both would draw into the same model, and only the last one would have its own weights."""
-    from pocd.worker import child
+    from pocd.worker import computing
 
     prepared: list[str] = []
 
@@ -387,12 +388,11 @@ def test_rounds_that_draw_weights_are_never_prepared_side_by_side(monkeypatch: p
         )
         prepared.remove(block_hash)
 
-    monkeypatch.setattr(child, "block_run", block_run)
-    link = SimpleNamespace(send=lambda _message: None)
-    worker = child.Worker(cast("Any", None), 8, cast("child.Link", link), seq_len=16, shrink=False)
+    monkeypatch.setattr(computing, "block_run", block_run)
+    worker = computing.Worker(cast("Any", None), LOAD, 8, lambda _message: None)
     mined = dataclasses.replace(ROUND, scheme="random-weights", block_hash="1")
     other = dataclasses.replace(mined, block_hash="2")
     for last in (False, False, True):
-        assert worker.mine(Compute(1, mined, 0, 1, 1)) == [1.0]
-        assert worker.recompute(Recompute(2, other, [5], last=last)) == [2.0]
-    assert worker.mine(Compute(3, mined, 0, 1, 1)) == [1.0]
+        assert worker.start(Compute(1, mined, 0, 1, 1))() == [1.0]
+        assert worker.start(Recompute(2, other, [5], last=last))() == [2.0]
+    assert worker.start(Compute(3, mined, 0, 1, 1))() == [1.0]

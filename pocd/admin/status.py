@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from pocd.delivery.dispatchers import Dispatchers
     from pocd.delivery.outbox_thread import OutboxThread
     from pocd.miner import Miner, Mining
+    from pocd.observe.cards import Cards, Reading
     from pocd.observe.events import Events
     from pocd.phases import State
     from pocd.proof import Round
     from pocd.settings import Settings
     from pocd.validator import Validator
-    from pocd.observe.cards import Cards, Reading
     from pocd.worker.messages import Ready
     from pocd.worker.pool import Pool
     from pocd.worker.supervisor import Supervisor

@@ -23,5 +23,9 @@ class OutOfMemoryError(ComputeError):
     """A batch does not fit into the device's memory; a smaller one may."""
 
 
+class MemoryShortError(ComputeError):
+    """Not even what remains after every remedy fits into the device's memory."""
+
+
 class NonFiniteError(ComputeError):
     """The model gave NaN or infinity, so these nonces have no distance."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pocd.delivery.dispatcher import Dispatcher, Receiver
 from pocd.delivery.netguard import allowed_origin
 from pocd.observe.mask import mask_url
-from pocd.settings import CALLBACK_PREFIX
+from pocd.setting_types import CALLBACK_PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

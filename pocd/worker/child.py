@@ -2,6 +2,9 @@
 
 Three threads: the main one computes; a reader takes messages and notices the end of the daemon,
 which ends this process even when the main thread hangs in a kernel; a third one sends heartbeats.
+
+Of a model that is split over several devices each has such a process, a rank. Rank 0 leads: it gets the
+messages, and passes each on before it heeds it, so that all ranks do the same in the same order.
 """
 
 from __future__ import annotations
@@ -13,21 +16,19 @@ import socket
 import sys
 import tempfile
 import threading
+import time
+import traceback
 from collections import deque
-from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
 
-from pocd.compute.engine import BlockRun, block_run, is_out_of_memory
-from pocd.compute.errors import ComputeError, DeviceError, InputError, NonFiniteError, OutOfMemoryError
-from pocd.compute.model import Model, load_model, longest_seq_len
-from pocd.compute.names import default_tolerance
-from pocd.compute.schemes import SCHEMES
-from pocd.statistics import expected_valid_rate
+from pocd.compute.engine import is_out_of_memory
+from pocd.compute.errors import ComputeError, DeviceError, InputError, MemoryShortError, NonFiniteError
+from pocd.compute.model import load_model, longest_seq_len
 from pocd.worker import messages
+from pocd.worker.computing import Worker, fitting_batch_size
 from pocd.worker.messages import (
-    BatchSize,
     Cancel,
     Cancelled,
     Compute,
@@ -38,16 +39,18 @@ from pocd.worker.messages import (
     Ready,
     Recompute,
     Refused,
-    RoundBegun,
+    Stage,
 )
+from pocd.worker.self_test import check_known, read_known
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator
 
-    from pocd.proof import Round
+    from pocd.compute.model import Model
 
 HEARTBEAT_SECONDS = 2.0
 NICENESS = 5  # on the CPU the daemon goes first: its answers are short, a batch is long
+AT_ONCE = 2  # batches that a GPU is given: it goes on with the next while results are read
 
 
 class Inbox:
@@ -79,7 +82,18 @@ class Inbox:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._urgent or self._waiting)
-                message = (self._urgent or self._waiting).popleft()
+            message = self.get_nowait(report)
+            if message is not None:
+                return message
+
+    def get_nowait(self, report: Callable[[Cancelled], None]) -> Compute | Recompute | None:
+        """Do the same without waiting; None where there is none."""
+        while True:
+            with self._changed:
+                queue = self._urgent or self._waiting
+                if not queue:
+                    return None
+                message = queue.popleft()
             if isinstance(message, Recompute) or message.id > self._cancelled_through:
                 return message
             report(Cancelled(message.id))
@@ -128,50 +142,120 @@ class Link:
                 return  # the reader ends the process
 
 
-def work(link: Link, load: Load) -> None:
-    """Load the model, report, and compute what is asked for until that fails."""
+def prepare(link: Link, load: Load) -> tuple[Model, int]:
+    """Load the model and test it; returns it, and the batch size that fits. The leading rank reports that."""
+    tempfile.gettempdir()  # torch needs one; a full disk has none: a crash, to be tried again, not the model's fault
+    link.send(Stage("computing known distances"))
+    check_known(load_model(read_known()["model"], dtype=load.dtype, device=load.device), load)
+    link.send(Stage(f"loading {load.model}"))
+    began = time.monotonic()
+    model = load_model(load.model, dtype=load.dtype, device=load.device, revision=load.revision, seq_len=load.seq_len)
+    load_seconds = time.monotonic() - began
+    link.send(Stage("testing itself"))
+    batch_size = fitting_batch_size(model, load)
+    card = torch.cuda.get_device_properties(model.device) if model.device.type == "cuda" else None
+    if load.rank == 0:
+        link.send(
+            Ready(
+                model=load.model,
+                fingerprint=model.fingerprint,
+                dtype=load.dtype,
+                device="+".join(load.devices),
+                hidden_size=model.hidden_size,
+                layers=model.layers,
+                decoder=model.decoder.kind,
+                execution="eager",
+                execution_reason="",
+                load_seconds=load_seconds,
+                compile_seconds=0.0,
+                batch_size=batch_size,
+                longest_seq_len=longest_seq_len(model.causal.config),
+                torch=torch.__version__,
+                card=card.name if card else None,
+                card_uuid=f"GPU-{card.uuid}" if card else None,
+            )
+        )
+    return model, batch_size
+
+
+def lead(link: Link, load: Load, followers: list[socket.socket]) -> None:
+    """Compute what the daemon asks for until that fails."""
+    model, batch_size = prepare(link, load)
+    worker = Worker(model, load, batch_size, link.send)
+    at_once = AT_ONCE if model.device.type == "cuda" and not load.is_split else 1
+    under_way: deque[tuple[int, Callable[[], list[float]]]] = deque()
+    while True:
+        message = link.inbox.get_nowait(link.send) if under_way else link.inbox.get(link.send)
+        if message is not None:
+            for follower in followers:
+                follower.sendall(messages.encode(message))
+            with refusing(link, message.id):
+                under_way.append((message.id, worker.start(message)))
+        if under_way and (message is None or len(under_way) == at_once):
+            number, wait = under_way.popleft()
+            with refusing(link, number):
+                link.send(Distances(number, wait()))
+
+
+@contextlib.contextmanager
+def refusing(link: Link, number: int) -> Iterator[None]:
+    """Say that a message has no result where the model gives none."""
+    try:
+        yield
+    except (NonFiniteError, InputError) as error:
+        link.send(Refused(number, str(error)))
+
+
+def follow(link: Link, load: Load, leader: socket.socket) -> None:
+    """Do what the leading rank does until it is gone. Results are the same there, and so are refusals."""
+    model, batch_size = prepare(link, load)
+    worker = Worker(model, load, batch_size, lambda _: None)
+    stream = leader.makefile("rb")
+    while (message := messages.read(stream)) is not None:
+        assert isinstance(message, Compute | Recompute), f"unexpected {message}"
+        with contextlib.suppress(NonFiniteError, InputError):
+            worker.start(message)()
+
+
+def work(link: Link, load: Load, peers: list[socket.socket]) -> None:
+    """Be the rank that `load` says, until that fails."""
     if load.device == "cpu":
         os.nice(NICENESS)
-    tempfile.gettempdir()  # torch needs one; a full disk has none: a crash, to be tried again, not the model's fault
-    model = load_model(load.model, dtype=load.dtype, device=load.device, revision=load.revision, seq_len=load.seq_len)
-    batch_size = fitting_batch_size(model, load)
-    link.send(
-        Ready(
-            model=load.model,
-            fingerprint=model.fingerprint,
-            dtype=load.dtype,
-            device=str(model.device),
-            hidden_size=model.hidden_size,
-            layers=model.layers,
-            decoder=model.decoder.kind,
-            batch_size=batch_size,
-            longest_seq_len=longest_seq_len(model.causal.config),
-            torch=torch.__version__,
-        )
-    )
-    worker = Worker(model, batch_size, link, seq_len=load.seq_len, shrink=load.shrink)
-    while True:
-        message = link.inbox.get(link.send)
-        try:
-            distances = worker.recompute(message) if isinstance(message, Recompute) else worker.mine(message)
-        except (NonFiniteError, InputError) as error:
-            link.send(Refused(message.id, str(error)))
-        else:
-            link.send(Distances(message.id, distances))
+    if load.rank == 0:
+        lead(link, load, peers)
+    else:
+        follow(link, load, peers[0])
 
 
 def main() -> None:
-    """Run as `python -m pocd.worker.child FD`, with FD a socket to the daemon."""
+    """Run as `python -m pocd.worker.child FD [FD…]`: a socket to the daemon, and those to the other ranks.
+
+    The leading rank has one to each of the others, these have one to it.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon decides
     link = Link(int(sys.argv[1]))
     load = link.read_load()
     link.start()
     try:
-        work(link, load)
+        work(link, load, [socket.socket(fileno=int(fd)) for fd in sys.argv[2:]])
     except DeviceError as error:
         link.send(Failed("device", str(error)))
+    except MemoryShortError as error:
+        link.send(Failed("memory", str(error)))
     except ComputeError as error:
         link.send(Failed("configuration", str(error)))
+    except RuntimeError as error:  # torch's, of which only some have classes of their own
+        traceback.print_exc()
+        if is_out_of_memory(error):
+            link.send(Failed("memory", f"a round does not fit into the memory of {load.device}: {first_line(error)}"))
+        else:
+            link.send(Failed("fault", f"{load.device} failed: {type(error).__name__}: {first_line(error)}"))
+        os._exit(1)  # a device in this state may keep the interpreter from ending
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says, without torch's advice on debugging."""
+    return str(error).strip().partition("\n")[0]
 
 
 if __name__ == "__main__":

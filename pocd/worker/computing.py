@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from pocd.compute.engine import BlockRun, block_run, is_out_of_memory
-from pocd.compute.errors import ComputeError, OutOfMemoryError
+from pocd.compute.errors import MemoryShortError, OutOfMemoryError
 from pocd.compute.schemes import SCHEMES
 from pocd.statistics import expected_valid_rate
 from pocd.worker.messages import BatchSize, Compute, Load, Message, Recompute, RoundBegun
-from pocd.worker.self_test import self_test
+from pocd.worker.self_test import check_shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,76 +54,89 @@ class Prepared:
 class Worker:
     """A loaded model, prepared for the round that is mined and for one that is recomputed beside it."""
 
-    def __init__(self, model: Model, batch_size: int, link: Link, *, seq_len: int, shrink: bool) -> None:
+    def __init__(self, model: Model, load: Load, batch_size: int, report: Callable[[Message], None]) -> None:
+        self._load = load
         self._batch_size = batch_size
-        self._link = link
-        self._seq_len = seq_len
-        self._shrink = shrink
+        self._report = report
         self._mined = Prepared(model)
         self._recomputed = Prepared(model)
 
-    def mine(self, message: Compute) -> list[float]:
-        """Compute one message's distances, preparing its round first where that is a new one."""
+    def start(self, message: Compute | Recompute) -> Callable[[], list[float]]:
+        """Start to compute one message's distances; returns what waits for them.
+
+        Raises:
+            InputError: The model cannot take the message's nonces or round.
+            NonFiniteError: It gave NaN or infinity; also of what is returned.
+            MemoryShortError: A batch does not fit.
+        """
+        return self._recompute(message) if isinstance(message, Recompute) else self._mine(message)
+
+    def _mine(self, message: Compute) -> Callable[[], list[float]]:
+        """Start a message of the round that is mined, and prepare that first where it is a new one."""
         round_ = message.round
         if round_ != self._mined.round:
             if SCHEMES[round_.scheme].weights != "trained":
                 self._recomputed.end()  # both would draw into the same weights
-            run = begin(self._mined, round_, other=self._recomputed)
-            self._link.send(RoundBegun(round_.id, expected_valid_rate(round_.r_target, run.dimension)))
+            run = self._begin(self._mined, round_, other=self._recomputed)
+            self._report(RoundBegun(round_.id, expected_valid_rate(round_.r_target, run.dimension)))
         nonces = range(message.first, message.first + message.step * message.count, message.step)
-        return self._distances(self._mined.begin(round_), nonces, other=self._recomputed)
+        return self._start(self._mined.begin(round_), nonces, other=self._recomputed)
 
-    def recompute(self, message: Recompute) -> list[float]:
-        """Compute one message's distances, in the shape in which they would be mined."""
+    def _recompute(self, message: Recompute) -> Callable[[], list[float]]:
+        """Start a message of another round, in the shape in which it would be mined."""
         prepared, other = self._recomputed, self._mined
         if message.round == self._mined.round:
             prepared, other = other, prepared
         elif SCHEMES[message.round.scheme].weights != "trained":
             self._mined.end()  # likewise
         try:
-            run = begin(prepared, message.round, other=other)
-            return self._distances(run, message.nonces, other=other)
+            run = self._begin(prepared, message.round, other=other)
+            return self._start(run, message.nonces, other=other)
         finally:
             if message.last:
                 self._recomputed.end()
 
-    def _distances(self, run: BlockRun, nonces: Sequence[int], *, other: Prepared) -> list[float]:
+    def _begin(self, prepared: Prepared, round_: Round, *, other: Prepared) -> BlockRun:
+        """Prepare a round, in place of the `other` where there is no memory for both."""
+        try:
+            return prepared.begin(round_)
+        except RuntimeError as error:
+            if other.round is None or self._load.is_split or not is_out_of_memory(error):
+                raise
+        other.end()
+        return prepared.begin(round_)
+
+    def _start(self, run: BlockRun, nonces: Sequence[int], *, other: Prepared) -> Callable[[], list[float]]:
         while True:
             # A batch of longer sequences than the self-test's has about as many positions as that had.
-            rows = max(1, self._batch_size * self._seq_len // max(run.seq_len, self._seq_len))
+            rows = max(1, self._batch_size * self._load.seq_len // max(run.seq_len, self._load.seq_len))
             try:
-                return run.distances(nonces, batch_size=rows)
+                distances = run.distances(nonces, batch_size=rows)
             except OutOfMemoryError as error:
-                if other.round is not None:  # the self-test, which showed that the size fits, was alone
-                    other.end()
+                if other.round is not None and not self._load.is_split:
+                    other.end()  # the self-test, which showed that the size fits, was alone
                     continue
-                self._batch_size = smaller(self._batch_size, error, shrink=self._shrink)
-                self._link.send(BatchSize(self._batch_size, str(error)))
+                self._batch_size = smaller(self._batch_size, error, self._load)
+                self._report(BatchSize(self._batch_size, str(error)))
+            else:
+                return lambda: distances
 
 
-def begin(prepared: Prepared, round_: Round, *, other: Prepared) -> BlockRun:
-    """Prepare a round, in place of the `other` where there is no memory for both."""
-    try:
-        return prepared.begin(round_)
-    except RuntimeError as error:
-        if other.round is None or not is_out_of_memory(error):
-            raise
-    other.end()
-    return prepared.begin(round_)
-
-
-def smaller(batch_size: int, error: OutOfMemoryError, *, shrink: bool) -> int:
+def smaller(batch_size: int, error: OutOfMemoryError, load: Load) -> int:
     """Return the batch size to try after `error`.
 
     Raises:
-        ComputeError: There is none: the size was configured, or one nonce does not fit.
+        MemoryShortError: There is none: the size was configured, one nonce does not fit, or other ranks would have to
+            do the same.
     """
-    if not shrink:
-        raise ComputeError(f"{error}: lower worker.batch_size, or set it to 'auto'") from error
+    if not load.shrink:
+        raise MemoryShortError(f"{error}: lower worker.batch_size, or set it to 'auto'") from error
     if batch_size == 1:
-        raise ComputeError(
+        raise MemoryShortError(
             "not even one nonce fits into the memory: use a smaller model, dtype or round.seq_len"
         ) from error
+    if load.is_split:
+        raise MemoryShortError(str(error)) from error
     torch.cuda.empty_cache()  # does nothing without a GPU
     return batch_size // 2
 
@@ -132,13 +145,14 @@ def fitting_batch_size(model: Model, load: Load) -> int:
     """Run the self-test with the batch size of `load`, or the largest of its halves that fits.
 
     Raises:
-        ComputeError: The self-test failed, or none fits.
+        ComputeError: The self-test failed.
+        MemoryShortError: None fits.
     """
     batch_size = load.batch_size
     while True:
         try:
-            self_test(model, load, batch_size)
+            check_shape(model, load, batch_size)
         except OutOfMemoryError as error:
-            batch_size = smaller(batch_size, error, shrink=load.shrink)
+            batch_size = smaller(batch_size, error, load)
         else:
             return batch_size

@@ -1,6 +1,59 @@
-"""What a worker does before it is trusted: known distances, and the configured model in the shape that will be used."""
+"""What a worker does before it is trusted: known distances first, then the configured model in its own shape."""
 
-def self_test(model: Model, load: Load, batch_size: int) -> None:
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from pocd.compute.engine import block_run
+from pocd.compute.errors import ComputeError
+from pocd.compute.names import default_tolerance
+from pocd.compute.schemes import SCHEMES
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pocd.compute.model import Model
+    from pocd.worker.messages import Load
+
+KNOWN = Path(__file__).parent / "known_distances.json"  # written by scripts/record_known_distances.py
+
+
+def read_known() -> dict[str, Any]:
+    """Return the known distances, and what they are of."""
+    known: dict[str, Any] = orjson.loads(KNOWN.read_bytes())
+    return known
+
+
+def check_known(model: Model, load: Load) -> None:
+    """Compare the bundled model's distances on this device with those that are known.
+
+    Args:
+        model: The bundled one that they are of, loaded as the configured one will be.
+        load: Names the scheme and the dtype.
+
+    Raises:
+        ComputeError: They differ by more than two honest distances may.
+    """
+    known = read_known()
+    nonces: Sequence[int] = known["schemes"][load.scheme]["nonces"]
+    expected: Sequence[float] = known["schemes"][load.scheme]["distances"][load.dtype]
+    run = {key: known[key] for key in ("block_hash", "public_key", "seq_len")}
+    with block_run(model, SCHEMES[load.scheme], **run) as prepared:
+        found = prepared.distances(nonces, batch_size=len(nonces))
+    difference = max(abs(one - other) for one, other in zip(found, expected, strict=True))
+    tolerance = default_tolerance(load.dtype, SCHEMES[load.scheme], model.hidden_size)
+    if not difference <= tolerance:
+        raise ComputeError(
+            f"the self-test failed: {known['model']} gives distances on {load.device} in {load.dtype} that are "
+            f"{difference:.2g} from the known ones, and {tolerance:.2g} is allowed; the device, its driver or this "
+            "torch computes wrongly, and proofs would be refused: use another one, or set worker.compile = 'never'"
+        )
+
+
+def check_shape(model: Model, load: Load, batch_size: int) -> None:
     """Run the model once in the shape that will be used, and check that it answers the same twice.
 
     Raises:
@@ -12,7 +65,7 @@ def self_test(model: Model, load: Load, batch_size: int) -> None:
     with block_run(model, scheme, block_hash="self-test", public_key="self-test", seq_len=load.seq_len) as run:
         together = run.distances(range(batch_size), batch_size=batch_size)
         alone = run.distances([batch_size - 1], batch_size=batch_size)
-    if abs(together[-1] - alone[0]) > default_tolerance(load.dtype, scheme, model.hidden_size):
+    if not abs(together[-1] - alone[0]) <= default_tolerance(load.dtype, scheme, model.hidden_size):
         raise ComputeError(
             f"the self-test of {load.model!r} failed: nonce {batch_size - 1} has distance {together[-1]} "
             f"in a batch and {alone[0]} alone; the device computes wrongly"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pocd.worker.processes import Ended, Link
     from pocd.worker.recomputing import Recomputations
 
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """How long the worker may be silent, in seconds.
