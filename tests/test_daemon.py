@@ -92,7 +92,10 @@ async def test_proofs_arrive_and_recompute(tmp_path: Path) -> None:
                 assert memory(body["worker"]["pid"]) < 1e9
                 assert await daemon.end() == 0
             asyncio.get_running_loop().remove_reader(manager)
-        assert said.index("STATUS=loading the model") < said.index("READY=1") < said.index("STOPPING=1")
+        loading = next(
+            i for i, text in enumerate(said) if text.startswith("STATUS=LOADING (loading bundled:tiny-llama")
+        )
+        assert loading < said.index("READY=1") < said.index("STOPPING=1")
         assert "WATCHDOG=1" in said
         held = await batches(url)
 

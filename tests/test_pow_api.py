@@ -462,7 +462,8 @@ async def test_what_happens_is_told_as_it_happens(api: Api) -> None:
     assert verdict["n"] == 2
     assert told["state"][-1]["state"] == "STOPPED"
     assert told["worker"][0]["what"] == "restarting"
-    assert "signal 9" in told["worker"][0]["cause"]
+    assert told["worker"][0]["cause"] == "crash"
+    assert "signal 9" in told["worker"][0]["reason"]
     assert told["block"][-1]["height"] == api.chain.height
     await api.daemon.until(lambda body: body["worker"]["ready"])
 

@@ -101,7 +101,11 @@ def test_the_shipped_file_shows_the_defaults() -> None:
     unset = {name for name, field in code.items() if not field.is_required() and field.get_default() is None}
     assert required == {"node.public_key", "chain.urls"}
     evm = {"chain.confirmations", "chain.replaced_blocks"}
-    assert unset == {"admin.token_file", "admin.socket", "model.revision", "chain.id", "validation.tolerance"} | evm
+    assert (
+        unset
+        == {"admin.token_file", "admin.socket", "model.revision", "chain.id", "validation.tolerance", "worker.cache"}
+        | evm
+    )
     assert shown.keys() == code.keys() - unset
     for name in shown.keys() - required:
         default = code[name].get_default()
@@ -155,7 +159,29 @@ def test_the_shipped_file_loads_with_everything_set(tmp_path: Path) -> None:
             "[round]\nscheme = 'poc4'", "round.scheme: unknown scheme 'poc4'; allowed are: trained, ", id="scheme"
         ),
         pytest.param("[model]\ndtype = 'int8'", "model.dtype: Input should be 'float32', 'float16'", id="dtype"),
-        pytest.param("[model]\ndevice = 'gpu'", "model.device: String should match", id="device"),
+        pytest.param(
+            "[model]\ndevice = 'gpu'", 'model.device: must be "auto", "cpu", "cuda", "cuda:N", or', id="device"
+        ),
+        pytest.param("[model]\ndevice = []", "model.device: must be", id="no device"),
+        pytest.param("[model]\ndevice = ['auto']", "model.device: must be", id="auto in a list"),
+        pytest.param("[model]\ndevice = 7", "model.device: must be", id="device of another type"),
+        pytest.param("[model]\ndevice = ['cuda:0', 'cuda:0']", "model.device: a list must name", id="a GPU twice"),
+        pytest.param("[model]\ndevice = ['cuda', 'cuda:1']", "model.device: a list must name", id="a GPU unnamed"),
+        pytest.param("[model]\ndevice = ['cpu', 'cuda:1']", "model.device: a list must name", id="mixed devices"),
+        pytest.param(
+            "[model]\ndevice = ['cpu', 'cpu', 'cpu']\nparallel = 2",
+            "model: device lists 3 devices, no multiple of the 2 of parallel",
+            id="devices left over",
+        ),
+        pytest.param(
+            "[model]\ndevice = 'cuda:1'\nparallel = 2",
+            "model: parallel is 2: list as many devices in device, or set it to 'cuda'",
+            id="too few devices",
+        ),
+        pytest.param("[model]\nparallel = 0", "model.parallel: Input should be greater", id="parallel"),
+        pytest.param(
+            "[worker]\ncompile = 'maybe'", "worker.compile: Input should be 'auto', 'always' or", id="compile"
+        ),
         pytest.param(
             '[round]\nscheme = "poc3"\nseq_len = 5',
             "round: seq_len 5 is too short for scheme 'poc3': 6 or more",

@@ -166,7 +166,7 @@ def _worker_view(parts: Parts, worker: Supervisor) -> dict[str, Any]:
         "stage": worker.stage,
         "pids": worker.pids,
         "restarts": sum(worker.causes.values()),
-        "causes": {cause: worker.causes[cause] for cause in Cause},
+        "causes": {cause.value: worker.causes[cause] for cause in Cause},
         "last_error": worker.last_error,
         "alarm": parts.workers.alarm(worker),
         "batch_size": worker.batch_size,
