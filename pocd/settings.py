@@ -246,6 +246,14 @@ class Settings(BaseSettings):
     store: StoreSettings = StoreSettings()
     log: LogSettings = LogSettings()
 
+    @model_validator(mode="after")
+    def _what_a_split_model_can(self) -> Self:
+        if self.model.parallel > 1 and SCHEMES[self.round.scheme].weights != "trained":
+            raise ValueError(f"model.parallel must be 1 with round.scheme {self.round.scheme!r}, which draws weights")
+        if self.model.parallel > 1 and self.worker.compile == "always":
+            raise ValueError("worker.compile must be 'auto' or 'never' with model.parallel above 1")
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,

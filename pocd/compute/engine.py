@@ -11,6 +11,7 @@ import torch
 from pocd.compute.errors import InputError, NonFiniteError, OutOfMemoryError
 from pocd.compute.model import check_seq_len
 from pocd.compute.random import fill_normal, normal, seeds_tensor, signs, unit_normal
+from pocd.compute.ranks import whole
 from pocd.compute.schemes import RANDOM_HEAD_DIM
 from pocd.compute.segments import factors, measure
 from pocd.compute.transforms import JOIN, reflect_in_order
@@ -227,13 +228,11 @@ def _random_head(model: Model, block_hash: str) -> torch.Tensor:
 
 
 def _trained_head(model: Model, _block_hash: str) -> torch.Tensor:
-    head: torch.Tensor = model.causal.get_output_embeddings().weight
-    return head
+    return whole(model.causal.get_output_embeddings().weight)
 
 
 def _embedding(model: Model, _block_hash: str) -> torch.Tensor:
-    head: torch.Tensor = model.causal.get_input_embeddings().weight
-    return head
+    return whole(model.causal.get_input_embeddings().weight)
 
 
 def _no_head(_model: Model, _block_hash: str) -> None:
@@ -278,6 +277,8 @@ def block_run(model: Model, scheme: Scheme, *, block_hash: str, public_key: str,
     check_seq_len(seq_len, model.causal.config, model.name)
     if seq_len < scheme.least_seq_len:
         raise InputError(f"seq_len {seq_len} is too short for scheme {scheme.name!r}: {scheme.least_seq_len} or more")
+    if scheme.weights != "trained" and torch.distributed.is_initialized():
+        raise InputError(f"scheme {scheme.name!r} draws weights, which a model that is split over devices cannot have")
     # The head's product counts as float32 (section 3): no TF32 on any device.
     torch.backends.cuda.matmul.allow_tf32 = False
     with drawn_weights(model.causal, scheme.weights, block_hash):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pocd.compute.flat import FLAT_CLASSES, FlatDecoder
 from pocd.compute.layers import NORMS, LayerDecoder, find_forms
 from pocd.compute.names import check_device, check_dtype, resolve
 from pocd.compute.random import normal, seeds_tensor
+from pocd.compute.ranks import check_split, split_as_planned
 from pocd.compute.transforms import JOIN
 
 LARGEST_SEQ_LEN = 2**20  # of a model that has no limit
@@ -101,7 +102,9 @@ def check_seq_len(seq_len: int, config: Any, name: str) -> None:  # noqa: ANN401
         raise InputError(f"seq_len {seq_len} is outside 1 to {longest}, the positions of {name!r}")
 
 
-def load_model(name: str, *, dtype: str, device: str, revision: str | None = None, seq_len: int = 1) -> Model:
+def load_model(
+    name: str, *, dtype: str, device: str, revision: str | None = None, seq_len: int = 1, ranks: int = 1
+) -> Model:
     """Load `name` for inference, straight to its device and dtype.
 
     Args:
@@ -110,6 +113,7 @@ def load_model(name: str, *, dtype: str, device: str, revision: str | None = Non
         device: cpu, cuda or cuda:N.
         revision: Branch, tag or commit of a hub id.
         seq_len: The sequence length that will be asked for, refused before the weights are read.
+        ranks: Over how many processes it is split; each has `joined` them, and loads its share on its own device.
 
     Raises:
         InputError: An unknown dtype or device name, or a sequence length beyond the model's positions.
@@ -122,6 +126,10 @@ def load_model(name: str, *, dtype: str, device: str, revision: str | None = Non
     transformers_logging.disable_progress_bar()
     config = _read_config(name, source, revision)
     check_seq_len(seq_len, config, name)
+    placed: dict[str, Any] = {"device_map": {"": target}}
+    if ranks > 1:
+        check_split(config, name, ranks)
+        placed = split_as_planned(ranks)
     try:
         loader: Any = AutoModelForCausalLM  # its annotation knows nothing of output_loading_info
         causal, loading = loader.from_pretrained(
@@ -129,7 +137,7 @@ def load_model(name: str, *, dtype: str, device: str, revision: str | None = Non
             config=config,
             revision=revision or "main",
             dtype=getattr(torch, dtype),
-            device_map={"": target},
+            **placed,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
@@ -142,7 +150,9 @@ def load_model(name: str, *, dtype: str, device: str, revision: str | None = Non
     # transformers only warns, and draws at random what a checkpoint lacks: distances nobody else would get.
     if lacking := sorted(loading["missing_keys"]):
         raise ModelError(f"model {name!r} lacks weights: {', '.join(lacking[:3])}{', …' if len(lacking) > 3 else ''}")
-    return adapt(causal, name=name, fingerprint=weights)
+    model = adapt(causal, name=name, fingerprint=weights)
+    # transformers' own layers know how they are split; the flat decoder does not.
+    return replace(model, decoder=model.by_layers) if ranks > 1 else model
 
 
 def adapt(causal: Any, *, name: str, fingerprint: str | None = None) -> Model:  # noqa: ANN401 - transformers gives its classes no common type

@@ -19,6 +19,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,7 @@ import torch
 from pocd.compute.engine import is_out_of_memory
 from pocd.compute.errors import ComputeError, DeviceError, InputError, MemoryShortError, NonFiniteError
 from pocd.compute.model import load_model, longest_seq_len
+from pocd.compute.ranks import joined
 from pocd.worker import messages
 from pocd.worker.computing import Worker, fitting_batch_size
 from pocd.worker.messages import (
@@ -149,7 +151,14 @@ def prepare(link: Link, load: Load) -> tuple[Model, int]:
     check_known(load_model(read_known()["model"], dtype=load.dtype, device=load.device), load)
     link.send(Stage(f"loading {load.model}"))
     began = time.monotonic()
-    model = load_model(load.model, dtype=load.dtype, device=load.device, revision=load.revision, seq_len=load.seq_len)
+    model = load_model(
+        load.model,
+        dtype=load.dtype,
+        device=load.device,
+        revision=load.revision,
+        seq_len=load.seq_len,
+        ranks=len(load.devices),
+    )
     load_seconds = time.monotonic() - began
     link.send(Stage("testing itself"))
     batch_size = fitting_batch_size(model, load)
@@ -221,10 +230,11 @@ def work(link: Link, load: Load, peers: list[socket.socket]) -> None:
     """Be the rank that `load` says, until that fails."""
     if load.device == "cpu":
         os.nice(NICENESS)
-    if load.rank == 0:
-        lead(link, load, peers)
-    else:
-        follow(link, load, peers[0])
+    with joined(load.rank, len(load.devices), load.meeting, load.device) if load.meeting else nullcontext():
+        if load.rank == 0:
+            lead(link, load, peers)
+        else:
+            follow(link, load, peers[0])
 
 
 def main() -> None:

@@ -1,0 +1,89 @@
+"""Several processes that run one model together, each with a share of its matrices (tensor parallelism).
+
+Between the ranks the stream of hidden states is whole on each of them, so layer transforms, readout and distances are
+the same code as with one process, and every rank gets the same distances. What a rank must never do alone is
+anything that runs the model, since the others have to take part: forward passes, preparing a round, asking where NaN
+came from.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed
+
+from pocd.compute.errors import ModelError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PATIENCE = timedelta(minutes=30)  # with the other ranks, which may load at another pace
+
+
+@contextmanager
+def joined(rank: int, size: int, meeting: str, device: str) -> Iterator[None]:
+    """Be one of `size` ranks while the context lasts; returns when all of them have come.
+
+    Args:
+        rank: From 0.
+        size: How many there are.
+        meeting: A folder that all of them share, empty when the first one comes.
+        device: This rank's.
+
+    Raises:
+        torch.distributed.DistError: One did not come, or went.
+    """
+    target = torch.device(device)
+    # transformers reads these; the last one says which of this host's cards is ours.
+    own = str(target.index or 0) if target.type == "cuda" else str(rank)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=own)
+    if target.type == "cuda":
+        torch.cuda.set_device(target)
+    torch.distributed.init_process_group(
+        "nccl" if target.type == "cuda" else "gloo",
+        init_method=f"file://{meeting}/ranks",
+        rank=rank,
+        world_size=size,
+        timeout=PATIENCE,
+        device_id=target if target.type == "cuda" else None,
+    )
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def check_split(config: Any, name: str, ranks: int) -> None:  # noqa: ANN401 - each family has its own class
+    """Refuse a model that cannot be split over `ranks` with a ModelError."""
+    text = config.get_text_config()
+    if not getattr(text, "base_model_tp_plan", None):
+        raise ModelError(
+            f"model {name!r} cannot be split over {ranks} devices: transformers has no plan for {type(text).__name__}; "
+            "set model.parallel = 1"
+        )
+    for key in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(text, key, None)
+        if heads is not None and heads % ranks:
+            raise ModelError(
+                f"model {name!r} cannot be split over {ranks} devices: its {key}, {heads}, is no multiple of that"
+            )
+
+
+def split_as_planned(ranks: int) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that make each rank load its share."""
+    from transformers.distributed import DistributedConfig  # noqa: PLC0415 - few workers are split
+
+    return {"distributed_config": DistributedConfig(tp_size=ranks)}
+
+
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    """Return all of a weight of which each rank may hold a share; every rank has to ask."""
+    if not torch.distributed.is_initialized():
+        return weight
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - likewise
+
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
