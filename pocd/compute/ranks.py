@@ -75,7 +75,7 @@ def check_split(config: Any, name: str, ranks: int) -> None:  # noqa: ANN401 - e
 
 def split_as_planned(ranks: int) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` that make each rank load its share."""
-    from transformers.distributed import DistributedConfig  # noqa: PLC0415 - few workers are split
+    from transformers.distributed.configuration_utils import DistributedConfig  # noqa: PLC0415 - few workers are split
 
     return {"distributed_config": DistributedConfig(tp_size=ranks)}
 

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from pocd.worker.recomputing import Recomputation
     from pocd.worker.supervisor import Limits, Supervisor
 
-IN_FLIGHT = 2  # leases at the worker: one computed, one waiting, so that the device never does
+# Leases at a worker: one that is computed, on a GPU one that it goes on with, and one that waits, so that the device
+# never does.
+IN_FLIGHT = {"cpu": 2, "cuda": 3}
 MOST_REFUSED_IN_A_ROW = 3  # batches without a result, until the worker is restarted
 MOST_REFUSED = 100  # likewise, in one life of the worker and altogether
 
@@ -54,7 +56,7 @@ class Feeding:
         self._clock = clock
         self._refused_in_a_row = 0
         self._refused = 0
-        self._slots = asyncio.Semaphore(IN_FLIGHT)
+        self._slots = asyncio.Semaphore(IN_FLIGHT[supervisor.devices[0].partition(":")[0]])
         self._in_flight: dict[int, Lease] = {}
         self._recomputing: dict[int, Recomputation] = {}
         self._progress_at = clock()
