@@ -12,7 +12,7 @@ import pytest
 import torch
 import vector_models
 
-from pocd.compute import engine
+from pocd.compute import stages
 from pocd.compute.engine import block_run
 from pocd.compute.errors import InputError, NonFiniteError, OutOfMemoryError
 from pocd.compute.model import Model, adapt, load_model
@@ -161,7 +161,7 @@ def test_repeated_nonces_are_refused(bundled: Model) -> None:
 
 def test_a_large_head_is_read_in_parts_with_the_same_result(bundled: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = compute(bundled, [1, 2], batch_size=2)
-    monkeypatch.setattr(engine, "HEAD_CHUNK", 1000 * bundled.hidden_size)
+    monkeypatch.setattr(stages, "HEAD_CHUNK", 1000 * bundled.hidden_size)
     assert compute(bundled, [1, 2], batch_size=2) == pytest.approx(whole, abs=1e-7)
 
 

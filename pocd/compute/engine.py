@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from pocd.compute import stages
 from pocd.compute.errors import InputError, NonFiniteError, OutOfMemoryError
-from pocd.compute.model import check_seq_len
-from pocd.compute.random import fill_normal, normal, seeds_tensor, signs, unit_normal
+from pocd.compute.model import Execution, check_seq_len
+from pocd.compute.random import fill_normal, seeds_tensor, unit_normal
 from pocd.compute.ranks import whole
 from pocd.compute.schemes import RANDOM_HEAD_DIM
-from pocd.compute.segments import factors, measure
-from pocd.compute.transforms import JOIN, reflect_in_order
+from pocd.compute.segments import measure
+from pocd.compute.stages import Block, seed_texts
+from pocd.compute.transforms import JOIN
 from pocd.compute.weights import drawn_weights
 from pocd.nonces import LARGEST_NONCE
 
@@ -25,7 +28,33 @@ if TYPE_CHECKING:
     from pocd.compute.schemes import Head, Scheme
     from pocd.compute.segments import Standard
 
-HEAD_CHUNK = 2**24  # elements of the head that are in float32 at a time: 64 MiB
+UNDER_WAY = 2  # batches: while one is computed, the host prepares the next
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A batch that was given to the device; see `BlockRun.start`."""
+
+    _run: BlockRun
+    _nonces: list[int]
+    _values: torch.Tensor
+    _done: torch.cuda.Event | None
+
+    def distances(self) -> list[float]:
+        """Wait for the batch, and return its distances in [0, 2], in the order of its nonces.
+
+        To be called before the run ends: saying where NaN came from takes the block's weights.
+
+        Raises:
+            NonFiniteError: The model gave NaN or infinity; it names the nonces and the layer.
+        """
+        if self._done is not None:
+            self._done.synchronize()
+        values = self._values[: len(self._nonces)].tolist()
+        broken = [nonce for nonce, value in zip(self._nonces, values, strict=True) if not 0 <= value <= 2]
+        if broken:
+            raise NonFiniteError(self._run.explain(broken))
+        return values
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +88,20 @@ class BlockRun:
         """D, the target's."""
         return self.model.hidden_size if self.target is None else len(self.target)
 
-    @torch.inference_mode()
-    def distances(self, nonces: Sequence[int], *, batch_size: int) -> list[float]:
-        """Compute the distance of each nonce.
+    @property
+    def block(self) -> Block:
+        """The block's tensors."""
+        return Block(self.vectors, self.head, self.target, self.standard)
 
-        Every batch has the same shape: a short one is padded by repeating its last nonce.
-        So a distance does not depend on its neighbours, nor on how many there are.
+    def execution(self, batch_size: int) -> Execution:
+        """Tell how batches of this size run."""
+        program = self.model.program
+        if program is None or program.serves(self.scheme, self.seq_len, padded_rows(batch_size, self.seq_len)):
+            return self.model.execution
+        return Execution("eager", "only another scheme, sequence length or batch size was compiled", 0.0)
+
+    def distances(self, nonces: Sequence[int], *, batch_size: int) -> list[float]:
+        """Compute the distance of each nonce, with the next batch under way while one is waited for.
 
         Args:
             nonces: In [0, 2**63), each once, any order.
@@ -79,92 +116,93 @@ class BlockRun:
             NonFiniteError: The model gave NaN or infinity; it names the nonces and the layer.
         """
         _check_nonces(nonces)
-        rows = _rows(batch_size, self.seq_len)
         found: list[float] = []
+        under_way: deque[Pending] = deque()
         for start in range(0, len(nonces), batch_size):
-            batch = list(nonces[start : start + batch_size])
-            padded = batch + batch[-1:] * (rows - len(batch))
-            values = self._batch(padded)[: len(batch)]
-            if not values.isfinite().all():
-                broken = [nonce for nonce, value in zip(batch, values.tolist(), strict=True) if not 0 <= value <= 2]
-                raise NonFiniteError(self._explain(broken))
-            found.extend(values.tolist())
+            if len(under_way) == UNDER_WAY:
+                found += under_way.popleft().distances()
+            under_way.append(self.start(nonces[start : start + batch_size], batch_size=batch_size))
+        for pending in under_way:
+            found += pending.distances()
         return found
 
-    def _batch(self, nonces: Sequence[int]) -> torch.Tensor:
-        """Distances of one batch, float32 [B]."""
+    @torch.inference_mode()
+    def start(self, nonces: Sequence[int], *, batch_size: int) -> Pending:
+        """Give one batch to the device; on the CPU that computes it at once.
+
+        Every batch has the same shape: a short one is padded by repeating its last nonce.
+        So a distance does not depend on its neighbours, nor on how many there are.
+
+        Args:
+            nonces: As above, 1 to `batch_size` of them.
+            batch_size: As above.
+
+        Raises:
+            InputError: As above, or there are none or too many.
+            OutOfMemoryError: As above.
+        """
+        _check_nonces(nonces)
+        if not 1 <= len(nonces) <= batch_size:
+            raise InputError(f"{len(nonces)} nonces are no batch of 1 to {batch_size}")
+        batch = list(nonces)
+        padded = batch + batch[-1:] * (padded_rows(batch_size, self.seq_len) - len(batch))
         try:
-            states = _states(self.model, self.scheme, self.vectors, self.inputs(nonces))
-            return self.distance(states if self.standard is None else self.readout(states, nonces), nonces)
+            return Pending(self, batch, *_fetch(self._batch(padded)))
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
         raise OutOfMemoryError(  # outside the handler, whose traceback would hold the memory
-            f"a batch of {len(nonces)} × {self.seq_len} positions does not fit into the memory of {self.model.device}; "
+            f"a batch of {len(padded)} × {self.seq_len} positions does not fit into the memory of {self.model.device}; "
             "a smaller one may"
+        )
+
+    def _batch(self, nonces: Sequence[int]) -> torch.Tensor:
+        """Distances of one batch, float32 [B], on the device."""
+        program = self.model.program
+        if program is not None and program.serves(self.scheme, self.seq_len, len(nonces)):
+            return program(self.host_seeds(nonces), self.block)
+        return self.distance(
+            self.readout(_states(self.model, self.scheme, self.vectors, self.inputs(nonces)), nonces), nonces
         )
 
     def inputs(self, nonces: Sequence[int]) -> torch.Tensor:
         """Random input embeddings [B, S, H] in the model's dtype."""
-        seeds = self._seeds([f"nonce{nonce}" for nonce in nonces])
-        flat = normal(seeds, self.seq_len * self.model.hidden_size, dtype=self.model.dtype)
-        return flat.view(len(nonces), self.seq_len, self.model.hidden_size)
+        return stages.draw_inputs(self._seeds(nonces), self.seq_len, self.model.hidden_size, self.model.dtype)
 
     def readout(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
-        """What distances are made of, [B, H], from all positions after the final norm [B, S, H]."""
+        """What distances are made of, [B, H], from what the decoder gave: the last position, or all [B, S, H]."""
         if self.standard is None:
-            return states[:, -1]
+            return states if states.dim() == 2 else states[:, -1]
         return self.factors(states, nonces).prod(dim=1)
 
     def factors(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
         """What a readout of all positions is the product of, float32 [B, SEGMENTS, H]."""
         assert self.standard is not None, "the scheme reads all positions"
-        seeds = self._seeds([f"nonce_{nonce}_signs" for nonce in nonces])
-        return factors(states, signs(seeds, self.seq_len), self.standard)
+        return stages.find_factors(states, self._seeds(nonces), self.scheme, self.standard)
 
     def targets(self, nonces: Sequence[int]) -> torch.Tensor:
         """The targets of single nonces, where there is no head: unit vectors, float64 [B, H]."""
-        return unit_normal(self._seeds([f"nonce_{nonce}_target" for nonce in nonces]), self.dimension).double()
+        return stages.draw_targets(self._seeds(nonces), self.dimension)
 
     def hidden(self, readout: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
         """What the head sees, or is compared with a target, float32 [B, H]."""
-        h, count = readout.float(), self.scheme.reflections
-        if count:
-            seeds = self._seeds([f"nonce_{nonce}_hidden_r{r}" for nonce in nonces for r in range(count)])
-            h = reflect_in_order(h, unit_normal(seeds.view(len(nonces), count), self.model.hidden_size))
-        return h / h.norm(dim=-1, keepdim=True) if self.scheme.normalise else h
+        return stages.find_hidden(readout, self._seeds(nonces), self.scheme)
 
     def distance(self, readout: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
-        """‖z/‖z‖ − t‖ of z = W h, or of z = h without a head, float32 [B], from a `readout` [B, H].
+        """Distances, float32 [B], from a `readout` [B, H]."""
+        return stages.find_distance(self.hidden(readout, nonces), self._seeds(nonces), self.block)
 
-        As ‖t‖ = 1 it is √(2 − 2 z·t/‖z‖), which is as exact wherever distances are found: near √2.
-        """
-        h = self.hidden(readout, nonces)
-        if self.head is None or self.target is None:
-            along, square = (h * self.targets(nonces)).sum(dim=-1), h.double().square().sum(dim=-1)
-        else:
-            along, square = self._through_head(h, self.head, self.target)
-        return (2 - 2 * along / square.sqrt()).clamp_min(0).sqrt().float()
-
-    def _through_head(
-        self, h: torch.Tensor, head: torch.Tensor, target: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """z·t and ‖z‖² of z = W h, float64 [B], with only a part of W and z at a time."""
-        rows = max(1, HEAD_CHUNK // self.model.hidden_size)
-        along = h.new_zeros(len(h), dtype=torch.float64)
-        square = torch.zeros_like(along)
-        for weight, aim in zip(head.split(rows), target.split(rows), strict=True):
-            z = (h @ weight.float().T).double()
-            along += (z * aim).sum(dim=-1)
-            square += z.square().sum(dim=-1)
-        return along, square
-
-    def _seeds(self, texts: Sequence[str]) -> torch.Tensor:
-        """Seeds of what belongs to single nonces of this miner, int32 bits [len(texts)]."""
+    def host_seeds(self, nonces: Sequence[int]) -> torch.Tensor:
+        """Seeds of what belongs to single nonces of this miner, int32 bits [B, K]; see `stages`."""
         owner = f"{self.block_hash}_{self.public_key}"
-        return seeds_tensor([f"{owner}_{text}" for text in texts], self.model.device)
+        texts = [f"{owner}_{text}" for nonce in nonces for text in seed_texts(self.scheme, nonce)]
+        return seeds_tensor(texts).view(len(nonces), -1)
 
-    def _explain(self, nonces: Sequence[int]) -> str:
+    def _seeds(self, nonces: Sequence[int]) -> torch.Tensor:
+        return self.host_seeds(nonces).to(self.model.device)
+
+    @torch.inference_mode()
+    def explain(self, nonces: Sequence[int]) -> str:
         """Say where NaN or infinity first appears, by running the first of `nonces` again, layer by layer."""
         places: list[str] = []
 
@@ -193,7 +231,7 @@ class BlockRun:
         )
 
 
-def _rows(batch_size: int, seq_len: int) -> int:
+def padded_rows(batch_size: int, seq_len: int) -> int:
     """How many nonces a batch is padded to: a multiple of four, where products of 5 to 11 rows would occur.
 
     The CPU treats what is left of so few rows after division by four in another way, so that a nonce's
@@ -203,6 +241,16 @@ def _rows(batch_size: int, seq_len: int) -> int:
     few = range(5, 12)
     is_affected = batch_size > 1 and (batch_size in few or batch_size * seq_len in few)
     return -(-batch_size // 4) * 4 if is_affected else batch_size
+
+
+def _fetch(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """Copy to the host without waiting: the copy, and the event after which it may be read (None: now)."""
+    if values.device.type == "cpu":
+        return values, None
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(values.device))
+    return copy, done
 
 
 def _check_nonces(nonces: Sequence[int]) -> None:

@@ -2,13 +2,15 @@
 
 It computes what transformers' layers compute and leaves out what is never used: masks that are
 plain causal, copies of grouped keys, and, where only the last position is wanted, all others after
-the last layer's keys and values. As it has no hooks it can be compiled whole.
+the last layer's keys and values. A layer is a pure function of tensors, so that what is compiled
+for one layer serves all of them.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -16,20 +18,66 @@ from torch.nn import functional
 from pocd.compute.layers import one_query
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from pocd.compute.transforms import Join
+
+    Layer = Callable[..., torch.Tensor]
 
 # Classes whose layer is: residual + self_attn(input_layernorm(residual)), then residual +
 # mlp(post_attention_layernorm(residual)), with RMS norms, rotary positions and a gated MLP.
 FLAT_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
-def _norm(x: torch.Tensor, norm: Any) -> torch.Tensor:  # noqa: ANN401 - each family has its own RMSNorm class
+class Linear(NamedTuple):
+    """An affine map: a matrix [out, in], and what is added [out]."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+class LayerWeights(NamedTuple):
+    """A layer's parameters: the very memory that transformers' modules hold, in which drawn weights are written."""
+
+    input_norm: torch.Tensor
+    query: Linear
+    key: Linear
+    value: Linear
+    query_norm: torch.Tensor | None
+    key_norm: torch.Tensor | None
+    output: Linear
+    mlp_norm: torch.Tensor
+    gate: Linear
+    up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """What all layers of a model have in common.
+
+    Attributes:
+        heads: Of queries.
+        kv_heads: Of keys and values.
+        scale: What attention scores are multiplied with.
+        epsilon: Of all RMS norms.
+        activation: Of the gate.
+    """
+
+    heads: int
+    kv_heads: int
+    scale: float
+    epsilon: float
+    activation: Callable[[torch.Tensor], torch.Tensor]
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
     if x.device.type != "cpu" or x.dtype != torch.float32:
-        return functional.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+        return functional.rms_norm(x, weight.shape, weight, epsilon)
     # torch's own is one kernel on GPUs, but six passes over the data on the CPU.
     mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_() / x.shape[-1]
-    normed: torch.Tensor = x * mean_square.add_(norm.variance_epsilon).rsqrt_()
-    return normed.mul_(norm.weight)
+    normed: torch.Tensor = x * mean_square.add_(epsilon).rsqrt_()
+    return normed.mul_(weight)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -40,20 +88,88 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     return turned
 
 
+def run_layer(
+    stream: torch.Tensor,
+    weights: LayerWeights,
+    turn: tuple[torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None,
+    vector: torch.Tensor,
+    *,
+    form: Form,
+    join: Join,
+    first: int,
+) -> torch.Tensor:
+    """Run one layer with its transform, from position `first` on: [B, S, H] in, [B, S - first, H] out.
+
+    Args:
+        stream: What enters [B, S, H].
+        weights: The layer's.
+        turn: Cosines and sines of the positions [1, S, 1, head_dim].
+        mask: Which keys each query sees, bool [S, S]; None is plain causal.
+        vector: The layer's unit vector [H].
+        form: The model's.
+        join: What makes the output of branch, residual and vector.
+        first: The positions before it have keys and values only.
+    """
+    residual = _attend(stream, weights, turn, mask, form=form, first=first)
+    h = _norm(residual, weights.mlp_norm, form.epsilon)
+    gate = form.activation(functional.linear(h, *weights.gate))
+    branch = functional.linear(gate.mul_(functional.linear(h, *weights.up)), *weights.down)
+    return join(branch, residual, vector)
+
+
+def _attend(
+    stream: torch.Tensor,
+    weights: LayerWeights,
+    turn: tuple[torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None,
+    *,
+    form: Form,
+    first: int,
+) -> torch.Tensor:
+    """Return the stream after attention, from position `first` on [B, S - first, H]."""
+    cos, sin = turn
+    h = _norm(stream, weights.input_norm, form.epsilon)
+    query = functional.linear(h[:, first:], *weights.query).unflatten(-1, (form.heads, -1))
+    key = functional.linear(h, *weights.key).unflatten(-1, (form.kv_heads, -1))
+    value = functional.linear(h, *weights.value).unflatten(-1, (form.kv_heads, -1))
+    if weights.query_norm is not None and weights.key_norm is not None:
+        query = _norm(query, weights.query_norm, form.epsilon)
+        key = _norm(key, weights.key_norm, form.epsilon)
+    is_one_on_cpu = first > 0 and stream.device.type == "cpu"
+    with one_query() if is_one_on_cpu else nullcontext():
+        mixed = functional.scaled_dot_product_attention(
+            _rotate(query, cos[:, first:], sin[:, first:]).transpose(1, 2),
+            _rotate(key, cos, sin).transpose(1, 2),
+            value.transpose(1, 2),
+            attn_mask=None if mask is None else mask[first:],
+            is_causal=mask is None and first == 0,
+            scale=form.scale,
+            enable_gqa=form.heads != form.kv_heads,
+        )
+    return functional.linear(mixed.transpose(1, 2).flatten(2), *weights.output).add_(stream[:, first:])
+
+
+@dataclass(frozen=True, slots=True)
 class FlatDecoder:
-    """Runs a decoder of the Llama form without transformers' layers; called as `LayerDecoder` is."""
+    """Runs a decoder of the Llama form without transformers' layers; called as `LayerDecoder` is.
 
+    Attributes:
+        layers: The parameters of each.
+        windows: How many positions each layer looks back; None is all.
+        norm: Of the final norm [H].
+        rotary: transformers' module for cosines and sines.
+        form: What the layers have in common.
+        layer: What runs one: `run_layer`, or the same compiled.
+    """
+
+    layers: Sequence[LayerWeights]
+    windows: Sequence[int | None]
+    norm: torch.Tensor
+    rotary: Any
+    form: Form
+    layer: Layer = run_layer
     kind = "flat"
-
-    def __init__(self, decoder: Any) -> None:  # noqa: ANN401 - transformers gives its classes no common type
-        config = decoder.config
-        self._decoder = decoder
-        self._heads: int = config.num_attention_heads
-        self._kv_heads: int = config.num_key_value_heads
-        # Mistral keeps its window in the configuration, the Qwens in each layer; Llama has none, whatever its
-        # configuration says.
-        common = config.sliding_window if config.model_type == "mistral" else None
-        self._windows = [getattr(layer.self_attn, "sliding_window", common) for layer in decoder.layers]
 
     def __call__(
         self, embeddings: torch.Tensor, join: Join, vectors: torch.Tensor, *, all_positions: bool = False
@@ -61,50 +177,70 @@ class FlatDecoder:
         """Return the last position's hidden state after the final norm [B, H], or all [B, S, H]; see `LayerDecoder`."""
         stream, length = embeddings, embeddings.shape[1]
         turn = self._rotations(embeddings)
-        layers = self._decoder.layers
-        for index, layer in enumerate(layers):
-            is_last = index == len(layers) - 1
-            first = length - 1 if is_last and not all_positions else 0  # positions before it are not used any more
-            mask = _window_mask(length, self._windows[index], embeddings.device)
-            with one_query() if first else nullcontext():
-                residual = self._attend(layer, stream, first, turn, mask)
-            branch = _mlp(layer.mlp, _norm(residual, layer.post_attention_layernorm))
-            stream = join(branch, residual, vectors[index])
-        return _norm(stream if all_positions else stream[:, -1], self._decoder.norm)
+        for index, (weights, window) in enumerate(zip(self.layers, self.windows, strict=True)):
+            is_last = index == len(self.layers) - 1
+            stream = self.layer(
+                stream,
+                weights,
+                turn,
+                _window_mask(length, window, embeddings.device),
+                vectors[index],
+                form=self.form,
+                join=join,
+                first=length - 1 if is_last and not all_positions else 0,  # the others are not used any more
+            )
+        return _norm(stream if all_positions else stream[:, -1], self.norm, self.form.epsilon)
 
     def _rotations(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines of the positions [1, S, 1, head_dim], in the model's dtype."""
         positions = torch.arange(embeddings.shape[1], device=embeddings.device).unsqueeze(0)
-        cos, sin = self._decoder.rotary_emb(embeddings, positions)
+        cos, sin = self.rotary(embeddings, positions)
         return cos.unsqueeze(2), sin.unsqueeze(2)
 
-    def _attend(
-        self,
-        layer: Any,  # noqa: ANN401 - as above
-        stream: torch.Tensor,
-        first: int,
-        turn: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Return the stream after attention, from position `first` on [B, S - first, H]."""
-        attention, (cos, sin) = layer.self_attn, turn
-        h = _norm(stream, layer.input_layernorm)
-        query = attention.q_proj(h[:, first:]).unflatten(-1, (self._heads, -1))
-        key = attention.k_proj(h).unflatten(-1, (self._kv_heads, -1))
-        value = attention.v_proj(h).unflatten(-1, (self._kv_heads, -1))
-        if hasattr(attention, "q_norm"):
-            query, key = _norm(query, attention.q_norm), _norm(key, attention.k_norm)
-        mixed = functional.scaled_dot_product_attention(
-            _rotate(query, cos[:, first:], sin[:, first:]).transpose(1, 2),
-            _rotate(key, cos, sin).transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=None if mask is None else mask[first:],
-            is_causal=mask is None and first == 0,
-            scale=attention.scaling,
-            enable_gqa=self._heads != self._kv_heads,
-        )
-        residual: torch.Tensor = attention.o_proj(mixed.transpose(1, 2).flatten(2))
-        return residual.add_(stream[:, first:])
+
+def flatten(decoder: Any) -> FlatDecoder:  # noqa: ANN401 - transformers gives its classes no common type
+    """Take the parts of a transformers decoder of one of `FLAT_CLASSES`."""
+    config, first = decoder.config, decoder.layers[0]
+    # Mistral keeps its window in the configuration, the Qwens in each layer; Llama has none, whatever its
+    # configuration says.
+    common = config.sliding_window if config.model_type == "mistral" else None
+    return FlatDecoder(
+        layers=[_weights(layer) for layer in decoder.layers],
+        windows=[getattr(layer.self_attn, "sliding_window", common) for layer in decoder.layers],
+        norm=decoder.norm.weight.detach(),
+        rotary=decoder.rotary_emb,
+        form=Form(
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            scale=first.self_attn.scaling,
+            epsilon=config.rms_norm_eps,
+            activation=first.mlp.act_fn,
+        ),
+    )
+
+
+def _weights(layer: Any) -> LayerWeights:  # noqa: ANN401 - as above
+    attention, mlp = layer.self_attn, layer.mlp
+
+    def linear(module: Any) -> Linear:  # noqa: ANN401 - as above
+        return Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())
+
+    def gain(module: Any) -> torch.Tensor | None:  # noqa: ANN401 - as above
+        return None if module is None else module.weight.detach()
+
+    return LayerWeights(
+        input_norm=layer.input_layernorm.weight.detach(),
+        query=linear(attention.q_proj),
+        key=linear(attention.k_proj),
+        value=linear(attention.v_proj),
+        query_norm=gain(getattr(attention, "q_norm", None)),
+        key_norm=gain(getattr(attention, "k_norm", None)),
+        output=linear(attention.o_proj),
+        mlp_norm=layer.post_attention_layernorm.weight.detach(),
+        gate=linear(mlp.gate_proj),
+        up=linear(mlp.up_proj),
+        down=linear(mlp.down_proj),
+    )
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
@@ -113,8 +249,3 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> torch
         return None
     ago = torch.arange(length, device=device).unsqueeze(1) - torch.arange(length, device=device)
     return (ago >= 0) & (ago < window)
-
-
-def _mlp(mlp: Any, h: torch.Tensor) -> torch.Tensor:  # noqa: ANN401 - as above
-    branch: torch.Tensor = mlp.down_proj(mlp.act_fn(mlp.gate_proj(h)).mul_(mlp.up_proj(h)))
-    return branch

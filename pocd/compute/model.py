@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -14,16 +14,51 @@ from transformers.utils.hub import cached_file
 
 from pocd.compute.errors import DeviceError, InputError, ModelError
 from pocd.compute.fingerprint import checkpoint_fingerprint, module_fingerprint
-from pocd.compute.flat import FLAT_CLASSES, FlatDecoder
+from pocd.compute.flat import FLAT_CLASSES, FlatDecoder, flatten
 from pocd.compute.layers import NORMS, LayerDecoder, find_forms
 from pocd.compute.names import check_device, check_dtype, resolve
 from pocd.compute.random import normal, seeds_tensor
 from pocd.compute.ranks import check_split, split_as_planned
 from pocd.compute.transforms import JOIN
 
+if TYPE_CHECKING:
+    from pocd.compute.schemes import Scheme
+    from pocd.compute.stages import Block
+
 LARGEST_SEQ_LEN = 2**20  # of a model that has no limit
 PROBE_LENGTH = 5  # positions that a model is tried out with when it is loaded
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}  # of ‖h‖
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How a model's batches run.
+
+    Attributes:
+        path: One kernel after the other; compiled; or compiled and captured whole as a CUDA graph.
+        reason: Why so, for people.
+        seconds: What compiling and capturing took, from a cache or not.
+    """
+
+    path: Literal["eager", "compiled", "captured"]
+    reason: str
+    seconds: float
+
+
+NOT_COMPILED = Execution("eager", "nobody asked for compiled code", 0.0)
+
+
+class Program(Protocol):
+    """Compiled code for batches of one scheme and shape."""
+
+    def serves(self, scheme: Scheme, seq_len: int, rows: int) -> bool:
+        """Whether it was made for such batches."""
+
+    def __call__(self, seeds: torch.Tensor, block: Block) -> torch.Tensor:
+        """Compute distances, float32 [B] on the device, from seeds on the host (see `stages`).
+
+        The result holds until the next call, in the order of the current stream.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +75,8 @@ class Model:
         hidden_size: H.
         dtype: Of weights and activations.
         device: Where it lives.
+        execution: How it runs in the shape that `program` serves, or in all shapes where that is None.
+        program: Compiled code for one shape; every other shape runs eagerly.
     """
 
     name: str
@@ -50,6 +87,8 @@ class Model:
     hidden_size: int
     dtype: torch.dtype
     device: torch.device
+    execution: Execution = NOT_COMPILED
+    program: Program | None = None
 
     @property
     def layers(self) -> int:
@@ -191,7 +230,7 @@ def adapt(causal: Any, *, name: str, fingerprint: str | None = None) -> Model:  
         name=name,
         fingerprint=fingerprint or module_fingerprint(causal),
         causal=causal,
-        decoder=FlatDecoder(decoder) if type(causal).__name__ in FLAT_CLASSES else by_layers,
+        decoder=flatten(decoder) if type(causal).__name__ in FLAT_CLASSES else by_layers,
         by_layers=by_layers,
         hidden_size=config.hidden_size,
         dtype=weight.dtype,

@@ -103,7 +103,9 @@ def fill_normal(out: torch.Tensor, seeds: torch.Tensor, *, scale: float = 1.0) -
     """
     n = out.shape[-1]
     half = (n + 1) // 2
-    for rows, columns in _chunks(len(out), half, CHUNK[out.device.type]):
+    # Compiled, it is one kernel without temporaries.
+    size = max(out.numel(), 1) if torch.compiler.is_compiling() else CHUNK[out.device.type]
+    for rows, columns in _chunks(len(out), half, size):
         stream, width = seeds[rows], columns.stop - columns.start
         radius = uniform(stream, width, start=columns.start).clamp_min_(1e-10).log_().mul_(-2).sqrt_()
         angle = uniform(stream, width, start=half + columns.start).mul_(2 * math.pi)

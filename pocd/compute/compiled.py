@@ -1,0 +1,287 @@
+"""A batch as compiled work, on a GPU captured whole; made from the same functions that run eagerly.
+
+A decoder's layers share one compilation, the last one has its own. All that belongs to a block or a nonce
+is an argument, so that one compilation serves every block hash. What the compiler made is kept in the
+folders that TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR name, from one process to the next.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from pocd.compute import stages
+from pocd.compute.engine import block_run, is_out_of_memory, padded_rows
+from pocd.compute.errors import ComputeError, OutOfMemoryError
+from pocd.compute.flat import FlatDecoder
+from pocd.compute.model import NOT_COMPILED, Execution
+from pocd.compute.names import default_tolerance
+from pocd.compute.segments import Standard
+from pocd.compute.stages import Block
+from pocd.compute.transforms import JOIN
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pocd.compute.engine import BlockRun
+    from pocd.compute.model import Model, Program
+    from pocd.compute.schemes import Scheme
+
+Mode = Literal["auto", "always", "never"]
+
+WARM_UPS = 3  # before a capture: the first compiles, then cuBLAS and the allocator settle
+AGREEING = 0.99  # share of a batch whose compiled distances have to be the eager ones, within the dtype's tolerance
+VARIANTS = 64  # compilations of one function in a process: shapes, dtypes, transforms
+OWN_HEADS = ("trained", "embedding")  # that are the model's own memory, whatever is drawn into it
+BLOCK = "compiling"  # as block hash and key: any will do
+
+
+class WrongDistancesError(Exception):
+    """What was compiled or captured gives other distances than the eager path."""
+
+
+class Compiled:
+    """A batch in three parts: generator, decoder layers, and what follows them.
+
+    Args:
+        run: Of the model and scheme, with any block.
+        rows: Nonces of each batch, padded.
+    """
+
+    def __init__(self, run: BlockRun, rows: int) -> None:
+        model, decoder = run.model, run.model.decoder
+        assert isinstance(decoder, FlatDecoder), "only flat decoders are compiled"
+        self._shape = run.scheme, run.seq_len, rows
+        self._join = JOIN[run.scheme.layer_step]
+        self._all_positions = run.scheme.reads == "segments"
+        self._decoder = replace(decoder, layer=_compile(decoder.layer))
+        self._measure = _compile(functools.partial(stages.measure_states, scheme=run.scheme))
+        self.fill = _compile(_fill)
+        self.new_inputs = functools.partial(
+            torch.empty, rows, run.seq_len, model.hidden_size, dtype=model.dtype, device=model.device
+        )
+
+    def serves(self, scheme: Scheme, seq_len: int, rows: int) -> bool:
+        """Whether it was made for such batches."""
+        return (scheme, seq_len, rows) == self._shape
+
+    def __call__(self, seeds: torch.Tensor, block: Block) -> torch.Tensor:
+        """Compute distances, float32 [B] on the device, from seeds on the host."""
+        inputs = self.new_inputs()
+        there = seeds.to(inputs.device)
+        self.fill(inputs, there)
+        return self.decode(inputs, there, block)
+
+    def decode(self, inputs: torch.Tensor, seeds: torch.Tensor, block: Block) -> torch.Tensor:
+        """Compute distances [B] from inputs [B, S, H]; all on the device."""
+        states = self._decoder(inputs, self._join, block.vectors, all_positions=self._all_positions)
+        return self._measure(states, seeds, block)
+
+
+def _compile(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    compiled: Callable[..., torch.Tensor] = torch.compile(function, fullgraph=True, dynamic=False)
+    return compiled
+
+
+def _fill(inputs: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+    """Overwrite input embeddings [B, S, H] with those of `seeds`."""
+    _, seq_len, hidden_size = inputs.shape
+    return inputs.copy_(stages.draw_inputs(seeds, seq_len, hidden_size, inputs.dtype))
+
+
+class Captured:
+    """A batch whose decoder and all that follows it are one CUDA graph.
+
+    A graph knows addresses, so its tensors are its own, and what comes from outside is copied into them.
+    The generator works on a stream of its own, into a buffer of its own: on the next batch's inputs, while
+    the graph works on the present ones.
+
+    Args:
+        compiled: What is captured; it compiles here, if it has not yet.
+        seeds: Of any batch, on the host, int32 bits [B, K].
+        run: As for `compiled`.
+    """
+
+    def __init__(self, compiled: Compiled, seeds: torch.Tensor, run: BlockRun) -> None:
+        self.serves = compiled.serves
+        self._fill = compiled.fill
+        self._scheme = run.scheme
+        self._side = torch.cuda.Stream(run.model.device)
+        self._taken = torch.cuda.Event()  # what was staged has been copied, and may be overwritten
+        self._staged_seeds, self._staged_inputs = seeds.to(run.model.device), compiled.new_inputs()
+        self._seeds, self._inputs = self._staged_seeds.clone(), compiled.new_inputs()
+        self._block = _own(run.block, run.scheme)
+        self._fill(self._inputs, self._seeds)
+        main = torch.cuda.current_stream(run.model.device)
+        self._side.wait_stream(main)
+        with torch.cuda.stream(self._side):
+            for _ in range(WARM_UPS):
+                compiled.decode(self._inputs, self._seeds, self._block)
+        main.wait_stream(self._side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=self._side):
+            self._distances = compiled.decode(self._inputs, self._seeds, self._block)
+        self._taken.record(main)
+
+    def __call__(self, seeds: torch.Tensor, block: Block) -> torch.Tensor:
+        """Compute distances, float32 [B] on the device, from seeds on the host; they hold until the next call."""
+        main = torch.cuda.current_stream(self._seeds.device)
+        self._side.wait_event(self._taken)
+        with torch.cuda.stream(self._side):
+            self._staged_seeds.copy_(seeds.pin_memory(), non_blocking=True)
+            self._fill(self._staged_inputs, self._staged_seeds)
+        main.wait_stream(self._side)
+        self._seeds.copy_(self._staged_seeds)
+        self._inputs.copy_(self._staged_inputs)
+        self._taken.record(main)
+        # Anew for each batch: two runs may take turns, and it costs less than finding out.
+        for own, given in zip(_copied(self._block, self._scheme), _copied(block, self._scheme), strict=True):
+            assert own.shape == given.shape, "the block's tensors are those of the scheme and model that were captured"
+            own.copy_(given)
+        self._graph.replay()
+        return self._distances
+
+
+def _copied(block: Block, scheme: Scheme) -> list[torch.Tensor]:
+    """The tensors of a block that a graph has copies of: all but a head that is the model's own."""
+    head = None if scheme.head in OWN_HEADS else block.head
+    standard = (None, None) if block.standard is None else (block.standard.mean, block.standard.deviation)
+    return [tensor for tensor in (block.vectors, head, block.target, *standard) if tensor is not None]
+
+
+def _own(block: Block, scheme: Scheme) -> Block:
+    """A block with copies of the tensors that `_copied` lists."""
+
+    def copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.clone()
+
+    standard = block.standard
+    return Block(
+        vectors=block.vectors.clone(),
+        head=block.head if scheme.head in OWN_HEADS else copy(block.head),
+        target=copy(block.target),
+        standard=None if standard is None else Standard(standard.mean.clone(), standard.deviation.clone()),
+    )
+
+
+def compile_model(model: Model, mode: Mode, *, scheme: Scheme, seq_len: int, batch_size: int) -> Model:
+    """Return `model` with compiled code for batches of one scheme and shape, in place of what it had before.
+
+    Its `execution` says which path these take, and why. The code is checked against the eager path.
+
+    Args:
+        model: To be compiled; no run of a scheme that draws weights is under way.
+        mode: "never" is eager. "always" is compiled, on a GPU captured too, or an error. "auto" is that on a
+            GPU, and eager where it is not possible, and on the CPU, where it gains too little for its cost.
+        scheme: To be compiled for.
+        seq_len: S, likewise.
+        batch_size: Likewise.
+
+    Raises:
+        InputError: The model or the scheme cannot take `seq_len`.
+        OutOfMemoryError: A batch of this size does not fit.
+        NonFiniteError: The model gave NaN or infinity.
+        ComputeError: "always", and it is not possible; the message says why.
+    """
+    model = replace(model, program=None, execution=NOT_COMPILED)
+    hindrance, lacks_memory = _hindrance(model, mode), False
+    rows, start = padded_rows(batch_size, seq_len), time.perf_counter()
+    if hindrance is None:
+        try:
+            with block_run(model, scheme, block_hash=BLOCK, public_key=BLOCK, seq_len=seq_len) as run:
+                program, execution = _build(run, rows, mode)
+            execution = replace(execution, seconds=time.perf_counter() - start)
+            return replace(model, program=program, execution=execution)
+        except ComputeError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a compiler may raise: the eager path needs none
+            hindrance, lacks_memory = f"compiling failed: {_summary(error)}", _lacks_memory(error)
+    if lacks_memory:  # outside the handler, whose traceback would hold the memory
+        raise OutOfMemoryError(f"a batch of {rows} × {seq_len} positions, compiled, does not fit; a smaller one may")
+    if mode == "always":
+        raise ComputeError(f"model {model.name!r} cannot be compiled: {hindrance}; ask for 'auto' or 'never'")
+    return replace(model, execution=Execution("eager", hindrance, time.perf_counter() - start))
+
+
+def _hindrance(model: Model, mode: Mode) -> str | None:
+    """Why `model` is not to be compiled, as far as that is known before it is tried."""
+    if mode == "never":
+        return "the settings want it so"
+    if not isinstance(model.decoder, FlatDecoder):
+        return "its layers are transformers' own, which are not compiled"
+    if model.device.type == "cpu" and mode == "auto":
+        return "on the CPU compiling gains too little for what it costs"
+    return _missing_tool(model.device.type)
+
+
+def _missing_tool(device: str) -> str | None:
+    """What torch's compiler lacks on this machine, or nothing."""
+    if device == "cpu":
+        language, names = "C++", [os.environ.get("CXX", "g++")]
+    elif importlib.util.find_spec("triton") is None:
+        return "triton, torch's compiler for GPUs, is not installed"
+    else:
+        language, names = "C", [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if any(shutil.which(name) for name in names):
+        return None
+    return f"there is no {language} compiler ({' or '.join(names)})"
+
+
+@torch.inference_mode()
+def _build(run: BlockRun, rows: int, mode: Mode) -> tuple[Program, Execution]:
+    """Compile, capture on a GPU, and check either against the eager path."""
+    import torch._dynamo.config  # noqa: PLC0415 - the compiler takes seconds to import
+    import torch._inductor.config  # noqa: PLC0415
+
+    expected = torch.tensor(run.distances(range(rows), batch_size=rows))
+    seeds = run.host_seeds(range(rows))
+    with (
+        torch.cuda.device(run.model.device if run.model.device.type == "cuda" else -1),  # -1 changes nothing
+        torch._dynamo.config.patch(recompile_limit=VARIANTS),  # noqa: SLF001 - as its documentation has it
+        torch._inductor.config.patch(compile_threads=1),  # noqa: SLF001 - no processes beside this one
+    ):
+        compiled = Compiled(run, rows)
+        _check(run, compiled(seeds, run.block), expected)
+        if run.model.device.type == "cpu":
+            return compiled, Execution("compiled", "the settings want it so", 0.0)
+        try:
+            captured = Captured(compiled, seeds, run)
+            _check(run, captured(seeds, run.block), expected)
+        except (RuntimeError, WrongDistancesError) as error:
+            if mode == "always" or _lacks_memory(error):
+                raise
+            return compiled, Execution("compiled", f"capturing it as a CUDA graph failed: {_summary(error)}", 0.0)
+        return captured, Execution("captured", "the device is a GPU, and a compiler is there", 0.0)
+
+
+def _check(run: BlockRun, found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Hold a batch's distances against the eager ones."""
+    dtype = str(run.model.dtype).removeprefix("torch.")
+    tolerance = default_tolerance(dtype, run.scheme, run.model.hidden_size)
+    difference = (found.cpu() - expected).abs()
+    if not (difference <= tolerance).float().mean() >= AGREEING:
+        raise WrongDistancesError(
+            f"distances differ from the eager ones by up to {difference.max():.1e}, where {dtype} allows {tolerance:g}"
+        )
+
+
+def _lacks_memory(error: BaseException | None) -> bool:
+    """Tell whether memory that did not suffice is behind `error`: what ends a capture may hide it."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _summary(error: BaseException) -> str:
+    """The kind of an error and the first two lines of its text: torch's begins with who raised it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join([f"{type(error).__name__}:", *lines[:2]])

@@ -1,0 +1,102 @@
+"""From seeds to distances: pure functions of tensors, run as they are, compiled, or captured (protocol.md section 3).
+
+A batch of B nonces is one table of seeds, int32 bits [B, K]; its columns are those of `seed_texts`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from pocd.compute.random import normal, signs, unit_normal
+from pocd.compute.segments import factors
+from pocd.compute.transforms import reflect_in_order
+
+if TYPE_CHECKING:
+    from pocd.compute.schemes import Scheme
+    from pocd.compute.segments import Standard
+
+HEAD_CHUNK = 2**24  # elements of the head that are in float32 at a time: 64 MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """The tensors that a block hash gives, for all of its nonces.
+
+    Attributes:
+        vectors: One unit vector per layer [layers, H], in the model's dtype.
+        head: [D, H], in any dtype. None where the scheme has none.
+        target: float32 [D], unit length. None without a head: it is then drawn per nonce, and D is H.
+        standard: What standardises positions, where the scheme reads all of them.
+    """
+
+    vectors: torch.Tensor
+    head: torch.Tensor | None
+    target: torch.Tensor | None
+    standard: Standard | None
+
+
+def seed_texts(scheme: Scheme, nonce: int) -> list[str]:
+    """Return what follows block hash and key in the texts of a nonce's seeds: input, reflections, signs, target."""
+    texts = [f"nonce{nonce}", *(f"nonce_{nonce}_hidden_r{r}" for r in range(scheme.reflections))]
+    if scheme.reads == "segments":
+        texts.append(f"nonce_{nonce}_signs")
+    if scheme.head == "none":
+        texts.append(f"nonce_{nonce}_target")
+    return texts
+
+
+def draw_inputs(seeds: torch.Tensor, seq_len: int, hidden_size: int, dtype: torch.dtype) -> torch.Tensor:
+    """Draw random input embeddings [B, S, H]."""
+    return normal(seeds[:, 0], seq_len * hidden_size, dtype=dtype).view(len(seeds), seq_len, hidden_size)
+
+
+def find_factors(states: torch.Tensor, seeds: torch.Tensor, scheme: Scheme, standard: Standard) -> torch.Tensor:
+    """Return what a readout of all positions [B, S, H] is the product of, float32 [B, SEGMENTS, H]."""
+    return factors(states, signs(seeds[:, 1 + scheme.reflections], states.shape[1]), standard)
+
+
+def draw_targets(seeds: torch.Tensor, dimension: int) -> torch.Tensor:
+    """Draw the targets of single nonces, where there is no head: unit vectors, float64 [B, D]."""
+    return unit_normal(seeds[:, -1], dimension).double()
+
+
+def find_hidden(readout: torch.Tensor, seeds: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """Return what the head sees, or is compared with a target, float32 [B, H]."""
+    h, count = readout.float(), scheme.reflections
+    if count:
+        h = reflect_in_order(h, unit_normal(seeds[:, 1 : 1 + count], h.shape[-1]))
+    return h / h.norm(dim=-1, keepdim=True) if scheme.normalise else h
+
+
+def find_distance(h: torch.Tensor, seeds: torch.Tensor, block: Block) -> torch.Tensor:
+    """‖z/‖z‖ − t‖ of z = W h, or of z = h without a head, float32 [B].
+
+    As ‖t‖ = 1 it is √(2 − 2 z·t/‖z‖), which is as exact wherever distances are found: near √2.
+    """
+    if block.head is None or block.target is None:
+        along, square = (h * draw_targets(seeds, h.shape[-1])).sum(dim=-1), h.double().square().sum(dim=-1)
+    else:
+        along, square = _through_head(h, block.head, block.target)
+    return (2 - 2 * along / square.sqrt()).clamp_min(0).sqrt().float()
+
+
+def _through_head(h: torch.Tensor, head: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """z·t and ‖z‖² of z = W h, float64 [B], with only a part of W and z at a time."""
+    rows = max(1, HEAD_CHUNK // h.shape[-1])
+    along = h.new_zeros(len(h), dtype=torch.float64)
+    square = torch.zeros_like(along)
+    for weight, aim in zip(head.split(rows), target.split(rows), strict=True):
+        z = (h @ weight.float().T).double()
+        along += (z * aim).sum(dim=-1)
+        square += z.square().sum(dim=-1)
+    return along, square
+
+
+def measure_states(states: torch.Tensor, seeds: torch.Tensor, block: Block, *, scheme: Scheme) -> torch.Tensor:
+    """Distances float32 [B] of what the decoder gave: the last position [B, H], or all [B, S, H]."""
+    if block.standard is not None:
+        states = find_factors(states, seeds, scheme, block.standard).prod(dim=1)
+    return find_distance(find_hidden(states, seeds, scheme), seeds, block)
