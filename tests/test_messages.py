@@ -32,7 +32,7 @@ EVERY: list[Message] = [
     Stage("loading m"),
     Ready("m", "f00d", "float32", "cpu", 128, 4, "flat", "eager", "asked", 1.5, 0.0, 8, 4096, "2.13.0", None, None),
     Failed("device", "no GPU — \n none"),
-    RoundBegun("id", 0.1),
+    RoundBegun("id", 0.1, "eager", "asked"),
     Distances(3, [1.4042000770568848, 0.0, 2.0]),
     Refused(5, "NaN in layer 3"),
     BatchSize(4, "memory is short"),

@@ -230,13 +230,13 @@ def limited(load: Load, megabytes: int) -> str:
         "import re, resource, sys, orjson, torch\n"
         "torch.set_num_threads(1)\n"
         "from pocd.compute.model import load_model\n"
-        "from pocd.worker.computing import fitting_batch_size\n"
+        "from pocd.worker.computing import fit\n"
         "from pocd.worker.messages import Load\n"
         "load = Load(**orjson.loads(sys.argv[1]))\n"
         "model = load_model(load.model, dtype=load.dtype, device=load.device)\n"
         "mapped = int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
         f"resource.setrlimit(resource.RLIMIT_AS, (mapped + {megabytes} * 2**20,) * 2)\n"
-        "print(fitting_batch_size(model, load))\n"
+        "print(fit(model, load)[1])\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, orjson.dumps(dataclasses.asdict(load)).decode()],
@@ -329,11 +329,14 @@ def test_memory_that_is_short_for_two_rounds_is_left_to_the_one_that_is_computed
     class Run:
         seq_len, dimension = 16, 8192
 
-        def distances(self, nonces: range, *, batch_size: int) -> list[float]:
+        def execution(self, _batch_size: int) -> SimpleNamespace:
+            return SimpleNamespace(path="eager", reason="asked")
+
+        def start(self, nonces: range, *, batch_size: int) -> SimpleNamespace:
             if len(prepared) > 1:
                 raise OutOfMemoryError("two are too many")
             assert batch_size == 8
-            return [1.0] * len(nonces)
+            return SimpleNamespace(distances=lambda: [1.0] * len(nonces))
 
     @contextlib.contextmanager
     def block_run(_model: object, _scheme: object, *, block_hash: str, **_: object) -> Iterator[Run]:
@@ -384,7 +387,10 @@ def test_rounds_that_draw_weights_are_never_prepared_side_by_side(monkeypatch: p
         assert not prepared
         prepared.append(block_hash)
         yield SimpleNamespace(
-            seq_len=16, dimension=8192, distances=lambda nonces, **_: [float(prepared[-1])] * len(nonces)
+            seq_len=16,
+            dimension=8192,
+            execution=lambda _batch_size: SimpleNamespace(path="eager", reason="asked"),
+            start=lambda nonces, **_: SimpleNamespace(distances=lambda: [float(prepared[-1])] * len(nonces)),
         )
         prepared.remove(block_hash)
 

@@ -29,7 +29,7 @@ from pocd.compute.errors import ComputeError, DeviceError, InputError, MemorySho
 from pocd.compute.model import load_model, longest_seq_len
 from pocd.compute.ranks import joined
 from pocd.worker import messages
-from pocd.worker.computing import Worker, fitting_batch_size
+from pocd.worker.computing import Worker, fit
 from pocd.worker.messages import (
     Cancel,
     Cancelled,
@@ -160,8 +160,8 @@ def prepare(link: Link, load: Load) -> tuple[Model, int]:
         ranks=len(load.devices),
     )
     load_seconds = time.monotonic() - began
-    link.send(Stage("testing itself"))
-    batch_size = fitting_batch_size(model, load)
+    link.send(Stage("testing it, and compiling it where that is asked for"))
+    model, batch_size = fit(model, load)
     card = torch.cuda.get_device_properties(model.device) if model.device.type == "cuda" else None
     if load.rank == 0:
         link.send(
@@ -173,10 +173,10 @@ def prepare(link: Link, load: Load) -> tuple[Model, int]:
                 hidden_size=model.hidden_size,
                 layers=model.layers,
                 decoder=model.decoder.kind,
-                execution="eager",
-                execution_reason="",
+                execution=model.execution.path,
+                execution_reason=model.execution.reason,
                 load_seconds=load_seconds,
-                compile_seconds=0.0,
+                compile_seconds=model.execution.seconds,
                 batch_size=batch_size,
                 longest_seq_len=longest_seq_len(model.causal.config),
                 torch=torch.__version__,

@@ -12,7 +12,7 @@ from pocd.compute.errors import MemoryShortError, OutOfMemoryError
 from pocd.compute.schemes import SCHEMES
 from pocd.statistics import expected_valid_rate
 from pocd.worker.messages import BatchSize, Compute, Load, Message, Recompute, RoundBegun
-from pocd.worker.self_test import check_shape
+from pocd.worker.self_test import check_shape, compiled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -56,6 +56,7 @@ class Worker:
 
     def __init__(self, model: Model, load: Load, batch_size: int, report: Callable[[Message], None]) -> None:
         self._load = load
+        self._model = model
         self._batch_size = batch_size
         self._report = report
         self._mined = Prepared(model)
@@ -78,7 +79,8 @@ class Worker:
             if SCHEMES[round_.scheme].weights != "trained":
                 self._recomputed.end()  # both would draw into the same weights
             run = self._begin(self._mined, round_, other=self._recomputed)
-            self._report(RoundBegun(round_.id, expected_valid_rate(round_.r_target, run.dimension)))
+            rate, execution = expected_valid_rate(round_.r_target, run.dimension), run.execution(self._rows(run))
+            self._report(RoundBegun(round_.id, rate, execution.path, execution.reason))
         nonces = range(message.first, message.first + message.step * message.count, message.step)
         return self._start(self._mined.begin(round_), nonces, other=self._recomputed)
 
@@ -106,16 +108,23 @@ class Worker:
         other.end()
         return prepared.begin(round_)
 
+    def _rows(self, run: BlockRun) -> int:
+        """Nonces per batch: of longer sequences so many that it has about as many positions as the self-test's."""
+        return max(1, self._batch_size * self._load.seq_len // max(run.seq_len, self._load.seq_len))
+
     def _start(self, run: BlockRun, nonces: Sequence[int], *, other: Prepared) -> Callable[[], list[float]]:
         while True:
-            # A batch of longer sequences than the self-test's has about as many positions as that had.
-            rows = max(1, self._batch_size * self._load.seq_len // max(run.seq_len, self._load.seq_len))
+            rows = self._rows(run)
             try:
+                if len(nonces) <= rows:
+                    return run.start(nonces, batch_size=rows).distances
                 distances = run.distances(nonces, batch_size=rows)
             except OutOfMemoryError as error:
                 if other.round is not None and not self._load.is_split:
                     other.end()  # the self-test, which showed that the size fits, was alone
                     continue
+                if self._model.program is not None:  # it serves one size, and the next worker compiles for another
+                    raise MemoryShortError(str(error)) from error
                 self._batch_size = smaller(self._batch_size, error, self._load)
                 self._report(BatchSize(self._batch_size, str(error)))
             else:
@@ -141,8 +150,11 @@ def smaller(batch_size: int, error: OutOfMemoryError, load: Load) -> int:
     return batch_size // 2
 
 
-def fitting_batch_size(model: Model, load: Load) -> int:
-    """Run the self-test with the batch size of `load`, or the largest of its halves that fits.
+def fit(model: Model, load: Load) -> tuple[Model, int]:
+    """Test the model with the batch size of `load`, or the largest of its halves that fits, and compile it for that.
+
+    Returns:
+        The model, compiled where that is asked for and possible, and the batch size.
 
     Raises:
         ComputeError: The self-test failed.
@@ -151,8 +163,7 @@ def fitting_batch_size(model: Model, load: Load) -> int:
     batch_size = load.batch_size
     while True:
         try:
-            check_shape(model, load, batch_size)
+            check_shape(model, load, batch_size)  # eagerly, which needs most memory, before the costly part
+            return compiled(model, load, seq_len=load.seq_len, batch_size=batch_size), batch_size
         except OutOfMemoryError as error:
             batch_size = smaller(batch_size, error, load)
-        else:
-            return batch_size

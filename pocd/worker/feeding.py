@@ -153,6 +153,7 @@ class Feeding:
                 raise WorkerError(Cause.HUNG, f"worker finished no batch within {self._limits.batch:.0f} s, killed")
 
     def _round_begun(self, message: RoundBegun) -> None:
+        self._supervisor.round_begun(message)
         for lease in self._in_flight.values():
             if lease.mining.round.id == message.round_id:
                 lease.mining.expected_valid_rate = message.expected_valid_rate

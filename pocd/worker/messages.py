@@ -142,10 +142,16 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class RoundBegun:
-    """From the worker: it works on this round now, and theory expects this share of valid nonces."""
+    """From the worker: it works on this round now, and theory expects this share of valid nonces.
+
+    Attributes:
+        execution: How, as in `Ready`: a shape of its own may be run in another way.
+    """
 
     round_id: str
     expected_valid_rate: float
+    execution: str
+    execution_reason: str
 
 
 @dataclass(frozen=True, slots=True)

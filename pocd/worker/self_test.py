@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from pocd.compute.compiled import compile_model
 from pocd.compute.engine import block_run
 from pocd.compute.errors import ComputeError
 from pocd.compute.names import default_tolerance
@@ -41,6 +42,7 @@ def check_known(model: Model, load: Load) -> None:
     nonces: Sequence[int] = known["schemes"][load.scheme]["nonces"]
     expected: Sequence[float] = known["schemes"][load.scheme]["distances"][load.dtype]
     run = {key: known[key] for key in ("block_hash", "public_key", "seq_len")}
+    model = compiled(model, load, seq_len=known["seq_len"], batch_size=len(nonces))
     with block_run(model, SCHEMES[load.scheme], **run) as prepared:
         found = prepared.distances(nonces, batch_size=len(nonces))
     difference = max(abs(one - other) for one, other in zip(found, expected, strict=True))
@@ -51,6 +53,16 @@ def check_known(model: Model, load: Load) -> None:
             f"{difference:.2g} from the known ones, and {tolerance:.2g} is allowed; the device, its driver or this "
             "torch computes wrongly, and proofs would be refused: use another one, or set worker.compile = 'never'"
         )
+
+
+def compiled(model: Model, load: Load, *, seq_len: int, batch_size: int) -> Model:
+    """Return the model compiled for a shape, where `load` asks for it and it is possible; see its `execution`.
+
+    Raises:
+        ComputeError: It has to be compiled, and cannot be.
+    """
+    mode = "never" if load.is_split else load.compile  # transformers' layers, over which a model is split, are not
+    return compile_model(model, mode, scheme=SCHEMES[load.scheme], seq_len=seq_len, batch_size=batch_size)
 
 
 def check_shape(model: Model, load: Load, batch_size: int) -> None:

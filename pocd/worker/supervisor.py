@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from pocd.miner import Miner
     from pocd.observe.events import Events
-    from pocd.worker.messages import Load
+    from pocd.worker.messages import Load, RoundBegun
     from pocd.worker.processes import Ended, Link
     from pocd.worker.recomputing import Recomputations
 
@@ -189,8 +189,8 @@ class Supervisor:
             return WorkerError(Cause.CRASH, ended.text) if ended.by_signal else WorkerError(Cause.FAULT, str(error))
         if error.kind != "memory":
             return WorkerRefusedError(Cause(error.kind), str(error))
-        if self._load.is_split and self._load.shrink and self.batch_size > 1:
-            # One rank cannot halve alone; so all of them do, in their next life.
+        if self._load.shrink and self.batch_size > 1 and (self._load.is_split or self.info is not None):
+            # One rank cannot halve alone, nor can compiled code; so the next life begins with half.
             self.memory_became_short(BatchSize(self.batch_size // 2, str(error)))
             return WorkerError(Cause.MEMORY, str(error))
         if self.info is not None:  # it did fit, so whatever took the memory may give it back
@@ -212,6 +212,17 @@ class Supervisor:
             f"{message.reason}; batches are of {message.size} nonces now", action="batch_size", size=message.size
         )
         self.take_batch_size(message.size)
+
+    def round_begun(self, message: RoundBegun) -> None:
+        """Say so where a round is run in another way than the worker said."""
+        assert self.info is not None, "a worker that computes is ready"
+        if message.execution != self.info.execution:
+            self._log.warning(
+                f"this round runs {message.execution}: {message.execution_reason}",
+                action="execution",
+                round=message.round_id,
+                otherwise=self.info.execution,
+            )
 
     def batch_refused(self, reason: str) -> None:
         """Say that a batch has no result, and why."""
