@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import select
 import signal
 import socket
@@ -20,6 +21,7 @@ from processes import PATIENCE, Chain, Daemon, config, fails, running
 
 from pocd import receiver, receiver_store
 from pocd.admin.client import AdminError, call
+from pocd.admin.report import as_text
 from pocd.serving import listening
 
 if TYPE_CHECKING:
@@ -140,6 +142,32 @@ async def test_nothing_is_lost_by_sigkill_and_sigterm_with_the_receiver_down(tmp
     assert len(set(nonces)) == len(nonces)
     assert sorted(nonces) == sorted(nonce for _, nonce in stored_proofs(tmp_path))
     assert dense(tmp_path)
+
+
+async def test_two_workers_are_told_apart_and_one_that_is_killed_costs_no_nonce(tmp_path: Path) -> None:
+    async with Chain().served() as chain, receiving(tmp_path) as url:
+        async with running(config(tmp_path, chain.url, {"one": url}, model__device=["cpu", "cpu"])) as daemon:
+            body = await daemon.until(lambda body: all(each["computed_per_second_1m"] for each in body["workers"]))
+            assert [(each["number"], each["device"], each["execution"]) for each in body["workers"]] == [
+                (0, "cpu", "eager"),
+                (1, "cpu", "eager"),
+            ]
+            assert body["workers"][0]["execution_reason"].startswith("on the CPU compiling gains too little")
+            os.kill(body["workers"][1]["pids"][0], signal.SIGKILL)
+            body = await daemon.until(lambda body: body["workers"][1]["restarts"])
+            assert body["workers"][1]["causes"]["crash"] == 1
+            assert body["workers"][0]["restarts"] == 0
+            assert (body["state"], body["problems"], body["alarms"]) == ("GENERATING", [], [])
+            async with aiohttp.ClientSession() as session, session.get(f"{daemon.url}/metrics") as response:
+                metrics = await response.text()
+            assert 'pocd_worker_restarts_total{cause="crash",worker="1"} 1.0' in metrics
+            assert 'pocd_worker_restarts_total{cause="hung",worker="0"} 0.0' in metrics
+            assert re.search(r'^pocd_worker_info\{.*execution="eager",.*worker="1"\} 1.0$', metrics, re.MULTILINE)
+            assert re.findall(r"^process +(\d): cpu, ", as_text(body), re.MULTILINE) == ["0", "1"]
+            await daemon.until(lambda body: body["workers"][1]["ready"])
+            assert await daemon.end() == 0
+        nonces = [nonce for batch in await batches(url) for nonce in batch["nonces"]]
+    assert len(set(nonces)) == len(nonces)
 
 
 async def test_a_killed_worker_comes_back_and_no_nonce_is_lost_or_doubled(tmp_path: Path) -> None:
@@ -314,6 +342,10 @@ async def test_bad_starts_are_told_in_one_line(tmp_path: Path) -> None:
         assert (code, "seq_len 100000" in line) == (78, True)
         code, line = await fails(config(tmp_path, chain.url, {}, model__device="cuda:9"))
         assert (code, "cuda:9" in line) == (75, True)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+            code, line = await fails(config(tmp_path, chain.url, {}, model__device="auto"))
+        assert (code, "model.device is 'auto'" in line, "this machine has 0 of the 1" in line) == (75, True, True)
         token = tmp_path / "empty"
         token.write_text("\n")
         code, line = await fails(config(tmp_path, chain.url, {}, admin__token_file=str(token)))

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import dataclasses
 import os
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
@@ -34,11 +36,11 @@ from pocd.worker import messages
 from pocd.worker.failures import Cause, WorkerRefusedError
 from pocd.worker.messages import BatchSize, Cancel, Cancelled, Compute, Load, Message, Ready, Recompute
 from pocd.worker.pool import Pool
+from pocd.worker.processes import Ended, FailedError
 from pocd.worker.supervisor import Limits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
-    from pathlib import Path
 
 LOAD = Load("bundled:tiny-llama", "float32", ("cpu",), "poc2", 16, 8)
 NODE = Node(0, 1)
@@ -270,11 +272,11 @@ async def test_a_worker_that_had_to_shrink_its_batches_says_so_and_it_is_remembe
 
 
 @contextlib.contextmanager
-def ready_worker() -> Iterator[tuple[subprocess.Popen[bytes], socket.socket, BinaryIO]]:
+def ready_worker(*program: str) -> Iterator[tuple[subprocess.Popen[bytes], socket.socket, BinaryIO]]:
     """A worker process that has loaded, the daemon's side of its socket, and a stream of what it says."""
     ours, theirs = socket.socketpair()
     worker = subprocess.Popen(
-        [sys.executable, "-m", "pocd.worker.child", str(theirs.fileno())], pass_fds=(theirs.fileno(),)
+        [sys.executable, *(program or ("-m", "pocd.worker.child")), str(theirs.fileno())], pass_fds=(theirs.fileno(),)
     )
     theirs.close()
     try:
@@ -402,3 +404,74 @@ def test_rounds_that_draw_weights_are_never_prepared_side_by_side(monkeypatch: p
         assert worker.start(Compute(1, mined, 0, 1, 1))() == [1.0]
         assert worker.start(Recompute(2, other, [5], last=last))() == [2.0]
     assert worker.start(Compute(3, mined, 0, 1, 1))() == [1.0]
+
+
+async def test_memory_that_another_takes_from_a_worker_restarts_it(tmp_path: Path) -> None:
+    """It did fit, so the configuration is not to blame."""
+    async with supervised(tmp_path) as (pool, miner):
+        await until(lambda: checked(miner) > 16)
+        pid = pid_of(pool)
+        held = int(Path(f"/proc/{pid}/statm").read_text().split()[5]) * resource.getpagesize()  # data, as in proc(5)
+        resource.prlimit(pid, resource.RLIMIT_DATA, (held + 2**20, resource.RLIM_INFINITY))
+        await miner.set_round(Work(dataclasses.replace(ROUND, seq_len=4096), NODE))
+        await until(lambda: pool.workers[0].causes)
+        assert pool.workers[0].causes == {Cause.MEMORY: 1}
+        assert "does not fit into the memory of cpu" in str(pool.last_error)
+        await until(lambda: checked(miner))
+
+
+# The worker's child, on a device whose first batch fails as a card does that lost its memory.
+FAULTY = """
+import torch
+from pocd.worker import child, computing
+def fail(self, message):
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\\nCompile with …")
+computing.Worker.start = fail
+child.main()
+"""
+
+
+def test_a_worker_whose_device_fails_says_so_and_ends() -> None:
+    with ready_worker("-c", FAULTY) as (worker, ours, stream):
+        ours.sendall(messages.encode(Compute(1, ROUND, 0, 1, 8)))
+        said = list(iter(lambda: messages.read(stream), None))
+        assert said[-1] == messages.Failed(
+            "fault", "cpu failed: AcceleratorError: CUDA error: an illegal memory access was encountered"
+        )
+        assert worker.wait(PATIENCE) == 1
+
+
+READY = cast("Ready", object())
+AUTO = dataclasses.replace(LOAD, shrink=True)
+LEAST = dataclasses.replace(AUTO, batch_size=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "info", "load", "cause", "left"),
+    [
+        ("fault", READY, LOAD, Cause.FAULT, 8),
+        ("memory", None, LOAD, Cause.CONFIGURATION, 8),
+        ("memory", READY, LOAD, Cause.MEMORY, 8),
+        ("memory", READY, AUTO, Cause.MEMORY, 4),
+        ("memory", READY, LEAST, Cause.MEMORY, 1),
+        ("memory", None, dataclasses.replace(AUTO, devices=("cpu", "cpu")), Cause.MEMORY, 4),
+        ("device", READY, AUTO, Cause.DEVICE, 8),
+        ("configuration", READY, AUTO, Cause.CONFIGURATION, 8),
+    ],
+)
+def test_what_follows_from_a_workers_last_word(
+    tmp_path: Path, kind: messages.FailureKind, info: Ready | None, load: Load, cause: Cause, left: int
+) -> None:
+    with prepared(tmp_path, load) as (pool, _):
+        (worker,) = pool.workers
+        worker.info = info
+        error = worker._failure(FailedError(kind, "so it is"), Ended("worker process 7 exited with status 1"))
+        assert (error.cause, str(error), worker.batch_size) == (cause, "so it is", left)
+        assert isinstance(error, WorkerRefusedError) == (cause in {Cause.DEVICE, Cause.CONFIGURATION})
+
+
+def test_a_rank_that_was_killed_is_told_rather_than_what_the_others_say_of_it(tmp_path: Path) -> None:
+    with prepared(tmp_path, LOAD) as (pool, _):
+        ended = Ended("worker process 7, rank 1 of 2, was killed by signal 9", by_signal=True)
+        error = pool.workers[0]._failure(FailedError("fault", "connection closed by peer"), ended)
+        assert (error.cause, str(error)) == (Cause.CRASH, ended.text)

@@ -28,6 +28,7 @@ from pocd.compute.engine import is_out_of_memory
 from pocd.compute.errors import ComputeError, DeviceError, InputError, MemoryShortError, NonFiniteError
 from pocd.compute.model import load_model, longest_seq_len
 from pocd.compute.ranks import joined
+from pocd.compute.schemes import SCHEMES
 from pocd.worker import messages
 from pocd.worker.computing import Worker, fit
 from pocd.worker.messages import (
@@ -191,7 +192,9 @@ def lead(link: Link, load: Load, followers: list[socket.socket]) -> None:
     """Compute what the daemon asks for until that fails."""
     model, batch_size = prepare(link, load)
     worker = Worker(model, load, batch_size, link.send)
-    at_once = AT_ONCE if model.device.type == "cuda" and not load.is_split else 1
+    # Ranks go in step, and drawn weights are gone with their round: there each batch is finished before the next.
+    is_simple = not load.is_split and SCHEMES[load.scheme].weights == "trained"
+    at_once = AT_ONCE if is_simple and model.device.type == "cuda" else 1
     under_way: deque[tuple[int, Callable[[], list[float]]]] = deque()
     while True:
         message = link.inbox.get_nowait(link.send) if under_way else link.inbox.get(link.send)

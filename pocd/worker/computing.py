@@ -92,8 +92,11 @@ class Worker:
         elif SCHEMES[message.round.scheme].weights != "trained":
             self._mined.end()  # likewise
         try:
-            run = self._begin(prepared, message.round, other=other)
-            return self._start(run, message.nonces, other=other)
+            wait = self._start(self._begin(prepared, message.round, other=other), message.nonces, other=other)
+            if not message.last:
+                return wait
+            distances = wait()  # before what is prepared ends
+            return lambda: distances
         finally:
             if message.last:
                 self._recomputed.end()
