@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
-from typing import TYPE_CHECKING
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, cast
 
 import structlog.testing
 
+from pocd.admin import report, status
 from pocd.observe import cards
 from pocd.observe.cards import PATIENCE_SECONDS, Cards, Reading
+from pocd.observe.metrics import DaemonCollector
+from pocd.worker.messages import Card
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     import pytest
+
+    from pocd.admin.status import Parts
 
 COOL = Reading(temperature=40.0, power=200.5, memory_used=2**30, memory_total=80 * 2**30, utilization=0.98)
 UUID = "GPU-1"
@@ -50,7 +57,7 @@ def test_readings_come_go_and_hang_and_each_trouble_is_told_once(monkeypatch: py
         watched.start()
         assert driver.asked.acquire(timeout=60)
         driver.turn()
-        assert (watched.reading(UUID), watched.reading("GPU-2"), watched.reading(None)) == (COOL, None, None)
+        assert (watched.reading(UUID), watched.reading("GPU-2")) == (COOL, None)
         assert watched.problem is None
         driver.now += PATIENCE_SECONDS + 1  # it was asked before, and says nothing
         assert watched.reading(UUID) is None
@@ -82,3 +89,24 @@ def test_nobody_is_asked_while_no_worker_uses_a_card(monkeypatch: pytest.MonkeyP
         assert looked.acquire(timeout=60)
     watched.close()
     assert watched.problem is None
+
+
+def test_a_card_is_shown_with_what_it_tells_in_metrics_status_and_to_people() -> None:
+    """As far as that goes without a card: what a worker would say of it, and what the driver would."""
+    told = dataclasses.replace(COOL, power=None)
+    worker = SimpleNamespace(
+        number=3, cards={"cuda:3": Card("NVIDIA H200", UUID), "cuda:4": Card("NVIDIA H200", "GPU-2")}
+    )
+    watched = SimpleNamespace(reading={UUID: told}.get, problem="the driver does not say how card GPU-2 is")
+    parts = cast("Parts", SimpleNamespace(workers=SimpleNamespace(workers=[worker]), cards=watched))
+    families = {family.name: family for family in DaemonCollector(parts)._cards()}
+    at = {"worker": "3", "device": "cuda:3"}
+    assert [(sample.labels, sample.value) for sample in families["pocd_card_temperature_celsius"].samples] == [(at, 40)]
+    assert families["pocd_card_power_watts"].samples == []
+    assert families["pocd_card_memory_used_bytes"].samples[0].value == 2**30
+    assert families["pocd_card_unreadable"].samples[0].value == 1
+    assert {sample.labels["uuid"] for sample in families["pocd_card"].samples} == {UUID, "GPU-2"}
+    views = [status._card_view(parts.cards, device, card) for device, card in worker.cards.items()]
+    assert views[0] == {"device": "cuda:3", "name": "NVIDIA H200", "uuid": UUID, "reading": dataclasses.asdict(told)}
+    assert views[1]["reading"] is None
+    assert [report._card(view) for view in views] == ["NVIDIA H200, 40 °C", "NVIDIA H200"]

@@ -163,7 +163,7 @@ async def test_two_workers_are_told_apart_and_one_that_is_killed_costs_no_nonce(
             assert 'pocd_worker_restarts_total{cause="crash",worker="1"} 1.0' in metrics
             assert 'pocd_worker_restarts_total{cause="hung",worker="0"} 0.0' in metrics
             assert re.search(r'^pocd_worker_info\{.*execution="eager",.*worker="1"\} 1.0$', metrics, re.MULTILINE)
-            assert re.findall(r"^process +(\d): cpu, ", as_text(body), re.MULTILINE) == ["0", "1"]
+            assert re.findall(r"^ +(\d): cpu, ", as_text(body), re.MULTILINE) == ["0", "1"]
             await daemon.until(lambda body: body["workers"][1]["ready"])
             assert await daemon.end() == 0
         nonces = [nonce for batch in await batches(url) for nonce in batch["nonces"]]

@@ -116,8 +116,6 @@ class ReadyWorker(Worker):
     execution_reason: str = Field(description="Why so.")
     load_seconds: float = Field(description="What loading the model took.")
     compile_seconds: float = Field(description="What compiling it took.")
-    card: str | None = Field(description="The GPU's name; null on the CPU.")
-    card_uuid: str | None = Field(description="Its identity, as the driver knows it.")
     torch: str = Field(description="Its version.")
 
 
@@ -131,12 +129,20 @@ class Reading(BaseModel):
     utilization: float | None = Field(description="The share of the last second or so in which it computed.")
 
 
+class Card(BaseModel):
+    """A GPU."""
+
+    device: str
+    name: str
+    uuid: str = Field(description="Its identity, as the driver knows it.")
+    reading: Reading | None = Field(description="How it is; null while it cannot be read.")
+
+
 class OneWorker(BaseModel):
     """One of the workers: a process, or a rank for each device of a model that is split."""
 
     number: int
     device: str = Field(description='Of each rank, joined by "+".')
-    card: str | None = Field(description="The GPU's name, once it is known; null on the CPU.")
     ready: bool
     stage: str | None = Field(description="What it does until it is ready.")
     pids: list[int] = Field(description="Of its processes.")
@@ -149,7 +155,7 @@ class OneWorker(BaseModel):
     execution_reason: str | None = Field(description="Why so.")
     computed_per_second_1m: float = Field(description="Distances that it computed for what is mined.")
     computed_per_second_15m: float
-    reading: Reading | None = Field(description="How its card is; null where there is none, or it cannot be read.")
+    cards: list[Card] = Field(description="Those of its devices that are GPUs, once they are known.")
 
 
 class Receiver(BaseModel):

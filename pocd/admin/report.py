@@ -87,13 +87,19 @@ def batch_as_text(body: dict[str, Any]) -> str:
 
 def _worker(worker: dict[str, Any]) -> str:
     """Describe one worker: where it runs, how fast, and how its card is."""
-    text = f"{worker['number']}: {worker['device']}" + (f", {worker['card']}" if worker["card"] else "")
-    if not worker["ready"]:
-        return f"{text}, not ready" + (f": {worker['stage']}" if worker["stage"] else "")
-    text += f", {worker['execution']}, {worker['computed_per_second_1m']:.1f} nonces/s"
-    reading = worker["reading"] or {}
+    text = f"{worker['number']}: {worker['device']}"
+    if worker["ready"]:
+        text += f", {worker['execution']}, {worker['computed_per_second_1m']:.1f} nonces/s"
+    else:
+        text += ", not ready" + (f": {worker['stage']}" if worker["stage"] else "")
+    return "; ".join([text, *map(_card, worker["cards"])])
+
+
+def _card(card: dict[str, Any]) -> str:
+    """Describe a card: its name, and how it is."""
+    reading = card["reading"] or {}
     found = [(reading.get(field), form) for field, form in _READINGS.items()]
-    return ", ".join([text, *(form.format(value) for value, form in found if value is not None)])
+    return ", ".join([card["name"], *(form.format(value) for value, form in found if value is not None)])
 
 
 _READINGS = {"temperature": "{:.0f} °C", "power": "{:.0f} W"}
@@ -158,7 +164,7 @@ def as_text(body: dict[str, Any]) -> str:
         ("rate", f"{minute:.1f} nonces/s over 1 min, {quarter:.1f} over 15 min"),
         ("funnel", funnel_text(funnel)),
         ("worker", f"{device}, {worker['restarts']} restarts, {worker['refused_batches']} batches refused"),
-        *(("card" if each["card"] else "process", _worker(each)) for each in body["workers"]),
+        *(("", _worker(each)) for each in body["workers"]),
     ]
     if "fingerprint" in worker:
         rows.append(("weights", worker["fingerprint"]))

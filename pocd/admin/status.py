@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pocd.proof import Round
     from pocd.settings import Settings
     from pocd.validator import Validator
-    from pocd.worker.messages import Ready
+    from pocd.worker.messages import Card, Ready
     from pocd.worker.pool import Pool
     from pocd.worker.supervisor import Supervisor
 
@@ -111,7 +111,7 @@ def parked(state: ReceiverState) -> str | None:
     return f"parked since {since} ({state.error}); `pocd outbox retry` asks it again"
 
 
-def _fields(value: Totals | Queue | Round | Ready | Reading) -> dict[str, Any]:
+def _fields(value: Totals | Queue | Round | Ready | Reading | Card) -> dict[str, Any]:
     """Return a flat dataclass as a dictionary. `asdict` copies deeply, which is most of what a status would cost."""
     return {name: getattr(value, name) for name in value.__slots__}
 
@@ -157,11 +157,9 @@ def _workers_view(workers: Pool, miner: Miner) -> dict[str, Any]:
 
 
 def _worker_view(parts: Parts, worker: Supervisor) -> dict[str, Any]:
-    reading = parts.cards.reading(worker.info.card_uuid if worker.info else None)
     return {
         "number": worker.number,
         "device": worker.device,
-        "card": worker.info.card if worker.info else None,
         "ready": worker.ready,
         "stage": worker.stage,
         "pids": worker.pids,
@@ -174,8 +172,13 @@ def _worker_view(parts: Parts, worker: Supervisor) -> dict[str, Any]:
         "execution_reason": worker.info.execution_reason if worker.info else None,
         "computed_per_second_1m": worker.computed_rate.per_second(60),
         "computed_per_second_15m": worker.computed_rate.per_second(900),
-        "reading": _fields(reading) if reading else None,
+        "cards": [_card_view(parts.cards, device, card) for device, card in worker.cards.items()],
     }
+
+
+def _card_view(cards: Cards, device: str, card: Card) -> dict[str, Any]:
+    reading = cards.reading(card.uuid)
+    return {"device": device, **_fields(card), "reading": _fields(reading) if reading else None}
 
 
 def _control_view(control: Control) -> dict[str, Any]:

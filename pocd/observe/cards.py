@@ -129,9 +129,9 @@ class Cards:
             return f"the driver has not said for {PATIENCE_SECONDS:.0f} s how the cards are"
         return self._problem
 
-    def reading(self, uuid: str | None) -> Reading | None:
+    def reading(self, uuid: str) -> Reading | None:
         """Return how a card was a few seconds ago; None where that is not known."""
-        return None if uuid is None or self._is_late() else self._readings.get(uuid)
+        return None if self._is_late() else self._readings.get(uuid)
 
     def _is_late(self) -> bool:
         asked_at = self._asked_at

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from pocd.admin.status import Parts
 
-INFO = ("model", "fingerprint", "dtype", "device", "card", "decoder", "execution", "torch")
+INFO = ("model", "fingerprint", "dtype", "device", "decoder", "execution", "torch")
 READINGS = {
     "temperature": ("temperature_celsius", "Temperature."),
     "power": ("power_watts", "Power drawn."),
@@ -129,18 +129,20 @@ class DaemonCollector(Collector):
         )
 
     def _cards(self) -> Iterator[Metric]:
-        parts = self._parts
+        parts, labels = self._parts, ["worker", "device"]
         families = {
-            field: GaugeMetricFamily(f"pocd_card_{name}", f"{text} Of the worker's card.", labels=["worker"])
+            field: GaugeMetricFamily(f"pocd_card_{name}", f"{text} Of a worker's card.", labels=labels)
             for field, (name, text) in READINGS.items()
         }
+        info = InfoMetricFamily("pocd_card", "A worker's card.", labels=labels)
         for worker in parts.workers.workers:
-            reading = parts.cards.reading(worker.info.card_uuid if worker.info else None)
-            for field, family in families.items():
-                value = getattr(reading, field, None)
-                if value is not None:
-                    family.add_metric([str(worker.number)], value)
-        yield from families.values()
+            for device, card in worker.cards.items():
+                info.add_metric([str(worker.number), device], {"name": card.name, "uuid": card.uuid})
+                reading = parts.cards.reading(card.uuid)
+                for field, family in families.items():
+                    if (value := getattr(reading, field, None)) is not None:
+                        family.add_metric([str(worker.number), device], value)
+        yield from (info, *families.values())
         problem = int(parts.cards.problem is not None)
         yield GaugeMetricFamily("pocd_card_unreadable", "1 while the driver does not say how a card is.", problem)
 

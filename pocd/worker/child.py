@@ -26,7 +26,7 @@ import torch
 
 from pocd.compute.engine import is_out_of_memory
 from pocd.compute.errors import ComputeError, DeviceError, InputError, MemoryShortError, NonFiniteError
-from pocd.compute.model import load_model, longest_seq_len
+from pocd.compute.model import load_model, longest_seq_len, pick_device
 from pocd.compute.ranks import joined
 from pocd.compute.schemes import SCHEMES
 from pocd.worker import messages
@@ -34,6 +34,7 @@ from pocd.worker.computing import Worker, fit
 from pocd.worker.messages import (
     Cancel,
     Cancelled,
+    Card,
     Compute,
     Distances,
     Failed,
@@ -148,6 +149,9 @@ class Link:
 def prepare(link: Link, load: Load) -> tuple[Model, int]:
     """Load the model and test it; returns it, and the batch size that fits. The leading rank reports that."""
     tempfile.gettempdir()  # torch needs one; a full disk has none: a crash, to be tried again, not the model's fault
+    if load.device != "cpu":
+        card = torch.cuda.get_device_properties(pick_device(load.device))
+        link.send(Card(card.name, f"GPU-{card.uuid}"))
     link.send(Stage("computing known distances"))
     check_known(load_model(read_known()["model"], dtype=load.dtype, device=load.device), load)
     link.send(Stage(f"loading {load.model}"))
@@ -163,7 +167,6 @@ def prepare(link: Link, load: Load) -> tuple[Model, int]:
     load_seconds = time.monotonic() - began
     link.send(Stage("testing it, and compiling it where that is asked for"))
     model, batch_size = fit(model, load)
-    card = torch.cuda.get_device_properties(model.device) if model.device.type == "cuda" else None
     if load.rank == 0:
         link.send(
             Ready(
@@ -181,8 +184,6 @@ def prepare(link: Link, load: Load) -> tuple[Model, int]:
                 batch_size=batch_size,
                 longest_seq_len=longest_seq_len(model.causal.config),
                 torch=torch.__version__,
-                card=card.name if card else None,
-                card_uuid=f"GPU-{card.uuid}" if card else None,
             )
         )
     return model, batch_size

@@ -98,8 +98,6 @@ class Ready:
         compile_seconds: What compiling it took.
         batch_size: That fits into memory.
         longest_seq_len: That the model's positions allow.
-        card: The GPU's name. None on the CPU.
-        card_uuid: Its identity, as the driver knows it.
     """
 
     model: str
@@ -116,8 +114,6 @@ class Ready:
     batch_size: int
     longest_seq_len: int
     torch: str
-    card: str | None
-    card_uuid: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +121,14 @@ class Stage:
     """From the worker, before it is ready: what it does now, in a few words."""
 
     text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """From a rank on a GPU, before it is ready: the card's name, and its identity as the driver knows it."""
+
+    name: str
+    uuid: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +200,7 @@ Message = (
     | Recompute
     | Cancel
     | Stage
+    | Card
     | Ready
     | Failed
     | RoundBegun

@@ -111,7 +111,7 @@ class Pool:
 
     def card_uuids(self) -> set[str]:
         """The identities of the cards that workers use, as far as they have told."""
-        return {worker.info.card_uuid for worker in self.workers if worker.info and worker.info.card_uuid}
+        return {card.uuid for worker in self.workers for card in list(worker.cards.values())}
 
     @property
     def batch_size(self) -> int:
@@ -192,6 +192,9 @@ def environment(loads: Sequence[Load], cache: Path) -> dict[str, str]:
         "NCCL_SOCKET_IFNAME": "lo",
     }
     on_cpu = sum(load.devices.count("cpu") for load in loads)
+    if on_cpu:
+        variables["CUDA_VISIBLE_DEVICES"] = ""  # no library is to take a GPU that is not asked for
     if on_cpu > 1:  # they share the cores; each would start a thread for each of these
         variables["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // on_cpu))
-    return variables | dict(os.environ)
+    kept = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES" or not on_cpu}
+    return variables | kept

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pocd.observe.rates import RateWindow
 from pocd.worker.failures import Cause, WorkerError, WorkerRefusedError
 from pocd.worker.feeding import Feeding
-from pocd.worker.messages import BatchSize, Heartbeat, Ready, Stage
+from pocd.worker.messages import BatchSize, Card, Heartbeat, Ready, Stage
 from pocd.worker.processes import FailedError, Processes
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Supervisor:
         ready: Whether it has a model ready.
         info: What it said when it was ready last.
         stage: What it does until it is ready.
+        cards: Those of its devices that are GPUs, once they have told.
         pids: Of its processes, the leading rank's first.
         causes: Why it ended, and how often.
         last_error: Why it ended last.
@@ -93,6 +94,7 @@ class Supervisor:
         self.ready = False
         self.info: Ready | None = None
         self.stage: str | None = None
+        self.cards: dict[str, Card] = {}
         self.pids: list[int] = []
         self.causes: Counter[Cause] = Counter()
         self.last_error: str | None = None
@@ -147,8 +149,8 @@ class Supervisor:
         leader, *others = processes.links
         try:
             async with asyncio.TaskGroup() as group:
-                for link in others:
-                    group.create_task(self._hear(link))
+                for rank, link in enumerate(others, start=1):
+                    group.create_task(self._hear(link, rank))
                 group.create_task(self._feed(leader))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None  # the first one is the cause; the group cancelled the others
@@ -156,7 +158,7 @@ class Supervisor:
     async def _feed(self, leader: Link) -> None:
         try:
             async with asyncio.timeout(self._limits.load):
-                self.info = await self._hear(leader)
+                self.info = await self._hear(leader, rank=0)
         except TimeoutError:
             message = f"worker did not load {self._load.model!r} within {self._limits.load:.0f} s, killed"
             raise WorkerError(Cause.LOADING, message) from None
@@ -168,7 +170,7 @@ class Supervisor:
         self._events.publish("worker", what="ready", worker=self.number)
         await Feeding(leader, self, self._miner, self._limits, self._lease_ids, self._clock).run()
 
-    async def _hear(self, link: Link) -> Ready:
+    async def _hear(self, link: Link, rank: int) -> Ready:
         """Hear a rank's signs of life until it is ready, which no other than the leading one will be."""
         limit = self._limits.start
         while True:
@@ -179,6 +181,8 @@ class Supervisor:
                 self.stage = message.text
                 await self._changed()
                 self._log.info(f"worker: {message.text}", action="worker_stage")
+            elif isinstance(message, Card):
+                self.cards[self.devices[rank]] = message
             else:
                 assert isinstance(message, Heartbeat), f"unexpected {message}"
             limit = self._limits.heartbeat
