@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pocd.compute.errors import ModelError
+from pocd.compute.ranks import is_lost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -61,6 +62,7 @@ FORMS = (
     LayerForm(residual=None, attention="self_attn", branch="mlp"),  # Phi, Cohere
     LayerForm(residual=None, attention="attn", branch="mlp"),  # GPT-J
 )
+CACHES = ("cache", "layer_past")  # what the KV cache is called from transformers 5.24 on, and in GPT-NeoX and GPT-J
 NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")  # what the norm after the last layer is called
 
 
@@ -166,7 +168,7 @@ def _carry_last_position(
     """Before the last layer runs (a hook): compute all keys and values, then let it run on the last position alone."""
     forward: Any = layer.forward
     call = dict(zip(inspect.signature(forward).parameters, args, strict=False)) | kwargs
-    call["layer_past" if "layer_past" in call else "past_key_values"] = _KeysAndValues()
+    call[next((name for name in CACHES if name in call), "past_key_values")] = _KeysAndValues()
     try:
         forward(**call)
     except _Taken:
@@ -347,6 +349,8 @@ def find_forms(decoder: nn.Module, layers: Sequence[nn.Module], probe: torch.Ten
         try:
             decoder(inputs_embeds=probe, use_cache=False)
         except (TypeError, ValueError, RuntimeError, AssertionError, KeyError, AttributeError) as error:
+            if is_lost(error):
+                raise
             raise ModelError(f"{owner} does not run on embeddings alone: {type(error).__name__}: {error}") from error
     forms = []
     for index, (layer, edge) in enumerate(zip(layers, edges, strict=True)):

@@ -18,7 +18,7 @@ from pocd.compute.flat import FLAT_CLASSES, FlatDecoder, flatten
 from pocd.compute.layers import NORMS, LayerDecoder, find_forms
 from pocd.compute.names import check_device, check_dtype, resolve
 from pocd.compute.random import normal, seeds_tensor
-from pocd.compute.ranks import check_split, split_as_planned
+from pocd.compute.ranks import check_split, is_lost, split_as_planned
 from pocd.compute.transforms import JOIN
 
 if TYPE_CHECKING:
@@ -156,8 +156,9 @@ def load_model(
 
     Raises:
         InputError: An unknown dtype or device name, or a sequence length beyond the model's positions.
-        DeviceError: The device is not there.
-        ModelError: The model cannot be found or read, or its layers cannot be transformed.
+        DeviceError: The device is not there, or no model can be split over it.
+        ModelError: The model cannot be found or read, its layers cannot be transformed, or it cannot be split.
+        RuntimeError: Another rank is gone.
     """
     check_dtype(dtype)
     target = pick_device(device)
@@ -168,7 +169,7 @@ def load_model(
     placed: dict[str, Any] = {"device_map": {"": target}}
     if ranks > 1:
         check_split(config, name, ranks)
-        placed = split_as_planned(ranks)
+        placed = split_as_planned(ranks, target)
     try:
         loader: Any = AutoModelForCausalLM  # its annotation knows nothing of output_loading_info
         causal, loading = loader.from_pretrained(
@@ -185,6 +186,8 @@ def load_model(
             Path(str(cached_file(source, "config.json", revision=revision or "main"))).parent
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        if is_lost(error):
+            raise
         raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     # transformers only warns, and draws at random what a checkpoint lacks: distances nobody else would get.
     if lacking := sorted(loading["missing_keys"]):
@@ -258,6 +261,8 @@ def _check_last_position(by_layers: LayerDecoder, probe: torch.Tensor, owner: st
     try:
         alone = by_layers(probe, JOIN["none"], probe.new_zeros(len(by_layers.layers), 1)).float()
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if is_lost(error):
+            raise
         raise ModelError(f"{owner} cannot carry one position: {type(error).__name__}: {error}") from error
     if (alone - whole).norm() > tolerance * whole.norm():
         raise ModelError(f"{owner} gives another result when only the last position is carried through its last layer")

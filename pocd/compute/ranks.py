@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed
 
-from pocd.compute.errors import ModelError
+from pocd.compute.errors import ComputeError, DeviceError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,7 +35,7 @@ def joined(rank: int, size: int, meeting: str, device: str) -> Iterator[None]:
         device: This rank's.
 
     Raises:
-        torch.distributed.DistError: One did not come, or went.
+        RuntimeError: One did not come, or went (see `is_lost`); from here, or from whatever runs the model then.
     """
     target = torch.device(device)
     # transformers reads these; the last one says which of this host's cards is ours.
@@ -53,8 +53,17 @@ def joined(rank: int, size: int, meeting: str, device: str) -> Iterator[None]:
     )
     try:
         yield
-    finally:
+    except ComputeError:  # which all ranks get
         torch.distributed.destroy_process_group()
+        raise
+    # Not after other errors: it would wait for a rank or a device that failed, and this process is to end.
+    torch.distributed.destroy_process_group()
+
+
+def is_lost(error: Exception) -> bool:
+    """Tell whether torch means by `error` that another rank is gone, or takes too long."""
+    # gloo's errors have no class of their own, but name the file that they come from.
+    return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
 
 
 def check_split(config: Any, name: str, ranks: int) -> None:  # noqa: ANN401 - each family has its own class
@@ -73,8 +82,17 @@ def check_split(config: Any, name: str, ranks: int) -> None:  # noqa: ANN401 - e
             )
 
 
-def split_as_planned(ranks: int) -> dict[str, Any]:
-    """Return the arguments of `from_pretrained` that make each rank load its share."""
+def split_as_planned(ranks: int, device: torch.device) -> dict[str, Any]:
+    """Return the arguments of `from_pretrained` that make each rank load its share onto its device.
+
+    Raises:
+        DeviceError: The device is the CPU, and there are GPUs: transformers would take those.
+    """
+    if device.type == "cpu" and torch.cuda.is_available():
+        raise DeviceError(
+            "a model is not split over the CPU where there are GPUs, which transformers would take; "
+            "set model.device to them, model.parallel = 1, or CUDA_VISIBLE_DEVICES='' in the environment"
+        )
     from transformers.distributed.configuration_utils import DistributedConfig  # noqa: PLC0415 - few workers are split
 
     return {"distributed_config": DistributedConfig(tp_size=ranks)}
