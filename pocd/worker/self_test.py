@@ -9,7 +9,7 @@ import orjson
 
 from pocd.compute.compiled import compile_model
 from pocd.compute.engine import block_run
-from pocd.compute.errors import ComputeError
+from pocd.compute.errors import ComputeError, DeviceError
 from pocd.compute.names import default_tolerance
 from pocd.compute.schemes import SCHEMES
 
@@ -36,19 +36,20 @@ def check_known(model: Model, load: Load) -> None:
         load: Names the scheme and the dtype.
 
     Raises:
-        ComputeError: They differ by more than two honest distances may.
+        DeviceError: They differ by more than two honest distances may.
     """
     known = read_known()
     nonces: Sequence[int] = known["schemes"][load.scheme]["nonces"]
     expected: Sequence[float] = known["schemes"][load.scheme]["distances"][load.dtype]
     run = {key: known[key] for key in ("block_hash", "public_key", "seq_len")}
-    model = compiled(model, load, seq_len=known["seq_len"], batch_size=len(nonces))
+    if not load.is_split:  # a split model runs by transformers' layers, which are not compiled
+        model = compiled(model, load, seq_len=known["seq_len"], batch_size=len(nonces))
     with block_run(model, SCHEMES[load.scheme], **run) as prepared:
         found = prepared.distances(nonces, batch_size=len(nonces))
     difference = max(abs(one - other) for one, other in zip(found, expected, strict=True))
     tolerance = default_tolerance(load.dtype, SCHEMES[load.scheme], model.hidden_size)
     if not difference <= tolerance:
-        raise ComputeError(
+        raise DeviceError(
             f"the self-test failed: {known['model']} gives distances on {load.device} in {load.dtype} that are "
             f"{difference:.2g} from the known ones, and {tolerance:.2g} is allowed; the device, its driver or this "
             "torch computes wrongly, and proofs would be refused: use another one, or set worker.compile = 'never'"
@@ -61,8 +62,7 @@ def compiled(model: Model, load: Load, *, seq_len: int, batch_size: int) -> Mode
     Raises:
         ComputeError: It has to be compiled, and cannot be.
     """
-    mode = "never" if load.is_split else load.compile  # transformers' layers, over which a model is split, are not
-    return compile_model(model, mode, scheme=SCHEMES[load.scheme], seq_len=seq_len, batch_size=batch_size)
+    return compile_model(model, load.compile, scheme=SCHEMES[load.scheme], seq_len=seq_len, batch_size=batch_size)
 
 
 def check_shape(model: Model, load: Load, batch_size: int) -> None:

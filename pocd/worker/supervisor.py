@@ -178,9 +178,10 @@ class Supervisor:
             if isinstance(message, Ready):
                 return message
             if isinstance(message, Stage):
-                self.stage = message.text
-                await self._changed()
-                self._log.info(f"worker: {message.text}", action="worker_stage")
+                if rank == 0:
+                    self.stage = message.text
+                    await self._changed()
+                    self._log.info(f"worker: {message.text}", action="worker_stage")
             elif isinstance(message, Card):
                 self.cards[self.devices[rank]] = message
             else:
