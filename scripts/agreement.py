@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import bench  # the models that it builds; it also finds the checkout
+from bench_models import NAMES, build  # it also finds the checkout
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
@@ -135,15 +135,15 @@ def row(model: Model, dtype: Dtype, between: str, difference: NDArray[np.float64
 def compare(name: str, distances: Distances, options: argparse.Namespace) -> list[Row]:
     """All comparisons of one model."""
     device, cpu = torch.device(options.device), torch.device("cpu")
-    exact = distances.of(bench.build(name, torch.float32, cpu))
+    exact = distances.of(build(name, torch.float32, cpu))
     rows = []
     for dtype in DTYPES:
-        model = bench.build(name, getattr(torch, dtype), device)
+        model = build(name, getattr(torch, dtype), device)
         rows += [row(model, dtype, *pair, distances) for pair in distances.pairs(model, options)]
         if dtype != "float32":
             rows.append(row(model, dtype, f"{dtype} and float32", distances.of(model) - exact, distances))
         if device.type != "cpu":
-            other = distances.of(bench.build(name, getattr(torch, dtype), cpu))
+            other = distances.of(build(name, getattr(torch, dtype), cpu))
             rows.append(row(model, dtype, f"{device.type} and cpu", distances.of(model) - other, distances))
             if options.compiled:
                 fast = compile_model(
@@ -178,8 +178,7 @@ def table(rows: list[Row]) -> Table:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    bundled = ["bundled:tiny-qwen3", "bundled:tiny-llama"]
-    parser.add_argument("--models", nargs="+", choices=[*bundled, bench.QWEN_06B], default=bundled)
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES[:2])
     parser.add_argument("--scheme", choices=SCHEMES, default="poc2")
     parser.add_argument("--nonces", type=int, default=512)
     parser.add_argument("--seq-len", type=int, default=64)

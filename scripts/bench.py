@@ -28,13 +28,14 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402 - a checkout is no installation: the paths come first
 import transformers  # noqa: E402
+from bench_models import LARGE, NAMES, build, random_model  # noqa: E402
 from plain_torch import PlainRun  # noqa: E402
 from profiling import shares  # noqa: E402
 from rich import box  # noqa: E402
@@ -44,7 +45,7 @@ from rich.table import Table  # noqa: E402
 from pocd.compute.compiled import compile_model  # noqa: E402
 from pocd.compute.engine import BlockRun, block_run  # noqa: E402
 from pocd.compute.model import Model, adapt  # noqa: E402
-from pocd.compute.names import AUTO_BATCH_SIZE, BUNDLED, DTYPES  # noqa: E402
+from pocd.compute.names import AUTO_BATCH_SIZE, DTYPES  # noqa: E402
 from pocd.compute.schemes import SCHEMES  # noqa: E402
 
 if TYPE_CHECKING:
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
 
     from pocd.compute.schemes import Scheme
 
-QWEN_06B, LLAMA_1B = "qwen3-0.6b", "llama-1b"  # random weights of their shapes
 BLOCK, KEY = "block_alpha", "bench"
 BATCHES = {"cpu": 1, "cuda": 8}  # of the engine in one sample
 SMALL = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -90,41 +90,6 @@ class Figures:
     profile: dict[str, float] | None = None
     compile_seconds: float | None = None
     compiled_bare_seconds: float | None = None
-
-
-def random_model(family: str, **shape: Any) -> Any:  # noqa: ANN401 - what transformers takes and gives
-    """A model of random weights; a small vocabulary, which `poc2` does not use."""
-    torch.manual_seed(0)
-    small = {"vocab_size": 256, "tie_word_embeddings": True, "max_position_embeddings": 4096}
-    config = getattr(transformers, f"{family}Config")(**small, **shape)
-    return getattr(transformers, f"{family}ForCausalLM")(config)
-
-
-def build(name: str, dtype: torch.dtype, device: torch.device) -> Model:
-    """Make one of the models that `--models` names."""
-    if name == QWEN_06B:
-        causal = random_model(
-            "Qwen3",
-            num_hidden_layers=28,
-            hidden_size=1024,
-            num_attention_heads=16,
-            num_key_value_heads=8,
-            head_dim=128,
-            intermediate_size=3072,
-        )
-    elif name == LLAMA_1B:
-        causal = random_model(
-            "Llama",
-            num_hidden_layers=16,
-            hidden_size=2048,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=64,
-            intermediate_size=8192,
-        )
-    else:
-        causal = transformers.AutoModelForCausalLM.from_pretrained(BUNDLED / name.removeprefix("bundled:"))
-    return adapt(causal.to(device, dtype), name=name)
 
 
 def flop_per_nonce(model: Model, seq_len: int) -> float:
@@ -352,8 +317,7 @@ def rounded(value: float | None, digits: str) -> str:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    known = ["bundled:tiny-qwen3", "bundled:tiny-llama", QWEN_06B, LLAMA_1B]
-    parser.add_argument("--models", nargs="+", choices=known, default=known[:3])
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES[:3])
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--batch-size", type=int, help="default: as 'auto' begins; 4 for the large ones on the CPU")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
@@ -382,7 +346,7 @@ def main() -> None:
     rows, more = [], []
     for name in options.models:
         model = build(name, bench.dtype, device)
-        small = 4 if name in {QWEN_06B, LLAMA_1B} and device.type == "cpu" else AUTO_BATCH_SIZE[device.type]
+        small = 4 if name in LARGE and device.type == "cpu" else AUTO_BATCH_SIZE[device.type]
         batch_size = options.batch_size or small
         rows.append(measure(bench, model, options.seq_len, batch_size, plain=True, rate=rate))
         if options.compiled:
