@@ -18,7 +18,6 @@ from pocd.compute.schemes import SCHEMES
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
-    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # torch's compiler uses its own old parts
 ]
 
 SEQ_LEN, BATCH = 64, 32
