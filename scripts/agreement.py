@@ -21,9 +21,9 @@ import sys
 from collections import defaultdict
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import bench  # the models that it builds; it also finds the checkout
+from bench_models import NAMES, build  # it also finds the checkout
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent)]
 
@@ -34,6 +34,7 @@ from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from pocd.compute.compiled import compile_model  # noqa: E402
 from pocd.compute.engine import block_run  # noqa: E402
 from pocd.compute.names import DTYPES, default_tolerance  # noqa: E402
 from pocd.compute.schemes import SCHEMES  # noqa: E402
@@ -103,8 +104,8 @@ class Distances:
         yield "fused (SDPA) and eager attention", self.of(by_layers) - base
         model.causal.set_attn_implementation("sdpa")
         if options.compiled:
-            compiled: Any = torch.compile(model.decoder, fullgraph=True, dynamic=False)
-            yield "eager and compiled", self.of(replace(model, decoder=compiled)) - base
+            fast = compile_model(model, "always", scheme=self.scheme, seq_len=self.seq_len, batch_size=BATCH)
+            yield f"eager and {fast.execution.path}", self.of(fast) - base
 
 
 def row(model: Model, dtype: Dtype, between: str, difference: NDArray[np.float64], distances: Distances) -> Row:
@@ -134,16 +135,22 @@ def row(model: Model, dtype: Dtype, between: str, difference: NDArray[np.float64
 def compare(name: str, distances: Distances, options: argparse.Namespace) -> list[Row]:
     """All comparisons of one model."""
     device, cpu = torch.device(options.device), torch.device("cpu")
-    exact = distances.of(bench.build(name, torch.float32, cpu))
+    exact = distances.of(build(name, torch.float32, cpu))
     rows = []
     for dtype in DTYPES:
-        model = bench.build(name, getattr(torch, dtype), device)
+        model = build(name, getattr(torch, dtype), device)
         rows += [row(model, dtype, *pair, distances) for pair in distances.pairs(model, options)]
         if dtype != "float32":
             rows.append(row(model, dtype, f"{dtype} and float32", distances.of(model) - exact, distances))
         if device.type != "cpu":
-            other = distances.of(bench.build(name, getattr(torch, dtype), cpu))
+            other = distances.of(build(name, getattr(torch, dtype), cpu))
             rows.append(row(model, dtype, f"{device.type} and cpu", distances.of(model) - other, distances))
+            if options.compiled:
+                fast = compile_model(
+                    model, "always", scheme=distances.scheme, seq_len=distances.seq_len, batch_size=BATCH
+                )
+                between = f"{device.type}, {fast.execution.path}, and cpu"
+                rows.append(row(model, dtype, between, distances.of(fast) - other, distances))
     return rows
 
 
@@ -171,8 +178,7 @@ def table(rows: list[Row]) -> Table:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    bundled = ["bundled:tiny-qwen3", "bundled:tiny-llama"]
-    parser.add_argument("--models", nargs="+", choices=[*bundled, bench.QWEN_06B], default=bundled)
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES[:2])
     parser.add_argument("--scheme", choices=SCHEMES, default="poc2")
     parser.add_argument("--nonces", type=int, default=512)
     parser.add_argument("--seq-len", type=int, default=64)

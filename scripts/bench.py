@@ -1,12 +1,12 @@
 """Measure the engine against the bare model, and against the protocol written plainly.
 
 Usage: python scripts/bench.py [--models NAME …] [--seq-len 256] [--batch-size N] [--dtype float32]
-           [--device cpu] [--repeats 7] [--scheme poc2] [--compiled] [--growth] [--json]
+           [--device cpu] [--repeats 7] [--scheme poc2] [--compiled] [--profile] [--growth] [--json]
 
 In one process, interleaved, each figure the median of several samples, as nonces per second:
 (a) plain: `tests/plain_torch.py`, one nonce at a time, for `poc2`; for another scheme the engine with `poc2`;
 (b) bare: transformers' decoder on ready inputs, model.model(inputs_embeds=…, use_cache=False);
-(c) engine: from nonces to distances.
+(c) engine: from nonces to distances; on a GPU several batches, with the next under way.
 The ratios c/a and c/b are medians over the rounds of sampling, each of samples taken one after the
 other, so that a machine that others use too distorts them least. FLOP/s count the bare model's
 forward pass; their share is of the rate that a large matrix product reaches here.
@@ -28,21 +28,24 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402 - a checkout is no installation: the paths come first
 import transformers  # noqa: E402
+from bench_models import LARGE, NAMES, build, random_model  # noqa: E402
 from plain_torch import PlainRun  # noqa: E402
+from profiling import shares  # noqa: E402
 from rich import box  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
+from pocd.compute.compiled import compile_model  # noqa: E402
 from pocd.compute.engine import BlockRun, block_run  # noqa: E402
 from pocd.compute.model import Model, adapt  # noqa: E402
-from pocd.compute.names import AUTO_BATCH_SIZE, BUNDLED, DTYPES  # noqa: E402
+from pocd.compute.names import AUTO_BATCH_SIZE, DTYPES  # noqa: E402
 from pocd.compute.schemes import SCHEMES  # noqa: E402
 
 if TYPE_CHECKING:
@@ -52,8 +55,8 @@ if TYPE_CHECKING:
 
     from pocd.compute.schemes import Scheme
 
-QWEN_06B = "qwen3-0.6b"  # random weights of its shape
 BLOCK, KEY = "block_alpha", "bench"
+BATCHES = {"cpu": 1, "cuda": 8}  # of the engine in one sample
 SMALL = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 
 
@@ -62,6 +65,7 @@ class Figures:
     """What one model gave in one shape. Rates are nonces per second, memory is MiB above what was held before."""
 
     model: str
+    path: str
     scheme: str
     parameters: int
     hidden_size: int
@@ -83,31 +87,9 @@ class Figures:
     round_seconds: float
     bare_memory: float
     engine_memory: float
+    profile: dict[str, float] | None = None
     compile_seconds: float | None = None
     compiled_bare_seconds: float | None = None
-
-
-def random_qwen3(**shape: Any) -> Any:  # noqa: ANN401 - what transformers takes and gives
-    """A Qwen3-form model of random weights; a small vocabulary, which `poc2` does not use."""
-    torch.manual_seed(0)
-    config = transformers.Qwen3Config(vocab_size=256, tie_word_embeddings=True, max_position_embeddings=4096, **shape)
-    return transformers.Qwen3ForCausalLM(config)
-
-
-def build(name: str, dtype: torch.dtype, device: torch.device) -> Model:
-    """Make one of the models that `--models` names."""
-    if name == QWEN_06B:
-        causal = random_qwen3(
-            num_hidden_layers=28,
-            hidden_size=1024,
-            num_attention_heads=16,
-            num_key_value_heads=8,
-            head_dim=128,
-            intermediate_size=3072,
-        )
-    else:
-        causal = transformers.AutoModelForCausalLM.from_pretrained(BUNDLED / name.removeprefix("bundled:"))
-    return adapt(causal.to(device, dtype), name=name)
 
 
 def flop_per_nonce(model: Model, seq_len: int) -> float:
@@ -122,8 +104,11 @@ def flop_per_nonce(model: Model, seq_len: int) -> float:
 class Bench:
     """Times calls on one device."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, repeats: int, scheme: Scheme) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, repeats: int, scheme: Scheme, *, profiled: bool
+    ) -> None:
         self.device, self.dtype, self.repeats, self.scheme = device, dtype, repeats, scheme
+        self.profiled = profiled
 
     def seconds(self, call: Callable[[], object]) -> float:
         """How long `call` takes, with all that it leaves to the device."""
@@ -161,6 +146,11 @@ class Bench:
         call()
         return (status_kib("VmHWM") - held) / 1024
 
+    def reserved(self) -> float:
+        """MiB of a GPU that are in use or in a graph's own pool; on the CPU nothing is held between calls."""
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved() / 2**20 if self.device.type == "cuda" else 0.0
+
     @torch.inference_mode()
     def matrix_rate(self) -> float:
         """FLOP/s of a large matrix product, the best of several."""
@@ -195,10 +185,10 @@ def measure(bench: Bench, model: Model, seq_len: int, batch_size: int, *, plain:
             runs.enter_context(block_run(model, scheme, block_hash=BLOCK, public_key=KEY, seq_len=seq_len))
             for scheme in (bench.scheme, SCHEMES["poc2"])
         )
-        nonces = list(range(batch_size))
+        nonces, batches = list(range(batch_size)), BATCHES[bench.device.type]
         calls: dict[str, Callable[[], object]] = {
             "bare": bare,
-            "engine": lambda: run.distances(nonces, batch_size=batch_size),
+            "engine": lambda: run.distances(range(batches * batch_size), batch_size=batch_size),
             "generator": lambda: generate(run, nonces),
         }
         if bench.scheme.name != "poc2":
@@ -206,7 +196,9 @@ def measure(bench: Bench, model: Model, seq_len: int, batch_size: int, *, plain:
         elif plain:
             calls = {"plain": plain_call(model, seq_len)} | calls
         samples = bench.interleaved(calls)
+        samples["engine"] = [seconds / batches for seconds in samples["engine"]]
         memory = {name: bench.peak_memory(calls[name]) for name in ("bare", "engine")}
+        profile = shares(run, batch_size, bench.repeats) if bench.profiled else None
     middle = {name: statistics.median(values) for name, values in samples.items()}
     flop = flop_per_nonce(model, seq_len)
 
@@ -218,6 +210,7 @@ def measure(bench: Bench, model: Model, seq_len: int, batch_size: int, *, plain:
 
     return Figures(
         model=model.name,
+        path=model.execution.path,
         scheme=bench.scheme.name,
         parameters=sum(p.numel() for p in model.causal.parameters()),
         hidden_size=model.hidden_size,
@@ -239,6 +232,7 @@ def measure(bench: Bench, model: Model, seq_len: int, batch_size: int, *, plain:
         round_seconds=statistics.median(bench.seconds(prepare) for _ in range(bench.repeats)),
         bare_memory=memory["bare"],
         engine_memory=memory["engine"],
+        profile=profile,
     )
 
 
@@ -256,12 +250,9 @@ def plain_call(model: Model, seq_len: int) -> Callable[[], object]:
 
 def compiled(bench: Bench, model: Model, figures: Figures, rate: float) -> Figures:
     """Measure the same with the bare decoder and the engine's both compiled; the cost of that is told apart."""
-    start = time.perf_counter()
-    decoder: Any = torch.compile(model.decoder, fullgraph=True, dynamic=False)
-    fast = replace(model, decoder=decoder)
-    with block_run(fast, bench.scheme, block_hash=BLOCK, public_key=KEY, seq_len=figures.seq_len) as run:
-        run.distances(range(figures.batch_size), batch_size=figures.batch_size)
-    engine_seconds = time.perf_counter() - start
+    before = bench.reserved()
+    fast = compile_model(model, "always", scheme=bench.scheme, seq_len=figures.seq_len, batch_size=figures.batch_size)
+    held = bench.reserved() - before
     start = time.perf_counter()
     fast = replace(
         fast, by_layers=replace(model.by_layers, decoder=cast("nn.Module", torch.compile(model.by_layers.decoder)))
@@ -273,7 +264,13 @@ def compiled(bench: Bench, model: Model, figures: Figures, rate: float) -> Figur
         )
     bare_seconds = time.perf_counter() - start
     found = measure(bench, fast, figures.seq_len, figures.batch_size, plain=False, rate=rate)
-    return replace(found, model=f"{model.name}+c", compile_seconds=engine_seconds, compiled_bare_seconds=bare_seconds)
+    return replace(
+        found,
+        model=f"{model.name}+c",
+        engine_memory=found.engine_memory + held,
+        compile_seconds=fast.execution.seconds,
+        compiled_bare_seconds=bare_seconds,
+    )
 
 
 def growth(bench: Bench, rate: float) -> list[Figures]:
@@ -282,7 +279,7 @@ def growth(bench: Bench, rate: float) -> list[Figures]:
     found = [measure(bench, model, length, 8, plain=False, rate=rate) for length in (64, 128, 256, 512, 1024)]
     found += [measure(bench, model, 256, size, plain=False, rate=rate) for size in (1, 4, 16, 64)]
     for hidden in (64, 128, 256, 512, 1024):
-        causal = random_qwen3(hidden_size=hidden, head_dim=hidden // 4, intermediate_size=3 * hidden, **SMALL)
+        causal = random_model("Qwen3", hidden_size=hidden, head_dim=hidden // 4, intermediate_size=3 * hidden, **SMALL)
         other = adapt(causal.to(bench.device, bench.dtype), name=f"4 layers, hidden {hidden}")
         found.append(measure(bench, other, 256, 8, plain=False, rate=rate))
     return found
@@ -320,16 +317,16 @@ def rounded(value: float | None, digits: str) -> str:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    known = ["bundled:tiny-qwen3", "bundled:tiny-llama", QWEN_06B]
-    parser.add_argument("--models", nargs="+", choices=known, default=known)
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES[:3])
     parser.add_argument("--seq-len", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, help="default: as 'auto' begins; 4 for 0.6b on the CPU")
+    parser.add_argument("--batch-size", type=int, help="default: as 'auto' begins; 4 for the large ones on the CPU")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--scheme", choices=SCHEMES, default="poc2")
     parser.add_argument("--compiled", action="store_true", help="both compiled too")
+    parser.add_argument("--profile", action="store_true", help="where the engine's time goes too")
     parser.add_argument("--growth", action="store_true", help="how cost grows with S, B and H too")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     return parser.parse_args()
@@ -341,13 +338,15 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     transformers.utils.logging.disable_progress_bar()
     device = torch.device(options.device)
-    bench = Bench(device, getattr(torch, options.dtype), options.repeats, SCHEMES[options.scheme])
+    bench = Bench(
+        device, getattr(torch, options.dtype), options.repeats, SCHEMES[options.scheme], profiled=options.profile
+    )
     rate = bench.matrix_rate()
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
     rows, more = [], []
     for name in options.models:
         model = build(name, bench.dtype, device)
-        small = 4 if name == QWEN_06B and device.type == "cpu" else AUTO_BATCH_SIZE[device.type]
+        small = 4 if name in LARGE and device.type == "cpu" else AUTO_BATCH_SIZE[device.type]
         batch_size = options.batch_size or small
         rows.append(measure(bench, model, options.seq_len, batch_size, plain=True, rate=rate))
         if options.compiled:
@@ -376,6 +375,9 @@ def main() -> None:
         if row.compile_seconds is not None:
             line += f"; compiled in {row.compile_seconds:.0f} s (the bare decoder: {row.compiled_bare_seconds:.0f} s)"
         console.print(line)
+        if row.profile is not None:
+            parts = ", ".join(f"{group} {share:.1%}" for group, share in row.profile.items())
+            console.print(f"  {row.path if device.type == 'cuda' else 'eager'}: {parts}")
     if more:
         console.print(table("how cost grows", more))
 

@@ -37,8 +37,21 @@ def run(script: str, *options: str) -> dict[str, Any]:
 
 
 def test_the_bench_measures_all_three_ways() -> None:
-    found = run("bench.py", "--models", "bundled:tiny-llama", "--seq-len", "8", "--batch-size", "2", "--repeats", "1")
+    found = run(
+        "bench.py",
+        "--models",
+        "bundled:tiny-llama",
+        "--seq-len",
+        "8",
+        "--batch-size",
+        "2",
+        "--repeats",
+        "1",
+        "--profile",
+    )
     (row,) = found["models"]
+    assert abs(sum(row["profile"].values()) - 1) < 1e-9
+    assert row["profile"].keys() >= {"matrix products", "attention", "generator", "norms and transforms"}
     assert (row["seq_len"], row["batch_size"], row["hidden_size"], row["dtype"]) == (8, 2, 128, "float32")
     assert min(row["plain"], row["bare"], row["engine"], row["engine_gflops"], row["round_seconds"]) > 0
     assert 0 < row["generator_share"] < 1

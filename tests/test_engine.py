@@ -95,13 +95,6 @@ def test_both_ways_through_a_model_agree(bundled: Model) -> None:
     assert compute(by_layers, nonces, batch_size=8) == pytest.approx(compute(bundled, nonces, batch_size=8), abs=2e-6)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's compiler uses its own old parts
-def test_a_flat_decoder_compiled_agrees_with_the_eager_one(bundled: Model) -> None:
-    compiled: Any = torch.compile(bundled.decoder, fullgraph=True, dynamic=False)
-    found = compute(replace(bundled, decoder=compiled), [0, 5], batch_size=2)
-    assert found == pytest.approx(compute(bundled, [0, 5], batch_size=2), abs=2e-6)
-
-
 @pytest.mark.parametrize("step", JOIN)
 def test_a_layers_output_is_the_sum_of_its_transformed_halves(step: LayerStep) -> None:
     branch, residual = torch.randn(3, 8), 5 * torch.randn(3, 8)

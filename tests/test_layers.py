@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pocd.compute.layers import LayerDecoder
@@ -49,14 +51,30 @@ def test_a_single_position_is_a_sequence_too(model: Model) -> None:
         assert torch.allclose(decoder(embeddings, JOIN["none"], vectors), bare, atol=2e-5)
 
 
+class Products(TorchFunctionMode):
+    """Notes how many positions meet each matrix, by its place in memory; the last time counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions: dict[int, int] = {}
+
+    def __torch_function__(
+        self,
+        func: Any,  # noqa: ANN401
+        types: Any,  # noqa: ANN401
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        if func is functional.linear:
+            self.positions[args[1].data_ptr()] = args[0].shape[1]
+        elif func is torch.addmm:  # GPT-2's products, of two sequences
+            self.positions[args[2].data_ptr()] = args[1].shape[0] // 2
+        return func(*args, **(kwargs or {}))
+
+
 @torch.inference_mode()
 def test_after_the_last_layers_keys_and_values_only_the_last_position_is_carried(model: Model) -> None:
     embeddings, vectors = inputs(model)
-    positions: dict[str, int] = {}
-
-    def count(name: str) -> Any:  # noqa: ANN401 - a hook
-        return lambda _module, args, *_: positions.update({name: args[0].shape[1] if args[0].dim() == 3 else 1})
-
     last, earlier = model.by_layers.layers[-1], model.by_layers.layers[0]
     is_gpt2 = model.name == "gpt2"
     watched = {
@@ -66,16 +84,12 @@ def test_after_the_last_layers_keys_and_values_only_the_last_position_is_carried
         "keys": last.get_submodule("attn.c_attn" if is_gpt2 else "self_attn.k_proj"),
     }
     for decoder in both(model):
-        positions.clear()
-        hooks = [module.register_forward_hook(count(name)) for name, module in watched.items()]
-        try:
+        with Products() as products:
             decoder(embeddings, JOIN["none"], vectors)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        found = {name: products.positions[cast("Any", module).weight.data_ptr()] for name, module in watched.items()}
         # GPT-2 makes keys, values and queries in one product, which then runs once more for the last query.
         keys = 1 if is_gpt2 else 9 if decoder is model.decoder else 1
-        assert positions == {"output projection": 1, "MLP": 1, "earlier MLP": 9, "keys": keys}
+        assert found == {"output projection": 1, "MLP": 1, "earlier MLP": 9, "keys": keys}
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ import importlib.util
 import os
 import shutil
 import time
+import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -23,6 +24,7 @@ from pocd.compute.errors import ComputeError, OutOfMemoryError
 from pocd.compute.flat import FlatDecoder
 from pocd.compute.model import NOT_COMPILED, Execution
 from pocd.compute.names import default_tolerance
+from pocd.compute.random import to_device
 from pocd.compute.segments import Standard
 from pocd.compute.stages import Block
 from pocd.compute.transforms import JOIN
@@ -75,7 +77,7 @@ class Compiled:
     def __call__(self, seeds: torch.Tensor, block: Block) -> torch.Tensor:
         """Compute distances, float32 [B] on the device, from seeds on the host."""
         inputs = self.new_inputs()
-        there = seeds.to(inputs.device)
+        there = to_device(seeds, inputs.device)
         self.fill(inputs, there)
         return self.decode(inputs, there, block)
 
@@ -115,7 +117,7 @@ class Captured:
         self._scheme = run.scheme
         self._side = torch.cuda.Stream(run.model.device)
         self._taken = torch.cuda.Event()  # what was staged has been copied, and may be overwritten
-        self._staged_seeds, self._staged_inputs = seeds.to(run.model.device), compiled.new_inputs()
+        self._staged_seeds, self._staged_inputs = to_device(seeds, run.model.device), compiled.new_inputs()
         self._seeds, self._inputs = self._staged_seeds.clone(), compiled.new_inputs()
         self._block = _own(run.block, run.scheme)
         self._fill(self._inputs, self._seeds)
@@ -246,7 +248,10 @@ def _build(run: BlockRun, rows: int, mode: Mode) -> tuple[Program, Execution]:
         torch.cuda.device(run.model.device if run.model.device.type == "cuda" else -1),  # -1 changes nothing
         torch._dynamo.config.patch(recompile_limit=VARIANTS),  # noqa: SLF001 - as its documentation has it
         torch._inductor.config.patch(compile_threads=1),  # noqa: SLF001 - no processes beside this one
+        warnings.catch_warnings(),
     ):
+        warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)  # the compiler's own
+        warnings.filterwarnings("ignore", message="TensorFloat32")  # the protocol wants none
         compiled = Compiled(run, rows)
         _check(run, compiled(seeds, run.block), expected)
         if run.model.device.type == "cpu":

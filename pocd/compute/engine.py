@@ -12,7 +12,7 @@ import torch
 from pocd.compute import stages
 from pocd.compute.errors import InputError, NonFiniteError, OutOfMemoryError
 from pocd.compute.model import Execution, check_seq_len
-from pocd.compute.random import fill_normal, seeds_tensor, unit_normal
+from pocd.compute.random import fill_normal, seeds_tensor, to_device, unit_normal
 from pocd.compute.ranks import whole
 from pocd.compute.schemes import RANDOM_HEAD_DIM
 from pocd.compute.segments import measure
@@ -199,7 +199,7 @@ class BlockRun:
         return seeds_tensor(texts).view(len(nonces), -1)
 
     def _seeds(self, nonces: Sequence[int]) -> torch.Tensor:
-        return self.host_seeds(nonces).to(self.model.device)
+        return to_device(self.host_seeds(nonces), self.model.device)
 
     @torch.inference_mode()
     def explain(self, nonces: Sequence[int]) -> str:

@@ -42,7 +42,14 @@ def _rotate_left(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 def seeds_tensor(texts: Sequence[str], device: torch.device | str = "cpu") -> torch.Tensor:
     """Return `seed32` of each text as the bits of an int32 tensor [len(texts)]."""
-    return torch.tensor([_signed(seed32(text)) for text in texts], dtype=torch.int32).to(device)
+    return to_device(torch.tensor([_signed(seed32(text)) for text in texts], dtype=torch.int32), device)
+
+
+def to_device(seeds: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """Move seeds from the host to a device, on a GPU without waiting for what it was given before."""
+    if torch.device(device).type == "cpu":
+        return seeds
+    return seeds.pin_memory().to(device, non_blocking=True)
 
 
 def hash32(index: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
