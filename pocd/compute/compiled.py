@@ -65,7 +65,8 @@ class Compiled:
         self._all_positions = run.scheme.reads == "segments"
         self._decoder = replace(decoder, layer=_compile(decoder.layer))
         self._measure = _compile(functools.partial(stages.measure_states, scheme=run.scheme))
-        self.fill = _compile(_fill)
+        # One kernel on a GPU; on the CPU the compiler's logarithms and sines are slower than torch's own.
+        self.fill = _compile(_fill) if model.device.type == "cuda" else _fill
         self.new_inputs = functools.partial(
             torch.empty, rows, run.seq_len, model.hidden_size, dtype=model.dtype, device=model.device
         )
