@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
+import structlog.testing
 import torch
+from test_pool import ROUND, pooled, recompute, until
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pocd.compute import compiled
@@ -20,6 +22,7 @@ from pocd.compute.flat import FlatDecoder, run_layer
 from pocd.compute.model import Model, adapt, load_model
 from pocd.compute.names import BUNDLED
 from pocd.compute.schemes import SCHEMES
+from pocd.worker.messages import Load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
