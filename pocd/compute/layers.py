@@ -137,7 +137,9 @@ class _KeysAndValues:
     def __init__(self) -> None:
         self._held: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._held is None:
             self._held = keys, values
             raise _Taken
