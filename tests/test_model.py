@@ -230,3 +230,17 @@ def test_an_unknown_device_names_the_known_ones(name: str) -> None:
 def test_a_missing_gpu_is_an_error_and_never_the_cpu() -> None:
     with pytest.raises(DeviceError, match=r"sees no GPU.*set device = 'cpu'"):
         load_model("bundled:tiny-qwen3", dtype="float32", device="cuda")
+
+
+@pytest.mark.parametrize("calls", [0, 3], ids=["when it is tried out", "when it carries one position"])
+def test_a_device_that_fails_is_no_fault_of_the_model(calls: int) -> None:
+    causal = LlamaForCausalLM(LlamaConfig(**SMALL, pad_token_id=None))
+    left = iter(range(calls))
+
+    def fail(*_: object) -> None:
+        if next(left, None) is None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    causal.model.layers[0].mlp.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match=r"^CUDA error"):
+        adapt(causal, name="small")

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pocd.compute.errors import ModelError
-from pocd.compute.ranks import is_lost
+from pocd.compute.faults import is_fault
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -351,7 +351,7 @@ def find_forms(decoder: nn.Module, layers: Sequence[nn.Module], probe: torch.Ten
         try:
             decoder(inputs_embeds=probe, use_cache=False)
         except (TypeError, ValueError, RuntimeError, AssertionError, KeyError, AttributeError) as error:
-            if is_lost(error):
+            if is_fault(error):
                 raise
             raise ModelError(f"{owner} does not run on embeddings alone: {type(error).__name__}: {error}") from error
     forms = []

@@ -13,12 +13,13 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from pocd.compute.errors import DeviceError, InputError, ModelError
+from pocd.compute.faults import is_fault
 from pocd.compute.fingerprint import checkpoint_fingerprint, module_fingerprint
 from pocd.compute.flat import FLAT_CLASSES, FlatDecoder, flatten
 from pocd.compute.layers import NORMS, LayerDecoder, find_forms
 from pocd.compute.names import check_device, check_dtype, resolve
 from pocd.compute.random import normal, seeds_tensor
-from pocd.compute.ranks import check_split, is_lost, split_as_planned
+from pocd.compute.ranks import check_split, split_as_planned
 from pocd.compute.transforms import JOIN
 
 if TYPE_CHECKING:
@@ -158,7 +159,7 @@ def load_model(
         InputError: An unknown dtype or device name, or a sequence length beyond the model's positions.
         DeviceError: The device is not there, or no model can be split over it.
         ModelError: The model cannot be found or read, its layers cannot be transformed, or it cannot be split.
-        RuntimeError: Another rank is gone.
+        RuntimeError: The device failed, or another rank is gone.
     """
     check_dtype(dtype)
     target = pick_device(device)
@@ -186,7 +187,7 @@ def load_model(
             Path(str(cached_file(source, "config.json", revision=revision or "main"))).parent
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if is_lost(error):
+        if is_fault(error):
             raise
         raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     # transformers only warns, and draws at random what a checkpoint lacks: distances nobody else would get.
@@ -261,7 +262,7 @@ def _check_last_position(by_layers: LayerDecoder, probe: torch.Tensor, owner: st
     try:
         alone = by_layers(probe, JOIN["none"], probe.new_zeros(len(by_layers.layers), 1)).float()
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        if is_lost(error):
+        if is_fault(error):
             raise
         raise ModelError(f"{owner} cannot carry one position: {type(error).__name__}: {error}") from error
     if (alone - whole).norm() > tolerance * whole.norm():

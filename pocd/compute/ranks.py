@@ -35,7 +35,7 @@ def joined(rank: int, size: int, meeting: str, device: str) -> Iterator[None]:
         device: This rank's.
 
     Raises:
-        RuntimeError: One did not come, or went (see `is_lost`); from here, or from whatever runs the model then.
+        RuntimeError: One did not come, or went (see `is_fault`); from here, or from whatever runs the model then.
     """
     target = torch.device(device)
     # transformers reads these; the last one says which of this host's cards is ours.
@@ -58,12 +58,6 @@ def joined(rank: int, size: int, meeting: str, device: str) -> Iterator[None]:
         raise
     # Not after other errors: it would wait for a rank or a device that failed, and this process is to end.
     torch.distributed.destroy_process_group()
-
-
-def is_lost(error: Exception) -> bool:
-    """Tell whether torch means by `error` that another rank is gone, or takes too long."""
-    # gloo's errors have no class of their own, but name the file that they come from.
-    return isinstance(error, torch.distributed.DistError) or "/gloo/" in str(error)
 
 
 def check_split(config: Any, name: str, ranks: int) -> None:  # noqa: ANN401 - each family has its own class
