@@ -6,6 +6,7 @@ import struct
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub.constants
@@ -21,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import hub
 
-from pocd.compute.errors import DeviceError, InputError, ModelError
+from pocd.compute.errors import DeviceError, InputError, MemoryShortError, ModelError
 from pocd.compute.fingerprint import checkpoint_fingerprint, fingerprint
 from pocd.compute.model import adapt, load_model, pick_device
 from pocd.compute.names import BUNDLED, DTYPES
@@ -244,3 +245,14 @@ def test_a_device_that_fails_is_no_fault_of_the_model(calls: int) -> None:
     causal.model.layers[0].mlp.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match=r"^CUDA error"):
         adapt(causal, name="small")
+
+
+def test_a_model_that_does_not_fit_says_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU says it; the host's own memory is larger than any model here."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("pocd.compute.model.AutoModelForCausalLM", SimpleNamespace(from_pretrained=fail))
+    with pytest.raises(MemoryShortError, match=r"does not fit into the memory of cpu in float32: split it .*parallel"):
+        load_model("bundled:tiny-qwen3", dtype="float32", device="cpu")

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from pocd.audit_statistics import ridge
-from pocd.compute.engine import is_out_of_memory
 from pocd.compute.errors import NonFiniteError, OutOfMemoryError
+from pocd.compute.faults import is_out_of_memory
 from pocd.compute.linear import Linear
 from pocd.compute.schemes import SEGMENTS
 from pocd.compute.shortcuts import Known, batches, run_states, shortcuts

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from pocd.compute import stages
-from pocd.compute.engine import block_run, is_out_of_memory, padded_rows
+from pocd.compute.engine import block_run, padded_rows
 from pocd.compute.errors import ComputeError, OutOfMemoryError
+from pocd.compute.faults import is_out_of_memory
 from pocd.compute.flat import FlatDecoder
 from pocd.compute.model import NOT_COMPILED, Execution
 from pocd.compute.names import default_tolerance

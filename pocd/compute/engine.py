@@ -11,6 +11,7 @@ import torch
 
 from pocd.compute import stages
 from pocd.compute.errors import InputError, NonFiniteError, OutOfMemoryError
+from pocd.compute.faults import is_out_of_memory
 from pocd.compute.model import Execution, check_seq_len
 from pocd.compute.random import fill_normal, seeds_tensor, to_device, unit_normal
 from pocd.compute.ranks import whole
@@ -261,12 +262,6 @@ def _check_nonces(nonces: Sequence[int]) -> None:
         if nonce in seen:
             raise InputError(f"nonce {nonce} is repeated")
         seen.add(nonce)
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Tell whether torch means by `error` that the device's memory, or the host's, does not suffice."""
-    # The CPU's allocator has no exception of its own.
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _random_head(model: Model, block_hash: str) -> torch.Tensor:

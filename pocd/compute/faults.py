@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.distributed
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether torch means by `error` that the device's memory, or the host's, does not suffice."""
+    # The CPU's allocator has no exception of its own.
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def is_fault(error: Exception) -> bool:

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from pocd.compute.errors import DeviceError, InputError, ModelError
-from pocd.compute.faults import is_fault
+from pocd.compute.errors import DeviceError, InputError, MemoryShortError, ModelError
+from pocd.compute.faults import is_fault, is_out_of_memory
 from pocd.compute.fingerprint import checkpoint_fingerprint, module_fingerprint
 from pocd.compute.flat import FLAT_CLASSES, FlatDecoder, flatten
 from pocd.compute.layers import NORMS, LayerDecoder, find_forms
@@ -159,6 +159,7 @@ def load_model(
         InputError: An unknown dtype or device name, or a sequence length beyond the model's positions.
         DeviceError: The device is not there, or no model can be split over it.
         ModelError: The model cannot be found or read, its layers cannot be transformed, or it cannot be split.
+        MemoryShortError: It does not fit.
         RuntimeError: The device failed, or another rank is gone.
     """
     check_dtype(dtype)
@@ -189,6 +190,11 @@ def load_model(
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         if is_fault(error):
             raise
+        if is_out_of_memory(error):
+            raise MemoryShortError(
+                f"model {name!r} does not fit into the memory of {device} in {dtype}: split it over several devices "
+                "(model.parallel), or take a smaller model or dtype"
+            ) from error
         raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     # transformers only warns, and draws at random what a checkpoint lacks: distances nobody else would get.
     if lacking := sorted(loading["missing_keys"]):

@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pocd.compute.engine import is_out_of_memory
 from pocd.compute.errors import ComputeError, DeviceError, InputError, MemoryShortError, NonFiniteError
+from pocd.compute.faults import is_out_of_memory
 from pocd.compute.model import load_model, longest_seq_len, pick_device
 from pocd.compute.ranks import joined
 from pocd.compute.schemes import SCHEMES

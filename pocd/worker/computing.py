@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pocd.compute.engine import BlockRun, block_run, is_out_of_memory
+from pocd.compute.engine import BlockRun, block_run
 from pocd.compute.errors import MemoryShortError, OutOfMemoryError
+from pocd.compute.faults import is_out_of_memory
 from pocd.compute.schemes import SCHEMES
 from pocd.statistics import expected_valid_rate
 from pocd.worker.messages import BatchSize, Compute, Load, Message, Recompute, RoundBegun
