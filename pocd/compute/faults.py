@@ -13,8 +13,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def is_fault(error: Exception) -> bool:
-    """Tell whether torch means by `error` that the device or its driver failed, or that another rank is gone."""
+    """Tell whether torch means by `error` that the device, its driver or its memory failed, or another rank is gone."""
     # Neither gloo's errors nor, before torch 2.8, CUDA's have a class of their own. gloo's name their source file.
-    return isinstance(error, torch.distributed.DistError) or any(
-        word in str(error) for word in ("/gloo/", "CUDA error")
-    )
+    is_told = any(word in str(error) for word in ("/gloo/", "CUDA error"))
+    return is_told or is_out_of_memory(error) or isinstance(error, torch.distributed.DistError)

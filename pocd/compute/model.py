@@ -188,13 +188,13 @@ def load_model(
             Path(str(cached_file(source, "config.json", revision=revision or "main"))).parent
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if is_fault(error):
-            raise
         if is_out_of_memory(error):
             raise MemoryShortError(
                 f"model {name!r} does not fit into the memory of {device} in {dtype}: split it over several devices "
                 "(model.parallel), or take a smaller model or dtype"
             ) from error
+        if is_fault(error):
+            raise
         raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
     # transformers only warns, and draws at random what a checkpoint lacks: distances nobody else would get.
     if lacking := sorted(loading["missing_keys"]):
