@@ -25,7 +25,7 @@ def check(
     It changes nothing, and may be run beside the daemon; run it as the daemon's user. Exit status: 0 where nothing is
     red, 1 where something is, 78 where the configuration cannot be used at all.
     """
-    from pocd.checking import host, report
+    from pocd.checking import report
     from pocd.checking.finding import Level, red
 
     try:
@@ -36,6 +36,8 @@ def check(
             EXIT_CONFIG,
         )
     else:
+        from pocd.checking import host
+
         findings = asyncio.run(host.check_host(config, settings))
         status = EXIT_CRASH if any(finding.level is Level.RED for finding in findings) else EXIT_OK
     terminal = sys.stdout.isatty()

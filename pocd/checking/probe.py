@@ -13,7 +13,10 @@ import orjson
 from pocd.observe.mask import excerpt
 
 if TYPE_CHECKING:
+    from asyncio.subprocess import Process
     from pathlib import Path
+
+GRACE = 1.0  # seconds for a process that was killed to be gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +72,16 @@ async def probe(folder: Path | None, *, cuda: bool, limit: float) -> Probe:
     except TimeoutError:
         problem = f"no answer within {limit:g} s"
     finally:
+        await _end(process)
         complaints.cancel()
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()  # one that hangs in the driver may outlive even this; nobody waits for it
     cards = told.pop("cards", None)
     return Probe(**told, cards=None if cards is None else tuple(cards), problem=problem)
+
+
+async def _end(process: Process) -> None:
+    """Kill what still runs. One that hangs in the driver may outlive even this; nobody waits for it."""
+    with contextlib.suppress(ProcessLookupError):
+        process.kill()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(GRACE):
+            await process.wait()

@@ -103,8 +103,9 @@ def _foreign(path: Path) -> tuple[str, str] | None:
         return None  # SQLite's empty database
     if len(head) < 100 or not head.startswith(_MAGIC):
         return f"{path} is not a SQLite database", "choose another store.path"
-    version, application = int.from_bytes(head[60:64]), int.from_bytes(head[68:72])
-    if application not in {0, APPLICATION_ID}:  # 0: made, and not yet filled
+    pages, version, application = (int.from_bytes(head[at : at + 4]) for at in (28, 60, 68))
+    empty = application == 0 and pages <= 1  # made, and what is in it may yet be in the write-ahead log
+    if application != APPLICATION_ID and not empty:
         return f"{path} is another program's database", "choose another store.path"
     if version > VERSION:
         return f"{path} has version {version}, made by a newer pocd (this one writes {VERSION})", "install that pocd"
