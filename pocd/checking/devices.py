@@ -59,6 +59,12 @@ def ask_driver(visible: str | None) -> Driver:
 def check_torch(probe: Probe, model: ModelSettings) -> Finding:
     """Is torch there, and made for the configured devices?"""
     python = f"Python {platform.python_version()}"
+    if probe.torch is None and probe.late:
+        return red(
+            "torch",
+            f"{python} in {sys.prefix}; importing torch: {probe.problem}",
+            "check again; if it stays, find out what keeps the disk or the processors busy",
+        )
     if probe.torch is None:
         return red(
             "torch",

@@ -32,6 +32,7 @@ class Probe:
         cards: The GPUs that torch sees, in its order, by the driver's names for them.
         cuda_error: Why it sees none.
         problem: How the process ended, unless well.
+        late: Whether it did not come to its end in time.
     """
 
     torch: str | None = None
@@ -42,6 +43,7 @@ class Probe:
     cards: tuple[str, ...] | None = None
     cuda_error: str | None = None
     problem: str | None = None
+    late: bool = False
 
 
 async def probe(folder: Path | None, *, cuda: bool, limit: float) -> Probe:
@@ -61,6 +63,7 @@ async def probe(folder: Path | None, *, cuda: bool, limit: float) -> Probe:
     assert process.stdout is not None
     assert process.stderr is not None
     told: dict[str, Any] = {}
+    late = False
     complaints = asyncio.create_task(process.stderr.read())
     try:
         async with asyncio.timeout(limit):
@@ -70,12 +73,12 @@ async def probe(folder: Path | None, *, cuda: bool, limit: float) -> Probe:
             last = (await complaints).decode("utf-8", "replace").strip().rpartition("\n")[2]
             problem = None if code == 0 else excerpt(last or f"exit status {code}", 160)
     except TimeoutError:
-        problem = f"no answer within {limit:g} s"
+        late, problem = True, f"no answer within {limit:g} s"
     finally:
         await _end(process)
         complaints.cancel()
     cards = told.pop("cards", None)
-    return Probe(**told, cards=None if cards is None else tuple(cards), problem=problem)
+    return Probe(**told, cards=None if cards is None else tuple(cards), problem=problem, late=late)
 
 
 async def _end(process: Process) -> None:

@@ -70,6 +70,8 @@ async def _ask(session: aiohttp.ClientSession, receiver: Receiver, wall: Callabl
         async with session.post(url, data=io.BytesIO(PROBE), headers=headers, allow_redirects=False) as response:
             said = response.headers.get("Location") if 300 <= response.status < 400 else None
             return Answer(response.status, _shown(mask_url(said) if said else await _read(response), receiver))
+    except aiohttp.ClientConnectorError as error:
+        return Answer(None, f"no connection: {_shown(error.os_error.strerror or str(error.os_error), receiver)}")
     except TimeoutError:
         return Answer(None, f"no answer within {limit:g} s")
     except aiohttp.ClientResponseError as error:  # its own text quotes the URL, secrets included
