@@ -212,6 +212,17 @@ def test_a_read_only_folder_and_files_of_another_user(open_folder: Path) -> None
         assert (finding.level, finding.text.partition(" by ")[0]) == (Level.RED, f"{open_folder} cannot be written")
         assert "store.path" in (finding.remedy or "")
         assert store.check_syncs(path, time.monotonic) is None
+        below = store.check_store(open_folder / "new" / "outbox.db", None)
+        assert (below.level, f"make it the folder {open_folder / 'new'}" in (below.remedy or "")) == (Level.RED, True)
+    open_folder.chmod(0o700)
+    if os.geteuid() == 0:
+        with unprivileged():
+            closed = store.check_store(open_folder / "a" / "outbox.db", None)
+            assert f"may not look at {open_folder / 'a'}" in closed.text
+            assert (closed.level, "sudo -u pocd" in (closed.remedy or "")) == (Level.RED, True)
+            assert store.check_syncs(path, time.monotonic) is None
+            hidden = CPU.model_copy(update={"name": str(open_folder / "model")})
+            assert "Permission denied" in model.check(model.find(hidden), Probe(), hidden).text
     open_folder.chmod(0o777)
     Outbox.open(path).close()
     path.chmod(0o666)

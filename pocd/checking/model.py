@@ -39,6 +39,8 @@ def find(model: ModelSettings) -> Place:
         source = resolve(model.name, model.revision)
     except ModelError as error:
         return Place(None, error=str(error))
+    except OSError as error:
+        return Place(None, error=f"model {model.name!r} cannot be looked at: {error.strerror}")
     if source != model.name or model.name.startswith(("/", "./", "../")):
         return Place(Path(source))
     from huggingface_hub import constants, try_to_load_from_cache

@@ -54,12 +54,15 @@ async def probe(folder: Path | None, *, cuda: bool, limit: float) -> Probe:
         cuda: Whether to look at GPUs.
         limit: Seconds; then it is killed.
     """
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "pocd.checking.child", str(folder or ""), "cuda" if cuda else "cpu"),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "pocd.checking.child", str(folder or ""), "cuda" if cuda else "cpu"),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    except OSError as error:
+        return Probe(problem=f"no process can be started: {error.strerror}")
     assert process.stdout is not None
     assert process.stderr is not None
     told: dict[str, Any] = {}
@@ -68,7 +71,8 @@ async def probe(folder: Path | None, *, cuda: bool, limit: float) -> Probe:
     try:
         async with asyncio.timeout(limit):
             async for line in process.stdout:
-                told |= orjson.loads(line)
+                if line.startswith(b"{"):  # the rest is what libraries have to say
+                    told |= orjson.loads(line)
             code = await process.wait()
             last = (await complaints).decode("utf-8", "replace").strip().rpartition("\n")[2]
             problem = None if code == 0 else excerpt(last or f"exit status {code}", 160)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from pocd.settings import StoreSettings
 
+AS_ITS_USER = "check as the daemon's user (sudo -u pocd pocd check)"
 SYNCS = 5
 SLOW_SYNC = 0.020  # seconds; each batch of nonces waits for one
 # SQLite's file format, section 1.3, and os_unix.c for where it locks.
@@ -62,24 +63,34 @@ def chain_of(path: Path) -> str | None:
 
 def check_store(path: Path, held: int | None) -> Finding:
     """Can the daemon, as this user, use the store?"""
-    name, user = "store", f"user {os.geteuid()}"
-    folder = _existing(path.parent)
+    try:
+        return _check_folder(path) or _check_file(path, held)
+    except PermissionError as error:
+        text = f"user {os.geteuid()} may not look at {error.filename or path}"
+        return red("store", text, AS_ITS_USER)
+
+
+def _check_folder(path: Path) -> Finding | None:
+    name, folder = "store", _existing(path.parent)
     if not folder.is_dir():
         return red(name, f"{path} cannot be made: {folder} is no folder", "choose another store.path")
-    if not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
-        return red(
-            name,
-            f"{folder} cannot be written by {user}",
-            f"give it to the daemon's user (chown), mount it writable, or choose another store.path than {path}",
-        )
-    if path.exists() or path.is_symlink():
-        problem = _problem(path)
-        if problem is not None:
-            return red(name, *problem)
-        if held is not None:
-            return green(name, f"{path} is held by process {held}: pocd runs")
-        return green(name, f"{path}, writable by {user}")
-    return green(name, f"{path} will be made at the first start; {folder} is writable by {user}")
+    if os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+        return None
+    mend = "give it the folder (chown)" if folder == path.parent else f"make it the folder {path.parent}"
+    remedy = f"{AS_ITS_USER}; if this is it, {mend}, mount it writable, or choose another store.path"
+    return red(name, f"{folder} cannot be written by user {os.geteuid()}", remedy)
+
+
+def _check_file(path: Path, held: int | None) -> Finding:
+    name, user = "store", f"user {os.geteuid()}"
+    if not path.exists() and not path.is_symlink():
+        return green(name, f"{path} will be made at the first start; {_existing(path.parent)} is writable by {user}")
+    problem = _problem(path)
+    if problem is not None:
+        return red(name, *problem)
+    return green(
+        name, f"{path}, writable by {user}" if held is None else f"{path} is held by process {held}: pocd runs"
+    )
 
 
 def _problem(path: Path) -> tuple[str, str] | None:
@@ -114,13 +125,16 @@ def _foreign(path: Path) -> tuple[str, str] | None:
 
 def check_syncs(path: Path, monotonic: Callable[[], float]) -> Finding | None:
     """How long does the store's disk take to make something durable? None where the store's own finding says it all."""
-    name, folder = "fsync", _existing(path.parent)
+    name = "fsync"
     try:
-        seconds = median_sync(folder, monotonic)
-    except OSError as error:
-        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
+        if _check_folder(path):
             return None
-        return red(name, f"{folder} cannot be written: {error.strerror}", "make room on this disk, or mend it")
+        folder = _existing(path.parent)
+        seconds = median_sync(folder, monotonic)
+    except PermissionError:
+        return None
+    except OSError as error:
+        return red(name, f"{path.parent} cannot be written: {error.strerror}", "make room on this disk, or mend it")
     text = f"{seconds * 1000:.1f} ms in {folder}, the median of {SYNCS}"
     if seconds > SLOW_SYNC:
         return yellow(name, text, "put store.path on a local SSD, away from what else keeps this disk busy")
@@ -145,8 +159,9 @@ def median_sync(folder: Path, monotonic: Callable[[], float]) -> float:
 
 def check_space(store: StoreSettings) -> Finding | None:
     """Is there more room on the store's disk than has to stay free?"""
-    folder = _existing(store.path.parent)
-    if not folder.is_dir():
+    try:
+        folder = _existing(store.path.parent)
+    except PermissionError:
         return None
     free = shutil.disk_usage(folder).free // MIB
     text = f"{free} MiB free in {folder}, of which store.free_space_mib = {store.free_space_mib} stay free"
