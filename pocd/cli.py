@@ -16,6 +16,7 @@ import typer
 
 from pocd import __version__
 from pocd.cli_api import ConfigOption, TokenOption, UrlOption, call_api, echo
+from pocd.cli_check import check
 from pocd.cli_compute import audit, calibrate, compute
 from pocd.cli_outbox import app as outbox_app
 from pocd.cli_validate import validate
@@ -31,7 +32,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
 config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
 app.add_typer(config_app, name="config")
 app.add_typer(outbox_app, name="outbox")
-for command in (compute, calibrate, audit, validate):
+for command in (check, compute, calibrate, audit, validate):
     app.command()(command)
 
 HostOption = Annotated[str, typer.Option(help="Address to listen on.")]

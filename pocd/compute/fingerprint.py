@@ -48,7 +48,8 @@ def _checkpoint_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Give the name and the tensor of each weight of the safetensors checkpoint in `folder`."""
     for file in _checkpoint_files(folder):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - it is no mapping
@@ -57,7 +58,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 def checkpoint_fingerprint(folder: Path) -> str:
     """Return the fingerprint of the safetensors checkpoint in `folder`."""
-    return fingerprint(_tensors(folder))
+    return fingerprint(checkpoint_tensors(folder))
 
 
 def module_fingerprint(module: nn.Module) -> str:

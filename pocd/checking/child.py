@@ -1,0 +1,54 @@
+"""The process that imports torch for `pocd check`, which itself never does.
+
+It prints a JSON object for each thing that it found out, so that what hangs or fails later takes nothing back:
+`torch` and `cuda_build` (versions), then `fingerprint` and `parameters` or `model_error`, then `cards` or
+`cuda_error`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+
+def _tell(**found: object) -> None:
+    print(json.dumps(found), flush=True)  # noqa: T201 - this is how it answers
+
+
+def _look_at_model(folder: Path) -> None:
+    from safetensors import SafetensorError
+
+    from pocd.compute.fingerprint import checkpoint_tensors, fingerprint
+
+    try:
+        tensors = list(checkpoint_tensors(folder))
+        _tell(fingerprint=fingerprint(tensors), parameters=sum(tensor.numel() for _, tensor in tensors))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        _tell(model_error=f"{type(error).__name__}: {error}")
+
+
+def _look_at_cards() -> None:
+    import torch
+
+    try:
+        cards = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
+    except (RuntimeError, AssertionError) as error:
+        _tell(cuda_error=f"{type(error).__name__}: {error}")
+    else:
+        _tell(cards=[f"GPU-{card.uuid}" for card in cards])
+
+
+def main(folder: str, device: str) -> None:
+    """Look at torch, at the model in `folder` unless that is empty, and at the cards unless `device` is "cpu"."""
+    import torch
+
+    _tell(torch=torch.__version__, cuda_build=torch.version.cuda)
+    if folder:
+        _look_at_model(Path(folder))
+    if device != "cpu":
+        _look_at_cards()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
