@@ -74,6 +74,9 @@ class DaemonCollector(Collector):
         mining = self._parts.miner.mining
         if mining is None:
             return
+        info = InfoMetricFamily("pocd_round", "What the active round is of.", labels=[])
+        info.add_metric([], {"scheme": mining.round.scheme, "model": mining.round.model})
+        yield info
         yield GaugeMetricFamily("pocd_round_height", "Block height of the active round.", mining.round.block_height)
         yield GaugeMetricFamily("pocd_round_checked", "Nonces checked in the active round.", mining.checked)
         yield GaugeMetricFamily("pocd_round_valid", "Nonces found valid in the active round.", mining.valid)
