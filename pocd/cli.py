@@ -106,13 +106,14 @@ def run(config: ConfigOption = DEFAULT_PATH) -> None:
     from pocd.observe import logs
     from pocd.observe.notify import Notifier
 
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the daemon heeds it: its default is a silent end
     settings = load(config)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # many callers leave files for everything else
     log = logs.configure(settings.log.level, settings.log.format)
     log.info("pocd starts", action="start", version=__version__, config=str(config), pid=os.getpid())
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(daemon.run(settings, log=log, notifier=Notifier.from_environment(os.environ)))
+        runner.run(daemon.run(settings, config, log=log, notifier=Notifier.from_environment(os.environ)))
 
 
 @app.command()

@@ -33,6 +33,7 @@ from pocd.nonces import Node
 from pocd.observe.cards import Cards
 from pocd.observe.events import Events
 from pocd.proof import Round
+from pocd.reloading import Reloader
 from pocd.rounds import RoundPolicy
 from pocd.scheduler import RoundScheduler
 from pocd.serving import listening, listening_at
@@ -44,6 +45,7 @@ from pocd.worker.supervisor import Limits
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine
+    from pathlib import Path
     from typing import Any
 
     from structlog.typing import FilteringBoundLogger
@@ -61,8 +63,8 @@ STATUS_SECONDS = 10.0  # between two STATUS= lines to the service manager
 CHAIN_TIMEOUT = aiohttp.ClientTimeout(total=60)  # far above what a call to a node takes with its own limits
 
 
-async def run(settings: Settings, *, log: FilteringBoundLogger, notifier: Notifier) -> None:
-    """Run the daemon until SIGTERM, SIGINT or `POST /shutdown`.
+async def run(settings: Settings, path: Path, *, log: FilteringBoundLogger, notifier: Notifier) -> None:
+    """Run the daemon until SIGTERM, SIGINT or `POST /shutdown`; at SIGHUP `path` is read again.
 
     Raises:
         ConfigError: A file, the store or the address that the settings name cannot be used.
@@ -82,13 +84,13 @@ async def run(settings: Settings, *, log: FilteringBoundLogger, notifier: Notifi
             source = await make_chain(settings, outbox, sessions, log)
             daemon = Daemon(settings, outbox, source, receivers, loads, clock=SYSTEM, log=log, notifier=notifier)
             async with _api(daemon, token):
-                await daemon.run()
+                await daemon.run(path)
 
 
 @contextlib.asynccontextmanager
 async def _api(daemon: Daemon, token: str | None) -> AsyncIterator[None]:
     """Serve the admin API while the context lasts."""
-    admin = daemon.settings.admin
+    admin = daemon.parts.settings.admin
     app = AdminApi(daemon.parts, daemon.shut_down).application(token)
     async with contextlib.AsyncExitStack() as stack:
         try:
@@ -125,7 +127,6 @@ class Daemon:
         log: FilteringBoundLogger,
         notifier: Notifier,
     ) -> None:
-        self.settings = settings
         self.log = log
         self._notifier = notifier
         self._stop = asyncio.Event()
@@ -223,8 +224,8 @@ class Daemon:
         """Ask the daemon to stop; returns at once."""
         self._stop.set()
 
-    async def run(self) -> None:
-        """Run everything until asked to stop, then stop it in order."""
+    async def run(self, path: Path) -> None:
+        """Run everything until asked to stop, then stop it in order; `path` is the file of the settings."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.shut_down)
@@ -236,6 +237,7 @@ class Daemon:
             async with asyncio.TaskGroup() as group:
                 deliveries = group.create_task(parts.dispatchers.run(asked.callback if asked else None))
                 chain = group.create_task(self._follow_chain())
+                reloader = group.create_task(Reloader(path, parts, self._notifier).run())
                 workers = group.create_task(parts.workers.run())
                 batcher = group.create_task(self._batcher.run())
                 keeper = group.create_task(self._keeper.run())
@@ -245,7 +247,7 @@ class Daemon:
                 await self._stop.wait()
                 self.log.info("stopping", action="stopping")
                 self._notifier.stopping()
-                await _cancel(chain)
+                await _cancel(chain, reloader)
                 await parts.miner.close(FINISH_SECONDS)
                 await _cancel(workers, validations, batcher, keeper)
                 with contextlib.suppress(StoreUnavailableError):  # they are formed at the next start
@@ -262,7 +264,7 @@ class Daemon:
         await self.parts.control.restore()
         await follow(
             self._source,
-            poll_interval=self.settings.chain.poll_interval,
+            poll_interval=self.parts.settings.chain.poll_interval,
             on_head=self._on_head,
             on_problem=lambda problem: self.events.publish("chain", problem=problem),
             health=self.parts.chain,
@@ -278,7 +280,7 @@ class Daemon:
         await self._scheduler.on_head(head)
 
     def _make_round(self, block: Block) -> Round:
-        settings = self.settings
+        settings = self.parts.settings  # as they are now: r_target may change
         return Round(
             block_hash=block.hash,
             block_height=block.height,

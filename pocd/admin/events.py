@@ -75,10 +75,11 @@ class EventsApi:
         Each event has an `id`, its kind as `event`, and one line of JSON as `data`: `time` (seconds since the epoch)
         and what the kind says: `block` {height, hash, chain_id}; `chain` {problem}; `round` {height, block_hash, id,
         by}; `state` {state}; `batch` {id, kind, nonces, height}; `delivery` {receiver, id, outcome}; `worker` {what,
-        pid, cause}; `validation` {id, state}. The latest 1024 are kept: a client that connects again with the id of
-        the last one it saw gets what it missed. The last event of a client that is dropped is `dropped` {reason,
-        missed}, with the id to connect again with. Reasons: `fell_behind`, so many events are gone; `too_slow`, so
-        many were not sent, since it took nothing for 10 s; `unknown_id`, the daemon was started anew since.
+        pid, cause}; `validation` {id, state}; `reload` {applied, restart, problem}. The latest 1024 are kept: a client
+        that connects again with the id of the last one it saw gets what it missed. The last event of a client that is
+        dropped is `dropped` {reason, missed}, with the id to connect again with. Reasons: `fell_behind`, so many events
+        are gone; `too_slow`, so many were not sent, since it took nothing for 10 s; `unknown_id`, the daemon was
+        started anew since.
         """
         cursor = self._cursor(request)
         if self._events.listeners >= MOST_LISTENERS:

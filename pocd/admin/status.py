@@ -33,9 +33,13 @@ if TYPE_CHECKING:
     from pocd.worker.supervisor import Supervisor
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Parts:
-    """The daemon's parts, as far as they are looked at."""
+    """The daemon's parts, as far as they are looked at.
+
+    Attributes:
+        settings: Those in effect; replaced as a whole when they are read again.
+    """
 
     settings: Settings
     outbox: OutboxThread

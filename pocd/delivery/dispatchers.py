@@ -70,6 +70,7 @@ class Dispatchers:
         self._make = make
         self._outbox = outbox
         self._log = log
+        self._callback_origins = origins
         self._origins = [*origins, *(receiver.url for receiver in receivers)]
         self._configured = [make(receiver) for receiver in receivers]
         self._callbacks: dict[str, Dispatcher] = {}
@@ -85,6 +86,11 @@ class Dispatchers:
         """Return the receivers of what belongs to a round whose callback is `callback`: it, and all configured ones."""
         names = [dispatcher.receiver.name for dispatcher in self._configured]
         return names if callback is None or callback in names else [*names, callback]
+
+    @property
+    def receivers(self) -> list[Receiver]:
+        """Those of the configuration."""
+        return [dispatcher.receiver for dispatcher in self._configured]
 
     @property
     def configured(self) -> list[str]:
@@ -107,6 +113,28 @@ class Dispatchers:
                 await asyncio.Event().wait()  # until cancelled, so without a bound
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None  # the first is the cause, the others were cancelled
+
+    async def configure(self, receivers: Sequence[Receiver]) -> None:
+        """Deliver to `receivers` from now on, as after a restart: the queue of one that is gone is kept.
+
+        A request that is under way to one that is gone or changed is given up, and sent again by whoever has the queue.
+        """
+        kept = {each.receiver.name: each for each in self._configured if each.receiver in receivers}
+        gone = [each.receiver.name for each in self._configured if each.receiver.name not in kept]
+        self._origins = [*self._callback_origins, *(receiver.url for receiver in receivers)]
+        self._configured = [kept.get(receiver.name) or self._make(receiver) for receiver in receivers]
+        for name in [n for n, each in self._callbacks.items() if not allowed_origin(each.receiver.url, self._origins)]:
+            del self._callbacks[name]
+            gone.append(name)
+        tasks = [task for name in gone if (task := self._tasks.pop(name, None))]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)  # a queue has one dispatcher at a time
+        if self._group is not None:  # before that, `run` will
+            for each in self._configured:
+                if each.receiver.name not in self._tasks:
+                    self._tasks[each.receiver.name] = self._group.create_task(each.run())
+        self._take_up_again(None)  # a callback URL may be allowed now, or is said to be no longer
 
     def _take_up_again(self, callback: str | None) -> None:
         """Serve the callback URLs of earlier that still have something to get."""

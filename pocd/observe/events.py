@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 RING = 1024  # events that are kept
 
-Kind = Literal["block", "round", "state", "batch", "delivery", "worker", "validation", "chain"]
+Kind = Literal["block", "round", "state", "batch", "delivery", "worker", "validation", "chain", "reload"]
 """What an event tells, and its data:
 
 - block {height, hash, chain_id}: the chain's newest block is another one
@@ -27,6 +27,8 @@ Kind = Literal["block", "round", "state", "batch", "delivery", "worker", "valida
 - delivery {receiver, id, outcome}: what became of a batch for a receiver
 - worker {what, worker, cause, reason}: that worker is "ready", "restarting" or "left_out", and why
 - validation {id, state}: how a queued validation stands
+- reload {applied, restart, problem}: the configuration was read again: the keys that changed, those that wait for a
+  restart, and why nothing was changed; null where the file is good
 """
 
 

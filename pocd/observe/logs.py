@@ -18,7 +18,15 @@ if TYPE_CHECKING:
 # Syslog severities (RFC 5424 section 6.2.1), as the journal uses them.
 PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
+_LEVEL = logging.getLogger("pocd")  # its level is the one that lines must have, so that it can be changed
+
 _CREDENTIALS = re.compile(r"""://[^\s/"'?#]*@""")
+
+
+def _drop_unimportant(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+    if not _LEVEL.isEnabledFor(logging.getLevelNamesMapping()[method.upper()]):
+        raise structlog.DropEvent
+    return event
 
 
 def _add_priority(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
@@ -102,6 +110,7 @@ def configure(level: str, style: Literal["auto", "console", "json"]) -> Filterin
     """
     console = sys.stderr.isatty() if style == "auto" else style == "console"
     shared: list[Processor] = [
+        _drop_unimportant,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=not console),
         structlog.processors.StackInfoRenderer(),
@@ -119,13 +128,20 @@ def configure(level: str, style: Literal["auto", "console", "json"]) -> Filterin
         renderers = [structlog.processors.ExceptionRenderer(tracebacks), _add_priority, _render_json, _mask_credentials]
         if _goes_to_journal():
             renderers.append(_JournalPrefix())
-    numeric = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
         processors=[*shared, *renderers],
-        wrapper_class=structlog.make_filtering_bound_logger(numeric),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),  # all of them; the level may change
         logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _Lossy(sys.stderr))),
         cache_logger_on_first_use=True,
     )
     log: FilteringBoundLogger = structlog.get_logger()
-    logging.basicConfig(level=max(numeric, logging.WARNING), handlers=[_LibraryHandler(log)])
+    logging.basicConfig(handlers=[_LibraryHandler(log)])
+    set_level(level)
     return log
+
+
+def set_level(level: str) -> None:
+    """Write lines of at least this level from now on, of libraries those that are warnings besides."""
+    numeric = logging.getLevelNamesMapping()[level.upper()]
+    _LEVEL.setLevel(numeric)
+    logging.getLogger().setLevel(max(numeric, logging.WARNING))

@@ -48,6 +48,10 @@ class Notifier:
         """The event loop turns: WATCHDOG=1."""
         self._send("WATCHDOG=1")
 
+    def reloading(self, monotonic: float) -> None:
+        """The configuration is read again, until `ready`: RELOADING=1, with the time by CLOCK_MONOTONIC in seconds."""
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={int(monotonic * 1e6)}")
+
     def stopping(self) -> None:
         """The service is going down: STOPPING=1."""
         self._send("STOPPING=1")
