@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass, field
@@ -50,6 +51,14 @@ class Chain:
         app.middlewares.insert(0, self._intercept)
         async with listening(app, "127.0.0.1", port, shutdown_timeout=1) as self.url:
             yield self
+
+
+def free_port() -> int:
+    """A port of this machine that nobody has now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def config(folder: Path, chain_url: str, receivers: dict[str, str], **changes: Any) -> Path:  # noqa: ANN401 - any setting

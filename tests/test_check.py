@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 from aiohttp import web
-from processes import PATIENCE, Chain, config, running
+from processes import PATIENCE, Chain, config, free_port, running
 
 from pocd.checking import api, devices, host, model, report, store
 from pocd.checking.finding import Finding, Level, bounded, green, red, yellow
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 OTHER_SECRET = "whsec_AAAQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 TOKEN = "t0ken-of-the-test"
+PORT = free_port()
 CPU = ModelSettings(name="bundled:tiny-llama", dtype="float32", device="cpu")
 
 
@@ -88,14 +89,6 @@ async def reference_receiver(folder: Path, secret: str | None) -> AsyncIterator[
 
 
 @pytest.fixture
-def free_port() -> int:
-    with socket.socket() as trial:
-        trial.bind(("127.0.0.1", 0))
-        port: int = trial.getsockname()[1]
-        return port
-
-
-@pytest.fixture
 def dead() -> Iterator[str]:
     """A URL at which nothing listens, and nothing else can begin to."""
     with socket.socket() as holder:
@@ -106,14 +99,14 @@ def dead() -> Iterator[str]:
 # The whole
 
 
-async def test_a_good_host_is_green_and_its_secrets_stay_secret(tmp_path: Path, free_port: int) -> None:
+async def test_a_good_host_is_green_and_its_secrets_stay_secret(tmp_path: Path) -> None:
     secret = secret_file(tmp_path / "secret", SECRET)
     token = secret_file(tmp_path / "token", TOKEN)
     async with Chain().served() as node, reference_receiver(tmp_path, SECRET) as url:
         entry = f'{{ name = "main", url = "{url}", secret_file = "{secret}" }}'
         with_password = node.url.replace("://", "://user:hunter22@")
         path = configured(
-            tmp_path, with_password, entry, admin__port=free_port, admin__token_file=str(token), chain__id="pocd-dev"
+            tmp_path, with_password, entry, admin__port=PORT, admin__token_file=str(token), chain__id="pocd-dev"
         )
         path.chmod(0o640)
         found = await look(path)
@@ -207,16 +200,16 @@ async def test_a_configuration_that_cannot_be_used_is_a_red_line_and_78(tmp_path
     assert "duration 2 must be at most every 1" in finding["text"]
 
 
-async def test_beside_a_running_daemon_all_is_green_and_it_goes_on(tmp_path: Path, free_port: int) -> None:
+async def test_beside_a_running_daemon_all_is_green_and_it_goes_on(tmp_path: Path) -> None:
     async with Chain().served() as node, reference_receiver(tmp_path, None) as url:
-        path = config(tmp_path, node.url, {"main": url}, admin__port=free_port)
+        path = config(tmp_path, node.url, {"main": url}, admin__port=PORT)
         async with running(path) as daemon:
             await daemon.until(lambda body: body["chain"]["height"])
             found = await look(path)
             out = report.as_text(found, width=None, colour=False)
             assert {finding.level for finding in found} == {Level.GREEN}, out
             assert f"outbox.db is held by process {daemon.process.pid}: pocd runs" in out
-            assert f"127.0.0.1:{free_port} is answered by pocd, which runs" in out
+            assert f"127.0.0.1:{PORT} is answered by pocd, which runs" in out
             other = await api.check_api(load(path).admin, runs=False, limit=PATIENCE)
             assert other.level is Level.RED
             assert "a pocd has" in other.text
@@ -288,13 +281,13 @@ async def test_a_unix_socket(tmp_path: Path) -> None:
     assert (lost.level, "is missing" in lost.text) == (Level.RED, True)
 
 
-async def test_an_address_that_is_not_ours_or_was_changed(free_port: int) -> None:
+async def test_an_address_that_is_not_ours_or_was_changed() -> None:
     foreign = AdminSettings(host="192.0.2.1", token_file=Path("/token"))
     finding = await api.check_api(foreign, runs=False, limit=PATIENCE)
     assert finding.level is Level.RED
     assert "Cannot assign requested address" in finding.text
     assert (await api.check_api(AdminSettings(port=0), runs=True, limit=PATIENCE)).level is Level.GREEN
-    changed = await api.check_api(AdminSettings(port=free_port), runs=True, limit=PATIENCE)
+    changed = await api.check_api(AdminSettings(port=PORT), runs=True, limit=PATIENCE)
     assert (changed.level, "restart it" in (changed.remedy or "")) == (Level.YELLOW, True)
 
 

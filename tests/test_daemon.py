@@ -17,7 +17,7 @@ import aiohttp
 import orjson
 import pytest
 from aiohttp import web
-from processes import PATIENCE, Chain, Daemon, config, fails, running
+from processes import PATIENCE, Chain, Daemon, config, fails, free_port, running
 
 from pocd import receiver, receiver_store
 from pocd.admin.client import AdminError, call
@@ -59,13 +59,6 @@ def dense(folder: Path) -> bool:
     with contextlib.closing(sqlite3.connect(folder / "outbox.db")) as db:
         rows = db.execute("SELECT cursor, islands, checked FROM progress WHERE checked > 0").fetchall()
     return bool(rows) and all(islands == "[]" and cursor == checked for cursor, islands, checked in rows)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def memory(pid: int) -> int:

@@ -108,7 +108,8 @@ async def test_a_daemon_that_dies_is_told_and_an_interrupted_run_leaves_no_proce
     (line,) = map(orjson.loads, (logs / "e2e_results.jsonl").read_bytes().splitlines())
     assert list(line) == FIELDS
     assert [line[name] for name in FIELDS[5:-1]] == [0] * 6
-    assert "nothing listens" in line["error"]
+    # As the script finds it: it may still have been waiting for the daemon's address.
+    assert "nothing listens" in line["error"] or "did not start" in line["error"]
     assert "_server.log ends with: {" in line["error"]
     assert [path.name for path in logs.glob("*_stores")] == ["test_01_qwen_b-1_node_A_stores"]
     assert (logs / "test_01_qwen_b-1_node_A_stores" / "outbox.db").exists()

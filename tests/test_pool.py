@@ -59,8 +59,8 @@ async def pooled(
                 await task
 
 
-async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(PATIENCE):
+async def until(condition: Callable[[], object], patience: float = PATIENCE) -> None:
+    async with asyncio.timeout(patience):
         while not condition():  # noqa: ASYNC110 - other processes are watched
             await asyncio.sleep(0.02)
 
@@ -162,7 +162,8 @@ async def test_one_worker_does_a_whole_recomputation_and_the_next_one_is_another
 
 
 def test_workers_on_the_cpu_share_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
     cores = len(os.sched_getaffinity(0))
     assert "OMP_NUM_THREADS" not in environment([LOAD], tmp_path)
     two = environment([LOAD, dataclasses.replace(LOAD, devices=("cpu", "cpu"))], tmp_path)
