@@ -6,8 +6,10 @@ pocd's dependencies by the pins, finds them there, and installs nothing but pocd
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from pathlib import Path
 
 import orjson
 import pytest
+from delivering import serving
+from processes import Chain, running
 
 from pocd.settings import load
 
@@ -174,6 +178,31 @@ def test_the_configuration_of_the_previous_release_is_still_good(tmp_path: Path)
     path = tmp_path / "pocd.toml"
     path.write_text("\n".join(line for line in lines if not line.startswith("#")))
     assert load(path) == settings
+
+
+async def test_a_daemon_on_the_configuration_and_a_store_of_before_delivers_what_waited(tmp_path: Path) -> None:
+    store, path = tmp_path / "outbox.db", tmp_path / "pocd.toml"
+    with contextlib.closing(sqlite3.connect(store)) as old:
+        old.executescript((PREVIOUS.parent / "store_v3.sql").read_text())
+    async with Chain().served() as chain, serving() as server:
+        edits = {
+            '"http://127.0.0.1:26657"': f'"{chain.url}"',
+            '"Qwen/Qwen3-0.6B"': '"bundled:tiny-llama"',
+            'device = "cuda"': 'device = "cpu"',
+            "port = 8460": "port = 0",
+            "/var/lib/pocd/outbox.db": str(store),
+        }
+        text = PREVIOUS.read_text()
+        for placeholder, value in edits.items():
+            assert placeholder in text
+            text = text.replace(placeholder, value)
+        path.write_text(f'{text}\n[[delivery.receivers]]\nname = "main"\nurl = "{server.url}"\n')
+        async with running(path) as daemon:
+            # One batch waited, another one is formed of a proof that waited; mining was stopped, and stays so.
+            assert [request.sequence for request in await server.take(2)] == [2, 3]
+            body = await daemon.status()
+            assert (body["state"], body["funnel"]["checked"], body["funnel"]["stored"]) == ("STOPPED", 9, 5)
+            assert await daemon.end() == 0
 
 
 @pytest.mark.parametrize("script", ["install", "uninstall"])

@@ -68,6 +68,19 @@ def test_what_matters_less_than_the_level_is_left_out(tmp_path: Path, level: str
     assert "".join(entry["event"] for entry in entries(logged(tmp_path, script, level=level))) == events
 
 
+def test_the_level_may_change_also_for_loggers_that_were_made_before(tmp_path: Path) -> None:
+    script = """
+from pocd.observe.logs import set_level
+bound = log.bind(part="x")
+bound.debug("a"), bound.info("b")
+set_level("debug")
+bound.debug("c"), log.debug("d")
+set_level("error")
+bound.warning("e"), log.error("f"), logging.getLogger("library").warning("g")
+"""
+    assert "".join(entry["event"] for entry in entries(logged(tmp_path, script))) == "bcdf"
+
+
 def test_a_line_for_the_journal_begins_with_its_priority(tmp_path: Path) -> None:
     info, error = logged(tmp_path, 'log.info("a"), log.error("b")', journal="own")
     assert (info[:3], error[:3]) == ("<6>", "<3>")

@@ -42,9 +42,11 @@ def test_each_state_is_one_datagram(address: str) -> None:
         notifier.status("loading\nthe model → soon")
         notifier.ready()
         notifier.alive()
+        notifier.reloading(12.5)
         notifier.stopping()
-        texts = [heard(manager) for _ in range(4)]
-    assert texts == ["STATUS=loading the model → soon", "READY=1", "WATCHDOG=1", "STOPPING=1"]
+        texts = [heard(manager) for _ in range(5)]
+    reloading = "RELOADING=1\nMONOTONIC_USEC=12500000"
+    assert texts == ["STATUS=loading the model → soon", "READY=1", "WATCHDOG=1", reloading, "STOPPING=1"]
 
 
 def test_text_that_is_not_unicode_does_no_harm(address: str) -> None:

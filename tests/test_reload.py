@@ -128,6 +128,7 @@ async def test_a_new_receiver_is_served_and_one_that_is_gone_is_not(tmp_path: Pa
                 kept, *_ = each
                 await each.configure([Receiver("b", new.url, None), Receiver("a", old.url, None)])
                 assert list(each)[1] is kept, "whoever has not changed goes on undisturbed"
+                callback = await each.callback(f"{old.url}/x", wanted=None)
                 await each.configure([Receiver("a", new.url, None)])  # moved, with its queue
                 await bench.store(1, "a")
                 each.wake()
@@ -136,6 +137,7 @@ async def test_a_new_receiver_is_served_and_one_that_is_gone_is_not(tmp_path: Pa
                 assert old.requests.empty()
                 with pytest.raises(CallbackError):
                     await each.callback(f"{old.url}/x", wanted=None)  # no longer an origin of a receiver
+                assert callback not in [dispatcher.receiver.name for dispatcher in each]
                 assert each.configured == ["a"]
 
 
@@ -217,6 +219,7 @@ async def test_a_first_receiver_gets_what_was_found_before_it_came(tmp_path: Pat
         path = config(tmp_path, chain.url, {})
         async with running(path, NOTIFY_SOCKET=manager.address) as daemon:
             await call(daemon.url, "POST", "/api/v1/pow/stop")  # so that no other proof calls for a batch
+            await daemon.until(lambda body: body["round"])  # nor another round
             path.write_text(path.read_text().replace("receivers = []", f"receivers = {receiver(server.url)}"))
             line = await reload(daemon)
             assert (line["level"], line["applied"], line["added"]) == ("info", ["delivery.receivers"], ["one"])
