@@ -19,6 +19,7 @@ from pocd.cli_api import ConfigOption, TokenOption, UrlOption, call_api, echo
 from pocd.cli_compute import audit, calibrate, compute
 from pocd.cli_outbox import app as outbox_app
 from pocd.cli_validate import validate
+from pocd.cli_watch import watch
 from pocd.exits import EXIT_CONFIG, EXIT_CRASH, EndedError
 from pocd.settings import DEFAULT_PATH, ConfigError, check_model, load, to_toml
 
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
 app.add_typer(config_app, name="config")
 app.add_typer(outbox_app, name="outbox")
-for command in (compute, calibrate, audit, validate):
+for command in (watch, compute, calibrate, audit, validate):
     app.command()(command)
 
 HostOption = Annotated[str, typer.Option(help="Address to listen on.")]
@@ -56,7 +57,7 @@ def main() -> None:
     """Run the command line; every failure is one line on standard error and an exit status."""
     debug = "--debug" in sys.argv[1:2]
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="pocd", standalone_mode=False)
     except typer.TyperException as error:
         code = _fail(2, error.format_message())
     except (typer.Abort, KeyboardInterrupt):
