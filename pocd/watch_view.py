@@ -8,7 +8,6 @@ from datetime import datetime
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from rich.segment import Segment
 from rich.text import Text
 
 from pocd.admin.report import MAIN_STAGES, age, clean, local_time, percent
@@ -77,14 +76,13 @@ class View:
         lines = [line for label, text in _rows(self.seen) for line in _wrapped(label, text, console, width)]
         room = len(self.seen.events) if height is None else max(height - len(lines), 0)
         shown = self.seen.events[-room:] if room else []
-        lines += [line for index, event in enumerate(reversed(shown)) for line in _event_line(event, index, width)]
+        lines += [_event_line(event, width, is_first=index == 0) for index, event in enumerate(reversed(shown))]
         if height is not None and len(lines) > height:
             hidden = len(lines) - height + 1
             lines = [*lines[: height - 1], Text(f"… {hidden} more lines do not fit", "dim")]
         for line in lines:
-            line.truncate(width, overflow="ellipsis")
-            yield from line.render(console)
-            yield Segment.line()
+            line.no_wrap, line.overflow = True, "ellipsis"
+            yield line
 
 
 def _wrapped(label: str, text: Text, console: Console, width: int) -> list[Text]:
@@ -96,18 +94,17 @@ def _wrapped(label: str, text: Text, console: Console, width: int) -> list[Text]
     return [Text.assemble((f"{head:{LABEL_WIDTH}}", "dim"), line) for head, line in zip(heads, lines, strict=True)]
 
 
-def _event_line(event: ServerEvent, index: int, width: int) -> list[Text]:
-    head = "events" if index == 0 else ""
-    label = f"{head:{LABEL_WIDTH}}" if width >= NARROW else ""
-    when = local_time(event.data["time"]) if "time" in event.data else " " * 8
-    return [Text.assemble((label, "dim"), (f"{when}  ", "dim"), event_text(event))]
+def _event_line(event: ServerEvent, width: int, *, is_first: bool) -> Text:
+    label = f"{'events' if is_first else '':{LABEL_WIDTH}}" if width >= NARROW else ""
+    when = local_time(event.data["time"]) if "time" in event.data else ""
+    return Text.assemble((f"{label}{when:8}  ", "dim"), event_text(event))
 
 
 def _rows(seen: Seen) -> Iterator[tuple[str, Text]]:
     """Yield label and text of every row but the events."""
     yield "pocd", _head(seen)
     if seen.away:
-        yield "away", Text(f"{seen.away}; trying again", "bold red")
+        yield "away", Text(f"{seen.away} (trying again)", "bold red")
     if seen.status is None:
         yield "", Text("" if seen.away else "asking the daemon …", "dim")
         return
@@ -123,14 +120,17 @@ def _rows(seen: Seen) -> Iterator[tuple[str, Text]]:
         yield "valid", _valid(status["round"])
         yield "round", _round(status["round"])
     yield "chain", _chain(status["chain"], seen.now)
-    for index, worker in enumerate(status["workers"]):
-        yield "workers" if index == 0 else "", _worker(worker)
-    for index, receiver in enumerate(status["receivers"]):
-        yield "receivers" if index == 0 else "", _receiver(receiver)
+    yield from _labelled("workers", [line for worker in status["workers"] for line in _worker(worker)])
+    yield from _labelled("receivers", list(map(_receiver, status["receivers"])))
     if seen.deaf:
         yield "events", Text(f"none come: {seen.deaf}", "yellow")
     elif not seen.events:
         yield "events", Text("none yet", "dim")
+
+
+def _labelled(label: str, lines: list[Text]) -> Iterator[tuple[str, Text]]:
+    for index, line in enumerate(lines):
+        yield label if index == 0 else "", line
 
 
 def _head(seen: Seen) -> Text:
@@ -147,11 +147,14 @@ def _head(seen: Seen) -> Text:
 def _state(status: dict[str, Any]) -> Text:
     mode = status["control"]["mode"]
     who = "the chain decides" if mode == "FOLLOWING" else "the API decides"
-    return Text.assemble((status["state"], STATE_STYLES.get(status["state"], "bold yellow")), (f"  {who}", "dim"))
+    node = "node {node_id} of {node_count}".format(**status["node"])
+    return Text.assemble(
+        (status["state"], STATE_STYLES.get(status["state"], "bold yellow")), (f"  {who}, {node}", "dim")
+    )
 
 
 def _funnel(funnel: dict[str, int]) -> Text:
-    text = Text(" → ", "dim").join(
+    text = Text(" → ").join(
         Text.assemble((f"{stage} ", "dim"), (f"{funnel[stage]:,}", "bold")) for stage in MAIN_STAGES
     )
     lost = [f"{stage} {count:,}" for stage, count in funnel.items() if stage not in MAIN_STAGES and count]
@@ -200,31 +203,32 @@ def _chain(chain: dict[str, Any], now: float) -> Text:
     return text.append(clean(f"; {chain['problem']}"), "yellow") if chain["problem"] else text
 
 
-def _worker(worker: dict[str, Any]) -> Text:
-    text = Text.assemble(f"{worker['number']} ", (worker["device"], "bold"))
+def _worker(worker: dict[str, Any]) -> list[Text]:
+    """Return a worker's line, with its card; where its model is split, a line for each further card."""
+    text = Text.assemble(f"{worker['number']} ", (worker["device"], "bold"), no_wrap=True, overflow="ellipsis")
     if worker["ready"]:
         text.append(f"  {worker['execution']}  ", "dim")
         text.append(f"{worker['computed_per_second_1m']:,.1f}", "bold").append("/s", "dim")
     else:
-        text.append(f"  {worker['stage'] or 'not ready'}", "yellow")
+        text.append(f"  {clean(worker['stage'] or 'not ready')}", "yellow")
     if worker["restarts"]:
         text.append(f"  {worker['restarts']} restarts", "yellow")
-    for card in worker["cards"]:
-        text.append(f"  {card_text(card)}")
-    return text
+    cards = list(map(card_text, worker["cards"]))
+    return [text.append(f"  {cards[0]}" if cards else ""), *(Text(f"  {card}", no_wrap=True) for card in cards[1:])]
 
 
 def card_text(card: dict[str, Any]) -> str:
-    """Return a card's name and how it is, as far as it tells."""
+    """Return how a card is, as far as it tells, and what it is called."""
     reading = card["reading"] or {}
     used, total = reading.get("memory_used"), reading.get("memory_total")
     parts = [
         (reading.get("temperature"), "{:.0f} °C"),
         (reading.get("power"), "{:.0f} W"),
-        (None if used is None or total is None else f"{used / 2**30:.1f}/{total / 2**30:.0f} GiB", "{}"),
+        (None if used is None or total is None else f"{used / 2**30:.0f}/{total / 2**30:.0f} GiB", "{}"),
         (reading.get("utilization"), "{:.0%}"),
     ]
-    return " ".join([card["name"], *(form.format(value) for value, form in parts if value is not None)])
+    told = [form.format(value) for value, form in parts if value is not None]
+    return " ".join([*told, clean(card["name"].removeprefix("NVIDIA "))])
 
 
 def _receiver(receiver: dict[str, Any]) -> Text:
@@ -253,23 +257,24 @@ def last_answer(receiver: dict[str, Any]) -> tuple[str, str]:
 
 def event_text(event: ServerEvent) -> Text:  # noqa: C901 - one case for each kind
     """Say an event in a line."""
-    data = {key: clean(str(value)) for key, value in event.data.items() if value is not None}
+    told = {key: value for key, value in event.data.items() if value is not None}
+    data = {key: clean(value) if isinstance(value, str) else value for key, value in told.items()}
     style = "yellow"
     match event.kind, data:
         case "block", {"height": height, "hash": hash_}:
-            words, style = f"block {height} {hash_[:12]}…", ""
+            words, style = f"block {height:,} {hash_[:12]}…", ""
         case "chain", {"problem": problem}:
             words = f"chain: {problem}"
         case "chain", _:
             words, style = "chain: followed again", "green"
         case "round", {"height": height, "by": by}:
-            words, style = f"round of block {height}, by the {'API' if by == 'api' else by}", "bold"
+            words, style = f"round of block {height:,}, by the {'API' if by == 'api' else by}", "bold"
         case "round", _:
             words = "no round is active"
         case "state", {"state": state}:
             words, style = f"state {state}", STATE_STYLES.get(state, "bold yellow")
         case "batch", {"nonces": nonces, "kind": kind}:
-            words, style = f"batch stored: {nonces} nonces, {kind}", ""
+            words, style = f"batch stored: {nonces:,} nonces, {kind}", ""
         case "delivery", {"receiver": receiver, "outcome": outcome}:
             words, style = f"batch to {receiver}: {outcome}", OUTCOME_STYLES.get(outcome, "red")
         case "worker", {"what": what}:
