@@ -17,6 +17,7 @@ import typer
 from pocd import __version__
 from pocd.cli_api import ConfigOption, TokenOption, UrlOption, call_api, echo
 from pocd.cli_compute import audit, calibrate, compute
+from pocd.cli_examples import add_examples
 from pocd.cli_outbox import app as outbox_app
 from pocd.cli_validate import validate
 from pocd.cli_watch import watch
@@ -225,3 +226,6 @@ def config_check(config: ConfigOption = DEFAULT_PATH) -> None:
 def config_show(config: ConfigOption = DEFAULT_PATH) -> None:
     """Print the configuration in effect, as TOML: file, environment and defaults together."""
     echo(to_toml(load(config)).rstrip("\n"))
+
+
+add_examples(app)

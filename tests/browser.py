@@ -39,12 +39,21 @@ class Tab:
     session: str
     complaints: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    loaded: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def send(self, method: str, **params: Any) -> dict[str, Any]:  # noqa: ANN401 - the protocol's
         return await self.browser.send(method, self.session, **params)
 
+    async def load(self, url: str) -> None:
+        """Go to a page, or to the same one again."""
+        self.loaded.clear()
+        await self.send("Page.navigate", url=url)
+        await asyncio.wait_for(self.loaded.wait(), PATIENCE)
+
     def heed(self, method: str, params: dict[str, Any]) -> None:
         match method:
+            case "Page.loadEventFired":
+                self.loaded.set()
             case "Log.entryAdded" if params["entry"]["level"] in {"warning", "error"}:
                 self.complaints.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
             case "Runtime.exceptionThrown":
@@ -127,7 +136,7 @@ class Browser:
         for domain in ("Page", "Runtime", "Log", "Network"):
             await tab.send(f"{domain}.enable")
         await tab.shape(width, height, dark=dark)
-        await tab.send("Page.navigate", url=url)
+        await tab.load(url)
         return tab
 
 
