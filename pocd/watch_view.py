@@ -195,10 +195,10 @@ def _round(round_: dict[str, Any]) -> Text:
 def _chain(chain: dict[str, Any], now: float) -> Text:
     if chain["height"] is None:
         return Text(clean(f"no block yet{': ' + chain['problem'] if chain['problem'] else ''}"), "yellow")
-    mined = datetime.fromisoformat(chain["block_time"]).timestamp()
+    old = max(now - datetime.fromisoformat(chain["block_time"]).timestamp(), 0)
     text = Text.assemble(
-        f"{clean(chain['chain_id'] or '–')}, height {chain['height']:,}",
-        (f", its block is {age(max(now - mined, 0))} old", "yellow" if chain["problem"] else "dim"),
+        f"{clean(chain['chain_id'] or '–')}, block {chain['height']:,} {clean(chain['hash'][:12])}…",
+        (f", {age(old)} old", "yellow" if chain["problem"] else "dim"),
     )
     return text.append(clean(f"; {chain['problem']}"), "yellow") if chain["problem"] else text
 

@@ -12,13 +12,14 @@ import time
 import tty
 from collections import deque
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
 
 from pocd.admin.client import AdminError, ServerEvent, call, events
+from pocd.cli_api import echo
 from pocd.exits import EXIT_CRASH, EndedError
 from pocd.watch_view import Sample, Seen, View
 
@@ -31,6 +32,7 @@ AGAIN_SECONDS = 2.0  # after which a stream that ended is opened again
 DRAW_SECONDS = 0.5  # between two pictures; ages go on while nothing is asked
 LONGEST = 900.0  # seconds of what was seen that are kept
 EVENTS_KEPT = 100
+EVENTS_PRINTED = 15  # where one view is printed
 QUIT = {b"q", b"Q", b"\x04"}
 
 
@@ -137,7 +139,9 @@ async def _once(viewer: Viewer, console: Console) -> None:
                 await viewer.listen()
     except AdminError as error:
         raise EndedError(EXIT_CRASH, str(error)) from error
-    console.print(View(viewer.seen()))
+    with console.capture() as captured:
+        console.print(View(replace(viewer.seen(), events=tuple(viewer.events)[-EVENTS_PRINTED:])))
+    echo(captured.get().rstrip("\n"))
 
 
 async def _live(viewer: Viewer, console: Console, interval: float) -> None:

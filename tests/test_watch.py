@@ -75,7 +75,7 @@ def test_a_healthy_daemon_at_a_glance() -> None:
         "849.2/s in 1 min, 846.8/s in 15 min  ████████████ 60 s",
         "9.92% of 52,224 (99%: 9.59–10.27%), 10.03% expected",
         "block 4,100,040 9F2E5C7A1B3D…  poc2 on Qwen/Qwen3-0.6B",
-        "gonka-mainnet, height 4,100,047, its block is ",
+        "gonka-mainnet, block 4,100,047 776655443322…, ",
         "0 cuda:0  captured  424.9/s  61 °C 403 W 31/80 GiB 99% H100 80GB HBM3",
         "1 cuda:1  captured  424.3/s  62 °C",
         "main  delivered 1,204, waiting 0  accepts",
