@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from browser import browsing, needs_chromium
-from processes import Chain, config, running
+from processes import PATIENCE, Chain, config, running
 from test_outbox_api import Moody
 from watched import Watched, receiver, sample, troubled
 
@@ -130,6 +131,12 @@ async def test_it_fits_a_phone_and_reads_well_by_day_and_night(monkeypatch: pyte
         low, high = wilson_interval(body["round"]["valid"], body["round"]["checked"])
         assert f"99% interval {percent(low)} to {percent(high)}; the expected rate is outside" in text
         assert tab.complaints == []
+        assert watched.events.listeners == 1
+        await tab.value("Object.defineProperty(document, 'hidden', {get: () => true})")
+        await tab.value("document.dispatchEvent(new Event('visibilitychange')) && null")
+        async with asyncio.timeout(PATIENCE):
+            while watched.events.listeners:  # noqa: ASYNC110 - it wakes nobody; where nobody looks, nobody listens
+                await asyncio.sleep(0.05)
 
 
 @needs_chromium

@@ -29,6 +29,7 @@ from pocd.admin.client import AdminError, ServerEvent, events
 from pocd.admin.report import as_text
 from pocd.exits import EXIT_CRASH, EXIT_OK
 from pocd.watch_view import Sample, Seen, View, seen_rates, sparkline, wilson_interval
+from pocd.watching import Viewer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -211,7 +212,29 @@ async def test_a_stream_without_its_token_is_refused(monkeypatch: pytest.MonkeyP
         watched.block(1)
         with pytest.raises(AdminError, match="Authorization"):
             await first(1, watched.url, latest=1)
-        assert len(await first(1, watched.url, latest=1, token="correct-horse")) == 1
+        assert len(await first(1, watched.url, latest=9, token="correct-horse")) == 1
+
+
+async def test_a_viewer_that_listens_again_gets_what_it_missed_and_nothing_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def until_seen(count: int) -> None:
+        listening = asyncio.create_task(viewer.listen())
+        async with asyncio.timeout(PATIENCE):
+            while len(viewer.events) < count:  # noqa: ASYNC110 - what is waited for tells nobody
+                await asyncio.sleep(0.01)
+        listening.cancel()
+        await asyncio.gather(listening, return_exceptions=True)
+
+    async with Watched(sample()).served(monkeypatch) as watched:
+        viewer = Viewer(watched.url, None)
+        for height in (1, 2):
+            watched.block(height)
+        await until_seen(2)
+        for height in (3, 4):
+            watched.block(height)
+        await until_seen(4)
+        assert [event.data["height"] for event in viewer.events] == [1, 2, 3, 4]
 
 
 # On a terminal.
