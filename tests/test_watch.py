@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from processes import PATIENCE
 from rich.cells import cell_len
 from rich.console import Console
+from rich.segment import Segment
 from scipy.stats import binomtest
 from watched import Watched, receiver, sample, troubled
 
@@ -59,7 +60,7 @@ def drawn(what: Seen, width: int = 80, height: int | None = None) -> list[str]:
     options = (
         console.options.update(width=width) if height is None else console.options.update_dimensions(width, height)
     )
-    lines = console.render_lines(View(what), options, pad=False)
+    lines = Segment.split_lines(console.render(View(what), options))
     return ["".join(segment.text for segment in line).rstrip() for line in lines]
 
 
@@ -212,7 +213,8 @@ async def test_a_stream_without_its_token_is_refused(monkeypatch: pytest.MonkeyP
         watched.block(1)
         with pytest.raises(AdminError, match="Authorization"):
             await first(1, watched.url, latest=1)
-        assert len(await first(1, watched.url, latest=9, token="correct-horse")) == 1
+        (event,) = await first(1, watched.url, latest=9, token="correct-horse")
+        assert (event.kind, event.data["height"]) == ("block", 1)
 
 
 async def test_a_viewer_that_listens_again_gets_what_it_missed_and_nothing_twice(
@@ -256,8 +258,8 @@ class Terminal:
         except OSError:  # EIO: the other end is closed
             asyncio.get_running_loop().remove_reader(self.screen)
 
-    async def until(self, *parts: str) -> None:
-        """Wait until each part has been shown since the last call."""
+    async def until(self, *parts: str) -> str:
+        """Wait until each part has been shown since the last call, and return all that has been."""
         try:
             async with asyncio.timeout(PATIENCE):
                 while not all(part in ESCAPES.sub("", self.text) for part in parts):
@@ -265,7 +267,8 @@ class Terminal:
                     await asyncio.sleep(0.02)
         except TimeoutError:
             raise AssertionError(f"never {parts} in {ESCAPES.sub('', self.text)[-4000:]}") from None
-        self.text = ""
+        shown, self.text = ESCAPES.sub("", self.text), ""
+        return shown
 
     async def ends(self) -> int:
         return await asyncio.wait_for(self.process.wait(), PATIENCE)
@@ -315,6 +318,7 @@ async def test_it_follows_a_daemon_through_its_end_and_return(monkeypatch: pytes
                 await terminal.until("ALARM", "loading the model")
                 reborn.block(77)
                 await terminal.until("block 77 0000")
+                assert "(trying again)" not in await terminal.until("GENERATING")
                 os.write(terminal.screen, b"xq")
                 assert await terminal.ends() == EXIT_OK
             assert termios.tcgetattr(terminal.screen)[3] == before[3] | termios.ECHO | termios.ICANON
