@@ -207,7 +207,7 @@ def _worker(worker: dict[str, Any]) -> list[Text]:
     """Return a worker's line, with its card; where its model is split, a line for each further card."""
     text = Text.assemble(f"{worker['number']} ", (worker["device"], "bold"), no_wrap=True, overflow="ellipsis")
     if worker["ready"]:
-        text.append(f"  {worker['execution']}  ", "dim")
+        text.append(f"  {worker['execution'] or ''}  ", "dim")
         text.append(f"{worker['computed_per_second_1m']:,.1f}", "bold").append("/s", "dim")
     else:
         text.append(f"  {clean(worker['stage'] or 'not ready')}", "yellow")
