@@ -18,8 +18,10 @@ from pocd import __version__
 from pocd.cli_api import ConfigOption, TokenOption, UrlOption, call_api, echo
 from pocd.cli_check import check
 from pocd.cli_compute import audit, calibrate, compute
+from pocd.cli_examples import add_examples
 from pocd.cli_outbox import app as outbox_app
 from pocd.cli_validate import validate
+from pocd.cli_watch import watch
 from pocd.exits import EXIT_CONFIG, EXIT_CRASH, EndedError
 from pocd.settings import DEFAULT_PATH, ConfigError, check_model, load, to_toml
 
@@ -28,11 +30,11 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
 app.add_typer(config_app, name="config")
 app.add_typer(outbox_app, name="outbox")
-for command in (check, compute, calibrate, audit, validate):
+for command in (check, watch, compute, calibrate, audit, validate):
     app.command()(command)
 
 HostOption = Annotated[str, typer.Option(help="Address to listen on.")]
@@ -57,7 +59,7 @@ def main() -> None:
     """Run the command line; every failure is one line on standard error and an exit status."""
     debug = "--debug" in sys.argv[1:2]
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="pocd", standalone_mode=False)
     except typer.TyperException as error:
         code = _fail(2, error.format_message())
     except (typer.Abort, KeyboardInterrupt):
@@ -226,3 +228,6 @@ def config_check(config: ConfigOption = DEFAULT_PATH) -> None:
 def config_show(config: ConfigOption = DEFAULT_PATH) -> None:
     """Print the configuration in effect, as TOML: file, environment and defaults together."""
     echo(to_toml(load(config)).rstrip("\n"))
+
+
+add_examples(app)

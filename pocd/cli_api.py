@@ -31,6 +31,22 @@ def echo(text: str) -> None:
         raise typer.Exit from None
 
 
+def address(config: Path, url: str | None, token_file: Path | None) -> tuple[str, str | None]:
+    """Return the API's address, and its token where one is known: as given, or else as configured.
+
+    Raises:
+        ConfigError: The configuration or the token cannot be read.
+    """
+    from pocd.composing import read_token
+
+    if url is None and config.exists():
+        admin = load(config).admin
+        host = f"[{admin.host}]" if ":" in admin.host else admin.host
+        url = f"unix://{admin.socket}" if admin.socket else f"http://{host}:{admin.port}"
+        token_file = token_file or admin.token_file
+    return url or "http://127.0.0.1:8460", read_token(token_file)
+
+
 def call_api(
     method: str,
     path: str,
@@ -59,14 +75,8 @@ def call_api(
         EndedError: The daemon cannot be reached, or refuses.
     """
     from pocd.admin.client import AdminError, call
-    from pocd.composing import read_token
 
-    if url is None and config.exists():
-        admin = load(config).admin
-        host = f"[{admin.host}]" if ":" in admin.host else admin.host
-        url = f"unix://{admin.socket}" if admin.socket else f"http://{host}:{admin.port}"
-        token_file = token_file or admin.token_file
-    target, token = url or "http://127.0.0.1:8460", read_token(token_file)
+    target, token = address(config, url, token_file)
     try:
         return asyncio.run(call(target, method, path, token=token, query=query, body=body))
     except AdminError as error:

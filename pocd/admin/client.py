@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import errno
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import orjson
 
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+
 TIMEOUT = aiohttp.ClientTimeout(total=40, connect=3)  # above what the daemon allows its store
+STREAM_TIMEOUT = aiohttp.ClientTimeout(total=None, connect=3, sock_read=40)  # the daemon says something every 15 s
+EVENTS = "/api/v1/pow/events"
 
 
 class AdminError(Exception):
@@ -22,6 +29,21 @@ class AdminError(Exception):
     def __init__(self, message: str, status: int | None = None) -> None:
         super().__init__(message)
         self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class ServerEvent:
+    """One event of the daemon.
+
+    Attributes:
+        id: To go on behind.
+        kind: As pocd.observe.events says, or `dropped`: the stream has ended, and goes on behind `id`.
+        data: What the kind says; `time` in seconds since the epoch, but of `dropped`.
+    """
+
+    id: str
+    kind: str
+    data: dict[str, Any]
 
 
 async def call(
@@ -47,26 +69,79 @@ async def call(
         AdminError: Nothing answers there, or the answer is an error.
     """
     raw = body if isinstance(body, bytes | None) else orjson.dumps(body)
+    async with (
+        _session(url, token, TIMEOUT) as (session, base),
+        session.request(
+            method,
+            base + path,
+            params=query,
+            data=None if raw is None else BytesIO(raw),  # a stream, as aiohttp warns of large bytes
+        ) as response,
+    ):
+        answer = _checked(url, response.status, orjson.loads(await response.read()))
+        if not isinstance(answer, dict):
+            raise AdminError(f"{url} is not pocd's admin API")
+        return answer
+
+
+async def events(
+    url: str, *, token: str | None = None, last_id: str | None = None, latest: int = 0
+) -> AsyncGenerator[ServerEvent, None]:
+    """Yield the daemon's events as they happen, until it ends the stream.
+
+    Args:
+        url: As of `call`, and so is `token`.
+        token: See there.
+        last_id: Go on behind this event.
+        latest: Without `last_id`, begin with so many that have happened.
+
+    Raises:
+        AdminError: As of `call`; also when the daemon falls silent.
+    """
+    headers = {"Last-Event-ID": last_id} if last_id else {}
+    query = {"latest": str(latest)} if latest and not last_id else {}
+    async with (
+        _session(url, token, STREAM_TIMEOUT) as (session, base),
+        session.get(base + EVENTS, headers=headers, params=query) as response,
+    ):
+        if response.status >= 400:
+            _checked(url, response.status, orjson.loads(await response.read()))
+        fields: dict[str, str] = {}
+        async for line in response.content:
+            name, _, value = line.decode().rstrip("\n").partition(": ")
+            if name:
+                fields[name] = value
+                continue
+            if "data" in fields:
+                yield ServerEvent(fields["id"], fields["event"], orjson.loads(fields["data"]))
+            fields = {}
+
+
+@asynccontextmanager
+async def _session(
+    url: str, token: str | None, limits: aiohttp.ClientTimeout
+) -> AsyncIterator[tuple[aiohttp.ClientSession, str]]:
+    """Give a session to call the API with, and what its paths are appended to."""
     is_socket = url.startswith("unix://")
     connector = aiohttp.UnixConnector(url.removeprefix("unix://")) if is_socket else None
-    base = "http://localhost" if is_socket else url.rstrip("/")
     headers = {"Authorization": f"Bearer {token}"} if token else {}
+    with _told(url, is_socket=is_socket):
+        async with aiohttp.ClientSession(connector=connector, timeout=limits, headers=headers) as session:
+            yield session, "http://localhost" if is_socket else url.rstrip("/")
+
+
+def _checked(url: str, status: int, answer: Any) -> Any:  # noqa: ANN401 - whatever JSON has
+    """Return an answer that is no error."""
+    if status >= 400:
+        raise AdminError(f"{url} refused: {answer['error']['message']}", status)
+    return answer
+
+
+@contextmanager
+def _told(url: str, *, is_socket: bool) -> Iterator[None]:
+    """Say for people what goes wrong with a call."""
     try:
-        async with (
-            aiohttp.ClientSession(connector=connector, timeout=TIMEOUT, headers=headers) as session,
-            session.request(
-                method,
-                base + path,
-                params=query,
-                data=None if raw is None else BytesIO(raw),  # a stream, as aiohttp warns of large bytes
-            ) as response,
-        ):
-            answer = orjson.loads(await response.read())
-            if response.status >= 400:
-                raise AdminError(f"{url} refused: {answer['error']['message']}", response.status)
-            if not isinstance(answer, dict):
-                raise AdminError(f"{url} is not pocd's admin API")
-            return answer
+        yield
     except TimeoutError:
         raise AdminError(f"{url} does not answer; is the daemon overloaded?") from None
     except aiohttp.ClientConnectionError as error:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from pocd.admin.operations import Media, Operation
 from pocd.admin.parsing import Input, parse_query
-from pocd.observe.events import Event, Events, Missed
+from pocd.observe.events import RING, Event, Events, Missed
 from pocd.serving import RefusalError, json_answer
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ class EventsQuery(Input):
 
     last_event_id: Annotated[str, Field(pattern=EVENT_ID)] | None = Field(
         default=None, description="Go on behind this event. The header `Last-Event-ID` says the same and wins."
+    )
+    latest: int = Field(
+        default=0, ge=0, le=RING, description="Without either, begin with so many that have happened already."
     )
 
 
@@ -97,9 +100,10 @@ class EventsApi:
 
     def _cursor(self, request: web.Request) -> int | None:
         """Return where to begin; None when the id that was given is not one of this process's."""
-        given = request.headers.get("Last-Event-ID") or parse_query(request, EventsQuery).last_event_id
+        query = parse_query(request, EventsQuery)
+        given = request.headers.get("Last-Event-ID") or query.last_event_id
         if given is None:
-            return self._events.newest
+            return max(self._events.newest - query.latest, self._events.gone)
         if not re.match(EVENT_ID, given):
             raise RefusalError(400, "invalid_request", "Last-Event-ID: has to be the id of an event", "last_event_id")
         life, _, number = given.partition("-")

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     from pocd.settings import AdminSettings
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/docs", "/openapi.json"})  # for probes and readers, who have no token
+OPEN_PATHS = frozenset(
+    {"/", "/healthz", "/readyz", "/docs", "/openapi.json"}
+)  # for probes and readers, who have no token
 READS = frozenset({"GET", "HEAD"})
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]*)?", re.ASCII)  # RFC 9110 section 7.2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import orjson
@@ -50,6 +51,16 @@ def age(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def local_time(seconds: float, form: str = "%H:%M:%S") -> str:
+    """Return a time, in seconds since the epoch, as the reader's clock shows it; data stay in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).astimezone().strftime(form)
+
+
+def clean(text: str) -> str:
+    """Return what others wrote, so that a terminal takes it for text."""
+    return "".join(each if each.isprintable() else "�" for each in text)
 
 
 def outbox_as_text(body: dict[str, Any]) -> str:
@@ -137,9 +148,16 @@ def verdict_as_text(body: dict[str, Any]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return what a stranger wrote, so that a terminal takes it for text."""
-    shown = "".join(each if each.isprintable() else "�" for each in text[:64])
-    return f"{shown}…" if len(text) > 64 else shown
+    """Return what a stranger wrote, and no more of it than fits a line."""
+    return f"{clean(text[:64])}…" if len(text) > 64 else clean(text)
+
+
+def _block_time(chain: dict[str, Any]) -> str:
+    if chain["block_time"] is None:
+        return ""
+    return (
+        f", its block of {local_time(datetime.fromisoformat(chain['block_time']).timestamp(), '%Y-%m-%d %H:%M:%S %Z')}"
+    )
 
 
 def as_text(body: dict[str, Any]) -> str:
@@ -148,7 +166,7 @@ def as_text(body: dict[str, Any]) -> str:
     mode = body["control"]["mode"]
     rows = [
         ("state", body["state"] if mode in {"FOLLOWING", body["state"]} else f"{body['state']}, mode {mode}"),
-        ("chain", f"{chain['chain_id'] or '–'}, height {chain['height'] or '–'}"),
+        ("chain", f"{chain['chain_id'] or '–'}, height {chain['height'] or '–'}{_block_time(chain)}"),
     ]
     if round_:
         block = f"block {round_['block_height']} {round_['block_hash'][:16]}…"

@@ -12,6 +12,7 @@ from pocd.admin.docs import DocsApi
 from pocd.admin.events import EventsApi
 from pocd.admin.operations import METHODS, Media, Operation, limit_bodies, routes
 from pocd.admin.outbox import OutboxApi
+from pocd.admin.page import OPERATION as PAGE
 from pocd.admin.pow import PowApi
 from pocd.delivery.store import StoreUnavailableError
 from pocd.observe import metrics
@@ -70,6 +71,7 @@ class AdminApi:
         """Return the table's part for the daemon itself."""
         metrics = {200: Media(CONTENT_TYPE_LATEST, "The metrics.")}
         return [
+            PAGE,
             Operation("POST", "/shutdown", self.shutdown, "daemon", answers={202: answers.Stopping}),
             Operation("GET", "/healthz", self.healthz, "daemon", answers={200: answers.Alive}),
             Operation(

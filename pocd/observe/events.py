@@ -71,6 +71,11 @@ class Events:
         self.newest = 0
         self.listeners = 0
 
+    @property
+    def gone(self) -> int:
+        """The id of the latest event that is not kept any more; 0 while all are."""
+        return self.newest - len(self._ring)
+
     def publish(self, kind: Kind, /, **data: Any) -> None:  # noqa: ANN401 - whatever JSON has
         """Append an event and wake who listens."""
         self.newest += 1
@@ -85,7 +90,6 @@ class Events:
         """
         while cursor >= self.newest:
             await self._news.wait()
-        gone = self.newest - len(self._ring)
-        if cursor < gone:
-            return Missed(gone - cursor)
+        if cursor < self.gone:
+            return Missed(self.gone - cursor)
         return [event for event in self._ring if event.id > cursor]
