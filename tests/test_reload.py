@@ -218,15 +218,17 @@ async def test_a_first_receiver_gets_what_was_found_before_it_came(tmp_path: Pat
     async with Chain().served() as chain, serving() as server, manager.listening():
         path = config(tmp_path, chain.url, {})
         async with running(path, NOTIFY_SOCKET=manager.address) as daemon:
-            await call(daemon.url, "POST", "/api/v1/pow/stop")  # so that no other proof calls for a batch
-            await daemon.until(lambda body: body["round"])  # nor another round
+            # The manager is told of no reload before READY=1, which a reload must not say for the model.
+            assert (await reload(daemon))["applied"] == []
+            assert manager.reloads()[:1] != ["RELOADING=1"]
+            # Nothing but the reload calls for a batch: no other proof, no other round, no worker that came.
+            await call(daemon.url, "POST", "/api/v1/pow/stop")
+            await daemon.until(lambda body: body["round"] and body["is_model_initialized"])
             path.write_text(path.read_text().replace("receivers = []", f"receivers = {receiver(server.url)}"))
             line = await reload(daemon)
             assert (line["level"], line["applied"], line["added"]) == ("info", ["delivery.receivers"], ["one"])
             (request,) = await server.take(1)
             assert orjson.loads(request.body)["nonces"] == [0]
-            # The manager is told of no reload before READY=1, which a reload must not say for the model.
-            assert manager.reloads()[:1] != ["RELOADING=1"]
             assert await daemon.end() == 0
 
 
