@@ -57,6 +57,7 @@ class Stage:
         self.environment = environment
         self.config = prefix / "etc" / "pocd" / "pocd.toml"
         self.pocd = prefix / "opt" / "pocd" / "bin" / "pocd"
+        self.shortcut = prefix / "usr" / "local" / "bin" / "pocd"
 
     def run(self, script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         command = [ROOT / "scripts" / script, "--prefix", self.prefix, *arguments]
@@ -101,6 +102,7 @@ def test_an_install_is_complete(stage: Stage) -> None:
         assert installed.read_text() == (ROOT / "systemd" / unit).read_text()
         assert not installed.with_name(f"{unit}.d").exists()
     assert (stage.prefix / "etc" / "sysusers.d" / "pocd.conf").exists()
+    assert stage.shortcut.readlink() == stage.pocd
     # Secrets are not for everybody; the program is for the service's user, whatever root's umask.
     assert [stage.mode(path) for path in ("etc/pocd", "etc/pocd/pocd.toml", "var/lib/pocd")] == [0o750, 0o640, 0o750]
     assert all(stage.mode(f"opt/pocd/{path}") == 0o755 for path in ("", "bin", "releases"))
@@ -109,7 +111,7 @@ def test_an_install_is_complete(stage: Stage) -> None:
 
 def test_what_is_installed_computes_in_an_empty_directory(stage: Stage, tmp_path: Path) -> None:
     def pocd(*arguments: str) -> str:
-        command = [str(stage.pocd), *arguments]
+        command = [str(stage.shortcut), *arguments]
         return subprocess.check_output(command, env=stage.environment, cwd=tmp_path, text=True)
 
     assert "Usage: pocd" in pocd("--help")
