@@ -22,12 +22,14 @@ from pocd.worker.messages import Load
 from pocd.worker.placement import NoDeviceError, place
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import aiohttp
     from structlog.typing import FilteringBoundLogger
 
     from pocd.chain.source import ChainSource
     from pocd.delivery.outbox_thread import OutboxThread
-    from pocd.settings import Settings
+    from pocd.settings import ChainSettings, Settings
 
 CONFIRMATIONS = 12  # of an EVM chain, where the configuration names none
 KNOWN_ROUNDS = 256  # whose block hashes are held against what nodes say after a restart
@@ -80,15 +82,11 @@ async def make_chain(
             f"chain.id is {chain.id}, but the store {settings.store.path} belongs to chain {known.chain_id}; "
             "another chain needs another store.path"
         )
-    confirmations = CONFIRMATIONS if chain.confirmations is None else chain.confirmations
     attempts = 1 if len(sessions) > 1 else 3  # with several nodes the next one is the second attempt
-    sources: list[ChainSource] = [
-        EVM(rpc, confirmations=confirmations) if chain.kind == "evm" else CometBFT(rpc)
-        for rpc in (Rpc(session, url, attempts=attempts) for session, url in zip(sessions, chain.urls, strict=True))
-    ]
+    nodes = [Rpc(session, url, attempts=attempts) for session, url in zip(sessions, chain.urls, strict=True)]
     rounds = await outbox(Outbox.recent_rounds, KNOWN_ROUNDS)
     return Failover(
-        sources,
+        make_sources(chain, nodes),
         chain_id=known.chain_id if known else chain.id,
         hashes={round_.block_height: round_.block_hash for round_ in rounds},
         highest=known.height if known else None,
@@ -96,6 +94,20 @@ async def make_chain(
         wall=SYSTEM.wall,
         log=log,
     )
+
+
+def make_sources(chain: ChainSettings, nodes: Sequence[Rpc]) -> list[ChainSource]:
+    """Return nodes as what the chain's kind makes of them."""
+    if chain.kind == "evm":
+        return [EVM(node, confirmations=confirmations(chain)) for node in nodes]
+    return [CometBFT(node) for node in nodes]
+
+
+def confirmations(chain: ChainSettings) -> int:
+    """Return how many blocks the head is behind the newest one."""
+    if chain.kind != "evm":
+        return 0
+    return CONFIRMATIONS if chain.confirmations is None else chain.confirmations
 
 
 def make_loads(settings: Settings) -> list[Load]:

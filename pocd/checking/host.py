@@ -10,8 +10,6 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from pocd.calling import open_session
-from pocd.chain.cometbft import CometBFT
-from pocd.chain.evm import EVM
 from pocd.chain.rpc import Rpc
 from pocd.checking import api, chain, devices, files, model, store
 from pocd.checking.finding import Finding, bounded, green, in_thread, red, yellow
@@ -19,7 +17,7 @@ from pocd.checking.model import Place
 from pocd.checking.probe import Probe, probe
 from pocd.checking.receivers import check_receiver
 from pocd.clock import SYSTEM, Clock
-from pocd.composing import CONFIRMATIONS
+from pocd.composing import confirmations, make_sources
 from pocd.daemon import CHAIN_TIMEOUT
 from pocd.delivery.dispatcher import Receiver
 from pocd.delivery.signing import SecretError, WebhookKeys
@@ -30,7 +28,6 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable
     from pathlib import Path
 
-    from pocd.chain.source import ChainSource
     from pocd.settings import ReceiverSettings, Settings
 
 T = TypeVar("T")
@@ -161,19 +158,13 @@ async def _chain(held: asyncio.Task[int | None], settings: Settings, clock: Cloc
     wanted = chain.expected(configured.id, known)
     if isinstance(wanted, Finding):
         return [wanted]
-    confirmations = CONFIRMATIONS if configured.confirmations is None else configured.confirmations
-    evm = configured.kind == "evm"
     async with contextlib.AsyncExitStack() as stack:
         sessions = [await stack.enter_async_context(open_session(CHAIN_TIMEOUT)) for _ in configured.urls]
         nodes = [
             Rpc(session, url, attempts=1, timeout=limit) for session, url in zip(sessions, configured.urls, strict=True)
         ]
-        sources: list[ChainSource] = [
-            EVM(node, confirmations=confirmations) if evm else CometBFT(node) for node in nodes
-        ]
-        return await chain.check_chain(
-            sources, wanted, confirmations=confirmations if evm else 0, wall=clock.wall, limit=limit
-        )
+        sources, behind = make_sources(configured, nodes), confirmations(configured)
+        return await chain.check_chain(sources, wanted, confirmations=behind, wall=clock.wall, limit=limit)
 
 
 async def _receiver(configured: ReceiverSettings, clock: Clock, limit: float) -> list[Finding]:
