@@ -377,7 +377,7 @@ def main() -> None:
         console.print(line)
         if row.profile is not None:
             parts = ", ".join(f"{group} {share:.1%}" for group, share in row.profile.items())
-            console.print(f"  {row.path if device.type == 'cuda' else 'eager'}: {parts}")
+            console.print(f"  {row.path}: {parts}")
     if more:
         console.print(table("how cost grows", more))
 

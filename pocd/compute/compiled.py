@@ -65,7 +65,7 @@ class Compiled:
         self._join = JOIN[run.scheme.layer_step]
         self._all_positions = run.scheme.reads == "segments"
         self._decoder = replace(decoder, layer=_compile(decoder.layer))
-        self._measure = _compile(functools.partial(stages.measure_states, scheme=run.scheme))
+        self.measure = _compile(functools.partial(stages.measure_states, scheme=run.scheme))
         # One kernel on a GPU; on the CPU the compiler's logarithms and sines are slower than torch's own.
         self.fill = _compile(_fill) if model.device.type == "cuda" else _fill
         self.new_inputs = functools.partial(
@@ -85,8 +85,11 @@ class Compiled:
 
     def decode(self, inputs: torch.Tensor, seeds: torch.Tensor, block: Block) -> torch.Tensor:
         """Compute distances [B] from inputs [B, S, H]; all on the device."""
-        states = self._decoder(inputs, self._join, block.vectors, all_positions=self._all_positions)
-        return self._measure(states, seeds, block)
+        return self.measure(self.run_layers(inputs, block), seeds, block)
+
+    def run_layers(self, inputs: torch.Tensor, block: Block) -> torch.Tensor:
+        """Compute what the decoder gives of inputs: the last position [B, H], or all [B, S, H]."""
+        return self._decoder(inputs, self._join, block.vectors, all_positions=self._all_positions)
 
 
 def _compile(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
