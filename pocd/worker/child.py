@@ -150,7 +150,8 @@ def prepare(link: Link, load: Load) -> tuple[Model, int]:
     """Load the model and test it; returns it, and the batch size that fits. The leading rank reports that."""
     tempfile.gettempdir()  # torch needs one; a full disk has none: a crash, to be tried again, not the model's fault
     if load.device != "cpu":
-        card = torch.cuda.get_device_properties(pick_device(load.device))
+        torch.cuda.set_device(pick_device(load.device))  # else pinned memory would take some of the first card's
+        card = torch.cuda.get_device_properties(torch.cuda.current_device())
         link.send(Card(card.name, f"GPU-{card.uuid}"))
     link.send(Stage("computing known distances"))
     check_known(load_model(read_known()["model"], dtype=load.dtype, device=load.device), load)
