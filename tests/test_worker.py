@@ -32,7 +32,7 @@ from pocd.miner import Miner
 from pocd.nonces import Node, Progress
 from pocd.observe.events import Events
 from pocd.proof import Round
-from pocd.worker import messages
+from pocd.worker import messages, processes
 from pocd.worker.failures import Cause, WorkerRefusedError
 from pocd.worker.messages import BatchSize, Cancel, Cancelled, Compute, Load, Message, Ready, Recompute
 from pocd.worker.pool import Pool
@@ -475,3 +475,12 @@ def test_a_rank_that_was_killed_is_told_rather_than_what_the_others_say_of_it(tm
         ended = Ended("worker process 7, rank 1 of 2, was killed by signal 9", by_signal=True)
         error = pool.workers[0]._failure(FailedError("fault", "connection closed by peer"), ended)
         assert (error.cause, str(error)) == (Cause.CRASH, ended.text)
+
+
+async def test_a_process_that_its_driver_holds_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process here can be made so; the kernel gives a GPU's one no end while its driver hangs."""
+    monkeypatch.setattr(processes, "KILL_SECONDS", 0.0)
+    held = SimpleNamespace(pid=7, returncode=None, kill=lambda: None, wait=asyncio.Event().wait)
+    rank = cast("Any", SimpleNamespace(process=held, link=SimpleNamespace(close=lambda: None)))
+    ended = await processes.Processes([rank], None).end(0.0)
+    assert ended == Ended("worker process 7 does not end even when it is killed: its driver holds it (nvidia-smi)")

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from pocd.worker.messages import FailureKind, Load
 
 
+KILL_SECONDS = 30.0  # for the kernel to end what was killed; a driver that hangs can keep it from that
+
+
 class FailedError(Exception):
     """A process says that it cannot go on."""
 
@@ -149,8 +152,13 @@ class Processes:
                     rank.process.kill()
             if self._meeting:
                 self._meeting.cleanup()
-        for rank in self._ranks:
-            await rank.process.wait()
+        try:
+            async with asyncio.timeout(KILL_SECONDS):
+                for rank in self._ranks:
+                    await rank.process.wait()
+        except TimeoutError:
+            stuck = next(number for number, rank in enumerate(self._ranks) if rank.process.returncode is None)
+            return Ended(f"{self._name(stuck)} does not end even when it is killed: its driver holds it (nvidia-smi)")
         # A signal before a failure before a good end: the others end because that one did.
         by_itself = [(code >= 0, code == 0, number) for code, number in ended if code is not None]
         return self._ended(min(by_itself)[2]) if by_itself else Ended(f"{self._name(0)} was killed, as it did not end")
