@@ -6,7 +6,7 @@ import os
 import resource
 
 # Tests run beside worker processes: threads that wait have to sleep, not to spin on a core that another one needs.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as pocd.compute.threads
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as pocd.process
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # Tests that hold a thousand connections open are at both ends of them.

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from pocd.phases import Mode, State
-from pocd.worker.failures import Cause
+from pocd.mining.phases import Mode, State
+from pocd.pool.causes import Cause
 
 
 class Round(BaseModel):

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from pocd.admin.openapi import COMPONENTS, document
 from pocd.admin.operations import Media, Operation
-from pocd.serving import json_answer
+from pocd.http.server import json_answer
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable

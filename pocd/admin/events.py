@@ -12,9 +12,9 @@ from aiohttp import web
 from pydantic import Field
 
 from pocd.admin.operations import Media, Operation
-from pocd.admin.parsing import Input, parse_query
+from pocd.http.parsing import Input, parse_query
+from pocd.http.server import RefusalError, json_answer
 from pocd.observe.events import RING, Event, Events, Missed
-from pocd.serving import RefusalError, json_answer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

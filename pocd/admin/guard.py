@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from pocd.serving import RefusalError
-from pocd.settings import LOOPBACK_HOSTS
+from pocd.config.settings import LOOPBACK_HOSTS
+from pocd.http.server import RefusalError
 
 if TYPE_CHECKING:
     from collections.abc import Container
 
     from aiohttp.typedefs import Handler, Middleware
 
-    from pocd.settings import AdminSettings
+    from pocd.config.settings import AdminSettings
 
 OPEN_PATHS = frozenset(
     {"/", "/healthz", "/readyz", "/docs", "/openapi.json"}

@@ -14,11 +14,11 @@ from pydantic import ConfigDict, Field, model_validator
 
 from pocd.admin import answers
 from pocd.admin.operations import Operation
-from pocd.admin.parsing import Input, parse_body, parse_query
 from pocd.admin.status import receiver_views
-from pocd.delivery import deliveries, letters
-from pocd.delivery.letters import Purgeable, Selection, SetAside, State
-from pocd.serving import RefusalError, json_answer
+from pocd.http.parsing import Input, parse_body, parse_query
+from pocd.http.server import RefusalError, json_answer
+from pocd.store import deliveries, letters
+from pocd.store.letters import Purgeable, Selection, SetAside, State
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,23 +11,23 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from pocd.admin import answers, status
 from pocd.admin.operations import Operation
-from pocd.admin.parsing import Input, parse_body, parse_query
-from pocd.claim import LARGEST_CLAIM, MOST_NONCES, Claim
-from pocd.compute.names import default_tolerance
-from pocd.compute.schemes import SCHEMES
-from pocd.control import Asked, NoRoundError
 from pocd.delivery.dispatchers import CallbackError
-from pocd.nonces import Node
-from pocd.phases import Call
-from pocd.proof import FRAUD_THRESHOLD, Round
-from pocd.serving import RefusalError, json_answer
-from pocd.validation import MismatchError, Terms, check, sampled
-from pocd.validator import QueueFullError, Request
+from pocd.http.parsing import Input, parse_body, parse_query
+from pocd.http.server import RefusalError, json_answer
+from pocd.mining.control import Asked, NoRoundError
+from pocd.mining.phases import Call
+from pocd.protocol.names import default_tolerance
+from pocd.protocol.nonces import Node
+from pocd.protocol.proof import FRAUD_THRESHOLD, Round
+from pocd.protocol.schemes import SCHEMES
+from pocd.validation.claim import LARGEST_CLAIM, MOST_NONCES, Claim
+from pocd.validation.queue import QueueFullError, Request
+from pocd.validation.verdict import MismatchError, Terms, check, sampled
 
 if TYPE_CHECKING:
     from pocd.admin.operations import Answer
     from pocd.admin.status import Parts
-    from pocd.delivery.validations import Validation
+    from pocd.store.validations import Validation
 
 STORE_SECONDS = 30.0  # for what one call wants from the store; a hung disk must not keep callers
 WAIT_SECONDS = 30.0  # that a call waits for a verdict, below what clients and proxies wait; then it gets an id

@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from pocd.admin import answers, guard, status
+from pocd.admin import answers, guard, metrics, status
 from pocd.admin.docs import DocsApi
 from pocd.admin.events import EventsApi
 from pocd.admin.operations import METHODS, Media, Operation, limit_bodies, routes
 from pocd.admin.outbox import OutboxApi
 from pocd.admin.page import OPERATION as PAGE
 from pocd.admin.pow import PowApi
-from pocd.delivery.store import StoreUnavailableError
-from pocd.observe import metrics
-from pocd.serving import RefusalError, errors_as_json, json_answer
+from pocd.http.server import RefusalError, errors_as_json, json_answer
+from pocd.store.opening import StoreUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,30 +7,30 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from pocd import __version__
-from pocd.delivery.outbox import Queue, ReceiverState, Totals
+from pocd.mining.phases import Mode, state_of
 from pocd.observe.mask import mask_url
-from pocd.phases import Mode, state_of
-from pocd.worker.failures import Cause
+from pocd.pool.causes import Cause
+from pocd.store.outbox import Queue, ReceiverState, Totals
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
-    from pocd.chain.follower import ChainHealth
     from pocd.clock import Clock
-    from pocd.control import Control
+    from pocd.config.settings import Settings
     from pocd.delivery.dispatcher import Dispatcher
     from pocd.delivery.dispatchers import Dispatchers
-    from pocd.delivery.outbox_thread import OutboxThread
-    from pocd.miner import Miner, Mining
-    from pocd.observe.cards import Cards, Reading
+    from pocd.mining.control import Control
+    from pocd.mining.follower import ChainHealth
+    from pocd.mining.miner import Miner, Mining
+    from pocd.mining.phases import State
     from pocd.observe.events import Events
-    from pocd.phases import State
-    from pocd.proof import Round
-    from pocd.settings import Settings
-    from pocd.validator import Validator
+    from pocd.pool.cards import Cards, Reading
+    from pocd.pool.pool import Pool
+    from pocd.pool.supervisor import Supervisor
+    from pocd.protocol.proof import Round
+    from pocd.store.thread import OutboxThread
+    from pocd.validation.queue import Validator
     from pocd.worker.messages import Card, Ready
-    from pocd.worker.pool import Pool
-    from pocd.worker.supervisor import Supervisor
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
 """One CometBFT node, read over its JSON-RPC: pure parsing first, then a thin shell that fetches.
 
-docs/protocol.md section 8 lists the facts that bite; each has a test in tests/test_chain.py.
+docs/protocol.md section 8 lists the facts that bite; each has a test in tests/chain/test_cometbft.py.
 """
 
 from __future__ import annotations

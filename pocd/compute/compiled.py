@@ -20,22 +20,22 @@ import torch
 
 from pocd.compute import stages
 from pocd.compute.engine import block_run, padded_rows
-from pocd.compute.errors import ComputeError, OutOfMemoryError
-from pocd.compute.faults import is_out_of_memory
 from pocd.compute.flat import FlatDecoder
+from pocd.compute.memory import is_out_of_memory
 from pocd.compute.model import NOT_COMPILED, Execution
-from pocd.compute.names import default_tolerance
 from pocd.compute.random import to_device
 from pocd.compute.segments import Standard
 from pocd.compute.stages import Block
 from pocd.compute.transforms import JOIN
+from pocd.protocol.errors import ComputeError, OutOfMemoryError
+from pocd.protocol.names import default_tolerance
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pocd.compute.engine import BlockRun
     from pocd.compute.model import Model, Program
-    from pocd.compute.schemes import Scheme
+    from pocd.protocol.schemes import Scheme
 
 Mode = Literal["auto", "always", "never"]
 

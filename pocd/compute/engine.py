@@ -10,24 +10,24 @@ from typing import TYPE_CHECKING
 import torch
 
 from pocd.compute import stages
-from pocd.compute.errors import InputError, NonFiniteError, OutOfMemoryError
-from pocd.compute.faults import is_out_of_memory
+from pocd.compute.memory import is_out_of_memory
 from pocd.compute.model import Execution, check_seq_len
 from pocd.compute.random import fill_normal, seeds_tensor, to_device, unit_normal
 from pocd.compute.ranks import whole
-from pocd.compute.schemes import RANDOM_HEAD_DIM
 from pocd.compute.segments import measure
 from pocd.compute.stages import Block, seed_texts
 from pocd.compute.transforms import JOIN
 from pocd.compute.weights import drawn_weights
-from pocd.nonces import LARGEST_NONCE
+from pocd.protocol.errors import InputError, NonFiniteError, OutOfMemoryError
+from pocd.protocol.nonces import LARGEST_NONCE
+from pocd.protocol.schemes import RANDOM_HEAD_DIM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from pocd.compute.model import Model
-    from pocd.compute.schemes import Head, Scheme
     from pocd.compute.segments import Standard
+    from pocd.protocol.schemes import Head, Scheme
 
 UNDER_WAY = 2  # batches: while one is computed, the host prepares the next
 

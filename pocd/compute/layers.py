@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pocd.compute.errors import ModelError
-from pocd.compute.faults import is_fault
+from pocd.compute.memory import is_fault
+from pocd.protocol.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

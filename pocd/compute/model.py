@@ -12,19 +12,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from pocd.compute.errors import DeviceError, InputError, MemoryShortError, ModelError
-from pocd.compute.faults import is_fault, is_out_of_memory
 from pocd.compute.fingerprint import checkpoint_fingerprint, module_fingerprint
 from pocd.compute.flat import FLAT_CLASSES, FlatDecoder, flatten
 from pocd.compute.layers import NORMS, LayerDecoder, find_forms
-from pocd.compute.names import check_device, check_dtype, resolve
+from pocd.compute.memory import is_fault, is_out_of_memory
 from pocd.compute.random import normal, seeds_tensor
 from pocd.compute.ranks import check_split, split_as_planned
 from pocd.compute.transforms import JOIN
+from pocd.protocol.errors import DeviceError, InputError, MemoryShortError, ModelError
+from pocd.protocol.names import check_device, check_dtype, resolve
 
 if TYPE_CHECKING:
-    from pocd.compute.schemes import Scheme
     from pocd.compute.stages import Block
+    from pocd.protocol.schemes import Scheme
 
 LARGEST_SEQ_LEN = 2**20  # of a model that has no limit
 PROBE_LENGTH = 5  # positions that a model is tried out with when it is loaded

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed
 
-from pocd.compute.errors import ComputeError, DeviceError, ModelError
+from pocd.protocol.errors import ComputeError, DeviceError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

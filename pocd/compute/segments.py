@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pocd.compute.random import normal, seeds_tensor
-from pocd.compute.schemes import SEGMENTS
+from pocd.protocol.schemes import SEGMENTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable

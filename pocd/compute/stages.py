@@ -15,8 +15,8 @@ from pocd.compute.segments import factors
 from pocd.compute.transforms import reflect_in_order
 
 if TYPE_CHECKING:
-    from pocd.compute.schemes import Scheme
     from pocd.compute.segments import Standard
+    from pocd.protocol.schemes import Scheme
 
 HEAD_CHUNK = 2**24  # elements of the head that are in float32 at a time: 64 MiB
 

@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pocd.compute.schemes import LayerStep
+    from pocd.protocol.schemes import LayerStep
 
     Join = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from pocd.compute.schemes import Weights
+    from pocd.protocol.schemes import Weights
 
 SCALE = 0.02
 

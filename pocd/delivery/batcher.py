@@ -6,16 +6,16 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
-from pocd.delivery.forming import form_batches
-from pocd.delivery.store import StoreUnavailableError
+from pocd.store.batches import form_batches
+from pocd.store.opening import StoreUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pocd.delivery.dispatchers import Dispatchers
-    from pocd.delivery.outbox_thread import OutboxThread
-    from pocd.miner import Miner
+    from pocd.mining.miner import Miner
     from pocd.observe.events import Events
+    from pocd.store.thread import OutboxThread
 
 
 class Batcher:

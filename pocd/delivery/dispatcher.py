@@ -10,20 +10,22 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 
-from pocd.calling import open_session
-from pocd.delivery import deliveries, netguard, policy, signing
-from pocd.delivery.outbox import ReceiverState
+from pocd.delivery import policy
 from pocd.delivery.policy import Accept, Outcome, Park, Retry, SetAside
+from pocd.http import addresses, webhooks
+from pocd.http.client import open_session
 from pocd.observe.mask import excerpt, mask_url, url_secrets
+from pocd.store import deliveries
+from pocd.store.outbox import ReceiverState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from structlog.typing import FilteringBoundLogger
 
-    from pocd.delivery.deliveries import PendingDelivery
-    from pocd.delivery.outbox_thread import OutboxThread
     from pocd.observe.events import Events
+    from pocd.store.deliveries import PendingDelivery
+    from pocd.store.thread import OutboxThread
 
 TIMEOUT = aiohttp.ClientTimeout(total=15, connect=3)
 ANSWER_BYTES = 16 * 1024  # of the answer to a batch that was not accepted
@@ -44,7 +46,7 @@ class Receiver:
 
     name: str
     url: str
-    keys: signing.WebhookKeys | None
+    keys: webhooks.WebhookKeys | None
 
 
 class Dispatcher:
@@ -207,7 +209,7 @@ class Dispatcher:
         signed = (
             keys.headers(delivery.id, timestamp, delivery.body)
             if keys
-            else signing.unsigned_headers(delivery.id, timestamp)
+            else webhooks.unsigned_headers(delivery.id, timestamp)
         )
         headers = {"Content-Type": "application/json", SEQUENCE_HEADER: str(delivery.sequence), **signed}
         url = f"{self.receiver.url.rstrip('/')}/{delivery.kind}"
@@ -236,7 +238,7 @@ class Dispatcher:
         return Outcome(None, _describe(error))
 
     def _refuse(self, address: str) -> str | None:
-        reason = netguard.refusal(address)
+        reason = addresses.refusal(address)
         if reason is not None:
             self._barred = min(self._barred or reason, reason)  # of several always the same: their order changes
         return reason

@@ -6,18 +6,18 @@ import asyncio
 import hashlib
 from typing import TYPE_CHECKING
 
+from pocd.config.types import CALLBACK_PREFIX
 from pocd.delivery.dispatcher import Dispatcher, Receiver
-from pocd.delivery.netguard import allowed_origin
+from pocd.http.addresses import allowed_origin
 from pocd.observe.mask import mask_url
-from pocd.setting_types import CALLBACK_PREFIX
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from structlog.typing import FilteringBoundLogger
 
-    from pocd.delivery.outbox import Outbox
-    from pocd.delivery.outbox_thread import OutboxThread
+    from pocd.store.outbox import Outbox
+    from pocd.store.thread import OutboxThread
 
 MOST_CALLBACKS = 16
 

@@ -10,8 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pocd.clock import Clock, JumpDetector
-from pocd.delivery import deliveries, upkeep, validations
-from pocd.delivery.store import StoreUnavailableError
+from pocd.store import deliveries, upkeep, validations
+from pocd.store.opening import StoreUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from pocd.delivery.dispatchers import Dispatchers
-    from pocd.delivery.outbox_thread import OutboxThread
-    from pocd.miner import Miner
+    from pocd.mining.miner import Miner
+    from pocd.store.thread import OutboxThread
 
 LOOK_SECONDS = 5.0
 ROOM_AGAIN = 0.05  # how far back from a limit mining goes on, so that it does not flutter there

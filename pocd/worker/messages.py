@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import orjson
 
-from pocd.proof import Round
+from pocd.protocol.proof import Round
 
 if TYPE_CHECKING:
     import asyncio
     from typing import BinaryIO
 
-    from pocd.compute.names import Compile, Dtype
+    from pocd.protocol.names import Compile, Dtype
 
 FailureKind = Literal["configuration", "device", "memory", "fault"]
 LARGEST_FRAME = 16 * 2**20  # bytes

@@ -9,9 +9,9 @@ import orjson
 
 from pocd.compute.compiled import compile_model
 from pocd.compute.engine import block_run
-from pocd.compute.errors import ComputeError, DeviceError
-from pocd.compute.names import default_tolerance
-from pocd.compute.schemes import SCHEMES
+from pocd.protocol.errors import ComputeError, DeviceError
+from pocd.protocol.names import default_tolerance
+from pocd.protocol.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pocd.compute.model import Model
     from pocd.worker.messages import Load
 
-KNOWN = Path(__file__).parent / "known_distances.json"  # written by scripts/record_known_distances.py
+KNOWN = Path(__file__).parent / "known_distances.json"  # written by scripts/tools/known_distances.py
 
 
 def read_known() -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""`pocd check`: what keeps this host from mining and delivering."""

@@ -1,0 +1,148 @@
+"""What the daemon is made of, as its settings say."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pocd.chain.cometbft import CometBFT
+from pocd.chain.evm import EVM
+from pocd.chain.failover import Failover
+from pocd.chain.rpc import Rpc
+from pocd.clock import SYSTEM
+from pocd.config.settings import ConfigError
+from pocd.delivery.dispatcher import Receiver
+from pocd.http.webhooks import SecretError, WebhookKeys
+from pocd.pool.cards import NoDriverError, count
+from pocd.pool.placement import NoDeviceError, place
+from pocd.process import EXIT_NO_DEVICE, EndedError
+from pocd.protocol.names import AUTO_BATCH_SIZE
+from pocd.store.outbox import Outbox
+from pocd.worker.messages import Load
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import aiohttp
+    from structlog.typing import FilteringBoundLogger
+
+    from pocd.chain.source import ChainSource
+    from pocd.config.settings import ChainSettings, Settings
+    from pocd.store.thread import OutboxThread
+
+CONFIRMATIONS = 12  # of an EVM chain, where the configuration names none
+KNOWN_ROUNDS = 256  # whose block hashes are held against what nodes say after a restart
+
+
+def read_token(path: Path | None) -> str | None:
+    """Read the admin API's token.
+
+    Raises:
+        ConfigError: The file cannot be read or holds nothing.
+    """
+    if path is None:
+        return None
+    try:
+        token = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"admin.token_file {path} cannot be read: {error}") from None
+    if not token or not token.isascii():
+        raise ConfigError(f"admin.token_file {path} must hold one token of ASCII characters")
+    return token
+
+
+def make_receivers(settings: Settings) -> list[Receiver]:
+    """Return the configured receivers with their keys.
+
+    Raises:
+        ConfigError: A file of secrets cannot be used.
+    """
+    made = []
+    for receiver in settings.delivery.receivers:
+        try:
+            keys = WebhookKeys.from_file(receiver.secret_file) if receiver.secret_file else None
+        except SecretError as error:
+            raise ConfigError(f"delivery.receivers, {receiver.name}: {error}") from None
+        made.append(Receiver(receiver.name, receiver.url, keys))
+    return made
+
+
+async def make_chain(
+    settings: Settings, outbox: OutboxThread, sessions: list[aiohttp.ClientSession], log: FilteringBoundLogger
+) -> Failover:
+    """Return the configured nodes, which stand in for one another; each has a session of its own.
+
+    Raises:
+        ConfigError: The store belongs to another chain than the configured one.
+    """
+    chain, known = settings.chain, outbox.outbox.chain
+    if known is not None and chain.id not in {None, known.chain_id}:
+        raise ConfigError(
+            f"chain.id is {chain.id}, but the store {settings.store.path} belongs to chain {known.chain_id}; "
+            "another chain needs another store.path"
+        )
+    attempts = 1 if len(sessions) > 1 else 3  # with several nodes the next one is the second attempt
+    nodes = [Rpc(session, url, attempts=attempts) for session, url in zip(sessions, chain.urls, strict=True)]
+    rounds = await outbox(Outbox.recent_rounds, KNOWN_ROUNDS)
+    return Failover(
+        make_sources(chain, nodes),
+        chain_id=known.chain_id if known else chain.id,
+        hashes={round_.block_height: round_.block_hash for round_ in rounds},
+        highest=known.height if known else None,
+        monotonic=SYSTEM.monotonic,
+        wall=SYSTEM.wall,
+        log=log,
+    )
+
+
+def make_sources(chain: ChainSettings, nodes: Sequence[Rpc]) -> list[ChainSource]:
+    """Return nodes as what the chain's kind makes of them."""
+    if chain.kind == "evm":
+        return [EVM(node, confirmations=confirmations(chain)) for node in nodes]
+    return [CometBFT(node) for node in nodes]
+
+
+def confirmations(chain: ChainSettings) -> int:
+    """Return how many blocks the head is behind the newest one."""
+    if chain.kind != "evm":
+        return 0
+    return CONFIRMATIONS if chain.confirmations is None else chain.confirmations
+
+
+def make_loads(settings: Settings) -> list[Load]:
+    """Return what each worker is to load, and on which devices.
+
+    Raises:
+        EndedError: There are fewer GPUs than configured.
+    """
+    model, worker = settings.model, settings.worker
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        placed = place(model.device, model.parallel, lambda: count(visible))
+    except (NoDeviceError, NoDriverError) as error:
+        raise EndedError(EXIT_NO_DEVICE, str(error)) from None
+    return [
+        Load(
+            model=model.name,
+            dtype=model.dtype,
+            devices=devices,
+            scheme=settings.round.scheme,
+            seq_len=settings.round.seq_len,
+            batch_size=AUTO_BATCH_SIZE[devices[0].partition(":")[0]]
+            if worker.batch_size == "auto"
+            else worker.batch_size,
+            shrink=worker.batch_size == "auto",
+            revision=model.revision,
+            compile=worker.compile,
+        )
+        for devices in placed
+    ]
+
+
+def cache_folder(settings: Settings) -> Path:
+    """Return where compilers keep what they make: as configured, systemd's CacheDirectory=, or beside the store."""
+    if settings.worker.cache is not None:
+        return settings.worker.cache
+    given = os.environ.get("CACHE_DIRECTORY", "").partition(":")[0]
+    return Path(given) if given else settings.store.path.parent / "cache"

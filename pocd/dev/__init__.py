@@ -1,0 +1,1 @@
+"""A development chain, the demo, and starting the project's own processes."""

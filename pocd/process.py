@@ -1,0 +1,27 @@
+"""What all our processes share: exit statuses, the exception that carries one, and how torch's threads wait."""
+
+from __future__ import annotations
+
+EXIT_OK = 0
+EXIT_CRASH = 1
+EXIT_UNUSABLE = 2  # of `pocd validate`: nothing was judged; also a mistyped command
+EXIT_FRAUD = 3  # of `pocd validate`
+EXIT_NO_DEVICE = 75  # EX_TEMPFAIL of sysexits.h: the device may come back
+EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
+
+
+class EndedError(Exception):
+    """The process cannot go on.
+
+    Attributes:
+        code: Its exit status.
+    """
+
+    def __init__(self, code: int, reason: str) -> None:
+        super().__init__(reason)
+        self.code = code
+
+
+# GNU OpenMP's threads spin while they wait for each other, by default for so long that one other busy
+# process makes them tens of times slower (docs/architecture.md). It counts when torch is imported.
+WAITING = {"GOMP_SPINCOUNT": "1000"}

@@ -1,0 +1,133 @@
+"""What an operator sees of the outbox, batch by batch, and does about it: list, show, send again, give up.
+
+Functions over the open `Outbox`, called in its thread; each that writes is one transaction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pocd.store.deliveries import CHUNK
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pocd.store.outbox import Outbox
+
+State = Literal["pending", "delivered", "dead", "expired", "withdrawn"]
+SetAside = Literal["dead", "expired", "withdrawn"]
+Purgeable = Literal["pending", "dead", "expired", "withdrawn"]
+
+
+@dataclass(frozen=True, slots=True)
+class Letter:
+    """One batch for one receiver. Times in seconds since the epoch.
+
+    Attributes:
+        id: The batch's webhook-id.
+        state: What became of it for this receiver; a purged one is shown while another receiver is to have the batch.
+        reason: Why it failed last, or why it was set aside.
+        created_at: When the batch was formed.
+        changed_at: When it entered its state; for a pending one, when it was queued.
+    """
+
+    receiver: str
+    sequence: int
+    id: str
+    kind: str
+    state: State | Literal["purged"]
+    nonces: int
+    attempts: int
+    reason: str | None
+    created_at: float
+    changed_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which deliveries are meant: all that match every given field."""
+
+    states: tuple[State, ...]
+    receiver: str | None = None
+    ids: tuple[str, ...] | None = None
+
+    def sql(self) -> tuple[str, list[str]]:
+        """Return a condition over deliveries joined with batches, and its parameters."""
+        condition = f"deliveries.state IN ({', '.join('?' * len(self.states))})"
+        parameters: list[str] = list(self.states)
+        if self.receiver is not None:
+            condition += " AND receiver = ?"
+            parameters.append(self.receiver)
+        if self.ids is not None:
+            condition += f" AND id IN ({', '.join('?' * len(self.ids))})"
+            parameters += self.ids
+        return condition, parameters
+
+
+_LETTER = (
+    "SELECT receiver, sequence, id, kind, deliveries.state, nonces, attempts, reason, created_at, deliveries.changed_at"
+    " FROM deliveries JOIN batches ON number = batch"
+)
+
+
+def listed(outbox: Outbox, selection: Selection, *, after: tuple[str, int], limit: int) -> list[Letter]:
+    """Return up to `limit` letters in the order of (receiver, sequence), behind the pair `after`."""
+    condition, parameters = selection.sql()
+    rows = outbox.db.execute(
+        f"{_LETTER} WHERE {condition} AND (receiver, sequence) > (?, ?) ORDER BY receiver, sequence LIMIT ?",
+        (*parameters, *after, limit),
+    )
+    return [Letter(*row) for row in rows]
+
+
+def shown(outbox: Outbox, batch_id: str) -> tuple[list[Letter], bytes] | None:
+    """Return a batch's letters, one for each receiver, and its bytes; None where there is no such batch."""
+    row = outbox.db.execute("SELECT body FROM batches WHERE id = ?", (batch_id,)).fetchone()
+    if row is None:
+        return None
+    return [Letter(*row) for row in outbox.db.execute(f"{_LETTER} WHERE id = ? ORDER BY receiver", (batch_id,))], row[0]
+
+
+def send_again(outbox: Outbox, selection: Selection, now: float) -> list[tuple[str, int]]:
+    """Put what was set aside back at the ends of the queues, oldest first.
+
+    Returns:
+        What was queued, as (receiver, batch), at most `CHUNK`; with that many, call again.
+    """
+    assert "pending" not in selection.states
+    chosen = _chosen(outbox, selection)
+    if chosen:
+        with outbox.transaction():
+            outbox.queue_again(chosen, now)
+    return chosen
+
+
+def purge(outbox: Outbox, selection: Selection, now: float) -> list[tuple[str, int]]:
+    """Give deliveries up for good; a batch that no receiver will get any more is deleted.
+
+    Returns:
+        What was given up, as (receiver, batch), at most `CHUNK`; with that many, call again.
+    """
+    assert "delivered" not in selection.states
+    chosen = _chosen(outbox, selection)
+    if chosen:
+        with outbox.transaction():
+            outbox.db.executemany(
+                "UPDATE deliveries SET state = 'purged', changed_at = ? WHERE receiver = ? AND batch = ?",
+                [(now, *delivery) for delivery in chosen],
+            )
+            outbox.db.executemany(
+                "DELETE FROM batches WHERE number = ? AND state = 'purged'", [(batch,) for _, batch in chosen]
+            )
+    return chosen
+
+
+def _chosen(outbox: Outbox, selection: Selection) -> list[tuple[str, int]]:
+    condition, parameters = selection.sql()
+    rows: Sequence[tuple[str, int]] = outbox.db.execute(
+        f"SELECT receiver, batch FROM deliveries JOIN batches ON number = batch WHERE {condition}"  # noqa: S608 - made of placeholders
+        " ORDER BY receiver, sequence LIMIT ?",
+        (*parameters, CHUNK),
+    ).fetchall()
+    return list(rows)

@@ -1,0 +1,281 @@
+"""Whose rounds are mined: the table, and what follows from it over a real store and a real miner."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import closing
+from pathlib import Path
+from typing import cast
+
+import pytest
+import structlog
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from pocd.clock import SYSTEM
+from pocd.mining.control import MINING, Asked, Control, NoRoundError, decode, encode
+from pocd.mining.miner import Miner
+from pocd.mining.phases import TABLE, Call, Mode, State, mode_after, state_of
+from pocd.observe.events import Events
+from pocd.protocol.nonces import Node
+from pocd.protocol.proof import Round
+from pocd.store.opening import StoreUnavailableError
+from pocd.store.outbox import Work
+from pocd.store.thread import OutboxThread
+
+NOW = 1_700_000_000.0
+OURS, THEIRS = Node(1, 3), Node(0, 2)
+FIRST, SECOND = (Round(f"{height:02X}", height, "miner", 1.4, "poc2", "tiny", 16) for height in (10, 20))
+ASKED = Asked(Round("asked", 7, "other", 1.5, "poc2", "tiny", 8), THEIRS, 0.02, callback=None)
+AGAIN = Asked(Round("asked again", 8, "other", 1.5, "poc2", "tiny", 8), THEIRS, 0.02, callback=None)
+INITS = (Call.INIT, Call.INIT_GENERATE, Call.INIT_VALIDATE)
+QUIET = structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound_logger("critical"))
+
+
+# The table
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    {
+        # init, init/generate, init/validate, phase/generate, phase/validate, stop, resume
+        "FOLLOWING": "READY GENERATING VALIDATING - - STOPPED FOLLOWING",
+        "READY": "READY GENERATING VALIDATING GENERATING VALIDATING STOPPED FOLLOWING",
+        "GENERATING": "READY GENERATING VALIDATING GENERATING VALIDATING STOPPED FOLLOWING",
+        "VALIDATING": "READY GENERATING VALIDATING GENERATING VALIDATING STOPPED FOLLOWING",
+        "STOPPED": "READY GENERATING VALIDATING - - STOPPED FOLLOWING",
+    }.items(),
+)
+def test_every_pair_of_mode_and_call_has_its_answer(mode: str, expected: str) -> None:
+    assert [str(mode_after(Mode(mode), call) or "-") for call in Call] == expected.split()
+
+
+def test_the_documentation_shows_the_same_table() -> None:
+    page = (Path(__file__).parent.parent.parent / "docs" / "api.md").read_text()
+    rows = [[cell.strip().strip("`") for cell in line.split("|")[1:-1]] for line in page.splitlines() if "| `" in line]
+    shown = {row[0]: row[1:] for row in rows if row[0] in list(Mode) and len(row) > len(Call)}
+    assert shown == {mode: [TABLE.get((mode, call), "409") for call in Call] for mode in Mode}
+
+
+def test_a_call_repeated_changes_nothing_more() -> None:
+    for (_, call), after in TABLE.items():
+        assert mode_after(after, call) == after
+
+
+@pytest.mark.parametrize(
+    ("mode", "ready", "mining", "state"),
+    [
+        (Mode.STOPPED, False, False, "STOPPED"),
+        (Mode.STOPPED, True, True, "STOPPED"),
+        (Mode.FOLLOWING, False, True, "LOADING"),
+        (Mode.VALIDATING, False, False, "LOADING"),
+        (Mode.VALIDATING, True, False, "VALIDATING"),
+        (Mode.READY, True, False, "IDLE"),
+        (Mode.FOLLOWING, True, False, "IDLE"),
+        (Mode.FOLLOWING, True, True, "GENERATING"),
+        (Mode.GENERATING, True, True, "GENERATING"),
+        (Mode.GENERATING, True, False, "IDLE"),  # the store takes nothing
+    ],
+)
+def test_what_status_shows(mode: Mode, *, ready: bool, mining: bool, state: State) -> None:
+    assert state_of(mode, ready=ready, mining=mining) == state
+
+
+def test_what_is_remembered_reads_back_as_it_was() -> None:
+    for mode in Mode:
+        for asked in (None, ASKED, Asked(FIRST, OURS, 0.5, "callback-1")):
+            expected = (Mode.FOLLOWING, None) if mode is Mode.FOLLOWING else (mode, asked)
+            assert decode(encode(mode, asked)) == expected
+
+
+# What follows from it
+
+
+class Wheel:
+    """A control over a real store and miner, as long as its process lives."""
+
+    def __init__(self, path: Path) -> None:
+        self.outbox = OutboxThread(path)
+        self.miner = Miner(self.outbox, clock=lambda: 0.0, wall=lambda: NOW)
+        self.events = Events(SYSTEM)
+        self.control = Control(self.miner, self.outbox, OURS, wall=lambda: NOW, log=QUIET, events=self.events)
+
+    def close(self) -> None:
+        self.outbox.close()
+
+    @property
+    def mined(self) -> Work | None:
+        """What leases are given of."""
+        current = self.miner.current
+        return Work(current.round, current.node) if current else None
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "store.db"
+
+
+async def test_the_chain_decides_until_a_round_is_asked_for_and_again_after_resume(path: Path) -> None:
+    with closing(Wheel(path)) as wheel:
+        await wheel.control.follow(FIRST)
+        assert wheel.mined == Work(FIRST, OURS)
+        await wheel.control.call(Call.INIT_GENERATE, ASKED)
+        await wheel.control.follow(SECOND)
+        assert wheel.mined == Work(ASKED.round, THEIRS)
+        await wheel.control.call(Call.RESUME)
+        assert wheel.mined == Work(SECOND, OURS)
+        assert wheel.control.asked is None
+        told = await wheel.events.after(0)
+    assert isinstance(told, list)
+    assert [(event.data["id"], event.data["by"]) for event in told if event.kind == "round"] == [
+        (FIRST.id, "chain"),
+        (ASKED.round.id, "api"),
+        (SECOND.id, "chain"),
+    ]
+
+
+async def test_init_then_phase_generate_refused(path: Path) -> None:
+    """It was; here it mines what was initialised."""
+    with closing(Wheel(path)) as wheel:
+        await wheel.control.call(Call.INIT, ASKED)
+        assert wheel.mined is None
+        await wheel.control.call(Call.PHASE_GENERATE)
+        assert wheel.mined == Work(ASKED.round, THEIRS)
+
+
+async def test_two_init_calls_racing_are_done_one_after_the_other(path: Path) -> None:
+    with closing(Wheel(path)) as wheel:
+        calls = [wheel.control.call(Call.INIT_GENERATE, asked) for asked in (ASKED, AGAIN) * 5]
+        await asyncio.gather(*calls)
+        assert wheel.mined == AGAIN_WORK
+        assert decode(wheel.outbox.outbox.control) == (Mode.GENERATING, AGAIN)
+        (rounds,) = await wheel.outbox(lambda outbox: outbox.db.execute("SELECT count(*) FROM rounds").fetchone())
+        assert rounds == 2
+
+
+AGAIN_WORK = Work(AGAIN.round, THEIRS)
+
+
+async def test_a_round_goes_on_where_it_was_left_through_stop_and_another_round(path: Path) -> None:
+    with closing(Wheel(path)) as wheel:
+        for call, asked in (
+            (Call.INIT_GENERATE, ASKED),
+            (Call.STOP, None),
+            (Call.INIT_GENERATE, AGAIN),
+            (Call.INIT_GENERATE, ASKED),
+            (Call.PHASE_VALIDATE, None),
+            (Call.PHASE_GENERATE, None),
+        ):
+            await wheel.control.call(call, asked)
+            if wheel.mined == Work(ASKED.round, THEIRS):
+                lease = await wheel.miner.lease(2)
+                await wheel.miner.give_back(lease)
+                assert lease.span.start == 0
+        lease = await wheel.miner.lease(2)
+        assert list(lease.nonces) == [0, 2]
+
+
+@pytest.mark.parametrize("call", [Call.PHASE_GENERATE, Call.PHASE_VALIDATE])
+@pytest.mark.parametrize("before", [None, Call.STOP])
+async def test_a_phase_without_a_round_is_refused_and_changes_nothing(
+    path: Path, call: Call, before: Call | None
+) -> None:
+    with closing(Wheel(path)) as wheel:
+        await wheel.control.follow(FIRST)
+        if before:
+            await wheel.control.call(before)
+        known = wheel.control.mode, wheel.mined
+        with pytest.raises(NoRoundError):
+            await wheel.control.call(call)
+        assert (wheel.control.mode, wheel.mined) == known
+
+
+async def test_where_the_store_takes_nothing_a_call_fails_and_changes_nothing(path: Path) -> None:
+    with closing(Wheel(path)) as wheel:
+        await wheel.control.follow(FIRST)
+        await wheel.outbox(lambda outbox: outbox.db.execute("PRAGMA query_only = ON"))
+        for call in Call:
+            if mode_after(wheel.control.mode, call) is not None and call is not Call.RESUME:
+                with pytest.raises(StoreUnavailableError):
+                    await wheel.control.call(call, ASKED if call in INITS else None)
+        assert wheel.mined == Work(FIRST, OURS)
+        assert (wheel.control.mode, wheel.control.asked) == (Mode.FOLLOWING, None)
+        await wheel.outbox(lambda outbox: outbox.db.execute("PRAGMA query_only = OFF"))
+        await wheel.control.call(Call.INIT_GENERATE, ASKED)
+        assert wheel.mined == Work(ASKED.round, THEIRS)
+
+
+async def test_a_call_whose_caller_gives_up_is_done_all_the_same(path: Path) -> None:
+    with closing(Wheel(path)) as wheel:
+        call = asyncio.ensure_future(wheel.control.call(Call.INIT_GENERATE, ASKED))
+        await asyncio.sleep(0)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        await wheel.control.call(Call.PHASE_GENERATE)  # waits for its turn
+        assert wheel.mined == Work(ASKED.round, THEIRS)
+        assert decode(wheel.outbox.outbox.control) == (Mode.GENERATING, ASKED)
+
+
+# All lives
+
+
+class Lives(RuleBasedStateMachine):
+    """Calls, heads of the chain and restarts in any order, beside what the table says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import tempfile
+
+        self.folder = tempfile.TemporaryDirectory()
+        self.loop = asyncio.new_event_loop()
+        self.mode, self.asked, self.chain = Mode.FOLLOWING, cast("Asked | None", None), cast("Round | None", None)
+        self.shown: Work | None = None
+
+    @initialize()
+    def open(self) -> None:
+        self.wheel = Wheel(Path(self.folder.name) / "store.db")
+
+    @rule(round_=st.sampled_from([None, FIRST, SECOND]))
+    def head(self, round_: Round | None) -> None:
+        self.loop.run_until_complete(self.wheel.control.follow(round_))
+        self.chain = round_
+
+    @rule(call=st.sampled_from(Call), asked=st.sampled_from([ASKED, AGAIN]))
+    def call(self, call: Call, asked: Asked) -> None:
+        after = TABLE.get((self.mode, call))
+        given = asked if call in INITS else None
+        if after is None:
+            with pytest.raises(NoRoundError):
+                self.loop.run_until_complete(self.wheel.control.call(call, given))
+            return
+        self.loop.run_until_complete(self.wheel.control.call(call, given))
+        self.mode = after
+        self.asked = None if after is Mode.FOLLOWING else given or self.asked
+
+    @rule()
+    def restart(self) -> None:
+        self.wheel.close()
+        self.wheel = Wheel(Path(self.folder.name) / "store.db")
+        self.loop.run_until_complete(self.wheel.control.restore())
+        self.chain = None
+
+    @invariant()
+    def mines_what_it_should(self) -> None:
+        expected = {
+            Mode.FOLLOWING: Work(self.chain, OURS) if self.chain else None,
+            Mode.GENERATING: Work(self.asked.round, self.asked.node) if self.asked else None,
+        }.get(self.mode)
+        assert self.wheel.mined == expected
+        assert (self.wheel.control.mode, self.wheel.control.asked) == (self.mode, self.asked)
+        assert self.wheel.miner.paused == (self.mode not in MINING)
+
+    def teardown(self) -> None:
+        self.wheel.close()
+        self.loop.close()
+        self.folder.cleanup()
+
+
+Lives.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+TestLives = Lives.TestCase

@@ -1,0 +1,102 @@
+"""Which devices each worker gets, how cards are counted, and when a worker is left out."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pocd.pool.cards import NoDriverError, count
+from pocd.pool.causes import Cause, WorkerError, WorkerRefusedError
+from pocd.pool.placement import NoDeviceError, place
+from pocd.pool.pool import LEFT_OUT_SECONDS, LONGEST_BACKOFF, MOST_FAILURES, Standing
+
+
+def eight() -> int:
+    return 8
+
+
+def never() -> int:
+    raise AssertionError("cards are counted for 'auto' only")
+
+
+@pytest.mark.parametrize(
+    ("device", "parallel", "placed"),
+    [
+        ("cpu", 1, [("cpu",)]),
+        ("cuda", 1, [("cuda",)]),
+        ("cuda:3", 1, [("cuda:3",)]),
+        (["cuda:2", "cuda:0"], 1, [("cuda:2",), ("cuda:0",)]),
+        (["cpu", "cpu", "cpu"], 1, [("cpu",)] * 3),
+        ("cpu", 2, [("cpu", "cpu")]),
+        ("cuda", 2, [("cuda:0", "cuda:1")]),
+        (["cuda:1", "cuda:3", "cuda:5", "cuda:7"], 2, [("cuda:1", "cuda:3"), ("cuda:5", "cuda:7")]),
+    ],
+)
+def test_devices_are_placed_as_configured(
+    device: str | list[str], parallel: int, placed: list[tuple[str, ...]]
+) -> None:
+    assert place(device, parallel, never) == placed
+
+
+def test_auto_is_every_card_and_those_left_over_are_not_used() -> None:
+    assert place("auto", 1, eight) == [(f"cuda:{n}",) for n in range(8)]
+    assert place("auto", 3, eight) == [("cuda:0", "cuda:1", "cuda:2"), ("cuda:3", "cuda:4", "cuda:5")]
+
+
+@pytest.mark.parametrize(("cards", "parallel"), [(0, 1), (1, 2)])
+def test_auto_with_too_few_cards_is_an_error_and_never_the_cpu(cards: int, parallel: int) -> None:
+    with pytest.raises(NoDeviceError, match=rf"this machine has {cards} of the {parallel} .* set model.device = 'cpu'"):
+        place("auto", parallel, lambda: cards)
+
+
+@pytest.mark.parametrize(
+    ("visible", "cards"),
+    [("", 0), ("-1", 0), ("0", 1), ("2,0", 2), ("GPU-f0, GPU-0d", 2), ("0,1,-1,2", 2), ("1,,2", 1)],
+)
+def test_cuda_visible_devices_says_which_cards_there_are(visible: str, cards: int) -> None:
+    assert count(visible) == cards
+
+
+def test_without_a_driver_cards_cannot_be_counted() -> None:
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        with pytest.raises(NoDriverError, match="the driver cannot be asked how many GPUs there are: "):
+            count(None)
+    else:
+        assert count(None) == pynvml.nvmlDeviceGetCount()
+
+
+CRASH = WorkerError(Cause.CRASH, "gone")
+
+
+def test_a_worker_waits_longer_from_failure_to_failure_and_is_never_left_out_while_no_other_works() -> None:
+    standing = Standing()
+    waits = [standing.fail(CRASH, worked=False, others_work=False) for _ in range(10)]
+    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
+    assert not standing.left_out
+
+
+def test_a_worker_is_left_out_while_another_works_and_comes_back_when_it_works() -> None:
+    standing = Standing()
+    waits = [standing.fail(CRASH, worked=False, others_work=True) for _ in range(MOST_FAILURES)]
+    assert waits == [1, 2, 4, 8, LEFT_OUT_SECONDS]
+    assert standing.left_out
+    assert standing.fail(CRASH, worked=False, others_work=True) == LEFT_OUT_SECONDS
+    assert standing.fail(CRASH, worked=False, others_work=False) == LONGEST_BACKOFF, "now it is needed"
+    assert standing.fail(CRASH, worked=True, others_work=True) == 1
+    assert not standing.left_out
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans())))
+def test_what_a_refusal_means_ends_with_the_next_failure(failures: list[tuple[bool, bool, bool]]) -> None:
+    standing = Standing()
+    for refused, worked, others in failures:
+        error = WorkerRefusedError(Cause.DEVICE, "not there") if refused else CRASH
+        wait = standing.fail(error, worked=worked, others_work=others)
+        assert (standing.refusal is error) == refused
+        assert 1 <= wait <= LEFT_OUT_SECONDS
+        assert (wait == LEFT_OUT_SECONDS) == standing.left_out
