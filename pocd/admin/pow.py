@@ -18,9 +18,9 @@ from pocd.mining.control import Asked, NoRoundError
 from pocd.mining.phases import Call
 from pocd.protocol.names import default_tolerance
 from pocd.protocol.nonces import Node
-from pocd.protocol.proof import FRAUD_THRESHOLD, Round
+from pocd.protocol.proof import FRAUD_THRESHOLD, MOST_NONCES, Round
 from pocd.protocol.schemes import SCHEMES
-from pocd.validation.claim import LARGEST_CLAIM, MOST_NONCES, Claim
+from pocd.validation.claim import LARGEST_CLAIM, Claim
 from pocd.validation.queue import QueueFullError, Request
 from pocd.validation.verdict import MismatchError, Terms, check, sampled
 

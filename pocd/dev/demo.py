@@ -24,7 +24,7 @@ from rich.live import Live
 from rich.table import Table
 
 from pocd.admin.client import AdminError, call
-from pocd.cli.report import funnel_text, percent
+from pocd.admin.text import funnel_text, percent
 from pocd.config.settings import ENV_PREFIX
 from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_OK, EndedError
 

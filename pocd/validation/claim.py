@@ -8,7 +8,8 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-MOST_NONCES = 100_000
+from pocd.protocol.proof import MOST_NONCES
+
 LARGEST_CLAIM = 8 * 2**20  # bytes; the longest numbers, one a line, are 5 MiB
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-    from scripts.trials.distribution import Verdict
+    from scripts.trials.distribution_verdict import Verdict
 
 mpl.use("Agg")
 

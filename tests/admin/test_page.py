@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from pocd.admin.page import HEADERS, PAGE, policy
-from pocd.cli.report import percent
+from pocd.admin.text import percent
 from pocd.cli.watch_view import wilson_interval
 from tests.admin.test_outbox_api import Moody
 from tests.support.browser import browsing, needs_chromium

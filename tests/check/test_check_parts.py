@@ -21,6 +21,7 @@ import pytest
 from aiohttp import web
 
 from pocd.chain.cometbft import CometBFT
+from pocd.chain.make import CHAIN_TIMEOUT
 from pocd.chain.rpc import Rpc
 from pocd.chain.source import Block, ChainError, Head
 from pocd.check import chain, devices, files, model, store
@@ -30,7 +31,6 @@ from pocd.check.finding import Finding, Level
 from pocd.check.probe import Probe
 from pocd.check.receivers import check_receiver
 from pocd.config.settings import ModelSettings, StoreSettings, load
-from pocd.daemon.daemon import CHAIN_TIMEOUT
 from pocd.delivery.dispatcher import Receiver
 from pocd.http.client import open_session
 from pocd.http.server import listening

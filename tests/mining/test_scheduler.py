@@ -29,7 +29,7 @@ from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.protocol.rounds import RoundPolicy
 from pocd.store.batches import form_batches
-from pocd.store.opening import StoreUnavailableError
+from pocd.store.errors import StoreUnavailableError
 from pocd.store.outbox import KnownChain, Outbox, Weights
 from pocd.store.thread import OutboxThread
 from tests.support.anvil import needs_anvil, running_anvil

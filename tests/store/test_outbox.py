@@ -22,7 +22,7 @@ from pocd.protocol.proof import Proof, ProofBatch, Round
 from pocd.store import deliveries
 from pocd.store.batches import form_batches
 from pocd.store.deliveries import PendingDelivery, next_pending, record_delivered, record_failed
-from pocd.store.opening import StoreError
+from pocd.store.errors import StoreError
 from pocd.store.outbox import KnownChain, Outbox, Queue, ReceiverState, RoundProgress, Totals, Weights, Work
 from pocd.store.schema import APPLICATION_ID, VERSION
 from pocd.store.thread import OutboxThread
@@ -161,7 +161,7 @@ def test_another_process_cannot_open_a_store_that_is_held(path: Path, outbox: Ou
     code = (
         "import sys, pathlib\n"
         "from pocd.store.outbox import Outbox\n"
-        "from pocd.store.opening import StoreError\n"
+        "from pocd.store.errors import StoreError\n"
         "try:\n"
         "    Outbox.open(pathlib.Path(sys.argv[1]))\n"
         "except StoreError as error:\n"

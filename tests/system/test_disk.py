@@ -31,7 +31,7 @@ from pocd.receiver import app as receiver
 from pocd.receiver import store as receiver_store
 from pocd.store.batches import form_batches
 from pocd.store.deliveries import next_pending, record_delivered
-from pocd.store.opening import StoreError, StoreUnavailableError
+from pocd.store.errors import StoreError, StoreUnavailableError
 from pocd.store.outbox import Outbox, Totals, Weights, Work
 from pocd.store.thread import OutboxThread
 from pocd.worker import messages
