@@ -26,6 +26,7 @@ from pocd.clock import SYSTEM
 from pocd.config.settings import AdminSettings
 from pocd.observe.events import Events
 from pocd.validation.claim import Claim
+from pocd.validation.deciding import Deciding
 from tests.support.processes import PATIENCE, Chain, config, running
 
 if TYPE_CHECKING:
@@ -94,6 +95,14 @@ def test_what_is_parsed_knows_all_its_fields_and_gives_an_example(operation: Ope
     if operation.body:
         for example in operation.body.model_json_schema()["examples"]:
             operation.body.model_validate_json(orjson.dumps(example), strict=True)
+
+
+def test_bodies_show_everything_that_decides_a_result() -> None:
+    shown = described()
+    for name in ("InitBody", "Claim", "Params"):
+        assert set(Deciding.model_fields) <= set(shown["components"]["schemas"][name]["properties"])
+    for call_ in ("init", "init/generate", "init/validate", "validate"):
+        assert "`mismatch`" in shown["paths"][f"/api/v1/pow/{call_}"]["post"]["responses"]["409"]["description"]
 
 
 def test_an_operation_may_say_more_of_a_common_answer() -> None:
