@@ -13,6 +13,7 @@ import aiohttp
 import orjson
 import pytest
 from pydantic import ValidationError
+from waiting import PATIENCE
 
 from pocd.admin import answers
 from pocd.admin.client import call
@@ -27,7 +28,7 @@ from pocd.config.settings import AdminSettings
 from pocd.observe.events import Events
 from pocd.validation.claim import Claim
 from pocd.validation.deciding import Deciding
-from tests.support.processes import PATIENCE, Chain, config, running
+from tests.support.processes import Chain, config, running
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -187,7 +188,7 @@ async def schemathesis(folder: Path, url: str, token: str) -> str:
         *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(settings), "run", f"{url}/openapi.json"),
         *("--exclude-path", "/shutdown", "--exclude-path", "/api/v1/pow/events"),
         *("--phases", "examples,coverage,fuzzing", "--generation-deterministic", "--max-examples", "50"),
-        *("--header", f"Authorization: Bearer {token}", "--request-timeout", "30", "--no-color"),
+        *("--header", f"Authorization: Bearer {token}", "--request-timeout", f"{PATIENCE:.0f}", "--no-color"),
         cwd=folder,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,

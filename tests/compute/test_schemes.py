@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 import pytest
 import torch
+from waiting import PATIENCE
 
 from pocd.compute.engine import block_run
 from pocd.compute.model import Model, load_model
@@ -89,7 +90,7 @@ def command(scheme: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "pocd", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )

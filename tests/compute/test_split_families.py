@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from waiting import PATIENCE
 
 from pocd.compute.engine import block_run
 from pocd.compute.model import load_model
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 SPLIT = ("llama", "qwen2", "qwen3", "mixtral", "gemma 2", "phi 3", "olmo 2", "gpt neox, parallel", "gpt 2")
 TRIED = ("poc2", "poc3", "trained")
 NONCES = range(5)
-PATIENCE = 120.0  # seconds until a rank counts as hanging
 TWO_CARDS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 

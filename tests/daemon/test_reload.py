@@ -13,6 +13,7 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from waiting import PATIENCE
 
 from pocd.admin.client import call
 from pocd.config.settings import Settings
@@ -24,7 +25,7 @@ from pocd.protocol.nonces import Span
 from pocd.protocol.proof import Proof
 from pocd.store.outbox import Outbox, Work
 from tests.support.delivering import NODE, NOW, ROUND, WEIGHTS, dispatchers, prepared, serving
-from tests.support.processes import PATIENCE, Chain, Daemon, config, running
+from tests.support.processes import Chain, Daemon, config, running
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
+from waiting import soon
 
 from pocd.delivery import batcher
 from pocd.delivery.batcher import Batcher
@@ -29,7 +30,6 @@ from tests.support.delivering import (
     prepared,
     running,
     serving,
-    soon,
 )
 
 NEXT = Round("CD", 20, "miner", 1.4, "poc2", "tiny", 16)

@@ -7,6 +7,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
+from waiting import soon
 
 from pocd.delivery.dispatcher import Receiver
 from pocd.delivery.dispatchers import MOST_CALLBACKS, CallbackError, callback_name
@@ -15,7 +16,7 @@ from pocd.protocol.proof import Proof
 from pocd.store import deliveries
 from pocd.store.batches import form_batches
 from pocd.store.outbox import Outbox, Work
-from tests.support.delivering import NODE, NOW, ROUND, WEIGHTS, Bench, Server, dispatchers, prepared, serving, soon
+from tests.support.delivering import NODE, NOW, ROUND, WEIGHTS, Bench, Server, dispatchers, prepared, serving
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

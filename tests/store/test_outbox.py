@@ -13,6 +13,7 @@ from pathlib import Path
 
 import orjson
 import pytest
+from waiting import PATIENCE
 
 from pocd.delivery.dispatchers import register_callback
 from pocd.mining.control import decode
@@ -120,7 +121,7 @@ def recount(outbox: Outbox) -> Totals:
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
 
 

@@ -15,8 +15,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import orjson
 import pytest
-
-from tests.support.processes import PATIENCE
+from waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
