@@ -11,10 +11,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from waiting import PATIENCE
-
 from tests.admin.test_outbox_api import Moody
 from tests.support.processes import Chain, config, running
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -14,13 +14,13 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import CapturingLogger
-from waiting import PATIENCE, soon, until
 
 from pocd.admin.events import MOST_LISTENERS, EventsApi
 from pocd.admin.operations import routes
 from pocd.clock import SYSTEM
 from pocd.http.server import errors_as_json, listening
 from pocd.observe.events import Event, Events, Missed
+from tests.support.waiting import PATIENCE, soon, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

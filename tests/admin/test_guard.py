@@ -17,13 +17,13 @@ import pytest
 from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
-from waiting import PATIENCE
 
 from pocd.admin import guard
 from pocd.admin.client import AdminError, call
 from pocd.config.settings import AdminSettings
 from pocd.http.server import errors_as_json, json_answer, listening
 from tests.support.processes import Chain, config, fails, running
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

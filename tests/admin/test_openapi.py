@@ -13,7 +13,6 @@ import aiohttp
 import orjson
 import pytest
 from pydantic import ValidationError
-from waiting import PATIENCE
 
 from pocd.admin import answers
 from pocd.admin.client import call
@@ -29,6 +28,7 @@ from pocd.observe.events import Events
 from pocd.validation.claim import Claim
 from pocd.validation.deciding import Deciding
 from tests.support.processes import Chain, config, running
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Collection

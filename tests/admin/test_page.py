@@ -7,7 +7,6 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
-from waiting import until
 
 from pocd.admin.page import HEADERS, PAGE, policy
 from pocd.admin.text import percent
@@ -15,6 +14,7 @@ from pocd.cli.watch_view import wilson_interval
 from tests.admin.test_outbox_api import Moody
 from tests.support.browser import browsing, needs_chromium
 from tests.support.processes import Chain, config, free_port, running
+from tests.support.waiting import until
 from tests.support.watched import Watched, receiver, sample, troubled
 
 if TYPE_CHECKING:

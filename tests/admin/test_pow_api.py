@@ -16,7 +16,6 @@ import aiohttp
 import orjson
 import pytest
 import pytest_asyncio
-from waiting import PATIENCE
 
 from pocd.admin.client import call
 from pocd.lab import command
@@ -25,6 +24,7 @@ from pocd.validation.claim import LARGEST_CLAIM
 from tests.support.delivering import Request, Server, serving
 from tests.support.processes import Chain, Daemon, config
 from tests.support.processes import running as daemon_running
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

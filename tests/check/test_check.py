@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 from aiohttp import web
-from waiting import PATIENCE
 
 from pocd.check import api, devices, host, model, report, store
 from pocd.check.finding import Finding, Level, bounded, green, red, yellow
@@ -28,6 +27,7 @@ from pocd.protocol.names import BUNDLED
 from pocd.receiver.app import application
 from pocd.receiver.store import Store
 from tests.support.processes import Chain, config, free_port, running
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import orjson
 import pytest
 from aiohttp import web
-from waiting import PATIENCE
 
 from pocd.chain.cometbft import CometBFT
 from pocd.chain.make import CHAIN_TIMEOUT
@@ -43,6 +42,7 @@ from pocd.receiver.store import Store
 from pocd.store.outbox import Outbox
 from tests.check.test_check import CPU, SECRET, TOKEN, configured, levels, secret_file
 from tests.support.processes import Chain
+from tests.support.waiting import PATIENCE
 from tests.system.test_disk import unprivileged
 
 if TYPE_CHECKING:

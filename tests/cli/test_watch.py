@@ -23,7 +23,6 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.segment import Segment
 from scipy.stats import binomtest
-from waiting import PATIENCE, until
 
 from pocd.admin.client import AdminError, ServerEvent, events
 from pocd.cli.report import as_text
@@ -31,6 +30,7 @@ from pocd.cli.viewer import Viewer
 from pocd.cli.watch_view import Sample, Seen, View, seen_rates, sparkline, wilson_interval
 from pocd.process import EXIT_CRASH, EXIT_OK
 from tests.support.processes import free_port
+from tests.support.waiting import PATIENCE, until
 from tests.support.watched import Watched, receiver, sample, troubled
 
 if TYPE_CHECKING:

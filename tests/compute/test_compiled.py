@@ -12,7 +12,6 @@ import pytest
 import structlog.testing
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
-from waiting import until
 
 from pocd.compute import compiled
 from pocd.compute.compiled import compile_model
@@ -24,6 +23,7 @@ from pocd.protocol.names import BUNDLED
 from pocd.protocol.schemes import SCHEMES
 from pocd.worker.messages import Load
 from tests.pool.test_pool import ROUND, pooled, recompute
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

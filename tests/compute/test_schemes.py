@@ -13,7 +13,6 @@ from typing import Any
 import orjson
 import pytest
 import torch
-from waiting import PATIENCE
 
 from pocd.compute.engine import block_run
 from pocd.compute.model import Model, load_model
@@ -21,6 +20,7 @@ from pocd.protocol.schemes import SCHEMES
 from tests.reference import plain, plain_families, plain_torch
 from tests.support import vector_models
 from tests.support.family_models import FAMILIES
+from tests.support.waiting import PATIENCE
 
 BUNDLED = ("bundled:tiny-qwen3", "bundled:tiny-llama")
 VECTORS: dict[str, Any] = orjson.loads((Path(__file__).parent.parent / "data" / "poc2.json").read_bytes())

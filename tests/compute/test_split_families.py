@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from waiting import PATIENCE
 
 from pocd.compute.engine import block_run
 from pocd.compute.model import load_model
@@ -18,6 +17,7 @@ from pocd.compute.ranks import joined, split_as_planned
 from pocd.protocol.errors import DeviceError, ModelError
 from pocd.protocol.schemes import SCHEMES
 from tests.support.family_models import FAMILIES, SEQ_LEN
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from pathlib import Path

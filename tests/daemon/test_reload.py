@@ -13,7 +13,6 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from waiting import PATIENCE
 
 from pocd.admin.client import call
 from pocd.config.settings import Settings
@@ -26,6 +25,7 @@ from pocd.protocol.proof import Proof
 from pocd.store.outbox import Outbox, Work
 from tests.support.delivering import NODE, NOW, ROUND, WEIGHTS, dispatchers, prepared, serving
 from tests.support.processes import Chain, Daemon, config, running
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -8,7 +8,6 @@ from typing import Any
 
 import orjson
 import pytest
-from waiting import soon
 
 from pocd.delivery import batcher
 from pocd.delivery.batcher import Batcher
@@ -31,6 +30,7 @@ from tests.support.delivering import (
     running,
     serving,
 )
+from tests.support.waiting import soon
 
 NEXT = Round("CD", 20, "miner", 1.4, "poc2", "tiny", 16)
 

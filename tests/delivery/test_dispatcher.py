@@ -13,7 +13,6 @@ import pytest
 import structlog
 from aiohttp import web
 from standardwebhooks import Webhook, WebhookVerificationError
-from waiting import soon
 
 from pocd.delivery import dispatcher as module
 from pocd.delivery import policy
@@ -21,6 +20,7 @@ from pocd.http.client import open_session
 from pocd.http.webhooks import WebhookKeys
 from pocd.store.outbox import ReceiverState
 from tests.support.delivering import NOW, Bench, Server, expected, prepared, running, sent, serving, talking
+from tests.support.waiting import soon
 
 OLD, NEW, OTHER = ("whsec_" + base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2, 3))
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import structlog
 from aiohttp import web
-from waiting import PATIENCE, soon, until
 
 from pocd.store.deliveries import record_delivered
 from pocd.store.outbox import Queue
 from tests.support.delivering import NOW, Bench, Server, expected, prepared, running, sent, serving, talking
+from tests.support.waiting import PATIENCE, soon, until
 
 
 @pytest.fixture

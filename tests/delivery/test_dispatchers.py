@@ -7,7 +7,6 @@ import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
-from waiting import soon
 
 from pocd.delivery.dispatcher import Receiver
 from pocd.delivery.dispatchers import MOST_CALLBACKS, CallbackError, callback_name
@@ -17,6 +16,7 @@ from pocd.store import deliveries
 from pocd.store.batches import form_batches
 from pocd.store.outbox import Outbox, Work
 from tests.support.delivering import NODE, NOW, ROUND, WEIGHTS, Bench, Server, dispatchers, prepared, serving
+from tests.support.waiting import soon
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

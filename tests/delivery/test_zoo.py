@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 import pytest
-from waiting import PATIENCE, soon
 
 from pocd.delivery import dispatcher as module
 from pocd.delivery import policy
@@ -16,6 +15,7 @@ from pocd.http import client
 from pocd.http.client import ThreadResolver
 from tests.support.animals import ANIMALS
 from tests.support.delivering import NOW, Bench, expected, prepared, running, sent, serving
+from tests.support.waiting import PATIENCE, soon
 from tests.support.zoo import HANGING, OK, Animal, System, Visit, answer, answer_too_late, certificate, flapping, opened
 
 if TYPE_CHECKING:

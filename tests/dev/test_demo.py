@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from waiting import PATIENCE
+from tests.support.waiting import PATIENCE
 
 
 def command(folder: Path, *options: str) -> list[str]:

@@ -12,12 +12,12 @@ import pytest
 import structlog
 from hypothesis import example, given
 from hypothesis import strategies as st
-from waiting import PATIENCE, soon
 from yarl import URL
 
 from pocd.http.addresses import METADATA, allowed_origin, origin, refusal
 from pocd.http.client import open_session
 from tests.support.delivering import expected, prepared, running, sent, serving
+from tests.support.waiting import PATIENCE, soon
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 from aiohttp import web
-from waiting import PATIENCE, soon, until
 
 from pocd.http import client
 from pocd.http.client import ThreadResolver, open_session
 from tests.support.delivering import serving
+from tests.support.waiting import PATIENCE, soon, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -16,9 +16,9 @@ import orjson
 import pytest
 import uvloop
 from aiohttp import web
-from waiting import PATIENCE, soon, until
 
 from pocd.http.server import Bounds, RefusalError, errors_as_json, json_answer, listening, listening_at
+from tests.support.waiting import PATIENCE, soon, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine

@@ -7,7 +7,6 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from waiting import soon
 
 from pocd.mining.miner import LATEST, Lease, Miner
 from pocd.protocol.nonces import Node, Progress, Span
@@ -15,6 +14,7 @@ from pocd.protocol.proof import Proof, Round
 from pocd.store.deliveries import next_pending
 from pocd.store.outbox import Outbox, Totals, Weights, Work
 from pocd.store.thread import OutboxThread
+from tests.support.waiting import soon
 
 WEIGHTS = Weights("f00d", "float32")
 NOW = 1_700_000_000.0

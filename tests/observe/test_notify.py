@@ -9,10 +9,10 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
-from waiting import PATIENCE
 
 from pocd.observe import notify
 from pocd.observe.notify import Notifier
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

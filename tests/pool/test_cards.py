@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import structlog.testing
-from waiting import PATIENCE
 
 from pocd.admin import status
 from pocd.admin.metrics import DaemonCollector
@@ -16,6 +15,7 @@ from pocd.cli import report
 from pocd.pool import cards
 from pocd.pool.cards import PATIENCE_SECONDS, Cards, Reading
 from pocd.worker.messages import Card
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

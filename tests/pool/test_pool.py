@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 import structlog
-from waiting import PATIENCE, until
 
 from pocd.clock import SYSTEM
 from pocd.mining.miner import Miner
@@ -27,6 +26,7 @@ from pocd.protocol.proof import Round
 from pocd.store.outbox import Outbox, Work
 from pocd.store.thread import OutboxThread
 from pocd.worker.messages import Load, Message, Recompute
+from tests.support.waiting import PATIENCE, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

@@ -14,7 +14,6 @@ from typing import Any
 import aiohttp
 import orjson
 import pytest
-from waiting import PATIENCE, soon
 
 from pocd.http.server import DEFAULT_BOUNDS, Bounds, listening
 from pocd.http.webhooks import WebhookKeys, unsigned_headers
@@ -24,6 +23,7 @@ from pocd.receiver.app import MAX_BODY_BYTES, application, serve
 from pocd.receiver.store import Arrival, Store, StoreBusyError, StoreError
 from pocd.validation.claim import Claim, parse_json
 from pocd.validation.verdict import Terms, judge
+from tests.support.waiting import PATIENCE, soon
 
 NOW = 1_700_000_000
 AT = "2023-11-14T22:13:20.000+00:00"

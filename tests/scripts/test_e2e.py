@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 from rich.console import Console
-from waiting import PATIENCE
 
 from pocd.protocol.theory import expected_valid_rate
 from scripts.trials.e2e import R_TARGET, r_target_of
 from scripts.trials.e2e_verdict import Asked, Line, Progress, Said, complaints, spread_table
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import orjson
 import pytest
-from waiting import PATIENCE
 
 from pocd.delivery.dispatchers import register_callback
 from pocd.mining.control import decode
@@ -27,6 +26,7 @@ from pocd.store.errors import StoreError
 from pocd.store.outbox import KnownChain, Outbox, Queue, ReceiverState, RoundProgress, Totals, Weights, Work
 from pocd.store.schema import APPLICATION_ID, VERSION
 from pocd.store.thread import OutboxThread
+from tests.support.waiting import PATIENCE
 
 NOW = 1_700_000_000.0
 WEIGHTS = Weights("f00d", "float32")

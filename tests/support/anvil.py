@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 import pytest
-from waiting import PATIENCE
+
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

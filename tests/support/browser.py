@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 import aiohttp
 import orjson
 import pytest
-from waiting import PATIENCE
+
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 from aiohttp import web
-from waiting import soon
 
 from pocd.clock import SYSTEM
 from pocd.delivery.dispatcher import Dispatcher, Receiver
@@ -22,6 +21,7 @@ from pocd.store import deliveries, letters
 from pocd.store.batches import form_batches
 from pocd.store.outbox import Weights, Work
 from pocd.store.thread import OutboxThread
+from tests.support.waiting import soon
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 from aiohttp import web
-from waiting import PATIENCE
 
 from pocd.admin.client import AdminError, call
 from pocd.dev import chain as devchain
 from pocd.http.server import listening
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process

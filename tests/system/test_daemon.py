@@ -17,7 +17,6 @@ import aiohttp
 import orjson
 import pytest
 from aiohttp import web
-from waiting import PATIENCE
 
 from pocd.admin.client import AdminError, call
 from pocd.cli.report import as_text
@@ -25,6 +24,7 @@ from pocd.http.server import listening
 from pocd.receiver import app as receiver
 from pocd.receiver import store as receiver_store
 from tests.support.processes import Chain, Daemon, config, fails, free_port, running
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

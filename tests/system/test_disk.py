@@ -19,7 +19,6 @@ import aiohttp
 import pytest
 import structlog
 from aiohttp import web
-from waiting import PATIENCE
 
 from pocd.admin.client import AdminError, call
 from pocd.clock import Clock
@@ -39,6 +38,7 @@ from pocd.worker import messages
 from pocd.worker.messages import Heartbeat, Load
 from tests.support.delivering import dispatchers
 from tests.support.processes import Chain, Daemon, config, fails, running
+from tests.support.waiting import PATIENCE
 from tests.system.test_daemon import batches, dense, receiving, stored_proofs
 
 if TYPE_CHECKING:

@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from waiting import PATIENCE
-
 from tests.admin.test_api_docs import pattern, transcript
 from tests.admin.test_outbox_api import Moody
 from tests.support.processes import Chain, config, free_port
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

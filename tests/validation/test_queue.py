@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 import structlog
-from waiting import PATIENCE
 
 from pocd.clock import SYSTEM
 from pocd.delivery.dispatcher import Receiver
@@ -34,6 +33,7 @@ from pocd.validation.verdict import Terms
 from pocd.worker import messages
 from pocd.worker.messages import Load
 from tests.support.delivering import dispatchers
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator

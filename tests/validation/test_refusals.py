@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import structlog
 from aiohttp import web
-from waiting import soon
 
 from pocd.delivery import policy
 from pocd.store import deliveries, letters
 from pocd.store.outbox import Queue, ReceiverState
 from tests.support.delivering import NOW, WEEK, Bench, Server, expected, prepared, running, sent, serving
+from tests.support.waiting import soon
 
 
 @pytest.fixture

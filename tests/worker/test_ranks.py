@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, Qwen3Config
-from waiting import until
 
 from pocd.compute.engine import block_run
 from pocd.compute.model import load_model
@@ -21,6 +20,7 @@ from pocd.protocol.errors import ModelError
 from pocd.protocol.names import BUNDLED
 from pocd.protocol.schemes import SCHEMES
 from tests.pool.test_pool import LOAD, ROUND, pooled, recompute
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -22,7 +22,6 @@ import structlog
 import structlog.testing
 import torch
 from safetensors.torch import load_file, save_file
-from waiting import PATIENCE, until
 
 from pocd.clock import SYSTEM
 from pocd.mining.miner import Miner
@@ -39,6 +38,7 @@ from pocd.store.outbox import Outbox, Work
 from pocd.store.thread import OutboxThread
 from pocd.worker import messages
 from pocd.worker.messages import BatchSize, Cancel, Cancelled, Compute, Load, Message, Ready, Recompute
+from tests.support.waiting import PATIENCE, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
