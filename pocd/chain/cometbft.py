@@ -26,7 +26,7 @@ def parse_status(body: bytes, where: str) -> Head:
 
     Args:
         body: The answer's bytes, whatever they are.
-        where: What was asked, as error messages name it.
+        where: The request, as error messages name it.
 
     Raises:
         ChainError: A JSON-RPC error, a node without blocks, or an answer that makes no sense.
@@ -50,7 +50,7 @@ def parse_block(body: bytes, height: int, where: str) -> Block:
     Args:
         body: The answer's bytes, whatever they are.
         height: The height that was asked for; the block's own must be the same.
-        where: What was asked, as error messages name it.
+        where: The request, as error messages name it.
 
     Raises:
         BlockUnavailableError: The height is not there yet, or pruned, or the node has lost the block's data.

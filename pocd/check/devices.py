@@ -1,4 +1,4 @@
-"""torch, the driver, the cards and their memory. What is asked of each is separate from what follows, which is pure."""
+"""Checks of torch, the driver, the GPUs and their memory: first the queries, then pure judgements."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOM = 1.2  # of the weights' size: what a model needs at least, with small batc
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """What NVIDIA's driver tells: its version, and how many cards CUDA sees."""
+    """NVIDIA's driver: its version, and the number of cards that CUDA sees."""
 
     version: str
     cards: int
@@ -43,10 +43,10 @@ def ask_driver(visible: str | None) -> Driver:
     """Ask the driver; it may hang.
 
     Args:
-        visible: CUDA_VISIBLE_DEVICES.
+        visible: Value of CUDA_VISIBLE_DEVICES; None where it is not set.
 
     Raises:
-        NoDriverError: There is none, or it does not answer.
+        NoDriverError: The driver is missing or does not answer.
     """
     try:
         pynvml.nvmlInit()
@@ -131,10 +131,10 @@ def check_memory(
     """Do the model's weights fit into the cards' free memory?
 
     Args:
-        readings: What the driver tells of each card.
-        used: Those that the configuration uses.
-        probe: Knows how many parameters the model has; where it does not, only what others hold is looked at.
-        model: The configuration.
+        readings: Sensor values of each card, by the card's UUID.
+        used: UUIDs of the cards that the configuration uses.
+        probe: Result of the probe; without its number of parameters only the free memory is judged.
+        model: Settings of the model and its devices.
         runs: Whether our own daemon runs, and so holds memory itself.
     """
     weights = (probe.parameters or 0) * BYTES[model.dtype] / model.parallel
