@@ -57,7 +57,7 @@ def ask_driver(visible: str | None) -> Driver:
 
 
 def check_torch(probe: Probe, model: ModelSettings) -> Finding:
-    """Is torch there, and made for the configured devices?"""
+    """Check that torch can be imported and was built for the configured devices."""
     python = f"Python {platform.python_version()}"
     if probe.torch is None and probe.late:
         return red(
@@ -83,7 +83,7 @@ def check_torch(probe: Probe, model: ModelSettings) -> Finding:
 
 
 def check_driver(driver: Driver | NoDriverError, model: ModelSettings) -> Finding:
-    """Does the driver have the configured cards?"""
+    """Check that the driver has the configured cards."""
     if not needs_cuda(model):
         return green("driver", f"not needed: model.device is {model.device!r}")
     if isinstance(driver, NoDriverError):
@@ -103,7 +103,7 @@ def check_driver(driver: Driver | NoDriverError, model: ModelSettings) -> Findin
 
 
 def check_cards(probe: Probe, model: ModelSettings) -> Finding | None:
-    """Does torch see the configured cards? None where that does not matter, or torch's own finding says it all."""
+    """Check that torch sees the configured cards; None where none are needed, or `check_torch` reports the problem."""
     if not needs_cuda(model) or probe.torch is None or probe.cuda_build is None:
         return None
     if probe.cards:
@@ -128,7 +128,7 @@ def used_cards(probe: Probe, model: ModelSettings) -> tuple[str, ...]:
 def check_memory(
     readings: Mapping[str, Reading], used: Sequence[str], probe: Probe, model: ModelSettings, *, runs: bool
 ) -> list[Finding]:
-    """Do the model's weights fit into the cards' free memory?
+    """Check that the model's weights fit into the cards' free memory.
 
     Args:
         readings: Sensor values of each card, by the card's UUID.

@@ -56,7 +56,7 @@ class _Section(BaseModel):
 
 
 class NodeSettings(_Section):
-    """Who we are, and our share of the nonces: node_id + node_count · x."""
+    """The miner's key, and this node's share of the nonces: node_id + node_count · x."""
 
     public_key: PublicKey
     node_id: Index = 0
@@ -70,7 +70,7 @@ class NodeSettings(_Section):
 
 
 class ChainSettings(_Section):
-    """Where block hashes come from."""
+    """The chain that block hashes come from."""
 
     kind: Literal["cometbft", "evm"] = "cometbft"
     urls: list[HttpUrl] = Field(min_length=1)
@@ -174,7 +174,7 @@ class AdminSettings(_Section):
 
     @property
     def beyond_loopback(self) -> bool:
-        """Whether other hosts can reach it."""
+        """Tell whether other hosts can reach the API."""
         return self.socket is None and self.host not in LOOPBACK_HOSTS
 
     @model_validator(mode="after")
@@ -328,10 +328,10 @@ def _source(location: tuple[int | str, ...], path: Path) -> str:
 
 
 def check_model(settings: Settings) -> None:
-    """Find the model where that needs no loading: bundled, or a local folder.
+    """Check that the model exists, where that needs no loading: bundled, or a local folder.
 
     Raises:
-        ConfigError: It is not there.
+        ConfigError: The model is not there.
     """
     try:
         resolve(settings.model.name, settings.model.revision)

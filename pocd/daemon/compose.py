@@ -1,4 +1,4 @@
-"""What the daemon is made of, as its settings say."""
+"""The daemon's parts, made from its settings."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def make_receivers(settings: Settings) -> list[Receiver]:
 async def make_chain(
     settings: Settings, outbox: OutboxThread, sessions: list[aiohttp.ClientSession], log: FilteringBoundLogger
 ) -> Failover:
-    """Return the configured nodes, which stand in for one another; each has a session of its own.
+    """Return the configured nodes, which stand in for one another; each has its own HTTP session.
 
     Raises:
         ConfigError: The store belongs to another chain than the configured one.
@@ -97,7 +97,7 @@ async def make_chain(
 
 
 def make_sources(chain: ChainSettings, nodes: Sequence[Rpc]) -> list[ChainSource]:
-    """Return nodes as what the chain's kind makes of them."""
+    """Return the chain's nodes as sources of its kind."""
     if chain.kind == "evm":
         return [EVM(node, confirmations=confirmations(chain)) for node in nodes]
     return [CometBFT(node) for node in nodes]
@@ -111,7 +111,7 @@ def confirmations(chain: ChainSettings) -> int:
 
 
 def make_loads(settings: Settings) -> list[Load]:
-    """Return what each worker is to load, and on which devices.
+    """Return for each worker its model and devices.
 
     Raises:
         EndedError: There are fewer GPUs than configured.
@@ -141,7 +141,7 @@ def make_loads(settings: Settings) -> list[Load]:
 
 
 def cache_folder(settings: Settings) -> Path:
-    """Return where compilers keep what they make: as configured, systemd's CacheDirectory=, or beside the store."""
+    """Return the folder for compiled code: as configured, systemd's CacheDirectory=, or beside the store."""
     if settings.worker.cache is not None:
         return settings.worker.cache
     given = os.environ.get("CACHE_DIRECTORY", "").partition(":")[0]
