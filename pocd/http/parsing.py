@@ -1,4 +1,4 @@
-"""What comes in over HTTP, parsed by pydantic models; whatever does not fit is refused by its field's name.
+"""Requests parsed by pydantic models; a wrong one is refused with the name of the field at fault.
 
 The same models describe the calls in `/openapi.json`, so the document cannot promise what is not taken.
 """
@@ -56,7 +56,7 @@ def parse_query(request: web.Request, model: type[Model]) -> Model:
 
 
 def _refusal(error: ValidationError, model: type[BaseModel]) -> RefusalError:
-    """Tell the first thing that is wrong, where it is, and what is allowed instead."""
+    """Return the refusal for the first error: the field, the problem, and what is allowed instead."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     kind, message = first["type"], first["msg"].removeprefix("Value error, ")
     if kind == "json_invalid":

@@ -1,4 +1,4 @@
-"""The store's file: opened, checked, made or brought up to date; and what SQLite's errors mean for the daemon."""
+"""The store's file: opening, checking, making and migrating it; and the meaning of SQLite's errors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def open_store(path: Path) -> sqlite3.Connection:
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> int:
-    """Refuse what is not ours, newer or damaged, changing nothing; return the version, 0 where it is yet to be made."""
+    """Refuse a foreign, newer or damaged file, changing nothing; return its version, 0 for an empty file."""
     connection.execute("BEGIN IMMEDIATE")  # takes the lock that a second daemon will miss
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (application,) = connection.execute("PRAGMA application_id").fetchone()
@@ -94,7 +94,7 @@ def _bring_up_to_date(connection: sqlite3.Connection, version: int) -> None:
 
 
 def unusable(path: Path, error: sqlite3.Error) -> StoreError:
-    """Say of the store at `path`, which was to be opened, what SQLite's `error` means for the operator."""
+    """Return the error for the operator when SQLite's `error` keeps the store at `path` from being opened."""
     if is_damaged(error):
         return StoreError(_damaged(path, str(error)))
     text = str(error)
@@ -113,7 +113,7 @@ def is_damaged(error: sqlite3.Error) -> bool:
 
 
 def failure_of(path: Path, error: sqlite3.Error) -> Exception:
-    """Return what SQLite's `error`, in the store at `path` while it is in use, means for the daemon.
+    """Return the exception for SQLite's `error` in the store at `path` while it is in use.
 
     A `StoreError` for a damaged file, a `StoreUnavailableError` for what may pass, and the error itself where the
     fault is ours.
