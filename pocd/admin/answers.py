@@ -38,7 +38,9 @@ class Asked(BaseModel):
     block_hash: str
     block_height: int
     fraud_threshold: float
-    callback: str | None = Field(description="Name of the receiver that gets the round's batches beside the configured ones.")
+    callback: str | None = Field(
+        description="Name of the receiver that gets the round's batches beside the configured ones."
+    )
 
 
 class Control(BaseModel):
@@ -93,12 +95,16 @@ class Worker(BaseModel):
 
     ready: bool = Field(description="Whether at least one worker has a model ready.")
     pid: int | None = Field(description="Process id of the first worker; null while it does not run.")
-    stage: str | None = Field(description="Step of the first worker's start, such as loading the model; null once it is ready.")
+    stage: str | None = Field(
+        description="Step of the first worker's start, such as loading the model; null once it is ready."
+    )
     restarts: int = Field(description="How often a worker ended and was started again, over all workers.")
     last_error: str | None = Field(description="Why a worker ended last; null if none did.")
     batch_size: int = Field(description="Nonces per forward pass.")
     refused_batches: int = Field(description="Batches without a result: the model gave NaN or infinity.")
-    last_refusal: str | None = Field(description="Where NaN or infinity first appeared in the last batch without a result.")
+    last_refusal: str | None = Field(
+        description="Where NaN or infinity first appeared in the last batch without a result."
+    )
 
 
 class ReadyWorker(Worker):
@@ -144,12 +150,16 @@ class OneWorker(BaseModel):
     number: int
     device: str = Field(description='Device of the worker; of a split model the devices of all ranks, joined by "+".')
     ready: bool
-    stage: str | None = Field(description="Step of the worker's start, such as loading the model; null once it is ready.")
+    stage: str | None = Field(
+        description="Step of the worker's start, such as loading the model; null once it is ready."
+    )
     pids: list[int] = Field(description="Process ids of all ranks of the worker.")
     restarts: int = Field(description="How often the worker ended and was started again.")
     causes: dict[Cause, int] = Field(description="How often the worker ended, by cause.")
     last_error: str | None = Field(description="Why the worker ended last; null if it never did.")
-    alarm: str | None = Field(description="Why a person should look: the worker fails repeatedly, and may be left out for a while.")
+    alarm: str | None = Field(
+        description="Why a person should look: the worker fails repeatedly, and may be left out for a while."
+    )
     batch_size: int = Field(description="Nonces per forward pass.")
     execution: str | None = Field(description='"eager", "compiled" or "captured", once it is known.')
     execution_reason: str | None = Field(description="Why this execution path was chosen.")
@@ -179,7 +189,9 @@ class Receiver(BaseModel):
     failures_in_a_row: int
     next_attempt_seconds: float | None = Field(description="Seconds until the next attempt; null while nothing fails.")
     parked: bool = Field(description="Whether the receiver asked for no more batches (HTTP 410).")
-    alarm: str | None = Field(description="Problem that only a person can solve, such as a wrong URL; null when there is none.")
+    alarm: str | None = Field(
+        description="Problem that only a person can solve, such as a wrong URL; null when there is none."
+    )
 
 
 class Problem(BaseModel):
@@ -215,7 +227,9 @@ class Status(BaseModel):
     workers: list[OneWorker]
     receivers: list[Receiver]
     problems: list[Problem] = Field(description="Problems that keep the daemon from mining; empty when there is none.")
-    alarms: list[Problem] = Field(description="Problems that only a person can solve, though mining goes on; empty when there is none.")
+    alarms: list[Problem] = Field(
+        description="Problems that only a person can solve, though mining goes on; empty when there is none."
+    )
     version: str
     uptime_seconds: float
 
@@ -241,7 +255,9 @@ class Verdict(BaseModel):
     block_height: int
     node_id: int
     nonces: list[int]
-    received_dist: list[float | None] = Field(description="Claimed distances; null where the claim is no finite number.")
+    received_dist: list[float | None] = Field(
+        description="Claimed distances; null where the claim is no finite number."
+    )
     dist: list[float] = Field(description="Recomputed distances, in [0, 2].")
     valid: list[bool] = Field(description="Whether each entry's nonce is valid.")
     r_target: float
@@ -256,8 +272,12 @@ class Verdict(BaseModel):
     non_finite: int = Field(description="Claims in the whole batch that are no finite number.")
     density: float = Field(description="Share of the node's nonces, up to the largest, that the batch holds.")
     sparse: bool = Field(description="Whether density is 1% or less: suspicious, but no fraud by itself.")
-    shifted: int = Field(description="Recomputed nonces whose claim is further than `tolerance` from the recomputed distance.")
-    largest_difference: float | None = Field(description="Largest difference between a claimed and a recomputed distance; null without a finite claim.")
+    shifted: int = Field(
+        description="Recomputed nonces whose claim is further than `tolerance` from the recomputed distance."
+    )
+    largest_difference: float | None = Field(
+        description="Largest difference between a claimed and a recomputed distance; null without a finite claim."
+    )
     tolerance: float = Field(description="How far above r_target a recomputed distance still counts as valid.")
     mismatch: float = Field(description="The probability that an honest miner's nonce recomputes as invalid.")
     scheme: str
@@ -304,11 +324,15 @@ class Letter(BaseModel):
     receiver: str
     sequence: int = Field(description="Position of the batch in the receiver's queue.")
     id: str = Field(description="The batch's webhook-id.")
-    kind: str = Field(description='"generated": proofs of this daemon; "validated": verdicts on batches that were validated.')
+    kind: str = Field(
+        description='"generated": proofs of this daemon; "validated": verdicts on batches that were validated.'
+    )
     state: Literal["pending", "delivered", "dead", "expired", "withdrawn", "purged"]
     nonces: int
     attempts: int
-    reason: str | None = Field(description="Why the last attempt failed, or why the batch is no longer sent; null without a reason.")
+    reason: str | None = Field(
+        description="Why the last attempt failed, or why the batch is no longer sent; null without a reason."
+    )
     created_at: float = Field(description="When the batch was formed.")
     changed_at: float = Field(description="When the delivery entered its state.")
     age_seconds: float

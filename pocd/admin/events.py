@@ -35,7 +35,8 @@ class EventsQuery(Input):
     """The query of `GET /api/v1/pow/events`."""
 
     last_event_id: Annotated[str, Field(pattern=EVENT_ID)] | None = Field(
-        default=None, description="Begin after this event. The header `Last-Event-ID` has the same meaning and precedence."
+        default=None,
+        description="Begin after this event. The header `Last-Event-ID` has the same meaning and precedence.",
     )
     latest: int = Field(
         default=0, ge=0, le=RING, description="Number of past events to begin with, where no event id is given."

@@ -92,7 +92,9 @@ class DaemonCollector(Collector):
                 "pocd_chain_head_height", "Newest block that the chain's node reported.", chain.head.block.height
             )
             yield GaugeMetricFamily(
-                "pocd_chain_head_timestamp_seconds", "Time of that block, by the chain.", chain.head.block.time.timestamp()
+                "pocd_chain_head_timestamp_seconds",
+                "Time of that block, by the chain.",
+                chain.head.block.time.timestamp(),
             )
         yield GaugeMetricFamily("pocd_chain_failures", "Polls that failed in a row.", chain.failures)
         problem = chain.problem(self._parts.clock.wall(), self._parts.settings.chain.poll_interval)
@@ -157,7 +159,9 @@ class DaemonCollector(Collector):
         waiting = GaugeMetricFamily("pocd_receiver_pending_nonces", "Valid nonces not accepted yet.", labels=labels)
         accepted = CounterMetricFamily("pocd_receiver_delivered_batches", "Batches accepted.", labels=labels)
         failures = GaugeMetricFamily("pocd_receiver_failures", "Attempts that failed in a row.", labels=labels)
-        alarm = GaugeMetricFamily("pocd_receiver_alarm", "1 while the receiver has a problem that only a person can solve.", labels=labels)
+        alarm = GaugeMetricFamily(
+            "pocd_receiver_alarm", "1 while the receiver has a problem that only a person can solve.", labels=labels
+        )
         for view in status.receiver_views(self._parts):
             name = view["name"]
             for state in ("pending", "dead", "expired", "withdrawn"):

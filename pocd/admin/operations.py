@@ -87,7 +87,9 @@ def all_answers(operation: Operation, secured: Container[str]) -> dict[int, Answ
     if operation.is_secured(secured):
         common[401] = "The token is missing or wrong (`unauthorized`)."
     if operation.query or operation.body:
-        common[400] = "The request is malformed or a field is wrong (`invalid_request`, `malformed_json`, `unreadable_body`)."
+        common[400] = (
+            "The request is malformed or a field is wrong (`invalid_request`, `malformed_json`, `unreadable_body`)."
+        )
     if operation.body:
         common[408] = "The body did not come in time (`too_slow`)."
         common[413] = f"The body is larger than {operation.largest_body} bytes (`request_entity_too_large`)."

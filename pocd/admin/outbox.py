@@ -40,9 +40,13 @@ BatchIds = Annotated[tuple[BatchId, ...], Field(min_length=1, max_length=MOST_ID
 class ListQuery(Input):
     """The query of `GET /api/v1/outbox`."""
 
-    state: State | None = Field(default=None, description="List batches in this state only. Absent: in every state but delivered.")
+    state: State | None = Field(
+        default=None, description="List batches in this state only. Absent: in every state but delivered."
+    )
     receiver: Name | None = Field(default=None, description="List batches of this receiver only.")
-    after: Annotated[str, Field(pattern=AFTER)] | None = Field(default=None, description="List what follows this place: `next` of the page before.")
+    after: Annotated[str, Field(pattern=AFTER)] | None = Field(
+        default=None, description="List what follows this place: `next` of the page before."
+    )
     limit: int = Field(default=100, ge=1, le=1000, description="Most batches on the page.")
 
 

@@ -63,13 +63,16 @@ class InitBody(BaseModel):
 
     block_hash: str = Field(min_length=1, max_length=256, description="Block hash, used exactly as written.")
     block_height: Index
-    public_key: str = Field(min_length=1, max_length=1024, description="The miner's public key, used exactly as written.")
+    public_key: str = Field(
+        min_length=1, max_length=1024, description="The miner's public key, used exactly as written."
+    )
     r_target: float = Field(gt=0, le=2, description="A nonce is valid when its distance is below this.")
     fraud_threshold: float = Field(
         default=FRAUD_THRESHOLD, gt=0, lt=1, description="Batches are fraud below this probability of honesty."
     )
     node_id: Annotated[int, Field(ge=-1, lt=MOST_NODES)] = Field(
-        default=-1, description="Index of the node, which checks the nonces node_id + node_count · x. -1: as configured."
+        default=-1,
+        description="Index of the node, which checks the nonces node_id + node_count · x. -1: as configured.",
     )
     node_count: Annotated[int, Field(ge=1, le=MOST_NODES)] | Literal[-1] = Field(
         default=-1, description="Number of the miner's nodes. -1: as configured."

@@ -10,7 +10,7 @@ import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from pocd.chain.rpc import Answer, read_message
+from pocd.chain.rpc import RpcAnswer, read_message
 from pocd.chain.source import Block, BlockUnavailableError, ChainError, Head
 
 if TYPE_CHECKING:
@@ -70,18 +70,18 @@ def parse_block(body: bytes, height: int, chain_id: str, where: str) -> Block:
     return Block(chain_id, number, block_hash, _time(answer, "result.timestamp"))
 
 
-def _answer(body: bytes, where: str) -> Answer:
-    return Answer(where, body, read_message(body, where, lambda _text, code: code in _ABSENT_CODES))
+def _answer(body: bytes, where: str) -> RpcAnswer:
+    return RpcAnswer(where, body, read_message(body, where, lambda _text, code: code in _ABSENT_CODES))
 
 
-def _quantity(answer: Answer, path: str) -> int:
+def _quantity(answer: RpcAnswer, path: str) -> int:
     value = answer.field(path)
     if not isinstance(value, str) or not _QUANTITY.fullmatch(value):
         raise answer.wrong(path, "a whole number in hex")
     return int(value, 16)
 
 
-def _time(answer: Answer, path: str) -> datetime:
+def _time(answer: RpcAnswer, path: str) -> datetime:
     try:
         return datetime.fromtimestamp(_quantity(answer, path), UTC)
     except (ValueError, OverflowError, OSError):  # a year after 9999

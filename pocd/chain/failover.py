@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-Answer = TypeVar("Answer", Block, Head)
+BlockOrHead = TypeVar("BlockOrHead", Block, Head)
 
 KNOWN_HASHES = 256
 """How many heights' hashes are remembered, those seen last."""
@@ -135,9 +135,9 @@ class Failover:
     async def _ask(
         self,
         node: _Node,
-        ask: Callable[[ChainSource], Awaitable[Answer]],
-        check: Callable[[Answer, ChainSource], None],
-    ) -> Answer:
+        ask: Callable[[ChainSource], Awaitable[BlockOrHead]],
+        check: Callable[[BlockOrHead, ChainSource], None],
+    ) -> BlockOrHead:
         left = node.rests_until - self._monotonic()
         if left > 0 and len(self._nodes) > 1:
             raise ChainError(f"{node.error} (left alone for {math.ceil(left)} s more)")

@@ -57,7 +57,7 @@ def read_message(body: bytes, where: str, absent: Callable[[str, object], bool])
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class RpcAnswer:
     """A part of a JSON-RPC answer whose fields are checked as they are read; paths are dotted.
 
     Attributes:

@@ -53,7 +53,7 @@ def compute(  # noqa: PLR0913 - one argument per option
     from pocd.lab import command
 
     with compute_errors():
-        request = command.Request(
+        request = command.ComputeRequest(
             model=model,
             scheme=scheme,
             block_hash=block_hash,

@@ -129,7 +129,7 @@ def demo(
     """Run a demo: a development chain, a receiver and the daemon, each a process of its own."""
     from pocd.dev import demo as program
 
-    plan = program.Plan(blocks=blocks, block_seconds=block_seconds, model=model, folder=folder.resolve())
+    plan = program.DemoPlan(blocks=blocks, block_seconds=block_seconds, model=model, folder=folder.resolve())
     raise typer.Exit(asyncio.run(program.run(plan)))
 
 
@@ -197,7 +197,7 @@ def receiver(
     from pocd.http.webhooks import SecretError, WebhookKeys
     from pocd.observe import logs
     from pocd.receiver import app as program
-    from pocd.receiver.store import StoreError
+    from pocd.receiver.store import ReceiverStoreError
 
     log = logs.configure("info", "auto")
     try:
@@ -205,7 +205,7 @@ def receiver(
         with _port_errors(host, port):
             announce = _announce(log, "receiver")
             _run_until_signal(program.serve(host=host, port=port, path=store, keys=keys, on_started=announce))
-    except (SecretError, StoreError) as error:
+    except (SecretError, ReceiverStoreError) as error:
         raise ConfigError(str(error)) from error
 
 

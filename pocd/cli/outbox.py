@@ -29,7 +29,9 @@ def list_batches(
     state: Annotated[str | None, typer.Option(help=f"{STATES}. Default: all but delivered.")] = None,
     receiver: ReceiverOption = None,
     limit: Annotated[int, typer.Option(help="Batches at most.", min=1, max=1000)] = 100,
-    after: Annotated[str | None, typer.Option(help="List what follows this place, as printed under the last page.")] = None,
+    after: Annotated[
+        str | None, typer.Option(help="List what follows this place, as printed under the last page.")
+    ] = None,
     as_json: JsonOption = False,
     config: ConfigOption = DEFAULT_PATH,
     url: UrlOption = None,

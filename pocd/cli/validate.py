@@ -28,7 +28,7 @@ from pocd.protocol.names import default_tolerance
 from pocd.validation.claim import LARGEST_CLAIM, BodyError, Claim, parse_json
 
 if TYPE_CHECKING:
-    from pocd.lab.command import Request
+    from pocd.lab.command import ComputeRequest
 
 DEFAULT_R_TARGET = RoundSettings().r_target
 POLL_SECONDS = 0.5  # between two looks at a validation that takes long
@@ -43,7 +43,9 @@ FraudThresholdOption = Annotated[
     float | None,
     typer.Option(help="A batch is fraud when an honest miner is less probable than this. Default: 0.01.", min=0, max=1),
 ]
-ToleranceOption = Annotated[float | None, typer.Option(help="Difference of distances allowed for rounding. Default: by dtype.", min=0, max=2)]
+ToleranceOption = Annotated[
+    float | None, typer.Option(help="Difference of distances allowed for rounding. Default: by dtype.", min=0, max=2)
+]
 NodeCountOption = Annotated[int, typer.Option(help="Nodes that share the nonces.", min=1, max=2**63 - 1)]
 WANTED = "wanted is one batch: a JSON object with public_key, block_hash, block_height, nonces and dist"
 
@@ -84,9 +86,9 @@ def validate(  # noqa: PLR0913 - one argument per option
         query = {} if sample is None or seed is None else {"sample": str(sample), "seed": seed}
         body = _ask(raw, query, config, url, token_file, timeout)
     else:
-        from pocd.lab.command import Request
+        from pocd.lab.command import ComputeRequest
 
-        request = Request(
+        request = ComputeRequest(
             model, scheme, claim.block_hash, claim.public_key, seq_len, dtype, device, batch_size, revision
         )
         body = _compute(
@@ -156,7 +158,7 @@ def _ask(
 
 def _compute(
     claim: Claim,
-    request: Request,
+    request: ComputeRequest,
     sample: int | None,
     seed: str | None,
     *,

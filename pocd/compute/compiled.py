@@ -14,7 +14,7 @@ import shutil
 import time
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,7 +25,7 @@ from pocd.compute.memory import is_out_of_memory
 from pocd.compute.model import NOT_COMPILED, Execution
 from pocd.compute.random import to_device
 from pocd.compute.segments import Standard
-from pocd.compute.stages import Block
+from pocd.compute.stages import BlockTensors
 from pocd.compute.transforms import JOIN
 from pocd.protocol.errors import ComputeError, OutOfMemoryError
 from pocd.protocol.names import default_tolerance
@@ -35,9 +35,8 @@ if TYPE_CHECKING:
 
     from pocd.compute.engine import BlockRun
     from pocd.compute.model import Model, Program
+    from pocd.protocol.names import Compile
     from pocd.protocol.schemes import Scheme
-
-Mode = Literal["auto", "always", "never"]
 
 WARM_UPS = 3  # before a capture: the first compiles, then cuBLAS and the allocator settle
 AGREEING = 0.99  # share of a batch whose compiled distances have to be the eager ones, within the dtype's tolerance
@@ -76,18 +75,18 @@ class Compiled:
         """Whether it was made for such batches."""
         return (scheme, seq_len, rows) == self._shape
 
-    def __call__(self, seeds: torch.Tensor, block: Block) -> torch.Tensor:
+    def __call__(self, seeds: torch.Tensor, block: BlockTensors) -> torch.Tensor:
         """Compute distances, float32 [B] on the device, from seeds on the host."""
         inputs = self.new_inputs()
         there = to_device(seeds, inputs.device)
         self.fill(inputs, there)
         return self.decode(inputs, there, block)
 
-    def decode(self, inputs: torch.Tensor, seeds: torch.Tensor, block: Block) -> torch.Tensor:
+    def decode(self, inputs: torch.Tensor, seeds: torch.Tensor, block: BlockTensors) -> torch.Tensor:
         """Compute distances [B] from inputs [B, S, H]; all on the device."""
         return self.measure(self.run_layers(inputs, block), seeds, block)
 
-    def run_layers(self, inputs: torch.Tensor, block: Block) -> torch.Tensor:
+    def run_layers(self, inputs: torch.Tensor, block: BlockTensors) -> torch.Tensor:
         """Compute what the decoder gives of inputs: the last position [B, H], or all [B, S, H]."""
         return self._decoder(inputs, self._join, block.vectors, all_positions=self._all_positions)
 
@@ -137,7 +136,7 @@ class Captured:
             self._distances = compiled.decode(self._inputs, self._seeds, self._block)
         self._taken.record(main)
 
-    def __call__(self, seeds: torch.Tensor, block: Block) -> torch.Tensor:
+    def __call__(self, seeds: torch.Tensor, block: BlockTensors) -> torch.Tensor:
         """Compute distances, float32 [B] on the device, from seeds on the host; they hold until the next call."""
         main = torch.cuda.current_stream(self._seeds.device)
         self._side.wait_event(self._taken)
@@ -156,21 +155,21 @@ class Captured:
         return self._distances
 
 
-def _copied(block: Block, scheme: Scheme) -> list[torch.Tensor]:
+def _copied(block: BlockTensors, scheme: Scheme) -> list[torch.Tensor]:
     """The tensors of a block that a graph has copies of: all but a head that is the model's own."""
     head = None if scheme.head in OWN_HEADS else block.head
     standard = (None, None) if block.standard is None else (block.standard.mean, block.standard.deviation)
     return [tensor for tensor in (block.vectors, head, block.target, *standard) if tensor is not None]
 
 
-def _own(block: Block, scheme: Scheme) -> Block:
+def _own(block: BlockTensors, scheme: Scheme) -> BlockTensors:
     """A block with copies of the tensors that `_copied` lists."""
 
     def copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.clone()
 
     standard = block.standard
-    return Block(
+    return BlockTensors(
         vectors=block.vectors.clone(),
         head=block.head if scheme.head in OWN_HEADS else copy(block.head),
         target=copy(block.target),
@@ -178,7 +177,7 @@ def _own(block: Block, scheme: Scheme) -> Block:
     )
 
 
-def compile_model(model: Model, mode: Mode, *, scheme: Scheme, seq_len: int, batch_size: int) -> Model:
+def compile_model(model: Model, mode: Compile, *, scheme: Scheme, seq_len: int, batch_size: int) -> Model:
     """Return `model` with compiled code for batches of one scheme and shape, in place of what it had before.
 
     Its `execution` says which path these take, and why. The code is checked against the eager path.
@@ -217,7 +216,7 @@ def compile_model(model: Model, mode: Mode, *, scheme: Scheme, seq_len: int, bat
     return replace(model, execution=Execution("eager", hindrance, time.perf_counter() - start))
 
 
-def _hindrance(model: Model, mode: Mode) -> str | None:
+def _hindrance(model: Model, mode: Compile) -> str | None:
     """Why `model` is not to be compiled, as far as that is known before it is tried."""
     if mode == "never":
         return "the settings want it so"
@@ -242,7 +241,7 @@ def _missing_tool(device: str) -> str | None:
 
 
 @torch.inference_mode()
-def _build(run: BlockRun, rows: int, mode: Mode) -> tuple[Program, Execution]:
+def _build(run: BlockRun, rows: int, mode: Compile) -> tuple[Program, Execution]:
     """Compile, capture on a GPU, and check either against the eager path."""
     import torch._dynamo.config  # noqa: PLC0415 - the compiler takes seconds to import
     import torch._inductor.config  # noqa: PLC0415

@@ -15,7 +15,7 @@ from pocd.compute.model import Execution, check_seq_len
 from pocd.compute.random import fill_normal, seeds_tensor, to_device, unit_normal
 from pocd.compute.ranks import whole
 from pocd.compute.segments import measure
-from pocd.compute.stages import Block, seed_texts
+from pocd.compute.stages import BlockTensors, seed_texts
 from pocd.compute.transforms import JOIN
 from pocd.compute.weights import drawn_weights
 from pocd.protocol.errors import InputError, NonFiniteError, OutOfMemoryError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from pocd.compute.model import Model
     from pocd.compute.segments import Standard
-    from pocd.protocol.schemes import Head, Scheme
+    from pocd.protocol.schemes import HeadSource, Scheme
 
 UNDER_WAY = 2  # batches: while one is computed, the host prepares the next
 
@@ -90,9 +90,9 @@ class BlockRun:
         return self.model.hidden_size if self.target is None else len(self.target)
 
     @property
-    def block(self) -> Block:
+    def block(self) -> BlockTensors:
         """The block's tensors."""
-        return Block(self.vectors, self.head, self.target, self.standard)
+        return BlockTensors(self.vectors, self.head, self.target, self.standard)
 
     def execution(self, batch_size: int) -> Execution:
         """Tell how batches of this size run."""
@@ -282,7 +282,7 @@ def _no_head(_model: Model, _block_hash: str) -> None:
     return None
 
 
-HEADS: dict[Head, Callable[[Model, str], torch.Tensor | None]] = {
+HEADS: dict[HeadSource, Callable[[Model, str], torch.Tensor | None]] = {
     "trained": _trained_head,
     "embedding": _embedding,
     "random": _random_head,

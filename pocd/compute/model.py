@@ -23,7 +23,7 @@ from pocd.protocol.errors import DeviceError, InputError, MemoryShortError, Mode
 from pocd.protocol.names import check_device, check_dtype, resolve
 
 if TYPE_CHECKING:
-    from pocd.compute.stages import Block
+    from pocd.compute.stages import BlockTensors
     from pocd.protocol.schemes import Scheme
 
 LARGEST_SEQ_LEN = 2**20  # of a model that has no limit
@@ -55,7 +55,7 @@ class Program(Protocol):
     def serves(self, scheme: Scheme, seq_len: int, rows: int) -> bool:
         """Whether it was made for such batches."""
 
-    def __call__(self, seeds: torch.Tensor, block: Block) -> torch.Tensor:
+    def __call__(self, seeds: torch.Tensor, block: BlockTensors) -> torch.Tensor:
         """Compute distances, float32 [B] on the device, from seeds on the host (see `stages`).
 
         The result holds until the next call, in the order of the current stream.

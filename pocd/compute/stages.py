@@ -22,7 +22,7 @@ HEAD_CHUNK = 2**24  # elements of the head that are in float32 at a time: 64 MiB
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class BlockTensors:
     """The tensors that a block hash gives, for all of its nonces.
 
     Attributes:
@@ -71,7 +71,7 @@ def find_hidden(readout: torch.Tensor, seeds: torch.Tensor, scheme: Scheme) -> t
     return h / h.norm(dim=-1, keepdim=True) if scheme.normalise else h
 
 
-def find_distance(h: torch.Tensor, seeds: torch.Tensor, block: Block) -> torch.Tensor:
+def find_distance(h: torch.Tensor, seeds: torch.Tensor, block: BlockTensors) -> torch.Tensor:
     """‖z/‖z‖ − t‖ of z = W h, or of z = h without a head, float32 [B].
 
     As ‖t‖ = 1 it is √(2 − 2 z·t/‖z‖), which is as exact wherever distances are found: near √2.
@@ -95,7 +95,7 @@ def _through_head(h: torch.Tensor, head: torch.Tensor, target: torch.Tensor) -> 
     return along, square
 
 
-def measure_states(states: torch.Tensor, seeds: torch.Tensor, block: Block, *, scheme: Scheme) -> torch.Tensor:
+def measure_states(states: torch.Tensor, seeds: torch.Tensor, block: BlockTensors, *, scheme: Scheme) -> torch.Tensor:
     """Distances float32 [B] of what the decoder gave: the last position [B, H], or all [B, S, H]."""
     if block.standard is not None:
         states = find_factors(states, seeds, scheme, block.standard).prod(dim=1)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from pocd.protocol.schemes import Weights
+    from pocd.protocol.schemes import WeightSource
 
 SCALE = 0.02
 
@@ -76,7 +76,7 @@ def _embedding_drawn(causal: Any, block_hash: str) -> Iterator[None]:  # noqa: A
             output.weight = embedding
 
 
-WEIGHTS: dict[Weights, Callable[[Any, str], AbstractContextManager[None]]] = {
+WEIGHTS: dict[WeightSource, Callable[[Any, str], AbstractContextManager[None]]] = {
     "trained": _trained,
     "drawn": _drawn,
     "embedding drawn": _embedding_drawn,
@@ -84,7 +84,7 @@ WEIGHTS: dict[Weights, Callable[[Any, str], AbstractContextManager[None]]] = {
 
 
 @contextmanager
-def drawn_weights(causal: nn.Module, weights: Weights, block_hash: str) -> Iterator[None]:
+def drawn_weights(causal: nn.Module, weights: WeightSource, block_hash: str) -> Iterator[None]:
     """Give `causal` the weights of a scheme while the context lasts; afterwards it has its own, bit for bit.
 
     A drawn parameter holds 0.02 times the normal numbers of "{block_hash}_{name}", rounded to its

@@ -80,7 +80,7 @@ format = "json"
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class DemoPlan:
     """What to run. `blocks` = 0 means until interrupted; `folder` is emptied first."""
 
     blocks: int
@@ -90,7 +90,7 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class DemoVerdict:
     """What the comparison at the end found: complaints, none when all is well, and what was looked at."""
 
     proofs: int
@@ -98,7 +98,7 @@ class Verdict:
     complaints: list[str] = field(default_factory=list)
 
 
-async def run(plan: Plan) -> int:
+async def run(plan: DemoPlan) -> int:
     """Run the demo and return its exit status: 0 only when proofs were delivered and all of them match.
 
     Raises:
@@ -214,7 +214,7 @@ async def _announced_url(process: Process, log: Path) -> str:
     raise EndedError(EXIT_CRASH, f"{log.stem} did not start: {lines[-1] if lines else 'no word'}; see {log}")
 
 
-async def _watch(plan: Plan, daemon: Running, console: Console, stop: asyncio.Event) -> bool:
+async def _watch(plan: DemoPlan, daemon: Running, console: Console, stop: asyncio.Event) -> bool:
     """Show progress until the blocks are mined; returns whether somebody interrupted it."""
     mined: set[int] = set()
     printed_at, checked, moved_at = 0.0, 0, time.monotonic()
@@ -264,7 +264,7 @@ def _line(body: dict[str, Any]) -> str:
     return f"{body['state']:10} {block} | {rate} | {funnel} | valid rate expected {expected}, observed {observed}"
 
 
-def _table(plan: Plan, body: dict[str, Any], finished: int) -> Table:
+def _table(plan: DemoPlan, body: dict[str, Any], finished: int) -> Table:
     round_, chain = body["round"], body["chain"]
     expected, observed = _rates(body)
     overall = percent(body["funnel"]["valid"] / body["funnel"]["checked"] if body["funnel"]["checked"] else None)
@@ -306,7 +306,7 @@ def _proofs(batches: list[dict[str, Any]]) -> list[tuple[str, str, int, float]]:
     ]
 
 
-async def _compare(plan: Plan, held: list[dict[str, Any]]) -> Verdict:
+async def _compare(plan: DemoPlan, held: list[dict[str, Any]]) -> DemoVerdict:
     """Hold the receiver's proofs against the daemon's store, and a sample against `pocd compute`."""
     with contextlib.closing(sqlite3.connect(plan.folder / "outbox.db")) as store:
         stored = [orjson.loads(body) for (body,) in store.execute("SELECT body FROM batches")]
@@ -320,10 +320,10 @@ async def _compare(plan: Plan, held: list[dict[str, Any]]) -> Verdict:
     if any(islands != "[]" or checked != cursor for cursor, islands, checked in progress):
         complaints.append("the nonces of a round are not dense")
     complaints += await _recompute(plan, theirs[-RECOMPUTED:])
-    return Verdict(len(theirs), len({proof[0] for proof in theirs}), complaints)
+    return DemoVerdict(len(theirs), len({proof[0] for proof in theirs}), complaints)
 
 
-async def _recompute(plan: Plan, proofs: list[tuple[str, str, int, float]]) -> list[str]:
+async def _recompute(plan: DemoPlan, proofs: list[tuple[str, str, int, float]]) -> list[str]:
     """Compute `proofs` of the last one's block again, by the command that anyone can run."""
     if not proofs:
         return []
@@ -345,7 +345,7 @@ async def _recompute(plan: Plan, proofs: list[tuple[str, str, int, float]]) -> l
     ]
 
 
-def _report(plan: Plan, verdict: Verdict, console: Console, *, interrupted: bool) -> int:
+def _report(plan: DemoPlan, verdict: DemoVerdict, console: Console, *, interrupted: bool) -> int:
     for complaint in verdict.complaints:
         console.print(f"[red]wrong:[/red] {complaint}", soft_wrap=True)
     if verdict.complaints:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pocd.http.server import RefusalError
 
-Model = TypeVar("Model", bound=BaseModel)
+Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
 class Input(BaseModel):
@@ -21,7 +21,7 @@ class Input(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-async def parse_body(request: web.Request, model: type[Model]) -> Model:
+async def parse_body(request: web.Request, model: type[Parsed]) -> Parsed:
     """Return the JSON body as a `model`; an empty body counts as `{}`.
 
     Strict: a string where a number belongs is refused.
@@ -40,7 +40,7 @@ async def parse_body(request: web.Request, model: type[Model]) -> Model:
         raise _refusal(error, model) from None
 
 
-def parse_query(request: web.Request, model: type[Model]) -> Model:
+def parse_query(request: web.Request, model: type[Parsed]) -> Parsed:
     """Return the query as a `model`, whose fields are read from strings.
 
     Raises:

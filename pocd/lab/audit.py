@@ -56,7 +56,7 @@ class Attacks:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ShortcutScore:
     """How good one shortcut is.
 
     Attributes:
@@ -103,7 +103,7 @@ class Audit:
     fingerprint: str
     hidden_size: int
     judged: int
-    rows: tuple[Row, ...]
+    rows: tuple[ShortcutScore, ...]
     caught: tuple[Caught, ...]
 
 
@@ -132,7 +132,7 @@ def audit(plan: Plan, found: Attacks) -> Audit:
         hidden_size=found.hidden_size,
         judged=found.true.shape[1],
         rows=tuple(
-            Row(
+            ShortcutScore(
                 name=attack.name,
                 cost=attack.cost,
                 rest=attack.rest,

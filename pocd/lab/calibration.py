@@ -85,7 +85,7 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class BlockStatistics:
     """One block's distances. Rates are shares, 0 to 1.
 
     Attributes:
@@ -141,7 +141,7 @@ class Calibration:
     r_target: float
     r_target_low: float
     r_target_high: float
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockStatistics, ...]
     spread: Spread
 
 
@@ -188,7 +188,7 @@ def calibrate(plan: Plan, measurement: Measurement) -> Calibration:
         r_target_low=low,
         r_target_high=high,
         blocks=tuple(
-            Block(
+            BlockStatistics(
                 block_hash=block_hash,
                 mean=float(row.mean()),
                 std=float(row.std(ddof=1)),

@@ -14,7 +14,7 @@ import torch
 
 from pocd.compute.memory import is_out_of_memory
 from pocd.lab.audit_statistics import ridge
-from pocd.lab.linear import Linear
+from pocd.lab.linear import LinearMap
 from pocd.lab.shortcuts import Known, batches, run_states, shortcuts
 from pocd.protocol.errors import NonFiniteError, OutOfMemoryError
 from pocd.protocol.schemes import SEGMENTS
@@ -135,7 +135,7 @@ def _observe(
         Distances by those that the linear map makes of them [nonces]; not those of nonces that it was trained on.
     """
     features, own, mapped = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
-    to_honest = Linear()
+    to_honest = LinearMap()
     with shortcut.prepared() as acting:
         for batch in (*batches(known.nonces, batch_size), *batches(nonces[len(known.nonces) :], batch_size)):
             states = shortcut.states(acting, batch)

@@ -32,7 +32,7 @@ HEAD_ROWS = 4096  # of the head that are in float32 at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ComputeRequest:
     """What to compute with. `revision` is a hub model's."""
 
     model: str
@@ -71,7 +71,7 @@ def parse_nonces(text: str) -> Iterator[int]:
     return itertools.chain.from_iterable(ranges)
 
 
-def _check_names(asked: Request | Plan) -> None:
+def _check_names(asked: ComputeRequest | Plan) -> None:
     """Refuse unknown names before torch is imported, which takes seconds, and prepare that import."""
     if asked.scheme not in SCHEMES:
         raise InputError(f"scheme {asked.scheme!r} is unknown; allowed are: {', '.join(SCHEMES)}")
@@ -82,7 +82,7 @@ def _check_names(asked: Request | Plan) -> None:
 
 
 @contextlib.contextmanager
-def prepared(request: Request) -> Iterator[BlockRun]:
+def prepared(request: ComputeRequest) -> Iterator[BlockRun]:
     """Load the model and prepare it for the block, while the context lasts.
 
     Raises:
@@ -109,7 +109,7 @@ def prepared(request: Request) -> Iterator[BlockRun]:
         yield run
 
 
-def distances(request: Request, nonces: Iterable[int]) -> Iterator[tuple[int, float]]:
+def distances(request: ComputeRequest, nonces: Iterable[int]) -> Iterator[tuple[int, float]]:
     """Yield (nonce, distance) in the order of `nonces`, which are distinct.
 
     Raises:

@@ -7,7 +7,7 @@ import torch
 PENALTY = 1e-6  # of the mean square of the features: enough where some of them never change
 
 
-class Linear:
+class LinearMap:
     """From a position's state, and the mean of the states up to it, to another state there; by least squares.
 
     The mean is what attention with equal weights would see. Used as: `add` what is known, then call.

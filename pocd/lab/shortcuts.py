@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from pocd.compute.transforms import JOIN
-from pocd.lab.linear import Linear
+from pocd.lab.linear import LinearMap
 from pocd.protocol.schemes import SEGMENTS
 
 if TYPE_CHECKING:
@@ -180,19 +180,19 @@ def linear_layers(
     stand_ins: dict[int, Between] = {}
     for first, last in spans:
         entering: list[torch.Tensor] = []
-        linear = Linear()
+        linear = LinearMap()
 
         def begin(entered: torch.Tensor, left: torch.Tensor, held: list[torch.Tensor] = entering) -> torch.Tensor:
             held[:] = [entered]
             return left
 
         def end(
-            entered: torch.Tensor, left: torch.Tensor, held: list[torch.Tensor] = entering, to: Linear = linear
+            entered: torch.Tensor, left: torch.Tensor, held: list[torch.Tensor] = entering, to: LinearMap = linear
         ) -> torch.Tensor:
             to.add(held[0] if held else entered, left)
             return left
 
-        def stand_in(entered: torch.Tensor, left: torch.Tensor, by: Linear = linear) -> torch.Tensor:
+        def stand_in(entered: torch.Tensor, left: torch.Tensor, by: LinearMap = linear) -> torch.Tensor:
             return by(entered).to(left.dtype)
 
         if first < last:

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Weights = Literal["trained", "drawn", "embedding drawn"]
+WeightSource = Literal["trained", "drawn", "embedding drawn"]
 LayerStep = Literal["none", "reflect", "normalise and reflect"]
 Reads = Literal["last position", "segments"]
-Head = Literal["trained", "embedding", "random", "none"]
+HeadSource = Literal["trained", "embedding", "random", "none"]
 
 RANDOM_HEAD_DIM = 8192  # D of a random head
 SEGMENTS = 6  # of the sequence, where all positions are read
@@ -35,12 +35,12 @@ class Scheme:
     """
 
     name: str
-    weights: Weights
+    weights: WeightSource
     layer_step: LayerStep
     reads: Reads
     reflections: int
     normalise: bool
-    head: Head
+    head: HeadSource
 
     @property
     def least_seq_len(self) -> int:
@@ -48,7 +48,7 @@ class Scheme:
         return SEGMENTS if self.reads == "segments" else 1
 
 
-_ROWS: tuple[tuple[str, Weights, LayerStep, Reads, int, bool, Head], ...] = (
+_ROWS: tuple[tuple[str, WeightSource, LayerStep, Reads, int, bool, HeadSource], ...] = (
     # name, weights, after each layer, reads, per nonce, normalise before the head, head
     ("trained", "trained", "reflect", "last position", 8, False, "trained"),
     ("random-weights", "drawn", "none", "last position", 8, False, "trained"),  # its head is drawn with the rest

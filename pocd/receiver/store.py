@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-Kind = Literal["generated", "validated"]
+BatchKind = Literal["generated", "validated"]
 
 MAX_WAITING = 64
 """Calls that may wait for the thread; one more is refused, so a slow disk cannot fill the memory."""
@@ -78,15 +78,15 @@ COMMIT;
 """
 
 
-class StoreError(Exception):
+class ReceiverStoreError(Exception):
     """The store cannot be opened, read or written; the message names the file."""
 
 
-class StoreBusyError(StoreError):
+class ReceiverStoreBusyError(ReceiverStoreError):
     """The store has too much to do or answers too late; what was asked may still happen: ask again."""
 
 
-class Outcome(Enum):
+class ArrivalOutcome(Enum):
     """What became of a batch."""
 
     STORED = "stored"
@@ -107,7 +107,7 @@ class Arrival:
     """
 
     id: str
-    kind: Kind
+    kind: BatchKind
     received_at: str
     body: bytes
     block_hash: str
@@ -122,14 +122,14 @@ class StoredBatch:
 
     seq: int
     id: str
-    kind: Kind
+    kind: BatchKind
     received_at: str
     attempts: int
     body: bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
+class ReceiverTotals:
     """Counts since the last clear.
 
     `batches`, `nonces` and `distinct_nonces` are of generated batches; a nonce is distinct within its
@@ -194,7 +194,7 @@ class Store:
         finally:
             self._thread.shutdown(wait=False)
 
-    async def add(self, arrival: Arrival) -> Outcome:
+    async def add(self, arrival: Arrival) -> ArrivalOutcome:
         """Commit a batch to disk, or recognise it: the same id is a repeat if its bytes are the same.
 
         Raises:
@@ -210,7 +210,7 @@ class Store:
         """
         await self._run(self._database.count_rejected)
 
-    async def stats(self) -> tuple[Totals, list[RoundStats]]:
+    async def stats(self) -> tuple[ReceiverTotals, list[RoundStats]]:
         """Return the counts, and the 20 rounds that a generated batch came for last, the newest first.
 
         Raises:
@@ -218,7 +218,7 @@ class Store:
         """
         return await self._run(self._database.stats)
 
-    async def page(self, after: int, limit: int, kind: Kind | None) -> tuple[list[StoredBatch], int | None]:
+    async def page(self, after: int, limit: int, kind: BatchKind | None) -> tuple[list[StoredBatch], int | None]:
         """Return up to `limit` batches with a seq above `after`, ascending, and the `after` of the next page.
 
         A page ends early, but not before its first batch, where its bodies pass `PAGE_BYTES` bytes. The
@@ -229,7 +229,7 @@ class Store:
         """
         return await self._run(self._database.page, after, limit, kind)
 
-    async def clear(self) -> Totals:
+    async def clear(self) -> ReceiverTotals:
         """Forget all batches and counts, and return what the counts were.
 
         Raises:
@@ -239,15 +239,15 @@ class Store:
 
     async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         if self._waiting >= MAX_WAITING:
-            raise StoreBusyError(f"{self._path}: {MAX_WAITING} calls are waiting already")
+            raise ReceiverStoreBusyError(f"{self._path}: {MAX_WAITING} calls are waiting already")
         self._waiting += 1
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 return await asyncio.wrap_future(self._thread.submit(work, *args, **kwargs))
         except TimeoutError:
-            raise StoreBusyError(f"{self._path}: no answer within {CALL_TIMEOUT_S:g} s") from None
+            raise ReceiverStoreBusyError(f"{self._path}: no answer within {CALL_TIMEOUT_S:g} s") from None
         except sqlite3.Error as error:
-            raise StoreError(f"{self._path}: {error}") from error
+            raise ReceiverStoreError(f"{self._path}: {error}") from error
         finally:
             self._waiting -= 1
 
@@ -269,7 +269,7 @@ class _Database:
         if application_id == 0 and tables == 0:
             self._db.executescript(_SCHEMA)
         elif application_id != _APPLICATION_ID:
-            raise StoreError(f"{path}: is a database, but not a receiver's")
+            raise ReceiverStoreError(f"{path}: is a database, but not a receiver's")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
 
@@ -288,19 +288,19 @@ class _Database:
                 self._db.execute("ROLLBACK")
             raise
 
-    def add(self, arrival: Arrival) -> Outcome:
+    def add(self, arrival: Arrival) -> ArrivalOutcome:
         with self._transaction():
             known = self._db.execute("SELECT seq, kind, body FROM batches WHERE id = ?", (arrival.id,)).fetchone()
             if known is None:
                 self._insert(arrival)
-                return Outcome.STORED
+                return ArrivalOutcome.STORED
             seq, kind, body = known
             if (kind, body) != (arrival.kind, arrival.body):
                 self._db.execute("UPDATE totals SET conflicts = conflicts + 1")
-                return Outcome.CONFLICT
+                return ArrivalOutcome.CONFLICT
             self._db.execute("UPDATE batches SET attempts = attempts + 1 WHERE seq = ?", (seq,))
             self._db.execute("UPDATE totals SET duplicates = duplicates + 1")
-            return Outcome.DUPLICATE
+            return ArrivalOutcome.DUPLICATE
 
     def _insert(self, arrival: Arrival) -> None:
         (seq,) = self._db.execute(
@@ -338,7 +338,7 @@ class _Database:
     def count_rejected(self) -> None:
         self._db.execute("UPDATE totals SET rejected = rejected + 1")
 
-    def stats(self) -> tuple[Totals, list[RoundStats]]:
+    def stats(self) -> tuple[ReceiverTotals, list[RoundStats]]:
         rounds = self._db.execute(
             "SELECT block_hash, block_height, public_key, nonces, batches, first_at, last_at"
             " FROM rounds ORDER BY last_seq DESC LIMIT ?",
@@ -346,13 +346,13 @@ class _Database:
         )
         return self._totals(), [RoundStats(*row) for row in rounds]
 
-    def _totals(self) -> Totals:
+    def _totals(self) -> ReceiverTotals:
         row = self._db.execute(
             "SELECT batches, nonces, distinct_nonces, duplicates, conflicts, rejected, validated_batches FROM totals"
         ).fetchone()
-        return Totals(*row)
+        return ReceiverTotals(*row)
 
-    def page(self, after: int, limit: int, kind: Kind | None) -> tuple[list[StoredBatch], int | None]:
+    def page(self, after: int, limit: int, kind: BatchKind | None) -> tuple[list[StoredBatch], int | None]:
         # One row more than asked tells whether there is a next page.
         if kind is None:
             rows = self._db.execute(
@@ -375,7 +375,7 @@ class _Database:
             page.append(batch)
         return page, None
 
-    def clear(self) -> Totals:
+    def clear(self) -> ReceiverTotals:
         with self._transaction():
             totals = self._totals()
             self._db.execute("DELETE FROM batches")

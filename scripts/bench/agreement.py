@@ -49,7 +49,7 @@ BATCH = 32
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """Differences between two ways of computing, over all nonces. Shares are of a miner's valid nonces."""
 
     model: str
@@ -62,7 +62,7 @@ class Row:
     tolerance: float
 
 
-class Distances:
+class DistanceSampler:
     """The same nonces' distances, in many ways."""
 
     def __init__(self, count: int, seq_len: int, scheme: Scheme) -> None:
@@ -103,7 +103,9 @@ class Distances:
             yield f"eager and {fast.execution.path}", self.of(fast) - base
 
 
-def row(model: Model, dtype: Dtype, between: str, difference: NDArray[np.float64], distances: Distances) -> Row:
+def row(
+    model: Model, dtype: Dtype, between: str, difference: NDArray[np.float64], distances: DistanceSampler
+) -> Comparison:
     """Sum up one comparison."""
     r_target = r_target_for(RATE, distances.dimension)
     step = 1e-4
@@ -115,7 +117,7 @@ def row(model: Model, dtype: Dtype, between: str, difference: NDArray[np.float64
         return float(np.maximum(np.abs(difference) - tolerance, 0).mean() / 2 * density)
 
     size, tolerance = np.abs(difference), default_tolerance(dtype, distances.scheme, model.hidden_size)
-    return Row(
+    return Comparison(
         model=model.name,
         dtype=dtype,
         between=between,
@@ -127,7 +129,7 @@ def row(model: Model, dtype: Dtype, between: str, difference: NDArray[np.float64
     )
 
 
-def compare(name: str, distances: Distances, options: argparse.Namespace) -> list[Row]:
+def compare(name: str, distances: DistanceSampler, options: argparse.Namespace) -> list[Comparison]:
     """All comparisons of one model."""
     device, cpu = torch.device(options.device), torch.device("cpu")
     exact = distances.of(build(name, torch.float32, cpu))
@@ -149,9 +151,9 @@ def compare(name: str, distances: Distances, options: argparse.Namespace) -> lis
     return rows
 
 
-def table(rows: list[Row]) -> Table:
+def table(rows: list[Comparison]) -> Table:
     """One table over all models: the worst of them in each comparison."""
-    worst: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    worst: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
     for each in rows:
         worst[each.dtype, each.between].append(each)
     made = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
@@ -187,7 +189,7 @@ def main() -> None:
     """Measure, and print."""
     options = parse()
     transformers.utils.logging.disable_progress_bar()
-    distances = Distances(options.nonces, options.seq_len, SCHEMES[options.scheme])
+    distances = DistanceSampler(options.nonces, options.seq_len, SCHEMES[options.scheme])
     rows = [each for name in options.models for each in compare(name, distances, options)]
     if options.json:
         print(json.dumps({"scheme": options.scheme, "rows": [asdict(each) for each in rows]}))

@@ -37,7 +37,7 @@ from pocd.dev.demo import Running, started
 from pocd.protocol.schemes import RANDOM_HEAD_DIM
 from pocd.protocol.theory import r_target_for
 from scripts.bench.measuring import new_table, ratio, show
-from scripts.bench.mining import API, CONFIG, VALID_RATE, Miner
+from scripts.bench.mining import API, CONFIG, VALID_RATE, MeasuredDaemon
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -51,7 +51,7 @@ ANSWER_SECONDS = 10.0
 # The load, in a process of its own
 
 
-class Load:
+class LoadGenerator:
     """Requests for the status at a steady rate, over as many connections as that takes."""
 
     def __init__(self, url: str) -> None:
@@ -108,7 +108,7 @@ async def load(url: str, rate: float) -> None:
     stop = asyncio.Event()
     asyncio.get_running_loop().add_reader(sys.stdin, stop.set)
     print("loading", flush=True)
-    found = Load(url)
+    found = LoadGenerator(url)
     await found.run(rate, stop)
     asyncio.get_running_loop().remove_reader(sys.stdin)
     print(orjson.dumps({"latencies": found.latencies, "errors": found.errors}).decode())
@@ -179,7 +179,7 @@ async def status(options: argparse.Namespace, folder: Path) -> None:
     found: list[dict[str, Any]] = []
     async with mining_daemon(folder, options.seq_len) as daemon:
         pid = daemon.process.pid
-        quiet, loaded = Miner(daemon, [pid]), Miner(daemon, [pid])
+        quiet, loaded = MeasuredDaemon(daemon, [pid]), MeasuredDaemon(daemon, [pid])
         await quiet.mine(min(options.seconds, 2), options.warm_up)
         del quiet.rates[:], quiet.loads[:]
         for turn in range(options.rounds):

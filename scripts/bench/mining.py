@@ -50,7 +50,7 @@ format = "json"
 
 
 @dataclass
-class Miner:
+class MeasuredDaemon:
     """A daemon that mines when told to.
 
     Attributes:
@@ -93,7 +93,7 @@ class Miner:
         return checked, time.monotonic()
 
 
-async def mine_in_turns(options: argparse.Namespace, folder: Path) -> dict[str, Miner]:
+async def mine_in_turns(options: argparse.Namespace, folder: Path) -> dict[str, MeasuredDaemon]:
     """Start both daemons and let them mine by turns."""
     async with AsyncExitStack() as stack:
         chain = await stack.enter_async_context(started(folder, "devchain", "--port", "0", "--block-seconds", "5"))
@@ -117,7 +117,7 @@ async def mine_in_turns(options: argparse.Namespace, folder: Path) -> dict[str, 
             )
             daemon = await stack.enter_async_context(started(home, "run", "--config", str(config)))
             pids = [daemon.process.pid, *([receiver.process.pid] if value else [])]
-            miners[name] = Miner(daemon, pids)
+            miners[name] = MeasuredDaemon(daemon, pids)
             await miners[name].mine(min(options.seconds, 2), options.warm_up)
             del miners[name].rates[:], miners[name].loads[:]
         for turn in range(options.rounds):

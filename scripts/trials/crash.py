@@ -30,7 +30,7 @@ from rich.table import Table
 from pocd.admin.client import AdminError, call
 from pocd.dev.demo import Running, started
 from pocd.process import EXIT_OK, EndedError
-from scripts.trials.crash_verdict import Verdict, judge
+from scripts.trials.crash_verdict import CrashVerdict, judge
 from scripts.trials.failpoints import MINING, Point
 
 if TYPE_CHECKING:
@@ -267,7 +267,7 @@ async def crash(folder: Path, runs: list[Run], console: Console) -> Table:
     return table
 
 
-def report(table: Table, verdict: Verdict, console: Console) -> int:
+def report(table: Table, verdict: CrashVerdict, console: Console) -> int:
     """Print what happened and what was found; returns the exit status."""
     table.add_row("rounds mined", str(verdict.rounds))
     table.add_row("batches stored", str(verdict.batches))

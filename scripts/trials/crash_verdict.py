@@ -18,7 +18,7 @@ Nonce = tuple[str, int]
 
 
 @dataclass(slots=True)
-class Verdict:
+class CrashVerdict:
     """What was found.
 
     Attributes:
@@ -45,9 +45,9 @@ class Verdict:
             self.complaints.append(complaint)
 
 
-def judge(store: Path, receiver: Path) -> Verdict:
+def judge(store: Path, receiver: Path) -> CrashVerdict:
     """Compare the daemon's store with the receiver's, both at rest, where every checked nonce was valid."""
-    verdict = Verdict()
+    verdict = CrashVerdict()
     with closing(sqlite3.connect(store)) as ours, closing(sqlite3.connect(receiver)) as theirs:
         sent = _compare_batches(verdict, ours, theirs)
         _compare_nonces(verdict, ours, sent)
@@ -59,7 +59,7 @@ def judge(store: Path, receiver: Path) -> Verdict:
     return verdict
 
 
-def _compare_batches(verdict: Verdict, ours: sqlite3.Connection, theirs: sqlite3.Connection) -> Counter[Nonce]:
+def _compare_batches(verdict: CrashVerdict, ours: sqlite3.Connection, theirs: sqlite3.Connection) -> Counter[Nonce]:
     """Hold the batches against each other; returns how often the receiver holds each nonce."""
     formed: list[tuple[str, bytes]] = ours.execute(
         "SELECT id, body FROM batches JOIN deliveries ON batch = number ORDER BY sequence"
@@ -88,7 +88,7 @@ def _compare_batches(verdict: Verdict, ours: sqlite3.Connection, theirs: sqlite3
     return Counter((body["block_hash"], nonce) for body in bodies for nonce in body["nonces"])
 
 
-def _compare_nonces(verdict: Verdict, ours: sqlite3.Connection, held: Counter[Nonce]) -> None:
+def _compare_nonces(verdict: CrashVerdict, ours: sqlite3.Connection, held: Counter[Nonce]) -> None:
     """Hold the nonces against what was checked: the first ones of this node's share of each round, each once."""
     expected: defaultdict[str, set[int]] = defaultdict(set)
     rows = ours.execute(

@@ -60,7 +60,7 @@ from pocd.protocol.errors import ComputeError, InputError
 from pocd.protocol.names import DTYPES, check_device, resolve
 from pocd.protocol.schemes import SCHEMES
 from pocd.protocol.theory import distance_moments, expected_valid_rate, r_target_for
-from scripts.trials.distribution_lines import Asked, Found, complete
+from scripts.trials.distribution_lines import Found, LineKey, complete
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,7 +71,7 @@ FILE = "distribution.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class DistributionVerdict:
     """What the blocks of one model and scheme say together; keys of a block count as one sample.
 
     Attributes:
@@ -87,7 +87,7 @@ class Verdict:
         outside: How many blocks' exact 99% intervals (Clopper and Pearson 1934) do not hold the theoretical rate.
     """
 
-    asked: Asked
+    asked: LineKey
     blocks: list[str]
     keys: list[str]
     found: list[Found]
@@ -103,7 +103,7 @@ class Verdict:
 # The judgement.
 
 
-def verdict(lines: Sequence[tuple[Asked, Found]]) -> Verdict:
+def verdict(lines: Sequence[tuple[LineKey, Found]]) -> DistributionVerdict:
     """Judge one model and scheme; lines come in the order of blocks, then keys."""
     asked, found = lines[0]
     blocks = list(dict.fromkeys(each.block_hash for each, _ in lines))
@@ -126,7 +126,7 @@ def verdict(lines: Sequence[tuple[Asked, Found]]) -> Verdict:
     intervals = [
         stats.binomtest(int(k), int(n)).proportion_ci(0.99) for k, n in zip(valid_theory, checked, strict=True)
     ]
-    return Verdict(
+    return DistributionVerdict(
         asked,
         blocks,
         keys,
@@ -148,13 +148,13 @@ def equal_rates(valid: NDArray[np.int64], checked: NDArray[np.int64]) -> float:
     return float(stats.chi2_contingency(np.array([valid, checked - valid])).pvalue)
 
 
-def verdicts(lines: dict[Asked, Found]) -> list[Verdict]:
+def verdicts(lines: dict[LineKey, Found]) -> list[DistributionVerdict]:
     """Judge each model and scheme; lines come in the order of models, schemes, blocks, keys."""
     groups = itertools.groupby(lines.items(), key=lambda line: (line[0].model, line[0].scheme))
     return [verdict(list(group)) for _, group in groups]
 
 
-def table_of_blocks(judged: Sequence[Verdict]) -> Table:
+def table_of_blocks(judged: Sequence[DistributionVerdict]) -> Table:
     """A row per line, below one of theory for each model and scheme."""
     table = Table(box=box.MARKDOWN)
     for head in ("model", "scheme", "block", "key"):
@@ -176,7 +176,7 @@ def table_of_blocks(judged: Sequence[Verdict]) -> Table:
     return table
 
 
-def table_of_schemes(judged: Sequence[Verdict]) -> Table:
+def table_of_schemes(judged: Sequence[DistributionVerdict]) -> Table:
     """A row per model and scheme: spreads in points."""
     table = Table(box=box.MARKDOWN)
     for head in ("model", "scheme"):
@@ -230,7 +230,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def wanted_lines(options: argparse.Namespace) -> list[Asked]:
+def wanted_lines(options: argparse.Namespace) -> list[LineKey]:
     """All lines that the options ask for, in order.
 
     Raises:
@@ -251,7 +251,7 @@ def wanted_lines(options: argparse.Namespace) -> list[Asked]:
     for model in options.models:
         resolve(model)
     lines = [
-        Asked(
+        LineKey(
             model=model,
             scheme=scheme,
             block_hash=block,

@@ -45,7 +45,7 @@ VERSIONS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class LineKey:
     """All that a line depends on: two of the same are the same line.
 
     Attributes:
@@ -176,7 +176,7 @@ def ks_distance(distances: NDArray[np.float64], dimension: int) -> float:
     return float(max((steps[1:] - theory).max(), (theory - steps[:-1]).max()))
 
 
-def measured(model: Model, asked: Asked, first: Found | None, advance: Callable[[int], None]) -> Found:
+def measured(model: Model, asked: LineKey, first: Found | None, advance: Callable[[int], None]) -> Found:
     """Compute one line; `first` is the line of the first block, None where this is it."""
     scheme, size = SCHEMES[asked.scheme], AUTO_BATCH_SIZE[model.device.type]
     preparation = block_run(
@@ -212,7 +212,7 @@ def measured(model: Model, asked: Asked, first: Found | None, advance: Callable[
 # The file.
 
 
-def read(path: Path) -> dict[Asked, Found]:
+def read(path: Path) -> dict[LineKey, Found]:
     """Read the lines that are there. One that was cut off, as by a kill, is removed with a word.
 
     Raises:
@@ -225,11 +225,11 @@ def read(path: Path) -> dict[Asked, Found]:
     if whole != text:
         print(f"{path}: its last line was cut off; it is removed and computed again", file=sys.stderr)
         path.write_text(whole)
-    known: dict[Asked, Found] = {}
+    known: dict[LineKey, Found] = {}
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             values = json.loads(line)
-            asked = Asked(**{field.name: values.pop(field.name) for field in fields(Asked)})
+            asked = LineKey(**{field.name: values.pop(field.name) for field in fields(LineKey)})
             known[asked] = Found(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
@@ -238,7 +238,7 @@ def read(path: Path) -> dict[Asked, Found]:
     return known
 
 
-def complete(path: Path, wanted: Sequence[Asked]) -> dict[Asked, Found]:
+def complete(path: Path, wanted: Sequence[LineKey]) -> dict[LineKey, Found]:
     """Return the line of each of `wanted`, and compute and write what the file lacks.
 
     Raises:

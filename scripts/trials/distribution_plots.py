@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-    from scripts.trials.distribution import Verdict
+    from scripts.trials.distribution import DistributionVerdict
 
 mpl.use("Agg")
 
@@ -27,7 +27,7 @@ NAMED = 6  # blocks that a legend names
 GREY, FIRST, THEORY = "0.55", "tab:blue", "crimson"
 
 
-def draw(verdict: Verdict, path: Path) -> None:
+def draw(verdict: DistributionVerdict, path: Path) -> None:
     """Write a PNG: distances of each block against theory, and each block's valid rate."""
     figure = Figure(figsize=(11, 4.4), dpi=75, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -46,7 +46,7 @@ def _colours(count: int) -> list[tuple[float, float, float, float]]:
     return [tuple(colour) for colour in mpl.colormaps["viridis"](np.linspace(0, 0.9, count))]
 
 
-def _distances(axes: Axes, verdict: Verdict) -> None:
+def _distances(axes: Axes, verdict: DistributionVerdict) -> None:
     """One outline per block and key, in the block's colour, over theory in grey."""
     dimension, samples = verdict.found[0].dimension, [found.sample() for found in verdict.found]
     mean, std = distance_moments(dimension)
@@ -75,7 +75,7 @@ def _distances(axes: Axes, verdict: Verdict) -> None:
     _legend_above(axes, columns=3)
 
 
-def _rates(axes: Axes, verdict: Verdict) -> None:
+def _rates(axes: Axes, verdict: DistributionVerdict) -> None:
     """Valid rates with error bars, at both r_targets, beside what was aimed at."""
     places = np.arange(len(verdict.blocks))
     for name, valid, shift, colour in (

@@ -51,7 +51,7 @@ from pocd.protocol.errors import InputError, ModelError
 from pocd.protocol.names import DTYPES, check_device, resolve
 from pocd.protocol.schemes import SCHEMES
 from pocd.protocol.theory import r_target_for
-from scripts.trials.e2e_verdict import Asked, Line, Progress, Said, complaints, results_table, spread_table
+from scripts.trials.e2e_verdict import Line, RoundRequest, Said, StoredProgress, complaints, results_table, spread_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -108,7 +108,7 @@ class Test:
     number: int
     label: str
     model: str
-    asked: Asked
+    asked: RoundRequest
 
     @property
     def name(self) -> str:
@@ -125,7 +125,7 @@ def tests_of(options: argparse.Namespace) -> list[Test]:
             number,
             label_of(model),
             MODELS.get(model, model),
-            Asked(
+            RoundRequest(
                 block_hash=block,
                 public_key=key,
                 r_target=options.r_targets[model],
@@ -254,7 +254,7 @@ def said_by(status: dict[str, Any], path: Path) -> Said:
         (waiting,) = store.execute("SELECT count(*) FROM proofs").fetchone()
         return Said(
             status,
-            [Progress(*row) for row in progress],
+            [StoredProgress(*row) for row in progress],
             [(bool(delivered), orjson.loads(body)) for delivered, body in batches],
             waiting,
         )

@@ -22,7 +22,7 @@ NAMED = 3  # nonces that a complaint names; the others it counts
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RoundRequest:
     """What the daemon was asked to generate, as its batches have to repeat it, and its share of the nonces."""
 
     block_hash: str
@@ -35,7 +35,7 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class StoredProgress:
     """What the daemon's store says of one round on one node: pocd/store/schema.py."""
 
     node_id: int
@@ -58,7 +58,7 @@ class Said:
     """
 
     status: dict[str, Any]
-    progress: list[Progress]
+    progress: list[StoredProgress]
     batches: list[tuple[bool, dict[str, Any]]]
     waiting: int
 
@@ -93,7 +93,7 @@ class Line:
 # One test: is what the receiver holds what the daemon says?
 
 
-def complaints(asked: Asked, said: Said, held: list[dict[str, Any]], stats: dict[str, Any]) -> list[str]:
+def complaints(asked: RoundRequest, said: Said, held: list[dict[str, Any]], stats: dict[str, Any]) -> list[str]:
     """Name all that is not as it must be, one thing each; empty where the two sides agree.
 
     Args:
@@ -125,7 +125,7 @@ def complaints(asked: Asked, said: Said, held: list[dict[str, Any]], stats: dict
     return found
 
 
-def _of_daemon(asked: Asked, said: Said, progress: Progress) -> list[str]:
+def _of_daemon(asked: RoundRequest, said: Said, progress: StoredProgress) -> list[str]:
     """Hold what the daemon says against itself."""
     found = []
     if progress.checked == 0:
@@ -149,7 +149,7 @@ def _of_daemon(asked: Asked, said: Said, progress: Progress) -> list[str]:
     return found
 
 
-def _of_receiver(asked: Asked, held: list[dict[str, Any]], stats: dict[str, Any]) -> list[str]:
+def _of_receiver(asked: RoundRequest, held: list[dict[str, Any]], stats: dict[str, Any]) -> list[str]:
     """Hold what the receiver has against what was asked for, and against what it counts."""
     terms = ("block_hash", "public_key", "r_target", "seq_len", "scheme", "node_id")
     others = {name: {body[name] for body in held} - {getattr(asked, name)} for name in terms}

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from pocd.protocol.names import Compile
+
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.torch.jit:DeprecationWarning"
 )  # torch's compiler uses its own old parts
@@ -170,7 +172,7 @@ def test_other_shapes_and_schemes_run_eagerly_and_say_so(models: dict[str, Model
 @pytest.mark.parametrize(
     ("mode", "reason"), [("never", "the settings want it so"), ("auto", "on the CPU compiling gains too little")]
 )
-def test_an_eager_path_says_why(models: dict[str, Model], mode: compiled.Mode, reason: str) -> None:
+def test_an_eager_path_says_why(models: dict[str, Model], mode: Compile, reason: str) -> None:
     before = compilations()
     for model in (models["bundled:tiny-llama"], ready(models["bundled:tiny-llama"])):
         found = compile_model(model, mode, scheme=SCHEMES["poc2"], seq_len=SEQ_LEN, batch_size=BATCH)
@@ -200,7 +202,7 @@ def wrongly(*args: Any, **options: Any) -> torch.Tensor:  # noqa: ANN401 - as `r
 
 @pytest.mark.parametrize("mode", ["auto", "always"])
 def test_whatever_fails_leaves_a_clean_eager_path_or_is_an_error(
-    models: dict[str, Model], monkeypatch: pytest.MonkeyPatch, mode: compiled.Mode
+    models: dict[str, Model], monkeypatch: pytest.MonkeyPatch, mode: Compile
 ) -> None:
     """As on a GPU, where 'auto' tries: a compiler whose code is wrong, which is the worst that can happen."""
     model = models["bundled:tiny-qwen3"]

@@ -20,7 +20,7 @@ from pocd.cli import compute as cli_compute
 from pocd.compute import engine, model
 from pocd.lab import command
 from pocd.lab.calibration import Calibration, Measurement, Plan, as_text, block_hashes, calibrate
-from pocd.lab.command import Request
+from pocd.lab.command import ComputeRequest
 from pocd.lab.statistics import head_valid_rate
 from pocd.process import EXIT_CONFIG, EXIT_NO_DEVICE, EXIT_OK, EndedError
 from pocd.protocol.errors import ModelError
@@ -172,7 +172,7 @@ def test_the_command_measures_what_compute_computes() -> None:
     first, second = found["blocks"]
     assert [first["block_hash"], second["block_hash"]] == block_hashes("a", 2)
 
-    request = Request(
+    request = ComputeRequest(
         model="bundled:tiny-llama",
         scheme="poc2",
         block_hash=second["block_hash"],

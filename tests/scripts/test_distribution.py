@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from pocd.process import EXIT_CONFIG
 from pocd.protocol.names import BUNDLED
 from scripts.trials.distribution import equal_rates, main, verdict
-from scripts.trials.distribution_lines import Asked, Found
+from scripts.trials.distribution_lines import Found, LineKey
 from tests.reference.plain_torch import PlainRun
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def test_each_line_says_what_its_distances_say(made: tuple[Path, str]) -> None:
 
 
 def test_a_line_has_all_that_it_depends_on(made: tuple[Path, str]) -> None:
-    names = [field.name for kind in (Asked, Found) for field in dataclasses.fields(kind)]
+    names = [field.name for kind in (LineKey, Found) for field in dataclasses.fields(kind)]
     for line in lines(made[0]):
         assert list(line) == names
         assert (line["model"], line["nonces"], line["seq_len"]) == ("bundled:tiny-llama", NONCES, SEQ_LEN)
@@ -172,7 +172,7 @@ def test_equal_rates_are_told_from_unequal_ones(valid: list[int], expected: floa
 
 
 def test_blocks_whose_interval_misses_the_theoretical_rate_are_counted(made: tuple[Path, str]) -> None:
-    asked = Asked(**{field.name: lines(made[0])[0][field.name] for field in dataclasses.fields(Asked)})
+    asked = LineKey(**{field.name: lines(made[0])[0][field.name] for field in dataclasses.fields(LineKey)})
     found = Found(**{field.name: lines(made[0])[0][field.name] for field in dataclasses.fields(Found)})
     blocks = []
     for block, near in (("few", 0), ("as many as expected", 200), ("many", 700)):
