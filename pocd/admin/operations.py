@@ -107,7 +107,7 @@ def routes(operations: Iterable[Operation]) -> list[web.RouteDef]:
 
 
 def limit_bodies(operations: Iterable[Operation]) -> Middleware:
-    """Return the middleware that limits each body to the operation's `largest_body`; it goes before what reads bodies."""
+    """Return the middleware that limits each body to its operation's `largest_body`; it precedes what reads bodies."""
     largest: dict[tuple[str, str], int] = {(each.method, each.path): each.largest_body for each in operations}
 
     @web.middleware

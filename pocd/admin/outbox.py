@@ -86,8 +86,8 @@ class PurgeBody(_Which):
 
     states: Annotated[tuple[Purgeable, ...], Field(min_length=1)] | None = Field(
         default=None,
-        description="Select batches in these states. Absent: dead, expired and withdrawn. Pending only of a receiver that is "
-        "no longer configured.",
+        description="Select batches in these states. Absent: dead, expired, withdrawn. Pending only of a receiver that "
+        "is no longer configured.",
     )
 
 

@@ -86,8 +86,8 @@ class InitBody(BaseModel):
     callback_url: Annotated[str, Field(max_length=2048, pattern=CALLBACK_URL)] | None = Field(
         default=None,
         validation_alias=AliasChoices("callback_url", "url"),
-        description="Receiver of this round's batches, POSTed to the URL + /generated and /validated, beside the configured "
-        "receivers. Its origin must be configured. `url` is another name of this field.",
+        description="Receiver of this round's batches, POSTed to the URL + /generated and /validated, beside the "
+        "configured receivers. Its origin must be configured. `url` is another name of this field.",
     )
 
     @property
@@ -146,7 +146,7 @@ class PowApi:
                 body=Claim,
                 answers={
                     **validated,
-                    409: "The batch names another scheme, model, dtype, length or target than it is judged by (`mismatch`).",
+                    409: "The batch names another scheme, model, dtype, length or target than the terms (`mismatch`).",
                     429: "Too many validations wait (`queue_full`).",
                     503: "No model is ready (`loading`), the recomputation had no result (`no_result`), or the store "
                     "cannot do it now (`store_unavailable`, `store_busy`).",

@@ -28,7 +28,7 @@ BACKOFF = (1.0, 2.0, 4.0, 8.0, 10.0)
 
 @dataclass(slots=True)
 class _Node:
-    """A source and its failures in a row; until the monotonic time `rests_until` it is not asked, because of `error`."""
+    """A source and its failures in a row; it is not asked before the monotonic time `rests_until`, due to `error`."""
 
     source: ChainSource
     failures: int = 0

@@ -1,4 +1,4 @@
-"""The chain's nodes, and this host's clock beside the time of their blocks."""
+"""Checks of the chain's nodes, and of this host's clock against the time of their blocks."""
 
 from __future__ import annotations
 

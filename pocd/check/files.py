@@ -1,4 +1,4 @@
-"""Files with secrets: are they there, good, and closed to others?"""
+"""Checks of the files with secrets: are they there, good, and closed to others?"""
 
 from __future__ import annotations
 

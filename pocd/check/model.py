@@ -1,4 +1,4 @@
-"""The model: is it here, can it be read, and which weights is it?"""
+"""Check of the model: is it here, can it be read, and which weights has it?"""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def find(model: ModelSettings) -> Place:
     try:
         config = try_to_load_from_cache(source, "config.json", revision=model.revision or "main")
     except HFValidationError:
-        return Place(None, error=f"model {model.name!r} is no hub id, and local folders begin with / ./ ../ or ~")
+        return Place(None, error=f"model {model.name!r} is not a hub id, and local folders begin with / ./ ../ or ~")
     return Place(Path(config).parent if isinstance(config, str) else None, hub=hub, offline=constants.HF_HUB_OFFLINE)
 
 

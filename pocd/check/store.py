@@ -46,7 +46,7 @@ def holder(path: Path) -> int | None:
 
 
 def chain_of(path: Path) -> str | None:
-    """Return the id of the chain that the store at `path`, which nobody holds, belongs to; None where it cannot be read.
+    """Return the id of the chain that the store at `path`, which nobody holds, belongs to; None if unknown.
 
     It is read as if nobody could write it, which makes no files beside it; what only the write-ahead log holds, after
     a crash, is not seen.
@@ -73,7 +73,7 @@ def check_store(path: Path, held: int | None) -> Finding:
 def _check_folder(path: Path) -> Finding | None:
     name, folder = "store", _existing(path.parent)
     if not folder.is_dir():
-        return red(name, f"{path} cannot be made: {folder} is no folder", "choose another store.path")
+        return red(name, f"{path} cannot be made: {folder} is not a folder", "choose another store.path")
     if os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
         return None
     mend = "give it the folder (chown)" if folder == path.parent else f"make it the folder {path.parent}"
@@ -96,7 +96,7 @@ def _check_file(path: Path, held: int | None) -> Finding:
 def _problem(path: Path) -> tuple[str, str] | None:
     """Return the problem of the file at `path` and the remedy; None where there is none."""
     if not path.is_file():
-        return f"{path} is no file", "choose another store.path"
+        return f"{path} is not a file", "choose another store.path"
     for file in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
         if file.exists() and not os.access(file, os.R_OK | os.W_OK, effective_ids=True):
             return (
@@ -107,7 +107,7 @@ def _problem(path: Path) -> tuple[str, str] | None:
 
 
 def _foreign(path: Path) -> tuple[str, str] | None:
-    """Return why the file at `path` is not our store or is of a newer version, and the remedy; None where it is fine."""
+    """Return why the file at `path` is not our store or is too new, and the remedy; None where it is usable."""
     with path.open("rb") as stream:
         head = stream.read(100)
     if not head:

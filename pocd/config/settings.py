@@ -88,7 +88,7 @@ class ChainSettings(_Section):
 
 
 class RoundSettings(_Section):
-    """When rounds start, how long they live, and what counts as valid."""
+    """Start and duration of rounds, and the conditions of a valid nonce."""
 
     every: Count = 60
     offset: Index = 0
@@ -109,7 +109,7 @@ class RoundSettings(_Section):
 
 
 class ModelSettings(_Section):
-    """Which model runs, how precisely, and where."""
+    """The model, its precision and its devices."""
 
     name: str = Field(default="Qwen/Qwen3-0.6B", min_length=1)
     revision: Annotated[str, Field(min_length=1)] | None = None
@@ -120,14 +120,16 @@ class ModelSettings(_Section):
     @model_validator(mode="after")
     def _devices_for_each_worker(self) -> Self:
         if isinstance(self.device, list) and len(self.device) % self.parallel:
-            raise ValueError(f"device lists {len(self.device)} devices, no multiple of the {self.parallel} of parallel")
+            raise ValueError(
+                f"device lists {len(self.device)} devices, which must be a multiple of parallel, {self.parallel}"
+            )
         if isinstance(self.device, str) and self.device.startswith("cuda:") and self.parallel > 1:
             raise ValueError(f"parallel is {self.parallel}: list as many devices in device, or set it to 'cuda'")
         return self
 
 
 class WorkerSettings(_Section):
-    """How the GPU workers are fed, and how they run the model."""
+    """Batches and compilation of the GPU workers."""
 
     batch_size: BatchSize = "auto"
     batch_timeout: float = Field(default=300.0, gt=0)
@@ -144,7 +146,7 @@ class ReceiverSettings(_Section):
 
 
 class DeliverySettings(_Section):
-    """Where proofs go, and when a batch is closed."""
+    """The receivers of proofs, and when a batch is closed."""
 
     receivers: list[ReceiverSettings] = []
     batch_nonces: int = Field(default=1000, ge=1, le=100_000)
@@ -189,7 +191,7 @@ class AdminSettings(_Section):
 
 
 class ValidationSettings(_Section):
-    """How batches of others are judged."""
+    """Terms of judging other miners' batches, and limits of validation."""
 
     fraud_threshold: float = Field(default=FRAUD_THRESHOLD, gt=0, lt=1)
     mismatch: float = Field(default=MISMATCH, gt=0, lt=1)
@@ -199,7 +201,7 @@ class ValidationSettings(_Section):
 
 
 class StoreSettings(_Section):
-    """The outbox's file."""
+    """File and size limits of the outbox."""
 
     path: Path = Path("/var/lib/pocd/outbox.db")
     size_limit_mib: int = Field(default=8192, ge=1, le=2**40)
@@ -207,7 +209,7 @@ class StoreSettings(_Section):
 
 
 class LogSettings(_Section):
-    """What is logged, and how."""
+    """Level and format of the log."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "console", "json"] = "auto"

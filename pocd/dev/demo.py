@@ -81,7 +81,7 @@ format = "json"
 
 @dataclass(frozen=True, slots=True)
 class DemoPlan:
-    """What to run. `blocks` = 0 means until interrupted; `folder` is emptied first."""
+    """Options of the demo: `blocks` = 0 runs it until it is interrupted; `folder` is emptied first."""
 
     blocks: int
     block_seconds: float
@@ -91,7 +91,7 @@ class DemoPlan:
 
 @dataclass(frozen=True, slots=True)
 class DemoVerdict:
-    """What the comparison at the end found: complaints, none when all is well, and what was looked at."""
+    """Result of the comparison at the end: complaints, none when all is well, and the numbers of proofs and rounds."""
 
     proofs: int
     rounds: int
@@ -158,7 +158,7 @@ class Running:
     log: Path
 
     async def end(self) -> None:
-        """Stop it as a service manager does, and insist on a clean exit."""
+        """Stop the process as a service manager does, and insist on a clean exit."""
         if self.process.returncode is None:
             self.process.terminate()
         try:
@@ -175,9 +175,9 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def started(folder: Path, command: str, *options: str, log: Path | None = None) -> AsyncIterator[Running]:
-    """Run `pocd COMMAND` until the context ends. Its session is its own, so that Ctrl-C reaches only us.
+    """Run `pocd COMMAND` until the context ends, in a session of its own, so that Ctrl-C reaches only us.
 
-    What it says goes to `log`, by default COMMAND.log in `folder`.
+    The process's output goes to `log`, by default COMMAND.log in `folder`.
     """
     log = log or folder / f"{command}.log"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
@@ -203,7 +203,7 @@ async def started(folder: Path, command: str, *options: str, log: Path | None = 
 
 
 async def _announced_url(process: Process, log: Path) -> str:
-    """Wait until the process says in its log where it listens."""
+    """Wait until the process's log has the URL that it listens on, and return it."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.returncode is None:
         for line in log.read_bytes().splitlines():
@@ -307,7 +307,7 @@ def _proofs(batches: list[dict[str, Any]]) -> list[tuple[str, str, int, float]]:
 
 
 async def _compare(plan: DemoPlan, held: list[dict[str, Any]]) -> DemoVerdict:
-    """Hold the receiver's proofs against the daemon's store, and a sample against `pocd compute`."""
+    """Compare the receiver's proofs with the daemon's store, and a sample with `pocd compute`."""
     with contextlib.closing(sqlite3.connect(plan.folder / "outbox.db")) as store:
         stored = [orjson.loads(body) for (body,) in store.execute("SELECT body FROM batches")]
         progress = store.execute("SELECT cursor, islands, checked FROM progress").fetchall()
@@ -324,7 +324,7 @@ async def _compare(plan: DemoPlan, held: list[dict[str, Any]]) -> DemoVerdict:
 
 
 async def _recompute(plan: DemoPlan, proofs: list[tuple[str, str, int, float]]) -> list[str]:
-    """Compute `proofs` of the last one's block again, by the command that anyone can run."""
+    """Recompute those of `proofs` that are of the last one's block, by the command that anyone can run."""
     if not proofs:
         return []
     block_hash, public_key = proofs[-1][:2]

@@ -67,7 +67,7 @@ def refusal(address: str) -> str | None:
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
-        return f"{address!r} is no IP address"
+        return f"{address!r} is not an IP address"
     for each in (parsed, *_embedded(parsed)):
         if reason := _reason(each):
             return f"{address} is refused: {reason}"

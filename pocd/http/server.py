@@ -232,7 +232,7 @@ class _Protocol(web.RequestHandler):
     ) -> web.StreamResponse:
         """Answer malformed HTTP, which reaches no middleware and no log, and failures on our side."""
         if status < 500:
-            error = RefusalError(status, "malformed_request", (message or "this is no HTTP").partition("\n")[0])
+            error = RefusalError(status, "malformed_request", (message or "this is not HTTP").partition("\n")[0])
         else:
             super().handle_error(request, status, exc, message)  # logs it
             error = RefusalError(status, "internal_error", "this should not happen; the log says more")

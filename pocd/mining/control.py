@@ -1,4 +1,4 @@
-"""Control of mining: the chain decides which round is mined, until the admin API takes control, and after it returns it.
+"""Control of mining: the chain decides which round is mined, except while the admin API has taken control.
 
 Calls are done one after another: each is decided by the table of `phases.py`, then stored, then done. So the decision
 outlives a restart, and where the disk does not take it, nothing has changed.

@@ -170,7 +170,8 @@ class Miner:
     async def complete(self, lease: Lease, distances: Sequence[float], weights: Weights) -> None:
         """Commit a lease's result: the valid nonces are on disk when this returns, or mining is held.
 
-        `weights` computed the distances. A result that the store cannot take is not counted, and its nonces are leased again.
+        `weights` computed the distances. A result that the store cannot take is not counted, and its nonces are leased
+        again.
         """
         mining = lease.mining
         assert len(distances) == len(lease.span), "one distance per nonce"

@@ -49,7 +49,7 @@ class Notifier:
         self._send("WATCHDOG=1")
 
     def reloading(self, monotonic: float) -> None:
-        """Send RELOADING=1, with the time by CLOCK_MONOTONIC in seconds: the configuration is read again, until `ready`."""
+        """Send RELOADING=1, with the time by CLOCK_MONOTONIC in seconds: the configuration is being read again."""
         self._send(f"RELOADING=1\nMONOTONIC_USEC={int(monotonic * 1e6)}")
 
     def stopping(self) -> None:

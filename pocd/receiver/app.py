@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MAX_BODY_BYTES = 16 * 1024 * 1024
 REJECTIONS = frozenset({400, 401, 408, 413})
 SHUTDOWN_TIMEOUT_S = 10.0
-"""How long requests under way may take to end when the receiver stops."""
+"""Seconds that requests under way have to end when the receiver stops."""
 
 _log = structlog.get_logger(__name__)
 
@@ -95,7 +95,7 @@ def application(store: Store, keys: WebhookKeys | None, clock: Callable[[], floa
     Source: docs/protocol.md sections 5 and 6.
 
     Args:
-        store: Where batches go.
+        store: Store of the batches.
         keys: If given, whatever changes the store (the two POSTs and the DELETE) must be signed.
         clock: Seconds since the Unix epoch.
     """
@@ -124,11 +124,11 @@ async def serve(
         host: Address to bind.
         port: TCP port; 0 takes a free one.
         path: The store's SQLite file, made if missing.
-        keys: See `application`.
+        keys: If given, whatever changes the store must be signed.
         on_started: Called with the URL once requests are answered.
 
     Raises:
-        StoreError: The store cannot be opened.
+        ReceiverStoreError: The store cannot be opened.
         OSError: The address cannot be bound.
     """
     store = await Store.open(path)
@@ -173,7 +173,7 @@ class _Routes:
         return json_answer(asdict(totals) | {"rounds": rounds})
 
     async def batches(self, request: web.Request) -> web.Response:
-        """GET /batches: a page of what was stored, in the order of arrival."""
+        """GET /batches: a page of the stored batches, in the order of arrival."""
         try:
             query = PageQuery.model_validate(dict(request.query))
         except ValidationError as error:
@@ -187,7 +187,7 @@ class _Routes:
         return json_answer({"status": "cleared", "removed": await self._store.clear()})
 
     async def health(self, _request: web.Request) -> web.Response:
-        """GET /health: 200 while the store answers."""
+        """GET /health: answer 200 while the store answers."""
         await self._store.stats()
         return json_answer({"status": "ok"})
 

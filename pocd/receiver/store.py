@@ -1,4 +1,4 @@
-"""Where the reference receiver keeps what it got: one SQLite file, written by one thread."""
+"""The reference receiver's store: one SQLite file, written by one thread."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ MAX_WAITING = 64
 
 CALL_TIMEOUT_S = 30.0
 BUSY_TIMEOUT_S = 5.0
-"""How long to wait for another process that holds the file."""
+"""Seconds to wait for another process that holds the file."""
 
 PAGE_BYTES = 32 * 1024 * 1024
-"""A page of batches ends early when its bodies pass this."""
+"""Bytes of bodies after which a page of batches ends early."""
 
 _NEWEST_ROUNDS = 20
 _APPLICATION_ID = 0x706F6372  # "pocr" in the file's header: this is a receiver's file and no other
@@ -83,11 +83,11 @@ class ReceiverStoreError(Exception):
 
 
 class ReceiverStoreBusyError(ReceiverStoreError):
-    """The store has too much to do or answers too late; what was asked may still happen: ask again."""
+    """The store is overloaded or too slow; the operation may still be done: try again."""
 
 
 class ArrivalOutcome(Enum):
-    """What became of a batch."""
+    """Outcome of a batch's arrival."""
 
     STORED = "stored"
     DUPLICATE = "duplicate"
@@ -99,11 +99,11 @@ class Arrival:
     """A well-formed batch, as it arrived.
 
     Attributes:
-        id: Its name; a repeat has the same name and the same body.
-        kind: Which route it came by.
-        received_at: When, in UTC, ISO 8601.
-        body: The exact bytes, a JSON object.
-        block_hash: The round's, as in the body; likewise the fields below.
+        id: The batch's webhook-id; a repeat has the same id and the same body.
+        kind: Kind of the batch, by the route it came by.
+        received_at: Time of arrival in UTC, ISO 8601.
+        body: Exact bytes of the body, a JSON object.
+        block_hash: Block hash of the round, like the fields below as in the body.
     """
 
     id: str
@@ -118,7 +118,7 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class StoredBatch:
-    """A batch from the store; `attempts` says how often it arrived, the first time included."""
+    """A batch from the store; `attempts` is how often it arrived, the first time included."""
 
     seq: int
     id: str
@@ -147,7 +147,7 @@ class ReceiverTotals:
 
 @dataclass(frozen=True, slots=True)
 class RoundStats:
-    """What came for one (block_hash, public_key); the height is the first batch's, times are UTC ISO 8601."""
+    """Counts of one (block_hash, public_key); the height is the first batch's, times are UTC ISO 8601."""
 
     block_hash: str
     block_height: int
@@ -177,7 +177,7 @@ class Store:
         """Open the file at `path`, made if missing; close the store when done.
 
         Raises:
-            StoreError: It cannot be opened or made, or holds something else.
+            ReceiverStoreError: The file cannot be opened or made, or is not a receiver's store.
         """
         store = cls(path)
         store._database = await store._run(_Database, path)
@@ -187,7 +187,7 @@ class Store:
         """Close the file, after the calls that wait; the store is of no use afterwards.
 
         Raises:
-            StoreError: SQLite reports an error; what was answered before is on disk nevertheless.
+            ReceiverStoreError: SQLite reports an error; what was answered before is on disk nevertheless.
         """
         try:
             await self._run(self._database.close)
@@ -198,23 +198,23 @@ class Store:
         """Commit a batch to disk, or recognise it: the same id is a repeat if its bytes are the same.
 
         Raises:
-            StoreError: It may not be on disk; the sender has to try again.
+            ReceiverStoreError: The batch may not be on disk; the sender has to try again.
         """
         return await self._run(self._database.add, arrival)
 
     async def count_rejected(self) -> None:
-        """Count a batch that was refused before it came here.
+        """Count a batch that was refused before it reached the store.
 
         Raises:
-            StoreError: It was not counted.
+            ReceiverStoreError: The batch was not counted.
         """
         await self._run(self._database.count_rejected)
 
     async def stats(self) -> tuple[ReceiverTotals, list[RoundStats]]:
-        """Return the counts, and the 20 rounds that a generated batch came for last, the newest first.
+        """Return the counts, and the 20 rounds with the latest generated batches, the newest first.
 
         Raises:
-            StoreError: They cannot be read.
+            ReceiverStoreError: The counts cannot be read.
         """
         return await self._run(self._database.stats)
 
@@ -225,7 +225,7 @@ class Store:
         next page is None when this one is the last.
 
         Raises:
-            StoreError: They cannot be read.
+            ReceiverStoreError: The batches cannot be read.
         """
         return await self._run(self._database.page, after, limit, kind)
 
@@ -233,7 +233,7 @@ class Store:
         """Forget all batches and counts, and return what the counts were.
 
         Raises:
-            StoreError: Nothing was forgotten, or all of it but the answer came too late.
+            ReceiverStoreError: Nothing was forgotten, or all of it but the answer came too late.
         """
         return await self._run(self._database.clear)
 

@@ -59,8 +59,8 @@ class Claim(BaseModel):
         list[float | None],
         FailFast(),
         Field(
-            description="Claimed distance of each nonce. A value that is no finite number (null, NaN, Infinity) counts against "
-            "the miner."
+            description="Claimed distance of each nonce. A value that is no finite number (null, NaN, Infinity) counts "
+            "against the miner."
         ),
     ]
     node_id: Index = 0

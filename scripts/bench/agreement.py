@@ -63,7 +63,7 @@ class Comparison:
 
 
 class DistanceSampler:
-    """The same nonces' distances, in many ways."""
+    """Computes the distances of the same nonces in different ways."""
 
     def __init__(self, count: int, seq_len: int, scheme: Scheme) -> None:
         self.nonces = list(range(count))
@@ -72,7 +72,7 @@ class DistanceSampler:
         self.dimension = 0
 
     def of(self, model: Model, *, batch_size: int = BATCH, nonces: list[int] | None = None) -> NDArray[np.float64]:
-        """Distances in the order of the nonces' numbers."""
+        """Return distances in the order of the nonces' numbers."""
         order = self.nonces if nonces is None else nonces
         with block_run(
             model, self.scheme, block_hash="block_alpha", public_key="agreement", seq_len=self.seq_len
@@ -106,7 +106,7 @@ class DistanceSampler:
 def row(
     model: Model, dtype: Dtype, between: str, difference: NDArray[np.float64], distances: DistanceSampler
 ) -> Comparison:
-    """Sum up one comparison."""
+    """Return the summary of one comparison."""
     r_target = r_target_for(RATE, distances.dimension)
     step = 1e-4
     above, below = (expected_valid_rate(r_target + side * step, distances.dimension) for side in (1, -1))
@@ -130,7 +130,7 @@ def row(
 
 
 def compare(name: str, distances: DistanceSampler, options: argparse.Namespace) -> list[Comparison]:
-    """All comparisons of one model."""
+    """Return all comparisons of one model."""
     device, cpu = torch.device(options.device), torch.device("cpu")
     exact = distances.of(build(name, torch.float32, cpu))
     rows = []
@@ -152,7 +152,7 @@ def compare(name: str, distances: DistanceSampler, options: argparse.Namespace) 
 
 
 def table(rows: list[Comparison]) -> Table:
-    """One table over all models: the worst of them in each comparison."""
+    """Return one table over all models: the worst of them in each comparison."""
     worst: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
     for each in rows:
         worst[each.dtype, each.between].append(each)
@@ -173,7 +173,7 @@ def table(rows: list[Comparison]) -> Table:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES[:2])
     parser.add_argument("--scheme", choices=SCHEMES, default="poc2")

@@ -104,7 +104,7 @@ class LoadGenerator:
 
 
 async def load(url: str, rate: float) -> None:
-    """Load until standard input ends; then write what was found as JSON."""
+    """Generate load until standard input ends; then write latencies and errors as JSON."""
     stop = asyncio.Event()
     asyncio.get_running_loop().add_reader(sys.stdin, stop.set)
     print("loading", flush=True)
@@ -116,7 +116,7 @@ async def load(url: str, rate: float) -> None:
 
 @asynccontextmanager
 async def loading(url: str, rate: float, found: list[dict[str, Any]]) -> AsyncIterator[Process]:
-    """Run `load` in a process of its own; what it found is appended at the end."""
+    """Run `load` in a process of its own; its results are appended to `found` at the end."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "scripts.bench.api", "load", url, "--rate", str(rate)),
         stdin=asyncio.subprocess.PIPE,
@@ -156,7 +156,7 @@ def tell(what: str, found: list[dict[str, Any]]) -> None:
 
 @asynccontextmanager
 async def mining_daemon(folder: Path, seq_len: int) -> AsyncIterator[Running]:
-    """A daemon that mines, and keeps what it finds."""
+    """Run a daemon that mines without a receiver, while the context lasts."""
     async with AsyncExitStack() as stack:
         chain = await stack.enter_async_context(started(folder, "devchain", "--port", "0", "--block-seconds", "5"))
         config = folder / "pocd.toml"
@@ -175,7 +175,7 @@ async def mining_daemon(folder: Path, seq_len: int) -> AsyncIterator[Running]:
 
 
 async def status(options: argparse.Namespace, folder: Path) -> None:
-    """Measure latencies of the status, and what they cost mining."""
+    """Measure latencies of the status, and how much they slow mining down."""
     found: list[dict[str, Any]] = []
     async with mining_daemon(folder, options.seq_len) as daemon:
         pid = daemon.process.pid
@@ -204,7 +204,7 @@ async def status(options: argparse.Namespace, folder: Path) -> None:
 
 
 def is_open(client: socket.socket) -> bool:
-    """Whether the other side has not closed a connection that says nothing."""
+    """Tell whether the other side has left a silent connection open."""
     with contextlib.suppress(ConnectionError):
         try:
             client.recv(1)
@@ -240,7 +240,7 @@ async def silent(options: argparse.Namespace, folder: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     part = commands.add_parser("status", help="under a steady load")

@@ -1,4 +1,4 @@
-"""What delivery costs mining: two real daemons, one with the reference receiver and one with none, by turns."""
+"""Measure what delivery costs mining: two real daemons, with and without the reference receiver, by turns."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ format = "json"
 
 @dataclass
 class MeasuredDaemon:
-    """A daemon that mines when told to.
+    """A daemon that mines in its turns.
 
     Attributes:
-        pids: The daemon and its receiver, where it has one; the worker is another process.
-        rates: Nonces per second of each turn.
-        loads: CPU time per second of each of `pids`, of each turn.
+        pids: Process ids of the daemon and of its receiver, where it has one; the worker is another process.
+        rates: Nonces per second in each turn.
+        loads: CPU time per second of each of `pids` in each turn.
     """
 
     daemon: Running

@@ -72,17 +72,17 @@ FILE = "distribution.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class DistributionVerdict:
-    """What the blocks of one model and scheme say together; keys of a block count as one sample.
+    """Statistics over the blocks of one model and scheme; keys of a block count as one sample.
 
     Attributes:
         blocks: Block hashes.
-        found: What was found, in the order of blocks, then keys.
+        found: Results in the order of blocks, then keys.
         keys: Public keys.
-        valid_first: Valid nonces of each block at the first's r_target, [blocks].
-        valid_theory: The same at the theoretical r_target.
+        valid_first: Valid nonces of each block at the first block's r_target, [blocks].
+        valid_theory: Valid nonces of each block at the theoretical r_target, [blocks].
         checked: Nonces of each block, [blocks].
         first: Spread of the valid rates at the first block's r_target.
-        theory: Spread at the theoretical one.
+        theory: Spread of the valid rates at the theoretical r_target.
         equal: p of Pearson's chi-square test that all blocks have one rate, at the theoretical r_target.
         outside: How many blocks' exact 99% intervals (Clopper and Pearson 1934) do not hold the theoretical rate.
     """
@@ -155,7 +155,7 @@ def verdicts(lines: dict[LineKey, Found]) -> list[DistributionVerdict]:
 
 
 def table_of_blocks(judged: Sequence[DistributionVerdict]) -> Table:
-    """A row per line, below one of theory for each model and scheme."""
+    """Return a table with a row per line, below one of theory for each model and scheme."""
     table = Table(box=box.MARKDOWN)
     for head in ("model", "scheme", "block", "key"):
         table.add_column(head)
@@ -177,7 +177,7 @@ def table_of_blocks(judged: Sequence[DistributionVerdict]) -> Table:
 
 
 def table_of_schemes(judged: Sequence[DistributionVerdict]) -> Table:
-    """A row per model and scheme: spreads in points."""
+    """Return a table with a row per model and scheme: spreads in points."""
     table = Table(box=box.MARKDOWN)
     for head in ("model", "scheme"):
         table.add_column(head)
@@ -205,7 +205,7 @@ def table_of_schemes(judged: Sequence[DistributionVerdict]) -> Table:
 
 
 def short(block_hash: str) -> str:
-    """Name a block in a table: the beginning of a long hash."""
+    """Return the name of a block in a table: the beginning of a long hash."""
     return block_hash if len(block_hash) <= 16 else f"{block_hash[:12]}…"
 
 
@@ -213,7 +213,7 @@ def short(block_hash: str) -> str:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=["bundled:tiny-qwen3", "bundled:tiny-llama"], metavar="NAME")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES, metavar="NAME")
@@ -231,10 +231,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def wanted_lines(options: argparse.Namespace) -> list[LineKey]:
-    """All lines that the options ask for, in order.
+    """Return the keys of all lines that the options ask for, in order.
 
     Raises:
-        InputError: Options of which no sense can be made; names the option.
+        InputError: An option has a wrong value; the message names the option.
     """
     blocks = options.blocks
     if len(blocks) == 1 and blocks[0].isdecimal():

@@ -1,4 +1,4 @@
-"""The plots of `distribution.py`: what a person should see at a glance of one model and scheme."""
+"""The plots of `distribution.py`, one figure for each model and scheme."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _colours(count: int) -> list[tuple[float, float, float, float]]:
 
 
 def _distances(axes: Axes, verdict: DistributionVerdict) -> None:
-    """One outline per block and key, in the block's colour, over theory in grey."""
+    """Draw one outline per block and key, in the block's colour, over theory in grey."""
     dimension, samples = verdict.found[0].dimension, [found.sample() for found in verdict.found]
     mean, std = distance_moments(dimension)
     low = min(mean - 3.5 * std, *(sample.min() for sample in samples))
@@ -76,7 +76,7 @@ def _distances(axes: Axes, verdict: DistributionVerdict) -> None:
 
 
 def _rates(axes: Axes, verdict: DistributionVerdict) -> None:
-    """Valid rates with error bars, at both r_targets, beside what was aimed at."""
+    """Draw valid rates with error bars, at both r_targets, beside the rate aimed at."""
     places = np.arange(len(verdict.blocks))
     for name, valid, shift, colour in (
         ("at the first block's r_target", verdict.valid_first, -0.12, FIRST),
@@ -101,7 +101,7 @@ def _rates(axes: Axes, verdict: DistributionVerdict) -> None:
 
 
 def _legend_above(axes: Axes, columns: int) -> None:
-    """Name what is drawn, above it, where it hides nothing."""
+    """Add a legend above the plot, where it hides nothing."""
     axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
     axes.legend(loc="upper center", ncols=columns, fontsize="small", edgecolor="none", columnspacing=1.2)
 
@@ -109,7 +109,7 @@ def _legend_above(axes: Axes, columns: int) -> None:
 def _with_errors(
     valid: NDArray[np.int64], checked: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Rates in % [blocks], and how far their 95% bounds (for all at once) lie below and above [2, blocks]."""
+    """Return rates in % [blocks], and how far their 95% bounds (for all at once) lie below and above [2, blocks]."""
     rates = valid / checked
     low, high = rate_intervals(valid, checked)
     return 100 * rates, 100 * np.stack([rates - low, high - rates]).clip(0)

@@ -151,7 +151,7 @@ def test_what_is_no_batch_is_refused(models: dict[str, Model], count: int) -> No
     with block_run(
         models["bundled:tiny-llama"], SCHEMES["poc2"], block_hash="b", public_key="k", seq_len=SEQ_LEN
     ) as run:
-        with pytest.raises(InputError, match=f"^{count} nonces are no batch of 1 to {BATCH}"):
+        with pytest.raises(InputError, match=f"^a batch takes 1 to {BATCH} nonces, got {count}$"):
             run.start(range(count), batch_size=BATCH)
 
 
@@ -170,7 +170,7 @@ def test_other_shapes_and_schemes_run_eagerly_and_say_so(models: dict[str, Model
 
 
 @pytest.mark.parametrize(
-    ("mode", "reason"), [("never", "the settings want it so"), ("auto", "on the CPU compiling gains too little")]
+    ("mode", "reason"), [("never", "as the settings say"), ("auto", "on the CPU compiling gains too little")]
 )
 def test_an_eager_path_says_why(models: dict[str, Model], mode: Compile, reason: str) -> None:
     before = compilations()
@@ -230,7 +230,7 @@ async def test_a_worker_mines_by_compiled_code_and_says_so(cache: Path, tmp_path
             (worker,) = pool.workers
             await until(lambda: worker.computed > BATCH, patience=300)  # for a compiler, and perhaps a busy machine
             assert worker.info is not None
-            assert (worker.info.execution, worker.info.execution_reason) == ("compiled", "the settings want it so")
+            assert (worker.info.execution, worker.info.execution_reason) == ("compiled", "as the settings say")
             assert worker.info.compile_seconds > 0
             model = load_model(load.model, dtype=load.dtype, device="cpu")
             with block_run(model, SCHEMES["poc2"], block_hash="b", public_key="k", seq_len=SEQ_LEN) as run:

@@ -528,10 +528,10 @@ def test_the_command_prints_tables_and_the_same_as_json(capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"rate": 0}, "rate 0 is no share of nonces; give a number above 0 and below 1"),
-        ({"blocks": 0}, "0 blocks are none; give 1 or more"),
-        ({"nonces": 199}, "199 nonces per block tell too little of a rate of 0.1; give 200 or more"),
-        ({"seq_len": 7}, "seq_len 7 has no eighths to keep; give 8 or more"),
+        ({"rate": 0}, "rate must be above 0 and below 1, got 0"),
+        ({"blocks": 0}, "blocks must be 1 or more, got 0"),
+        ({"nonces": 199}, "nonces must be 200 or more for a rate of 0.1, got 199"),
+        ({"seq_len": 7}, "seq_len must be 8 or more, got 7"),
         ({"scheme": "poc9"}, "scheme 'poc9' is unknown; allowed are: "),
         ({"device": "gpu"}, "device 'gpu' is unknown; allowed are: "),
         (

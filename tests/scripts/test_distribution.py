@@ -209,9 +209,9 @@ def test_plots_show_something_in_both_halves(made: tuple[Path, str]) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--rate", "2"), "rate 2 is no share"),
-        (("--blocks", "1"), "1 blocks have no spread"),
-        (("--nonces", "10"), "10 nonces per block tell too little"),
+        (("--rate", "2"), "rate must be above 0 and below 1, got 2"),
+        (("--blocks", "1"), "blocks must be 2 or more, got 1"),
+        (("--nonces", "10"), "nonces must be 50 or more for a rate of 0.1, got 10"),
         (("--blocks", "a", "b", "a"), "blocks: 'a' is named twice"),
         (("--models", "bundled:no"), "model 'bundled:no' is not bundled"),
         (("--device", "tpu"), "device 'tpu' is unknown"),
@@ -240,7 +240,7 @@ def test_lines_of_other_weights_and_foreign_lines_are_refused(folder: Path, caps
         run(folder)
     told = capsys.readouterr().err
     assert "lines of other weights of model 'bundled:tiny-llama'" in told
-    assert "line 9 is no line of this script" in told
+    assert "line 9 is not a line of this script" in told
 
 
 def test_an_unknown_scheme_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
