@@ -59,8 +59,8 @@ def texts(source: str) -> Iterator[tuple[int, str]]:
             case ast.Expr(value=ast.Constant(value=str(text))):  # of modules, classes, functions and attributes
                 yield from ((node.lineno + offset, line) for offset, line in read_alone(text))
             case ast.keyword(arg=str(name), value=value) if name in DESCRIBING:
-                parts = [part.value for part in ast.walk(value) if isinstance(part, ast.Constant)]
-                yield value.lineno, "".join(filter(lambda part: isinstance(part, str), parts))
+                parts = [getattr(part, "value", None) for part in ast.walk(value)]
+                yield value.lineno, "".join(part for part in parts if isinstance(part, str))
 
 
 def leaning(source: str) -> list[tuple[int, str]]:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from aiohttp import web
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, ConfigDict, Field
 
 from pocd.admin import answers, status
 from pocd.admin.operations import Operation
@@ -18,11 +18,12 @@ from pocd.mining.control import Asked, NoRoundError
 from pocd.mining.phases import Call
 from pocd.protocol.names import default_tolerance
 from pocd.protocol.nonces import Node
-from pocd.protocol.proof import FRAUD_THRESHOLD, Round
+from pocd.protocol.proof import FRAUD_THRESHOLD, MOST_NONCES, Round
 from pocd.protocol.schemes import SCHEMES
-from pocd.validation.claim import LARGEST_CLAIM, MOST_NONCES, Claim
+from pocd.validation.claim import LARGEST_CLAIM, Claim
+from pocd.validation.deciding import BY_WEIGHTS, Index, MismatchError, Named, refuse_mismatch, running, said
 from pocd.validation.queue import QueueFullError, Request
-from pocd.validation.verdict import MismatchError, Terms, check, sampled
+from pocd.validation.verdict import Terms, check, sampled
 
 if TYPE_CHECKING:
     from pocd.admin.operations import Answer
@@ -37,15 +38,17 @@ MOST_NODES = 1_000_000  # so that a node's nonces stay below 2**63 for as long a
 CALLBACK_URL = r"^https?://[^\s?#@\\]+$"  # paths are appended to it, and it may carry no credentials
 
 TAG = "Rounds"
-Index = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
-class InitBody(BaseModel):
-    """A round to mine or to validate for. Unknown fields are ignored, and listed in the answer."""
+class InitBody(Named):
+    """A round to mine or to validate for.
+
+    A field that decides a result is refused where it differs from what this daemon runs. Other unknown fields are
+    ignored, and listed in the answer.
+    """
 
     model_config = ConfigDict(
         extra="allow",
-        frozen=True,
         allow_inf_nan=False,
         json_schema_extra={
             "examples": [
@@ -80,9 +83,6 @@ class InitBody(BaseModel):
     batch_size: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="Ignored: worker.batch_size decides, and no distance depends on it."
     )
-    seq_len: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Sequence length in positions. Absent: round.seq_len."
-    )
     callback_url: Annotated[str, Field(max_length=2048, pattern=CALLBACK_URL)] | None = Field(
         default=None,
         validation_alias=AliasChoices("callback_url", "url"),
@@ -93,7 +93,8 @@ class InitBody(BaseModel):
     @property
     def ignored(self) -> list[str]:
         """Names of the fields that were given and are ignored."""
-        return [*(self.model_extra or {}), *(["batch_size"] if self.batch_size is not None else [])]
+        unused = {"batch_size": self.batch_size, "params.batch_size": self.params and self.params.batch_size}
+        return [*(self.model_extra or {}), *(name for name, value in unused.items() if value is not None)]
 
 
 class ValidateQuery(Input):
@@ -125,6 +126,8 @@ class PowApi:
             **done,
             403: "The callback_url is of no configured origin (`callback_refused`), or the `Host` or the browser's "
             "`Origin` is foreign (`foreign_host`, `foreign_origin`).",
+            409: "A field that decides a result differs from what this daemon runs, or `params` holds "
+            "an unknown name (`mismatch`).",
             429: "Too many callback URLs are in use (`too_many_callbacks`).",
         }
         in_round: dict[int, Answer] = {**done, 409: "No round was requested (`no_round`): POST an init first."}
@@ -146,7 +149,8 @@ class PowApi:
                 body=Claim,
                 answers={
                     **validated,
-                    409: "The batch names another scheme, model, dtype, length or target than the terms (`mismatch`).",
+                    409: "The batch names another scheme, model, dtype, length or target than the terms, or `params` "
+                    "holds an unknown name (`mismatch`).",
                     429: "Too many validations wait (`queue_full`).",
                     503: "No model is ready (`loading`), the recomputation had no result (`no_result`), or the store "
                     "cannot do it now (`store_unavailable`, `store_busy`).",
@@ -224,6 +228,7 @@ class PowApi:
 
     async def _asked(self, body: InitBody) -> Asked:
         """Complete the requested round from the configuration."""
+        seq_len = self._agreed_seq_len(body)
         settings = self._parts.settings
         node = Node(
             settings.node.node_id if body.node_id == -1 else body.node_id,
@@ -240,12 +245,34 @@ class PowApi:
             r_target=body.r_target,
             scheme=settings.round.scheme,
             model=settings.model.name,
-            seq_len=self._seq_len(body.seq_len),
+            seq_len=seq_len,
         )
         callback = await self._callback(body.callback_url) if body.callback_url else None
         return Asked(round_, node, body.fraud_threshold, callback)
 
-    def _seq_len(self, asked: int | None) -> int:
+    def _agreed_seq_len(self, body: InitBody) -> int:
+        """Refuse a round that this daemon does not compute, and return its sequence length."""
+        settings, worker = self._parts.settings, self._parts.workers.info
+        if worker is None and BY_WEIGHTS & said(body).keys():
+            raise _loading("the fingerprint of the weights is not known before they are loaded")
+        runs = running(
+            model=settings.model.name,
+            revision=settings.model.revision,
+            fingerprint=worker.fingerprint if worker else None,
+            scheme=settings.round.scheme,
+            dtype=settings.model.dtype,
+            seq_len=settings.round.seq_len,
+        )
+        del runs["seq_len"]  # the worker may take another one than configured
+        try:
+            refuse_mismatch(body, runs, "{asked} is asked for, but this daemon runs {runs}", "nothing was changed")
+        except MismatchError as error:
+            raise RefusalError(409, error.code, str(error), error.field) from None
+        if body.seq_len is None and body.params is not None:
+            return self._seq_len("params.seq_len", body.params.seq_len)
+        return self._seq_len("seq_len", body.seq_len)
+
+    def _seq_len(self, field: str, asked: int | None) -> int:
         configured, worker = self._parts.settings.round.seq_len, self._parts.workers.info
         if asked is None or asked == configured:
             return configured
@@ -253,11 +280,11 @@ class PowApi:
             raise _loading("whether the model takes seq_len is not known before it is loaded")
         scheme = self._parts.settings.round.scheme
         if asked < (least := SCHEMES[scheme].least_seq_len):
-            message = f"seq_len: {asked} is too short for scheme {scheme!r}: {least} or more"
-            raise RefusalError(400, "invalid_request", message, "seq_len")
+            message = f"{field}: {asked} is too short for scheme {scheme!r}: {least} or more"
+            raise RefusalError(400, "invalid_request", message, field)
         if asked > worker.longest_seq_len:
-            message = f"seq_len: {asked} is more than the {worker.longest_seq_len} positions of {worker.model}"
-            raise RefusalError(400, "invalid_request", message, "seq_len")
+            message = f"{field}: {asked} is more than the {worker.longest_seq_len} positions of {worker.model}"
+            raise RefusalError(400, "invalid_request", message, field)
         return asked
 
     async def _callback(self, url: str) -> str:
@@ -337,6 +364,7 @@ class PowApi:
             dtype=worker.dtype,
             seq_len=asked.round.seq_len if asked else settings.round.seq_len,
             node_count=asked.node.count if asked else settings.node.node_count,
+            revision=settings.model.revision,
         )
 
 

@@ -15,7 +15,7 @@ from pocd.admin.outbox import OutboxApi
 from pocd.admin.page import OPERATION as PAGE
 from pocd.admin.pow import PowApi
 from pocd.http.server import RefusalError, errors_as_json, json_answer
-from pocd.store.opening import StoreUnavailableError
+from pocd.store.errors import StoreUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -7,8 +7,8 @@ import stat
 from typing import TYPE_CHECKING
 
 from pocd.check.finding import Finding, green, red, yellow
+from pocd.config.secrets import read_token
 from pocd.config.settings import ConfigError
-from pocd.daemon.compose import read_token
 from pocd.http.webhooks import SecretError, WebhookKeys
 from pocd.observe.mask import url_secrets
 

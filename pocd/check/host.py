@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+from pocd.chain.make import CHAIN_TIMEOUT, confirmations_of, make_sources
 from pocd.chain.rpc import Rpc
 from pocd.check import api, chain, devices, files, model, store
 from pocd.check.finding import Finding, bounded, green, in_thread, red, yellow
@@ -16,8 +17,6 @@ from pocd.check.model import Place
 from pocd.check.probe import Probe, probe
 from pocd.check.receivers import check_receiver
 from pocd.clock import SYSTEM, Clock
-from pocd.daemon.compose import confirmations, make_sources
-from pocd.daemon.daemon import CHAIN_TIMEOUT
 from pocd.delivery.dispatcher import Receiver
 from pocd.http.client import open_session
 from pocd.http.webhooks import SecretError, WebhookKeys
@@ -163,7 +162,8 @@ async def _chain(held: asyncio.Task[int | None], settings: Settings, clock: Cloc
         nodes = [
             Rpc(session, url, attempts=1, timeout=limit) for session, url in zip(sessions, configured.urls, strict=True)
         ]
-        sources, behind = make_sources(configured, nodes), confirmations(configured)
+        behind = confirmations_of(configured.kind, configured.confirmations)
+        sources = make_sources(configured.kind, nodes, confirmations=behind)
         return await chain.check_chain(sources, wanted, confirmations=behind, wall=clock.wall, limit=limit)
 
 

@@ -37,7 +37,7 @@ def address(config: Path, url: str | None, token_file: Path | None) -> tuple[str
     Raises:
         ConfigError: The configuration or the token cannot be read.
     """
-    from pocd.daemon.compose import read_token
+    from pocd.config.secrets import read_token
 
     if url is None and config.exists():
         admin = load(config).admin

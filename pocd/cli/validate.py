@@ -170,7 +170,8 @@ def _compute(
     """Recompute the distances here, and judge."""
     from pocd.lab.command import prepared
     from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH
-    from pocd.validation.verdict import MismatchError, Terms, check, judge, sampled
+    from pocd.validation.deciding import MismatchError
+    from pocd.validation.verdict import Terms, check, judge, sampled
 
     with compute_errors(), prepared(request) as run:
         terms = Terms(
@@ -186,6 +187,7 @@ def _compute(
             dtype=request.dtype,
             seq_len=request.seq_len,
             node_count=node_count,
+            revision=request.revision,
         )
         try:
             check(claim, terms)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from pocd.cli.report import MAIN_STAGES, age, clean, local_time, percent
+from pocd.admin.text import MAIN_STAGES, age, local_time, percent
+from pocd.cli.report import clean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

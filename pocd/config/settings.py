@@ -32,9 +32,8 @@ from pocd.config.types import (
 from pocd.observe.mask import mask_url
 from pocd.protocol.errors import ModelError
 from pocd.protocol.names import Compile, Dtype, resolve
-from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH
+from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH, MOST_NONCES
 from pocd.protocol.schemes import SCHEMES
-from pocd.validation.claim import MOST_NONCES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

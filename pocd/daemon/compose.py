@@ -6,9 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pocd.chain.cometbft import CometBFT
-from pocd.chain.evm import EVM
 from pocd.chain.failover import Failover
+from pocd.chain.make import confirmations_of, make_sources
 from pocd.chain.rpc import Rpc
 from pocd.clock import SYSTEM
 from pocd.config.settings import ConfigError
@@ -22,34 +21,13 @@ from pocd.store.outbox import Outbox
 from pocd.worker.messages import Load
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import aiohttp
     from structlog.typing import FilteringBoundLogger
 
-    from pocd.chain.source import ChainSource
-    from pocd.config.settings import ChainSettings, Settings
+    from pocd.config.settings import Settings
     from pocd.store.thread import OutboxThread
 
-CONFIRMATIONS = 12  # of an EVM chain, where the configuration names none
 KNOWN_ROUNDS = 256  # whose block hashes are held against what nodes say after a restart
-
-
-def read_token(path: Path | None) -> str | None:
-    """Read the admin API's token.
-
-    Raises:
-        ConfigError: The file cannot be read or holds nothing.
-    """
-    if path is None:
-        return None
-    try:
-        token = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"admin.token_file {path} cannot be read: {error}") from None
-    if not token or not token.isascii():
-        raise ConfigError(f"admin.token_file {path} must hold one token of ASCII characters")
-    return token
 
 
 def make_receivers(settings: Settings) -> list[Receiver]:
@@ -86,7 +64,7 @@ async def make_chain(
     nodes = [Rpc(session, url, attempts=attempts) for session, url in zip(sessions, chain.urls, strict=True)]
     rounds = await outbox(Outbox.recent_rounds, KNOWN_ROUNDS)
     return Failover(
-        make_sources(chain, nodes),
+        make_sources(chain.kind, nodes, confirmations=confirmations_of(chain.kind, chain.confirmations)),
         chain_id=known.chain_id if known else chain.id,
         hashes={round_.block_height: round_.block_hash for round_ in rounds},
         highest=known.height if known else None,
@@ -94,20 +72,6 @@ async def make_chain(
         wall=SYSTEM.wall,
         log=log,
     )
-
-
-def make_sources(chain: ChainSettings, nodes: Sequence[Rpc]) -> list[ChainSource]:
-    """Return the chain's nodes as sources of its kind."""
-    if chain.kind == "evm":
-        return [EVM(node, confirmations=confirmations(chain)) for node in nodes]
-    return [CometBFT(node) for node in nodes]
-
-
-def confirmations(chain: ChainSettings) -> int:
-    """Return how many blocks the head is behind the newest one."""
-    if chain.kind != "evm":
-        return 0
-    return CONFIRMATIONS if chain.confirmations is None else chain.confirmations
 
 
 def make_loads(settings: Settings) -> list[Load]:

@@ -10,14 +10,14 @@ import signal
 import sqlite3
 from typing import TYPE_CHECKING
 
-import aiohttp
-
 from pocd.admin import status
 from pocd.admin.server import AdminApi
 from pocd.admin.status import Parts
+from pocd.chain.make import CHAIN_TIMEOUT
 from pocd.clock import SYSTEM, Clock
+from pocd.config.secrets import read_token
 from pocd.config.settings import ConfigError, check_model
-from pocd.daemon.compose import cache_folder, make_chain, make_loads, make_receivers, read_token
+from pocd.daemon.compose import cache_folder, make_chain, make_loads, make_receivers
 from pocd.daemon.reload import Reloader
 from pocd.delivery.batcher import Batcher
 from pocd.delivery.dispatcher import Dispatcher
@@ -39,7 +39,7 @@ from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_NO_DEVICE, EndedError
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.protocol.rounds import RoundPolicy
-from pocd.store.opening import StoreError, StoreUnavailableError
+from pocd.store.errors import StoreError, StoreUnavailableError
 from pocd.store.thread import OutboxThread
 from pocd.validation.queue import Validator
 
@@ -60,7 +60,6 @@ FINISH_SECONDS = 5.0  # for the batches being computed, when stopping
 DELIVER_SECONDS = 5.0  # for the last deliveries
 REPORT_SECONDS = 60.0  # between two log lines with the funnel
 STATUS_SECONDS = 10.0  # between two STATUS= lines to the service manager
-CHAIN_TIMEOUT = aiohttp.ClientTimeout(total=60)  # far above what a call to a node takes with its own limits
 
 
 async def run(settings: Settings, path: Path, *, log: FilteringBoundLogger, notifier: Notifier) -> None:

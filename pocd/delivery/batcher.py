@@ -7,7 +7,7 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from pocd.store.batches import form_batches
-from pocd.store.opening import StoreUnavailableError
+from pocd.store.errors import StoreUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pocd.clock import Clock, JumpDetector
 from pocd.store import deliveries, upkeep, validations
-from pocd.store.opening import StoreUnavailableError
+from pocd.store.errors import StoreUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -24,7 +24,7 @@ from rich.live import Live
 from rich.table import Table
 
 from pocd.admin.client import AdminError, call
-from pocd.cli.report import funnel_text, percent
+from pocd.admin.text import funnel_text, percent
 from pocd.config.settings import ENV_PREFIX
 from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_OK, EndedError
 
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-START_SECONDS = 30.0  # for a process to listen
-STOP_SECONDS = 20.0  # for a process to end
-RECOMPUTE_SECONDS = 120.0  # for `pocd compute`
+START_SECONDS = 120.0  # for a process to listen
+STOP_SECONDS = 120.0  # for a process to end
+RECOMPUTE_SECONDS = 600.0  # for `pocd compute`
 REFRESH_SECONDS = 0.5
 STALLED_SECONDS = 120.0  # without a nonce checked
 LINE_SECONDS = 2.0  # between two lines where there is no terminal

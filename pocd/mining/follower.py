@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pocd.chain.source import STALE_AFTER, ChainError, ChainSource, Head
-from pocd.store.opening import StoreUnavailableError
+from pocd.store.errors import StoreUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pocd.observe.rates import RateWindow
 from pocd.protocol.nonces import Ledger, Span
 from pocd.protocol.proof import Proof
-from pocd.store.opening import StoreUnavailableError
+from pocd.store.errors import StoreUnavailableError
 from pocd.store.outbox import Outbox, RoundProgress, Weights, Work
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pocd.chain.source import BlockUnavailableError, ChainError
 from pocd.protocol.rounds import active_start
-from pocd.store.opening import StoreUnavailableError
+from pocd.store.errors import StoreUnavailableError
 from pocd.store.outbox import Outbox
 
 if TYPE_CHECKING:

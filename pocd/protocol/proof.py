@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import orjson
 
+MOST_NONCES = 100_000  # that a batch to be validated may have
 MISMATCH = 5e-4  # share of an honest miner's nonces that may recompute as invalid (docs/protocol.md section 5)
 FRAUD_THRESHOLD = 0.01  # fraud is when an honest miner is less probable than this (docs/protocol.md section 5)
 

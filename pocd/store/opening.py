@@ -1,10 +1,11 @@
-"""The store's file: opening, checking, making and migrating it; and the meaning of SQLite's errors."""
+"""The store's file: opening, checking, making and migrating it."""
 
 from __future__ import annotations
 
 import sqlite3
 from typing import TYPE_CHECKING
 
+from pocd.store.errors import StoreError, damaged, unusable
 from pocd.store.schema import APPLICATION_ID, MIGRATIONS, SCHEMA, VERSION
 
 if TYPE_CHECKING:
@@ -14,14 +15,6 @@ LOOKED_THROUGH_BYTES = 256 * 2**20
 """A file up to this size is looked through for damage when it is opened (about a third of a second)."""
 
 WAL_BYTES = 64 * 2**20  # what the write-ahead log is cut back to
-
-
-class StoreError(Exception):
-    """The store cannot be used; the message names the file and what to do."""
-
-
-class StoreUnavailableError(Exception):
-    """The store cannot write or read just now: a full disk, an I/O error. Nothing that is stored is lost."""
 
 
 def open_store(path: Path) -> sqlite3.Connection:
@@ -71,7 +64,7 @@ def _check(connection: sqlite3.Connection, path: Path) -> int:
     if path.stat().st_size <= LOOKED_THROUGH_BYTES:
         (finding,) = connection.execute("PRAGMA quick_check(1)").fetchone()
         if finding != "ok":
-            raise StoreError(_damaged(path, finding.splitlines()[-1]))
+            raise StoreError(damaged(path, finding.splitlines()[-1]))
     connection.execute("COMMIT")
     assert isinstance(version, int)
     return version if tables else 0
@@ -91,44 +84,3 @@ def _bring_up_to_date(connection: sqlite3.Connection, version: int) -> None:
         connection.execute(statement)
     connection.execute(f"PRAGMA user_version = {VERSION}")
     connection.execute("COMMIT")
-
-
-def unusable(path: Path, error: sqlite3.Error) -> StoreError:
-    """Return the error for the operator when SQLite's `error` keeps the store at `path` from being opened."""
-    if is_damaged(error):
-        return StoreError(_damaged(path, str(error)))
-    text = str(error)
-    if "locked" in text:
-        text = "another process holds it (is a second daemon running on it?); stop that one or choose another path"
-    elif "not a database" in text:
-        text = "it is not a SQLite database; choose another store.path (the file was not touched)"
-    else:
-        text = f"{text}; check store.path, its permissions and the free space"
-    return StoreError(f"store {path} cannot be used: {text}")
-
-
-def is_damaged(error: sqlite3.Error) -> bool:
-    """Tell whether `error` means that what is on disk is not what was written."""
-    return getattr(error, "sqlite_errorname", "").startswith("SQLITE_CORRUPT")
-
-
-def failure_of(path: Path, error: sqlite3.Error) -> Exception:
-    """Return the exception for SQLite's `error` in the store at `path` while it is in use.
-
-    A `StoreError` for a damaged file, a `StoreUnavailableError` for what may pass, and the error itself where the
-    fault is ours.
-    """
-    if is_damaged(error):
-        return StoreError(_damaged(path, str(error)))
-    if isinstance(error, sqlite3.OperationalError) and not isinstance(error, sqlite3.ProgrammingError):
-        name = getattr(error, "sqlite_errorname", "")
-        if name and name != "SQLITE_ERROR":  # that one is a wrong statement
-            return StoreUnavailableError(f"the store {path} cannot be written: {error} ({name})")
-    return error
-
-
-def _damaged(path: Path, finding: str) -> str:
-    return (
-        f"store {path} is damaged: {finding}; the file was kept as it is. Move it and its -wal file away, save what "
-        f"can be saved with `sqlite3 {path.name} .recover`, and start again with a new store"
-    )

@@ -16,7 +16,8 @@ import orjson
 
 from pocd.protocol.nonces import Node, Progress, Span
 from pocd.protocol.proof import Proof, Round
-from pocd.store.opening import open_store, unusable
+from pocd.store.errors import unusable
+from pocd.store.opening import open_store
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

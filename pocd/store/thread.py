@@ -7,7 +7,7 @@ import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
-from pocd.store.opening import StoreUnavailableError, failure_of
+from pocd.store.errors import StoreUnavailableError, failure_of
 from pocd.store.outbox import Outbox
 
 if TYPE_CHECKING:

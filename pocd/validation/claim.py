@@ -8,13 +8,12 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-MOST_NONCES = 100_000
+from pocd.protocol.proof import MOST_NONCES
+from pocd.validation.deciding import Count, Index, Name, Named
+
 LARGEST_CLAIM = 8 * 2**20  # bytes; the longest numbers, one a line, are 5 MiB
 
 Model = TypeVar("Model", bound=BaseModel)
-Index = Annotated[int, Field(ge=0, le=2**63 - 1)]
-Count = Annotated[int, Field(ge=1, le=2**63 - 1)]
-Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class BodyError(Exception):
@@ -31,12 +30,13 @@ class BodyError(Exception):
         self.field = field
 
 
-class Claim(BaseModel):
-    """A ProofBatch as a miner sends it (docs/protocol.md section 5); unknown fields are ignored."""
+class Claim(Named):
+    """A ProofBatch as a miner sends it (docs/protocol.md section 5).
+
+    Fields that name how the batch was made must agree with what this daemon runs; other unknown fields are ignored.
+    """
 
     model_config = ConfigDict(
-        strict=True,
-        frozen=True,
         json_schema_extra={
             "examples": [
                 {
@@ -66,11 +66,6 @@ class Claim(BaseModel):
     node_id: Index = 0
     node_count: Annotated[Count | None, Field(description="Number of nodes that share the nonces.")] = None
     r_target: Annotated[float | None, Field(gt=0, le=2, allow_inf_nan=False)] = None
-    scheme: Name | None = None
-    model: Name | None = None
-    model_fingerprint: Name | None = None
-    dtype: Name | None = None
-    seq_len: Count | None = None
     batch_id: Annotated[Name | None, Field(description="Ignored: the verdict has an id of its own.")] = None
 
     # Fields are checked in order, so the nonces are known here unless they were refused themselves.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pocd.protocol.proof import Round, ValidatedBatch
+from pocd.validation.deciding import BY_NAME, BY_WEIGHTS, MismatchError, refuse_mismatch, running, said
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -17,20 +18,6 @@ if TYPE_CHECKING:
     from pocd.validation.claim import Claim
 
 SPARSE = 100  # times as far from one nonce to the next as dense ones lie
-
-
-class MismatchError(Exception):
-    """The batch names another scheme, weights, dtype, length or target than the terms, so comparing is meaningless.
-
-    Attributes:
-        code: Name of the error for programs.
-        field: The field of the batch that differs.
-    """
-
-    def __init__(self, code: str, message: str, field: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.field = field
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +35,7 @@ class Terms:
         dtype: The precision that distances are recomputed in.
         seq_len: Sequence length in positions.
         node_count: Number of nodes that share the nonces, where the batch does not give it.
+        revision: Revision of the model, as configured.
     """
 
     r_target: float
@@ -60,24 +48,33 @@ class Terms:
     dtype: str
     seq_len: int
     node_count: int
+    revision: str | None = None
 
 
 def check(claim: Claim, terms: Terms) -> None:
     """Refuse a batch that names another scheme, weights, dtype, length or target than `terms`; absent fields agree.
 
     A miner may not choose the target or the sequence length, so these must agree as well. Weights are
-    compared by their fingerprint where the batch names one, and by the model's name where it does not.
+    compared by their fingerprint where the batch names one, and by the model's name and revision where it does not.
 
     Raises:
         MismatchError: A field of the batch differs.
     """
-    weights = "model" if claim.model_fingerprint is None else "model_fingerprint"
-    for field in ("scheme", weights, "dtype", "seq_len", "r_target"):
-        said, held = getattr(claim, field), getattr(terms, field)
-        if said is not None and said != held:
-            raise MismatchError(
-                "mismatch", f"{field}: the batch says {said!r}, but it is held to {held!r}; nothing was judged", field
-            )
+    runs = running(
+        model=terms.model,
+        revision=terms.revision,
+        fingerprint=terms.model_fingerprint,
+        scheme=terms.scheme,
+        dtype=terms.dtype,
+        seq_len=terms.seq_len,
+    )
+    if BY_WEIGHTS & said(claim).keys():
+        runs = {name: value for name, value in runs.items() if name not in BY_NAME}
+    phrase, done = "the batch says {asked}, but it is held to {runs}", "nothing was judged"
+    refuse_mismatch(claim, runs, phrase, done)
+    if claim.r_target is not None and claim.r_target != terms.r_target:
+        differs = phrase.format(asked=claim.r_target, runs=terms.r_target)
+        raise MismatchError(f"r_target: {differs}; {done}", "r_target")
 
 
 def round_of(claim: Claim, terms: Terms) -> Round:

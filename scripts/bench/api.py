@@ -232,9 +232,10 @@ async def silent(options: argparse.Namespace, folder: Path) -> None:
             ]
             for client in clients:
                 client.setblocking(False)
+            await call(daemon.url, "GET", f"{API}/status")  # it is answered when all of them were taken up
+            print(f"silent connections still open: {sum(map(is_open, clients))} of {len(clients)}")
             beset: list[dict[str, Any]] = []
             async with loading(daemon.url, options.rate, beset):
-                print(f"silent connections still open: {sum(map(is_open, clients))} of {len(clients)}")
                 await asyncio.sleep(options.seconds)
             tell(f"beside {len(clients)} silent connections", beset)
 

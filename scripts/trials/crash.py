@@ -71,8 +71,8 @@ format = "json"
 SECRET = "whsec_Y3Jhc2ggcnVucyBuZWVkIG5vIHNlY3JldCB3b3J0aCBrZWVwaW5n"  # noqa: S105 - of this receiver only
 STATUS = "/api/v1/pow/status"
 BLOCK_SECONDS = 0.7
-LIFE_SECONDS = 60.0  # until a daemon that did not pass its fail point is killed from outside
-STALLED_SECONDS = 90.0  # without a delivery, at the end: more than the longest wait between two attempts
+LIFE_SECONDS = 600.0  # until a daemon that did not pass its fail point is killed from outside
+STALLED_SECONDS = 300.0  # without a delivery, at the end: more than the longest wait between two attempts
 
 Service = Literal["up", "frozen", "down"]
 """State of the receiver while the daemon runs; a frozen one accepts connections and is silent (SIGSTOP)."""
@@ -159,13 +159,14 @@ class Witness:
 @contextlib.asynccontextmanager
 async def _witness(folder: Path) -> AsyncIterator[Witness]:
     """Give a receiver while the context lasts; it is down at first."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        witness = Witness(folder, probe.getsockname()[1])
-    try:
-        yield witness
-    finally:
-        await witness.be("down")
+    with socket.socket() as keeper:  # keeps the port from others while nobody listens there
+        keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        keeper.bind(("127.0.0.1", 0))
+        witness = Witness(folder, keeper.getsockname()[1])
+        try:
+            yield witness
+        finally:
+            await witness.be("down")
 
 
 @dataclass(slots=True)

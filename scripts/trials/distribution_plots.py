@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-    from scripts.trials.distribution import DistributionVerdict
+    from scripts.trials.distribution_verdict import DistributionVerdict
 
 mpl.use("Agg")
 

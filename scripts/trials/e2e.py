@@ -68,7 +68,7 @@ API = "/api/v1/pow"
 POLL_SECONDS = 0.1
 LOAD_SECONDS = 600.0  # for a model to be ready
 FIRST_SECONDS = 300.0  # for the first nonces to be checked: what worker.batch_timeout allows one batch
-DELIVER_SECONDS = 60.0  # for all that was found to be delivered, once it is stopped
+DELIVER_SECONDS = 300.0  # for all that was found to be delivered, once it is stopped
 
 # Rounds of the chain would start at height 2^62, so that nothing is mined but what is asked for.
 CONFIG = """\

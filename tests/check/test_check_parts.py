@@ -21,6 +21,7 @@ import pytest
 from aiohttp import web
 
 from pocd.chain.cometbft import CometBFT
+from pocd.chain.make import CHAIN_TIMEOUT
 from pocd.chain.rpc import Rpc
 from pocd.chain.source import Block, ChainError, Head
 from pocd.check import chain, devices, files, model, store
@@ -30,7 +31,6 @@ from pocd.check.finding import Finding, Level
 from pocd.check.probe import Probe
 from pocd.check.receivers import check_receiver
 from pocd.config.settings import ModelSettings, StoreSettings, load
-from pocd.daemon.daemon import CHAIN_TIMEOUT
 from pocd.delivery.dispatcher import Receiver
 from pocd.http.client import open_session
 from pocd.http.server import listening
@@ -41,7 +41,8 @@ from pocd.receiver.app import application
 from pocd.receiver.store import Store
 from pocd.store.outbox import Outbox
 from tests.check.test_check import CPU, SECRET, TOKEN, configured, levels, secret_file
-from tests.support.processes import PATIENCE, Chain
+from tests.support.processes import Chain
+from tests.support.waiting import PATIENCE
 from tests.system.test_disk import unprivileged
 
 if TYPE_CHECKING:
@@ -95,9 +96,9 @@ async def test_a_node_that_hangs_is_told_and_another_stands_in() -> None:
         nodes(url, node.url) as both,
     ):
         ask = chain.check_chain
-        findings = await ask(both, Expected(None, ""), confirmations=0, wall=time.time, limit=1.0)
+        findings = await ask(both, Expected(None, ""), confirmations=0, wall=time.time, limit=5.0)
         assert levels(findings)[:2] == [("chain", "yellow"), ("chain", "green")]
-        assert "no answer within 1 s (another node stands in)" in findings[0].text
+        assert "no answer within 5 s (another node stands in)" in findings[0].text
         findings = await ask(both[:1], Expected(None, ""), confirmations=0, wall=time.time, limit=0.1)
         assert levels(findings) == [("chain", "red"), ("clock", "yellow")]
 

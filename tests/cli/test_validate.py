@@ -221,6 +221,10 @@ def test_a_folder_ends_with_2(here: Callable[..., Ended], tmp_path: Path) -> Non
     [
         ({"seq_len": 256}, "seq_len: the batch says 256, but it is held to 8; nothing was judged"),
         ({"r_target": 1.4042}, f"r_target: the batch says 1.4042, but it is held to {R}; nothing was judged"),
+        ({"params": {"seq_len": 256}}, "params.seq_len: the batch says 256, but it is held to 8; nothing was judged"),
+        ({"params": {"dim": 9}}, "params: 'dim': this daemon does not know them, and they may decide a result; "),
+        ({"revision": "main"}, "revision: the batch says 'main', but it is held to none; nothing was judged"),
+        ({"k_dim": 12}, "k_dim: the batch says 12, but it is held to none; nothing was judged"),
         ({"model_fingerprint": "beef"}, "model_fingerprint: the batch says 'beef', but it is held to '"),
     ],
 )

@@ -22,7 +22,8 @@ from pocd.protocol.errors import ComputeError, InputError
 from pocd.protocol.names import BUNDLED
 from pocd.protocol.schemes import SCHEMES
 from pocd.worker.messages import Load
-from tests.pool.test_pool import ROUND, pooled, recompute, until
+from tests.pool.test_pool import ROUND, pooled, recompute
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -228,7 +229,7 @@ async def test_a_worker_mines_by_compiled_code_and_says_so(cache: Path, tmp_path
     with structlog.testing.capture_logs() as logs:
         async with pooled(tmp_path, [load], round_) as (pool, _):
             (worker,) = pool.workers
-            await until(lambda: worker.computed > BATCH, patience=300)  # for a compiler, and perhaps a busy machine
+            await until(lambda: worker.computed > BATCH)
             assert worker.info is not None
             assert (worker.info.execution, worker.info.execution_reason) == ("compiled", "as the settings say")
             assert worker.info.compile_seconds > 0

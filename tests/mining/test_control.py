@@ -20,7 +20,7 @@ from pocd.mining.phases import TABLE, Call, Mode, State, mode_after, state_of
 from pocd.observe.events import Events
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
-from pocd.store.opening import StoreUnavailableError
+from pocd.store.errors import StoreUnavailableError
 from pocd.store.outbox import Work
 from pocd.store.thread import OutboxThread
 
@@ -277,5 +277,5 @@ class Lives(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-Lives.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+Lives.TestCase.settings = settings(max_examples=40, stateful_step_count=20)
 TestLives = Lives.TestCase

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 
 from pocd.chain.source import Block, ChainError, Head
 from pocd.mining.follower import LAG, ChainHealth, follow
-from pocd.store.opening import StoreUnavailableError
+from pocd.store.errors import StoreUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

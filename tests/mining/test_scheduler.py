@@ -29,7 +29,7 @@ from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.protocol.rounds import RoundPolicy
 from pocd.store.batches import form_batches
-from pocd.store.opening import StoreUnavailableError
+from pocd.store.errors import StoreUnavailableError
 from pocd.store.outbox import KnownChain, Outbox, Weights
 from pocd.store.thread import OutboxThread
 from tests.support.anvil import needs_anvil, running_anvil
@@ -467,7 +467,7 @@ async def play(path: Path, policy: RoundPolicy, steps: Sequence[tuple[str, int]]
         conductor.close()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(policy=policies(), steps=STEPS, reorganises=st.booleans())
 def test_no_round_that_is_over_and_none_missed_that_is_alive(
     policy: RoundPolicy,

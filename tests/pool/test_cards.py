@@ -15,6 +15,7 @@ from pocd.cli import report
 from pocd.pool import cards
 from pocd.pool.cards import PATIENCE_SECONDS, Cards, Reading
 from pocd.worker.messages import Card
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -40,13 +41,13 @@ class Driver:
     def read(self, uuids: Iterable[str]) -> tuple[dict[str, Reading], str | None]:
         assert set(uuids) == {UUID}
         self.asked.release()
-        assert self.answer.acquire(timeout=60)
+        assert self.answer.acquire(timeout=PATIENCE)
         return self.answers, self.problem
 
     def turn(self) -> None:
         """Let it answer one question, and wait for the next, before which the answer is taken."""
         self.answer.release()
-        assert self.asked.acquire(timeout=60)
+        assert self.asked.acquire(timeout=PATIENCE)
 
 
 def test_readings_come_go_and_hang_and_each_trouble_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +57,7 @@ def test_readings_come_go_and_hang_and_each_trouble_is_told_once(monkeypatch: py
         watched = Cards(lambda: {UUID}, clock=lambda: driver.now, log=structlog.get_logger(), read=driver.read)
         assert watched.reading(UUID) is None
         watched.start()
-        assert driver.asked.acquire(timeout=60)
+        assert driver.asked.acquire(timeout=PATIENCE)
         driver.turn()
         assert (watched.reading(UUID), watched.reading("GPU-2")) == (COOL, None)
         assert watched.problem is None
@@ -87,7 +88,7 @@ def test_nobody_is_asked_while_no_worker_uses_a_card(monkeypatch: pytest.MonkeyP
     watched = Cards(used, clock=lambda: 0.0, log=structlog.get_logger(), read=Driver().read)
     watched.start()
     for _ in range(3):
-        assert looked.acquire(timeout=60)
+        assert looked.acquire(timeout=PATIENCE)
     watched.close()
     assert watched.problem is None
 

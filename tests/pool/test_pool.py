@@ -26,10 +26,10 @@ from pocd.protocol.proof import Round
 from pocd.store.outbox import Outbox, Work
 from pocd.store.thread import OutboxThread
 from pocd.worker.messages import Load, Message, Recompute
-from tests.support.processes import PATIENCE
+from tests.support.waiting import PATIENCE, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Sequence
+    from collections.abc import AsyncIterator, Sequence
     from pathlib import Path
 
 LOAD = Load("bundled:tiny-llama", "float32", ("cpu",), "poc2", 16, 8)
@@ -57,12 +57,6 @@ async def pooled(
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, WorkerRefusedError):
                 await task
-
-
-async def until(condition: Callable[[], object], patience: float = PATIENCE) -> None:
-    async with asyncio.timeout(patience):
-        while not condition():  # noqa: ASYNC110 - other processes are watched
-            await asyncio.sleep(0.02)
 
 
 async def recompute(pool: Pool, round_: Round, nonces: tuple[int, ...], *, last: bool = True) -> list[float]:
@@ -105,10 +99,11 @@ async def test_workers_share_one_cursor_and_the_death_of_one_leaves_no_gap(tmp_p
 async def test_a_card_that_is_not_there_leaves_the_others_at_work(tmp_path: Path) -> None:
     async with pooled(tmp_path, [MISSING, LOAD]) as (pool, miner):
         missing, present = pool.workers
-        await until(lambda: present.computed > 64 and missing.causes[Cause.DEVICE] > 1)
+        await until(lambda: missing.causes[Cause.DEVICE] > 1)
+        assert pool.alarm(missing) is None
+        await until(lambda: present.computed > 64)
         assert miner.mining is not None
         assert "cuda:99" in str(missing.last_error)
-        assert pool.alarm(missing) is None
         pool.standings[0].failures = 4
         await until(lambda: pool.standings[0].left_out)
         assert str(pool.alarm(missing)).startswith(

@@ -23,8 +23,9 @@ from transformers import AutoModelForCausalLM
 
 from pocd.process import EXIT_CONFIG
 from pocd.protocol.names import BUNDLED
-from scripts.trials.distribution import equal_rates, main, verdict
+from scripts.trials.distribution import main
 from scripts.trials.distribution_lines import Found, LineKey
+from scripts.trials.distribution_verdict import equal_rates, verdict
 from tests.reference.plain_torch import PlainRun
 
 if TYPE_CHECKING:

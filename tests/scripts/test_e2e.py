@@ -20,7 +20,7 @@ from rich.console import Console
 from pocd.protocol.theory import expected_valid_rate
 from scripts.trials.e2e import R_TARGET, r_target_of
 from scripts.trials.e2e_verdict import Line, RoundRequest, Said, StoredProgress, complaints, spread_table
-from tests.support.processes import PATIENCE
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable

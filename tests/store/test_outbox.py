@@ -22,10 +22,11 @@ from pocd.protocol.proof import Proof, ProofBatch, Round
 from pocd.store import deliveries
 from pocd.store.batches import form_batches
 from pocd.store.deliveries import PendingDelivery, next_pending, record_delivered, record_failed
-from pocd.store.opening import StoreError
+from pocd.store.errors import StoreError
 from pocd.store.outbox import KnownChain, Outbox, Queue, ReceiverState, RoundProgress, Totals, Weights, Work
 from pocd.store.schema import APPLICATION_ID, VERSION
 from pocd.store.thread import OutboxThread
+from tests.support.waiting import PATIENCE
 
 NOW = 1_700_000_000.0
 WEIGHTS = Weights("f00d", "float32")
@@ -120,7 +121,7 @@ def recount(outbox: Outbox) -> Totals:
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
 
 
@@ -161,7 +162,7 @@ def test_another_process_cannot_open_a_store_that_is_held(path: Path, outbox: Ou
     code = (
         "import sys, pathlib\n"
         "from pocd.store.outbox import Outbox\n"
-        "from pocd.store.opening import StoreError\n"
+        "from pocd.store.errors import StoreError\n"
         "try:\n"
         "    Outbox.open(pathlib.Path(sys.argv[1]))\n"
         "except StoreError as error:\n"

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocd.protocol.proof import Proof, ProofBatch, Round
-from pocd.validation.claim import LARGEST_CLAIM, MOST_NONCES, BodyError, Claim, parse_json
+from pocd.protocol.proof import MOST_NONCES, Proof, ProofBatch, Round
+from pocd.validation.claim import LARGEST_CLAIM, BodyError, Claim, parse_json
 
 BODY: dict[str, Any] = {
     "public_key": "02ab",

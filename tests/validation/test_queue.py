@@ -33,7 +33,7 @@ from pocd.validation.verdict import Terms
 from pocd.worker import messages
 from pocd.worker.messages import Load
 from tests.support.delivering import dispatchers
-from tests.support.processes import PATIENCE
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -278,7 +278,8 @@ async def test_a_full_queue_takes_nothing_more_and_still_knows_what_it_has(tmp_p
 
 def test_a_request_reads_back_as_it_was() -> None:
     claim = Claim.model_validate_json(
-        b'{"public_key": "k", "block_hash": "b", "block_height": 1, "nonces": [1, 1], "dist": [NaN, 1], "more": 1}'
+        b'{"public_key": "k", "block_hash": "b", "block_height": 1, "nonces": [1, 1], "dist": [NaN, 1], "more": 1, '
+        b'"model": "m", "params": {"seq_len": 16, "batch_size": 8}}'
     )
     request = Request(claim, terms("f00d"), 1, "seed", "callback-1")
     again = Request.from_json(request.to_json())

@@ -19,7 +19,8 @@ from pocd.pool.recomputations import NoResultError
 from pocd.protocol.errors import ModelError
 from pocd.protocol.names import BUNDLED
 from pocd.protocol.schemes import SCHEMES
-from tests.pool.test_pool import LOAD, ROUND, pooled, recompute, until
+from tests.pool.test_pool import LOAD, ROUND, pooled, recompute
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from pathlib import Path
