@@ -40,7 +40,7 @@ def computed(
     block_hash: str, public_key: str, nonces: list[int], *, seq_len: int = 16, scheme: str = "poc2"
 ) -> list[float]:
     """Distances by the command line's way, without a daemon."""
-    request = command.Request(
+    request = command.ComputeRequest(
         model=MODEL,
         scheme=scheme,
         block_hash=block_hash,

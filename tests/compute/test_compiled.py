@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from pocd.protocol.names import Compile
+
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.torch.jit:DeprecationWarning"
 )  # torch's compiler uses its own old parts
@@ -151,7 +153,7 @@ def test_what_is_no_batch_is_refused(models: dict[str, Model], count: int) -> No
     with block_run(
         models["bundled:tiny-llama"], SCHEMES["poc2"], block_hash="b", public_key="k", seq_len=SEQ_LEN
     ) as run:
-        with pytest.raises(InputError, match=f"^{count} nonces are no batch of 1 to {BATCH}"):
+        with pytest.raises(InputError, match=f"^a batch takes 1 to {BATCH} nonces, got {count}$"):
             run.start(range(count), batch_size=BATCH)
 
 
@@ -170,9 +172,9 @@ def test_other_shapes_and_schemes_run_eagerly_and_say_so(models: dict[str, Model
 
 
 @pytest.mark.parametrize(
-    ("mode", "reason"), [("never", "the settings want it so"), ("auto", "on the CPU compiling gains too little")]
+    ("mode", "reason"), [("never", "as the settings say"), ("auto", "on the CPU compiling gains too little")]
 )
-def test_an_eager_path_says_why(models: dict[str, Model], mode: compiled.Mode, reason: str) -> None:
+def test_an_eager_path_says_why(models: dict[str, Model], mode: Compile, reason: str) -> None:
     before = compilations()
     for model in (models["bundled:tiny-llama"], ready(models["bundled:tiny-llama"])):
         found = compile_model(model, mode, scheme=SCHEMES["poc2"], seq_len=SEQ_LEN, batch_size=BATCH)
@@ -202,7 +204,7 @@ def wrongly(*args: Any, **options: Any) -> torch.Tensor:  # noqa: ANN401 - as `r
 
 @pytest.mark.parametrize("mode", ["auto", "always"])
 def test_whatever_fails_leaves_a_clean_eager_path_or_is_an_error(
-    models: dict[str, Model], monkeypatch: pytest.MonkeyPatch, mode: compiled.Mode
+    models: dict[str, Model], monkeypatch: pytest.MonkeyPatch, mode: Compile
 ) -> None:
     """As on a GPU, where 'auto' tries: a compiler whose code is wrong, which is the worst that can happen."""
     model = models["bundled:tiny-qwen3"]
@@ -230,7 +232,7 @@ async def test_a_worker_mines_by_compiled_code_and_says_so(cache: Path, tmp_path
             (worker,) = pool.workers
             await until(lambda: worker.computed > BATCH)
             assert worker.info is not None
-            assert (worker.info.execution, worker.info.execution_reason) == ("compiled", "the settings want it so")
+            assert (worker.info.execution, worker.info.execution_reason) == ("compiled", "as the settings say")
             assert worker.info.compile_seconds > 0
             model = load_model(load.model, dtype=load.dtype, device="cpu")
             with block_run(model, SCHEMES["poc2"], block_hash="b", public_key="k", seq_len=SEQ_LEN) as run:

@@ -17,11 +17,11 @@ from pocd.protocol.schemes import SCHEMES
 from tests.reference import plain
 
 if TYPE_CHECKING:
-    from pocd.protocol.schemes import Weights
+    from pocd.protocol.schemes import WeightSource
 
 BLOCK = "block_alpha"
 ROUNDING = 0.02 * plain.NORMAL_ROUNDING
-DRAWING: list[Weights] = ["drawn", "embedding drawn"]
+DRAWING: list[WeightSource] = ["drawn", "embedding drawn"]
 
 
 def untied() -> Model:
@@ -46,7 +46,7 @@ def drawn(name: str, shape: torch.Size) -> torch.Tensor:
 
 @pytest.mark.parametrize("weights", DRAWING)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_weights_come_back_bit_for_bit_and_the_file_is_not_touched(dtype: str, weights: Weights) -> None:
+def test_weights_come_back_bit_for_bit_and_the_file_is_not_touched(dtype: str, weights: WeightSource) -> None:
     file = BUNDLED / "tiny-qwen3" / "model.safetensors"
     digest = sha256(file.read_bytes()).digest()
     model = load_model("bundled:tiny-qwen3", dtype=dtype, device="cpu")
@@ -64,7 +64,7 @@ def test_weights_come_back_bit_for_bit_and_the_file_is_not_touched(dtype: str, w
 
 
 @pytest.mark.parametrize("weights", DRAWING)
-def test_weights_come_back_after_a_failure_inside(weights: Weights) -> None:
+def test_weights_come_back_after_a_failure_inside(weights: WeightSource) -> None:
     model = untied()
     before = bits(model)
     with pytest.raises(KeyError), drawn_weights(model.causal, weights, BLOCK):

@@ -19,10 +19,10 @@ from pocd.compute.model import Model, adapt, load_model
 from pocd.compute.random import normal, seeds_tensor, signs
 from pocd.compute.transforms import JOIN
 from pocd.lab import cheater, shortcuts
-from pocd.lab.audit import Attack, Attacks, Audit, Caught, Row, as_text, audit
+from pocd.lab.audit import Attack, Attacks, Audit, Caught, ShortcutScore, as_text, audit
 from pocd.lab.audit_statistics import Estimate, ridge
 from pocd.lab.calibration import Plan
-from pocd.lab.linear import Linear
+from pocd.lab.linear import LinearMap
 from pocd.process import EXIT_CONFIG, EndedError
 from pocd.protocol.errors import NonFiniteError
 from pocd.protocol.names import DTYPES, default_tolerance
@@ -107,7 +107,7 @@ def attacked(model: Model, run: BlockRun, nonces: int) -> Audit:
     return audit(a_plan(nonces, run.scheme.name), Attacks("abc", HIDDEN_SIZE, found.true[None], attacks))
 
 
-def rows(report: Audit) -> dict[str, Row]:
+def rows(report: Audit) -> dict[str, ShortcutScore]:
     return {row.name: row for row in report.rows}
 
 
@@ -181,7 +181,7 @@ def test_a_linear_map_is_that_of_least_squares() -> None:
     states, fresh = (normal(seeds_tensor([text])[0], 40 * 9 * 6).view(40, 9, 6) for text in ("known", "fresh"))
     means = states.cumsum(dim=1) / torch.arange(1, 10).view(1, -1, 1)
     outputs = states.flip(-1) + 2 * means.square() + means + 3
-    linear = Linear()
+    linear = LinearMap()
     for start in (0, 25):
         linear.add(states[start : start + 25], outputs[start : start + 25])
     assert linear(fresh).numpy() == pytest.approx(plain_map(states, outputs, fresh), abs=1e-4)
@@ -457,7 +457,7 @@ def test_a_random_model_is_written_with_the_layers_asked_for(tmp_path: Path, lay
 
 def test_the_widest_numbers_fit_into_the_tables() -> None:
     surely, much = Estimate(1, 0.9993, 1), Estimate(12.345, 11.111, 13.579)
-    row = Row("8-bit, low-rank MLP", 1, 1, surely, surely, much)
+    row = ShortcutScore("8-bit, low-rank MLP", 1, 1, surely, surely, much)
     nearly = Estimate(0.99, 0.9881, 1)
     caught = [Caught("8-bit weights", dtype, 0.000123, nearly, {"100": 1.0, "1000": 0.5}) for dtype in DTYPES]
     text = as_text(Audit(a_plan(200), "abc", HIDDEN_SIZE, 100, (row,), tuple(caught)))
@@ -529,10 +529,10 @@ def test_the_command_prints_tables_and_the_same_as_json(capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"rate": 0}, "rate 0 is no share of nonces; give a number above 0 and below 1"),
-        ({"blocks": 0}, "0 blocks are none; give 1 or more"),
-        ({"nonces": 199}, "199 nonces per block tell too little of a rate of 0.1; give 200 or more"),
-        ({"seq_len": 7}, "seq_len 7 has no eighths to keep; give 8 or more"),
+        ({"rate": 0}, "rate must be above 0 and below 1, got 0"),
+        ({"blocks": 0}, "blocks must be 1 or more, got 0"),
+        ({"nonces": 199}, "nonces must be 200 or more for a rate of 0.1, got 199"),
+        ({"seq_len": 7}, "seq_len must be 8 or more, got 7"),
         ({"scheme": "poc9"}, "scheme 'poc9' is unknown; allowed are: "),
         ({"device": "gpu"}, "device 'gpu' is unknown; allowed are: "),
         (

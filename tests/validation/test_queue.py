@@ -48,7 +48,7 @@ THEIRS = Round("block_beta", 2, "node_B", 1.4142, "poc2", MODEL, 16)
 
 def computed(round_: Round, nonces: range, *, batch_size: int = 8) -> dict[int, float]:
     """Distances by the command line's way, without a worker."""
-    request = command.Request(
+    request = command.ComputeRequest(
         model=round_.model,
         scheme=round_.scheme,
         block_hash=round_.block_hash,

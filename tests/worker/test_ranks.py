@@ -95,8 +95,8 @@ async def test_ranks_that_get_nan_name_the_layer_together(tmp_path: Path) -> Non
     ("config", "reason"),
     [
         (GPT2Config(), "transformers has no plan for GPT2Config; set model.parallel = 1"),
-        (Qwen3Config(num_attention_heads=9, num_key_value_heads=3), "its num_attention_heads, 9, is no multiple"),
-        (Qwen3Config(num_attention_heads=8, num_key_value_heads=1), "its num_key_value_heads, 1, is no multiple"),
+        (Qwen3Config(num_attention_heads=9, num_key_value_heads=3), "its num_attention_heads, 9, is not a multiple"),
+        (Qwen3Config(num_attention_heads=8, num_key_value_heads=1), "its num_key_value_heads, 1, is not a multiple"),
     ],
 )
 def test_a_model_that_cannot_be_split_says_why(config: object, reason: str) -> None:
