@@ -23,7 +23,6 @@ from pocd.cli import main as cli
 from pocd.delivery.dispatcher import ANSWER_BYTES, Receiver
 from pocd.observe.mask import excerpt, url_secrets
 from tests.support.delivering import Bench, prepared, running, talking
-from tests.support.processes import PATIENCE
 from tests.support.waiting import PATIENCE, soon
 
 if TYPE_CHECKING:
