@@ -21,6 +21,7 @@ from pocd.pool.limits import WorkerLimits
 from pocd.pool.pool import Pool, environment
 from pocd.pool.processes import RankLink
 from pocd.pool.recomputations import Recomputation
+from pocd.pool.state import Phase
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.store.outbox import Outbox, Work
@@ -57,6 +58,7 @@ async def pooled(
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, WorkerRefusedError):
                 await task
+            assert {worker.phase for worker in pool.workers} == {Phase.WAITING}, "no process, not ready"
 
 
 async def until(condition: Callable[[], object], patience: float = PATIENCE) -> None:
