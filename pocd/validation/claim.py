@@ -9,21 +9,19 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, Va
 from pydantic_core import PydanticCustomError
 
 from pocd.protocol.proof import MOST_NONCES
+from pocd.validation.deciding import Count, Index, Name, Named
 
 LARGEST_CLAIM = 8 * 2**20  # bytes; the longest numbers, one a line, are 5 MiB
 
 Model = TypeVar("Model", bound=BaseModel)
-Index = Annotated[int, Field(ge=0, le=2**63 - 1)]
-Count = Annotated[int, Field(ge=1, le=2**63 - 1)]
-Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class BodyError(Exception):
-    """What came is not what was asked for.
+    """A body that is not the JSON object expected.
 
     Attributes:
-        code: A word for programs: malformed_json or invalid_request.
-        field: The field at fault, if one is.
+        code: Name of the error for programs: malformed_json or invalid_request.
+        field: The field at fault; None where it is no single one.
     """
 
     def __init__(self, code: str, message: str, field: str | None = None) -> None:
@@ -32,12 +30,13 @@ class BodyError(Exception):
         self.field = field
 
 
-class Claim(BaseModel):
-    """A ProofBatch as a miner sends it (docs/protocol.md section 5); fields that it does not know are ignored."""
+class Claim(Named):
+    """A ProofBatch as a miner sends it (docs/protocol.md section 5).
+
+    Fields that name how the batch was made must agree with what this daemon runs; other unknown fields are ignored.
+    """
 
     model_config = ConfigDict(
-        strict=True,
-        frozen=True,
         json_schema_extra={
             "examples": [
                 {
@@ -60,17 +59,13 @@ class Claim(BaseModel):
         list[float | None],
         FailFast(),
         Field(
-            description="One for each nonce. What is no finite number (null, NaN, Infinity) counts against the miner."
+            description="Claimed distance of each nonce. A value that is no finite number (null, NaN, Infinity) counts "
+            "against the miner."
         ),
     ]
     node_id: Index = 0
-    node_count: Annotated[Count | None, Field(description="Among how many nodes the nonces are shared.")] = None
+    node_count: Annotated[Count | None, Field(description="Number of nodes that share the nonces.")] = None
     r_target: Annotated[float | None, Field(gt=0, le=2, allow_inf_nan=False)] = None
-    scheme: Name | None = None
-    model: Name | None = None
-    model_fingerprint: Name | None = None
-    dtype: Name | None = None
-    seq_len: Count | None = None
     batch_id: Annotated[Name | None, Field(description="Ignored: the verdict has an id of its own.")] = None
 
     # Fields are checked in order, so the nonces are known here unless they were refused themselves.
@@ -87,7 +82,7 @@ def parse_json(model: type[Model], raw: bytes) -> Model:
     """Parse a JSON object; numbers may also be the literals NaN, Infinity and -Infinity, which others write.
 
     Raises:
-        BodyError: It is no JSON, no object, or a field is missing or wrong; the first of these is named.
+        BodyError: The body is not JSON or not an object, or a field is missing or wrong; the first such field is named.
     """
     try:
         return model.model_validate_json(raw)

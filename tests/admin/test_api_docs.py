@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.admin.test_outbox_api import Moody
-from tests.support.processes import PATIENCE, Chain, config, running
+from tests.support.processes import Chain, config, running
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -50,9 +51,16 @@ def test_dots_stand_for_any_text_and_nothing_else_does() -> None:
     assert not re.fullmatch(pattern("a.c"), "abc")
 
 
+def untimed(command: str) -> str:
+    """A command that listens for some seconds, made one that listens until a block and the next event have come."""
+    heard = "sed -u '/^event: block$/{n;n;n;q}'"
+    listens, times = re.subn(r"--max-time \d+", f"--max-time {PATIENCE:.0f}", command)
+    return f"{listens} | {heard}" if times else command
+
+
 async def replay(commands: list[str], url: str, folder: Path) -> list[str]:
     """Run the commands in one shell, as a reader would, and return what each prints."""
-    script = "\n".join(f"{command}\nprintf '\\0'" for command in commands).replace(URL, url)
+    script = "\n".join(f"{untimed(command)}\nprintf '\\0'" for command in commands).replace(URL, url)
     process = await asyncio.create_subprocess_exec(
         *("bash", "-c", script), cwd=folder, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
     )

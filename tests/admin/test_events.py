@@ -20,11 +20,10 @@ from pocd.admin.operations import routes
 from pocd.clock import SYSTEM
 from pocd.http.server import errors_as_json, listening
 from pocd.observe.events import Event, Events, Missed
+from tests.support.waiting import PATIENCE, soon, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
-
-PATIENCE = 20.0  # seconds until a test gives up waiting; no test measures time
+    from collections.abc import AsyncIterator
 
 
 @given(st.integers(1, 5), st.integers(0, 12), st.data())
@@ -53,15 +52,9 @@ async def test_who_waits_is_woken_by_the_next_event() -> None:
     await asyncio.sleep(0)
     assert not any(task.done() for task in waiting)
     events.publish("state", state="IDLE")
-    for found in await asyncio.wait_for(asyncio.gather(*waiting), PATIENCE):
+    for found in await soon(asyncio.gather(*waiting)):
         assert isinstance(found, list)
         assert [(event.id, event.kind, event.data) for event in found] == [(1, "state", {"state": "IDLE"})]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110 - what is waited for tells nobody
-            await asyncio.sleep(0.01)
 
 
 class Served:
@@ -197,8 +190,18 @@ async def stuck(served: Served) -> AsyncIterator[asyncio.StreamReader]:
         writer.close()
 
 
-async def test_a_client_that_takes_nothing_is_dropped_and_reads_so_when_it_wakes() -> None:
-    async with Served(patience=2.0).running() as served, stuck(served) as reader:
+async def test_a_client_that_takes_nothing_is_dropped_and_reads_so_when_it_wakes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    served = Served(patience=0.02)
+    drop = served.api._drop
+
+    async def drop_patiently(*arguments: Any) -> None:  # noqa: ANN401 - passed on
+        served.api._patience = PATIENCE  # it wakes in time, however slow this machine is
+        await drop(*arguments)
+
+    monkeypatch.setattr(served.api, "_drop", drop_patiently)
+    async with served.running(), stuck(served) as reader:
         async with asyncio.timeout(PATIENCE):
             while (line := await reader.readline()) != b"event: dropped\n":
                 assert line

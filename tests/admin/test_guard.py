@@ -22,7 +22,8 @@ from pocd.admin import guard
 from pocd.admin.client import AdminError, call
 from pocd.config.settings import AdminSettings
 from pocd.http.server import errors_as_json, json_answer, listening
-from tests.support.processes import PATIENCE, Chain, config, fails, running
+from tests.support.processes import Chain, config, fails, running
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

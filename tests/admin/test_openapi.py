@@ -26,7 +26,9 @@ from pocd.clock import SYSTEM
 from pocd.config.settings import AdminSettings
 from pocd.observe.events import Events
 from pocd.validation.claim import Claim
-from tests.support.processes import PATIENCE, Chain, config, running
+from pocd.validation.deciding import Deciding
+from tests.support.processes import Chain, config, running
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -94,6 +96,14 @@ def test_what_is_parsed_knows_all_its_fields_and_gives_an_example(operation: Ope
     if operation.body:
         for example in operation.body.model_json_schema()["examples"]:
             operation.body.model_validate_json(orjson.dumps(example), strict=True)
+
+
+def test_bodies_show_everything_that_decides_a_result() -> None:
+    shown = described()
+    for name in ("InitBody", "Claim", "Params"):
+        assert set(Deciding.model_fields) <= set(shown["components"]["schemas"][name]["properties"])
+    for call_ in ("init", "init/generate", "init/validate", "validate"):
+        assert "`mismatch`" in shown["paths"][f"/api/v1/pow/{call_}"]["post"]["responses"]["409"]["description"]
 
 
 def test_an_operation_may_say_more_of_a_common_answer() -> None:
@@ -178,7 +188,7 @@ async def schemathesis(folder: Path, url: str, token: str) -> str:
         *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(settings), "run", f"{url}/openapi.json"),
         *("--exclude-path", "/shutdown", "--exclude-path", "/api/v1/pow/events"),
         *("--phases", "examples,coverage,fuzzing", "--generation-deterministic", "--max-examples", "50"),
-        *("--header", f"Authorization: Bearer {token}", "--request-timeout", "30", "--no-color"),
+        *("--header", f"Authorization: Bearer {token}", "--request-timeout", f"{PATIENCE:.0f}", "--no-color"),
         cwd=folder,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,

@@ -12,7 +12,8 @@ import orjson
 from aiohttp import web
 
 from pocd.http.server import listening
-from tests.support.processes import PATIENCE, Chain, Daemon, config, running
+from tests.support.processes import Chain, Daemon, config, running
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

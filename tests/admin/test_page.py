@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import re
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,8 @@ from pocd.admin.text import percent
 from pocd.cli.watch_view import wilson_interval
 from tests.admin.test_outbox_api import Moody
 from tests.support.browser import browsing, needs_chromium
-from tests.support.processes import PATIENCE, Chain, config, running
+from tests.support.processes import Chain, config, free_port, running
+from tests.support.waiting import until
 from tests.support.watched import Watched, receiver, sample, troubled
 
 if TYPE_CHECKING:
@@ -134,9 +134,7 @@ async def test_it_fits_a_phone_and_reads_well_by_day_and_night(monkeypatch: pyte
         assert watched.events.listeners == 1
         await tab.value("Object.defineProperty(document, 'hidden', {get: () => true})")
         await tab.value("document.dispatchEvent(new Event('visibilitychange')) && null")
-        async with asyncio.timeout(PATIENCE):
-            while watched.events.listeners:  # noqa: ASYNC110 - it wakes nobody; where nobody looks, nobody listens
-                await asyncio.sleep(0.05)
+        await until(lambda: not watched.events.listeners)  # where nobody looks, nobody listens
 
 
 @needs_chromium
@@ -162,17 +160,17 @@ async def test_the_token_is_asked_for_once(monkeypatch: pytest.MonkeyPatch, tmp_
 
 @needs_chromium
 async def test_a_daemon_that_ends_and_comes_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    watched = Watched(sample())
+    watched, port = Watched(sample()), free_port()
     async with browsing(tmp_path) as browser:
         async with contextlib.AsyncExitStack() as life:
-            await life.enter_async_context(watched.served(monkeypatch))
+            await life.enter_async_context(watched.served(monkeypatch, port))
             watched.block(1)
             tab = await browser.open(watched.url)
             await tab.until(f"{EVENTS} === 1")
         await tab.until("/does not answer/.test(document.querySelector('#troubles').textContent)")
         assert await tab.value("document.querySelector('#main').classList.contains('stale')")
         reborn = Watched(sample())
-        async with reborn.served(monkeypatch, int(watched.url.rpartition(":")[2])):
+        async with reborn.served(monkeypatch, port):
             reborn.block(2)
             await tab.until("document.querySelector('#troubles').hidden")
             await tab.until(f"{EVENTS} === 2 && document.querySelector('#deaf').textContent === ''")

@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import signal
+import sqlite3
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,9 @@ from pocd.lab import command
 from pocd.store.outbox import Outbox
 from pocd.validation.claim import LARGEST_CLAIM
 from tests.support.delivering import Request, Server, serving
-from tests.support.processes import PATIENCE, Chain, Daemon, config
+from tests.support.processes import Chain, Daemon, config
 from tests.support.processes import running as daemon_running
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -38,7 +40,7 @@ def computed(
     block_hash: str, public_key: str, nonces: list[int], *, seq_len: int = 16, scheme: str = "poc2"
 ) -> list[float]:
     """Distances by the command line's way, without a daemon."""
-    request = command.Request(
+    request = command.ComputeRequest(
         model=MODEL,
         scheme=scheme,
         block_hash=block_hash,
@@ -73,6 +75,8 @@ class Api:
 
     async def done(self, path: str, body: Any = None, **query: str) -> dict[str, Any]:  # noqa: ANN401 - JSON
         status, answer = await self.post(path, body, **query)
+        if status == 202:  # a verdict that took longer than a call waits
+            return await self.verdict(answer["id"])
         assert status == 200, answer
         assert isinstance(answer, dict)
         return answer
@@ -153,8 +157,7 @@ def init_body(api: Api, block_hash: str, **changes: Any) -> dict[str, Any]:  # n
 
 
 async def test_a_client_of_the_earlier_api_drives_it_with_its_own_bodies(api: Api) -> None:
-    """The bodies are those of the Go orchestrator (`url`, `params`) and of its Python test client."""
-    params = {"dim": 1024, "n_layers": 32, "n_heads": 32, "vocab_size": 8196, "use_scaled_rope": False, "seq_len": 128}
+    """The bodies are those of the Go orchestrator (`url`) and of its Python test client."""
     body = {
         "block_hash": "C0FFEE",
         "block_height": 4_100_000,
@@ -162,14 +165,13 @@ async def test_a_client_of_the_earlier_api_drives_it_with_its_own_bodies(api: Ap
         "batch_size": 100,
         "r_target": 1.41,
         "fraud_threshold": 0.01,
-        "params": params,
         "node_id": 1,
         "node_count": 2,
         "url": api.callback,
     }
     answer = await api.done("/init/generate", body)
     assert answer["status"] == "OK"
-    assert sorted(answer["ignored"]) == ["batch_size", "params"]
+    assert answer["ignored"] == ["batch_size"]
     assert answer["pow_status"]["is_model_initialized"] is True
     status = await api.found(4)
     assert status["state"] == status["status"] == "GENERATING"
@@ -382,7 +384,8 @@ async def test_a_forged_batch_is_fraud_whatever_is_mined(api: Api) -> None:
     nonces = list(range(40))
     verdict = await api.done("/validate", claim_of("forged", nonces, [1.3] * 40))
     truth = computed("forged", "02ab", nonces)
-    assert verdict["n_invalid"] == sum(distance >= 1.414 + verdict["tolerance"] for distance in truth)
+    assert verdict["dist"] == pytest.approx(truth, abs=1e-5)
+    assert verdict["n_invalid"] == sum(distance >= 1.414 + verdict["tolerance"] for distance in verdict["dist"])
     assert verdict["fraud_detected"]
     assert (await api.daemon.status())["state"] == "GENERATING"
 
@@ -412,6 +415,139 @@ async def test_what_is_asked_for_wrongly_is_refused_by_its_field_and_changes_not
         assert answer["error"]["message"].startswith(field)
     assert (await api.post("/init", b"not JSON"))[1]["error"]["code"] == "malformed_json"
     assert (await api.daemon.status())["control"] == before
+
+
+# A round for another model
+
+
+def live_body(api: Api, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - of the body
+    """What the orchestrator of the live network sends, and a target."""
+    known = {
+        "block_hash": "9B4C",
+        "block_height": 6_450_112,
+        "public_key": "02b463",
+        "node_id": 3,
+        "node_count": 8,
+        "params": {"model": MODEL, "seq_len": 16},
+        "url": api.callback,
+        "r_target": 1.41,
+    }
+    return known | changes
+
+
+async def decided(api: Api) -> tuple[Any, ...]:
+    """What the daemon does, and what was asked of it."""
+    status = await api.daemon.status()
+    return status["control"], status["state"], status["round"]
+
+
+@pytest.mark.parametrize("call_", ["/init", "/init/generate", "/init/validate"])
+@pytest.mark.parametrize(
+    ("changes", "field", "message"),
+    [
+        (
+            {"params": {"model": "MiniMaxAI/MiniMax-M2.7", "seq_len": 1024}},
+            "params.model",
+            f"'MiniMaxAI/MiniMax-M2.7' is asked for, but this daemon runs '{MODEL}'; nothing was changed",
+        ),
+        ({"model": "tiny-llama"}, "model", f"'tiny-llama' is asked for, but this daemon runs '{MODEL}'"),
+        ({"params": {"model": MODEL, "k_dim": 12}}, "params.k_dim", "12 is asked for, but this daemon runs none"),
+        ({"poc_stronger_rng": True}, "poc_stronger_rng", "True is asked for, but this daemon runs False"),
+        ({"params": {"seq_len": 40}, "seq_len": 16}, "params.seq_len", "40 contradicts seq_len, which is 16"),
+        ({"params": {"dim": 1024, "n_heads": 32}}, "params", "'dim', 'n_heads': this daemon does not know them"),
+    ],
+)
+async def test_a_round_for_another_model_is_refused_and_changes_nothing(
+    api: Api, call_: str, changes: dict[str, Any], field: str, message: str
+) -> None:
+    await api.done("/init/validate", init_body(api, "before"))  # so that nothing changes by itself
+    before = await decided(api)
+    status, answer = await api.post(call_, live_body(api, **changes))
+    assert (status, answer["error"]["code"], answer["error"]["field"]) == (409, "mismatch", field)
+    assert answer["error"]["message"].startswith(f"{field}: {message}")
+    assert await decided(api) == before
+
+
+async def test_of_what_is_refused_nothing_is_in_the_store(tmp_path: Path) -> None:
+    refused = {"params": {"model": "another/model"}}
+    async with serving_api(tmp_path) as api:
+        await api.done("/init/validate", init_body(api, "before"))
+        for path in ("/init", "/init/generate", "/init/validate"):
+            assert (await api.post(path, live_body(api, **refused)))[0] == 409
+        assert (await api.post("/validate", claim_of("9B4C", [1], [1.0], **refused)))[0] == 409
+        await api.daemon.end()
+    with contextlib.closing(sqlite3.connect(tmp_path / "outbox.db")) as store:
+        rounds = [orjson.loads(text)["block_hash"] for (text,) in store.execute("SELECT round FROM rounds")]
+        control = store.execute("SELECT value FROM meta WHERE key = 'control'").fetchone()
+        validations = store.execute("SELECT count(*) FROM validations").fetchone()
+    assert "before" in rounds
+    assert "9B4C" not in rounds
+    assert (orjson.loads(control[0])["mode"], orjson.loads(control[0])["asked"]["round"]["block_hash"]) == (
+        "VALIDATING",
+        "before",
+    )
+    assert validations == (0,)
+
+
+async def test_a_round_that_names_what_the_daemon_runs_is_mined(api: Api) -> None:
+    fingerprint = (await api.daemon.status())["worker"]["fingerprint"]
+    named = {"model": MODEL, "model_fingerprint": fingerprint, "dtype": "float32", "scheme": "poc2", "k_dim": None}
+    body = live_body(api, params=named | {"seq_len": 40, "batch_size": 8}, poc_stronger_rng=False, **named)
+    answer = await api.done("/init/generate", body)
+    assert answer["ignored"] == ["params.batch_size"]
+    assert answer["pow_status"]["round"]["seq_len"] == 40
+    status = await api.found(2)
+    expected = computed("9B4C", "02b463", status["valid_nonces"], seq_len=40)
+    assert status["valid_distances"] == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"params": 7}, "params"),
+        ({"params": []}, "params"),
+        ({"params": {"model": 7}}, "params.model"),
+        ({"params": {"seq_len": "16"}}, "params.seq_len"),
+        ({"params": {"seq_len": 0}}, "params.seq_len"),
+        ({"params": {"seq_len": 10**6}}, "params.seq_len"),
+        ({"params": {"k_dim": 1.5}}, "params.k_dim"),
+        ({"model": ["a"]}, "model"),
+        ({"poc_stronger_rng": "no"}, "poc_stronger_rng"),
+    ],
+)
+async def test_what_names_a_round_wrongly_is_refused(api: Api, changes: dict[str, Any], field: str) -> None:
+    before = (await api.daemon.status())["control"]
+    status, answer = await api.post("/init", live_body(api, **changes))
+    assert (status, answer["error"]["code"]) == (400, "invalid_request")
+    assert answer["error"]["message"].startswith(f"{field}: ")
+    assert (await api.daemon.status())["control"] == before
+
+
+@pytest.mark.parametrize(
+    ("said", "field"),
+    [
+        ({"params": {"model": "another/model"}}, "params.model"),
+        ({"params": {"seq_len": 1}}, "params.seq_len"),
+        ({"params": {"n_layers": 3}}, "params"),
+        ({"revision": "main"}, "revision"),
+        ({"k_dim": 12}, "k_dim"),
+    ],
+)
+async def test_a_batch_that_names_another_making_in_any_place_is_not_judged(
+    api: Api, said: dict[str, Any], field: str
+) -> None:
+    await api.done("/init/validate", init_body(api, "before"))  # so that nothing changes by itself
+    before = await decided(api)
+    claim = claim_of("elsewhere made", [1], [1.0], **said)
+    status, answer = await api.post("/validate", claim, wait="false")
+    assert (status, answer["error"]["code"], answer["error"]["field"]) == (409, "mismatch", field)
+    assert await decided(api) == before
+
+
+async def test_a_batch_that_names_in_params_what_the_daemon_runs_is_judged(api: Api) -> None:
+    claim = claim_of("made here", [1, 2], [1.0, 1.0], params={"model": MODEL, "seq_len": 16})
+    verdict = await api.done("/validate", claim)
+    assert verdict["dist"] == pytest.approx(computed("made here", "02ab", [1, 2]), abs=1e-5)
 
 
 async def test_what_is_left_out_or_minus_one_is_as_configured(api: Api) -> None:

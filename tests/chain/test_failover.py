@@ -18,7 +18,7 @@ from pocd.chain.failover import BACKOFF, FARTHEST_JUMP, KNOWN_HASHES, Failover
 from pocd.chain.rpc import Rpc
 from pocd.chain.source import Block, BlockUnavailableError, ChainError, ChainSource, Head
 from pocd.dev.chain import DevChain
-from tests.support.processes import Chain
+from tests.support.processes import Chain, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -340,15 +340,15 @@ async def test_of_three_nodes_two_lie() -> None:
         assert text in str(caught.value)
 
 
-async def test_a_node_that_comes_back_is_preferred_again(unused_tcp_port: int) -> None:
+async def test_a_node_that_comes_back_is_preferred_again() -> None:
     first, second = chain_of("test"), chain_of("test")
     second.height = 8
-    clock = Clock()
+    clock, port = Clock(), free_port()
     async with aiohttp.ClientSession() as session, second.served():
-        urls = [f"http://127.0.0.1:{unused_tcp_port}", second.url]
+        urls = [f"http://127.0.0.1:{port}", second.url]
         chain = failover([CometBFT(Rpc(session, url, attempts=1)) for url in urls], clock, wall=time.time())
         assert (await chain.head()).block.height == 8
-        async with first.served(unused_tcp_port):
+        async with first.served(port):
             assert (await chain.head()).block.height == 8
             clock.now += BACKOFF[0]
             assert (await chain.head()).block.height == 7

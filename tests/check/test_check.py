@@ -26,7 +26,8 @@ from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_OK
 from pocd.protocol.names import BUNDLED
 from pocd.receiver.app import application
 from pocd.receiver.store import Store
-from tests.support.processes import PATIENCE, Chain, config, free_port, running
+from tests.support.processes import Chain, config, free_port, running
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -39,12 +40,19 @@ CPU = ModelSettings(name="bundled:tiny-llama", dtype="float32", device="cpu")
 
 
 PATIENT = host.Limits(local=PATIENCE, call=PATIENCE, torch=PATIENCE)
+# As `pocd`, and as patient as that.
+COMMAND = f"""
+from pocd import cli
+from pocd.checking import host
+host.check_host.__kwdefaults__["limits"] = host.Limits(local={PATIENCE}, call={PATIENCE}, torch={PATIENCE})
+cli.main()
+"""
 
 
 async def command(path: Path, *options: str, **environment: str) -> tuple[int, str]:
     """Run the command; returns its exit status and what it printed."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "error", "-m", "pocd", "check", "--config", str(path), *options),
+        *(sys.executable, "-W", "error", "-c", COMMAND, "check", "--config", str(path), *options),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env={**os.environ, **environment},
@@ -158,7 +166,7 @@ async def test_each_planted_fault_has_its_red_line_and_its_remedy(tmp_path: Path
         ("configuration", "node.public_key is the example's", "the miner's public key"),
         ("secrets", f"{world} (mode 0644) is open to every user", f"chmod o= {world}"),
         ("model", f"{damaged} cannot be read: SafetensorError", "copy the model's folder again"),
-        ("store", f"{tmp_path / 'in-the-way'} is no folder", "another store.path"),
+        ("store", f"{tmp_path / 'in-the-way'} is not a folder", "another store.path"),
         ("chain", "is on chain pocd-dev, but chain.id says another-chain", "chain.urls"),
         ("receiver gone", "no connection: Connect call failed", "firewalls"),
         ("receiver other", "HTTP 401", "put the secret that this receiver has into its secret_file"),

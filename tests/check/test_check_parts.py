@@ -41,7 +41,8 @@ from pocd.receiver.app import application
 from pocd.receiver.store import Store
 from pocd.store.outbox import Outbox
 from tests.check.test_check import CPU, SECRET, TOKEN, configured, levels, secret_file
-from tests.support.processes import PATIENCE, Chain
+from tests.support.processes import Chain
+from tests.support.waiting import PATIENCE
 from tests.system.test_disk import unprivileged
 
 if TYPE_CHECKING:
@@ -95,9 +96,9 @@ async def test_a_node_that_hangs_is_told_and_another_stands_in() -> None:
         nodes(url, node.url) as both,
     ):
         ask = chain.check_chain
-        findings = await ask(both, Expected(None, ""), confirmations=0, wall=time.time, limit=1.0)
+        findings = await ask(both, Expected(None, ""), confirmations=0, wall=time.time, limit=5.0)
         assert levels(findings)[:2] == [("chain", "yellow"), ("chain", "green")]
-        assert "no answer within 1 s (another node stands in)" in findings[0].text
+        assert "no answer within 5 s (another node stands in)" in findings[0].text
         findings = await ask(both[:1], Expected(None, ""), confirmations=0, wall=time.time, limit=0.1)
         assert levels(findings) == [("chain", "red"), ("clock", "yellow")]
 
@@ -252,7 +253,7 @@ def _of_version(path: Path, version: int) -> None:
     [
         (lambda path: Outbox.open(path).close(), "green", "writable by user"),
         (lambda path: path.touch(), "green", "writable by user"),
-        (lambda path: path.mkdir(), "red", "is no file"),
+        (lambda path: path.mkdir(), "red", "is not a file"),
         (lambda path: path.write_text("hello" * 100), "red", "is not a SQLite database"),
         (lambda path: _database(path, "PRAGMA application_id = 7"), "red", "another program's database"),
         (lambda path: _database(path, "PRAGMA user_version = 1"), "red", "another program's database"),

@@ -29,7 +29,8 @@ from pocd.cli.report import as_text
 from pocd.cli.viewer import Viewer
 from pocd.cli.watch_view import Sample, Seen, View, seen_rates, sparkline, wilson_interval
 from pocd.process import EXIT_CRASH, EXIT_OK
-from tests.support.processes import PATIENCE
+from tests.support.processes import free_port
+from tests.support.waiting import PATIENCE, until
 from tests.support.watched import Watched, receiver, sample, troubled
 
 if TYPE_CHECKING:
@@ -222,9 +223,7 @@ async def test_a_viewer_that_listens_again_gets_what_it_missed_and_nothing_twice
 ) -> None:
     async def until_seen(count: int) -> None:
         listening = asyncio.create_task(viewer.listen())
-        async with asyncio.timeout(PATIENCE):
-            while len(viewer.events) < count:  # noqa: ASYNC110 - what is waited for tells nobody
-                await asyncio.sleep(0.01)
+        await until(lambda: len(viewer.events) >= count)
         listening.cancel()
         await asyncio.gather(listening, return_exceptions=True)
 
@@ -301,9 +300,9 @@ async def test_it_follows_a_daemon_through_its_end_and_return(monkeypatch: pytes
     watched = Watched(sample())
     watched.happenings()
     async with contextlib.AsyncExitStack() as first_life:
-        await first_life.enter_async_context(watched.served(monkeypatch))
-        url, port = watched.url, int(watched.url.rpartition(":")[2])
-        async with watching(url) as terminal:
+        port = free_port()
+        await first_life.enter_async_context(watched.served(monkeypatch, port))
+        async with watching(watched.url) as terminal:
             before = termios.tcgetattr(terminal.screen)
             await terminal.until("GENERATING", "2,411,520", "worker 1 restarting")
             assert termios.tcgetattr(terminal.screen)[3] & termios.ECHO == 0
@@ -335,9 +334,13 @@ async def test_ctrl_c_and_sigterm_are_good_ends(monkeypatch: pytest.MonkeyPatch,
 # Without one.
 
 
+# As `pocd`, with more time for the events that have happened.
+PATIENT = "from pocd import cli, watching; watching.BACKLOG_SECONDS = 10.0; cli.main()"
+
+
 async def piped(url: str) -> tuple[int, str, str]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "error", "-m", "pocd", "watch", "--url", url),
+        *(sys.executable, "-W", "error", "-c", PATIENT, "watch", "--url", url),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )

@@ -20,6 +20,7 @@ from pocd.protocol.schemes import SCHEMES
 from tests.reference import plain, plain_families, plain_torch
 from tests.support import vector_models
 from tests.support.family_models import FAMILIES
+from tests.support.waiting import PATIENCE
 
 BUNDLED = ("bundled:tiny-qwen3", "bundled:tiny-llama")
 VECTORS: dict[str, Any] = orjson.loads((Path(__file__).parent.parent / "data" / "poc2.json").read_bytes())
@@ -89,7 +90,7 @@ def command(scheme: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "pocd", *arguments],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )

@@ -17,6 +17,7 @@ from pocd.compute.ranks import joined, split_as_planned
 from pocd.protocol.errors import DeviceError, ModelError
 from pocd.protocol.schemes import SCHEMES
 from tests.support.family_models import FAMILIES, SEQ_LEN
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 SPLIT = ("llama", "qwen2", "qwen3", "mixtral", "gemma 2", "phi 3", "olmo 2", "gpt neox, parallel", "gpt 2")
 TRIED = ("poc2", "poc3", "trained")
 NONCES = range(5)
-PATIENCE = 120.0  # seconds until a rank counts as hanging
 TWO_CARDS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 
@@ -139,7 +139,7 @@ def test_a_split_family_gives_what_one_process_gives(
     assert first.distances == second.distances, "each rank may refuse what the other does, so they agree to the bit"
     assert first.fingerprint == whole.fingerprint
     for scheme in TRIED:
-        assert first.distances[scheme] == pytest.approx(whole.distances[scheme], abs=1e-5)
+        assert first.distances[scheme] == pytest.approx(whole.distances[scheme], abs=2e-5)
     assert first.held < 0.6 * whole.held
     assert second.held < 0.6 * whole.held
     assert first.held + second.held >= whole.held

@@ -24,7 +24,8 @@ from pocd.protocol.nonces import Span
 from pocd.protocol.proof import Proof
 from pocd.store.outbox import Outbox, Work
 from tests.support.delivering import NODE, NOW, ROUND, WEIGHTS, dispatchers, prepared, serving
-from tests.support.processes import PATIENCE, Chain, Daemon, config, running
+from tests.support.processes import Chain, Daemon, config, running
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

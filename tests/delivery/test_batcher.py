@@ -29,8 +29,8 @@ from tests.support.delivering import (
     prepared,
     running,
     serving,
-    soon,
 )
+from tests.support.waiting import soon
 
 NEXT = Round("CD", 20, "miner", 1.4, "poc2", "tiny", 16)
 

@@ -19,7 +19,8 @@ from pocd.delivery import policy
 from pocd.http.client import open_session
 from pocd.http.webhooks import WebhookKeys
 from pocd.store.outbox import ReceiverState
-from tests.support.delivering import NOW, Bench, Server, expected, prepared, running, sent, serving, soon, talking
+from tests.support.delivering import NOW, Bench, Server, expected, prepared, running, sent, serving, talking
+from tests.support.waiting import soon
 
 OLD, NEW, OTHER = ("whsec_" + base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2, 3))
 

@@ -14,7 +14,8 @@ from aiohttp import web
 
 from pocd.store.deliveries import record_delivered
 from pocd.store.outbox import Queue
-from tests.support.delivering import NOW, Bench, Server, expected, prepared, running, sent, serving, soon, talking
+from tests.support.delivering import NOW, Bench, Server, expected, prepared, running, sent, serving, talking
+from tests.support.waiting import PATIENCE, soon, until
 
 
 @pytest.fixture
@@ -142,7 +143,7 @@ async def test_what_was_accepted_is_recorded_though_the_daemon_stops_and_the_sto
 
     def work() -> None:
         busy.set()
-        assert may_go_on.wait(30)
+        assert may_go_on.wait(PATIENCE)
 
     async def handle(_: web.Request) -> web.Response:
         executor.submit(work)
@@ -153,9 +154,7 @@ async def test_what_was_accepted_is_recorded_though_the_daemon_stops_and_the_sto
     await bench.store(1, "a")
     async with running(bench.dispatcher(server.url)):
         await soon(asyncio.to_thread(busy.wait))
-        async with asyncio.timeout(30):
-            while not executor._work_queue.qsize():  # noqa: ASYNC110 - until the record waits for its turn
-                await asyncio.sleep(0)
+        await until(executor._work_queue.qsize)  # the record waits for its turn
     may_go_on.set()
     assert await bench.states() == ["delivered"]
 

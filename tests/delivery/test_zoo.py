@@ -14,8 +14,9 @@ from pocd.delivery import policy
 from pocd.http import client
 from pocd.http.client import ThreadResolver
 from tests.support.animals import ANIMALS
-from tests.support.delivering import NOW, Bench, expected, prepared, running, sent, serving, soon
-from tests.support.zoo import OK, Animal, System, Visit, answer, answer_too_late, certificate, flapping, opened
+from tests.support.delivering import NOW, Bench, expected, prepared, running, sent, serving
+from tests.support.waiting import PATIENCE, soon
+from tests.support.zoo import HANGING, OK, Animal, System, Visit, answer, answer_too_late, certificate, flapping, opened
 
 if TYPE_CHECKING:
     import ssl
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pocd.delivery.dispatcher import Dispatcher
+    from tests.support.zoo import Fate
 
 
 @pytest.fixture
@@ -45,11 +47,32 @@ def system(monkeypatch: pytest.MonkeyPatch) -> Iterator[System]:
     names.released.set()
 
 
+class Limits:
+    """How long pocd waits for a receiver: for ever, but for one of which the test wants to see that it gives up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._patch = monkeypatch.setattr
+        self.set()
+
+    def set(self, *, total: float = PATIENCE, connect: float = PATIENCE, answer: float = PATIENCE) -> None:
+        """From the next run of a dispatcher on."""
+        self._patch(module, "TIMEOUT", aiohttp.ClientTimeout(total=total, connect=connect))
+        self._patch(module, "ANSWER_SECONDS", answer)
+
+    def suit(self, animal: Animal, fate: Fate) -> None:
+        """Be hasty with an animal that takes for ever in what it does next."""
+        named = animal.url.startswith(f"http://{HANGING}")
+        hangs = animal.hangs and fate == "pending"
+        self.set(
+            total=0.5 if hangs and not named else PATIENCE,
+            connect=0.25 if hangs and named else PATIENCE,
+            answer=0.1 if animal.trickles else PATIENCE,
+        )
+
+
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give up soon."""
-    monkeypatch.setattr(module, "TIMEOUT", aiohttp.ClientTimeout(total=0.5, connect=0.25))
-    monkeypatch.setattr(module, "ANSWER_SECONDS", 0.1)
+def limits(monkeypatch: pytest.MonkeyPatch) -> Limits:
+    return Limits(monkeypatch)
 
 
 async def check(bench: Bench, animal: Animal, dispatcher: Dispatcher, fate: str, attempts: int) -> None:
@@ -72,22 +95,26 @@ async def check(bench: Bench, animal: Animal, dispatcher: Dispatcher, fate: str,
         assert (await bench.faults(animal.name))[0] == attempts * animal.fault
 
 
-@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("animal", ANIMALS, ids=lambda animal: animal.name)
-async def test_an_animal_gets_what_the_policy_says(bench: Bench, tls: ssl.SSLContext | None, animal: Animal) -> None:
+async def test_an_animal_gets_what_the_policy_says(
+    bench: Bench, tls: ssl.SSLContext | None, limits: Limits, animal: Animal
+) -> None:
     if animal.tls and tls is None:
         pytest.skip("openssl, which makes the certificate, is not installed")
     await bench.store(1, animal.name, size=animal.keeps)
     batches = await bench.store(2, animal.name)
     async with opened(animal, tls) as url:
         dispatcher = bench.dispatcher(url, animal.name)
+        limits.suit(animal, animal.first)
         async with running(dispatcher):
             await soon(dispatcher.settled.wait())
             await check(bench, animal, dispatcher, animal.first, 1)
-            if animal.first == "pending":
-                assert dispatcher.state.next_at == NOW + (animal.wait or 0)
+        if animal.first == "pending":
+            assert dispatcher.state.next_at == NOW + (animal.wait or 0)
+            limits.suit(animal, animal.then)
+            async with running(dispatcher):
                 await bench.step(dispatcher)
-            await check(bench, animal, dispatcher, animal.then, 2 if animal.first == "pending" else 1)
+                await check(bench, animal, dispatcher, animal.then, 2)
     states = await bench.states(animal.name)
     if animal.then == "delivered":
         assert states == ["delivered"] * 3
@@ -120,21 +147,23 @@ async def test_no_animal_delays_another_receiver(
     assert await bench.states("before") == await bench.states("behind") == ["delivered"] * 5
 
 
-@pytest.mark.usefixtures("hasty")
-async def test_what_was_answered_too_late_comes_again_with_the_same_id_and_bytes(bench: Bench) -> None:
+async def test_what_was_answered_too_late_comes_again_with_the_same_id_and_bytes(bench: Bench, limits: Limits) -> None:
     batches = await bench.store(2, "a")
     late = Animal("late", "", answer_too_late, "pending")
     async with opened(late) as url:
         dispatcher = bench.dispatcher(url)
+        limits.set(total=0.5)
         async with running(dispatcher):
             await soon(dispatcher.settled.wait())
+        limits.set()
+        async with running(dispatcher):
             await bench.step(dispatcher)
     assert sent(late.requests) == expected([batches[0], *batches])
     assert [request.sequence for request in late.requests] == [1, 1, 2]
     assert late.requests[1].timestamp == late.requests[0].timestamp + 1
 
 
-@pytest.mark.usefixtures("hasty")
+@pytest.mark.usefixtures("limits")
 @pytest.mark.parametrize("seed", range(8))
 async def test_whatever_a_receiver_does_by_turns_it_gets_each_batch_in_order(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, seed: int
@@ -154,7 +183,7 @@ async def test_whatever_a_receiver_does_by_turns_it_gets_each_batch_in_order(
     assert attempts == [places.count(place) for place in range(15)]
 
 
-@pytest.mark.usefixtures("hasty")
+@pytest.mark.usefixtures("limits")
 async def test_a_large_batch_that_is_cut_off_at_once_does_not_hold_up_small_ones_for_ever(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

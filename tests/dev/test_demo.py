@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.processes import PATIENCE
+from tests.support.waiting import PATIENCE
 
 
 def command(folder: Path, *options: str) -> list[str]:
@@ -30,7 +30,7 @@ def processes_of(folder: Path) -> list[str]:
 async def test_a_few_blocks_end_well_and_leave_no_process(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     process = await asyncio.create_subprocess_exec(*command(folder, "--blocks", "2"), stdout=asyncio.subprocess.PIPE)
-    async with asyncio.timeout(2 * PATIENCE):
+    async with asyncio.timeout(PATIENCE):
         out, _ = await process.communicate()
     text = out.decode()
     assert process.returncode == 0, text
@@ -57,7 +57,7 @@ async def test_ctrl_c_on_a_terminal_ends_everything_cleanly(tmp_path: Path) -> N
             mining.set()
 
     asyncio.get_running_loop().add_reader(ours, read)
-    async with asyncio.timeout(2 * PATIENCE):
+    async with asyncio.timeout(PATIENCE):
         await mining.wait()
         process.send_signal(signal.SIGINT)
         assert await process.wait() == 0, screen.decode()

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 dimensions = st.sampled_from([2, 3, 32, 256, 8192, 151_936])
 rates = st.floats(1e-6, 1 - 1e-6)
-no_deadline = settings(deadline=None)  # a busy machine is no defect
 
 
 def unit(vectors: Floats) -> Floats:
@@ -54,7 +53,6 @@ def simulated(head: Floats, target: Floats, r_target: float, count: int, generat
 # Uniformly random outputs.
 
 
-@no_deadline
 @given(dimension=dimensions, rate=rates)
 def test_the_target_of_a_rate_gives_that_rate(dimension: int, rate: float) -> None:
     r_target = r_target_for(rate, dimension)
@@ -116,7 +114,6 @@ def test_a_trained_heads_rate_is_what_simulation_finds() -> None:
         assert simulated(head, target, r_target, 100_000, generator) == pytest.approx(exact, abs=0.005)
 
 
-@no_deadline
 @given(
     hidden_size=st.integers(2, 100), rate=st.floats(1e-3, 1 - 1e-3), aim=st.floats(0.1, 1), scale=st.floats(0.01, 100)
 )
@@ -189,7 +186,6 @@ def test_the_geometry_floor_is_the_known_one(hidden_size: int, points: float) ->
 # Honest or not.
 
 
-@no_deadline
 @given(n=st.integers(0, 5000), share=st.floats(0, 1), mismatch=st.floats(1e-5, 0.2))
 def test_the_probability_of_honesty_is_the_binomial_test(n: int, share: float, mismatch: float) -> None:
     n_invalid = round(n * share**4)  # small counts above all
@@ -231,7 +227,6 @@ def test_blocks_that_agree_by_chance_leave_an_interval() -> None:
     assert high > 1.55
 
 
-@no_deadline
 @given(n=st.integers(1, 3000), share=st.floats(0, 1))
 def test_one_blocks_interval_is_clopper_and_pearsons(n: int, share: float) -> None:
     k = round(n * share)
@@ -255,7 +250,7 @@ def test_intervals_of_many_blocks_hold_all_at_once() -> None:
 counts = st.lists(st.tuples(st.integers(1, 3000), st.floats(0, 1)), min_size=2, max_size=8)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(counts)
 def test_a_spread_lies_in_its_interval_and_all_are_shares(blocks: list[tuple[int, float]]) -> None:
     checked = np.array([n for n, _ in blocks])
@@ -270,7 +265,7 @@ def test_a_spread_lies_in_its_interval_and_all_are_shares(blocks: list[tuple[int
     assert 0 < found.p_value <= 1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(counts)
 def test_what_exceeds_the_floor_lies_above_its_95th_percentile(blocks: list[tuple[int, float]]) -> None:
     checked = np.array([n for n, _ in blocks])

@@ -277,5 +277,5 @@ class Lives(RuleBasedStateMachine):
         self.folder.cleanup()
 
 
-Lives.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+Lives.TestCase.settings = settings(max_examples=40, stateful_step_count=20)
 TestLives = Lives.TestCase

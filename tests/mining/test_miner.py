@@ -2,10 +2,9 @@
 
 import asyncio
 import math
-from collections.abc import Awaitable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 
@@ -15,8 +14,7 @@ from pocd.protocol.proof import Proof, Round
 from pocd.store.deliveries import next_pending
 from pocd.store.outbox import Outbox, Totals, Weights, Work
 from pocd.store.thread import OutboxThread
-
-T = TypeVar("T")
+from tests.support.waiting import soon
 
 WEIGHTS = Weights("f00d", "float32")
 NOW = 1_700_000_000.0
@@ -58,11 +56,6 @@ def miner(outbox: OutboxThread, clock: Clock) -> Miner:
 
 def open_miner(outbox: OutboxThread, clock: Clock | None = None) -> Miner:
     return Miner(outbox, clock=clock or Clock(), wall=lambda: NOW)
-
-
-async def soon(awaitable: Awaitable[T]) -> T:
-    """Wait for what has to happen; the limit is only there so that a failing test ends."""
-    return await asyncio.wait_for(awaitable, 30)
 
 
 async def let_all_run(outbox: OutboxThread) -> None:

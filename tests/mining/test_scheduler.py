@@ -467,7 +467,7 @@ async def play(path: Path, policy: RoundPolicy, steps: Sequence[tuple[str, int]]
         conductor.close()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(policy=policies(), steps=STEPS, reorganises=st.booleans())
 def test_no_round_that_is_over_and_none_missed_that_is_alive(
     policy: RoundPolicy,

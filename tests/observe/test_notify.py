@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from pocd.observe import notify
 from pocd.observe.notify import Notifier
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +30,7 @@ def managing(address: str) -> Iterator[socket.socket]:
     """A service manager that listens at `address`."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(address.replace("@", "\0", 1) if address.startswith("@") else address)
-        manager.settimeout(10)
+        manager.settimeout(PATIENCE)
         yield manager
 
 
@@ -76,7 +78,8 @@ def test_a_manager_that_goes_does_no_harm(address: str) -> None:
     notifier.stopping()
 
 
-def test_readiness_waits_for_a_busy_manager(address: str) -> None:
+def test_readiness_waits_for_a_busy_manager(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(notify, "PATIENCE_SECONDS", PATIENCE)
     with managing(address) as manager:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
             other.connect(manager.getsockname())

@@ -16,6 +16,7 @@ from pocd.clock import SYSTEM, Clock
 from pocd.pool import cards
 from pocd.pool.cards import PATIENCE_SECONDS, CardReading, Cards
 from pocd.worker.messages import CardIdentity
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -42,13 +43,13 @@ class Driver:
     def read(self, uuids: Iterable[str]) -> tuple[dict[str, CardReading], str | None]:
         assert set(uuids) == {UUID}
         self.asked.release()
-        assert self.answer.acquire(timeout=60)
+        assert self.answer.acquire(timeout=PATIENCE)
         return self.answers, self.problem
 
     def turn(self) -> None:
         """Let it answer one question, and wait for the next, before which the answer is taken."""
         self.answer.release()
-        assert self.asked.acquire(timeout=60)
+        assert self.asked.acquire(timeout=PATIENCE)
 
 
 def test_readings_come_go_and_hang_and_each_trouble_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,7 +59,7 @@ def test_readings_come_go_and_hang_and_each_trouble_is_told_once(monkeypatch: py
         watched = Cards(lambda: {UUID}, clock=driver.clock, log=structlog.get_logger(), read=driver.read)
         assert watched.reading(UUID) is None
         watched.start()
-        assert driver.asked.acquire(timeout=60)
+        assert driver.asked.acquire(timeout=PATIENCE)
         driver.turn()
         assert (watched.reading(UUID), watched.reading("GPU-2")) == (COOL, None)
         assert watched.problem is None
@@ -89,7 +90,7 @@ def test_nobody_is_asked_while_no_worker_uses_a_card(monkeypatch: pytest.MonkeyP
     watched = Cards(used, clock=SYSTEM, log=structlog.get_logger(), read=Driver().read)
     watched.start()
     for _ in range(3):
-        assert looked.acquire(timeout=60)
+        assert looked.acquire(timeout=PATIENCE)
     watched.close()
     assert watched.problem is None
 

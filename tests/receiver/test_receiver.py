@@ -20,9 +20,10 @@ from pocd.http.webhooks import WebhookKeys, unsigned_headers
 from pocd.protocol.proof import Proof, ProofBatch, Round
 from pocd.receiver import store as receiver_store
 from pocd.receiver.app import MAX_BODY_BYTES, application, serve
-from pocd.receiver.store import Arrival, Store, StoreBusyError, StoreError
+from pocd.receiver.store import Arrival, ReceiverStoreBusyError, ReceiverStoreError, Store
 from pocd.validation.claim import Claim, parse_json
 from pocd.validation.verdict import Terms, judge
+from tests.support.waiting import PATIENCE, soon
 
 NOW = 1_700_000_000
 AT = "2023-11-14T22:13:20.000+00:00"
@@ -91,8 +92,8 @@ async def receiver(
     store = await Store.open(path)
     app = application(store, keys, clock=lambda: NOW)
     try:
-        timeout = aiohttp.ClientTimeout(total=60)
-        async with listening(app, "127.0.0.1", 0, shutdown_timeout=60, bounds=bounds) as url:
+        timeout = aiohttp.ClientTimeout(total=PATIENCE)
+        async with listening(app, "127.0.0.1", 0, shutdown_timeout=PATIENCE, bounds=bounds) as url:
             async with aiohttp.ClientSession(url, timeout=timeout) as session:
                 yield Client(session, store, int(url.rpartition(":")[2]))
     finally:
@@ -416,7 +417,7 @@ async def test_a_sender_that_stalls_is_refused(path: Path) -> None:
     async with receiver(path, bounds=Bounds(body=0.01)) as client:
         reader, writer = await asyncio.open_connection("127.0.0.1", client.port)
         writer.write(HALF_A_POST)
-        assert b" 408 " in await asyncio.wait_for(reader.readline(), 30)
+        assert b" 408 " in await soon(reader.readline())
         writer.close()
         await writer.wait_closed()
         assert await client.totals() == {"rejected": 1}
@@ -435,7 +436,7 @@ async def test_a_sender_that_dies_is_refused(
     writer.write(HALF_A_POST)
     writer.close()
     await writer.wait_closed()
-    await asyncio.wait_for(counted.wait(), 30)
+    await soon(counted.wait())
     assert not caplog.records
 
 
@@ -482,12 +483,12 @@ async def test_the_answer_comes_after_the_commit(client: Client, path: Path) -> 
     def hold_up_commit(statement: str) -> None:
         if statement == "COMMIT":
             loop.call_soon_threadsafe(reached.set)
-            go_on.wait(30)
+            go_on.wait(PATIENCE)
 
     await client.store._run(client.store._database._db.set_trace_callback, hold_up_commit)
     post = asyncio.create_task(client.post(GENERATED, "a"))
     try:
-        await asyncio.wait_for(reached.wait(), 30)
+        await soon(reached.wait())
         # A whole exchange with the server: an answer that does not wait would have come by now.
         assert (await client.call("GET", "/nowhere")).status == 404
         assert not post.done()
@@ -524,11 +525,11 @@ async def test_a_busy_store_refuses_instead_of_queueing(client: Client, monkeypa
 
     def block() -> None:
         loop.call_soon_threadsafe(reached.set)
-        go_on.wait(30)
+        go_on.wait(PATIENCE)
 
     blocker = asyncio.create_task(client.store._run(block))
     try:
-        await asyncio.wait_for(reached.wait(), 30)
+        await soon(reached.wait())
         assert (await client.post(GENERATED, "a")).status == 503
     finally:
         go_on.set()
@@ -541,8 +542,8 @@ async def test_a_stuck_store_is_given_up(path: Path, monkeypatch: pytest.MonkeyP
     go_on = threading.Event()
     with monkeypatch.context() as patch:
         patch.setattr(receiver_store, "CALL_TIMEOUT_S", 0.01)
-        with pytest.raises(StoreBusyError, match=f"{path}: no answer within"):
-            await store._run(go_on.wait, 30)
+        with pytest.raises(ReceiverStoreBusyError, match=f"{path}: no answer within"):
+            await store._run(go_on.wait, PATIENCE)
     go_on.set()
     await store.close()
 
@@ -563,7 +564,7 @@ def _a_folder(path: Path) -> None:
 @pytest.mark.parametrize("make", [_not_a_database, _another_database, _a_folder])
 async def test_a_store_that_cannot_be_opened_says_why(path: Path, make: Callable[[Path], None]) -> None:
     make(path)
-    with pytest.raises(StoreError, match=str(path)):
+    with pytest.raises(ReceiverStoreError, match=str(path)):
         await serve(host="127.0.0.1", port=0, path=path, keys=None, on_started=None)
 
 
@@ -604,7 +605,7 @@ async def test_serve_runs_until_cancelled_and_keeps_everything(path: Path) -> No
         serving = asyncio.create_task(
             serve(host="127.0.0.1", port=0, path=path, keys=None, on_started=started.set_result)
         )
-        url = await asyncio.wait_for(started, 30)
+        url = await soon(started)
         headers = unsigned_headers("a", NOW)
         async with (
             aiohttp.ClientSession() as session,
@@ -613,7 +614,7 @@ async def test_serve_runs_until_cancelled_and_keeps_everything(path: Path) -> No
             assert (await response.json())["status"] == expected
         serving.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await asyncio.wait_for(serving, 30)
+            await soon(serving)
         # Closed cleanly: SQLite removes its log when the last connection closes.
         assert [file.name for file in path.parent.iterdir()] == [path.name]
 

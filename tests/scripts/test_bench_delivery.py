@@ -47,7 +47,6 @@ def test_backlogs_of_each_size_are_opened_looked_at_and_delivered() -> None:
     assert "Outbox.open" in rows
 
 
-@pytest.mark.timeout(180)
 def test_mining_is_measured_with_and_without_a_receiver() -> None:
     rows = table("mining", "--seconds", "0.5", "--warm-up", "0.1", "--rounds", "1", "--seq-len", "8")
     assert list(rows) == ["none", "reference"]

@@ -26,6 +26,7 @@ from pocd.store.errors import StoreError
 from pocd.store.outbox import KnownChain, Outbox, Queue, ReceiverState, RoundProgress, Totals, Weights, Work
 from pocd.store.schema import APPLICATION_ID, VERSION
 from pocd.store.thread import OutboxThread
+from tests.support.waiting import PATIENCE
 
 NOW = 1_700_000_000.0
 WEIGHTS = Weights("f00d", "float32")
@@ -120,7 +121,7 @@ def recount(outbox: Outbox) -> Totals:
 
 def run_python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
 
 

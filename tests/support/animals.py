@@ -110,6 +110,7 @@ ANIMALS = [
         "HTTP 500: x",
         1,
         True,
+        trickles=True,
     ),
     Animal(
         "answers too late",

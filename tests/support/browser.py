@@ -16,7 +16,7 @@ import aiohttp
 import orjson
 import pytest
 
-from tests.support.processes import PATIENCE
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -6,7 +6,7 @@ import asyncio
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 from aiohttp import web
@@ -21,6 +21,7 @@ from pocd.store import deliveries, letters
 from pocd.store.batches import form_batches
 from pocd.store.outbox import Weights, Work
 from pocd.store.thread import OutboxThread
+from tests.support.waiting import soon
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from pocd.store.deliveries import PendingDelivery
     from pocd.store.letters import Letter
     from pocd.store.outbox import Outbox, ReceiverState
-
-T = TypeVar("T")
 
 WEIGHTS = Weights("f00d", "float32")
 NOW = 1_700_000_000.0
@@ -96,11 +95,6 @@ class Server:
     async def take(self, count: int) -> list[Request]:
         """Wait for the next `count` requests."""
         return [await soon(self.requests.get()) for _ in range(count)]
-
-
-async def soon(awaitable: Awaitable[T]) -> T:
-    """Wait for what has to happen; the limit is only there so that a failing test ends."""
-    return await asyncio.wait_for(awaitable, 30)
 
 
 @asynccontextmanager

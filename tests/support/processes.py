@@ -18,13 +18,12 @@ from aiohttp import web
 from pocd.admin.client import AdminError, call
 from pocd.dev import chain as devchain
 from pocd.http.server import listening
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
-
-PATIENCE = 90.0  # seconds until a test gives up waiting; no test measures time
 
 
 @dataclass
@@ -53,12 +52,17 @@ class Chain:
             yield self
 
 
+_kept: list[socket.socket] = []
+
+
 def free_port() -> int:
-    """A port of this machine that nobody has now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody listens on, and that is given to nobody else while this process lives; a test may listen."""
+    keeper = socket.socket()
+    keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as of whoever listens there: then both may have it
+    keeper.bind(("127.0.0.1", 0))
+    _kept.append(keeper)
+    port: int = keeper.getsockname()[1]
+    return port
 
 
 def config(folder: Path, chain_url: str, receivers: dict[str, str], **changes: Any) -> Path:  # noqa: ANN401 - any setting

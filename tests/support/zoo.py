@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import random
 import shutil
 import socket
 import ssl
 import struct
 import subprocess
+import termios
 import threading
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -16,7 +18,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any, Literal
 
-from tests.support.delivering import Request, read_request, soon
+from tests.support.delivering import Request, read_request
+from tests.support.waiting import soon, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -49,6 +52,13 @@ class Visit:
         self.writer.write(answer)
         await self.writer.drain()
 
+    async def heard(self) -> None:
+        """Wait until pocd has read what was said, which a reset would overtake."""
+        sock = self.writer.get_extra_info("socket")
+        await until(lambda: fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4)) == bytes(4))  # tcp(7): nothing is on its way
+        for _turn in range(20):  # pocd is on this loop too
+            await asyncio.sleep(0)
+
     async def left(self) -> None:
         """Wait until pocd hangs up."""
         while await self.reader.read(65536):
@@ -78,6 +88,7 @@ class Animal:
         url: Where it lives, with `{port}`.
         keeps: Nonces in a batch for it.
         hangs: Whether an attempt lasts until pocd gives up.
+        trickles: Whether the answer to a batch lasts until pocd has heard enough of it.
         tls: Whether it speaks TLS, with a certificate that nobody has signed.
     """
 
@@ -93,6 +104,7 @@ class Animal:
     url: str = "http://127.0.0.1:{port}"
     keeps: int = 2
     hangs: bool = False
+    trickles: bool = False
     tls: bool = False
     requests: list[Request] = field(default_factory=list)
     """What it got when it was visited; cleared at each opening."""
@@ -107,7 +119,7 @@ def answer(status: str, body: bytes = b"", *headers: str) -> bytes:
 
 
 OK = answer("200 OK")
-PATIENTLY = 0.005  # seconds between two drops of a drip, for which the tests' timeouts are long
+DRIP_SECONDS = 0.005  # between two drops
 
 
 def saying(*answers: bytes) -> Talk:
@@ -150,10 +162,10 @@ def dripping(start: bytes, drop: bytes) -> Talk:
 
     async def talk(visit: Visit) -> None:
         await visit.request()
-        await visit.say(start)
+        await visit.say(start + drop)
         while True:
+            await asyncio.sleep(DRIP_SECONDS)
             await visit.say(drop)
-            await asyncio.sleep(PATIENTLY)
 
     return talk
 
@@ -178,8 +190,7 @@ def resetting(said: bytes) -> Talk:
     async def talk(visit: Visit) -> None:
         await visit.request()
         await visit.say(said)
-        if said:
-            await asyncio.sleep(PATIENTLY)  # what was said arrives first: a reset overtakes it
+        await visit.heard()
         visit.reset()
 
     return talk

@@ -23,7 +23,8 @@ from pocd.cli.report import as_text
 from pocd.http.server import listening
 from pocd.receiver import app as receiver
 from pocd.receiver import store as receiver_store
-from tests.support.processes import PATIENCE, Chain, Daemon, config, fails, free_port, running
+from tests.support.processes import Chain, Daemon, config, fails, free_port, running
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -88,9 +89,8 @@ async def test_proofs_arrive_and_recompute(tmp_path: Path) -> None:
                 assert memory(body["worker"]["pid"]) < 1e9
                 assert await daemon.end() == 0
             asyncio.get_running_loop().remove_reader(manager)
-        loading = next(
-            i for i, text in enumerate(said) if text.startswith("STATUS=LOADING (loading bundled:tiny-llama")
-        )
+        # What it loads is among the stages; of those that pass by quickly, only the last may be told.
+        loading = next(i for i, text in enumerate(said) if text.startswith("STATUS=LOADING ("))
         assert loading < said.index("READY=1") < said.index("STOPPING=1")
         assert "WATCHDOG=1" in said
         held = await batches(url)
@@ -199,8 +199,10 @@ async def test_a_new_block_replaces_the_round_within_two_polls(tmp_path: Path) -
         async with running(config(tmp_path, chain.url, {"one": url}, delivery__batch_seconds=60)) as daemon:
             await daemon.until(lambda body: body["total_valid"] > 5)
             polls, chain.height = chain.polls, 2
+            # One may have been on its way, and a third gets no answer.
+            chain.answer = lambda _request: web.Response(status=503) if chain.polls > polls + 2 else None
             body = await daemon.until(lambda body: body["round"]["block_height"] == 2)
-            assert chain.polls - polls <= 2
+            chain.answer = lambda _request: None
             assert body["round"]["block_hash"] == chain.dev.block_hash(2)
             # What the old round found is delivered at once, long before it would be old enough.
             await daemon.until(lambda body: body["funnel"]["delivered"] > 5)

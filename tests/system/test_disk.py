@@ -38,6 +38,7 @@ from pocd.worker import messages
 from pocd.worker.messages import Heartbeat, Load
 from tests.support.delivering import dispatchers
 from tests.support.processes import Chain, Daemon, config, fails, running
+from tests.support.waiting import PATIENCE
 from tests.system.test_daemon import batches, dense, receiving, stored_proofs
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def test_a_worker_on_a_full_disk_crashes_and_does_not_blame_the_configuration() 
                 [sys.executable, "-c", CHILD, str(theirs.fileno())], pass_fds=(theirs.fileno(),), stderr=subprocess.PIPE
             )
         ours.sendall(messages.encode(load))
-        _, err = worker.communicate(timeout=60)
+        _, err = worker.communicate(timeout=PATIENCE)
         with ours.makefile("rb") as stream:
             said = list(iter(lambda: messages.read(stream), None))
     assert worker.returncode == 1, err
@@ -313,7 +314,7 @@ async def test_damage_that_is_found_at_work_ends_the_daemon(tmp_path: Path) -> N
             *(sys.executable, "-c", UNLOOKED, "run", "--config", str(config(tmp_path, chain.url, {"one": url}))),
             stderr=asyncio.subprocess.PIPE,
         )
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(PATIENCE):
             _, err = await process.communicate()
         assert process.returncode == 78, err.decode()
         assert b"Traceback" not in err

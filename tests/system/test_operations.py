@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from tests.admin.test_api_docs import pattern, transcript
 from tests.admin.test_outbox_api import Moody
-from tests.support.processes import PATIENCE, Chain, config, free_port
+from tests.support.processes import Chain, config, free_port
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +30,11 @@ STAND_INS = {
     "journalctl": 'cat "$FOLDER/log"',
     "pocd": 'exec "$PYTHON" -W error -m pocd "$@"',
     "systemctl": """
-until_() { for _ in $(seq 900); do "$@" && return; sleep 0.1; done; echo "waited in vain: $*" >&2; exit 1; }
+until_() {
+  for _ in $(seq $((10 * PATIENCE))); do "$@" && return; sleep 0.1; done
+  echo "waited in vain: $*" >&2
+  exit 1
+}
 alive() { kill -0 "$(cat "$FOLDER/pid")" 2>/dev/null; }
 gone() { ! alive; }
 ready() { curl -sf "$API/readyz" >/dev/null; }
@@ -71,7 +76,7 @@ async def replay(commands: list[str], environment: Mapping[str, str]) -> list[st
         env=os.environ | environment,
         cwd=ROOT,
     )
-    out, _ = await asyncio.wait_for(process.communicate(), 3 * PATIENCE)
+    out, _ = await asyncio.wait_for(process.communicate(), PATIENCE)
     return out.decode().split("\0")[:-1]
 
 
@@ -96,6 +101,7 @@ async def test_every_command_is_run_and_prints_what_is_shown(tmp_path: Path) -> 
         path = config(etc, chain.url, {"main": main.url, "old": old.url}, admin__port=port)
         path.write_text(path.read_text().replace(str(etc / "outbox.db"), str(lib / "outbox.db")))
         environment = {
+            "PATIENCE": f"{PATIENCE:.0f}",
             "PATH": f"{binaries}:{os.environ['PATH']}",
             "PYTHON": sys.executable,
             "FOLDER": str(tmp_path),

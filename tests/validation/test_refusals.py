@@ -11,7 +11,8 @@ from aiohttp import web
 from pocd.delivery import policy
 from pocd.store import deliveries, letters
 from pocd.store.outbox import Queue, ReceiverState
-from tests.support.delivering import NOW, WEEK, Bench, Server, expected, prepared, running, sent, serving, soon
+from tests.support.delivering import NOW, WEEK, Bench, Server, expected, prepared, running, sent, serving
+from tests.support.waiting import soon
 
 
 @pytest.fixture

@@ -39,10 +39,10 @@ from pocd.store.outbox import Outbox, Work
 from pocd.store.thread import OutboxThread
 from pocd.worker import messages
 from pocd.worker.messages import BatchShrunk, Cancel, Cancelled, Compute, Load, Message, Ready, Recompute
-from tests.support.processes import PATIENCE
+from tests.support.waiting import PATIENCE, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Iterator
 
 LOAD = Load("bundled:tiny-llama", "float32", ("cpu",), "poc2", 16, 8)
 NODE = Node(0, 1)
@@ -81,12 +81,6 @@ async def run_to_its_end(folder: Path, load: Load) -> None:
             await pool.run()
 
 
-async def until(condition: Callable[[], Any]) -> None:
-    async with asyncio.timeout(PATIENCE):
-        while not condition():  # noqa: ASYNC110 - another process is watched
-            await asyncio.sleep(0.02)
-
-
 def pid_of(pool: Pool) -> int:
     (pid,) = pool.workers[0].pids
     return pid
@@ -99,10 +93,10 @@ def checked(miner: Miner) -> int:
 
 async def test_a_worker_that_stands_still_is_killed_and_replaced(tmp_path: Path) -> None:
     async with supervised(tmp_path, heartbeat=5.0, exit=0.2) as (pool, miner):
-        await until(lambda: checked(miner) > 16)
-        pid = pid_of(pool)
+        await until(lambda: checked(miner) > 16 and pool.workers[0].pids)
+        pid, restarts = pid_of(pool), pool.restarts  # one, where the machine is as slow as that
         os.kill(pid, signal.SIGSTOP)
-        await until(lambda: pool.restarts)
+        await until(lambda: pool.restarts > restarts)
         assert pool.last_error == "worker gave no sign of life for 5 s, killed"
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
@@ -317,7 +311,9 @@ def test_a_recomputation_waits_for_one_batch_at_most() -> None:
             if isinstance(message, messages.Distances):
                 results[message.id] = message.distances
     assert list(results).index(9) <= 1
-    assert results[10] == [results[9][1]], "in the order asked for"
+    # In the order asked for; another place in a batch may round in another way.
+    assert results[10] == pytest.approx([results[9][1]], abs=2e-5)
+    assert min(abs(results[9][1] - other) for other in (results[9][0], results[9][2])) > 1e-4
 
 
 def test_memory_that_is_short_for_two_rounds_is_left_to_the_one_that_is_computed(
