@@ -177,7 +177,7 @@ class OutboxApi:
 
     def _check(self, body: _Which) -> None:
         """Refuse a receiver that was never known."""
-        known = self._parts.outbox.outbox.receivers.keys() | {each.receiver.name for each in self._parts.dispatchers}
+        known = self._parts.outbox.view.receivers.keys() | {each.receiver.name for each in self._parts.dispatchers}
         if body.receiver is not None and body.receiver not in known:
             raise RefusalError(404, "not_found", f"no receiver {body.receiver}; known are {sorted(known)}", "receiver")
 

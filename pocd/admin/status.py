@@ -217,7 +217,7 @@ def _receiver_view(
 
 def receiver_views(parts: Parts) -> list[dict[str, Any]]:
     """Return how each receiver stands; also those that are no longer configured, whose queues are kept."""
-    queues, states, now = parts.outbox.outbox.queues, parts.outbox.outbox.receivers, parts.clock.wall()
+    queues, states, now = parts.outbox.view.queues, parts.outbox.view.receivers, parts.clock.wall()
     views = [
         _receiver_view(each.receiver.name, each, queues.get(each.receiver.name, Queue()), each.state, now)
         for each in parts.dispatchers
@@ -256,7 +256,7 @@ def view(parts: Parts) -> dict[str, Any]:
         "round": _round_view(mining) if mining else None,
         "control": _control_view(parts.control),
         "node": settings.node.model_dump(),
-        "funnel": _fields(parts.outbox.outbox.totals),
+        "funnel": _fields(parts.outbox.view.totals),
         "rates": {
             "checked_per_second_1m": miner.checked_rate.per_second(60),
             "checked_per_second_15m": miner.checked_rate.per_second(900),
@@ -276,7 +276,7 @@ def view(parts: Parts) -> dict[str, Any]:
 
 def summary(parts: Parts) -> str:
     """Return the funnel as one short line."""
-    totals, now = parts.outbox.outbox.totals, str(state(parts))
+    totals, now = parts.outbox.view.totals, str(state(parts))
     if now == "LOADING":
         stages = {worker.stage for worker in parts.workers.workers} - {None}
         now += f" ({', '.join(sorted(map(str, stages)))})" if stages else ""

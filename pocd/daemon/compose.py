@@ -54,7 +54,7 @@ async def make_chain(
     Raises:
         ConfigError: The store belongs to another chain than the configured one.
     """
-    chain, known = settings.chain, outbox.outbox.chain
+    chain, known = settings.chain, outbox.view.chain
     if known is not None and chain.id not in {None, known.chain_id}:
         raise ConfigError(
             f"chain.id is {chain.id}, but the store {settings.store.path} belongs to chain {known.chain_id}; "

@@ -201,7 +201,7 @@ class Daemon:
             free=settings.store.free_space_mib * MIB,
         )
         self._keeper = Keeper(settings.store.path, outbox, miner, dispatchers, limits=limits, clock=clock, log=log)
-        known = outbox.outbox.chain
+        known = outbox.view.chain
         health = ChainHealth(highest=known.height if known else 0)
         self.parts = Parts(
             settings=settings,

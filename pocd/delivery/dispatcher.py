@@ -83,7 +83,7 @@ class Dispatcher:
     @property
     def state(self) -> ReceiverState:
         """How the receiver answers, as the store knows it."""
-        return self._outbox.outbox.receivers.get(self.receiver.name, ReceiverState())
+        return self._outbox.view.receivers.get(self.receiver.name, ReceiverState())
 
     async def run(self) -> None:
         """Deliver until cancelled."""

@@ -138,7 +138,7 @@ class Dispatchers:
 
     def _take_up_again(self, callback: str | None) -> None:
         """Serve the callback URLs of earlier that still have something to get."""
-        outbox = self._outbox.outbox
+        outbox = self._outbox.view
         for name, state in outbox.receivers.items():
             queue = outbox.queues.get(name)
             if state.url is None or name in self._callbacks:
@@ -196,7 +196,7 @@ class Dispatchers:
         if len(self._callbacks) < MOST_CALLBACKS:
             return
         for name in list(self._callbacks):
-            queue = self._outbox.outbox.queues.get(name)
+            queue = self._outbox.view.queues.get(name)
             if name != wanted and not (queue and queue.pending_batches):
                 self._tasks.pop(name).cancel()
                 del self._callbacks[name]

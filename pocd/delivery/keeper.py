@@ -166,7 +166,7 @@ class Keeper:
         """Expire what is too old in queues that no dispatcher sends from; the others expire at a failed attempt."""
         served = {each.receiver.name for each in self._dispatchers if each.state.parked_at is None}
         now = self._clock.wall()
-        for name, queue in self._outbox.outbox.queues.items():
+        for name, queue in self._outbox.view.queues.items():
             if name in served or not queue.pending_batches:
                 continue
             expired = await self._repeat(

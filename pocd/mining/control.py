@@ -97,7 +97,7 @@ class Control:
         self._log = log
         self._events = events
         self._lock = asyncio.Lock()
-        self.mode, self.asked = decode(outbox.outbox.control)
+        self.mode, self.asked = decode(outbox.view.control)
         self.chain_round: Round | None = None
         miner.paused = self.mode not in MINING
 

@@ -73,7 +73,7 @@ class RoundScheduler:
         self._withdraw = withdraw
         self._wall = wall
         self._log = log
-        known = outbox.outbox.chain
+        known = outbox.view.chain
         self._highest = known.height if known else 0
         self._went_back = False
 
@@ -115,7 +115,7 @@ class RoundScheduler:
         self._highest = max(self._highest, head.height)
 
     async def _remember(self, head: Block) -> None:
-        known = self._outbox.outbox.chain
+        known = self._outbox.view.chain
         if known is None or known.height < self._highest:
             await self._outbox(Outbox.remember_head, head.chain_id, self._highest)
 

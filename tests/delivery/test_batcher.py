@@ -86,7 +86,7 @@ async def test_a_batch_goes_out_when_it_is_full(bench: Bench, server: Server) ->
         assert [nonces(request) for request in await server.take(2)] == [[0, 1, 2], [3, 4, 5]]
         await soon(one.dispatcher.settled.wait())
     assert server.requests.empty()
-    assert bench.outbox.outbox.totals.stored == 6
+    assert bench.outbox.view.totals.stored == 6
 
 
 async def test_what_one_forming_leaves_is_formed_next(
@@ -178,7 +178,7 @@ async def test_while_the_store_takes_nothing_the_batcher_waits_and_tries_again(
     one = mine(bench, server.url, size=2, age=0.02)
     await one.miner.set_round(Work(ROUND, NODE))
     await one.find(2)
-    db = bench.outbox.outbox.db
+    db = bench.outbox.view.db
     await bench.outbox(lambda _: db.execute("PRAGMA query_only = ON"))
     async with running(one.dispatcher, one.batcher):
         for _ in range(3):

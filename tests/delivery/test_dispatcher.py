@@ -61,7 +61,7 @@ async def test_batches_arrive_in_order_as_they_were_stored(bench: Bench, server:
     assert await bench.head() is None
     assert server.requests.empty()
     assert dispatcher.state == ReceiverState()
-    assert bench.outbox.outbox.totals.delivered == 10
+    assert bench.outbox.view.totals.delivered == 10
 
 
 @pytest.mark.parametrize("ending", ["", "/"])

@@ -51,10 +51,10 @@ async def test_a_dead_receiver_does_not_delay_another(bench: Bench, server: Serv
                 assert sent(await server.take(5)) == expected(batches)
                 await soon(alive.settled.wait())
             assert not dead.settled.is_set()
-    queues = bench.outbox.outbox.queues
+    queues = bench.outbox.view.queues
     assert queues["alive"] == Queue(delivered_batches=5, delivered_nonces=10)
     assert queues["dead"] == Queue(pending_batches=5, pending_nonces=10)
-    assert bench.outbox.outbox.totals.delivered == 0
+    assert bench.outbox.view.totals.delivered == 0
 
 
 async def test_a_retry_goes_on_after_a_restart_where_it_stood(path: Path, server: Server) -> None:
@@ -114,7 +114,7 @@ async def test_a_batch_is_not_sent_again_while_the_full_disk_does_not_take_that_
     monkeypatch.setattr("pocd.store.deliveries.record_delivered", watched)
     monkeypatch.setattr("pocd.store.thread.AGAIN_SECONDS", 0.001)
     batches = await bench.store(2, "a")
-    db = bench.outbox.outbox.db
+    db = bench.outbox.view.db
     (pages,) = await bench.outbox(lambda _: db.execute("PRAGMA page_count").fetchone())
     await bench.outbox(lambda _: db.execute(FULL))
     await bench.outbox(lambda _: db.execute(f"PRAGMA max_page_count = {pages}").fetchone())

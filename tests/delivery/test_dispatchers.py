@@ -103,7 +103,7 @@ async def test_an_origin_that_nobody_configured_is_refused_and_nothing_is_rememb
                 await each.callback(url, wanted=None)
             assert not refused.value.full
         assert served(each) == ["a"]
-    assert set(bench.outbox.outbox.receivers) <= {"a"}
+    assert set(bench.outbox.view.receivers) <= {"a"}
 
 
 async def test_callback_urls_are_bounded_and_idle_ones_make_room(bench: Bench) -> None:
@@ -163,5 +163,5 @@ async def test_after_a_restart_an_origin_that_is_no_longer_allowed_is_not_called
     async with running(again, name):
         await soon(bench.outbox(deliveries.next_pending, name))
         assert served(again) == []
-    assert bench.outbox.outbox.queues[name].pending_batches == 1
+    assert bench.outbox.view.queues[name].pending_batches == 1
     assert server.requests.empty()

@@ -124,8 +124,8 @@ async def test_what_was_delivered_is_pruned_a_day_after_its_last_receiver_had_it
     times.go_on(2)
     await keeper.look()
     assert await states(outbox) == []
-    assert outbox.outbox.totals == Totals(checked=1, valid=1, stored=1, delivered=1)
-    assert outbox.outbox.queues["a"].delivered_batches == 1
+    assert outbox.view.totals == Totals(checked=1, valid=1, stored=1, delivered=1)
+    assert outbox.view.queues["a"].delivered_batches == 1
 
 
 async def test_what_was_set_aside_is_kept_for_ever(outbox: OutboxThread, keeper: Keeper, times: Times) -> None:
@@ -209,7 +209,7 @@ async def test_the_file_does_not_grow_for_ever(
         await keeper.look()
         sizes.append(sum(file.stat().st_size for file in path.parent.iterdir()))
     assert max(sizes[20:]) <= 1.05 * max(sizes[:20])
-    assert outbox.outbox.totals == Totals(checked=120_000, valid=120_000, stored=120_000, delivered=120_000)
+    assert outbox.view.totals == Totals(checked=120_000, valid=120_000, stored=120_000, delivered=120_000)
 
 
 # Room
@@ -271,7 +271,7 @@ async def test_a_store_that_takes_nothing_holds_mining_and_goes_on_by_itself(
     assert miner.held is not None
     assert "full" in miner.held
     assert miner.mining is not None
-    assert (miner.mining.checked, outbox.outbox.totals) == (0, Totals())
+    assert (miner.mining.checked, outbox.view.totals) == (0, Totals())
     await keeper.look()
     assert miner.held is not None, "a mebibyte does not fit either"
     await outbox(limit, 2**30)
@@ -283,7 +283,7 @@ async def test_a_store_that_takes_nothing_holds_mining_and_goes_on_by_itself(
     again = await miner.lease(20_000)
     assert again.span == lease.span
     await miner.complete(again, [1.0] * 20_000, WEIGHTS)
-    assert outbox.outbox.totals == Totals(checked=20_000, valid=20_000)
+    assert outbox.view.totals == Totals(checked=20_000, valid=20_000)
 
 
 async def test_a_hold_that_is_over_at_the_next_look_is_told_all_the_same(keeper: Keeper, miner: Miner) -> None:

@@ -149,7 +149,7 @@ async def test_two_init_calls_racing_are_done_one_after_the_other(path: Path) ->
         calls = [wheel.control.call(Call.INIT_GENERATE, asked) for asked in (ASKED, AGAIN) * 5]
         await asyncio.gather(*calls)
         assert wheel.mined == AGAIN_WORK
-        assert decode(wheel.outbox.outbox.control) == (Mode.GENERATING, AGAIN)
+        assert decode(wheel.outbox.view.control) == (Mode.GENERATING, AGAIN)
         (rounds,) = await wheel.outbox(lambda outbox: outbox.db.execute("SELECT count(*) FROM rounds").fetchone())
         assert rounds == 2
 
@@ -215,7 +215,7 @@ async def test_a_call_whose_caller_gives_up_is_done_all_the_same(path: Path) -> 
             await call
         await wheel.control.call(Call.PHASE_GENERATE)  # waits for its turn
         assert wheel.mined == Work(ASKED.round, THEIRS)
-        assert decode(wheel.outbox.outbox.control) == (Mode.GENERATING, ASKED)
+        assert decode(wheel.outbox.view.control) == (Mode.GENERATING, ASKED)
 
 
 # All lives

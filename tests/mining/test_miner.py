@@ -143,7 +143,7 @@ async def test_valid_is_strictly_below_the_target(miner: Miner, outbox: OutboxTh
     below, above = math.nextafter(1.4, 0), math.nextafter(1.4, 2)
     await soon(miner.complete(lease, [1.4, below, above, 0.0, 2.0], WEIGHTS))
     assert await stored(outbox) == [Proof(4, below), Proof(10, 0.0)]
-    assert outbox.outbox.totals == Totals(checked=5, valid=2, stored=0, delivered=0)
+    assert outbox.view.totals == Totals(checked=5, valid=2, stored=0, delivered=0)
 
 
 async def test_a_completed_lease_is_on_disk(path: Path) -> None:
@@ -226,7 +226,7 @@ async def test_what_was_lent_under_the_old_round_still_commits_to_it(miner: Mine
     assert (await progress(outbox, ROUND), await progress(outbox, NEXT)) == (Progress(2), Progress(3))
     assert miner.mining is not None
     assert miner.mining.checked == 3
-    assert outbox.outbox.totals.checked == 5
+    assert outbox.view.totals.checked == 5
 
 
 async def test_the_same_round_again_changes_nothing(miner: Miner) -> None:

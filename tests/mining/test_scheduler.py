@@ -172,7 +172,7 @@ async def test_a_node_that_lags_ends_no_round_and_begins_none_that_is_over(path:
         assert current == round_of(chain.at(10))
         for height in (7, 7, 9, 4):
             assert await conductor.look(Head(chain.at(height), catching_up=False)) == current
-        assert conductor.outbox.outbox.chain == KnownChain("chain", 11)
+        assert conductor.outbox.view.chain == KnownChain("chain", 11)
     assert actions(records) == ["round_begin", "head_back"]
     assert (records[1]["height"], records[1]["highest"], records[1]["round"]) == (7, 11, 10)
 
@@ -206,12 +206,12 @@ async def test_the_head_is_remembered_only_when_it_rises(path: Path) -> None:
     chain = Chain(6)
     with conducted(path, chain) as conductor:
         await conductor.look()
-        known = conductor.outbox.outbox.chain
+        known = conductor.outbox.view.chain
         await conductor.look()
-        assert conductor.outbox.outbox.chain is known
+        assert conductor.outbox.view.chain is known
         chain.grow(9)
         assert await conductor.look() is None
-        assert conductor.outbox.outbox.chain == KnownChain("chain", 9)
+        assert conductor.outbox.view.chain == KnownChain("chain", 9)
 
 
 @contextlib.contextmanager
@@ -383,7 +383,7 @@ async def test_what_a_replaced_round_found_is_withdrawn_where_that_is_wanted(
         await conductor.outbox(form_batches, ["one"], size=1, age=0.0, now=NOW, current=None)
         chain.reorganise(3)
         await conductor.look()
-        queue = conductor.outbox.outbox.queues["one"]
+        queue = conductor.outbox.view.queues["one"]
     assert (queue.pending_batches, queue.withdrawn_batches) == ((0, 1) if withdraw else (1, 0))
 
 

@@ -101,7 +101,7 @@ class OutboxLife(RuleBasedStateMachine):
 
     @property
     def outbox(self) -> Outbox:
-        return self.thread.outbox
+        return self.thread.view
 
     def call(self, method: Callable[Concatenate[Outbox, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self.loop.run_until_complete(self.thread(method, *args, **kwargs))

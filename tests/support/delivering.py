@@ -258,7 +258,7 @@ class Bench:
         return [faults for (faults,) in rows]
 
     def receiver(self, name: str = "a") -> ReceiverState:
-        return self.outbox.outbox.receivers[name]
+        return self.outbox.view.receivers[name]
 
     async def step(self, dispatcher: Dispatcher) -> None:
         """Wake a running dispatcher at the time of its next attempt, and wait until nothing can be sent again."""

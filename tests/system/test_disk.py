@@ -201,7 +201,7 @@ async def test_what_a_full_disk_refused_is_lent_again_once_there_is_room(tmp_pat
         await miner.complete(lease, [1.0] * 2000, WEIGHTS)
         assert miner.held is not None
         assert "SQLITE_FULL" in miner.held
-        assert outbox.outbox.totals == Totals()
+        assert outbox.view.totals == Totals()
         proofs = [Proof(nonce, 1.0) for nonce in lease.nonces]
         with pytest.raises(StoreUnavailableError, match="SQLITE_FULL"):
             await outbox(Outbox.commit_span, ROUND, NODE, lease.span, proofs, WEIGHTS, NOW)
@@ -214,7 +214,7 @@ async def test_what_a_full_disk_refused_is_lent_again_once_there_is_room(tmp_pat
         again = await miner.lease(2000)
         assert again.span == lease.span
         await miner.complete(again, [1.0] * 2000, WEIGHTS)
-        assert outbox.outbox.totals == Totals(checked=2000, valid=2000)
+        assert outbox.view.totals == Totals(checked=2000, valid=2000)
 
 
 # Limits of our own

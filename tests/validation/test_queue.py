@@ -188,7 +188,7 @@ async def test_the_same_question_has_the_same_answer_and_is_computed_once(tmp_pa
         assert head is not None
         assert (head.kind, orjson.loads(head.body), head.id) == ("validated", first, first["batch_id"])
         assert await bench.outbox(next_pending, "one", head.sequence) is None
-        assert bench.outbox.outbox.totals.stored == 0, "the funnel counts what was mined"
+        assert bench.outbox.view.totals.stored == 0, "the funnel counts what was mined"
         os.kill(bench.pool.workers[0].pids[0], signal.SIGCONT)
 
 
@@ -200,7 +200,7 @@ async def test_a_verdict_also_goes_to_the_receiver_that_was_named(tmp_path: Path
         assert [head and head.kind for head in heads] == ["validated", "validated"]
         # Another question with the same answer: each receiver gets that once.
         await bench.verdict(dataclasses.replace(request, callback="callback-other"))
-        queues = bench.outbox.outbox.queues
+        queues = bench.outbox.view.queues
         assert {name: queue.pending_batches for name, queue in queues.items()} == {
             "one": 1,
             "callback-own": 1,

@@ -58,7 +58,7 @@ async def test_a_refused_batch_is_a_dead_letter_at_once_and_the_queue_goes_on(
     assert dispatcher.state == ReceiverState()
     assert dispatcher.alarm is None
     assert actions(logs, "error") == ["dead_letter"]
-    assert bench.outbox.outbox.queues["a"] == Queue(
+    assert bench.outbox.view.queues["a"] == Queue(
         delivered_batches=2, delivered_nonces=4, dead_batches=1, dead_nonces=2
     )
 
