@@ -68,8 +68,7 @@ async def make_chain(
         chain_id=known.chain_id if known else chain.id,
         hashes={round_.block_height: round_.block_hash for round_ in rounds},
         highest=known.height if known else None,
-        monotonic=SYSTEM.monotonic,
-        wall=SYSTEM.wall,
+        clock=SYSTEM,
         log=log,
     )
 

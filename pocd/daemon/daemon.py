@@ -136,8 +136,8 @@ class Daemon:
         round_ = settings.round
         node = Node(settings.node.node_id, settings.node.node_count)
         events = self.events
-        miner = Miner(outbox, clock=clock.monotonic, wall=clock.wall)
-        control = Control(miner, outbox, node, wall=clock.wall, log=log, events=events)
+        miner = Miner(outbox, clock=clock)
+        control = Control(miner, outbox, node, clock=clock, log=log, events=events)
         withdraw = settings.chain.replaced_blocks != "deliver"
         self._scheduler = RoundScheduler(
             source,
@@ -146,7 +146,7 @@ class Daemon:
             policy=RoundPolicy(round_.every, round_.offset, round_.duration),
             make_round=self._make_round,
             withdraw=withdraw,
-            wall=clock.wall,
+            clock=clock,
             log=log,
         )
         workers = Pool(
@@ -166,7 +166,7 @@ class Daemon:
                 receiver,
                 outbox,
                 expire_after=delivery.expire_after,
-                wall=clock.wall,
+                clock=clock,
                 jitter=lambda: random.uniform(-1, 1),  # noqa: S311 - it spreads load, it hides nothing
                 log=log,
                 events=events,
@@ -180,7 +180,7 @@ class Daemon:
             workers,
             dispatchers,
             most=settings.validation.max_queued,
-            wall=clock.wall,
+            clock=clock,
             log=log,
             events=events,
         )
@@ -191,7 +191,7 @@ class Daemon:
             size=delivery.batch_nonces,
             age=delivery.batch_seconds,
             withdraw=withdraw,
-            wall=clock.wall,
+            clock=clock,
             events=events,
         )
         limits = StoreLimits(
@@ -268,7 +268,7 @@ class Daemon:
             on_problem=lambda problem: self.events.publish("chain", problem=problem),
             health=self.parts.chain,
             log=self.log,
-            clock=self._clock.wall,
+            clock=self._clock,
         )
 
     async def _on_head(self, head: Head) -> None:

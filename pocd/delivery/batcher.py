@@ -10,8 +10,7 @@ from pocd.store.batches import form_batches
 from pocd.store.errors import StoreUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from pocd.clock import Clock
     from pocd.delivery.dispatchers import Dispatchers
     from pocd.mining.miner import Miner
     from pocd.observe.events import Events
@@ -30,7 +29,7 @@ class Batcher:
         size: int,
         age: float,
         withdraw: bool,
-        wall: Callable[[], float],
+        clock: Clock,
         events: Events,
     ) -> None:
         self._miner = miner
@@ -39,7 +38,7 @@ class Batcher:
         self._size = size
         self._age = age
         self._withdraw = withdraw
-        self._wall = wall
+        self._clock = clock
         self._events = events
 
     async def run(self) -> None:
@@ -49,9 +48,9 @@ class Batcher:
             try:
                 due = await self.form()
             except StoreUnavailableError:  # nothing was changed, and readiness tells
-                due = self._wall() + self._age
+                due = self._clock.wall() + self._age
             # Never longer than the age: the clock may have been set back since `due` was told.
-            wait = None if due is None else min(max(due - self._wall(), 0.0), self._age)
+            wait = None if due is None else min(max(due - self._clock.wall(), 0.0), self._age)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
                     await self._miner.proofs_stored.wait()
@@ -64,7 +63,7 @@ class Batcher:
             self._dispatchers.configured,
             size=self._size,
             age=self._age,
-            now=self._wall(),
+            now=self._clock.wall(),
             current=mining.round if mining else None,
             withdraw=self._withdraw,
         )

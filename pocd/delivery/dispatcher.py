@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
+    from pocd.clock import Clock
     from pocd.observe.events import Events
     from pocd.store.deliveries import PendingDelivery
     from pocd.store.thread import OutboxThread
@@ -63,7 +64,7 @@ class Dispatcher:
         outbox: OutboxThread,
         *,
         expire_after: float,
-        wall: Callable[[], float],
+        clock: Clock,
         jitter: Callable[[], float],
         log: FilteringBoundLogger,
         events: Events,
@@ -71,7 +72,7 @@ class Dispatcher:
         self.receiver = receiver
         self._outbox = outbox
         self._expire_after = expire_after
-        self._wall = wall
+        self._clock = clock
         self._jitter = jitter
         self._log = log.bind(receiver=receiver.name)
         self._events = events
@@ -91,7 +92,7 @@ class Dispatcher:
         async with open_session(TIMEOUT, window=ANSWER_BYTES, refuse=self._refuse) as session:
             while True:
                 self._woken.clear()
-                wait = None if self.state.parked_at else policy.remaining_wait(self.state.next_at, self._wall())
+                wait = None if self.state.parked_at else policy.remaining_wait(self.state.next_at, self._clock.wall())
                 head = await self._next() if wait == 0 else None
                 if head is not None:
                     await self._deliver(session, head)
@@ -121,7 +122,7 @@ class Dispatcher:
         failed = await self._record(head, outcome)
         if failed and policy.may_be_poison(outcome, head.faults + 1):
             await self._try_the_next(session, head)
-        if failed and self._wall() - head.queued_at >= self._expire_after:
+        if failed and self._clock.wall() - head.queued_at >= self._expire_after:
             await self._expire()
 
     async def _try_the_next(self, session: aiohttp.ClientSession, head: PendingDelivery) -> None:
@@ -135,7 +136,7 @@ class Dispatcher:
 
     async def _record(self, delivery: PendingDelivery, outcome: Outcome) -> bool:
         """Store what came of an attempt; returns whether the receiver could not take it now."""
-        name, faults, now = self.receiver.name, delivery.faults + outcome.fault, self._wall()
+        name, faults, now = self.receiver.name, delivery.faults + outcome.fault, self._clock.wall()
         overtaken = outcome.fault and await self._outbox.persistently(deliveries.is_overtaken, name, delivery.sequence)
         decision = policy.decide(
             outcome,
@@ -193,7 +194,7 @@ class Dispatcher:
 
     async def _expire(self) -> None:
         """Expire what is too old, after the receiver has just failed once more."""
-        now, expired = self._wall(), 0
+        now, expired = self._clock.wall(), 0
         while count := await self._outbox.persistently(
             deliveries.expire, self.receiver.name, queued_before=now - self._expire_after, now=now
         ):
@@ -204,7 +205,7 @@ class Dispatcher:
             )
 
     async def _attempt(self, session: aiohttp.ClientSession, delivery: PendingDelivery) -> Outcome:
-        timestamp = int(self._wall())
+        timestamp = int(self._clock.wall())
         keys = self.receiver.keys
         signed = (
             keys.headers(delivery.id, timestamp, delivery.body)
@@ -255,7 +256,7 @@ class Dispatcher:
         elif said:
             detail = f"{detail}: {_without_secrets(excerpt(said, 200), self.receiver.url)}"
         asked = response.headers.get("Retry-After")
-        retry_after = None if asked is None else policy.parse_retry_after(asked, self._wall())
+        retry_after = None if asked is None else policy.parse_retry_after(asked, self._clock.wall())
         if asked is not None and retry_after is None:
             detail = f"{detail} (Retry-After makes no sense: {excerpt(asked, 40)})"
         return Outcome(response.status, detail, retry_after)

@@ -18,10 +18,9 @@ from pocd.protocol.proof import Round
 from pocd.store.outbox import Outbox, Work
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from structlog.typing import FilteringBoundLogger
 
+    from pocd.clock import Clock
     from pocd.mining.miner import Miner
     from pocd.observe.events import Events
     from pocd.store.thread import OutboxThread
@@ -86,14 +85,14 @@ class Control:
         outbox: OutboxThread,
         node: Node,
         *,
-        wall: Callable[[], float],
+        clock: Clock,
         log: FilteringBoundLogger,
         events: Events,
     ) -> None:
         self._miner = miner
         self._outbox = outbox
         self._node = node
-        self._wall = wall
+        self._clock = clock
         self._log = log
         self._events = events
         self._lock = asyncio.Lock()
@@ -106,7 +105,7 @@ class Control:
         if self.asked is not None:
             async with self._lock:
                 work = self.asked.work
-                done = await self._outbox.persistently(Outbox.begin_round, work, self._wall())
+                done = await self._outbox.persistently(Outbox.begin_round, work, self._clock.wall())
                 await self._miner.take_up(work, done)
                 self._tell(work)
 
@@ -147,7 +146,7 @@ class Control:
             else:
                 asked = asked or self.asked
                 work = asked.work if asked and mode is not Mode.STOPPED else None
-            done = await self._outbox(Outbox.set_control, encode(mode, asked), work, self._wall())
+            done = await self._outbox(Outbox.set_control, encode(mode, asked), work, self._clock.wall())
             if (mode, asked) != (self.mode, self.asked):
                 who = "the chain" if mode is Mode.FOLLOWING else "the API"
                 self._log.info(f"{who} decides", action="control", call=call, mode=mode)

@@ -16,8 +16,9 @@ from pocd.store.errors import StoreUnavailableError
 from pocd.store.outbox import Outbox, RoundProgress, Weights, Work
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
+    from pocd.clock import Clock
     from pocd.protocol.nonces import Node
     from pocd.protocol.proof import Round
     from pocd.store.thread import OutboxThread
@@ -67,10 +68,9 @@ class Miner:
         held: Why nothing is mined though nobody stopped it: the store takes nothing. None while it does.
     """
 
-    def __init__(self, outbox: OutboxThread, *, clock: Callable[[], float], wall: Callable[[], float]) -> None:
+    def __init__(self, outbox: OutboxThread, *, clock: Clock) -> None:
         self._outbox = outbox
         self._clock = clock
-        self._wall = wall
         self._changed = asyncio.Condition()
         self._lent: Counter[Mining] = Counter()  # how many leases of each round are out; no zeros
         self._closed = False
@@ -78,8 +78,8 @@ class Miner:
         self.paused = False
         self.held: str | None = None
         self.mining: Mining | None = None
-        self.checked_rate = RateWindow(clock)
-        self.valid_rate = RateWindow(clock)
+        self.checked_rate = RateWindow(clock.monotonic)
+        self.valid_rate = RateWindow(clock.monotonic)
         self.refused_batches = 0
         self.proofs_stored = asyncio.Event()  # set at each commit and at each change of round
 
@@ -91,7 +91,7 @@ class Miner:
     async def set_round(self, work: Work | None) -> None:
         """Replace the active round at once. What the old one found is delivered all the same."""
         if not self.works_on(work):
-            await self.take_up(work, await self._outbox(Outbox.begin_round, work, self._wall()) if work else None)
+            await self.take_up(work, await self._outbox(Outbox.begin_round, work, self._clock.wall()) if work else None)
 
     def works_on(self, work: Work | None) -> bool:
         """Tell whether the active round is that of `work`, on the same share of the nonces."""
@@ -112,7 +112,7 @@ class Miner:
             round=work.round,
             node=work.node,
             ledger=Ledger(done.progress),
-            started_at=self._clock(),
+            started_at=self._clock.monotonic(),
             checked_before=done.checked,
             checked=done.checked,
             valid=done.valid,
@@ -181,7 +181,9 @@ class Miner:
             if distance < mining.round.r_target
         ]
         try:
-            await self._outbox(Outbox.commit_span, mining.round, mining.node, lease.span, proofs, weights, self._wall())
+            await self._outbox(
+                Outbox.commit_span, mining.round, mining.node, lease.span, proofs, weights, self._clock.wall()
+            )
         except StoreUnavailableError as error:
             await self.hold(str(error))
             await self.give_back(lease)

@@ -19,10 +19,9 @@ from pocd.validation.claim import Claim
 from pocd.validation.verdict import Terms, judge, round_of, sampled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from structlog.typing import FilteringBoundLogger
 
+    from pocd.clock import Clock
     from pocd.delivery.dispatchers import Dispatchers
     from pocd.observe.events import Events
     from pocd.pool.pool import Pool
@@ -87,7 +86,7 @@ class Validator:
         dispatchers: Dispatchers,
         *,
         most: int,
-        wall: Callable[[], float],
+        clock: Clock,
         log: FilteringBoundLogger,
         events: Events,
     ) -> None:
@@ -95,7 +94,7 @@ class Validator:
         self._workers = workers
         self._dispatchers = dispatchers
         self._most = most
-        self._wall = wall
+        self._clock = clock
         self._log = log
         self._events = events
         self._asked = asyncio.Event()
@@ -109,7 +108,7 @@ class Validator:
             StoreUnavailableError: Likewise.
         """
         name = request.id
-        found = await self._outbox(validations.ask, name, request.to_json(), most=self._most, now=self._wall())
+        found = await self._outbox(validations.ask, name, request.to_json(), most=self._most, now=self._clock.wall())
         if found is None:
             raise QueueFullError(f"{self._most} validations are waiting, as many as validation.max_queued allows")
         if found.state == "pending":
@@ -145,7 +144,7 @@ class Validator:
         try:
             distances = await self._recompute(request)
         except NoResultError as error:
-            await self._outbox.persistently(validations.fail, name, str(error), self._wall())
+            await self._outbox.persistently(validations.fail, name, str(error), self._clock.wall())
             self._log.error("validation has no result", action="validation_failed", id=name, cause=str(error))
             state = "failed"
         else:
@@ -154,7 +153,7 @@ class Validator:
                 judge, request.claim, request.terms, distances, request.sample, request.seed
             )
             receivers = self._dispatchers.names(request.callback)
-            await self._outbox.persistently(validations.finish, name, batch, receivers, self._wall())
+            await self._outbox.persistently(validations.finish, name, batch, receivers, self._clock.wall())
             self._dispatchers.wake()
             self._log.info(
                 "batch validated",

@@ -146,7 +146,7 @@ async def delivering(outbox: OutboxThread, urls: dict[str, str], count: int) -> 
             Receiver(name, url, None),
             outbox,
             expire_after=7 * 86400,
-            wall=time.time,
+            clock=SYSTEM,
             jitter=lambda: 0.0,
             log=log,
             events=Events(SYSTEM),

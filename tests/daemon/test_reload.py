@@ -23,7 +23,8 @@ from pocd.http.webhooks import WebhookKeys
 from pocd.protocol.nonces import Span
 from pocd.protocol.proof import Proof
 from pocd.store.outbox import Outbox, Work
-from tests.support.delivering import NODE, NOW, ROUND, WEIGHTS, dispatchers, prepared, serving
+from tests.support.clocks import NOW, ROUND
+from tests.support.delivering import NODE, WEIGHTS, dispatchers, prepared, serving
 from tests.support.processes import Chain, Daemon, config, running
 from tests.support.waiting import PATIENCE
 

@@ -14,7 +14,8 @@ from aiohttp import web
 
 from pocd.store.deliveries import record_delivered
 from pocd.store.outbox import Queue
-from tests.support.delivering import NOW, Bench, Server, expected, prepared, running, sent, serving, talking
+from tests.support.clocks import NOW
+from tests.support.delivering import Bench, Server, expected, prepared, running, sent, serving, talking
 from tests.support.waiting import PATIENCE, soon, until
 
 
@@ -72,12 +73,12 @@ async def test_a_retry_goes_on_after_a_restart_where_it_stood(path: Path, server
         assert again.receiver().failures == 2
         assert again.receiver().next_at == NOW + 3
         assert await again.faults() == [2, 0]
-        again.wall.now = NOW + 2.9
+        again.clock.now = NOW + 2.9
         dispatcher = again.dispatcher(server.url)
         async with running(dispatcher):
             await soon(dispatcher.settled.wait())
             assert server.requests.empty(), "its time has not come"
-            again.wall.now = NOW + 3
+            again.clock.now = NOW + 3
             dispatcher.wake()
             assert sent(await server.take(2)) == expected(batches)
 

@@ -15,7 +15,8 @@ from pocd.protocol.proof import Proof
 from pocd.store import deliveries
 from pocd.store.batches import form_batches
 from pocd.store.outbox import Outbox, Work
-from tests.support.delivering import NODE, NOW, ROUND, WEIGHTS, Bench, Server, dispatchers, prepared, serving
+from tests.support.clocks import NOW, ROUND
+from tests.support.delivering import NODE, WEIGHTS, Bench, Server, dispatchers, prepared, serving
 from tests.support.waiting import soon
 
 if TYPE_CHECKING:

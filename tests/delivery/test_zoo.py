@@ -14,7 +14,8 @@ from pocd.delivery import policy
 from pocd.http import client
 from pocd.http.client import ThreadResolver
 from tests.support.animals import ANIMALS
-from tests.support.delivering import NOW, Bench, expected, prepared, running, sent, serving
+from tests.support.clocks import NOW
+from tests.support.delivering import Bench, expected, prepared, running, sent, serving
 from tests.support.waiting import PATIENCE, soon
 from tests.support.zoo import HANGING, OK, Animal, System, Visit, answer, answer_too_late, certificate, flapping, opened
 

@@ -23,8 +23,8 @@ from pocd.protocol.proof import Round
 from pocd.store.errors import StoreUnavailableError
 from pocd.store.outbox import Work
 from pocd.store.thread import OutboxThread
+from tests.support.clocks import ManualClock
 
-NOW = 1_700_000_000.0
 OURS, THEIRS = Node(1, 3), Node(0, 2)
 FIRST, SECOND = (Round(f"{height:02X}", height, "miner", 1.4, "poc2", "tiny", 16) for height in (10, 20))
 ASKED = Asked(Round("asked", 7, "other", 1.5, "poc2", "tiny", 8), THEIRS, 0.02, callback=None)
@@ -97,9 +97,9 @@ class Wheel:
 
     def __init__(self, path: Path) -> None:
         self.outbox = OutboxThread(path)
-        self.miner = Miner(self.outbox, clock=lambda: 0.0, wall=lambda: NOW)
+        self.miner = Miner(self.outbox, clock=ManualClock())
         self.events = Events(SYSTEM)
-        self.control = Control(self.miner, self.outbox, OURS, wall=lambda: NOW, log=QUIET, events=self.events)
+        self.control = Control(self.miner, self.outbox, OURS, clock=ManualClock(), log=QUIET, events=self.events)
 
     def close(self) -> None:
         self.outbox.close()

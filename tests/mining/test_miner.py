@@ -14,23 +14,11 @@ from pocd.protocol.proof import Proof, Round
 from pocd.store.deliveries import next_pending
 from pocd.store.outbox import Outbox, Totals, Weights, Work
 from pocd.store.thread import OutboxThread
+from tests.support.clocks import NEXT, NOW, ROUND, ManualClock
 from tests.support.waiting import soon
 
 WEIGHTS = Weights("f00d", "float32")
-NOW = 1_700_000_000.0
 NODE = Node(1, 3)
-ROUND = Round("AB", 10, "miner", 1.4, "poc2", "tiny", 16)
-NEXT = Round("CD", 20, "miner", 1.4, "poc2", "tiny", 16)
-
-
-class Clock:
-    """The monotonic clock, set by the test."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -45,17 +33,17 @@ def outbox(path: Path) -> Iterator[OutboxThread]:
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> ManualClock:
+    return ManualClock()
 
 
 @pytest.fixture
-def miner(outbox: OutboxThread, clock: Clock) -> Miner:
+def miner(outbox: OutboxThread, clock: ManualClock) -> Miner:
     return open_miner(outbox, clock)
 
 
-def open_miner(outbox: OutboxThread, clock: Clock | None = None) -> Miner:
-    return Miner(outbox, clock=clock or Clock(), wall=lambda: NOW)
+def open_miner(outbox: OutboxThread, clock: ManualClock | None = None) -> Miner:
+    return Miner(outbox, clock=clock or ManualClock())
 
 
 async def let_all_run(outbox: OutboxThread) -> None:
@@ -173,11 +161,11 @@ async def test_what_is_not_one_finite_distance_per_nonce_commits_nothing(
     await complete(miner, lease)  # it is still lent, and may be completed yet
 
 
-async def test_counts_and_rates_follow_what_is_committed(miner: Miner, clock: Clock) -> None:
+async def test_counts_and_rates_follow_what_is_committed(miner: Miner, clock: ManualClock) -> None:
     await miner.set_round(Work(ROUND, NODE))
     mining = miner.mining
     assert mining is not None
-    clock.now += 10
+    clock.advance(10)
     await soon(miner.complete(await miner.lease(4), [1.0, 1.0, 2.0, 1.5], WEIGHTS))
     assert (mining.checked_before, mining.checked, mining.valid) == (0, 4, 2)
     assert list(mining.latest) == [Proof(1, 1.0), Proof(4, 1.0)]

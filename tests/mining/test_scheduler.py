@@ -33,13 +33,13 @@ from pocd.store.errors import StoreUnavailableError
 from pocd.store.outbox import KnownChain, Outbox, Weights
 from pocd.store.thread import OutboxThread
 from tests.support.anvil import needs_anvil, running_anvil
+from tests.support.clocks import NOW, ManualClock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from structlog.typing import FilteringBoundLogger
 
-NOW = 1_700_000_000.0
 POLICY = RoundPolicy(every=5, offset=0, duration=3)
 
 
@@ -93,10 +93,10 @@ class Conducted:
     ) -> None:
         self.chain = chain
         self.outbox = OutboxThread(path)
-        self.miner = Miner(self.outbox, clock=lambda: 0.0, wall=lambda: NOW)
+        self.miner = Miner(self.outbox, clock=ManualClock())
         self.log = cast("FilteringBoundLogger", structlog.get_logger())
         self.control = Control(
-            self.miner, self.outbox, Node(0, 1), wall=lambda: NOW, log=self.log, events=Events(SYSTEM)
+            self.miner, self.outbox, Node(0, 1), clock=ManualClock(), log=self.log, events=Events(SYSTEM)
         )
         self.scheduler = RoundScheduler(
             chain,
@@ -105,7 +105,7 @@ class Conducted:
             policy=policy,
             make_round=lambda block: round_of(block, public_key),
             withdraw=withdraw,
-            wall=lambda: NOW,
+            clock=ManualClock(),
             log=self.log,
         )
 

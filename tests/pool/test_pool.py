@@ -45,7 +45,7 @@ async def pooled(
 ) -> AsyncIterator[tuple[Pool, Miner]]:
     """Workers that run, over a miner with one round."""
     with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
-        miner = Miner(outbox, clock=time.monotonic, wall=time.time)
+        miner = Miner(outbox, clock=SYSTEM)
         known, log, events = Limits(**{"batch": 60.0} | limits), structlog.get_logger(), Events(SYSTEM)
         pool = Pool(loads, miner, known, cache=folder, clock=time.monotonic, log=log, events=events)
         await miner.set_round(Work(round_, NODE))
@@ -116,7 +116,7 @@ async def test_a_card_that_is_not_there_leaves_the_others_at_work(tmp_path: Path
 
 async def test_when_no_worker_can_work_the_pool_ends_with_the_reason(tmp_path: Path) -> None:
     with contextlib.closing(OutboxThread(tmp_path / "outbox.db")) as outbox:
-        miner = Miner(outbox, clock=time.monotonic, wall=time.time)
+        miner = Miner(outbox, clock=SYSTEM)
         pool = Pool(
             [MISSING, MISSING],
             miner,

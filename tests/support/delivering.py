@@ -1,4 +1,4 @@
-"""What tests of delivery share: a real store, real receivers on sockets, and a wall clock that the test sets."""
+"""What tests of delivery share: a real store, real receivers on sockets, and a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from pocd.delivery.dispatcher import Dispatcher, Receiver
 from pocd.delivery.dispatchers import Dispatchers
 from pocd.observe.events import Events
 from pocd.protocol.nonces import Node, Span
-from pocd.protocol.proof import Proof, Round
+from pocd.protocol.proof import Proof
 from pocd.store import deliveries, letters
 from pocd.store.batches import form_batches
 from pocd.store.outbox import Weights, Work
 from pocd.store.thread import OutboxThread
+from tests.support.clocks import ROUND, ManualClock
 from tests.support.waiting import soon
 
 if TYPE_CHECKING:
@@ -33,22 +34,8 @@ if TYPE_CHECKING:
     from pocd.store.outbox import Outbox, ReceiverState
 
 WEIGHTS = Weights("f00d", "float32")
-NOW = 1_700_000_000.0
 WEEK = 7 * 86_400.0
 NODE = Node(0, 1)
-ROUND = Round("AB", 10, "miner", 1.4, "poc2", "tiny", 16)
-
-
-class Wall:
-    """The wall clock: stands still until the test sets it, or goes on by `tick` at each look."""
-
-    def __init__(self, tick: float = 0.0) -> None:
-        self.now = NOW
-        self.tick = tick
-
-    def __call__(self) -> float:
-        self.now += self.tick
-        return self.now
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +174,7 @@ def dispatchers(
             receiver,
             outbox,
             expire_after=WEEK,
-            wall=lambda: NOW,
+            clock=ManualClock(),
             jitter=lambda: 0.0,
             log=structlog.get_logger(),
             events=events(),
@@ -201,7 +188,7 @@ class Bench:
     """A store and a clock, and dispatchers on them."""
 
     outbox: OutboxThread
-    wall: Wall
+    clock: ManualClock
 
     def dispatcher(
         self, url: str, name: str = "a", keys: WebhookKeys | None = None, *, expire_after: float = WEEK
@@ -210,7 +197,7 @@ class Bench:
             Receiver(name, url, keys),
             self.outbox,
             expire_after=expire_after,
-            wall=self.wall,
+            clock=self.clock,
             jitter=lambda: 0.0,
             log=structlog.get_logger(),
             events=events(),
@@ -226,11 +213,11 @@ class Bench:
 
         def write(outbox: Outbox) -> list[PendingDelivery]:
             (last,) = outbox.db.execute("SELECT coalesce(max(number), 0) FROM batches").fetchone()
-            done = outbox.begin_round(Work(ROUND, NODE), self.wall.now).progress.cursor
+            done = outbox.begin_round(Work(ROUND, NODE), self.clock.now).progress.cursor
             span = Span(done, done + batches * size)
             proofs = [Proof(nonce, 1 + nonce / 2**20) for nonce in NODE.nonces(span)]
-            outbox.commit_span(ROUND, NODE, span, proofs, WEIGHTS, self.wall.now)
-            form_batches(outbox, receivers, size=size, age=0.0, now=self.wall.now, current=ROUND)
+            outbox.commit_span(ROUND, NODE, span, proofs, WEIGHTS, self.clock.now)
+            form_batches(outbox, receivers, size=size, age=0.0, now=self.clock.now, current=ROUND)
             rows = outbox.db.execute(
                 "SELECT number, sequence, id, kind, body, created_at, 0, 0"
                 " FROM deliveries JOIN batches ON number = batch WHERE receiver = ? AND number > ? ORDER BY number",
@@ -262,7 +249,7 @@ class Bench:
 
     async def step(self, dispatcher: Dispatcher) -> None:
         """Wake a running dispatcher at the time of its next attempt, and wait until nothing can be sent again."""
-        self.wall.now = max(self.wall.now, dispatcher.state.next_at)
+        self.clock.now = max(self.clock.now, dispatcher.state.next_at)
         dispatcher.wake()
         await soon(dispatcher.settled.wait())
 
@@ -270,7 +257,7 @@ class Bench:
 @contextmanager
 def prepared(path: Path) -> Iterator[Bench]:
     with closing(OutboxThread(path)) as outbox:
-        yield Bench(outbox, Wall())
+        yield Bench(outbox, ManualClock())
 
 
 def sent(requests: list[Request]) -> list[tuple[str, bytes]]:

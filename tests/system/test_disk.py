@@ -21,7 +21,6 @@ import structlog
 from aiohttp import web
 
 from pocd.admin.client import AdminError, call
-from pocd.clock import Clock
 from pocd.delivery.keeper import Keeper, Limits
 from pocd.http.server import listening
 from pocd.mining.miner import Miner
@@ -36,6 +35,7 @@ from pocd.store.outbox import Outbox, Totals, Weights, Work
 from pocd.store.thread import OutboxThread
 from pocd.worker import messages
 from pocd.worker.messages import Heartbeat, Load
+from tests.support.clocks import NOW, ManualClock
 from tests.support.delivering import dispatchers
 from tests.support.processes import Chain, Daemon, config, fails, running
 from tests.support.waiting import PATIENCE
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 WEIGHTS = Weights("f00d", "float32")
 NODE = Node(1, 3)
 ROUND = Round("AB", 10, "miner", 2.0, "poc2", "tiny", 16)
-NOW = 1_700_000_000.0
 PAGE = 4096
 
 
@@ -188,9 +187,9 @@ def limit_pages(outbox: Outbox, more: int) -> None:
 
 async def test_what_a_full_disk_refused_is_lent_again_once_there_is_room(tmp_path: Path) -> None:
     path = tmp_path / "outbox.db"
-    clock = Clock(wall=lambda: NOW, monotonic=lambda: 0.0)
+    clock = ManualClock()
     with closing(OutboxThread(path)) as outbox:
-        miner = Miner(outbox, clock=clock.monotonic, wall=clock.wall)
+        miner = Miner(outbox, clock=clock)
         limits = Limits(keep_delivered=1, expire_after=1, size=2**40, free=0)
         log = structlog.get_logger()
         keeper = Keeper(path, outbox, miner, dispatchers(outbox), limits=limits, clock=clock, log=log)

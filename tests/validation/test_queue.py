@@ -119,11 +119,11 @@ def opened(folder: Path, load: Load = LOAD, *receivers: str, most: int = 4) -> I
     """A bench on which nothing runs yet."""
     with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
         log, events = structlog.get_logger(), Events(SYSTEM)
-        miner = Miner(outbox, clock=time.monotonic, wall=time.time)
+        miner = Miner(outbox, clock=SYSTEM)
         limits, clock = Limits(batch=60.0), time.monotonic
         pool = Pool([load], miner, limits, cache=folder, clock=clock, log=log, events=events)
         served = dispatchers(outbox, [Receiver(name, "http://127.0.0.1:1", None) for name in receivers])
-        validator = Validator(outbox, pool, served, most=most, wall=time.time, log=log, events=events)
+        validator = Validator(outbox, pool, served, most=most, clock=SYSTEM, log=log, events=events)
         yield Bench(outbox, miner, pool, validator, events)
 
 

@@ -52,7 +52,7 @@ ROUND = Round("block_alpha", 1, "node_A", 1.4142, "poc2", "bundled:tiny-llama", 
 def prepared(folder: Path, load: Load, **limits: float) -> Iterator[tuple[Pool, Miner]]:
     """Workers that do not run yet, and their miner, on a real store."""
     with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
-        miner = Miner(outbox, clock=time.monotonic, wall=time.time)
+        miner = Miner(outbox, clock=SYSTEM)
         known, log, events = Limits(**{"batch": 60.0} | limits), structlog.get_logger(), Events(SYSTEM)
         yield Pool([load], miner, known, cache=folder, clock=time.monotonic, log=log, events=events), miner
 

@@ -11,7 +11,8 @@ from aiohttp import web
 from pocd.delivery import policy
 from pocd.store import deliveries, letters
 from pocd.store.outbox import Queue, ReceiverState
-from tests.support.delivering import NOW, WEEK, Bench, Server, expected, prepared, running, sent, serving
+from tests.support.clocks import NOW
+from tests.support.delivering import WEEK, Bench, Server, expected, prepared, running, sent, serving
 from tests.support.waiting import soon
 
 
@@ -92,7 +93,7 @@ async def test_a_receiver_that_is_gone_is_parked_and_its_queue_kept(bench: Bench
         async with running(dispatcher):
             await server.take(2)
             await soon(dispatcher.settled.wait())
-            bench.wall.now += 30 * WEEK
+            bench.clock.now += 30 * WEEK
             dispatcher.wake()
             await soon(dispatcher.settled.wait())
     assert server.requests.empty(), "it is not asked again"
@@ -231,7 +232,7 @@ async def test_what_is_tried_beside_a_suspect_waits_as_long_as_any_failure(bench
         assert len(await server.take(8)) == 8
         assert server.requests.empty()
         assert dispatcher.state.failures == 8
-        assert dispatcher.state.next_at == bench.wall.now + 60
+        assert dispatcher.state.next_at == bench.clock.now + 60
         assert await bench.faults() == [0, 0]
 
 
@@ -256,7 +257,7 @@ async def test_suspicion_outlives_a_restart(bench: Bench, server: Server) -> Non
 
 async def test_what_is_too_old_expires_when_an_attempt_fails_and_is_kept(bench: Bench, server: Server) -> None:
     old = await bench.store(2, "a")
-    bench.wall.now += 50
+    bench.clock.now += 50
     await bench.store(1, "a")
     server.then(*[429] * 3)
     dispatcher = bench.dispatcher(server.url, expire_after=100.0)
@@ -264,10 +265,10 @@ async def test_what_is_too_old_expires_when_an_attempt_fails_and_is_kept(bench: 
         async with running(dispatcher):
             await soon(dispatcher.settled.wait())
             assert await bench.states() == ["pending"] * 3
-            bench.wall.now = NOW + 99.9
+            bench.clock.now = NOW + 99.9
             await bench.step(dispatcher)
             assert await bench.states() == ["pending"] * 3
-            bench.wall.now = NOW + 102
+            bench.clock.now = NOW + 102
             await bench.step(dispatcher)
             assert await bench.states() == ["expired", "expired", "pending"]
             await bench.step(dispatcher)
@@ -285,7 +286,7 @@ async def test_what_is_too_old_expires_when_an_attempt_fails_and_is_kept(bench: 
 
 async def test_an_old_batch_is_delivered_to_a_receiver_that_is_well(bench: Bench, server: Server) -> None:
     batches = await bench.store(2, "a")
-    bench.wall.now += 10 * WEEK
+    bench.clock.now += 10 * WEEK
     dispatcher = bench.dispatcher(server.url)
     async with running(dispatcher):
         assert sent(await server.take(2)) == expected(batches)
@@ -296,17 +297,17 @@ async def test_an_old_batch_is_delivered_to_a_receiver_that_is_well(bench: Bench
 async def test_what_is_queued_again_has_a_life_of_its_own(bench: Bench, server: Server) -> None:
     await bench.store(1, "a")
     server.then(429, 429, 429)
-    bench.wall.now = NOW + WEEK
+    bench.clock.now = NOW + WEEK
     dispatcher = bench.dispatcher(server.url)
     async with running(dispatcher):
         await soon(dispatcher.settled.wait())
         assert await bench.states() == ["expired"]
 
-        again_at = bench.wall.now
+        again_at = bench.clock.now
         await bench.outbox(letters.send_again, letters.Selection(("expired",)), again_at)
         await bench.step(dispatcher)
         assert await bench.states() == ["pending"], "its old age is forgotten"
-        bench.wall.now = again_at + WEEK
+        bench.clock.now = again_at + WEEK
         await bench.step(dispatcher)
         assert await bench.states() == ["expired"]
     assert (await bench.letters())[0].attempts == 3
@@ -317,7 +318,7 @@ async def test_more_than_one_transaction_of_batches_expires(
 ) -> None:
     monkeypatch.setattr(deliveries, "CHUNK", 3)
     await bench.store(10, "a")
-    bench.wall.now += WEEK
+    bench.clock.now += WEEK
     server.then(503)
     dispatcher = bench.dispatcher(server.url)
     with structlog.testing.capture_logs() as logs:
@@ -349,7 +350,7 @@ async def test_nothing_is_told_as_expired_when_what_failed_was_withdrawn_meanwhi
 
     server.handle = handle
     await bench.store(1, "a")
-    bench.wall.now += WEEK
+    bench.clock.now += WEEK
     dispatcher = bench.dispatcher(server.url)
     with structlog.testing.capture_logs() as logs:
         async with running(dispatcher):
