@@ -30,6 +30,7 @@ from pocd.mining.control import Control
 from pocd.mining.follower import ChainHealth, follow
 from pocd.mining.miner import Miner
 from pocd.mining.scheduler import RoundScheduler
+from pocd.observe.changes import Changes
 from pocd.observe.events import Events
 from pocd.pool.cards import Cards
 from pocd.pool.causes import Cause, WorkerRefusedError
@@ -136,7 +137,8 @@ class Daemon:
         round_ = settings.round
         node = Node(settings.node.node_id, settings.node.node_count)
         events = self.events
-        miner = Miner(outbox, clock=clock)
+        self._changes = Changes()
+        miner = Miner(outbox, self._changes, clock=clock)
         control = Control(miner, outbox, node, clock=clock, log=log, events=events)
         withdraw = settings.chain.replaced_blocks != "deliver"
         self._scheduler = RoundScheduler(
@@ -154,6 +156,7 @@ class Daemon:
             miner,
             Limits(batch=settings.worker.batch_timeout),
             cache=cache_folder(settings),
+            changes=self._changes,
             clock=clock.monotonic,
             log=log,
             events=events,
@@ -236,7 +239,7 @@ class Daemon:
             async with asyncio.TaskGroup() as group:
                 deliveries = group.create_task(parts.dispatchers.run(asked.callback if asked else None))
                 chain = group.create_task(self._follow_chain())
-                reloader = group.create_task(Reloader(path, parts, self._notifier).run())
+                reloader = group.create_task(Reloader(path, parts, self._batcher, self._notifier).run())
                 workers = group.create_task(parts.workers.run())
                 batcher = group.create_task(self._batcher.run())
                 keeper = group.create_task(self._keeper.run())
@@ -299,11 +302,11 @@ class Daemon:
         self._notifier.ready()
 
     async def _report_status(self) -> None:
-        news = 0
+        seen = 0
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STATUS_SECONDS):
-                    news = await self.parts.miner.until_news(news)
+                    seen = await self._changes.after(seen)
             self._notifier.status(status.summary(self.parts))
 
     async def _log_funnel(self) -> None:
@@ -321,12 +324,12 @@ class Daemon:
 
     async def _tell_states(self) -> None:
         """Publish each state that is another one than the last."""
-        told, news = None, 0
+        told, seen = None, 0
         while True:
             state = status.state(self.parts)
             if state != told:
                 self.events.publish("state", state=state)
-            told, news = state, await self.parts.miner.until_news(news)
+            told, seen = state, await self._changes.after(seen)
 
     async def _feed_watchdog(self) -> None:
         assert self._notifier.watchdog_seconds

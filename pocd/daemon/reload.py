@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from pocd.admin.status import Parts
+    from pocd.delivery.batcher import Batcher
     from pocd.delivery.dispatcher import Receiver
     from pocd.observe.notify import Notifier
 
@@ -87,12 +88,14 @@ class Reloader:
     Args:
         path: The file of the configuration.
         parts: Whose `settings` are replaced, and what follows from them changed.
+        batcher: Woken when the receivers are others.
         notifier: Told of it, once the service is ready.
     """
 
-    def __init__(self, path: Path, parts: Parts, notifier: Notifier) -> None:
+    def __init__(self, path: Path, parts: Parts, batcher: Batcher, notifier: Notifier) -> None:
         self._path = path
         self._parts = parts
+        self._batcher = batcher
         self._notifier = notifier
 
     async def run(self) -> None:
@@ -140,7 +143,7 @@ class Reloader:
         logs.set_level(parts.settings.log.level)
         if RECEIVERS in difference.apply:
             await parts.dispatchers.configure(receivers)
-            parts.miner.proofs_stored.set()  # those that waited for a first receiver go into batches now
+            self._batcher.wake()  # proofs that waited for a first receiver go into batches now
         told = {"applied": list(difference.apply), **others}
         if difference.restart:
             message = "configuration read again; some of it needs a restart (systemctl restart pocd)"

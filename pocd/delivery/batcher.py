@@ -33,6 +33,7 @@ class Batcher:
         events: Events,
     ) -> None:
         self._miner = miner
+        self._changes = miner.batchable
         self._outbox = outbox
         self._dispatchers = dispatchers
         self._size = size
@@ -44,7 +45,7 @@ class Batcher:
     async def run(self) -> None:
         """Form batches until cancelled."""
         while True:
-            self._miner.proofs_stored.clear()
+            seen = self._changes.count
             try:
                 due = await self.form()
             except StoreUnavailableError:  # nothing was changed, and readiness tells
@@ -53,7 +54,11 @@ class Batcher:
             wait = None if due is None else min(max(due - self._clock.wall(), 0.0), self._age)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
-                    await self._miner.proofs_stored.wait()
+                    await self._changes.after(seen)
+
+    def wake(self) -> None:
+        """Look again whether a batch is due, as for receivers that were not there before."""
+        self._changes.notify()
 
     async def form(self) -> float | None:
         """Form the batches that are due; returns when the next one will be, in wall time."""

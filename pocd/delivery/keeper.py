@@ -123,7 +123,7 @@ class Keeper:
         if reason is None and self._miner.held != held:
             return  # a commit failed meanwhile: the next look finds out whether it can be made
         if reason != held:
-            await self._miner.hold(reason)
+            self._miner.hold(reason)
         self._tell(reason)
 
     def _tell(self, reason: str | None) -> None:

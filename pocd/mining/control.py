@@ -106,7 +106,7 @@ class Control:
             async with self._lock:
                 work = self.asked.work
                 done = await self._outbox.persistently(Outbox.begin_round, work, self._clock.wall())
-                await self._miner.take_up(work, done)
+                self._miner.take_up(work, done)
                 self._tell(work)
 
     async def follow(self, round_: Round | None) -> None:
@@ -151,12 +151,11 @@ class Control:
                 who = "the chain" if mode is Mode.FOLLOWING else "the API"
                 self._log.info(f"{who} decides", action="control", call=call, mode=mode)
             self.mode, self.asked = mode, asked
-            self._miner.paused = mode not in MINING
+            self._miner.pause(mode not in MINING)
             if mode is Mode.STOPPED:
-                await self._miner.announce()  # the round stays, for status to tell of
-                return
+                return  # the round stays, so that status shows it
             is_news = not self._miner.works_on(work)
-            await self._miner.take_up(work, done)
+            self._miner.take_up(work, done)
             if is_news:
                 self._tell(work)
 

@@ -82,7 +82,7 @@ class Feeding:
             for recomputation in self._recomputing.values():
                 recomputation.fail(WorkerLostError("the worker ended"))
             for lease in self._in_flight.values():
-                await self._miner.give_back(lease)
+                self._miner.give_back(lease)
             self._miner.retry_refused()
 
     async def _send(self) -> None:
@@ -143,7 +143,7 @@ class Feeding:
                 self._supervisor.memory_became_short(message)
             elif isinstance(message, Cancelled):
                 self._slots.release()
-                await self._miner.give_back(self._in_flight.pop(message.id))
+                self._miner.give_back(self._in_flight.pop(message.id))
             elif isinstance(message, RoundBegun):
                 self._round_begun(message)
             else:
@@ -174,7 +174,7 @@ class Feeding:
     async def _refuse(self, lease: Lease, reason: str) -> None:
         """Set a lease aside that has no result; too many of them end the worker."""
         self._supervisor.batch_refused(reason)
-        await self._miner.refuse(lease)
+        self._miner.refuse(lease)
         self._refused += 1
         self._refused_in_a_row += 1
         if self._refused_in_a_row == MOST_REFUSED_IN_A_ROW:

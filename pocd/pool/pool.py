@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from pocd.mining.miner import Miner
+    from pocd.observe.changes import Changes
     from pocd.observe.events import Events
     from pocd.pool.supervisor import Limits
     from pocd.worker.messages import Load, Ready
@@ -74,12 +75,13 @@ class Pool:
         limits: Limits,
         *,
         cache: Path,
+        changes: Changes,
         clock: Callable[[], float],
         log: FilteringBoundLogger,
         events: Events,
     ) -> None:
         assert loads, "there is at least one worker"
-        self._miner = miner
+        self._changes = changes
         self._clock = clock
         self._log = log
         self._events = events
@@ -174,7 +176,7 @@ class Pool:
             self.ready.set()
         else:
             self.ready.clear()
-        await self._miner.announce()
+        self._changes.notify()
 
 
 def environment(loads: Sequence[Load], cache: Path) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Batches are formed when they are full, old enough, or their round is over: a real miner, store and receiver."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from pocd.delivery import batcher
 from pocd.delivery.batcher import Batcher
 from pocd.delivery.dispatcher import Dispatcher
 from pocd.mining.miner import Miner
+from pocd.observe.changes import Changes
 from pocd.store.batches import Formed, form_batches
 from pocd.store.deliveries import PendingDelivery
 from pocd.store.outbox import Outbox, Work
@@ -58,7 +59,7 @@ class Mine:
 
 
 def mine(bench: Bench, url: str, *, size: int, age: float, withdraw: bool = True) -> Mine:
-    miner = Miner(bench.outbox, clock=bench.clock)
+    miner = Miner(bench.outbox, Changes(), clock=bench.clock)
     dispatchers = bench.dispatchers(url)
     batcher = Batcher(
         miner, bench.outbox, dispatchers, size=size, age=age, withdraw=withdraw, clock=bench.clock, events=events()
@@ -144,17 +145,16 @@ async def test_a_late_result_of_a_round_that_is_over_goes_out_at_once(bench: Ben
     assert nonces(request) == [0, 1]
 
 
-@pytest.mark.parametrize(
-    "stop", [lambda miner: miner.pause(paused=True), lambda miner: miner.close(1.0)], ids=["pause", "close"]
-)
-async def test_stopping_sends_what_is_left(
-    bench: Bench, server: Server, stop: Callable[[Miner], Awaitable[None]]
-) -> None:
+@pytest.mark.parametrize("how", ["pause", "close"])
+async def test_stopping_sends_what_is_left(bench: Bench, server: Server, how: str) -> None:
     one = mine(bench, server.url, size=100, age=1e6)
     await one.miner.set_round(Work(ROUND, NODE))
     async with running(one.dispatcher, one.batcher):
         await one.find(2)
-        await stop(one.miner)
+        if how == "close":
+            await one.miner.close(1.0)
+        else:
+            one.miner.pause(paused=True)
         (request,) = await server.take(1)
     assert nonces(request) == [0, 1]
 

@@ -12,6 +12,7 @@ from structlog.testing import capture_logs
 from pocd.clock import JumpDetector
 from pocd.delivery.keeper import MIB, Keeper, Limits, shortage
 from pocd.mining.miner import Miner
+from pocd.observe.changes import Changes
 from pocd.protocol.nonces import Node, Span
 from pocd.protocol.proof import Proof, Round
 from pocd.store import deliveries, letters, upkeep
@@ -62,7 +63,7 @@ def room() -> Room:
 
 @pytest.fixture
 def miner(outbox: OutboxThread, clock: ManualClock) -> Miner:
-    return Miner(outbox, clock=clock)
+    return Miner(outbox, Changes(), clock=clock)
 
 
 @pytest.fixture
@@ -263,7 +264,7 @@ async def test_a_store_that_takes_nothing_holds_mining_and_goes_on_by_itself(
     await keeper.look()
     assert miner.held is not None, "a mebibyte does not fit either"
     await outbox(limit, 2**30)
-    await miner.hold("the disk is full")
+    miner.hold("the disk is full")
     with capture_logs() as logs:
         await keeper.look()
     assert miner.held is None
@@ -275,7 +276,7 @@ async def test_a_store_that_takes_nothing_holds_mining_and_goes_on_by_itself(
 
 
 async def test_a_hold_that_is_over_at_the_next_look_is_told_all_the_same(keeper: Keeper, miner: Miner) -> None:
-    await miner.hold("the disk is full")
+    miner.hold("the disk is full")
     with capture_logs() as logs:
         await keeper.look()
     assert miner.held is None

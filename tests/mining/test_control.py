@@ -17,6 +17,7 @@ from pocd.clock import SYSTEM
 from pocd.mining.control import MINING, Asked, Control, NoRoundError, decode, encode
 from pocd.mining.miner import Miner
 from pocd.mining.phases import TABLE, Call, Mode, State, mode_after, state_of
+from pocd.observe.changes import Changes
 from pocd.observe.events import Events
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
@@ -97,7 +98,7 @@ class Wheel:
 
     def __init__(self, path: Path) -> None:
         self.outbox = OutboxThread(path)
-        self.miner = Miner(self.outbox, clock=ManualClock())
+        self.miner = Miner(self.outbox, Changes(), clock=ManualClock())
         self.events = Events(SYSTEM)
         self.control = Control(self.miner, self.outbox, OURS, clock=ManualClock(), log=QUIET, events=self.events)
 
@@ -170,7 +171,7 @@ async def test_a_round_goes_on_where_it_was_left_through_stop_and_another_round(
             await wheel.control.call(call, asked)
             if wheel.mined == Work(ASKED.round, THEIRS):
                 lease = await wheel.miner.lease(2)
-                await wheel.miner.give_back(lease)
+                wheel.miner.give_back(lease)
                 assert lease.span.start == 0
         lease = await wheel.miner.lease(2)
         assert list(lease.nonces) == [0, 2]

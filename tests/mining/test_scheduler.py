@@ -24,6 +24,7 @@ from pocd.clock import SYSTEM
 from pocd.mining.control import Control
 from pocd.mining.miner import Miner
 from pocd.mining.scheduler import ALWAYS_HELD, RoundScheduler
+from pocd.observe.changes import Changes
 from pocd.observe.events import Events
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
@@ -93,7 +94,7 @@ class Conducted:
     ) -> None:
         self.chain = chain
         self.outbox = OutboxThread(path)
-        self.miner = Miner(self.outbox, clock=ManualClock())
+        self.miner = Miner(self.outbox, Changes(), clock=ManualClock())
         self.log = cast("FilteringBoundLogger", structlog.get_logger())
         self.control = Control(
             self.miner, self.outbox, Node(0, 1), clock=ManualClock(), log=self.log, events=Events(SYSTEM)

@@ -24,6 +24,7 @@ from pocd.admin.client import AdminError, call
 from pocd.delivery.keeper import Keeper, Limits
 from pocd.http.server import listening
 from pocd.mining.miner import Miner
+from pocd.observe.changes import Changes
 from pocd.protocol.nonces import Node, Span
 from pocd.protocol.proof import Proof, Round
 from pocd.receiver import app as receiver
@@ -189,7 +190,7 @@ async def test_what_a_full_disk_refused_is_lent_again_once_there_is_room(tmp_pat
     path = tmp_path / "outbox.db"
     clock = ManualClock()
     with closing(OutboxThread(path)) as outbox:
-        miner = Miner(outbox, clock=clock)
+        miner = Miner(outbox, Changes(), clock=clock)
         limits = Limits(keep_delivered=1, expire_after=1, size=2**40, free=0)
         log = structlog.get_logger()
         keeper = Keeper(path, outbox, miner, dispatchers(outbox), limits=limits, clock=clock, log=log)

@@ -18,6 +18,7 @@ from pocd.clock import SYSTEM
 from pocd.delivery.dispatcher import Receiver
 from pocd.lab import command
 from pocd.mining.miner import Miner
+from pocd.observe.changes import Changes
 from pocd.observe.events import Events
 from pocd.pool.pool import Pool
 from pocd.pool.supervisor import Limits
@@ -119,9 +120,10 @@ def opened(folder: Path, load: Load = LOAD, *receivers: str, most: int = 4) -> I
     """A bench on which nothing runs yet."""
     with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
         log, events = structlog.get_logger(), Events(SYSTEM)
-        miner = Miner(outbox, clock=SYSTEM)
+        changes = Changes()
+        miner = Miner(outbox, changes, clock=SYSTEM)
         limits, clock = Limits(batch=60.0), time.monotonic
-        pool = Pool([load], miner, limits, cache=folder, clock=clock, log=log, events=events)
+        pool = Pool([load], miner, limits, cache=folder, changes=changes, clock=clock, log=log, events=events)
         served = dispatchers(outbox, [Receiver(name, "http://127.0.0.1:1", None) for name in receivers])
         validator = Validator(outbox, pool, served, most=most, clock=SYSTEM, log=log, events=events)
         yield Bench(outbox, miner, pool, validator, events)

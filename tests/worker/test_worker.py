@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from pocd.clock import SYSTEM
 from pocd.mining.miner import Miner
+from pocd.observe.changes import Changes
 from pocd.observe.events import Events
 from pocd.pool import processes
 from pocd.pool.causes import Cause, WorkerRefusedError
@@ -52,9 +53,13 @@ ROUND = Round("block_alpha", 1, "node_A", 1.4142, "poc2", "bundled:tiny-llama", 
 def prepared(folder: Path, load: Load, **limits: float) -> Iterator[tuple[Pool, Miner]]:
     """Workers that do not run yet, and their miner, on a real store."""
     with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
-        miner = Miner(outbox, clock=SYSTEM)
+        changes = Changes()
+        miner = Miner(outbox, changes, clock=SYSTEM)
         known, log, events = Limits(**{"batch": 60.0} | limits), structlog.get_logger(), Events(SYSTEM)
-        yield Pool([load], miner, known, cache=folder, clock=time.monotonic, log=log, events=events), miner
+        yield (
+            Pool([load], miner, known, cache=folder, changes=changes, clock=time.monotonic, log=log, events=events),
+            miner,
+        )
 
 
 @contextlib.asynccontextmanager
