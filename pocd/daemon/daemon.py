@@ -21,9 +21,8 @@ from pocd.daemon.compose import cache_folder, make_chain, make_loads, make_recei
 from pocd.daemon.reload import Reloader
 from pocd.delivery.batcher import Batcher
 from pocd.delivery.dispatcher import Dispatcher
-from pocd.delivery.dispatchers import Dispatchers
-from pocd.delivery.keeper import MIB, Keeper
-from pocd.delivery.keeper import Limits as StoreLimits
+from pocd.delivery.keeper import MIB, Keeper, StoreLimits
+from pocd.delivery.receivers import Receivers
 from pocd.http.client import open_session
 from pocd.http.server import listening, listening_at
 from pocd.mining.control import Control
@@ -163,7 +162,7 @@ class Daemon:
         )
         cards = Cards(workers.card_uuids, clock=clock.monotonic, log=log)
         delivery = settings.delivery
-        dispatchers = Dispatchers(
+        dispatchers = Receivers(
             receivers,
             lambda receiver: Dispatcher(
                 receiver,
@@ -215,7 +214,7 @@ class Daemon:
             cards=cards,
             validator=validator,
             chain=health,
-            dispatchers=dispatchers,
+            receivers=dispatchers,
             clock=clock,
             started_at=clock.monotonic(),
             log=log,
@@ -232,12 +231,12 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.shut_down)
         parts, asked = self.parts, self.parts.control.asked
-        if not parts.dispatchers.configured:
+        if not parts.receivers.names():
             self.log.warning("no receiver is configured: proofs are kept until one is", action="no_receiver")
         parts.cards.start()
         try:
             async with asyncio.TaskGroup() as group:
-                deliveries = group.create_task(parts.dispatchers.run(asked.callback if asked else None))
+                deliveries = group.create_task(parts.receivers.run(asked.callback if asked else None))
                 chain = group.create_task(self._follow_chain())
                 reloader = group.create_task(Reloader(path, parts, self._batcher, self._notifier).run())
                 workers = group.create_task(parts.workers.run())
@@ -341,7 +340,7 @@ class Daemon:
         """Give the receivers a few seconds for the last batches; the others stay in the store."""
         try:
             async with asyncio.timeout(DELIVER_SECONDS):
-                for dispatcher in self.parts.dispatchers:
+                for dispatcher in self.parts.receivers:
                     await dispatcher.settled.wait()
         except TimeoutError:
             self.log.info("deliveries go on at the next start", action="delivery_deadline")

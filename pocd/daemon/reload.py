@@ -135,14 +135,14 @@ class Reloader:
         check_model(new)
         receivers = make_receivers(new)
         difference = diff(parts.settings, new)
-        others = compare(parts.dispatchers.receivers, receivers)
+        others = compare(parts.receivers.configured, receivers)
         if others and RECEIVERS not in difference.apply:  # a file of secrets holds others under the same name
             difference = Difference((*difference.apply, RECEIVERS), difference.restart)
 
         parts.settings = merge(parts.settings, new, difference.apply)
         logs.set_level(parts.settings.log.level)
         if RECEIVERS in difference.apply:
-            await parts.dispatchers.configure(receivers)
+            await parts.receivers.configure(receivers)
             self._batcher.wake()  # proofs that waited for a first receiver go into batches now
         told = {"applied": list(difference.apply), **others}
         if difference.restart:

@@ -11,7 +11,7 @@ from pocd.store.errors import StoreUnavailableError
 
 if TYPE_CHECKING:
     from pocd.clock import Clock
-    from pocd.delivery.dispatchers import Dispatchers
+    from pocd.delivery.receivers import Receivers
     from pocd.mining.miner import Miner
     from pocd.observe.events import Events
     from pocd.store.thread import OutboxThread
@@ -24,7 +24,7 @@ class Batcher:
         self,
         miner: Miner,
         outbox: OutboxThread,
-        dispatchers: Dispatchers,
+        receivers: Receivers,
         *,
         size: int,
         age: float,
@@ -35,7 +35,7 @@ class Batcher:
         self._miner = miner
         self._changes = miner.batchable
         self._outbox = outbox
-        self._dispatchers = dispatchers
+        self._receivers = receivers
         self._size = size
         self._age = age
         self._withdraw = withdraw
@@ -65,14 +65,14 @@ class Batcher:
         mining = self._miner.current
         formed = await self._outbox(
             form_batches,
-            self._dispatchers.configured,
+            self._receivers.names(),
             size=self._size,
             age=self._age,
             now=self._clock.wall(),
             current=mining.round if mining else None,
             withdraw=self._withdraw,
         )
-        self._dispatchers.wake()
+        self._receivers.wake()
         for batch in formed.batches:
             where = {"nonces": batch.size, "height": batch.round.block_height}
             self._events.publish("batch", id=batch.id, kind=batch.kind, **where)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-    from pocd.delivery.dispatchers import Dispatchers
+    from pocd.delivery.receivers import Receivers
     from pocd.mining.miner import Miner
     from pocd.store.thread import OutboxThread
 
@@ -29,7 +29,7 @@ MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class StoreLimits:
     """Limits of the store: seconds that batches are kept, and bytes that they may take.
 
     Attributes:
@@ -45,7 +45,7 @@ class Limits:
     free: int
 
 
-def shortage(used: int, free: int, limits: Limits, *, held: bool) -> str | None:
+def shortage(used: int, free: int, limits: StoreLimits, *, held: bool) -> str | None:
     """Return why mining has to wait for room; None where there is enough.
 
     Args:
@@ -76,9 +76,9 @@ class Keeper:
         path: Path,
         outbox: OutboxThread,
         miner: Miner,
-        dispatchers: Dispatchers,
+        receivers: Receivers,
         *,
-        limits: Limits,
+        limits: StoreLimits,
         clock: Clock,
         log: FilteringBoundLogger,
         free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
@@ -86,7 +86,7 @@ class Keeper:
         self._path = path
         self._outbox = outbox
         self._miner = miner
-        self._dispatchers = dispatchers
+        self._receivers = receivers
         self._limits = limits
         self._clock = clock
         self._jumps = JumpDetector(clock)
@@ -164,7 +164,7 @@ class Keeper:
 
     async def _expire_unserved(self) -> None:
         """Expire old batches in queues that no dispatcher sends from; in the others they expire at a failed attempt."""
-        served = {each.receiver.name for each in self._dispatchers if each.state.parked_at is None}
+        served = {each.receiver.name for each in self._receivers if each.state.parked_at is None}
         now = self._clock.wall()
         for name, queue in self._outbox.view.queues.items():
             if name in served or not queue.pending_batches:

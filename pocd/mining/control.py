@@ -33,7 +33,7 @@ class NoRoundError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RoundRequest:
     """A round that was requested through the API, and what belongs to it.
 
     Attributes:
@@ -52,21 +52,21 @@ class Asked:
         return Work(self.round, self.node, by_chain=False, callback=self.callback)
 
 
-def encode(mode: Mode, asked: Asked | None) -> str | None:
+def encode(mode: Mode, asked: RoundRequest | None) -> str | None:
     """Return the decision as text for the store; None while the chain decides."""
     if mode is Mode.FOLLOWING:
         return None
     return orjson.dumps({"mode": mode, "asked": asdict(asked) if asked else None}).decode()
 
 
-def decode(control: str | None) -> tuple[Mode, Asked | None]:
+def decode(control: str | None) -> tuple[Mode, RoundRequest | None]:
     """Return the decision that `encode` wrote."""
     if control is None:
         return Mode.FOLLOWING, None
     fields: dict[str, Any] = orjson.loads(control)
     asked = fields["asked"]
     if asked is not None:
-        asked = Asked(**asked | {"round": Round(**asked["round"]), "node": Node(**asked["node"])})
+        asked = RoundRequest(**asked | {"round": Round(**asked["round"]), "node": Node(**asked["node"])})
     return Mode(fields["mode"]), asked
 
 
@@ -126,7 +126,7 @@ class Control:
                     self._tell(work)
             self.chain_round = round_
 
-    async def call(self, call: Call, asked: Asked | None = None) -> None:
+    async def call(self, call: Call, asked: RoundRequest | None = None) -> None:
         """Do a call of the API; `asked` is the round that an init brings.
 
         Raises:
@@ -136,7 +136,7 @@ class Control:
         # Shielded, so that the call ends though its caller gives up: what is stored is what is done.
         await asyncio.shield(asyncio.ensure_future(self._call(call, asked)))
 
-    async def _call(self, call: Call, asked: Asked | None) -> None:
+    async def _call(self, call: Call, asked: RoundRequest | None) -> None:
         async with self._lock:
             mode = mode_after(self.mode, call)
             if mode is None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Literal
 
-State = Literal["IDLE", "LOADING", "GENERATING", "VALIDATING", "STOPPED"]
-STATES: tuple[State, ...] = ("IDLE", "LOADING", "GENERATING", "VALIDATING", "STOPPED")
+DaemonState = Literal["IDLE", "LOADING", "GENERATING", "VALIDATING", "STOPPED"]
+STATES: tuple[DaemonState, ...] = ("IDLE", "LOADING", "GENERATING", "VALIDATING", "STOPPED")
 
 
 class Mode(StrEnum):
@@ -64,7 +64,7 @@ def mode_after(mode: Mode, call: Call) -> Mode | None:
     return TABLE.get((mode, call))
 
 
-def state_of(mode: Mode, *, ready: bool, mining: bool) -> State:
+def state_of(mode: Mode, *, ready: bool, mining: bool) -> DaemonState:
     """Return what `/status` shows (docs/protocol.md section 7).
 
     Args:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 RING = 1024  # events that are kept
 
-Kind = Literal["block", "round", "state", "batch", "delivery", "worker", "validation", "chain", "reload"]
+EventKind = Literal["block", "round", "state", "batch", "delivery", "worker", "validation", "chain", "reload"]
 """Kind of an event, and its data:
 
 - block {height, hash, chain_id}: the chain's newest block is another one
@@ -44,7 +44,7 @@ class Event:
     """
 
     id: int
-    kind: Kind
+    kind: EventKind
     time: float
     data: dict[str, Any]
 
@@ -81,7 +81,7 @@ class Events:
         """Id of the latest event that is not kept any more; 0 while all are."""
         return self.newest - len(self._ring)
 
-    def publish(self, kind: Kind, /, **data: Any) -> None:  # noqa: ANN401 - whatever JSON has
+    def publish(self, kind: EventKind, /, **data: Any) -> None:  # noqa: ANN401 - whatever JSON has
         """Append an event and wake who listens."""
         self._ring.append(Event(self.newest + 1, kind, self._clock.wall(), data))
         self._published.notify()

@@ -140,3 +140,11 @@ def queue_for(
 def register_receivers(outbox: Outbox, names: Sequence[str]) -> None:
     """Add receivers to the store, unless they are known. Part of a transaction."""
     outbox.db.executemany("INSERT OR IGNORE INTO receivers (name) VALUES (?)", [(name,) for name in names])
+
+
+def register_callback(outbox: Outbox, name: str, url: str) -> None:
+    """Store the URL of a receiver that came with a callback URL."""
+    with outbox.transaction():
+        outbox.db.execute(
+            "INSERT INTO receivers (name, url) VALUES (?, ?) ON CONFLICT DO UPDATE SET url = excluded.url", (name, url)
+        )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from pocd.clock import Clock
-    from pocd.delivery.dispatchers import Dispatchers
+    from pocd.delivery.receivers import Receivers
     from pocd.observe.events import Events
     from pocd.pool.pool import Pool
     from pocd.protocol.proof import Round
@@ -33,7 +33,7 @@ MOST_TRIES = 3  # of one part of a batch, each ended by the end of its worker
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ValidationRequest:
     """A request for validation: a batch, the terms to judge it by, and which of its nonces to recompute.
 
     Attributes:
@@ -65,7 +65,7 @@ class Request:
         return content_id(self._plain())
 
     @classmethod
-    def from_json(cls, encoded: bytes) -> Request:
+    def from_json(cls, encoded: bytes) -> ValidationRequest:
         """Return the request that `to_json` wrote."""
         fields = orjson.loads(encoded)
         claim, terms = Claim.model_validate(fields.pop("claim")), Terms(**fields.pop("terms"))
@@ -83,7 +83,7 @@ class Validator:
         self,
         outbox: OutboxThread,
         workers: Pool,
-        dispatchers: Dispatchers,
+        receivers: Receivers,
         *,
         most: int,
         clock: Clock,
@@ -92,7 +92,7 @@ class Validator:
     ) -> None:
         self._outbox = outbox
         self._workers = workers
-        self._dispatchers = dispatchers
+        self._receivers = receivers
         self._most = most
         self._clock = clock
         self._log = log
@@ -100,7 +100,7 @@ class Validator:
         self._asked = asyncio.Event()
         self._finished = asyncio.Condition()
 
-    async def ask(self, request: Request) -> Validation:
+    async def ask(self, request: ValidationRequest) -> Validation:
         """Store a request and return its validation, which may be done if the same was requested before.
 
         Raises:
@@ -140,7 +140,7 @@ class Validator:
                 await self._asked.wait()
 
     async def _validate(self, name: str) -> None:
-        request = Request.from_json(await self._outbox.persistently(validations.request_of, name))
+        request = ValidationRequest.from_json(await self._outbox.persistently(validations.request_of, name))
         try:
             distances = await self._recompute(request)
         except NoResultError as error:
@@ -152,9 +152,9 @@ class Validator:
             batch = await asyncio.to_thread(
                 judge, request.claim, request.terms, distances, request.sample, request.seed
             )
-            receivers = self._dispatchers.names(request.callback)
+            receivers = self._receivers.names(request.callback)
             await self._outbox.persistently(validations.finish, name, batch, receivers, self._clock.wall())
-            self._dispatchers.wake()
+            self._receivers.wake()
             self._log.info(
                 "batch validated",
                 action="validated",
@@ -170,7 +170,7 @@ class Validator:
         async with self._finished:
             self._finished.notify_all()
 
-    async def _recompute(self, request: Request) -> dict[int, float]:
+    async def _recompute(self, request: ValidationRequest) -> dict[int, float]:
         """Let the workers compute the distances of a request, a batch at a time.
 
         Raises:

@@ -377,6 +377,6 @@ async def test_neither_logs_nor_reasons_tell_the_secret_or_the_url_s_credentials
             (request,) = await server.take(1)
             await soon(dispatcher.settled.wait())
     assert request.headers["authorization"] == "Basic " + base64.b64encode(b"user:hunter2").decode()
-    told = repr((logs, await bench.letters(), dispatcher.state, dispatcher.alarm, dispatcher.receiver.keys))
+    told = repr((logs, await bench.deliveries(), dispatcher.state, dispatcher.alarm, dispatcher.receiver.keys))
     for secret in ("hunter2", NEW.removeprefix("whsec_"), str(bytes([2]) * 32), request.headers["webhook-signature"]):
         assert secret not in told

@@ -166,7 +166,7 @@ async def test_an_answer_is_read_for_its_beginning_only(bench: Bench, server: Se
     dispatcher = bench.dispatcher(server.url)
     async with running(dispatcher):
         await soon(dispatcher.settled.wait())
-    (dead,) = await bench.letters()
+    (dead,) = await bench.deliveries()
     assert dead.reason == "refused: HTTP 400: " + "x" * 200 + "…"
 
 
@@ -198,8 +198,8 @@ async def test_a_receiver_that_sends_back_the_request_tells_nobody_its_credentia
             (request,) = await server.take(1)
             await soon(dispatcher.settled.wait())
     assert request.headers["authorization"] == f"Basic {sent_along}"
-    (letter,) = await bench.letters()
-    assert letter.reason == "refused: HTTP 400: you sent Basic ***, *** or ***"
+    (delivery,) = await bench.deliveries()
+    assert delivery.reason == "refused: HTTP 400: you sent Basic ***, *** or ***"
     assert not [secret for secret in ("hunter", sent_along) if secret in repr(logs)]
 
 

@@ -10,15 +10,15 @@ import structlog
 from structlog.testing import capture_logs
 
 from pocd.clock import JumpDetector
-from pocd.delivery.keeper import MIB, Keeper, Limits, shortage
+from pocd.delivery.keeper import MIB, Keeper, StoreLimits, shortage
 from pocd.mining.miner import Miner
 from pocd.observe.changes import Changes
 from pocd.protocol.nonces import Node, Span
 from pocd.protocol.proof import Proof, Round
-from pocd.store import deliveries, letters, upkeep
+from pocd.store import deliveries, selections, upkeep
 from pocd.store.batches import form_batches
-from pocd.store.letters import Selection
 from pocd.store.outbox import Outbox, Totals, Weights, Work
+from pocd.store.selections import Selection
 from pocd.store.thread import OutboxThread
 from tests.support.clocks import NOW, ROUND, ManualClock
 from tests.support.delivering import dispatchers
@@ -26,7 +26,7 @@ from tests.support.delivering import dispatchers
 WEIGHTS = Weights("f00d", "float32")
 NODE = Node(0, 1)
 DAY, WEEK = 86_400.0, 604_800.0
-LIMITS = Limits(keep_delivered=DAY, expire_after=WEEK, size=100 * MIB, free=50 * MIB)
+LIMITS = StoreLimits(keep_delivered=DAY, expire_after=WEEK, size=100 * MIB, free=50 * MIB)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def keeper(path: Path, outbox: OutboxThread, miner: Miner, clock: ManualClock, r
 
 
 def made(
-    path: Path, outbox: OutboxThread, miner: Miner, clock: ManualClock, room: Room, limits: Limits = LIMITS
+    path: Path, outbox: OutboxThread, miner: Miner, clock: ManualClock, room: Room, limits: StoreLimits = LIMITS
 ) -> Keeper:
     log = structlog.get_logger()
     return Keeper(path, outbox, miner, dispatchers(outbox), limits=limits, clock=clock, log=log, free_bytes=room)
@@ -138,8 +138,8 @@ async def test_queues_that_nobody_serves_expire_by_age_and_are_kept(
         await keeper.look()
     assert await states(outbox) == ["expired", "pending"]
     assert [(entry["action"], entry["batches"]) for entry in logs] == [("expired", 1)]
-    (letter,) = await outbox(letters.listed, Selection(("expired",)), after=("", 0), limit=10)
-    assert letter.reason == "never sent"
+    (delivery,) = await outbox(selections.listed, Selection(("expired",)), after=("", 0), limit=10)
+    assert delivery.reason == "never sent"
 
 
 async def test_a_backlog_is_pruned_and_expired_whole(
@@ -229,7 +229,7 @@ async def test_a_full_store_gives_up_its_history_first_then_holds_mining(
     await store(outbox, "a", nonces=30_000)
     await store(outbox, "a", nonces=30_000)
     used = await outbox(upkeep.used_bytes)
-    limits = Limits(keep_delivered=DAY, expire_after=WEEK, size=used * 3 // 4, free=0)
+    limits = StoreLimits(keep_delivered=DAY, expire_after=WEEK, size=used * 3 // 4, free=0)
     keeper = made(path, outbox, miner, clock, room, limits)
     await miner.set_round(Work(ROUND, NODE))
     await keeper.look()

@@ -9,7 +9,7 @@ import structlog
 from aiohttp import web
 
 from pocd.delivery import policy
-from pocd.store import deliveries, letters
+from pocd.store import deliveries, selections
 from pocd.store.outbox import Queue, ReceiverState
 from tests.support.clocks import NOW
 from tests.support.delivering import WEEK, Bench, Server, expected, prepared, running, sent, serving
@@ -53,7 +53,7 @@ async def test_a_refused_batch_is_a_dead_letter_at_once_and_the_queue_goes_on(
         async with running(dispatcher):
             assert sent(await server.take(3)) == expected(batches)
             await soon(dispatcher.settled.wait())
-    _, dead, _ = await bench.letters()
+    _, dead, _ = await bench.deliveries()
     assert await bench.states() == ["delivered", "dead", "delivered"]
     assert (dead.reason, dead.attempts) == (f"refused: HTTP {status}: nonces are not sorted", 1)
     assert dispatcher.state == ReceiverState()
@@ -73,7 +73,7 @@ async def test_a_dead_letter_that_is_sent_again_is_the_same_message_at_the_end_o
     async with running(dispatcher):
         await server.take(2)
         await soon(dispatcher.settled.wait())
-        await bench.outbox(letters.send_again, letters.Selection(("dead",), "a", (first.id,)), NOW)
+        await bench.outbox(selections.send_again, selections.Selection(("dead",), "a", (first.id,)), NOW)
         dispatcher.wake()
         (again,) = await server.take(1)
         await soon(dispatcher.settled.wait())
@@ -153,7 +153,7 @@ async def test_a_batch_that_alone_fails_eight_times_is_set_aside(bench: Bench, s
             await soon(dispatcher.settled.wait())
     assert sent(requests) == expected([poison] * 7 + [second, poison, third])
     assert await bench.states() == ["dead", "delivered", "delivered"]
-    (dead, *_) = await bench.letters()
+    (dead, *_) = await bench.deliveries()
     assert dead.reason == "poison: failed 8 times while a later batch was accepted: HTTP 500"
     assert dead.attempts == 8
     assert actions(logs, "error") == ["dead_letter"]
@@ -183,7 +183,7 @@ async def test_no_batch_is_poison_while_the_receiver_fails_at_all(bench: Bench, 
     # After seven of the first the second is tried, and the count begins anew; three times.
     assert sent(requests) == expected(([first] * 7 + [second]) * 3 + [first, second])
     assert await bench.states() == ["delivered", "delivered"]
-    assert [letter.attempts for letter in await bench.letters()] == [22, 4]
+    assert [delivery.attempts for delivery in await bench.deliveries()] == [22, 4]
 
 
 @pytest.mark.usefixtures("at_once")
@@ -198,7 +198,7 @@ async def test_a_next_batch_that_is_refused_does_not_show_that_the_first_is_pois
         await soon(dispatcher.settled.wait())
     assert sent(requests) == expected([first] * 7 + [second, first, third, first])
     assert await bench.states() == ["dead", "dead", "delivered"]
-    assert [letter.attempts for letter in await bench.letters()] == [9, 1, 1]
+    assert [delivery.attempts for delivery in await bench.deliveries()] == [9, 1, 1]
 
 
 @pytest.mark.usefixtures("at_once")
@@ -273,13 +273,15 @@ async def test_what_is_too_old_expires_when_an_attempt_fails_and_is_kept(bench: 
             assert await bench.states() == ["expired", "expired", "pending"]
             await bench.step(dispatcher)
     assert await bench.states() == ["expired", "expired", "delivered"]
-    tried, untried, _ = await bench.letters()
+    tried, untried, _ = await bench.deliveries()
     assert (tried.reason, tried.attempts) == ("HTTP 429", 3)
     assert (untried.reason, untried.attempts) == ("never sent", 0)
-    assert [(letter.id, letter.changed_at) for letter in (tried, untried)] == [(each.id, NOW + 102) for each in old]
+    assert [(delivery.id, delivery.changed_at) for delivery in (tried, untried)] == [
+        (each.id, NOW + 102) for each in old
+    ]
     (told,) = [entry for entry in logs if entry["action"] == "expired"]
     assert told["batches"] == 2
-    shown = await bench.outbox(lambda outbox: letters.shown(outbox, tried.id))
+    shown = await bench.outbox(lambda outbox: selections.shown(outbox, tried.id))
     assert shown is not None
     assert shown[1] == old[0].body
 
@@ -304,13 +306,13 @@ async def test_what_is_queued_again_has_a_life_of_its_own(bench: Bench, server: 
         assert await bench.states() == ["expired"]
 
         again_at = bench.clock.now
-        await bench.outbox(letters.send_again, letters.Selection(("expired",)), again_at)
+        await bench.outbox(selections.send_again, selections.Selection(("expired",)), again_at)
         await bench.step(dispatcher)
         assert await bench.states() == ["pending"], "its old age is forgotten"
         bench.clock.now = again_at + WEEK
         await bench.step(dispatcher)
         assert await bench.states() == ["expired"]
-    assert (await bench.letters())[0].attempts == 3
+    assert (await bench.deliveries())[0].attempts == 3
 
 
 async def test_more_than_one_transaction_of_batches_expires(
@@ -335,9 +337,9 @@ async def test_the_reason_of_what_was_withdrawn_during_an_attempt_stays(bench: B
     failed = partial(deliveries.record_failed, reason="HTTP 500", fault=True, next_at=NOW + 1)
     await bench.outbox(lambda outbox: failed(outbox, "a", batch.batch))
     await bench.outbox(deliveries.record_parked, "a", batch.batch, "HTTP 410", "http://a", NOW)
-    (letter,) = await bench.letters()
-    assert (letter.state, letter.reason) == ("withdrawn", "block replaced")
-    assert letter.attempts == 2
+    (delivery,) = await bench.deliveries()
+    assert (delivery.state, delivery.reason) == ("withdrawn", "block replaced")
+    assert delivery.attempts == 2
     assert bench.receiver().failures == 2
 
 

@@ -78,7 +78,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> Limits:
 
 async def check(bench: Bench, animal: Animal, dispatcher: Dispatcher, fate: str, attempts: int) -> None:
     """Hold what the store says of an animal's head to what the animal says."""
-    head = (await bench.letters(animal.name))[0]
+    head = (await bench.deliveries(animal.name))[0]
     state = bench.receiver(animal.name)
     assert head.state == ("pending" if fate == "parked" else fate)
     assert head.attempts == attempts
@@ -180,7 +180,7 @@ async def test_whatever_a_receiver_does_by_turns_it_gets_each_batch_in_order(
     places = [expected(batches).index(each) for each in sent(flaps.requests)]
     assert places == sorted(places)
     assert set(places) == set(range(15))
-    attempts = [letter.attempts for letter in await bench.letters()]
+    attempts = [delivery.attempts for delivery in await bench.deliveries()]
     assert attempts == [places.count(place) for place in range(15)]
 
 

@@ -1,4 +1,4 @@
-"""The conductor over a real store and a real miner: which round runs, held against a plain model."""
+"""The scheduler over a real store and a real miner: which round runs, held against a plain model."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def round_of(block: Block, public_key: str = "miner") -> Round:
     return Round(block.hash, block.height, public_key, 1.4, "poc2", "tiny", 16)
 
 
-class Conducted:
+class Scheduled:
     """A scheduler, its miner and its store, and how often what began."""
 
     def __init__(
@@ -132,10 +132,10 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "store.db"
 
 
-def conducted(
+def scheduled(
     path: Path, chain: ChainSource, policy: RoundPolicy = POLICY, *, withdraw: bool = True, public_key: str = "miner"
-) -> closing[Conducted]:
-    return closing(Conducted(path, chain, policy, withdraw=withdraw, public_key=public_key))
+) -> closing[Scheduled]:
+    return closing(Scheduled(path, chain, policy, withdraw=withdraw, public_key=public_key))
 
 
 def actions(records: Sequence[object]) -> list[str]:
@@ -147,7 +147,7 @@ def actions(records: Sequence[object]) -> list[str]:
 
 async def test_a_round_begins_at_its_start_lives_and_ends(path: Path) -> None:
     chain = Chain()
-    with conducted(path, chain) as conductor, capture_logs() as records:
+    with scheduled(path, chain) as conductor, capture_logs() as records:
         mined = []
         for height in range(4, 12):
             chain.grow(height)
@@ -161,14 +161,14 @@ async def test_a_round_begins_at_its_start_lives_and_ends(path: Path) -> None:
 
 async def test_a_round_whose_start_was_missed_is_found(path: Path) -> None:
     chain = Chain(7)
-    with conducted(path, chain) as conductor:
+    with scheduled(path, chain) as conductor:
         assert await conductor.look() == round_of(chain.at(5))
     assert chain.asked == [5]
 
 
 async def test_a_node_that_lags_ends_no_round_and_begins_none_that_is_over(path: Path) -> None:
     chain = Chain(11)
-    with conducted(path, chain) as conductor, capture_logs() as records:
+    with scheduled(path, chain) as conductor, capture_logs() as records:
         current = await conductor.look()
         assert current == round_of(chain.at(10))
         for height in (7, 7, 9, 4):
@@ -180,10 +180,10 @@ async def test_a_node_that_lags_ends_no_round_and_begins_none_that_is_over(path:
 
 async def test_a_restart_behind_a_node_that_lags_begins_no_round_that_is_over(path: Path) -> None:
     chain = Chain(11)
-    with conducted(path, chain) as conductor:
+    with scheduled(path, chain) as conductor:
         await conductor.look()
     behind = Chain(7)
-    with conducted(path, behind) as conductor:
+    with scheduled(path, behind) as conductor:
         assert await conductor.look() is None
         assert behind.asked == []  # it cannot know block 10
         behind.grow(10)
@@ -192,7 +192,7 @@ async def test_a_restart_behind_a_node_that_lags_begins_no_round_that_is_over(pa
 
 async def test_a_block_that_cannot_be_read_ends_what_is_over_and_begins_the_new_one_later(path: Path) -> None:
     chain = Chain(6)
-    with conducted(path, chain) as conductor:
+    with scheduled(path, chain) as conductor:
         assert await conductor.look()
         chain.grow(11)
         chain.failing = True
@@ -205,7 +205,7 @@ async def test_a_block_that_cannot_be_read_ends_what_is_over_and_begins_the_new_
 
 async def test_the_head_is_remembered_only_when_it_rises(path: Path) -> None:
     chain = Chain(6)
-    with conducted(path, chain) as conductor:
+    with scheduled(path, chain) as conductor:
         await conductor.look()
         known = conductor.outbox.view.chain
         await conductor.look()
@@ -232,7 +232,7 @@ async def test_a_full_store_ends_what_is_over_and_loses_nothing(
     path: Path, method: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chain = Chain(6)
-    with conducted(path, chain) as conductor:
+    with scheduled(path, chain) as conductor:
         await conductor.look()
         chain.grow(10)
         with full(method, monkeypatch), pytest.raises(StoreUnavailableError):
@@ -248,7 +248,7 @@ async def test_a_full_store_ends_what_is_over_and_loses_nothing(
 
 async def test_a_replaced_block_takes_its_round_with_it(path: Path) -> None:
     chain = Chain(11, reorganises=True)
-    with conducted(path, chain) as conductor:
+    with scheduled(path, chain) as conductor:
         old = await conductor.look()
         assert old == round_of(chain.at(10))
         chain.reorganise(3)
@@ -267,7 +267,7 @@ async def test_a_replaced_block_takes_its_round_with_it(path: Path) -> None:
 
 async def test_all_rounds_of_a_deep_reorganisation_are_replaced_also_those_that_are_over(path: Path) -> None:
     chain = Chain(reorganises=True)
-    with conducted(path, chain) as conductor:
+    with scheduled(path, chain) as conductor:
         for height in range(1, 27):
             chain.grow(height)
             await conductor.look()
@@ -282,7 +282,7 @@ async def test_all_rounds_of_a_deep_reorganisation_are_replaced_also_those_that_
 
 async def test_a_block_that_comes_back_takes_up_its_round_again(path: Path) -> None:
     chain = Chain(11, reorganises=True)
-    with conducted(path, chain) as conductor:
+    with scheduled(path, chain) as conductor:
         first = await conductor.look()
         hashes = list(chain.hashes)
         chain.reorganise(3)
@@ -295,7 +295,7 @@ async def test_a_block_that_comes_back_takes_up_its_round_again(path: Path) -> N
 
 async def test_a_block_that_comes_back_while_its_round_is_being_computed(path: Path) -> None:
     chain = Chain(11, reorganises=True)
-    with conducted(path, chain) as conductor:
+    with scheduled(path, chain) as conductor:
         first = await conductor.look()
         lease = await conductor.miner.lease(1)
         hashes = list(chain.hashes)
@@ -310,9 +310,9 @@ async def test_a_block_that_comes_back_while_its_round_is_being_computed(path: P
 
 async def test_rounds_of_another_key_at_the_same_height_are_no_replacement(path: Path) -> None:
     chain = Chain(11, reorganises=True)
-    with conducted(path, chain) as conductor:
+    with scheduled(path, chain) as conductor:
         first = await conductor.look()
-    with conducted(path, chain, public_key="other") as conductor:
+    with scheduled(path, chain, public_key="other") as conductor:
         second = await conductor.look()
         assert second is not None
         assert second.public_key == "other"
@@ -324,7 +324,7 @@ async def test_rounds_of_another_key_at_the_same_height_are_no_replacement(path:
 
 async def test_a_chain_that_does_not_reorganise_is_not_compared(path: Path) -> None:
     chain = Chain(11)
-    with conducted(path, chain) as conductor:
+    with scheduled(path, chain) as conductor:
         await conductor.look()
         chain.asked.clear()
         await conductor.look()
@@ -333,7 +333,7 @@ async def test_a_chain_that_does_not_reorganise_is_not_compared(path: Path) -> N
 
 async def test_a_node_behind_the_round_says_nothing_about_it(path: Path) -> None:
     chain = Chain(11, reorganises=True)
-    with conducted(path, chain) as conductor:
+    with scheduled(path, chain) as conductor:
         mined = await conductor.look()
         chain.reorganise(3)
         chain.asked.clear()
@@ -344,7 +344,7 @@ async def test_a_node_behind_the_round_says_nothing_about_it(path: Path) -> None
 
 async def test_blocks_that_are_pruned_are_believed_but_not_those_near_the_head(path: Path) -> None:
     chain = Chain(11, reorganises=True)
-    with conducted(path, chain) as conductor:
+    with scheduled(path, chain) as conductor:
         old = await conductor.look()
         chain.pruned_below = 11
         with pytest.raises(BlockUnavailableError, match="no block 10"):
@@ -358,7 +358,7 @@ async def test_blocks_that_are_pruned_are_believed_but_not_those_near_the_head(p
 
 async def test_older_rounds_are_compared_before_a_new_one_begins_or_it_does_not(path: Path) -> None:
     chain = Chain(11, reorganises=True)
-    with conducted(path, chain) as conductor:
+    with scheduled(path, chain) as conductor:
         old = await conductor.look()
         chain.reorganise(3)
         chain.grow(15)
@@ -378,7 +378,7 @@ async def test_what_a_replaced_round_found_is_withdrawn_where_that_is_wanted(
     withdraw: bool,  # noqa: FBT001 - a parameter
 ) -> None:
     chain = Chain(11, reorganises=True)
-    with conducted(path, chain, withdraw=withdraw) as conductor:
+    with scheduled(path, chain, withdraw=withdraw) as conductor:
         await conductor.look()
         await conductor.miner.complete(await conductor.miner.lease(1), [1.0], Weights("f00d", "float32"))
         await conductor.outbox(form_batches, ["one"], size=1, age=0.0, now=NOW, current=None)
@@ -392,7 +392,7 @@ async def test_a_store_that_is_full_in_the_middle_of_a_replacement_is_made_good_
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chain = Chain(11, reorganises=True)
-    with conducted(path, chain) as conductor:
+    with scheduled(path, chain) as conductor:
         old = await conductor.look()
         chain.reorganise(3)
         with full(Outbox.begin_round, monkeypatch), pytest.raises(StoreUnavailableError):
@@ -433,12 +433,12 @@ STEPS = st.lists(
 async def play(path: Path, policy: RoundPolicy, steps: Sequence[tuple[str, int]], *, reorganises: bool) -> None:
     chain = Chain(40, reorganises=reorganises)
     highest = 0
-    conductor = Conducted(path, chain, policy, withdraw=True)
+    conductor = Scheduled(path, chain, policy, withdraw=True)
     try:
         for step, number in steps:
             if step == "restart":
                 conductor.close()
-                conductor = Conducted(path, chain, policy, withdraw=True)
+                conductor = Scheduled(path, chain, policy, withdraw=True)
                 continue
             if step == "reorganise":
                 if reorganises:
@@ -486,7 +486,7 @@ def test_no_round_that_is_over_and_none_missed_that_is_alive(
 async def test_a_real_reorganisation(path: Path) -> None:
     async with running_anvil() as anvil:
         node = EVM(Rpc(anvil.session, anvil.url), confirmations=2)
-        with conducted(path, node) as conductor:
+        with scheduled(path, node) as conductor:
             await anvil.mine(13)
             old = await conductor.look()
             assert old == round_of(await node.block(10))

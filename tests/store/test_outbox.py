@@ -14,13 +14,12 @@ from pathlib import Path
 import orjson
 import pytest
 
-from pocd.delivery.dispatchers import register_callback
 from pocd.mining.control import decode
 from pocd.mining.phases import Mode
 from pocd.protocol.nonces import Node, Progress, Span
 from pocd.protocol.proof import Proof, ProofBatch, Round
 from pocd.store import deliveries
-from pocd.store.batches import form_batches
+from pocd.store.batches import form_batches, register_callback
 from pocd.store.deliveries import PendingDelivery, next_pending, record_delivered, record_failed
 from pocd.store.errors import StoreError
 from pocd.store.outbox import KnownChain, Outbox, Queue, ReceiverState, RoundProgress, Totals, Weights, Work

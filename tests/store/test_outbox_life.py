@@ -22,11 +22,11 @@ from pocd.delivery.dispatcher import Dispatcher, Receiver
 from pocd.delivery.policy import Outcome
 from pocd.protocol.nonces import Ledger, Node, Span
 from pocd.protocol.proof import Proof, Round
-from pocd.store import deliveries, letters, upkeep
+from pocd.store import deliveries, selections, upkeep
 from pocd.store.batches import form_batches
 from pocd.store.deliveries import PendingDelivery, next_pending
-from pocd.store.letters import Selection
 from pocd.store.outbox import Outbox, Queue, Totals, Weights, Work
+from pocd.store.selections import Selection
 from pocd.store.thread import OutboxThread
 from tests.support.clocks import ManualClock
 from tests.support.delivering import events
@@ -41,7 +41,7 @@ MEMORY = Path("/dev/shm")  # thousands of transactions: their fsyncs are tested 
 ROUNDS = tuple(Round(name, height, "miner", 1.4, "poc2", "tiny", 16) for height, name in enumerate("XYZ", start=1))
 RECEIVERS = ("a", "b")
 QUIET = structlog.wrap_logger(structlog.PrintLogger(), wrapper_class=structlog.make_filtering_bound_logger(50))
-SET_ASIDE: tuple[letters.State, ...] = ("dead", "expired", "withdrawn")
+SET_ASIDE: tuple[selections.DeliveryState, ...] = ("dead", "expired", "withdrawn")
 
 OUTCOMES = st.sampled_from(
     [
@@ -216,18 +216,18 @@ class OutboxLife(RuleBasedStateMachine):
     # Operators, chains, clocks
 
     @rule(receiver=st.sampled_from([None, *RECEIVERS]), states=st.sets(st.sampled_from(SET_ASIDE), min_size=1))
-    def send_again(self, receiver: str | None, states: set[letters.State]) -> None:
+    def send_again(self, receiver: str | None, states: set[selections.DeliveryState]) -> None:
         selection = Selection(tuple(sorted(states)), receiver)
-        queued = self.call(letters.send_again, selection, self.clock.now)
-        assert not self.call(letters.send_again, selection, self.clock.now)
+        queued = self.call(selections.send_again, selection, self.clock.now)
+        assert not self.call(selections.send_again, selection, self.clock.now)
         for name, batch in queued:
             assert (name, batch) not in self.model.accepted
         for name in {name for name, _ in queued} | ({receiver} if receiver else set()):
             self.call(deliveries.ask_again, name)
 
     @rule(receiver=st.sampled_from(RECEIVERS), state=st.sampled_from([*SET_ASIDE, "pending"]))
-    def purge(self, receiver: str, state: letters.State) -> None:
-        self.model.purged |= set(self.call(letters.purge, Selection((state,), receiver), self.clock.now))
+    def purge(self, receiver: str, state: selections.DeliveryState) -> None:
+        self.model.purged |= set(self.call(selections.purge, Selection((state,), receiver), self.clock.now))
 
     @precondition(lambda self: self.active)
     @rule(found=st.integers(0, 3), comes_back=st.booleans())
@@ -275,7 +275,7 @@ class OutboxLife(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """In the end every receiver is well: then it gets everything that nobody gave up."""
-        self.call(letters.send_again, Selection(SET_ASIDE), self.clock.now)
+        self.call(selections.send_again, Selection(SET_ASIDE), self.clock.now)
         for name, dispatcher in self.dispatchers.items():
             self.call(deliveries.ask_again, name)
             while head := self.call(next_pending, name):

@@ -13,11 +13,11 @@ from aiohttp import web
 
 from pocd.clock import SYSTEM
 from pocd.delivery.dispatcher import Dispatcher, Receiver
-from pocd.delivery.dispatchers import Dispatchers
+from pocd.delivery.receivers import Receivers
 from pocd.observe.events import Events
 from pocd.protocol.nonces import Node, Span
 from pocd.protocol.proof import Proof
-from pocd.store import deliveries, letters
+from pocd.store import deliveries, selections
 from pocd.store.batches import form_batches
 from pocd.store.outbox import Weights, Work
 from pocd.store.thread import OutboxThread
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
     from pocd.http.webhooks import WebhookKeys
     from pocd.store.deliveries import PendingDelivery
-    from pocd.store.letters import Letter
     from pocd.store.outbox import Outbox, ReceiverState
+    from pocd.store.selections import Delivery
 
 WEIGHTS = Weights("f00d", "float32")
 WEEK = 7 * 86_400.0
@@ -166,7 +166,7 @@ def dispatchers(
     receivers: Sequence[Receiver] = (),
     make: Callable[[Receiver], Dispatcher] | None = None,
     origins: Sequence[str] = (),
-) -> Dispatchers:
+) -> Receivers:
     """Return the dispatchers of `receivers`; without `make` they are plain ones."""
 
     def plain(receiver: Receiver) -> Dispatcher:
@@ -180,7 +180,7 @@ def dispatchers(
             events=events(),
         )
 
-    return Dispatchers(receivers, make or plain, outbox, origins=origins, log=structlog.get_logger())
+    return Receivers(receivers, make or plain, outbox, origins=origins, log=structlog.get_logger())
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +203,7 @@ class Bench:
             events=events(),
         )
 
-    def dispatchers(self, *urls: str) -> Dispatchers:
+    def dispatchers(self, *urls: str) -> Receivers:
         """Return all dispatchers, for receivers named a, b, …"""
         receivers = [Receiver(name, url, None) for name, url in zip("abc", urls, strict=False)]
         return dispatchers(self.outbox, receivers, lambda receiver: self.dispatcher(receiver.url, receiver.name))
@@ -230,13 +230,13 @@ class Bench:
     async def head(self, receiver: str = "a") -> PendingDelivery | None:
         return await self.outbox(deliveries.next_pending, receiver)
 
-    async def letters(self, receiver: str = "a") -> list[Letter]:
+    async def deliveries(self, receiver: str = "a") -> list[Delivery]:
         """Every batch of a receiver, in the order of its queue."""
-        everything = letters.Selection(("pending", "delivered", "dead", "expired", "withdrawn"), receiver)
-        return await self.outbox(letters.listed, everything, after=("", 0), limit=1000)
+        everything = selections.Selection(("pending", "delivered", "dead", "expired", "withdrawn"), receiver)
+        return await self.outbox(selections.listed, everything, after=("", 0), limit=1000)
 
     async def states(self, receiver: str = "a") -> list[str]:
-        return [letter.state for letter in await self.letters(receiver)]
+        return [delivery.state for delivery in await self.deliveries(receiver)]
 
     async def faults(self, receiver: str = "a") -> list[int]:
         """The faults of every batch, in the order of its queue."""

@@ -21,7 +21,7 @@ import structlog
 from aiohttp import web
 
 from pocd.admin.client import AdminError, call
-from pocd.delivery.keeper import Keeper, Limits
+from pocd.delivery.keeper import Keeper, StoreLimits
 from pocd.http.server import listening
 from pocd.mining.miner import Miner
 from pocd.observe.changes import Changes
@@ -191,7 +191,7 @@ async def test_what_a_full_disk_refused_is_lent_again_once_there_is_room(tmp_pat
     clock = ManualClock()
     with closing(OutboxThread(path)) as outbox:
         miner = Miner(outbox, Changes(), clock=clock)
-        limits = Limits(keep_delivered=1, expire_after=1, size=2**40, free=0)
+        limits = StoreLimits(keep_delivered=1, expire_after=1, size=2**40, free=0)
         log = structlog.get_logger()
         keeper = Keeper(path, outbox, miner, dispatchers(outbox), limits=limits, clock=clock, log=log)
         await miner.set_round(Work(ROUND, NODE))
@@ -217,7 +217,7 @@ async def test_what_a_full_disk_refused_is_lent_again_once_there_is_room(tmp_pat
         assert outbox.view.totals == Totals(checked=2000, valid=2000)
 
 
-# Limits of our own
+# StoreLimits of our own
 
 
 async def test_a_store_at_its_limit_holds_mining_until_the_receiver_takes_something(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from pocd.store.deliveries import next_pending
 from pocd.store.outbox import Work
 from pocd.store.thread import OutboxThread
 from pocd.validation.claim import Claim
-from pocd.validation.queue import QueueFullError, Request, Validator
+from pocd.validation.queue import QueueFullError, ValidationRequest, Validator
 from pocd.validation.verdict import Terms
 from pocd.worker import messages
 from pocd.worker.messages import Load
@@ -99,7 +99,7 @@ class Bench:
     validator: Validator
     events: Events
 
-    async def verdict(self, request: Request) -> dict[str, Any]:
+    async def verdict(self, request: ValidationRequest) -> dict[str, Any]:
         """Ask, wait, and return the verdict."""
         name = (await self.validator.ask(request)).id
         found = await self.validator.until_finished(name, PATIENCE)
@@ -108,11 +108,11 @@ class Bench:
         verdict: dict[str, Any] = orjson.loads(found.answer)
         return verdict
 
-    async def request(self, claim: Claim, **changes: Any) -> Request:  # noqa: ANN401 - of the terms
+    async def request(self, claim: Claim, **changes: Any) -> ValidationRequest:  # noqa: ANN401 - of the terms
         async with asyncio.timeout(PATIENCE):
             await self.pool.ready.wait()
         assert self.pool.info is not None
-        return Request(claim, terms(self.pool.info.fingerprint, **changes), None, None, None)
+        return ValidationRequest(claim, terms(self.pool.info.fingerprint, **changes), None, None, None)
 
 
 @contextlib.contextmanager
@@ -264,7 +264,8 @@ async def test_a_daemon_with_another_model_judges_nothing_that_was_asked_of_the_
 async def test_a_full_queue_takes_nothing_more_and_still_knows_what_it_has(tmp_path: Path) -> None:
     with opened(tmp_path, most=2) as bench:
         requests = [
-            Request(claim_of(THEIRS, {1: 1.0}), terms("f00d"), 1, seed, None) for seed in ("one", "two", "three")
+            ValidationRequest(claim_of(THEIRS, {1: 1.0}), terms("f00d"), 1, seed, None)
+            for seed in ("one", "two", "three")
         ]
         for request in requests[:2]:
             await bench.validator.ask(request)
@@ -283,8 +284,8 @@ def test_a_request_reads_back_as_it_was() -> None:
         b'{"public_key": "k", "block_hash": "b", "block_height": 1, "nonces": [1, 1], "dist": [NaN, 1], "more": 1, '
         b'"model": "m", "params": {"seq_len": 16, "batch_size": 8}}'
     )
-    request = Request(claim, terms("f00d"), 1, "seed", "callback-1")
-    again = Request.from_json(request.to_json())
+    request = ValidationRequest(claim, terms("f00d"), 1, "seed", "callback-1")
+    again = ValidationRequest.from_json(request.to_json())
     assert (again, again.id) == (request, request.id)
     others = [
         dataclasses.replace(request, sample=2),
@@ -298,7 +299,11 @@ def test_a_request_reads_back_as_it_was() -> None:
 async def test_finished_validations_are_kept_for_a_while_and_not_without_end(tmp_path: Path) -> None:
     with opened(tmp_path, most=200) as bench:
         names = [
-            (await bench.validator.ask(Request(claim_of(THEIRS, {1: 1.0}), terms("f00d"), 1, f"{number}", None))).id
+            (
+                await bench.validator.ask(
+                    ValidationRequest(claim_of(THEIRS, {1: 1.0}), terms("f00d"), 1, f"{number}", None)
+                )
+            ).id
             for number in range(validations.KEPT + 5)
         ]
         for now, name in enumerate(names[:-1]):

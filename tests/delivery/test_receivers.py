@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pocd.delivery.dispatcher import Receiver
-from pocd.delivery.dispatchers import MOST_CALLBACKS, CallbackError, callback_name
+from pocd.delivery.receivers import MOST_CALLBACKS, CallbackError, callback_name
 from pocd.protocol.nonces import Span
 from pocd.protocol.proof import Proof
 from pocd.store import deliveries
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-    from pocd.delivery.dispatchers import Dispatchers
+    from pocd.delivery.receivers import Receivers
 
 
 @pytest.fixture
@@ -38,8 +38,8 @@ async def server() -> AsyncIterator[Server]:
         yield made
 
 
-def over(bench: Bench, *urls: str, origins: tuple[str, ...] = ()) -> Dispatchers:
-    """Dispatchers for receivers of the configuration, named a, b, …"""
+def over(bench: Bench, *urls: str, origins: tuple[str, ...] = ()) -> Receivers:
+    """Receivers for receivers of the configuration, named a, b, …"""
     receivers = [Receiver(name, url, None) for name, url in zip("abc", urls, strict=False)]
     return dispatchers(
         bench.outbox, receivers, lambda receiver: bench.dispatcher(receiver.url, receiver.name), origins=origins
@@ -47,7 +47,7 @@ def over(bench: Bench, *urls: str, origins: tuple[str, ...] = ()) -> Dispatchers
 
 
 @contextlib.asynccontextmanager
-async def running(each: Dispatchers, callback: str | None = None) -> AsyncIterator[None]:
+async def running(each: Receivers, callback: str | None = None) -> AsyncIterator[None]:
     task = asyncio.create_task(each.run(callback))
     try:
         yield
@@ -68,7 +68,7 @@ async def queue(bench: Bench, callback: str) -> None:
     await bench.outbox(write)
 
 
-def served(each: Dispatchers) -> list[str]:
+def served(each: Receivers) -> list[str]:
     return [dispatcher.receiver.name for dispatcher in each]
 
 

@@ -10,13 +10,13 @@ from pocd.config.types import CALLBACK_PREFIX
 from pocd.delivery.dispatcher import Dispatcher, Receiver
 from pocd.http.addresses import allowed_origin
 from pocd.observe.mask import mask_url
+from pocd.store.batches import register_callback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from structlog.typing import FilteringBoundLogger
 
-    from pocd.store.outbox import Outbox
     from pocd.store.thread import OutboxThread
 
 MOST_CALLBACKS = 16
@@ -39,16 +39,8 @@ def callback_name(url: str) -> str:
     return CALLBACK_PREFIX + hashlib.sha256(url.encode()).hexdigest()[:12]
 
 
-def register_callback(outbox: Outbox, name: str, url: str) -> None:
-    """Store the URL of a receiver that came with a callback URL."""
-    with outbox.transaction():
-        outbox.db.execute(
-            "INSERT INTO receivers (name, url) VALUES (?, ?) ON CONFLICT DO UPDATE SET url = excluded.url", (name, url)
-        )
-
-
-class Dispatchers:
-    """One dispatcher for each receiver; those of callback URLs come and go.
+class Receivers:
+    """All receivers, each with its dispatcher; those of callback URLs come and go.
 
     Args:
         receivers: The configured receivers.
@@ -84,18 +76,13 @@ class Dispatchers:
 
     def names(self, callback: str | None = None) -> list[str]:
         """Return the names of the receivers of a round's batches: all configured ones, and the round's `callback`."""
-        names = [dispatcher.receiver.name for dispatcher in self._configured]
+        names = [receiver.name for receiver in self.configured]
         return names if callback is None or callback in names else [*names, callback]
 
     @property
-    def receivers(self) -> list[Receiver]:
-        """The configured receivers."""
+    def configured(self) -> list[Receiver]:
+        """The configured receivers, which get every batch."""
         return [dispatcher.receiver for dispatcher in self._configured]
-
-    @property
-    def configured(self) -> list[str]:
-        """Names of the configured receivers, which get every batch."""
-        return self.names()
 
     def wake(self) -> None:
         """Make every dispatcher look at its queue, also those of callback URLs that had got everything before."""
