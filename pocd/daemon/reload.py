@@ -135,7 +135,7 @@ class Reloader:
         check_model(new)
         receivers = make_receivers(new)
         difference = diff(parts.settings, new)
-        others = compare(parts.receivers.names(), receivers)
+        others = compare(parts.receivers.configured, receivers)
         if others and RECEIVERS not in difference.apply:  # a file of secrets holds others under the same name
             difference = Difference((*difference.apply, RECEIVERS), difference.restart)
 
