@@ -48,9 +48,9 @@ class Batcher:
             seen = self._changes.count
             try:
                 due = await self.form()
-            except StoreUnavailableError:  # nothing was changed, and readiness tells
+            except StoreUnavailableError:  # nothing was changed, and readiness shows why
                 due = self._clock.wall() + self._age
-            # Never longer than the age: the clock may have been set back since `due` was told.
+            # Never longer than the age: the clock may have been set back since `due` was computed.
             wait = None if due is None else min(max(due - self._clock.wall(), 0.0), self._age)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):

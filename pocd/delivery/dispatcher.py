@@ -145,7 +145,7 @@ class Dispatcher:
             overtaken=overtaken,
             jitter=self._jitter(),
         )
-        self._tell(delivery, outcome, decision)
+        self._log_decision(delivery, outcome, decision)
         self._events.publish("delivery", receiver=name, id=delivery.id, outcome=OUTCOMES[type(decision)])
         record = self._outbox.persistently
         match decision:
@@ -169,7 +169,7 @@ class Dispatcher:
                 return True
         return False
 
-    def _tell(self, delivery: PendingDelivery, outcome: Outcome, decision: policy.Decision) -> None:
+    def _log_decision(self, delivery: PendingDelivery, outcome: Outcome, decision: policy.Decision) -> None:
         """Log a decision, and raise or lower the alarm."""
         log = self._log.bind(batch=delivery.id, sequence=delivery.sequence, attempts=delivery.attempts + 1)
         alarm = _alarm(outcome) if outcome.alarm else None

@@ -92,7 +92,7 @@ class Keeper:
         self._jumps = JumpDetector(clock)
         self._log = log
         self._free_bytes = free_bytes
-        self._told: str | None = None  # the reason that was logged last
+        self._logged: str | None = None  # the reason that was logged last
 
     async def run(self) -> None:
         """Look at the store every few seconds until cancelled."""
@@ -104,7 +104,7 @@ class Keeper:
     async def look(self) -> None:
         """Prune and expire batches that are due, and hold mining or let it go on."""
         held = self._miner.held
-        self._tell(held)  # a commit that failed may have held it since the last look
+        self._log_hold(held)  # a commit that failed may have held it since the last look
         jump = self._jumps.jump()
         if jump:
             self._log.warning("the wall clock was set", action="clock_jump", seconds=round(jump, 1))
@@ -124,14 +124,14 @@ class Keeper:
             return  # a commit failed meanwhile: the next look finds out whether it can be made
         if reason != held:
             self._miner.hold(reason)
-        self._tell(reason)
+        self._log_hold(reason)
 
-    def _tell(self, reason: str | None) -> None:
-        if reason and not self._told:
+    def _log_hold(self, reason: str | None) -> None:
+        if reason and not self._logged:
             self._log.error("mining waits for the store", action="store_held", cause=reason)
-        elif self._told and not reason:
+        elif self._logged and not reason:
             self._log.info("the store takes proofs again, mining goes on", action="store_released")
-        self._told = reason
+        self._logged = reason
 
     async def _clamp(self) -> None:
         await self._outbox.persistently(upkeep.clamp_times, self._clock.wall())

@@ -87,7 +87,7 @@ class Receivers:
 
     def wake(self) -> None:
         """Make every dispatcher look at its queue, also those of callback URLs that had got everything before."""
-        self._take_up_again(None)
+        self._serve_callbacks(None)
         for dispatcher in self:
             dispatcher.wake()
 
@@ -95,7 +95,7 @@ class Receivers:
         """Deliver until cancelled; `callback` is the receiver of the round that was asked for before."""
         try:
             async with asyncio.TaskGroup() as group:
-                self._take_up_again(callback)
+                self._serve_callbacks(callback)
                 self._tasks = {each.receiver.name: self._begin(group, each) for each in self}
                 self._group = group
                 await asyncio.Event().wait()  # until cancelled, so without a bound
@@ -122,9 +122,9 @@ class Receivers:
             for each in self._configured:
                 if each.receiver.name not in self._tasks:
                     self._tasks[each.receiver.name] = self._begin(self._group, each)
-        self._take_up_again(None)  # a callback URL may be allowed now, or is said to be no longer
+        self._serve_callbacks(None)  # a callback URL may be allowed now, or is said to be no longer
 
-    def _take_up_again(self, callback: str | None) -> None:
+    def _serve_callbacks(self, callback: str | None) -> None:
         """Serve earlier callback URLs whose queues are not empty."""
         outbox = self._outbox.view
         for name, state in outbox.receivers.items():

@@ -106,8 +106,8 @@ class Control:
             async with self._lock:
                 work = self.asked.work
                 done = await self._outbox.persistently(Outbox.begin_round, work, self._clock.wall())
-                self._miner.take_up(work, done)
-                self._tell(work)
+                self._miner.activate(work, done)
+                self._report(work)
 
     async def follow(self, round_: Round | None) -> None:
         """Note the round that should be active by the chain, and mine it if the chain decides.
@@ -123,7 +123,7 @@ class Control:
                 is_news = not self._miner.works_on(work)
                 await self._miner.set_round(work)
                 if is_news:
-                    self._tell(work)
+                    self._report(work)
             self.chain_round = round_
 
     async def call(self, call: Call, asked: RoundRequest | None = None) -> None:
@@ -155,14 +155,14 @@ class Control:
             if mode is Mode.STOPPED:
                 return  # the round stays active, so that status shows it
             is_news = not self._miner.works_on(work)
-            self._miner.take_up(work, done)
+            self._miner.activate(work, done)
             if is_news:
-                self._tell(work)
+                self._report(work)
 
     def _of_chain(self, round_: Round | None) -> Work | None:
         return Work(round_, self._node) if round_ else None
 
-    def _tell(self, work: Work | None) -> None:
+    def _report(self, work: Work | None) -> None:
         """Log and publish which round is active from now on."""
         if work is None:
             self._log.info("no round is active", action="round_end")

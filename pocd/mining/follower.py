@@ -102,7 +102,7 @@ async def follow(
     """
     logged_at: float | None = None  # when the chain was last said to be down; None while it is up
     degraded = False
-    unwell = False  # as `on_problem` was told
+    unwell = False  # as `on_problem` was called last
     while True:
         started = clock.monotonic()
         failures_before = health.failures

@@ -74,7 +74,7 @@ class Miner:
         self._outbox = outbox
         self._changes = changes
         self._clock = clock
-        self._lent: Counter[Mining] = Counter()  # how many leases of each round are out; no zeros
+        self._leased: Counter[Mining] = Counter()  # how many leases of each round are out; no zeros
         self._closed = False
         self.paused = False
         self.held: str | None = None
@@ -92,7 +92,7 @@ class Miner:
     async def set_round(self, work: Work | None) -> None:
         """Replace the active round at once. The old one's proofs are delivered all the same."""
         if not self.works_on(work):
-            self.take_up(work, await self._outbox(Outbox.begin_round, work, self._clock.wall()) if work else None)
+            self.activate(work, await self._outbox(Outbox.begin_round, work, self._clock.wall()) if work else None)
 
     def works_on(self, work: Work | None) -> bool:
         """Tell whether the active round is that of `work`, on the same share of the nonces."""
@@ -100,12 +100,14 @@ class Miner:
             return self.mining is None and work is None
         return (self.mining.round, self.mining.node) == (work.round, work.node)
 
-    def take_up(self, work: Work | None, done: RoundProgress | None) -> None:
+    def activate(self, work: Work | None, done: RoundProgress | None) -> None:
         """Make `work`, which was begun in the store, the active round at once; `done` is its earlier progress."""
         if not self.works_on(work):
             # A round that comes back while leases of it are out goes on with its ledger, which alone knows of them.
-            lent = (mining for mining in self._lent if work and (mining.round, mining.node) == (work.round, work.node))
-            self.mining = next(lent, None) or (self._mining(work, done) if work and done else None)
+            leased = (
+                mining for mining in self._leased if work and (mining.round, mining.node) == (work.round, work.node)
+            )
+            self.mining = next(leased, None) or (self._mining(work, done) if work and done else None)
         self._notify()
 
     def _mining(self, work: Work, done: RoundProgress) -> Mining:
@@ -135,12 +137,12 @@ class Miner:
         self._notify()
         with contextlib.suppress(TimeoutError):  # what is not committed will be checked again
             async with asyncio.timeout(limit):
-                await self._changes.until(lambda: not self._lent)
+                await self._changes.until(lambda: not self._leased)
 
     async def lease(self, count: int) -> Lease:
         """Lease the next nonces, at most `count`; waits while there is nothing to mine."""
         mining = await self.until_mining()
-        self._lent[mining] += 1
+        self._leased[mining] += 1
         return Lease(mining, mining.ledger.take(count))
 
     async def until_mining(self) -> Mining:
@@ -201,10 +203,10 @@ class Miner:
             self.mining.ledger.retry()
 
     def _returned(self, mining: Mining) -> None:
-        self._lent[mining] -= 1
-        if not self._lent[mining]:
-            del self._lent[mining]
-        if not self._lent:
+        self._leased[mining] -= 1
+        if not self._leased[mining]:
+            del self._leased[mining]
+        if not self._leased:
             self._changes.notify()  # `close` may wait for that
 
     def _notify(self) -> None:

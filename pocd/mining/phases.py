@@ -6,10 +6,10 @@ A table and two pure functions; `control.py` acts on them.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, get_args
 
 DaemonState = Literal["IDLE", "LOADING", "GENERATING", "VALIDATING", "STOPPED"]
-STATES: tuple[DaemonState, ...] = ("IDLE", "LOADING", "GENERATING", "VALIDATING", "STOPPED")
+STATES: tuple[DaemonState, ...] = get_args(DaemonState)
 
 
 class Mode(StrEnum):

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from pocd.store.outbox import Outbox
 
 MOST_BATCHES = 64  # formed in one transaction, so that others get their turn
-MOST_NONCES = 100_000  # likewise
+MOST_NONCES = 100_000  # in them
 
 _OF_GROUP = "WHERE round = ? AND node_id = ? AND fingerprint IS ? AND dtype IS ?"
 _OLDEST = f"SELECT number, nonce, distance FROM proofs {_OF_GROUP} ORDER BY number LIMIT ?"  # noqa: S608 - made of constants
-_DELETE = f"DELETE FROM proofs {_OF_GROUP} AND number <= ?"  # noqa: S608 - likewise
+_DELETE = f"DELETE FROM proofs {_OF_GROUP} AND number <= ?"  # noqa: S608 - made of constants
 
 
 @dataclass(frozen=True, slots=True)
