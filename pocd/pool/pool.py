@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from pocd.clock import Clock
     from pocd.mining.miner import Miner
+    from pocd.observe.changes import Changes
     from pocd.observe.events import Events
     from pocd.pool.limits import WorkerLimits
     from pocd.worker.messages import Load, Ready
@@ -44,12 +45,13 @@ class Pool:
         limits: WorkerLimits,
         *,
         cache: Path,
+        changes: Changes,
         clock: Clock,
         log: FilteringBoundLogger,
         events: Events,
     ) -> None:
         assert loads, "there is at least one worker"
-        self._miner = miner
+        self._changes = changes
         self._clock = clock
         self._log = log
         self._events = events
@@ -135,7 +137,7 @@ class Pool:
             self.ready.set()
         else:
             self.ready.clear()
-        await self._miner.announce()
+        self._changes.notify()
 
 
 def environment(loads: Sequence[Load], cache: Path) -> dict[str, str]:
