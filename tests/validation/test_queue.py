@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import os
 import signal
-import time
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -20,8 +19,8 @@ from pocd.lab import command
 from pocd.mining.miner import Miner
 from pocd.observe.changes import Changes
 from pocd.observe.events import Events
+from pocd.pool.limits import WorkerLimits
 from pocd.pool.pool import Pool
-from pocd.pool.supervisor import Limits
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.store import validations
@@ -122,8 +121,8 @@ def opened(folder: Path, load: Load = LOAD, *receivers: str, most: int = 4) -> I
         log, events = structlog.get_logger(), Events(SYSTEM)
         changes = Changes()
         miner = Miner(outbox, changes, clock=SYSTEM)
-        limits, clock = Limits(batch=60.0), time.monotonic
-        pool = Pool([load], miner, limits, cache=folder, changes=changes, clock=clock, log=log, events=events)
+        limits = WorkerLimits(batch=60.0)
+        pool = Pool([load], miner, limits, cache=folder, changes=changes, clock=SYSTEM, log=log, events=events)
         served = dispatchers(outbox, [Receiver(name, "http://127.0.0.1:1", None) for name in receivers])
         validator = Validator(outbox, pool, served, most=most, clock=SYSTEM, log=log, events=events)
         yield Bench(outbox, miner, pool, validator, events)
