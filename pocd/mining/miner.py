@@ -79,8 +79,8 @@ class Miner:
         self.paused = False
         self.held: str | None = None
         self.mining: Mining | None = None
-        self.checked_rate = RateWindow(clock.monotonic)
-        self.valid_rate = RateWindow(clock.monotonic)
+        self.checked_rate = RateWindow(clock)
+        self.valid_rate = RateWindow(clock)
         self.refused_batches = 0
         self.batchable = Changes()
 

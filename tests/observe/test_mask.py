@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-INFO = "ABCDEFGH:JKLMNOPQRSTUVW"  # of which no letter is in what tells of it, but for those that are masked
+INFO = "ABCDEFGH:JKLMNOPQRSTUVW"  # of which no delivery is in what tells of it, but for those that are masked
 SENT = base64.b64encode(INFO.encode()).decode()
 
 
