@@ -17,7 +17,7 @@ from pocd.check.model import Place
 from pocd.check.probe import Probe, probe
 from pocd.check.receivers import check_receiver
 from pocd.clock import SYSTEM, Clock
-from pocd.delivery.dispatcher import Receiver
+from pocd.delivery.posting import Receiver
 from pocd.http.client import open_session
 from pocd.http.webhooks import SecretError, WebhookKeys
 from pocd.pool import cards

@@ -31,7 +31,7 @@ from pocd.check.finding import Finding, Level
 from pocd.check.probe import Probe
 from pocd.check.receivers import check_receiver
 from pocd.config.settings import ModelSettings, StoreSettings, load
-from pocd.delivery.dispatcher import Receiver
+from pocd.delivery.posting import Receiver
 from pocd.http.client import open_session
 from pocd.http.server import listening
 from pocd.http.webhooks import WebhookKeys

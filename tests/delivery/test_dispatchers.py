@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pocd.delivery.dispatcher import Receiver
 from pocd.delivery.dispatchers import MOST_CALLBACKS, CallbackError, callback_name
+from pocd.delivery.posting import Receiver
 from pocd.protocol.nonces import Span
 from pocd.protocol.proof import Proof
 from pocd.store import deliveries

@@ -12,8 +12,9 @@ import structlog
 from aiohttp import web
 
 from pocd.clock import SYSTEM
-from pocd.delivery.dispatcher import Dispatcher, Receiver
+from pocd.delivery.dispatcher import Dispatcher
 from pocd.delivery.dispatchers import Dispatchers
+from pocd.delivery.posting import Receiver
 from pocd.observe.events import Events
 from pocd.protocol.nonces import Node, Span
 from pocd.protocol.proof import Proof, Round
