@@ -16,12 +16,13 @@ from pocd.http.parsing import Input, parse_body, parse_query
 from pocd.http.server import RefusalError, json_answer
 from pocd.mining.control import Asked, NoRoundError
 from pocd.mining.phases import Call
+from pocd.protocol.bodies import Index
 from pocd.protocol.names import default_tolerance
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import FRAUD_THRESHOLD, MOST_NONCES, Round
 from pocd.protocol.schemes import SCHEMES
 from pocd.validation.claim import LARGEST_CLAIM, Claim
-from pocd.validation.deciding import BY_WEIGHTS, Index, MismatchError, Named, refuse_mismatch, running, said
+from pocd.validation.deciding import BY_WEIGHTS, MismatchError, Named, refuse_mismatch, running, said
 from pocd.validation.queue import QueueFullError, Request
 from pocd.validation.verdict import Terms, check, sampled
 

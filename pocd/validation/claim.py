@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator
 
-from pocd.protocol.proof import MOST_NONCES
-from pocd.validation.deciding import Count, Index, Name, Named
+from pocd.protocol.bodies import BatchBody, Count, Name
+from pocd.validation.deciding import Named
 
 LARGEST_CLAIM = 8 * 2**20  # bytes; the longest numbers, one a line, are 5 MiB
 
@@ -30,7 +29,7 @@ class BodyError(Exception):
         self.field = field
 
 
-class Claim(Named):
+class Claim(BatchBody, Named):
     """A ProofBatch as a miner sends it (docs/protocol.md section 5).
 
     What it names of its making is held to what this daemon runs; other fields that it does not know are ignored.
@@ -51,10 +50,6 @@ class Claim(Named):
         },
     )
 
-    public_key: Annotated[str, Field(min_length=1, max_length=1024)]
-    block_hash: Name
-    block_height: Index
-    nonces: Annotated[list[Index], FailFast(), Field(min_length=1, max_length=MOST_NONCES)]
     dist: Annotated[
         list[float | None],
         FailFast(),
@@ -62,18 +57,13 @@ class Claim(Named):
             description="One for each nonce. What is no finite number (null, NaN, Infinity) counts against the miner."
         ),
     ]
-    node_id: Index = 0
     node_count: Annotated[Count | None, Field(description="Among how many nodes the nonces are shared.")] = None
     r_target: Annotated[float | None, Field(gt=0, le=2, allow_inf_nan=False)] = None
     batch_id: Annotated[Name | None, Field(description="Ignored: the verdict has an id of its own.")] = None
 
-    # Fields are checked in order, so the nonces are known here unless they were refused themselves.
     @field_validator("dist")
     @classmethod
-    def _one_for_each_nonce(cls, values: list[float | None], info: ValidationInfo) -> list[float | None]:
-        expected = len(info.data.get("nonces", values))
-        if len(values) != expected:
-            raise PydanticCustomError("length", f"{len(values)} values for {expected} nonces")
+    def _null_for_no_number(cls, values: list[float | None]) -> list[float | None]:
         return [value if value is not None and math.isfinite(value) else None for value in values]
 
 

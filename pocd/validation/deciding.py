@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pocd.protocol.bodies import Count, Index, Name
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-Index = Annotated[int, Field(ge=0, le=2**63 - 1)]
-Count = Annotated[int, Field(ge=1, le=2**63 - 1)]
-Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 MOST_UNKNOWN = 16  # names that a refusal lists
 BY_NAME = {"model", "model_id", "revision"}  # what tells which weights are meant, by a word

@@ -210,11 +210,11 @@ async def test_distinct_nonces_are_counted_by_round_and_key(client: Client) -> N
     await client.post(GENERATED | {"nonces": [1, 1, 2], "dist": [1, 1, 1]}, "a")
     await client.post(GENERATED | {"nonces": [2, 3], "block_height": 8}, "b")
     await client.post(GENERATED | {"nonces": [1, 2], "public_key": "other"}, "c")
-    await client.post(GENERATED | {"nonces": [], "dist": []}, "d")
+    await client.post(GENERATED | {"nonces": [3, 1]}, "d")
     await client.post(VALIDATED | {"nonces": [8, 9]}, "e", "validated")
-    assert await client.totals() == {"batches": 4, "nonces": 7, "distinct_nonces": 5, "validated_batches": 1}
+    assert await client.totals() == {"batches": 4, "nonces": 9, "distinct_nonces": 5, "validated_batches": 1}
     first, second = (await client.get("/stats"))["rounds"]
-    assert (first["public_key"], first["nonces"], first["batches"], first["block_height"]) == ("miner", 5, 3, 7)
+    assert (first["public_key"], first["nonces"], first["batches"], first["block_height"]) == ("miner", 7, 3, 7)
     assert (second["public_key"], second["nonces"], second["batches"]) == ("other", 2, 1)
 
 
@@ -333,11 +333,14 @@ BAD_FIELDS: list[tuple[str, object, str]] = [
     ("block_height", "7", "block_height: Input should be a valid integer"),
     ("block_height", 7.0, "block_height: Input should be a valid integer"),
     ("block_height", True, "block_height: Input should be a valid integer"),
-    ("block_height", 2**63, "block_height: Input should be less than 9223372036854775808"),
+    ("block_height", 2**63, "block_height: Input should be less than or equal to 9223372036854775807"),
+    ("block_height", -1, "block_height: Input should be greater than or equal to 0"),
     ("node_id", False, "node_id: Input should be a valid integer"),
+    ("node_id", -1, "node_id: Input should be greater than or equal to 0"),
+    ("nonces", [], "nonces: List should have at least 1 item after validation, not 0"),
     ("nonces", 3, "nonces: Input should be a valid list"),
     ("nonces", [3, -1], "nonces[1]: Input should be greater than or equal to 0"),
-    ("nonces", [3, 2**63], "nonces[1]: Input should be less than 9223372036854775808"),
+    ("nonces", [3, 2**63], "nonces[1]: Input should be less than or equal to 9223372036854775807"),
     ("nonces", [True, 3], "nonces[0]: Input should be a valid integer"),
     ("nonces", [3, 5.0], "nonces[1]: Input should be a valid integer"),
     ("nonces", [3], "dist: 2 values for 1 nonces"),
@@ -376,7 +379,7 @@ async def test_each_bad_field_is_named(client: Client, kind: str, field: str, va
     assert await client.totals() == {"rejected": 1}
 
 
-@pytest.mark.parametrize("field", sorted(VALIDATED.keys() - {"something_else"}))
+@pytest.mark.parametrize("field", sorted(VALIDATED.keys() - {"something_else", "node_id"}))
 async def test_each_missing_field_is_named(client: Client, field: str) -> None:
     kind = "generated" if field in GENERATED else "validated"
     body = {name: value for name, value in VALIDATED.items() if name != field}
@@ -385,9 +388,9 @@ async def test_each_missing_field_is_named(client: Client, field: str) -> None:
 
 
 async def test_the_limits_of_each_number_are_stored(client: Client) -> None:
-    edge = {"nonces": [0, 2**63 - 1], "block_height": -(2**63), "node_id": -1, "dist": [0, -1e308]}
+    edge = {"nonces": [0, 2**63 - 1], "block_height": 2**63 - 1, "node_id": 2**63 - 1, "dist": [0, -1e308]}
     assert (await client.post(GENERATED | edge)).status == 200
-    assert (await client.get("/stats"))["rounds"][0]["block_height"] == -(2**63)
+    assert (await client.get("/stats"))["rounds"][0]["block_height"] == 2**63 - 1
 
 
 @pytest.mark.parametrize("message_id", ["a.b", "a b", "é", "a" * 257, ""])

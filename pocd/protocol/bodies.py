@@ -1,0 +1,38 @@
+"""A batch as it comes from outside, whoever takes it: its fields, and what each may hold."""
+
+from __future__ import annotations
+
+from typing import Annotated, TypeVar
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from pocd.protocol.proof import MOST_NONCES
+
+Index = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Count = Annotated[int, Field(ge=1, le=2**63 - 1)]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+
+Values = TypeVar("Values", list[float], list[float | None])
+
+
+class BatchBody(BaseModel):
+    """A ProofBatch but for its distances, which each reader names (docs/protocol.md section 5)."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    public_key: Annotated[str, Field(min_length=1, max_length=1024)]
+    block_hash: Name
+    block_height: Index
+    nonces: Annotated[list[Index], FailFast(), Field(min_length=1, max_length=MOST_NONCES)]
+    node_id: Index = 0
+    batch_id: Name | None = None
+
+    # Fields are checked in order, so the nonces are known here unless they were refused themselves.
+    @field_validator("dist", "received_dist", check_fields=False)
+    @classmethod
+    def _one_for_each_nonce(cls, values: Values, info: ValidationInfo) -> Values:
+        expected = len(info.data.get("nonces", values))
+        if len(values) != expected:
+            raise PydanticCustomError("length", f"{len(values)} values for {expected} nonces")
+        return values
