@@ -488,7 +488,7 @@ async def test_the_answer_comes_after_the_commit(client: Client, path: Path) -> 
             loop.call_soon_threadsafe(reached.set)
             go_on.wait(PATIENCE)
 
-    await client.store._run(client.store._database._db.set_trace_callback, hold_up_commit)
+    await client.store._run(lambda database: database._db.set_trace_callback(hold_up_commit))
     post = asyncio.create_task(client.post(GENERATED, "a"))
     try:
         await soon(reached.wait())
@@ -513,16 +513,16 @@ async def test_what_cannot_be_stored_is_not_acknowledged(path: Path, monkeypatch
 
 
 async def test_a_failure_inside_a_transaction_leaves_nothing(client: Client, path: Path) -> None:
-    run, database = client.store._run, client.store._database._db
-    await run(database.execute, "ALTER TABLE totals RENAME TO hidden")
+    run = client.store._run
+    await run(lambda database: database._db.execute("ALTER TABLE totals RENAME TO hidden"))
     assert (await client.post(GENERATED, "a")).status == 503
     assert rows(path) == 0
-    await run(database.execute, "ALTER TABLE hidden RENAME TO totals")
+    await run(lambda database: database._db.execute("ALTER TABLE hidden RENAME TO totals"))
     assert (await client.post(GENERATED, "a")).body["status"] == "stored"
 
 
 async def test_a_busy_store_refuses_instead_of_queueing(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receiver_store, "MAX_WAITING", 1)
+    monkeypatch.setattr(client.store._thread, "_most_waiting", 1)
     reached, go_on = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
@@ -530,7 +530,7 @@ async def test_a_busy_store_refuses_instead_of_queueing(client: Client, monkeypa
         loop.call_soon_threadsafe(reached.set)
         go_on.wait(PATIENCE)
 
-    blocker = asyncio.create_task(client.store._run(block))
+    blocker = asyncio.create_task(client.store._run(lambda _: block()))
     try:
         await soon(reached.wait())
         assert (await client.post(GENERATED, "a")).status == 503
@@ -546,7 +546,7 @@ async def test_a_stuck_store_is_given_up(path: Path, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(receiver_store, "CALL_TIMEOUT_S", 0.01)
         with pytest.raises(StoreBusyError, match=f"{path}: no answer within"):
-            await store._run(go_on.wait, PATIENCE)
+            await store._run(lambda _: go_on.wait(PATIENCE))
     go_on.set()
     await store.close()
 
@@ -581,11 +581,11 @@ async def test_work_does_not_grow_with_what_is_stored(path: Path) -> None:
             nonlocal count
             count += 1
 
-        await store._run(store._database._db.set_progress_handler, step, 1)
+        await store._run(lambda database: database._db.set_progress_handler(step, 1))
         await store.stats()
         await store.page(0, 5, "validated")
         await store.page(30, 5, None)
-        await store._run(store._database._db.set_progress_handler, None, 1)
+        await store._run(lambda database: database._db.set_progress_handler(None, 1))
         return count
 
     store = await Store.open(path)
