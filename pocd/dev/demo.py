@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
 import signal
 import sqlite3
@@ -25,16 +24,14 @@ from rich.table import Table
 
 from pocd.admin.client import AdminError, call
 from pocd.admin.text import funnel_text, percent
-from pocd.config.settings import ENV_PREFIX
+from pocd.dev.processes import started
 from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_OK, EndedError
 
 if TYPE_CHECKING:
-    from asyncio.subprocess import Process
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
-START_SECONDS = 120.0  # for a process to listen
-STOP_SECONDS = 120.0  # for a process to end
+    from pocd.dev.processes import Running
+
 RECOMPUTE_SECONDS = 600.0  # for `pocd compute`
 REFRESH_SECONDS = 0.5
 STALLED_SECONDS = 120.0  # without a nonce checked
@@ -147,71 +144,6 @@ def _empty(folder: Path) -> None:
             raise EndedError(EXIT_CONFIG, f"{folder} is not empty and holds no earlier demo; choose another --folder")
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """A process that listens at `url` and writes its log to `log`."""
-
-    process: Process
-    url: str
-    log: Path
-
-    async def end(self) -> None:
-        """Stop it as a service manager does, and insist on a clean exit."""
-        if self.process.returncode is None:
-            self.process.terminate()
-        try:
-            async with asyncio.timeout(STOP_SECONDS):
-                code = await self.process.wait()
-        except TimeoutError:
-            self.process.kill()
-            raise EndedError(
-                EXIT_CRASH, f"a process did not stop within {STOP_SECONDS:.0f} s; see {self.log}"
-            ) from None
-        if code != 0:
-            raise EndedError(EXIT_CRASH, f"a process ended with status {code}; see {self.log}")
-
-
-@contextlib.asynccontextmanager
-async def started(folder: Path, command: str, *options: str, log: Path | None = None) -> AsyncIterator[Running]:
-    """Run `pocd COMMAND` until the context ends. Its session is its own, so that Ctrl-C reaches only us.
-
-    What it says goes to `log`, by default COMMAND.log in `folder`.
-    """
-    log = log or folder / f"{command}.log"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
-    with log.open("wb") as sink:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "pocd", command, *options),
-            stdout=sink,
-            stderr=sink,
-            env=environment,
-            start_new_session=True,
-        )
-    try:
-        yield Running(process, await _announced_url(process, log), log)
-    finally:
-        if process.returncode is None:
-            process.terminate()
-            try:
-                async with asyncio.timeout(STOP_SECONDS):
-                    await process.wait()
-            except TimeoutError:
-                process.kill()
-                await process.wait()
-
-
-async def _announced_url(process: Process, log: Path) -> str:
-    """Wait until the process says in its log where it listens."""
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.returncode is None:
-        for line in log.read_bytes().splitlines():
-            if line.startswith(b"{") and line.endswith(b"}") and (entry := orjson.loads(line))["action"] == "listening":
-                return str(entry["url"])
-        await asyncio.sleep(0.05)
-    lines = log.read_text(errors="replace").splitlines()
-    raise EndedError(EXIT_CRASH, f"{log.stem} did not start: {lines[-1] if lines else 'no word'}; see {log}")
 
 
 async def _watch(plan: Plan, daemon: Running, console: Console, stop: asyncio.Event) -> bool:

@@ -335,7 +335,7 @@ async def test_ctrl_c_and_sigterm_are_good_ends(monkeypatch: pytest.MonkeyPatch,
 
 
 # As `pocd`, with more time for the events that have happened.
-PATIENT = "from pocd import cli, watching; watching.BACKLOG_SECONDS = 10.0; cli.main()"
+PATIENT = "from pocd.cli import main, viewer; viewer.BACKLOG_SECONDS = 10.0; main.main()"
 
 
 async def piped(url: str) -> tuple[int, str, str]:
