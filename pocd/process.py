@@ -1,4 +1,4 @@
-"""What all our processes share: exit statuses, the exception that carries one, and how torch's threads wait."""
+"""Shared by all our processes: exit statuses, the exception that carries one, and how torch's threads wait."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class EndedError(Exception):
     """The process cannot go on.
 
     Attributes:
-        code: Its exit status.
+        code: Exit status of the process.
     """
 
     def __init__(self, code: int, reason: str) -> None:

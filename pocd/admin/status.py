@@ -1,4 +1,4 @@
-"""What the daemon says of itself: one view, for the API, the metrics, the log and the service manager."""
+"""The daemon's status: one view for the API, the metrics, the log and the service manager."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Parts:
-    """The daemon's parts, as far as they are looked at.
+    """The daemon's parts that the API reads.
 
     Attributes:
-        settings: Those in effect; replaced as a whole when they are read again.
+        settings: Settings in effect; replaced as a whole when the configuration is read again.
     """
 
     settings: Settings
@@ -63,7 +63,7 @@ def state(parts: Parts) -> State:
 
 
 def problems(parts: Parts) -> list[dict[str, str]]:
-    """Name what keeps the daemon from mining as it should; empty when nothing does."""
+    """List the problems that keep the daemon from mining."""
     found = []
     if parts.control.mode is Mode.STOPPED:
         found.append({"part": "miner", "reason": "mining was stopped by hand; POST /api/v1/pow/resume goes on"})
@@ -81,7 +81,7 @@ def problems(parts: Parts) -> list[dict[str, str]]:
 
 
 def alarms(parts: Parts) -> list[dict[str, str]]:
-    """Name what only a person can mend though mining goes on; empty when nothing is."""
+    """List the problems that only a person can solve, though mining goes on."""
     workers = [
         {"part": worker_name(parts.workers, worker), "reason": reason}
         for worker in parts.workers.workers
@@ -101,14 +101,14 @@ def worker_name(workers: Pool, worker: Supervisor) -> str:
 
 
 def why_not_ready(worker: Supervisor) -> str:
-    """Say what a worker that is not ready does, and why it ended last."""
+    """Return the stage of a worker that is not ready, and why it ended last."""
     if worker.last_error is None:
         return worker.stage or "starting"
     return f"no model is ready ({worker.stage or 'waiting to be started again'}); last error: {worker.last_error}"
 
 
 def parked(state: ReceiverState) -> str | None:
-    """Say that a receiver wants nothing any more, or None when it does."""
+    """Return the text for a receiver that asked for no more batches; None for any other."""
     if state.parked_at is None:
         return None
     since = datetime.fromtimestamp(state.parked_at, UTC).isoformat(timespec="seconds")
@@ -145,7 +145,7 @@ def _chain_view(chain: ChainHealth, problem: str | None) -> dict[str, Any]:
 
 
 def _workers_view(workers: Pool, miner: Miner) -> dict[str, Any]:
-    """Return all workers as one: what the first one said, counts of all, and what went wrong last."""
+    """Return all workers together: the first one's details, counts of all, and the last error."""
     first = workers.workers[0]
     return {
         **({} if workers.info is None else _fields(workers.info)),
@@ -216,7 +216,7 @@ def _receiver_view(
 
 
 def receiver_views(parts: Parts) -> list[dict[str, Any]]:
-    """Return how each receiver stands; also those that are no longer configured, whose queues are kept."""
+    """Return each receiver's queue and health; also of receivers that are no longer configured."""
     queues, states, now = parts.outbox.outbox.queues, parts.outbox.outbox.receivers, parts.clock.wall()
     views = [
         _receiver_view(each.receiver.name, each, queues.get(each.receiver.name, Queue()), each.state, now)
@@ -233,7 +233,7 @@ def receiver_views(parts: Parts) -> list[dict[str, Any]]:
 def view(parts: Parts) -> dict[str, Any]:
     """Return the body of `GET /api/v1/pow/status`.
 
-    The first fields are those of the existing API and tell of the active round. `funnel` counts
+    The fields before `round` are those of the existing API and describe the active round. `funnel` counts
     nonces since the store was made; each stage is on disk or was accepted by every receiver.
     """
     miner, settings = parts.miner, parts.settings

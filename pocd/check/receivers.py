@@ -1,4 +1,4 @@
-"""Whether each receiver is there and takes our signature: an empty probe is sent to it as a batch would be."""
+"""Check of the receivers: each gets a signed empty probe, sent as a batch would be."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def check_receiver(receiver: Receiver, *, wall: Callable[[], float], limit
 
 
 def judge(receiver: Receiver, outcome: Outcome) -> Finding:
-    """Say what came of the probe, as the daemon would take it (delivery/policy.py), and what to do about it."""
+    """Return a finding about the outcome of the probe, judged as delivery/policy.py judges those of batches."""
     name, where, status = f"receiver {receiver.name}", mask_url(receiver.url), outcome.status
     signed = "a signed" if receiver.keys else "an unsigned"
     if status is None:
@@ -48,7 +48,7 @@ def judge(receiver: Receiver, outcome: Outcome) -> Finding:
 
 
 def _remedy(status: int, *, signs: bool) -> str:
-    """Say what to do about an answer that will stay the same."""
+    """Return the remedy for an answer that will not change by itself."""
     if status in {401, 403} and not signs:
         return "set its secret_file: it wants batches signed"
     if status in {401, 403}:

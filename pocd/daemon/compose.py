@@ -1,4 +1,4 @@
-"""What the daemon is made of, as its settings say."""
+"""The daemon's parts, made from its settings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def make_receivers(settings: Settings) -> list[Receiver]:
 async def make_chain(
     settings: Settings, outbox: OutboxThread, sessions: list[aiohttp.ClientSession], log: FilteringBoundLogger
 ) -> Failover:
-    """Return the configured nodes, which stand in for one another; each has a session of its own.
+    """Return the configured nodes, which stand in for one another; each has its own HTTP session.
 
     Raises:
         ConfigError: The store belongs to another chain than the configured one.
@@ -75,7 +75,7 @@ async def make_chain(
 
 
 def make_loads(settings: Settings) -> list[Load]:
-    """Return what each worker is to load, and on which devices.
+    """Return for each worker its model and devices.
 
     Raises:
         EndedError: There are fewer GPUs than configured.
@@ -105,7 +105,7 @@ def make_loads(settings: Settings) -> list[Load]:
 
 
 def cache_folder(settings: Settings) -> Path:
-    """Return where compilers keep what they make: as configured, systemd's CacheDirectory=, or beside the store."""
+    """Return the folder for compiled code: as configured, systemd's CacheDirectory=, or beside the store."""
     if settings.worker.cache is not None:
         return settings.worker.cache
     given = os.environ.get("CACHE_DIRECTORY", "").partition(":")[0]

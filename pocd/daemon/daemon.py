@@ -320,7 +320,7 @@ class Daemon:
             )
 
     async def _tell_states(self) -> None:
-        """Publish each state that is another one than the last."""
+        """Publish each change of the daemon's state."""
         told, news = None, 0
         while True:
             state = status.state(self.parts)
@@ -335,7 +335,7 @@ class Daemon:
             await asyncio.sleep(self._notifier.watchdog_seconds / 2)
 
     async def _deliver_last(self) -> None:
-        """Give the receivers a moment for what is left; what they do not take stays in the store."""
+        """Give the receivers a few seconds for the last batches; the others stay in the store."""
         try:
             async with asyncio.timeout(DELIVER_SECONDS):
                 for dispatcher in self.parts.dispatchers:

@@ -27,11 +27,11 @@ OUTCOMES = {Accept: "delivered", SetAside: "set aside", Park: "parked", Retry: "
 
 
 class Dispatcher:
-    """Delivers to one receiver. Its public attributes are what status shows.
+    """Delivers to one receiver; status shows its public attributes.
 
     Attributes:
         settled: Set while nothing can be sent now: the queue is empty or parked, or waits to retry.
-        alarm: What only a person can mend, such as a wrong URL; None while nothing is.
+        alarm: Problem that only a person can solve, such as a wrong URL; None while there is none.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Dispatcher:
 
     @property
     def state(self) -> ReceiverState:
-        """How the receiver answers, as the store knows it."""
+        """The receiver's health, as the store knows it."""
         return self._outbox.outbox.receivers.get(self.receiver.name, ReceiverState())
 
     async def run(self) -> None:
@@ -102,7 +102,7 @@ class Dispatcher:
             await self._expire()
 
     async def _try_the_next(self, poster: Poster, head: PendingDelivery) -> None:
-        """Find out whether `head` alone is what the receiver fails at."""
+        """Send the batch after `head`, to find out whether the receiver fails at `head` alone."""
         following = await self._next(after=head.sequence)
         if following is None:
             return
@@ -111,7 +111,7 @@ class Dispatcher:
             await self._outbox.persistently(deliveries.forget_faults, self.receiver.name, batches)
 
     async def _record(self, delivery: PendingDelivery, outcome: Outcome) -> bool:
-        """Store what came of an attempt; returns whether the receiver could not take it now."""
+        """Store the outcome of an attempt; returns whether the receiver could not take the batch now."""
         name, faults, now = self.receiver.name, delivery.faults + outcome.fault, self._wall()
         overtaken = outcome.fault and await self._outbox.persistently(deliveries.is_overtaken, name, delivery.sequence)
         decision = policy.decide(
@@ -169,7 +169,7 @@ class Dispatcher:
         self.alarm = alarm
 
     async def _expire(self) -> None:
-        """Expire what is too old, after the receiver has just failed once more."""
+        """Expire batches that are too old, after the receiver has failed once more."""
         now, expired = self._wall(), 0
         while count := await self._outbox.persistently(
             deliveries.expire, self.receiver.name, queued_before=now - self._expire_after, now=now

@@ -1,4 +1,4 @@
-"""POST to a receiver: the request, its signature and limits, and what came of it."""
+"""POST to a receiver: the request, its signature and limits, and the outcome."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ SEQUENCE_HEADER = "pocd-sequence"
 
 @dataclass(frozen=True, slots=True)
 class Receiver:
-    """Where proofs go.
+    """A receiver of batches.
 
     Attributes:
-        name: Its queue's name in the store; the URL may change, the queue stays.
+        name: Name of the receiver's queue in the store; the URL may change, the queue stays.
         url: Callback URL; batches are POSTed to `{url}/generated`.
-        keys: What signs the batches; None for unsigned ones.
+        keys: Keys that sign the batches; None for unsigned batches.
     """
 
     name: str
@@ -44,13 +44,13 @@ class Receiver:
 
 
 class Poster:
-    """Posts to one receiver, one request at a time; a context manager that closes its connection.
+    """Client of one receiver, for one request at a time; a context manager that closes the connection.
 
     Args:
-        receiver: Who gets the requests.
+        receiver: The receiver to POST to.
         wall: Seconds since the Unix epoch.
-        connect: Seconds for a connection.
-        total: Seconds for a whole request, up to the head of the answer.
+        connect: Seconds that a connection may take.
+        total: Seconds that a request may take, up to the head of the answer.
     """
 
     def __init__(self, receiver: Receiver, *, wall: Callable[[], float], connect: float, total: float) -> None:
@@ -69,13 +69,13 @@ class Poster:
         await self._session.close()
 
     async def post(self, kind: str, message_id: str, body: bytes, *, sequence: int | None = None) -> Outcome:
-        """POST `body` once, and return what came of it.
+        """POST `body` once, and return the outcome.
 
         Args:
             kind: Last part of the path.
             message_id: The webhook-id.
-            body: JSON.
-            sequence: Place in the receiver's queue; None for what has none.
+            body: Exact bytes to send, a JSON object.
+            sequence: Number of the batch in the receiver's queue; None for a probe, which is in no queue.
         """
         keys, timestamp = self._receiver.keys, int(self._wall())
         signed = keys.headers(message_id, timestamp, body) if keys else webhooks.unsigned_headers(message_id, timestamp)
@@ -101,7 +101,7 @@ class Poster:
         return reason
 
     async def _outcome(self, response: aiohttp.ClientResponse) -> Outcome:
-        """Read what a receiver answered. Of a 2xx the status says it all: its body may be broken or never come."""
+        """Read a receiver's answer. Of a 2xx the status is enough: the body may be broken or never come."""
         detail = f"HTTP {response.status}"
         if 200 <= response.status < 300:
             return Outcome(response.status, detail)
@@ -118,7 +118,7 @@ class Poster:
         return Outcome(response.status, detail, retry_after)
 
     def describe(self, error: Exception) -> str:
-        """Say why there is no answer, without the receiver's credentials."""
+        """Return a text that says why there is no answer, without the receiver's credentials."""
         match error:
             case aiohttp.ConnectionTimeoutError():
                 return f"no connection within {self._connect:g} s"
@@ -133,7 +133,7 @@ class Poster:
         return name if "://" in text else f"{name}: {self._shown(text)}"
 
     def _shown(self, said: bytes | str, limit: int = SHOWN) -> str:
-        """Make what a receiver said fit to be shown: some send back the request, with the user info of their URL."""
+        """Return a part of an answer, fit to be shown: some receivers send back the request, with the URL's user info."""
         shown = excerpt(said, limit)
         for secret in url_secrets(self._receiver.url):
             shown = shown.replace(secret, "***")

@@ -1,4 +1,4 @@
-"""Programs of pocd as processes of their own: started, waited for until they listen, and stopped."""
+"""Programs of pocd run as child processes: started, waited for until they listen, and stopped."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Running:
     log: Path
 
     async def end(self) -> None:
-        """Stop it as a service manager does, and insist on a clean exit."""
+        """Stop the process as a service manager does, and insist on a clean exit."""
         if not await _stop(self.process):
             raise EndedError(EXIT_CRASH, f"a process did not stop within {STOP_SECONDS:.0f} s; see {self.log}")
         if self.process.returncode:
@@ -42,12 +42,12 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def started(folder: Path, command: str, *options: str, log: Path | None = None) -> AsyncIterator[Running]:
-    """Run `pocd COMMAND` until the context ends. Its session is its own, so that Ctrl-C reaches only us.
+    """Run `pocd COMMAND` until the context ends, in a session of its own, so that Ctrl-C reaches only us.
 
-    What it says goes to `log`, by default COMMAND.log in `folder`.
+    The process's output goes to `log`, by default COMMAND.log in `folder`.
 
     Raises:
-        EndedError: It does not listen in time; the message names its log.
+        EndedError: The process does not listen in time; the message names its log.
     """
     log = log or folder / f"{command}.log"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
@@ -61,7 +61,7 @@ async def started(folder: Path, command: str, *options: str, log: Path | None = 
 async def launch(
     log: Path, *arguments: str, environment: Mapping[str, str] | None = None, own_session: bool = True
 ) -> Process:
-    """Start Python with `arguments`; what it says goes to `log`."""
+    """Start Python with `arguments`; the process's output goes to `log`."""
     with log.open("wb") as sink:
         return await asyncio.create_subprocess_exec(
             sys.executable, *arguments, stdout=sink, stderr=sink, env=environment, start_new_session=own_session
@@ -69,10 +69,10 @@ async def launch(
 
 
 async def announced_url(process: Process, log: Path, limit: float) -> str:
-    """Wait until a process says in its log where it listens.
+    """Wait until a process's log has the URL that it listens on, and return it.
 
     Raises:
-        EndedError: It ends before that, or takes more than `limit` seconds.
+        EndedError: The process ends before that, or takes more than `limit` seconds.
     """
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline and process.returncode is None:
@@ -85,7 +85,7 @@ async def announced_url(process: Process, log: Path, limit: float) -> str:
 
 
 def entries(log: Path) -> list[dict[str, Any]]:
-    """Return the lines of a log in JSON that are whole; a crash may have written others."""
+    """Return the entries of a log in JSON; other lines, such as a traceback's, are skipped."""
     lines = log.read_bytes().splitlines()
     return [orjson.loads(line) for line in lines if line.startswith(b"{") and line.endswith(b"}")]
 

@@ -1,4 +1,4 @@
-"""Unix sockets to listen on: made where there is none, and in place of one that a dead server left behind."""
+"""Unix sockets to listen on, also in place of a socket that a dead server left behind."""
 
 from __future__ import annotations
 

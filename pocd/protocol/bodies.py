@@ -1,4 +1,4 @@
-"""A batch as it comes from outside, whoever takes it: its fields, and what each may hold."""
+"""The JSON body of a batch that comes from outside, with the limits of each field."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Values = TypeVar("Values", list[float], list[float | None])
 
 
 class BatchBody(BaseModel):
-    """A ProofBatch but for its distances, which each reader names (docs/protocol.md section 5)."""
+    """A ProofBatch without its distances, which subclasses declare (docs/protocol.md section 5)."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 

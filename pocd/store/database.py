@@ -1,4 +1,4 @@
-"""One thread for one database: SQLite waits for the disk, and the event loop must not."""
+"""A thread for a SQLite database, whose calls wait for the disk while the event loop goes on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class ThreadBusyError(Exception):
-    """As many calls wait for the database's thread as may."""
+    """A call is refused, because too many already wait for the database's thread."""
 
 
 class DatabaseThread(Generic[D]):
@@ -33,9 +33,9 @@ class DatabaseThread(Generic[D]):
         view: The open database, for its public attributes, which may be read anywhere; its methods are for the thread.
 
     Args:
-        opened: Opens the database; what it raises, the construction raises.
-        name: Of the thread.
-        most_waiting: Calls that may wait; one more is refused, so a slow disk cannot fill the memory.
+        opened: Function that opens the database; its errors are raised by the constructor.
+        name: Name of the thread.
+        most_waiting: Calls that may wait; one more is refused, so that a slow disk cannot fill the memory.
     """
 
     def __init__(self, opened: Callable[[], D], *, name: str, most_waiting: int) -> None:
@@ -52,7 +52,7 @@ class DatabaseThread(Generic[D]):
         """Run `method(database, *args, **kwargs)` in the thread and return its result.
 
         Raises:
-            ThreadBusyError: Too many calls wait; this one is not run.
+            ThreadBusyError: Too many calls wait; the method is not run.
         """
         if self._waiting >= self._most_waiting:
             raise ThreadBusyError(f"{self._most_waiting} calls are waiting already")

@@ -309,7 +309,9 @@ def test_a_recomputation_waits_for_one_batch_at_most() -> None:
             if isinstance(message, messages.Distances):
                 results[message.id] = message.distances
     assert list(results).index(9) <= 1
-    assert results[10] == [results[9][1]], "in the order asked for"
+    # In the order asked for; another place in a batch may round in another way.
+    assert results[10] == pytest.approx([results[9][1]], abs=2e-5)
+    assert min(abs(results[9][1] - other) for other in (results[9][0], results[9][2])) > 1e-4
 
 
 def test_memory_that_is_short_for_two_rounds_is_left_to_the_one_that_is_computed(
@@ -479,3 +481,19 @@ async def test_a_process_that_its_driver_holds_is_given_up(monkeypatch: pytest.M
     rank = cast("Any", SimpleNamespace(process=held, link=SimpleNamespace(close=lambda: None)))
     ended = await processes.Processes([rank], None).end(0.0)
     assert ended == Ended("worker process 7 does not end even when it is killed: its driver holds it (nvidia-smi)")
+
+
+async def test_a_process_that_cannot_be_started_is_told_as_that() -> None:
+    too_long = {"LONG": "x" * 2**24}  # for execve(2)
+    with pytest.raises(OSError, match="Argument list too long"):
+        await processes.Processes.start(LOAD, too_long)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+async def test_a_start_may_be_cancelled(turns: int) -> None:
+    start = asyncio.create_task(processes.Processes.start(LOAD, dict(os.environ)))
+    for _ in range(turns):  # so that it is at one await or another
+        await asyncio.sleep(0)
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
