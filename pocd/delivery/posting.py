@@ -133,7 +133,7 @@ class Poster:
         return name if "://" in text else f"{name}: {self._shown(text)}"
 
     def _shown(self, said: bytes | str, limit: int = SHOWN) -> str:
-        """Return a part of an answer, fit to be shown: some receivers send back the request, with the URL's user info."""
+        """Return a part of an answer, fit to be shown: some receivers send back the request with its credentials."""
         shown = excerpt(said, limit)
         for secret in url_secrets(self._receiver.url):
             shown = shown.replace(secret, "***")

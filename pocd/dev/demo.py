@@ -23,7 +23,7 @@ from rich.live import Live
 from rich.table import Table
 
 from pocd.admin.client import AdminError, call
-from pocd.admin.text import funnel_text, percent
+from pocd.admin.text import funnel_text, percent, progress, rates_text, valid_rate_text
 from pocd.dev.processes import started
 from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_OK, EndedError
 
@@ -182,23 +182,15 @@ async def _status(daemon: Running) -> dict[str, Any]:
         raise EndedError(EXIT_CRASH, f"the daemon does not answer: {error}; see {daemon.log}") from error
 
 
-def _rates(body: dict[str, Any]) -> tuple[str, str]:
-    round_ = body["round"] or {}
-    return percent(round_.get("expected_valid_rate")), percent(round_.get("observed_valid_rate"))
-
-
 def _line(body: dict[str, Any]) -> str:
     round_ = body["round"]
-    block = f"block {round_['block_height'] if round_ else '–'}"
-    rate = f"{body['rates']['checked_per_second_1m']:.0f} nonces/s"
-    expected, observed = _rates(body)
-    funnel = funnel_text(body["funnel"])
-    return f"{body['state']:10} {block} | {rate} | {funnel} | valid rate expected {expected}, observed {observed}"
+    height = round_["block_height"] if round_ else None
+    line = progress(body["state"], height, body["rates"]["checked_per_second_1m"], body["funnel"])
+    return f"{line}; valid rate {valid_rate_text(round_)}" if round_ else line
 
 
 def _table(plan: DemoPlan, body: dict[str, Any], finished: int) -> Table:
     round_, chain = body["round"], body["chain"]
-    expected, observed = _rates(body)
     overall = percent(body["funnel"]["valid"] / body["funnel"]["checked"] if body["funnel"]["checked"] else None)
     loading = "  (the worker loads torch and the model)" if body["state"] == "LOADING" else ""
     table = Table(show_header=False, title="pocd demo", title_justify="left", min_width=70)
@@ -207,11 +199,11 @@ def _table(plan: DemoPlan, body: dict[str, Any], finished: int) -> Table:
     table.add_row("state", body["state"] + loading)
     table.add_row("block", f"{chain['height'] or '–'}   {(chain['hash'] or '–')[:32]}…")
     if round_:
-        table.add_row("round", f"{round_['id']}   {round_['checked']} checked, {round_['valid']} valid")
+        table.add_row("round", round_["id"])
+        table.add_row("valid rate", f"{valid_rate_text(round_)}; {overall} in all")
     table.add_row("finished", f"{finished} rounds" + (f" of {plan.blocks}" if plan.blocks else ""))
-    table.add_row("rate", f"{body['rates']['checked_per_second_1m']:.1f} nonces/s")
+    table.add_row("rate", rates_text(body["rates"]))
     table.add_row("funnel", funnel_text(body["funnel"]))
-    table.add_row("valid rate", f"expected {expected}; observed {observed} in this round, {overall} in all")
     table.add_row("end", f"after {plan.blocks} blocks, or Ctrl-C" if plan.blocks else "Ctrl-C")
     return table
 
