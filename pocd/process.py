@@ -10,7 +10,11 @@ EXIT_NO_DEVICE = 75  # EX_TEMPFAIL of sysexits.h: the device may come back
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
 
 
-class EndedError(Exception):
+class ForeseenError(Exception):
+    """A failure whose message says all that there is to say: it is logged without a traceback."""
+
+
+class EndedError(ForeseenError):
     """The process cannot go on.
 
     Attributes:

@@ -7,7 +7,7 @@ import contextlib
 import errno
 import random
 import signal
-import sqlite3
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pocd.admin import status
@@ -35,12 +35,13 @@ from pocd.pool.cards import Cards
 from pocd.pool.causes import Cause, WorkerRefusedError
 from pocd.pool.pool import Pool
 from pocd.pool.supervisor import Limits
-from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_NO_DEVICE, EndedError
+from pocd.process import EXIT_CONFIG, EXIT_NO_DEVICE, EndedError
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.protocol.rounds import RoundPolicy
 from pocd.store.errors import StoreError, StoreUnavailableError
 from pocd.store.thread import OutboxThread
+from pocd.tasks import crash_logged, start
 from pocd.validation.queue import Validator
 
 if TYPE_CHECKING:
@@ -234,25 +235,28 @@ class Daemon:
         parts.cards.start()
         try:
             async with asyncio.TaskGroup() as group:
-                deliveries = group.create_task(parts.dispatchers.run(asked.callback if asked else None))
-                chain = group.create_task(self._follow_chain())
-                reloader = group.create_task(Reloader(path, parts, self._notifier).run())
-                workers = group.create_task(parts.workers.run())
-                batcher = group.create_task(self._batcher.run())
-                keeper = group.create_task(self._keeper.run())
-                validations = group.create_task(parts.validator.run())
-                reports = [group.create_task(part) for part in self._reports()]
+                begin = partial(start, group, log=self.log)
+                deliveries = begin("deliveries", parts.dispatchers.run(asked.callback if asked else None))
+                chain = begin("chain", self._follow_chain())
+                reloader = begin("reloader", Reloader(path, parts, self._notifier).run())
+                workers = begin("workers", parts.workers.run())
+                batcher = begin("batcher", self._batcher.run())
+                keeper = begin("keeper", self._keeper.run())
+                validations = begin("validations", parts.validator.run())
+                reports = [begin(name, report) for name, report in self._reports().items()]
+                begin("readiness", self._announce_ready(), returns=True)
 
                 await self._stop.wait()
-                self.log.info("stopping", action="stopping")
-                self._notifier.stopping()
-                await _cancel(chain, reloader)
-                await parts.miner.close(FINISH_SECONDS)
-                await _cancel(workers, validations, batcher, keeper)
-                with contextlib.suppress(StoreUnavailableError):  # they are formed at the next start
-                    await self._batcher.form()
-                await self._deliver_last()
-                await _cancel(deliveries, *reports)
+                with crash_logged("stopping", self.log):
+                    self.log.info("stopping", action="stopping")
+                    self._notifier.stopping()
+                    await _cancel(chain, reloader)
+                    await parts.miner.close(FINISH_SECONDS)
+                    await _cancel(workers, validations, batcher, keeper)
+                    with contextlib.suppress(StoreUnavailableError):  # they are formed at the next start
+                        await self._batcher.form()
+                    await self._deliver_last()
+                    await _cancel(deliveries, *reports)
         except BaseExceptionGroup as errors:
             raise _translate(errors.exceptions[0]) from None  # the first is the cause, the others were cancelled
         finally:
@@ -290,9 +294,9 @@ class Daemon:
             seq_len=settings.round.seq_len,
         )
 
-    def _reports(self) -> list[Coroutine[Any, Any, None]]:
-        reports = [self._announce_ready(), self._report_status(), self._log_funnel(), self._tell_states()]
-        return [*reports, self._feed_watchdog()] if self._notifier.watchdog_seconds else reports
+    def _reports(self) -> dict[str, Coroutine[Any, Any, None]]:
+        reports = {"status": self._report_status(), "funnel": self._log_funnel(), "states": self._tell_states()}
+        return reports | ({"watchdog": self._feed_watchdog()} if self._notifier.watchdog_seconds else {})
 
     async def _announce_ready(self) -> None:
         await self.parts.workers.ready.wait()
@@ -355,8 +359,4 @@ def _translate(error: BaseException) -> BaseException:
         return EndedError(EXIT_NO_DEVICE if error.cause is Cause.DEVICE else EXIT_CONFIG, str(error))
     if isinstance(error, StoreError):
         return EndedError(EXIT_CONFIG, str(error))
-    if isinstance(error, sqlite3.Error):
-        return EndedError(
-            EXIT_CRASH, f"the store failed: {error}; nothing stored is lost, check the disk and start again"
-        )
     return error
