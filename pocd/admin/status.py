@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from pocd.mining.miner import Miner, Mining
     from pocd.mining.phases import State
     from pocd.observe.events import Events
-    from pocd.pool.cards import Cards, Reading
+    from pocd.pool.cards import CardReading, Cards
     from pocd.pool.pool import Pool
-    from pocd.pool.supervisor import Supervisor
+    from pocd.pool.state import WorkerState
     from pocd.protocol.proof import Round
     from pocd.store.thread import OutboxThread
     from pocd.validation.queue import Validator
-    from pocd.worker.messages import Card, Ready
+    from pocd.worker.messages import CardIdentity, Ready
 
 
 @dataclass(slots=True)
@@ -86,7 +86,7 @@ def alarms(parts: Parts) -> list[dict[str, str]]:
     workers = [
         {"part": worker_name(parts.workers, worker), "reason": reason}
         for worker in parts.workers.workers
-        if (reason := parts.workers.alarm(worker))
+        if (reason := worker.alarm)
     ]
     cards = [{"part": "cards", "reason": parts.cards.problem}] if parts.cards.problem else []
     return [*workers, *cards] + [
@@ -96,12 +96,12 @@ def alarms(parts: Parts) -> list[dict[str, str]]:
     ]
 
 
-def worker_name(workers: Pool, worker: Supervisor) -> str:
+def worker_name(workers: Pool, worker: WorkerState) -> str:
     """Return what a worker is called among `problems` and `alarms`."""
     return "worker" if len(workers.workers) == 1 else f"worker {worker.number} ({worker.device})"
 
 
-def why_not_ready(worker: Supervisor) -> str:
+def why_not_ready(worker: WorkerState) -> str:
     """Return the stage of a worker that is not ready, and why it ended last."""
     if worker.last_error is None:
         return worker.stage or "starting"
@@ -116,7 +116,7 @@ def parked(state: ReceiverState) -> str | None:
     return f"parked since {since} ({state.error}); `pocd outbox retry` asks it again"
 
 
-def _fields(value: Totals | Queue | Round | Ready | Reading | Card) -> dict[str, Any]:
+def _fields(value: Totals | Queue | Round | Ready | CardReading | CardIdentity) -> dict[str, Any]:
     """Return a flat dataclass as a dictionary. `asdict` copies deeply, which is most of what a status would cost."""
     return {name: getattr(value, name) for name in value.__slots__}
 
@@ -161,7 +161,7 @@ def _workers_view(workers: Pool, miner: Miner) -> dict[str, Any]:
     }
 
 
-def _worker_view(parts: Parts, worker: Supervisor) -> dict[str, Any]:
+def _worker_view(parts: Parts, worker: WorkerState) -> dict[str, Any]:
     return {
         "number": worker.number,
         "device": worker.device,
@@ -171,7 +171,7 @@ def _worker_view(parts: Parts, worker: Supervisor) -> dict[str, Any]:
         "restarts": sum(worker.causes.values()),
         "causes": {cause.value: worker.causes[cause] for cause in Cause},
         "last_error": worker.last_error,
-        "alarm": parts.workers.alarm(worker),
+        "alarm": worker.alarm,
         "batch_size": worker.batch_size,
         "execution": worker.info.execution if worker.info else None,
         "execution_reason": worker.info.execution_reason if worker.info else None,
@@ -181,7 +181,7 @@ def _worker_view(parts: Parts, worker: Supervisor) -> dict[str, Any]:
     }
 
 
-def _card_view(cards: Cards, device: str, card: Card) -> dict[str, Any]:
+def _card_view(cards: Cards, device: str, card: CardIdentity) -> dict[str, Any]:
     reading = cards.reading(card.uuid)
     return {"device": device, **_fields(card), "reading": _fields(reading) if reading else None}
 

@@ -33,8 +33,8 @@ from pocd.mining.scheduler import RoundScheduler
 from pocd.observe.events import Events
 from pocd.pool.cards import Cards
 from pocd.pool.causes import Cause, WorkerRefusedError
+from pocd.pool.limits import WorkerLimits
 from pocd.pool.pool import Pool
-from pocd.pool.supervisor import Limits
 from pocd.process import EXIT_CONFIG, EXIT_NO_DEVICE, EndedError
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
@@ -153,13 +153,13 @@ class Daemon:
         workers = Pool(
             loads,
             miner,
-            Limits(batch=settings.worker.batch_timeout),
+            WorkerLimits(batch=settings.worker.batch_timeout),
             cache=cache_folder(settings),
-            clock=clock.monotonic,
+            clock=clock,
             log=log,
             events=events,
         )
-        cards = Cards(workers.card_uuids, clock=clock.monotonic, log=log)
+        cards = Cards(workers.card_uuids, clock=clock, log=log)
         delivery = settings.delivery
         dispatchers = Dispatchers(
             receivers,

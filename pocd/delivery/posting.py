@@ -105,12 +105,12 @@ class Poster:
         detail = f"HTTP {response.status}"
         if 200 <= response.status < 300:
             return Outcome(response.status, detail)
-        said = await _read_answer(response)
+        said, whole = await _read_answer(response)
         location = response.headers.get("Location")
         if 300 <= response.status < 400 and location:
             detail = f"{detail} to {self._shown(mask_url(location))}, not followed"
         elif said:
-            detail = f"{detail}: {self._shown(said)}"
+            detail = f"{detail}: {self._shown(said, cut=not whole)}"
         asked = response.headers.get("Retry-After")
         retry_after = None if asked is None else policy.parse_retry_after(asked, self._wall())
         if asked is not None and retry_after is None:
@@ -132,19 +132,19 @@ class Poster:
         # A text that names the URL may show its credentials in a form that is not known.
         return name if "://" in text else f"{name}: {self._shown(text)}"
 
-    def _shown(self, said: bytes | str, limit: int = SHOWN) -> str:
+    def _shown(self, said: bytes | str, limit: int = SHOWN, *, cut: bool = False) -> str:
         """Return a part of an answer, fit to be shown: some receivers send back the request with its credentials."""
-        shown = excerpt(said, limit)
-        for secret in url_secrets(self._receiver.url):
-            shown = shown.replace(secret, "***")
-        return shown
+        return excerpt(said, limit, secrets=url_secrets(self._receiver.url), cut=cut)
 
 
-async def _read_answer(response: aiohttp.ClientResponse) -> bytes:
-    """Read the beginning of an answer's body, as far as it comes."""
+async def _read_answer(response: aiohttp.ClientResponse) -> tuple[bytes, bool]:
+    """Read the beginning of an answer's body, as far as it comes; returns it, and whether that is all of it."""
     body = bytearray()
     with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
         async with asyncio.timeout(ANSWER_SECONDS):
-            while len(body) < ANSWER_BYTES and (chunk := await response.content.read(ANSWER_BYTES - len(body))):
+            while len(body) < ANSWER_BYTES:
+                chunk = await response.content.read(ANSWER_BYTES - len(body))
+                if not chunk:
+                    return bytes(body), True
                 body += chunk
-    return bytes(body)
+    return bytes(body), False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import io
 import socket
@@ -255,18 +256,20 @@ async def test_a_connection_whose_peer_was_silent_is_used_again_also_after_100_c
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal connections
         connections += 1
-        answer = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n"
-        while True:
-            for part in (answer[:30], answer[30:], b"o", b"k"):
-                writer.write(part)
-                await writer.drain()
-                await asyncio.sleep(0)  # so that it is a packet of its own
-            await read_request(reader)
+        with contextlib.suppress(EOFError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                await reader.readexactly(2)  # which come when that is here
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        writer.close()
 
-    async with talking(talk) as url, open_session(TIMEOUT) as session:
-        for _ in range(3):
-            async with session.post(url, data=b"{}") as response:
-                assert (response.status, await response.read()) == (200, b"ok")
+    async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with open_session(TIMEOUT) as session:
+            for _ in range(3):
+                async with session.post(url, data=b"{}", expect100=True) as response:
+                    assert (response.status, await response.read()) == (200, b"ok")
     assert connections == 1
 
 

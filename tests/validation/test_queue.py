@@ -19,8 +19,8 @@ from pocd.delivery.posting import Receiver
 from pocd.lab import command
 from pocd.mining.miner import Miner
 from pocd.observe.events import Events
+from pocd.pool.limits import WorkerLimits
 from pocd.pool.pool import Pool
-from pocd.pool.supervisor import Limits
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.store import validations
@@ -120,8 +120,8 @@ def opened(folder: Path, load: Load = LOAD, *receivers: str, most: int = 4) -> I
     with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
         log, events = structlog.get_logger(), Events(SYSTEM)
         miner = Miner(outbox, clock=time.monotonic, wall=time.time)
-        limits, clock = Limits(batch=60.0), time.monotonic
-        pool = Pool([load], miner, limits, cache=folder, clock=clock, log=log, events=events)
+        limits = WorkerLimits(batch=60.0)
+        pool = Pool([load], miner, limits, cache=folder, clock=SYSTEM, log=log, events=events)
         served = dispatchers(outbox, [Receiver(name, "http://127.0.0.1:1", None) for name in receivers])
         validator = Validator(outbox, pool, served, most=most, wall=time.time, log=log, events=events)
         yield Bench(outbox, miner, pool, validator, events)
