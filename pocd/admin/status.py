@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from pocd import __version__
+from pocd.admin.text import progress
 from pocd.mining.phases import Mode, state_of
 from pocd.observe.mask import mask_url
 from pocd.pool.causes import Cause
@@ -281,8 +282,5 @@ def summary(parts: Parts) -> str:
         stages = {worker.stage for worker in parts.workers.workers} - {None}
         now += f" ({', '.join(sorted(map(str, stages)))})" if stages else ""
     mining = parts.miner.mining
-    where = f"block {mining.round.block_height}" if mining else "no round"
-    return (
-        f"{now}, {where}, {parts.miner.checked_rate.per_second(60):.1f} nonces/s, "
-        f"checked {totals.checked} → valid {totals.valid} → stored {totals.stored} → delivered {totals.delivered}"
-    )
+    height = mining.round.block_height if mining else None
+    return progress(now, height, parts.miner.checked_rate.per_second(60), _fields(totals))

@@ -11,7 +11,7 @@ from pocd.chain.make import confirmations_of, make_sources
 from pocd.chain.rpc import Rpc
 from pocd.clock import SYSTEM
 from pocd.config.settings import ConfigError
-from pocd.delivery.dispatcher import Receiver
+from pocd.delivery.posting import Receiver
 from pocd.http.webhooks import SecretError, WebhookKeys
 from pocd.pool.cards import NoDriverError, count
 from pocd.pool.placement import NoDeviceError, place

@@ -53,7 +53,7 @@ if TYPE_CHECKING:
 
     from pocd.chain.source import Block, ChainSource, Head
     from pocd.config.settings import Settings
-    from pocd.delivery.dispatcher import Receiver
+    from pocd.delivery.posting import Receiver
     from pocd.observe.notify import Notifier
     from pocd.worker.messages import Load
 

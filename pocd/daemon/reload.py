@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from pocd.admin.status import Parts
     from pocd.delivery.batcher import Batcher
-    from pocd.delivery.dispatcher import Receiver
+    from pocd.delivery.posting import Receiver
     from pocd.observe.notify import Notifier
 
 RECEIVERS, R_TARGET, LEVEL = "delivery.receivers", "round.r_target", "log.level"

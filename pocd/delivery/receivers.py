@@ -7,7 +7,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from pocd.config.types import CALLBACK_PREFIX
-from pocd.delivery.dispatcher import Dispatcher, Receiver
+from pocd.delivery.posting import Receiver
 from pocd.http.addresses import allowed_origin
 from pocd.observe.mask import mask_url
 from pocd.store.batches import register_callback
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
+    from pocd.delivery.dispatcher import Dispatcher
     from pocd.store.thread import OutboxThread
 
 MOST_CALLBACKS = 16

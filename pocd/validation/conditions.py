@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pocd.protocol.bodies import ShortName
 from pocd.protocol.numbers import Count, Index
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-ShortName = Annotated[str, Field(min_length=1, max_length=256)]
 
 MOST_UNKNOWN = 16  # names that a refusal lists
 BY_NAME = {"model", "model_id", "revision"}  # fields that name the weights

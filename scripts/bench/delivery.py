@@ -39,7 +39,8 @@ import uvloop
 from aiohttp import web
 
 from pocd.clock import SYSTEM
-from pocd.delivery.dispatcher import Dispatcher, Receiver
+from pocd.delivery.dispatcher import Dispatcher
+from pocd.delivery.posting import Receiver
 from pocd.http.server import listening
 from pocd.observe.events import Events
 from pocd.protocol.nonces import Node, Span

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pocd.admin.client import call
 from pocd.config.settings import Settings
 from pocd.daemon.reload import AT_ONCE, R_TARGET_FOLLOWS, compare, diff, merge
-from pocd.delivery.dispatcher import Receiver
+from pocd.delivery.posting import Receiver
 from pocd.delivery.receivers import CallbackError
 from pocd.http.webhooks import WebhookKeys
 from pocd.protocol.nonces import Span

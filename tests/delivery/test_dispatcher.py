@@ -14,8 +14,7 @@ import structlog
 from aiohttp import web
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from pocd.delivery import dispatcher as module
-from pocd.delivery import policy
+from pocd.delivery import policy, posting
 from pocd.http.client import open_session
 from pocd.http.webhooks import WebhookKeys
 from pocd.store.outbox import ReceiverState
@@ -342,11 +341,11 @@ async def test_no_more_may_arrive_unread_than_is_read(
         windows.append(window)
         return open_session(timeout, window=window, refuse=refuse)
 
-    monkeypatch.setattr(module, "open_session", watched)
+    monkeypatch.setattr(posting, "open_session", watched)
     await bench.store(1, "a")
     async with running(bench.dispatcher(server.url)):
         await server.take(1)
-    assert windows == [module.ANSWER_BYTES]
+    assert windows == [posting.ANSWER_BYTES]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pocd.delivery.dispatcher import Receiver
+from pocd.delivery.posting import Receiver
 from pocd.delivery.receivers import MOST_CALLBACKS, CallbackError, callback_name
 from pocd.protocol.nonces import Span
 from pocd.protocol.proof import Proof

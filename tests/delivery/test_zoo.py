@@ -6,11 +6,9 @@ from contextlib import AsyncExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
-import aiohttp
 import pytest
 
-from pocd.delivery import dispatcher as module
-from pocd.delivery import policy
+from pocd.delivery import policy, posting
 from pocd.http import client
 from pocd.http.client import ThreadResolver
 from tests.support.animals import ANIMALS
@@ -57,8 +55,9 @@ class Limits:
 
     def set(self, *, total: float = PATIENCE, connect: float = PATIENCE, answer: float = PATIENCE) -> None:
         """From the next run of a dispatcher on."""
-        self._patch(module, "TIMEOUT", aiohttp.ClientTimeout(total=total, connect=connect))
-        self._patch(module, "ANSWER_SECONDS", answer)
+        self._patch(posting, "CONNECT_SECONDS", connect)
+        self._patch(posting, "ATTEMPT_SECONDS", total)
+        self._patch(posting, "ANSWER_SECONDS", answer)
 
     def suit(self, animal: Animal, fate: Fate) -> None:
         """Be hasty with an animal that takes for ever in what it does next."""
@@ -128,7 +127,8 @@ async def test_no_animal_delays_another_receiver(
     bench: Bench, tls: ssl.SSLContext | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All at once: those that hang still do when the others have everything."""
-    monkeypatch.setattr(module, "TIMEOUT", aiohttp.ClientTimeout(total=600, connect=600))
+    monkeypatch.setattr(posting, "CONNECT_SECONDS", 600.0)
+    monkeypatch.setattr(posting, "ATTEMPT_SECONDS", 600.0)
     animals = [animal for animal in ANIMALS if not animal.tls or tls is not None]
     await bench.store(5, "before", *(animal.name for animal in animals), "behind")
     async with AsyncExitStack() as zoo:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import time
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -20,7 +19,8 @@ from pocd.chain.rpc import MAX_ANSWER_BYTES, Rpc
 from pocd.chain.source import ChainError
 from pocd.check.receivers import check_receiver
 from pocd.cli import main as cli
-from pocd.delivery.dispatcher import ANSWER_BYTES, Receiver
+from pocd.clock import SYSTEM
+from pocd.delivery.posting import ANSWER_BYTES, Receiver
 from pocd.observe.mask import excerpt, url_secrets
 from tests.support.delivering import Bench, prepared, running, talking
 from tests.support.waiting import PATIENCE, soon
@@ -126,7 +126,7 @@ async def test_a_receiver_that_sends_credentials_back_is_told_without_them(bench
 async def test_so_is_one_that_is_checked(body: bytes) -> None:
     async with talking(lambda _, writer: echo(writer, body)) as url:
         receiver = Receiver("main", url.replace("://", f"://{INFO}@"), None)
-        finding = await check_receiver(receiver, wall=time.time, limit=PATIENCE)
+        finding = await check_receiver(receiver, clock=SYSTEM, limit=PATIENCE)
     assert "HTTP 403: " in finding.text
     assert not shows(repr(finding))
 
@@ -151,7 +151,7 @@ async def test_nor_does_the_head_of_an_answer(bench: Bench, head: str) -> None:
         dispatcher = bench.dispatcher(url)
         async with running(dispatcher):
             await soon(dispatcher.settled.wait())
-        finding = await check_receiver(Receiver("main", url, None), wall=time.time, limit=PATIENCE)
+        finding = await check_receiver(Receiver("main", url, None), clock=SYSTEM, limit=PATIENCE)
     assert dispatcher.state.error
     assert not shows(repr((finding, dispatcher.state, dispatcher.alarm)))
 

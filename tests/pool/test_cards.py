@@ -11,7 +11,7 @@ import structlog.testing
 
 from pocd.admin import status
 from pocd.admin.metrics import DaemonCollector
-from pocd.cli import report
+from pocd.admin.text import card_text
 from pocd.clock import SYSTEM
 from pocd.pool import cards
 from pocd.pool.cards import PATIENCE_SECONDS, CardReading, Cards
@@ -113,4 +113,4 @@ def test_a_card_is_shown_with_what_it_tells_in_metrics_status_and_to_people() ->
     views = [status._card_view(parts.cards, device, card) for device, card in worker.cards.items()]
     assert views[0] == {"device": "cuda:3", "name": "NVIDIA H200", "uuid": UUID, "reading": dataclasses.asdict(told)}
     assert views[1]["reading"] is None
-    assert [report._card(view) for view in views] == ["NVIDIA H200, 40 °C", "NVIDIA H200"]
+    assert [card_text(view) for view in views] == ["40 °C 1/80 GiB 98% H200", "H200"]

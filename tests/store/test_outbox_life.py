@@ -18,8 +18,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from pocd.delivery.dispatcher import Dispatcher, Receiver
+from pocd.delivery.dispatcher import Dispatcher
 from pocd.delivery.policy import Outcome
+from pocd.delivery.posting import Receiver
 from pocd.protocol.nonces import Ledger, Node, Span
 from pocd.protocol.proof import Proof, Round
 from pocd.store import deliveries, selections, upkeep

@@ -12,7 +12,8 @@ import structlog
 from aiohttp import web
 
 from pocd.clock import SYSTEM
-from pocd.delivery.dispatcher import Dispatcher, Receiver
+from pocd.delivery.dispatcher import Dispatcher
+from pocd.delivery.posting import Receiver
 from pocd.delivery.receivers import Receivers
 from pocd.observe.events import Events
 from pocd.protocol.nonces import Node, Span

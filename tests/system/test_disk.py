@@ -302,7 +302,7 @@ async def test_a_damaged_store_is_told_at_the_start_and_left_as_it_is(tmp_path: 
 
 
 # As `pocd run` with a file too large to be looked through.
-UNLOOKED = "from pocd import cli; from pocd.delivery import store; store.LOOKED_THROUGH_BYTES = 0; cli.main()"
+UNLOOKED = "from pocd.cli.main import main; from pocd.store import opening; opening.LOOKED_THROUGH_BYTES = 0; main()"
 
 
 async def test_damage_that_is_found_at_work_ends_the_daemon(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import structlog
 
 from pocd.clock import SYSTEM
-from pocd.delivery.dispatcher import Receiver
+from pocd.delivery.posting import Receiver
 from pocd.lab import command
 from pocd.mining.miner import Miner
 from pocd.observe.changes import Changes
