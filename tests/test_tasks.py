@@ -55,7 +55,7 @@ async def run(path: Path, program: str) -> tuple[int | None, list[dict[str, Any]
     [
         ("pocd.chain.failover Failover", "head", "chain"),
         ("pocd.delivery.dispatcher Dispatcher", "run", "receiver one"),
-        ("pocd.pool.feeder Feeding", "_receive", "worker 0: results"),
+        ("pocd.pool.feeder Feeder", "_receive", "worker 0: results"),
         ("pocd.daemon.daemon Daemon", "_announce_ready", "readiness"),
     ],
 )

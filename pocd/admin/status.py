@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from pocd import __version__
+from pocd.admin.text import progress
 from pocd.mining.phases import Mode, state_of
 from pocd.observe.mask import mask_url
 from pocd.pool.causes import Cause
@@ -18,19 +19,19 @@ if TYPE_CHECKING:
     from pocd.clock import Clock
     from pocd.config.settings import Settings
     from pocd.delivery.dispatcher import Dispatcher
-    from pocd.delivery.dispatchers import Dispatchers
+    from pocd.delivery.receivers import Receivers
     from pocd.mining.control import Control
     from pocd.mining.follower import ChainHealth
     from pocd.mining.miner import Miner, Mining
-    from pocd.mining.phases import State
+    from pocd.mining.phases import DaemonState
     from pocd.observe.events import Events
-    from pocd.pool.cards import Cards, Reading
+    from pocd.pool.cards import CardReading, Cards
     from pocd.pool.pool import Pool
-    from pocd.pool.supervisor import Supervisor
+    from pocd.pool.state import WorkerState
     from pocd.protocol.proof import Round
     from pocd.store.thread import OutboxThread
     from pocd.validation.queue import Validator
-    from pocd.worker.messages import Card, Ready
+    from pocd.worker.messages import CardIdentity, Ready
 
 
 @dataclass(slots=True)
@@ -49,14 +50,14 @@ class Parts:
     cards: Cards
     validator: Validator
     chain: ChainHealth
-    dispatchers: Dispatchers
+    receivers: Receivers
     clock: Clock
     started_at: float  # monotonic
     log: FilteringBoundLogger
     events: Events
 
 
-def state(parts: Parts) -> State:
+def state(parts: Parts) -> DaemonState:
     """Return what the daemon is doing, in one word."""
     ready, mining = parts.workers.ready.is_set(), parts.miner.current is not None
     return state_of(parts.control.mode, ready=ready, mining=mining)
@@ -85,22 +86,22 @@ def alarms(parts: Parts) -> list[dict[str, str]]:
     workers = [
         {"part": worker_name(parts.workers, worker), "reason": reason}
         for worker in parts.workers.workers
-        if (reason := parts.workers.alarm(worker))
+        if (reason := worker.alarm)
     ]
     cards = [{"part": "cards", "reason": parts.cards.problem}] if parts.cards.problem else []
     return [*workers, *cards] + [
         {"part": f"receiver {dispatcher.receiver.name}", "reason": reason}
-        for dispatcher in parts.dispatchers
+        for dispatcher in parts.receivers
         if (reason := dispatcher.alarm or parked(dispatcher.state))
     ]
 
 
-def worker_name(workers: Pool, worker: Supervisor) -> str:
+def worker_name(workers: Pool, worker: WorkerState) -> str:
     """Return what a worker is called among `problems` and `alarms`."""
     return "worker" if len(workers.workers) == 1 else f"worker {worker.number} ({worker.device})"
 
 
-def why_not_ready(worker: Supervisor) -> str:
+def why_not_ready(worker: WorkerState) -> str:
     """Return the stage of a worker that is not ready, and why it ended last."""
     if worker.last_error is None:
         return worker.stage or "starting"
@@ -115,7 +116,7 @@ def parked(state: ReceiverState) -> str | None:
     return f"parked since {since} ({state.error}); `pocd outbox retry` asks it again"
 
 
-def _fields(value: Totals | Queue | Round | Ready | Reading | Card) -> dict[str, Any]:
+def _fields(value: Totals | Queue | Round | Ready | CardReading | CardIdentity) -> dict[str, Any]:
     """Return a flat dataclass as a dictionary. `asdict` copies deeply, which is most of what a status would cost."""
     return {name: getattr(value, name) for name in value.__slots__}
 
@@ -160,7 +161,7 @@ def _workers_view(workers: Pool, miner: Miner) -> dict[str, Any]:
     }
 
 
-def _worker_view(parts: Parts, worker: Supervisor) -> dict[str, Any]:
+def _worker_view(parts: Parts, worker: WorkerState) -> dict[str, Any]:
     return {
         "number": worker.number,
         "device": worker.device,
@@ -170,7 +171,7 @@ def _worker_view(parts: Parts, worker: Supervisor) -> dict[str, Any]:
         "restarts": sum(worker.causes.values()),
         "causes": {cause.value: worker.causes[cause] for cause in Cause},
         "last_error": worker.last_error,
-        "alarm": parts.workers.alarm(worker),
+        "alarm": worker.alarm,
         "batch_size": worker.batch_size,
         "execution": worker.info.execution if worker.info else None,
         "execution_reason": worker.info.execution_reason if worker.info else None,
@@ -180,7 +181,7 @@ def _worker_view(parts: Parts, worker: Supervisor) -> dict[str, Any]:
     }
 
 
-def _card_view(cards: Cards, device: str, card: Card) -> dict[str, Any]:
+def _card_view(cards: Cards, device: str, card: CardIdentity) -> dict[str, Any]:
     reading = cards.reading(card.uuid)
     return {"device": device, **_fields(card), "reading": _fields(reading) if reading else None}
 
@@ -217,12 +218,12 @@ def _receiver_view(
 
 def receiver_views(parts: Parts) -> list[dict[str, Any]]:
     """Return each receiver's queue and health; also of receivers that are no longer configured."""
-    queues, states, now = parts.outbox.outbox.queues, parts.outbox.outbox.receivers, parts.clock.wall()
+    queues, states, now = parts.outbox.view.queues, parts.outbox.view.receivers, parts.clock.wall()
     views = [
         _receiver_view(each.receiver.name, each, queues.get(each.receiver.name, Queue()), each.state, now)
-        for each in parts.dispatchers
+        for each in parts.receivers
     ]
-    served = {dispatcher.receiver.name for dispatcher in parts.dispatchers}
+    served = {dispatcher.receiver.name for dispatcher in parts.receivers}
     return views + [
         _receiver_view(name, None, queue, states.get(name, ReceiverState()), now)
         for name, queue in queues.items()
@@ -256,7 +257,7 @@ def view(parts: Parts) -> dict[str, Any]:
         "round": _round_view(mining) if mining else None,
         "control": _control_view(parts.control),
         "node": settings.node.model_dump(),
-        "funnel": _fields(parts.outbox.outbox.totals),
+        "funnel": _fields(parts.outbox.view.totals),
         "rates": {
             "checked_per_second_1m": miner.checked_rate.per_second(60),
             "checked_per_second_15m": miner.checked_rate.per_second(900),
@@ -276,13 +277,10 @@ def view(parts: Parts) -> dict[str, Any]:
 
 def summary(parts: Parts) -> str:
     """Return the funnel as one short line."""
-    totals, now = parts.outbox.outbox.totals, str(state(parts))
+    totals, now = parts.outbox.view.totals, str(state(parts))
     if now == "LOADING":
         stages = {worker.stage for worker in parts.workers.workers} - {None}
         now += f" ({', '.join(sorted(map(str, stages)))})" if stages else ""
     mining = parts.miner.mining
-    where = f"block {mining.round.block_height}" if mining else "no round"
-    return (
-        f"{now}, {where}, {parts.miner.checked_rate.per_second(60):.1f} nonces/s, "
-        f"checked {totals.checked} → valid {totals.valid} → stored {totals.stored} → delivered {totals.delivered}"
-    )
+    height = mining.round.block_height if mining else None
+    return progress(now, height, parts.miner.checked_rate.per_second(60), _fields(totals))

@@ -6,11 +6,11 @@ import asyncio
 import errno
 import os
 import socket
-import stat
 from typing import TYPE_CHECKING
 
 from pocd.admin.client import AdminError, call
 from pocd.check.finding import Finding, green, in_thread, red, yellow
+from pocd.http.unix_socket import left_behind
 
 if TYPE_CHECKING:
     from pocd.config.settings import AdminSettings
@@ -71,19 +71,10 @@ def _try_socket(admin: AdminSettings) -> OSError | None:
     if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
         return PermissionError(errno.EACCES, f"{path.parent} is missing, or closed to user {os.geteuid()}")
     try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return None
-    if not stat.S_ISSOCK(mode):
-        return FileExistsError(errno.EEXIST, "something else than a socket is there")
-    with socket.socket(socket.AF_UNIX) as trial:
-        trial.setblocking(False)
-        answer = trial.connect_ex(str(path))
-    if answer == errno.ECONNREFUSED:
-        return None
-    if answer in {0, errno.EAGAIN}:
-        return OSError(errno.EADDRINUSE, "another program listens there")
-    return OSError(answer, os.strerror(answer))
+        left_behind(path)
+    except OSError as error:
+        return error
+    return None
 
 
 async def _is_pocd(url: str, limit: float) -> bool:

@@ -17,7 +17,7 @@ from pocd.check.model import Place
 from pocd.check.probe import Probe, probe
 from pocd.check.receivers import check_receiver
 from pocd.clock import SYSTEM, Clock
-from pocd.delivery.dispatcher import Receiver
+from pocd.delivery.posting import Receiver
 from pocd.http.client import open_session
 from pocd.http.webhooks import SecretError, WebhookKeys
 from pocd.pool import cards
@@ -174,7 +174,7 @@ async def _receiver(configured: ReceiverSettings, clock: Clock, limit: float) ->
         text = "not asked: its secret_file cannot be used"
         return [yellow(f"receiver {configured.name}", text, "mend the secret first, see above")]
     receiver = Receiver(configured.name, configured.url, keys)
-    return [await check_receiver(receiver, wall=clock.wall, limit=limit)]
+    return [await check_receiver(receiver, clock=clock, limit=limit)]
 
 
 async def _api(held: asyncio.Task[int | None], settings: Settings, limit: float) -> list[Finding]:

@@ -2,116 +2,43 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import io
 import secrets
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import aiohttp
 import orjson
 
 from pocd.check.finding import Finding, green, red, yellow
 from pocd.delivery import policy
-from pocd.http import addresses, webhooks
-from pocd.http.client import open_session
-from pocd.observe.mask import excerpt, mask_url, url_secrets
+from pocd.delivery.posting import Poster
+from pocd.observe.mask import mask_url
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from pocd.delivery.dispatcher import Receiver
+    from pocd.clock import Clock
+    from pocd.delivery.policy import Outcome
+    from pocd.delivery.posting import Receiver
 
 PROBE = orjson.dumps({"probe": True, "nonces": []})
-ANSWER_BYTES = 16 * 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A receiver's answer to the probe.
-
-    Attributes:
-        status: The HTTP status; None without an answer.
-        said: The beginning of the body, or why there is no status; fit to be shown.
-    """
-
-    status: int | None
-    said: str
-
-
-async def check_receiver(receiver: Receiver, *, wall: Callable[[], float], limit: float) -> Finding:
+async def check_receiver(receiver: Receiver, *, clock: Clock, limit: float) -> Finding:
     """Send the probe to `receiver`, and judge its answer, which has `limit` seconds to come."""
-    barred: list[str] = []
-
-    def refuse(address: str) -> str | None:
-        reason = addresses.refusal(address)
-        barred.extend([] if reason is None else [reason])
-        return reason
-
-    timeout = aiohttp.ClientTimeout(total=limit)
-    async with open_session(timeout, window=ANSWER_BYTES, refuse=refuse) as session:
-        answer = await _ask(session, receiver, wall, limit)
-    if answer.status is None and barred:
-        answer = Answer(None, min(barred))
-    return judge(receiver, answer)
+    async with Poster(receiver, clock=clock, connect=limit, total=limit) as poster:
+        outcome = await poster.post("generated", f"pocd-check-{secrets.token_hex(8)}", PROBE)
+    return judge(receiver, outcome)
 
 
-async def _ask(session: aiohttp.ClientSession, receiver: Receiver, wall: Callable[[], float], limit: float) -> Answer:
-    message_id, timestamp = f"pocd-check-{secrets.token_hex(8)}", int(wall())
-    signed = (
-        receiver.keys.headers(message_id, timestamp, PROBE)
-        if receiver.keys
-        else webhooks.unsigned_headers(message_id, timestamp)
-    )
-    # Without pocd-sequence: a probe has no place in the queue.
-    headers = {"Content-Type": "application/json", **signed}
-    url = f"{receiver.url.rstrip('/')}/generated"
-    try:
-        async with session.post(url, data=io.BytesIO(PROBE), headers=headers, allow_redirects=False) as response:
-            said = response.headers.get("Location") if 300 <= response.status < 400 else None
-            return Answer(response.status, _shown(mask_url(said) if said else await _read(response), receiver))
-    except aiohttp.ClientConnectorError as error:
-        return Answer(None, f"no connection: {_shown(error.os_error.strerror or str(error.os_error), receiver)}")
-    except TimeoutError:
-        return Answer(None, f"no answer within {limit:g} s")
-    except aiohttp.ClientResponseError as error:  # its own text quotes the URL, secrets included
-        return Answer(None, f"no HTTP: {excerpt(error.message, 160)}")
-    except (aiohttp.ClientError, OSError, ValueError) as error:
-        text = str(error)
-        return Answer(None, type(error).__name__ if not text or "://" in text else _shown(text, receiver))
-
-
-async def _read(response: aiohttp.ClientResponse) -> str:
-    body = b""
-    with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
-        async with asyncio.timeout(2.0):
-            while len(body) < ANSWER_BYTES and (chunk := await response.content.read(ANSWER_BYTES)):
-                body += chunk
-    return body.decode("utf-8", "replace")
-
-
-def _shown(text: str, receiver: Receiver) -> str:
-    """Make what a receiver said fit to be shown; some send back the request, with the user info of their URL."""
-    shown = excerpt(text, 160) if text else ""
-    for secret in url_secrets(receiver.url):
-        shown = shown.replace(secret, "***")
-    return shown
-
-
-def judge(receiver: Receiver, answer: Answer) -> Finding:
-    """Return a finding about an answer to the probe, judged as delivery/policy.py judges answers to batches."""
-    name, where, status = f"receiver {receiver.name}", mask_url(receiver.url), answer.status
+def judge(receiver: Receiver, outcome: Outcome) -> Finding:
+    """Return a finding about the outcome of the probe, judged as delivery/policy.py judges those of batches."""
+    name, where, status = f"receiver {receiver.name}", mask_url(receiver.url), outcome.status
     signed = "a signed" if receiver.keys else "an unsigned"
     if status is None:
-        return red(
-            name, f"{where}: {answer.said}", "check that it runs, its url, its certificate, and firewalls between"
-        )
-    if 200 <= status < 300:
+        remedy = "check that it runs, its url, its certificate, and firewalls between"
+        return red(name, f"{where}: {outcome.detail}", remedy)
+    if outcome.accepted:
         return green(name, f"{where} accepts {signed} probe")
     if status in policy.REFUSED:
         return green(name, f"{where} answers, and refuses {signed} but empty probe, as it may (HTTP {status})")
-    text = f"{where} answers HTTP {status}" + (f": {answer.said}" if answer.said else "")
+    text = f"{where} answers {outcome.detail}"
     if status >= 500 or status in policy.PASSING:
         return yellow(name, text, "ask its operator; the daemon tries again until it is well")
     if status == 404:

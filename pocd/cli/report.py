@@ -7,7 +7,7 @@ from typing import Any
 
 import orjson
 
-from pocd.admin.text import age, funnel_text, local_time, percent
+from pocd.admin.text import age, card_text, clean, funnel_text, local_time, rates_text, speed, valid_rate_text
 
 
 def as_json(body: dict[str, Any]) -> str:
@@ -31,11 +31,6 @@ def _receiver(receiver: dict[str, Any]) -> str:
     if receiver["next_attempt_seconds"] is not None and not receiver["parked"]:
         text += f", asked again in {receiver['next_attempt_seconds']:.0f} s"
     return text
-
-
-def clean(text: str) -> str:
-    """Return text from outside with characters replaced that a terminal would not print."""
-    return "".join(each if each.isprintable() else "�" for each in text)
 
 
 def outbox_as_text(body: dict[str, Any]) -> str:
@@ -75,20 +70,11 @@ def _worker(worker: dict[str, Any]) -> str:
     """Describe one worker: its device, its rate, and its GPUs."""
     text = f"{worker['number']}: {worker['device']}"
     if worker["ready"]:
-        text += f", {worker['execution']}, {worker['computed_per_second_1m']:.1f} nonces/s"
+        text += f", {worker['execution']}, {speed(worker['computed_per_second_1m'])}"
     else:
         text += ", not ready" + (f": {worker['stage']}" if worker["stage"] else "")
-    return "; ".join([text, *map(_card, worker["cards"])])
+    return "; ".join([text, *map(card_text, worker["cards"])])
 
-
-def _card(card: dict[str, Any]) -> str:
-    """Describe a GPU: its name and sensor values."""
-    reading = card["reading"] or {}
-    found = [(reading.get(field), form) for field, form in _READINGS.items()]
-    return ", ".join([card["name"], *(form.format(value) for value, form in found if value is not None)])
-
-
-_READINGS = {"temperature": "{:.0f} °C", "power": "{:.0f} W"}
 
 _SUSPICIONS = {
     "impossible_claims": "what no honest miner claims (no finite number, or not from 0 to below r_target): "
@@ -145,16 +131,14 @@ def as_text(body: dict[str, Any]) -> str:
     ]
     if round_:
         block = f"block {round_['block_height']} {round_['block_hash'][:16]}…"
-        observed, expected = percent(round_["observed_valid_rate"]), percent(round_["expected_valid_rate"])
         asked = "" if mode in {"FOLLOWING", "STOPPED"} else "asked for by the API: "
         rows += [
             ("round", f"{asked}{block}, {round_['scheme']} on {round_['model']}"),
-            ("valid rate", f"{observed} observed, {expected} expected ({round_['valid']} of {round_['checked']})"),
+            ("valid rate", valid_rate_text(round_)),
         ]
-    minute, quarter = rates["checked_per_second_1m"], rates["checked_per_second_15m"]
     device = "{device}, {dtype}, batches of {batch_size}".format(**worker) if "device" in worker else "not ready"
     rows += [
-        ("rate", f"{minute:.1f} nonces/s over 1 min, {quarter:.1f} over 15 min"),
+        ("rate", rates_text(rates)),
         ("funnel", funnel_text(funnel)),
         ("worker", f"{device}, {worker['restarts']} restarts, {worker['refused_batches']} batches refused"),
         *(("", _worker(each)) for each in body["workers"]),

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from pocd.admin.text import MAIN_STAGES, age, local_time, percent
-from pocd.cli.report import clean
+from pocd.admin.text import MAIN_STAGES, age, card_text, clean, funnel_text, local_time, percent
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -155,11 +154,11 @@ def _state(status: dict[str, Any]) -> Text:
 
 
 def _funnel(funnel: dict[str, int]) -> Text:
-    text = Text(" → ").join(
-        Text.assemble((f"{stage} ", "dim"), (f"{funnel[stage]:,}", "bold")) for stage in MAIN_STAGES
-    )
-    lost = [f"{stage} {count:,}" for stage, count in funnel.items() if stage not in MAIN_STAGES and count]
-    return text.append(f", {', '.join(lost)}", "red") if lost else text
+    accepted, comma, lost = funnel_text(funnel).partition(", ")
+    text = Text(accepted)
+    text.highlight_words(MAIN_STAGES, "dim")
+    text.highlight_regex(r"[\d,]+", "bold")
+    return text.append(f"{comma}{lost}", "red")
 
 
 def _rate(rates: dict[str, float], samples: Sequence[Sample]) -> Text:
@@ -216,20 +215,6 @@ def _worker(worker: dict[str, Any]) -> list[Text]:
         text.append(f"  {worker['restarts']} restarts", "yellow")
     cards = list(map(card_text, worker["cards"]))
     return [text.append(f"  {cards[0]}" if cards else ""), *(Text(f"  {card}", no_wrap=True) for card in cards[1:])]
-
-
-def card_text(card: dict[str, Any]) -> str:
-    """Return a GPU's sensor values, as far as they are known, and its name."""
-    reading = card["reading"] or {}
-    used, total = reading.get("memory_used"), reading.get("memory_total")
-    parts = [
-        (reading.get("temperature"), "{:.0f} °C"),
-        (reading.get("power"), "{:.0f} W"),
-        (None if used is None or total is None else f"{used / 2**30:.0f}/{total / 2**30:.0f} GiB", "{}"),
-        (reading.get("utilization"), "{:.0%}"),
-    ]
-    told = [form.format(value) for value, form in parts if value is not None]
-    return " ".join([*told, clean(card["name"].removeprefix("NVIDIA "))])
 
 
 def _receiver(receiver: dict[str, Any]) -> Text:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import shutil
 import signal
 import sqlite3
@@ -24,17 +23,15 @@ from rich.live import Live
 from rich.table import Table
 
 from pocd.admin.client import AdminError, call
-from pocd.admin.text import funnel_text, percent
-from pocd.config.settings import ENV_PREFIX
+from pocd.admin.text import funnel_text, percent, progress, rates_text, valid_rate_text
+from pocd.dev.processes import started
 from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_OK, EndedError
 
 if TYPE_CHECKING:
-    from asyncio.subprocess import Process
-    from collections.abc import AsyncIterator
     from pathlib import Path
 
-START_SECONDS = 120.0  # for a process to listen
-STOP_SECONDS = 120.0  # for a process to end
+    from pocd.dev.processes import Running
+
 RECOMPUTE_SECONDS = 600.0  # for `pocd compute`
 REFRESH_SECONDS = 0.5
 STALLED_SECONDS = 120.0  # without a nonce checked
@@ -149,71 +146,6 @@ def _empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Running:
-    """A process that listens at `url` and writes its log to `log`."""
-
-    process: Process
-    url: str
-    log: Path
-
-    async def end(self) -> None:
-        """Stop the process as a service manager does, and insist on a clean exit."""
-        if self.process.returncode is None:
-            self.process.terminate()
-        try:
-            async with asyncio.timeout(STOP_SECONDS):
-                code = await self.process.wait()
-        except TimeoutError:
-            self.process.kill()
-            raise EndedError(
-                EXIT_CRASH, f"a process did not stop within {STOP_SECONDS:.0f} s; see {self.log}"
-            ) from None
-        if code != 0:
-            raise EndedError(EXIT_CRASH, f"a process ended with status {code}; see {self.log}")
-
-
-@contextlib.asynccontextmanager
-async def started(folder: Path, command: str, *options: str, log: Path | None = None) -> AsyncIterator[Running]:
-    """Run `pocd COMMAND` until the context ends, in a session of its own, so that Ctrl-C reaches only us.
-
-    The process's output goes to `log`, by default COMMAND.log in `folder`.
-    """
-    log = log or folder / f"{command}.log"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
-    with log.open("wb") as sink:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "pocd", command, *options),
-            stdout=sink,
-            stderr=sink,
-            env=environment,
-            start_new_session=True,
-        )
-    try:
-        yield Running(process, await _announced_url(process, log), log)
-    finally:
-        if process.returncode is None:
-            process.terminate()
-            try:
-                async with asyncio.timeout(STOP_SECONDS):
-                    await process.wait()
-            except TimeoutError:
-                process.kill()
-                await process.wait()
-
-
-async def _announced_url(process: Process, log: Path) -> str:
-    """Wait until the process's log has the URL that it listens on, and return it."""
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline and process.returncode is None:
-        for line in log.read_bytes().splitlines():
-            if line.startswith(b"{") and line.endswith(b"}") and (entry := orjson.loads(line))["action"] == "listening":
-                return str(entry["url"])
-        await asyncio.sleep(0.05)
-    lines = log.read_text(errors="replace").splitlines()
-    raise EndedError(EXIT_CRASH, f"{log.stem} did not start: {lines[-1] if lines else 'no word'}; see {log}")
-
-
 async def _watch(plan: DemoPlan, daemon: Running, console: Console, stop: asyncio.Event) -> bool:
     """Show progress until the blocks are mined; returns whether somebody interrupted it."""
     mined: set[int] = set()
@@ -250,23 +182,15 @@ async def _status(daemon: Running) -> dict[str, Any]:
         raise EndedError(EXIT_CRASH, f"the daemon does not answer: {error}; see {daemon.log}") from error
 
 
-def _rates(body: dict[str, Any]) -> tuple[str, str]:
-    round_ = body["round"] or {}
-    return percent(round_.get("expected_valid_rate")), percent(round_.get("observed_valid_rate"))
-
-
 def _line(body: dict[str, Any]) -> str:
     round_ = body["round"]
-    block = f"block {round_['block_height'] if round_ else '–'}"
-    rate = f"{body['rates']['checked_per_second_1m']:.0f} nonces/s"
-    expected, observed = _rates(body)
-    funnel = funnel_text(body["funnel"])
-    return f"{body['state']:10} {block} | {rate} | {funnel} | valid rate expected {expected}, observed {observed}"
+    height = round_["block_height"] if round_ else None
+    line = progress(body["state"], height, body["rates"]["checked_per_second_1m"], body["funnel"])
+    return f"{line}; valid rate {valid_rate_text(round_)}" if round_ else line
 
 
 def _table(plan: DemoPlan, body: dict[str, Any], finished: int) -> Table:
     round_, chain = body["round"], body["chain"]
-    expected, observed = _rates(body)
     overall = percent(body["funnel"]["valid"] / body["funnel"]["checked"] if body["funnel"]["checked"] else None)
     loading = "  (the worker loads torch and the model)" if body["state"] == "LOADING" else ""
     table = Table(show_header=False, title="pocd demo", title_justify="left", min_width=70)
@@ -275,11 +199,11 @@ def _table(plan: DemoPlan, body: dict[str, Any], finished: int) -> Table:
     table.add_row("state", body["state"] + loading)
     table.add_row("block", f"{chain['height'] or '–'}   {(chain['hash'] or '–')[:32]}…")
     if round_:
-        table.add_row("round", f"{round_['id']}   {round_['checked']} checked, {round_['valid']} valid")
+        table.add_row("round", round_["id"])
+        table.add_row("valid rate", f"{valid_rate_text(round_)}; {overall} in all")
     table.add_row("finished", f"{finished} rounds" + (f" of {plan.blocks}" if plan.blocks else ""))
-    table.add_row("rate", f"{body['rates']['checked_per_second_1m']:.1f} nonces/s")
+    table.add_row("rate", rates_text(body["rates"]))
     table.add_row("funnel", funnel_text(body["funnel"]))
-    table.add_row("valid rate", f"expected {expected}; observed {observed} in this round, {overall} in all")
     table.add_row("end", f"after {plan.blocks} blocks, or Ctrl-C" if plan.blocks else "Ctrl-C")
     return table
 

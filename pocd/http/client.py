@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.client_proto import ResponseHandler
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from aiohttp import AddrInfoType
+    from aiohttp import AddrInfoType, StreamReader
+    from aiohttp.http_parser import RawResponseMessage
 
     Refuse = Callable[[str], str | None]
     Addresses = Sequence[tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]]  # the last for `getnameinfo`
@@ -40,12 +42,47 @@ def open_session(
     # IPv6 and IPv4 are tried in turn, as RFC 8305 says. Answers come uncompressed: nobody can send us a bomb.
     return aiohttp.ClientSession(
         timeout=timeout,
-        connector=aiohttp.TCPConnector(resolver=ThreadResolver(), socket_factory=partial(_open_socket, window, refuse)),
+        connector=_Connector(resolver=ThreadResolver(), socket_factory=partial(_open_socket, window, refuse)),
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,
         auto_decompress=False,
         headers={"Accept-Encoding": "identity"},
     )
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Aiohttp's connections, of which one that was kept serves another request only if the peer was silent since."""
+
+    def __init__(self, *, resolver: AbstractResolver, socket_factory: Callable[[AddrInfoType], socket.socket]) -> None:
+        super().__init__(resolver=resolver, socket_factory=socket_factory)
+        self._factory = partial(_Connection, loop=self._loop)  # type: ignore[assignment] # a subclass will do
+
+
+class _Connection(ResponseHandler):
+    """Aiohttp's side of a connection, which is closed by an answer that no request asked for.
+
+    A peer, or a proxy before it, that answers once too often would be believed about the next request, and all its
+    later answers be off by one.
+    """
+
+    _answered = False
+
+    def set_response_params(self, **params: Any) -> None:  # noqa: ANN401 - aiohttp's own
+        """Expect the answer to a request that is about to be sent."""
+        self._answered = False
+        super().set_response_params(**params)
+
+    def feed_data(self, data: tuple[RawResponseMessage, StreamReader], size: int = 0) -> None:
+        """Take the head of an answer; those of 1xx announce another one."""
+        self._answered = not 100 <= data[0].code < 200
+        super().feed_data(data, size)
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes of the answer that is expected, or close the connection."""
+        if data and self._answered and (self._payload is None or self._payload.is_eof()):  # aiohttp calls it without
+            self.abort()
+        else:
+            super().data_received(data)
 
 
 def _open_socket(window: int | None, refuse: Refuse | None, address: AddrInfoType) -> socket.socket:

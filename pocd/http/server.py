@@ -7,12 +7,7 @@ are too many connections, the one that we wait for longest goes. What is being a
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import errno
-import os
-import socket
-import stat
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -20,8 +15,10 @@ from typing import TYPE_CHECKING, cast
 import orjson
 from aiohttp import web
 
+from pocd.http.unix_socket import unix_socket
+
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+    from collections.abc import AsyncIterator, Callable, Mapping
     from pathlib import Path
 
     from aiohttp.typedefs import Handler
@@ -144,45 +141,12 @@ async def listening_at(
         OSError: Another program listens there, or the path cannot be used.
     """
     async with _protocols(app, bounds, shutdown_timeout) as protocols:
-        with _unix_socket(path) as bound:
+        with unix_socket(path) as bound:
             server = await asyncio.get_running_loop().create_unix_server(protocols, sock=bound, backlog=BACKLOG)
             try:
                 yield f"unix://{path}"
             finally:
                 server.close()
-
-
-@contextmanager
-def _unix_socket(path: Path) -> Iterator[socket.socket]:
-    _remove_stale(path)
-    with socket.socket(socket.AF_UNIX) as bound:
-        bound.bind(str(path))
-        path.chmod(0o660)  # before anybody can connect, which needs listen()
-        made = path.lstat()
-        try:
-            yield bound
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(path.lstat(), made):  # else it is another one's by now
-                    path.unlink()
-
-
-def _remove_stale(path: Path) -> None:
-    """Remove a socket that nobody listens on any more; `OSError` for anything else that is there."""
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise FileExistsError(errno.EEXIST, "something else than a socket is there", str(path))
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
-        answer = probe.connect_ex(str(path))
-    if answer in {0, errno.EAGAIN}:  # EAGAIN: more wait there than its listener lets
-        raise OSError(errno.EADDRINUSE, "another program listens there", str(path))
-    if answer != errno.ECONNREFUSED:
-        raise OSError(answer, f"a socket is there that cannot be asked: {os.strerror(answer)}", str(path))
-    path.unlink()
 
 
 @asynccontextmanager

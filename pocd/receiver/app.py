@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Annotated
 import orjson
 import structlog
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, FailFast, Field, ValidationError
 
 from pocd.http.server import RefusalError, errors_as_json, json_answer, listening
 from pocd.http.webhooks import ID_HEADER, SignatureError, WebhookKeys, is_message_id
+from pocd.protocol.bodies import BatchBody
+from pocd.protocol.numbers import Index
 from pocd.receiver.store import Arrival, ArrivalOutcome, BatchKind, ReceiverStoreError, Store, StoredBatch
 
 if TYPE_CHECKING:
@@ -39,31 +40,11 @@ _log = structlog.get_logger(__name__)
 
 # What a body must hold (docs/protocol.md section 5). Unknown fields are ignored.
 
-Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 
-
-class GeneratedBody(BaseModel):
+class GeneratedBody(BatchBody):
     """A ProofBatch: nonces and their distances."""
 
-    model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
-
-    public_key: str
-    block_hash: str
-    block_height: Int64
-    node_id: Int64
-    nonces: Annotated[list[NonNegative], FailFast()]
     dist: Annotated[list[float], FailFast()]
-    batch_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-
-    # Fields are checked in order, so the nonces are known here unless they were refused themselves.
-    @field_validator("dist", "received_dist", check_fields=False)
-    @classmethod
-    def _one_for_each_nonce(cls, values: list[float], info: ValidationInfo) -> list[float]:
-        expected = len(info.data.get("nonces", values))
-        if len(values) != expected:
-            raise PydanticCustomError("length", f"{len(values)} values for {expected} nonces")
-        return values
 
 
 class ValidatedBody(GeneratedBody):
@@ -73,7 +54,7 @@ class ValidatedBody(GeneratedBody):
     received_dist: Annotated[list[float | None], FailFast()]
     r_target: float
     fraud_threshold: float
-    n_invalid: NonNegative
+    n_invalid: Index
     probability_honest: Annotated[float, Field(ge=0, le=1)]
     fraud_detected: bool
 
@@ -81,7 +62,7 @@ class ValidatedBody(GeneratedBody):
 class PageQuery(BaseModel):
     """The query of GET /batches."""
 
-    after: NonNegative = 0
+    after: Index = 0
     limit: Annotated[int, Field(ge=1, le=1000)] = 100
     kind: BatchKind | None = None
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, TypeVar
+
+from pocd.store.database import DatabaseThread, ThreadBusyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator
     from pathlib import Path
 
 P = ParamSpec("P")
@@ -20,7 +22,7 @@ T = TypeVar("T")
 BatchKind = Literal["generated", "validated"]
 
 MAX_WAITING = 64
-"""Calls that may wait for the thread; one more is refused, so a slow disk cannot fill the memory."""
+"""Calls that may wait for the store; one more is refused."""
 
 CALL_TIMEOUT_S = 30.0
 BUSY_TIMEOUT_S = 5.0
@@ -161,16 +163,12 @@ class RoundStats:
 class Store:
     """The receiver's batches and counts. Built by `open`; safe for many coroutines of one event loop.
 
-    SQLite waits for the disk, so every call runs in one thread, in the order asked. When a call that
-    changes something returns, the change is on disk.
+    When a call that changes something returns, the change is on disk.
     """
 
-    _database: _Database
-
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, thread: DatabaseThread[_Database]) -> None:
         self._path = path
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="receiver-store")
-        self._waiting = 0
+        self._thread = thread
 
     @classmethod
     async def open(cls, path: Path) -> Store:
@@ -179,9 +177,8 @@ class Store:
         Raises:
             ReceiverStoreError: The file cannot be opened or made, or is not a receiver's store.
         """
-        store = cls(path)
-        store._database = await store._run(_Database, path)
-        return store
+        opened = partial(DatabaseThread, partial(_Database, path), name="receiver-store", most_waiting=MAX_WAITING)
+        return cls(path, await _bounded(path, asyncio.to_thread(opened)))
 
     async def close(self) -> None:
         """Close the file, after the calls that wait; the store is of no use afterwards.
@@ -189,10 +186,7 @@ class Store:
         Raises:
             ReceiverStoreError: SQLite reports an error; what was answered before is on disk nevertheless.
         """
-        try:
-            await self._run(self._database.close)
-        finally:
-            self._thread.shutdown(wait=False)
+        await _bounded(self._path, asyncio.to_thread(self._thread.close))
 
     async def add(self, arrival: Arrival) -> ArrivalOutcome:
         """Commit a batch to disk, or recognise it: the same id is a repeat if its bytes are the same.
@@ -200,7 +194,7 @@ class Store:
         Raises:
             ReceiverStoreError: The batch may not be on disk; the sender has to try again.
         """
-        return await self._run(self._database.add, arrival)
+        return await self._run(_Database.add, arrival)
 
     async def count_rejected(self) -> None:
         """Count a batch that was refused before it reached the store.
@@ -208,7 +202,7 @@ class Store:
         Raises:
             ReceiverStoreError: The batch was not counted.
         """
-        await self._run(self._database.count_rejected)
+        await self._run(_Database.count_rejected)
 
     async def stats(self) -> tuple[ReceiverTotals, list[RoundStats]]:
         """Return the counts, and the 20 rounds with the latest generated batches, the newest first.
@@ -216,7 +210,7 @@ class Store:
         Raises:
             ReceiverStoreError: The counts cannot be read.
         """
-        return await self._run(self._database.stats)
+        return await self._run(_Database.stats)
 
     async def page(self, after: int, limit: int, kind: BatchKind | None) -> tuple[list[StoredBatch], int | None]:
         """Return up to `limit` batches with a seq above `after`, ascending, and the `after` of the next page.
@@ -227,7 +221,7 @@ class Store:
         Raises:
             ReceiverStoreError: The batches cannot be read.
         """
-        return await self._run(self._database.page, after, limit, kind)
+        return await self._run(_Database.page, after, limit, kind)
 
     async def clear(self) -> ReceiverTotals:
         """Forget all batches and counts, and return what the counts were.
@@ -235,21 +229,23 @@ class Store:
         Raises:
             ReceiverStoreError: Nothing was forgotten, or all of it but the answer came too late.
         """
-        return await self._run(self._database.clear)
+        return await self._run(_Database.clear)
 
-    async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        if self._waiting >= MAX_WAITING:
-            raise ReceiverStoreBusyError(f"{self._path}: {MAX_WAITING} calls are waiting already")
-        self._waiting += 1
-        try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
-                return await asyncio.wrap_future(self._thread.submit(work, *args, **kwargs))
-        except TimeoutError:
-            raise ReceiverStoreBusyError(f"{self._path}: no answer within {CALL_TIMEOUT_S:g} s") from None
-        except sqlite3.Error as error:
-            raise ReceiverStoreError(f"{self._path}: {error}") from error
-        finally:
-            self._waiting -= 1
+    async def _run(self, work: Callable[Concatenate[_Database, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+        return await _bounded(self._path, self._thread(work, *args, **kwargs))
+
+
+async def _bounded(path: Path, call: Awaitable[T]) -> T:
+    """Wait for a call of the store at `path`, but not for ever; errors name the file."""
+    try:
+        async with asyncio.timeout(CALL_TIMEOUT_S):
+            return await call
+    except TimeoutError:
+        raise ReceiverStoreBusyError(f"{path}: no answer within {CALL_TIMEOUT_S:g} s") from None
+    except ThreadBusyError as error:
+        raise ReceiverStoreBusyError(f"{path}: {error}") from None
+    except sqlite3.Error as error:
+        raise ReceiverStoreError(f"{path}: {error}") from error
 
 
 class _Database:

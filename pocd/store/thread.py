@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
+from pocd.store.database import DatabaseThread, ThreadBusyError
 from pocd.store.errors import StoreUnavailableError, failure_of
 from pocd.store.outbox import Outbox
 
@@ -17,35 +18,28 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
+MOST_WAITING = 1024  # above what all parts of the daemon and all clients of its API ask for at once
 AGAIN_SECONDS = 1.0  # between two tries to write what has to be recorded
 
 
-class OutboxThread:
-    """The one thread that an `Outbox` lives in; callers await its methods from the event loop.
-
-    A call that was started runs to its end even when its caller is cancelled: what is being
-    written gets written.
-    """
+class OutboxThread(DatabaseThread[Outbox]):
+    """The one thread that an `Outbox` lives in."""
 
     def __init__(self, path: Path) -> None:
+        super().__init__(partial(Outbox.open, path), name="outbox", most_waiting=MOST_WAITING)
         self._path = path
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="outbox")
-        try:
-            self.outbox = self._executor.submit(Outbox.open, path).result()
-        except BaseException:
-            self._executor.shutdown()
-            raise
 
     async def __call__(self, method: Callable[Concatenate[Outbox, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `method(outbox, *args, **kwargs)` in the thread and return its result.
 
         Raises:
-            StoreUnavailableError: The disk is full or fails; nothing was changed, and it may go on later.
+            StoreUnavailableError: The disk is full, fails, or is too slow; nothing was changed, and it may go on later.
             StoreError: The file is damaged.
         """
-        loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._executor, lambda: method(self.outbox, *args, **kwargs))
+            return await super().__call__(method, *args, **kwargs)
+        except ThreadBusyError as error:
+            raise StoreUnavailableError(f"the store {self._path} is too slow: {error}") from error
         except sqlite3.Error as error:
             raise failure_of(self._path, error) from error
 
@@ -58,8 +52,3 @@ class OutboxThread:
                 return await self(method, *args, **kwargs)
             except StoreUnavailableError:
                 await asyncio.sleep(AGAIN_SECONDS)
-
-    def close(self) -> None:
-        """Finish what was begun, then close the store."""
-        self._executor.submit(self.outbox.close).result()
-        self._executor.shutdown()

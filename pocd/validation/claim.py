@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator
 
-from pocd.protocol.proof import MOST_NONCES
-from pocd.validation.deciding import Count, Index, Name, Named
+from pocd.protocol.bodies import BatchBody, ShortName
+from pocd.protocol.numbers import Count
+from pocd.validation.conditions import BodyConditions
 
 LARGEST_CLAIM = 8 * 2**20  # bytes; the longest numbers, one a line, are 5 MiB
 
@@ -30,7 +30,7 @@ class BodyError(Exception):
         self.field = field
 
 
-class Claim(Named):
+class Claim(BatchBody, BodyConditions):
     """A ProofBatch as a miner sends it (docs/protocol.md section 5).
 
     Fields that name how the batch was made must agree with what this daemon runs; other unknown fields are ignored.
@@ -51,10 +51,6 @@ class Claim(Named):
         },
     )
 
-    public_key: Annotated[str, Field(min_length=1, max_length=1024)]
-    block_hash: Name
-    block_height: Index
-    nonces: Annotated[list[Index], FailFast(), Field(min_length=1, max_length=MOST_NONCES)]
     dist: Annotated[
         list[float | None],
         FailFast(),
@@ -63,18 +59,13 @@ class Claim(Named):
             "against the miner."
         ),
     ]
-    node_id: Index = 0
     node_count: Annotated[Count | None, Field(description="Number of nodes that share the nonces.")] = None
     r_target: Annotated[float | None, Field(gt=0, le=2, allow_inf_nan=False)] = None
-    batch_id: Annotated[Name | None, Field(description="Ignored: the verdict has an id of its own.")] = None
+    batch_id: Annotated[ShortName | None, Field(description="Ignored: the verdict has an id of its own.")] = None
 
-    # Fields are checked in order, so the nonces are known here unless they were refused themselves.
     @field_validator("dist")
     @classmethod
-    def _one_for_each_nonce(cls, values: list[float | None], info: ValidationInfo) -> list[float | None]:
-        expected = len(info.data.get("nonces", values))
-        if len(values) != expected:
-            raise PydanticCustomError("length", f"{len(values)} values for {expected} nonces")
+    def _null_for_no_number(cls, values: list[float | None]) -> list[float | None]:
         return [value if value is not None and math.isfinite(value) else None for value in values]
 
 

@@ -33,7 +33,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from pocd.admin.client import call
-from pocd.dev.demo import Running, started
+from pocd.dev.processes import Running, started
 from pocd.protocol.schemes import RANDOM_HEAD_DIM
 from pocd.protocol.theory import r_target_for
 from scripts.bench.measuring import new_table, ratio, show

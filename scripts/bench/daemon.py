@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pocd.admin.client import AdminError, call
-from pocd.dev.demo import started
+from pocd.dev.processes import started
 
 CONFIG = """\
 [node]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pocd.admin.client import call
-from pocd.dev.demo import Running, started
+from pocd.dev.processes import Running, started
 from pocd.protocol.schemes import RANDOM_HEAD_DIM
 from pocd.protocol.theory import r_target_for
 from scripts.bench.measuring import cpu_seconds, new_table, ratio, show

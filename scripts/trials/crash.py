@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pocd.admin.client import AdminError, call
-from pocd.dev.demo import Running, started
+from pocd.dev.processes import Running, launch, started
 from pocd.process import EXIT_OK, EndedError
 from scripts.trials.crash_verdict import CrashVerdict, judge
 from scripts.trials.failpoints import MINING, Point
@@ -184,10 +184,7 @@ class Crash:
         point = run.point.value if run.point else "before commit"
         passing, begin = (run.passing, "mining" if run.mining else "start") if run.point else (0, "mining")  # 0: never
         command = ("-m", "scripts.trials.failpoints", point, str(passing), begin, "run", "--config", str(self.config))
-        with log.open("wb") as sink:
-            daemon = await asyncio.create_subprocess_exec(
-                sys.executable, *command, stdout=sink, stderr=sink, start_new_session=True
-            )
+        daemon = await launch(log, *command)
         try:
             ended_by = await self._killed(daemon, run, log)
         finally:

@@ -45,7 +45,8 @@ import orjson
 from rich.console import Console
 
 from pocd.admin.client import AdminError, call
-from pocd.dev.demo import Running, held_by, started
+from pocd.dev.demo import held_by
+from pocd.dev.processes import Running, started
 from pocd.process import EXIT_CRASH, EndedError
 from pocd.protocol.errors import InputError, ModelError
 from pocd.protocol.names import DTYPES, check_device, resolve

@@ -42,10 +42,10 @@ CPU = ModelSettings(name="bundled:tiny-llama", dtype="float32", device="cpu")
 PATIENT = host.Limits(local=PATIENCE, call=PATIENCE, torch=PATIENCE)
 # As `pocd`, and as patient as that.
 COMMAND = f"""
-from pocd import cli
-from pocd.checking import host
+from pocd.check import host
+from pocd.cli.main import main
 host.check_host.__kwdefaults__["limits"] = host.Limits(local={PATIENCE}, call={PATIENCE}, torch={PATIENCE})
-cli.main()
+main()
 """
 
 

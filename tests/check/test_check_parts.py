@@ -30,12 +30,13 @@ from pocd.check.devices import Driver
 from pocd.check.finding import Finding, Level
 from pocd.check.probe import Probe
 from pocd.check.receivers import check_receiver
+from pocd.clock import SYSTEM
 from pocd.config.settings import ModelSettings, StoreSettings, load
-from pocd.delivery.dispatcher import Receiver
+from pocd.delivery.posting import Receiver
 from pocd.http.client import open_session
 from pocd.http.server import listening
 from pocd.http.webhooks import WebhookKeys
-from pocd.pool.cards import NoDriverError, Reading
+from pocd.pool.cards import CardReading, NoDriverError
 from pocd.protocol.names import BUNDLED
 from pocd.receiver.app import application
 from pocd.receiver.store import Store
@@ -160,7 +161,7 @@ async def test_what_a_receiver_answers(status: int, *, signed: bool, level: str,
     app.router.add_post("/in/generated", answer)
     async with listening(app, "127.0.0.1", 0, shutdown_timeout=1) as url:
         receiver = Receiver("main", f"{url.replace('://', '://user:hunter22@')}/in/", keys if signed else None)
-        finding = await check_receiver(receiver, wall=time.time, limit=PATIENCE)
+        finding = await check_receiver(receiver, clock=SYSTEM, limit=PATIENCE)
     assert (finding.name, finding.level) == ("receiver main", level)
     assert text in finding.text.replace("HTTP 301: ", "to ")
     assert "hunter22" not in finding.text
@@ -169,12 +170,12 @@ async def test_what_a_receiver_answers(status: int, *, signed: bool, level: str,
 
 async def test_receivers_that_are_not_called_or_do_not_answer() -> None:
     metadata = Receiver("main", "http://169.254.169.254", None)
-    finding = await check_receiver(metadata, wall=time.time, limit=PATIENCE)
+    finding = await check_receiver(metadata, clock=SYSTEM, limit=PATIENCE)
     assert finding.level is Level.RED
     assert "169.254.169.254 is refused: it is link-local" in finding.text
     with socket.create_server(("127.0.0.1", 0)) as server:  # which never accepts
         silent = Receiver("main", f"http://127.0.0.1:{server.getsockname()[1]}", None)
-        finding = await check_receiver(silent, wall=time.time, limit=0.2)
+        finding = await check_receiver(silent, clock=SYSTEM, limit=0.2)
     assert (finding.level, finding.text.rpartition(": ")[2]) == (Level.RED, "no answer within 0.2 s")
 
 
@@ -182,10 +183,10 @@ async def test_the_reference_receiver_keeps_no_probe(tmp_path: Path) -> None:
     kept = await Store.open(tmp_path / "receiver.db")
     try:
         async with listening(application(kept, None), "127.0.0.1", 0, shutdown_timeout=1) as url:
-            finding = await check_receiver(Receiver("main", url, None), wall=time.time, limit=PATIENCE)
+            finding = await check_receiver(Receiver("main", url, None), clock=SYSTEM, limit=PATIENCE)
             assert finding.level is Level.GREEN
             secured = Receiver("main", url.replace("http:", "https:"), None)
-            finding = await check_receiver(secured, wall=time.time, limit=PATIENCE)
+            finding = await check_receiver(secured, clock=SYSTEM, limit=PATIENCE)
             assert (finding.level, "SSL" in finding.text) == (Level.RED, True)
         assert await kept.page(0, 10, None) == ([], None)
     finally:
@@ -351,13 +352,13 @@ def test_torch_driver_and_cards() -> None:
     [(1, False, "green"), (45, False, "yellow"), (79, False, "yellow"), (79, True, "green")],
 )
 def test_the_memory_that_others_leave(used: int, *, runs: bool, level: str) -> None:
-    reading = Reading(40.0, 100.0, used * GIB, 80 * GIB, 0.0)
+    reading = CardReading(40.0, 100.0, used * GIB, 80 * GIB, 0.0)
     (finding,) = devices.check_memory({"GPU-b": reading}, ["GPU-b"], Probe(parameters=GIB), CUDA, runs=runs)
     assert (finding.level, "the weights need 2.0" in finding.text) == (level, True)
 
 
 def test_weights_that_no_card_holds() -> None:
-    reading = Reading(40.0, 100.0, 0, 8 * GIB, 0.0)
+    reading = CardReading(40.0, 100.0, 0, 8 * GIB, 0.0)
     args = ({"GPU-b": reading}, ["GPU-b"], Probe(parameters=7 * GIB))
     (finding,) = devices.check_memory(*args, CUDA, runs=True)
     assert (finding.level, "model.parallel" in (finding.remedy or "")) == (Level.RED, True)

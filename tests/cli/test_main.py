@@ -170,7 +170,7 @@ def test_a_receivers_bad_secret_is_not_told(tmp_path: Path) -> None:
 
 # Failures that nobody foresaw.
 
-BREAK = "import pocd.cli, sys\ndef load(path): raise RuntimeError('unforeseen')\npocd.cli.load = load\npocd.cli.main()"
+BREAK = "import pocd.cli.main as cli\ndef load(path): raise RuntimeError('unforeseen')\ncli.load = load\ncli.main()"
 
 
 def test_an_unforeseen_failure_is_a_line() -> None:

@@ -6,15 +6,14 @@ from contextlib import AsyncExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
-import aiohttp
 import pytest
 
-from pocd.delivery import dispatcher as module
-from pocd.delivery import policy
+from pocd.delivery import policy, posting
 from pocd.http import client
 from pocd.http.client import ThreadResolver
 from tests.support.animals import ANIMALS
-from tests.support.delivering import NOW, Bench, expected, prepared, running, sent, serving
+from tests.support.clocks import NOW
+from tests.support.delivering import Bench, expected, prepared, running, sent, serving
 from tests.support.waiting import PATIENCE, soon
 from tests.support.zoo import HANGING, OK, Animal, System, Visit, answer, answer_too_late, certificate, flapping, opened
 
@@ -56,8 +55,9 @@ class Limits:
 
     def set(self, *, total: float = PATIENCE, connect: float = PATIENCE, answer: float = PATIENCE) -> None:
         """From the next run of a dispatcher on."""
-        self._patch(module, "TIMEOUT", aiohttp.ClientTimeout(total=total, connect=connect))
-        self._patch(module, "ANSWER_SECONDS", answer)
+        self._patch(posting, "CONNECT_SECONDS", connect)
+        self._patch(posting, "ATTEMPT_SECONDS", total)
+        self._patch(posting, "ANSWER_SECONDS", answer)
 
     def suit(self, animal: Animal, fate: Fate) -> None:
         """Be hasty with an animal that takes for ever in what it does next."""
@@ -77,7 +77,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> Limits:
 
 async def check(bench: Bench, animal: Animal, dispatcher: Dispatcher, fate: str, attempts: int) -> None:
     """Hold what the store says of an animal's head to what the animal says."""
-    head = (await bench.letters(animal.name))[0]
+    head = (await bench.deliveries(animal.name))[0]
     state = bench.receiver(animal.name)
     assert head.state == ("pending" if fate == "parked" else fate)
     assert head.attempts == attempts
@@ -127,7 +127,8 @@ async def test_no_animal_delays_another_receiver(
     bench: Bench, tls: ssl.SSLContext | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All at once: those that hang still do when the others have everything."""
-    monkeypatch.setattr(module, "TIMEOUT", aiohttp.ClientTimeout(total=600, connect=600))
+    monkeypatch.setattr(posting, "CONNECT_SECONDS", 600.0)
+    monkeypatch.setattr(posting, "ATTEMPT_SECONDS", 600.0)
     animals = [animal for animal in ANIMALS if not animal.tls or tls is not None]
     await bench.store(5, "before", *(animal.name for animal in animals), "behind")
     async with AsyncExitStack() as zoo:
@@ -179,7 +180,7 @@ async def test_whatever_a_receiver_does_by_turns_it_gets_each_batch_in_order(
     places = [expected(batches).index(each) for each in sent(flaps.requests)]
     assert places == sorted(places)
     assert set(places) == set(range(15))
-    attempts = [letter.attempts for letter in await bench.letters()]
+    attempts = [delivery.attempts for delivery in await bench.deliveries()]
     assert attempts == [places.count(place) for place in range(15)]
 
 

@@ -210,11 +210,11 @@ async def test_distinct_nonces_are_counted_by_round_and_key(client: Client) -> N
     await client.post(GENERATED | {"nonces": [1, 1, 2], "dist": [1, 1, 1]}, "a")
     await client.post(GENERATED | {"nonces": [2, 3], "block_height": 8}, "b")
     await client.post(GENERATED | {"nonces": [1, 2], "public_key": "other"}, "c")
-    await client.post(GENERATED | {"nonces": [], "dist": []}, "d")
+    await client.post(GENERATED | {"nonces": [3, 1]}, "d")
     await client.post(VALIDATED | {"nonces": [8, 9]}, "e", "validated")
-    assert await client.totals() == {"batches": 4, "nonces": 7, "distinct_nonces": 5, "validated_batches": 1}
+    assert await client.totals() == {"batches": 4, "nonces": 9, "distinct_nonces": 5, "validated_batches": 1}
     first, second = (await client.get("/stats"))["rounds"]
-    assert (first["public_key"], first["nonces"], first["batches"], first["block_height"]) == ("miner", 5, 3, 7)
+    assert (first["public_key"], first["nonces"], first["batches"], first["block_height"]) == ("miner", 7, 3, 7)
     assert (second["public_key"], second["nonces"], second["batches"]) == ("other", 2, 1)
 
 
@@ -333,11 +333,14 @@ BAD_FIELDS: list[tuple[str, object, str]] = [
     ("block_height", "7", "block_height: Input should be a valid integer"),
     ("block_height", 7.0, "block_height: Input should be a valid integer"),
     ("block_height", True, "block_height: Input should be a valid integer"),
-    ("block_height", 2**63, "block_height: Input should be less than 9223372036854775808"),
+    ("block_height", 2**63, "block_height: Input should be less than or equal to 9223372036854775807"),
+    ("block_height", -1, "block_height: Input should be greater than or equal to 0"),
     ("node_id", False, "node_id: Input should be a valid integer"),
+    ("node_id", -1, "node_id: Input should be greater than or equal to 0"),
+    ("nonces", [], "nonces: List should have at least 1 item after validation, not 0"),
     ("nonces", 3, "nonces: Input should be a valid list"),
     ("nonces", [3, -1], "nonces[1]: Input should be greater than or equal to 0"),
-    ("nonces", [3, 2**63], "nonces[1]: Input should be less than 9223372036854775808"),
+    ("nonces", [3, 2**63], "nonces[1]: Input should be less than or equal to 9223372036854775807"),
     ("nonces", [True, 3], "nonces[0]: Input should be a valid integer"),
     ("nonces", [3, 5.0], "nonces[1]: Input should be a valid integer"),
     ("nonces", [3], "dist: 2 values for 1 nonces"),
@@ -376,7 +379,7 @@ async def test_each_bad_field_is_named(client: Client, kind: str, field: str, va
     assert await client.totals() == {"rejected": 1}
 
 
-@pytest.mark.parametrize("field", sorted(VALIDATED.keys() - {"something_else"}))
+@pytest.mark.parametrize("field", sorted(VALIDATED.keys() - {"something_else", "node_id"}))
 async def test_each_missing_field_is_named(client: Client, field: str) -> None:
     kind = "generated" if field in GENERATED else "validated"
     body = {name: value for name, value in VALIDATED.items() if name != field}
@@ -385,9 +388,9 @@ async def test_each_missing_field_is_named(client: Client, field: str) -> None:
 
 
 async def test_the_limits_of_each_number_are_stored(client: Client) -> None:
-    edge = {"nonces": [0, 2**63 - 1], "block_height": -(2**63), "node_id": -1, "dist": [0, -1e308]}
+    edge = {"nonces": [0, 2**63 - 1], "block_height": 2**63 - 1, "node_id": 2**63 - 1, "dist": [0, -1e308]}
     assert (await client.post(GENERATED | edge)).status == 200
-    assert (await client.get("/stats"))["rounds"][0]["block_height"] == -(2**63)
+    assert (await client.get("/stats"))["rounds"][0]["block_height"] == 2**63 - 1
 
 
 @pytest.mark.parametrize("message_id", ["a.b", "a b", "é", "a" * 257, ""])
@@ -485,7 +488,7 @@ async def test_the_answer_comes_after_the_commit(client: Client, path: Path) -> 
             loop.call_soon_threadsafe(reached.set)
             go_on.wait(PATIENCE)
 
-    await client.store._run(client.store._database._db.set_trace_callback, hold_up_commit)
+    await client.store._run(lambda database: database._db.set_trace_callback(hold_up_commit))
     post = asyncio.create_task(client.post(GENERATED, "a"))
     try:
         await soon(reached.wait())
@@ -510,16 +513,16 @@ async def test_what_cannot_be_stored_is_not_acknowledged(path: Path, monkeypatch
 
 
 async def test_a_failure_inside_a_transaction_leaves_nothing(client: Client, path: Path) -> None:
-    run, database = client.store._run, client.store._database._db
-    await run(database.execute, "ALTER TABLE totals RENAME TO hidden")
+    run = client.store._run
+    await run(lambda database: database._db.execute("ALTER TABLE totals RENAME TO hidden"))
     assert (await client.post(GENERATED, "a")).status == 503
     assert rows(path) == 0
-    await run(database.execute, "ALTER TABLE hidden RENAME TO totals")
+    await run(lambda database: database._db.execute("ALTER TABLE hidden RENAME TO totals"))
     assert (await client.post(GENERATED, "a")).body["status"] == "stored"
 
 
 async def test_a_busy_store_refuses_instead_of_queueing(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receiver_store, "MAX_WAITING", 1)
+    monkeypatch.setattr(client.store._thread, "_most_waiting", 1)
     reached, go_on = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
@@ -527,7 +530,7 @@ async def test_a_busy_store_refuses_instead_of_queueing(client: Client, monkeypa
         loop.call_soon_threadsafe(reached.set)
         go_on.wait(PATIENCE)
 
-    blocker = asyncio.create_task(client.store._run(block))
+    blocker = asyncio.create_task(client.store._run(lambda _: block()))
     try:
         await soon(reached.wait())
         assert (await client.post(GENERATED, "a")).status == 503
@@ -543,7 +546,7 @@ async def test_a_stuck_store_is_given_up(path: Path, monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as patch:
         patch.setattr(receiver_store, "CALL_TIMEOUT_S", 0.01)
         with pytest.raises(ReceiverStoreBusyError, match=f"{path}: no answer within"):
-            await store._run(go_on.wait, PATIENCE)
+            await store._run(lambda _: go_on.wait(PATIENCE))
     go_on.set()
     await store.close()
 
@@ -578,11 +581,11 @@ async def test_work_does_not_grow_with_what_is_stored(path: Path) -> None:
             nonlocal count
             count += 1
 
-        await store._run(store._database._db.set_progress_handler, step, 1)
+        await store._run(lambda database: database._db.set_progress_handler(step, 1))
         await store.stats()
         await store.page(0, 5, "validated")
         await store.page(30, 5, None)
-        await store._run(store._database._db.set_progress_handler, None, 1)
+        await store._run(lambda database: database._db.set_progress_handler(None, 1))
         return count
 
     store = await Store.open(path)

@@ -14,25 +14,23 @@ from pathlib import Path
 import orjson
 import pytest
 
-from pocd.delivery.dispatchers import register_callback
 from pocd.mining.control import decode
 from pocd.mining.phases import Mode
 from pocd.protocol.nonces import Node, Progress, Span
 from pocd.protocol.proof import Proof, ProofBatch, Round
 from pocd.store import deliveries
-from pocd.store.batches import form_batches
+from pocd.store import thread as module
+from pocd.store.batches import form_batches, register_callback
 from pocd.store.deliveries import PendingDelivery, next_pending, record_delivered, record_failed
-from pocd.store.errors import StoreError
+from pocd.store.errors import StoreError, StoreUnavailableError
 from pocd.store.outbox import KnownChain, Outbox, Queue, ReceiverState, RoundProgress, Totals, Weights, Work
 from pocd.store.schema import APPLICATION_ID, VERSION
 from pocd.store.thread import OutboxThread
-from tests.support.waiting import PATIENCE
+from tests.support.clocks import NEXT, NOW, ROUND
+from tests.support.waiting import PATIENCE, soon
 
-NOW = 1_700_000_000.0
 WEIGHTS = Weights("f00d", "float32")
 NODE = Node(1, 3)
-ROUND = Round("AB", 10, "miner", 1.4, "poc2", "tiny", 16)
-NEXT = Round("CD", 20, "miner", 1.4, "poc2", "tiny", 16)
 
 
 @pytest.fixture
@@ -841,6 +839,27 @@ async def test_a_write_that_began_is_finished_though_its_caller_was_cancelled(pa
         may_go_on.set()
     with opened(path) as again:
         assert again.totals == recount(again) == Totals(3, 3, 0, 0)
+
+
+async def test_more_calls_than_may_wait_are_refused_and_what_has_to_be_recorded_comes_later(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MOST_WAITING", 1)
+    monkeypatch.setattr(module, "AGAIN_SECONDS", 0.001)
+    may_go_on = threading.Event()
+    with closing(OutboxThread(path)) as thread:
+        slow = asyncio.create_task(thread(lambda _: may_go_on.wait(PATIENCE)))
+        try:
+            await asyncio.sleep(0)  # the task begins
+            with pytest.raises(StoreUnavailableError, match="too slow: 1 calls are waiting already"):
+                await thread(Outbox.begin_round, Work(ROUND, NODE), NOW)
+            record = asyncio.create_task(thread.persistently(Outbox.begin_round, Work(ROUND, NODE), NOW))
+            await asyncio.sleep(0)
+            assert not record.done()
+        finally:
+            may_go_on.set()
+        assert await soon(slow)
+        assert await soon(record) == RoundProgress(Progress(), 0, 0)
 
 
 async def test_closing_the_thread_finishes_what_was_asked_and_frees_the_file(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 from email.utils import formatdate
 
-from tests.support.delivering import NOW
+from tests.support.clocks import NOW
 from tests.support.zoo import (
     HANGING,
     OK,
@@ -52,7 +52,7 @@ def asking_for(retry_after: str, wait: float, name: str, status: int = 429, rema
 
 ANIMALS = [
     # Nobody there
-    Animal("refuses", "refuses connections", None, "pending", error="Cannot connect to host", wait=1),
+    Animal("refuses", "refuses connections", None, "pending", error="no connection: Connect call failed", wait=1),
     Animal(
         "unknown name",
         "has a name that nobody knows",

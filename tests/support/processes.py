@@ -17,7 +17,9 @@ from aiohttp import web
 
 from pocd.admin.client import AdminError, call
 from pocd.dev import chain as devchain
+from pocd.dev.processes import announced_url, entries, launch
 from pocd.http.server import listening
+from pocd.process import EndedError
 from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
@@ -123,27 +125,18 @@ class Daemon:
 
     def entries(self) -> list[dict[str, Any]]:
         """The lines of its log."""
-        return [orjson.loads(line) for line in self.log.read_bytes().splitlines() if line.startswith(b"{")]
+        return entries(self.log)
 
 
 async def start(path: Path, **environment: str) -> Daemon:
     """Start `pocd run` and wait until its API listens."""
     log = path.with_name(f"daemon-{time.monotonic_ns()}.log")
-    with log.open("wb") as sink:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-W", "error", "-m", "pocd", "run", "--config", str(path)),
-            stdout=sink,
-            stderr=sink,
-            env={**os.environ, **environment},
-        )
-    daemon = Daemon(process, "", log)
-    async with asyncio.timeout(PATIENCE):
-        while not daemon.url:
-            urls = [entry["url"] for entry in daemon.entries() if entry["action"] == "listening"]
-            assert process.returncode is None, f"daemon ended with {process.returncode}: {log.read_text()}"
-            daemon.url = urls[0] if urls else ""
-            await asyncio.sleep(0.02)
-    return daemon
+    command = ("-W", "error", "-m", "pocd", "run", "--config", str(path))
+    process = await launch(log, *command, environment={**os.environ, **environment}, own_session=False)
+    try:
+        return Daemon(process, await announced_url(process, log, PATIENCE), log)
+    except EndedError as error:
+        raise AssertionError(f"daemon ended with {process.returncode}: {log.read_text()}") from error
 
 
 @contextlib.asynccontextmanager

@@ -103,7 +103,9 @@ async def test_proofs_arrive_and_recompute(tmp_path: Path) -> None:
     assert (body["worker"]["decoder"], body["worker"]["batch_size"]) == ("flat", 8)
     found = {nonce: d for batch in held for nonce, d in zip(batch["nonces"], batch["dist"], strict=True)}
     assert len(found) == sum(len(batch["nonces"]) for batch in held)
-    assert sorted((block, nonce) for nonce in found) == sorted(stored_proofs(tmp_path))
+    arrived, stored = sorted((block, nonce) for nonce in found), sorted(stored_proofs(tmp_path))
+    in_time = all(entry["action"] != "delivery_deadline" for entry in daemon.entries())
+    assert arrived == (stored if in_time else stored[: len(arrived)])  # what does not fit into its last seconds waits
     assert all(nonce % 3 == 1 and d < 1.414 for nonce, d in found.items())
     assert dense(tmp_path)
     model = load_model("bundled:tiny-llama", dtype="float32", device="cpu")
