@@ -216,7 +216,7 @@ def test_plots_show_something_in_both_halves(made: tuple[Path, str]) -> None:
     [
         (("--rate", "2"), "rate must be above 0 and below 1, got 2"),
         (("--blocks", "1"), "blocks must be 2 or more, got 1"),
-        (("--nonces", "10"), "nonces must be 50 or more for a rate of 0.1, got 10"),
+        (("--nonces", "10"), "nonces must be 25 or more for a rate of 0.2, got 10"),
         (("--blocks", "a", "b", "a"), "blocks: 'a' is named twice"),
         (("--models", "bundled:no"), "model 'bundled:no' is not bundled"),
         (("--device", "tpu"), "device 'tpu' is unknown"),
