@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.core import Metric
 
-    from pocd.admin.status import Parts
+    from pocd.admin.parts import Parts
 
 INFO = ("model", "fingerprint", "dtype", "device", "decoder", "execution", "torch")
 READINGS = {

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
-    from pocd.admin.status import Parts
+    from pocd.admin.parts import Parts
 
 STORE_SECONDS = 30.0  # for all that one call wants from the store; a hung disk must not keep callers
 MOST_IDS = 1000

@@ -27,7 +27,7 @@ from pocd.validation.verdict import Terms, check, sampled
 
 if TYPE_CHECKING:
     from pocd.admin.operations import Answer
-    from pocd.admin.status import Parts
+    from pocd.admin.parts import Parts
     from pocd.store.validations import Validation
 
 STORE_SECONDS = 30.0  # for what one call wants from the store; a hung disk must not keep callers

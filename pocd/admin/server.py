@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Handler
 
-    from pocd.admin.status import Parts
+    from pocd.admin.parts import Parts
 
 
 @web.middleware

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -13,47 +12,17 @@ from pocd.pool.causes import Cause
 from pocd.store.outbox import Queue, ReceiverState, Totals
 
 if TYPE_CHECKING:
-    from structlog.typing import FilteringBoundLogger
-
-    from pocd.clock import Clock
-    from pocd.config.settings import Settings
+    from pocd.admin.parts import Parts
     from pocd.delivery.dispatcher import Dispatcher
-    from pocd.delivery.dispatchers import Dispatchers
     from pocd.mining.control import Control
     from pocd.mining.follower import ChainHealth
     from pocd.mining.miner import Miner, Mining
     from pocd.mining.phases import State
-    from pocd.observe.events import Events
     from pocd.pool.cards import Cards, Reading
     from pocd.pool.pool import Pool
     from pocd.pool.supervisor import Supervisor
     from pocd.protocol.proof import Round
-    from pocd.store.thread import OutboxThread
-    from pocd.validation.queue import Validator
     from pocd.worker.messages import Card, Ready
-
-
-@dataclass(slots=True)
-class Parts:
-    """The daemon's parts, as far as they are looked at.
-
-    Attributes:
-        settings: Those in effect; replaced as a whole when they are read again.
-    """
-
-    settings: Settings
-    outbox: OutboxThread
-    miner: Miner
-    control: Control
-    workers: Pool
-    cards: Cards
-    validator: Validator
-    chain: ChainHealth
-    dispatchers: Dispatchers
-    clock: Clock
-    started_at: float  # monotonic
-    log: FilteringBoundLogger
-    events: Events
 
 
 def state(parts: Parts) -> State:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     import pytest
 
-    from pocd.admin.status import Parts
+    from pocd.admin.parts import Parts
 
 COOL = Reading(temperature=40.0, power=200.5, memory_used=2**30, memory_total=80 * 2**30, utilization=0.98)
 UUID = "GPU-1"

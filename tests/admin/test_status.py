@@ -1,0 +1,109 @@
+"""The status as bytes: names, order and values, held to what was recorded when callers began to rely on them."""
+
+from __future__ import annotations
+
+import contextlib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import orjson
+import structlog
+
+from pocd.admin import status
+from pocd.chain.source import Block, Head
+from pocd.clock import Clock
+from pocd.config.settings import load
+from pocd.daemon.compose import compose, make_loads, make_receivers
+from pocd.mining.control import Asked
+from pocd.mining.phases import Call
+from pocd.pool.cards import Reading
+from pocd.pool.causes import Cause
+from pocd.protocol.nonces import Node
+from pocd.protocol.proof import Round
+from pocd.store.outbox import Weights
+from pocd.store.thread import OutboxThread
+from pocd.worker.messages import Card, Ready
+from tests.support.delivering import NOW
+from tests.support.processes import config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pocd.admin.parts import Parts
+    from pocd.chain.source import ChainSource
+
+RECORDED = Path(__file__).parent.parent / "data" / "status.jsonl"  # at the start; while mining
+ROUND = Round("9F2E", 4_100_040, "gonka1ö", 1.5, "poc2", "bundled:tiny-llama", 16)
+READY = Ready(
+    model="bundled:tiny-llama",
+    fingerprint="f00d",
+    dtype="float32",
+    device="cpu",
+    hidden_size=64,
+    layers=2,
+    decoder="flat",
+    execution="eager",
+    execution_reason="on the CPU",
+    load_seconds=0.25,
+    compile_seconds=0.0,
+    batch_size=8,
+    longest_seq_len=128,
+    torch="2.9.1",
+)
+READING = Reading(temperature=61.0, power=None, memory_used=2**30, memory_total=2**36, utilization=0.5)
+
+
+class Time:
+    """Both clocks, which stand still until they are set."""
+
+    def __init__(self) -> None:
+        self.passed = 0.0
+
+    def wall(self) -> float:
+        return NOW + self.passed
+
+    def monotonic(self) -> float:
+        return self.passed
+
+
+@contextlib.contextmanager
+def made(folder: Path, time: Time) -> Iterator[Parts]:
+    """The parts of a daemon of two workers and two receivers, of which none runs."""
+    urls = {"one": "http://user:secret@127.0.0.1:9/pow", "two": "http://127.0.0.1:9"}
+    settings = load(config(folder, "http://127.0.0.1:9", urls, model__device=["cpu", "cpu"]))
+    clock = Clock(wall=time.wall, monotonic=time.monotonic)
+    nowhere = cast("ChainSource", None)  # nothing is asked of it
+    receivers, loads, log = make_receivers(settings), make_loads(settings), structlog.get_logger()
+    with contextlib.closing(OutboxThread(settings.store.path)) as outbox:
+        yield compose(settings, outbox, nowhere, receivers, loads, clock=clock, log=log).parts
+
+
+async def mine(parts: Parts, time: Time) -> None:
+    """Have something to tell in every field."""
+    for worker in parts.workers.workers:
+        worker.info, worker.pids = READY, [4000 + worker.number]
+        worker.ready = worker.number == 0
+    parts.workers.workers[1].stage = "loading the model"
+    parts.workers.workers[1].last_error = parts.workers.last_error = "killed by signal 9"
+    parts.workers.workers[1].causes[Cause.CRASH] = 3
+    parts.workers.workers[1].cards = {"cuda:1": Card("NVIDIA H200", "GPU-1")}
+    parts.cards._readings = {"GPU-1": READING}
+    parts.workers.ready.set()
+    block = Block("gonka", 4_100_047, "AB" * 32, datetime.fromtimestamp(NOW, UTC))
+    parts.chain.head, parts.chain.seen_at = Head(block, catching_up=False), NOW
+    await parts.control.call(Call.INIT_GENERATE, Asked(ROUND, Node(1, 3), 0.02, "one"))
+    lease = await parts.miner.lease(8)
+    time.passed = 50.0
+    await parts.miner.complete(lease, [1.25, 1.75, 0.1 + 0.2, 1.5, 1.6, 1e-7, 1.9, 2.0], Weights("f00d", "float32"))
+    assert parts.miner.mining
+    parts.miner.mining.expected_valid_rate = 0.1003
+
+
+async def test_the_bytes_are_those_that_callers_know(tmp_path: Path) -> None:
+    at_start, mining = RECORDED.read_bytes().splitlines()
+    time = Time()
+    with made(tmp_path, time) as parts:
+        assert orjson.dumps(status.view(parts)) == at_start
+        await mine(parts, time)
+        assert orjson.dumps(status.view(parts)) == mining
