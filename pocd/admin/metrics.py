@@ -158,14 +158,13 @@ class DaemonCollector(Collector):
         accepted = CounterMetricFamily("pocd_receiver_delivered_batches", "Batches accepted.", labels=labels)
         failures = GaugeMetricFamily("pocd_receiver_failures", "Attempts that failed in a row.", labels=labels)
         alarm = GaugeMetricFamily("pocd_receiver_alarm", "1 while only a person can mend it.", labels=labels)
-        for view in status.receiver_views(self._parts):
-            name = view["name"]
+        for each in status.receivers(self._parts):
             for state in ("pending", "dead", "expired", "withdrawn"):
-                held.add_metric([name, state], view[f"{state}_batches"])
-            waiting.add_metric([name], view["pending_nonces"])
-            accepted.add_metric([name], view["delivered_batches"])
-            failures.add_metric([name], view["failures_in_a_row"])
-            alarm.add_metric([name], int(view["alarm"] is not None))
+                held.add_metric([each.name, state], getattr(each, f"{state}_batches"))
+            waiting.add_metric([each.name], each.pending_nonces)
+            accepted.add_metric([each.name], each.delivered_batches)
+            failures.add_metric([each.name], each.failures_in_a_row)
+            alarm.add_metric([each.name], int(each.alarm is not None))
         yield from (held, waiting, accepted, failures, alarm)
 
 

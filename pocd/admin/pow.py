@@ -10,10 +10,10 @@ from aiohttp import web
 from pydantic import AliasChoices, ConfigDict, Field
 
 from pocd.admin import answers, status
-from pocd.admin.operations import Operation
+from pocd.admin.operations import Operation, answer
 from pocd.delivery.dispatchers import CallbackError
 from pocd.http.parsing import Input, parse_body, parse_query
-from pocd.http.server import RefusalError, json_answer
+from pocd.http.server import RefusalError
 from pocd.mining.control import Asked, NoRoundError
 from pocd.mining.phases import Call
 from pocd.protocol.names import default_tolerance
@@ -172,7 +172,7 @@ class PowApi:
 
         The first fields are those of the API that orchestrators already speak, and tell of the active round.
         """
-        return json_answer(status.view(self._parts))
+        return answer(status.view(self._parts))
 
     async def init(self, request: web.Request) -> web.Response:
         """Take the wheel with a round of your own, and leave it ready.
@@ -221,7 +221,7 @@ class PowApi:
                 409, "no_round", f"in mode {error} there is no round to go on with: POST /api/v1/pow/init first"
             ) from None
         view = status.view(self._parts)
-        return json_answer({"status": "OK", "state": view["state"], "ignored": ignored or [], "pow_status": view})
+        return answer(answers.Done(status="OK", state=view.state, ignored=ignored or [], pow_status=view))
 
     async def _asked(self, body: InitBody) -> Asked:
         """Make what is asked for complete from the configuration."""
@@ -373,5 +373,5 @@ def _verdict(found: Validation) -> web.Response:
     if found.state == "failed":
         raise RefusalError(503, "no_result", f"nothing was judged: {found.reason}; POST the batch again to try again")
     if found.answer is None:
-        return json_answer({"id": found.id, "state": found.state}, 202)
+        return answer(answers.Waiting(id=found.id, state="pending"), 202)
     return web.Response(body=found.answer, content_type="application/json")
