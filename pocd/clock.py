@@ -17,8 +17,8 @@ class Clock:
     """Two clocks, in seconds.
 
     Attributes:
-        wall: Since the epoch: what is stored and sent. It may be set forward or back at any moment.
-        monotonic: From an unknown start, never back: what waits and rates are measured by.
+        wall: Seconds since the epoch, for what is stored and sent. The clock may be set at any moment.
+        monotonic: Seconds from an unknown start, never set back, for waits and rates.
     """
 
     wall: Callable[[], float]

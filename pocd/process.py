@@ -1,4 +1,4 @@
-"""What all our processes share: exit statuses, the exception that carries one, and how torch's threads wait."""
+"""Shared by all our processes: exit statuses, the exception that carries one, and how torch's threads wait."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ EXIT_UNUSABLE = 2  # of `pocd validate`: nothing was judged; also a mistyped com
 EXIT_FRAUD = 3  # of `pocd validate`
 EXIT_NO_DEVICE = 75  # EX_TEMPFAIL of sysexits.h: the device may come back
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
+EXIT_SIGNALLED = 128  # plus the number of the signal that ended the process at once, as shells have it
 
 
 class EndedError(Exception):
     """The process cannot go on.
 
     Attributes:
-        code: Its exit status.
+        code: Exit status of the process.
     """
 
     def __init__(self, code: int, reason: str) -> None:

@@ -24,8 +24,8 @@ READINGS = {
     "temperature": ("temperature_celsius", "Temperature."),
     "power": ("power_watts", "Power drawn."),
     "memory_used": ("memory_used_bytes", "Memory in use, by all processes."),
-    "memory_total": ("memory_total_bytes", "Memory that it has."),
-    "utilization": ("utilization_ratio", "Share of the last second or so in which it computed."),
+    "memory_total": ("memory_total_bytes", "Memory in all."),
+    "utilization": ("utilization_ratio", "Share of the last second or so in which the card computed."),
 }
 STAGES = {
     "checked": "Nonces whose distance was computed and committed.",
@@ -74,7 +74,7 @@ class DaemonCollector(Collector):
         mining = self._parts.miner.mining
         if mining is None:
             return
-        info = InfoMetricFamily("pocd_round", "What the active round is of.", labels=[])
+        info = InfoMetricFamily("pocd_round", "Scheme and model of the active round.", labels=[])
         info.add_metric([], {"scheme": mining.round.scheme, "model": mining.round.model})
         yield info
         yield GaugeMetricFamily("pocd_round_height", "Block height of the active round.", mining.round.block_height)
@@ -89,10 +89,12 @@ class DaemonCollector(Collector):
         chain = self._parts.chain
         if chain.head is not None:
             yield GaugeMetricFamily(
-                "pocd_chain_head_height", "Newest block that the node told.", chain.head.block.height
+                "pocd_chain_head_height", "Newest block that the chain's node reported.", chain.head.block.height
             )
             yield GaugeMetricFamily(
-                "pocd_chain_head_timestamp_seconds", "Its time, by the chain.", chain.head.block.time.timestamp()
+                "pocd_chain_head_timestamp_seconds",
+                "Time of that block, by the chain.",
+                chain.head.block.time.timestamp(),
             )
         yield GaugeMetricFamily("pocd_chain_failures", "Polls that failed in a row.", chain.failures)
         problem = chain.problem(self._parts.clock.wall(), self._parts.settings.chain.poll_interval)
@@ -147,7 +149,7 @@ class DaemonCollector(Collector):
                         family.add_metric([str(worker.number), device], value)
         yield from (info, *families.values())
         problem = int(parts.cards.problem is not None)
-        yield GaugeMetricFamily("pocd_card_unreadable", "1 while the driver does not say how a card is.", problem)
+        yield GaugeMetricFamily("pocd_card_unreadable", "1 while the driver cannot read a card's sensors.", problem)
 
     def _receivers(self) -> Iterator[Metric]:
         labels = ["receiver"]
@@ -157,7 +159,9 @@ class DaemonCollector(Collector):
         waiting = GaugeMetricFamily("pocd_receiver_pending_nonces", "Valid nonces not accepted yet.", labels=labels)
         accepted = CounterMetricFamily("pocd_receiver_delivered_batches", "Batches accepted.", labels=labels)
         failures = GaugeMetricFamily("pocd_receiver_failures", "Attempts that failed in a row.", labels=labels)
-        alarm = GaugeMetricFamily("pocd_receiver_alarm", "1 while only a person can mend it.", labels=labels)
+        alarm = GaugeMetricFamily(
+            "pocd_receiver_alarm", "1 while the receiver has a problem that only a person can solve.", labels=labels
+        )
         for each in status.receivers(self._parts):
             for state in ("pending", "dead", "expired", "withdrawn"):
                 held.add_metric([each.name, state], getattr(each, f"{state}_batches"))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from pocd.admin.parts import Parts
 
-STORE_SECONDS = 30.0  # for all that one call wants from the store; a hung disk must not keep callers
+STORE_SECONDS = 30.0  # for all store work of one call; a hung disk must not keep callers
 MOST_IDS = 1000
 AFTER = r"^[A-Za-z0-9._-]{1,64}:[0-9]{1,18}$"
 
@@ -40,17 +40,21 @@ BatchIds = Annotated[tuple[BatchId, ...], Field(min_length=1, max_length=MOST_ID
 class ListQuery(Input):
     """The query of `GET /api/v1/outbox`."""
 
-    state: State | None = Field(default=None, description="Only these; without it all that are not delivered.")
-    receiver: Name | None = Field(default=None, description="Only this receiver's batches.")
-    after: Annotated[str, Field(pattern=AFTER)] | None = Field(default=None, description="The last page's `next`.")
-    limit: int = Field(default=100, ge=1, le=1000, description="Batches at most.")
+    state: State | None = Field(
+        default=None, description="List batches in this state only. Absent: in every state but delivered."
+    )
+    receiver: Name | None = Field(default=None, description="List batches of this receiver only.")
+    after: Annotated[str, Field(pattern=AFTER)] | None = Field(
+        default=None, description="List what follows this place: `next` of the page before."
+    )
+    limit: int = Field(default=100, ge=1, le=1000, description="Most batches on the page.")
 
 
 class _Which(Input):
-    """Which batches are meant: all that match every given field. To say nothing is a mistake, not everything."""
+    """Selection of batches: all that match every given field. A selection without any field is refused."""
 
-    ids: BatchIds | None = Field(default=None, description="Only these batches.")
-    receiver: Name | None = Field(default=None, description="Only this receiver's.")
+    ids: BatchIds | None = Field(default=None, description="Select these batches, by id.")
+    receiver: Name | None = Field(default=None, description="Select batches of this receiver.")
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -60,42 +64,43 @@ class _Which(Input):
 
 
 def _in_json(example: dict[str, Any]) -> ConfigDict:
-    """Tell the same rule in JSON Schema: not all that is given is null."""
+    """State in JSON Schema, too, that at least one field is needed."""
     nothing: dict[str, Any] = {"properties": {key: {"type": "null"} for key in ("ids", "receiver", "states")}}
     return ConfigDict(json_schema_extra={"examples": [example], "not": nothing})
 
 
 class RetryBody(_Which):
-    """What to send again: all that match every given field, at least one."""
+    """Batches to send again: all that match every given field, at least one."""
 
     model_config = _in_json({"receiver": "main"})
 
     states: Annotated[tuple[SetAside, ...], Field(min_length=1)] | None = Field(
-        default=None, description="Without it dead and expired; with `ids` also withdrawn."
+        default=None, description="Select batches in these states. Absent: dead and expired; with `ids` also withdrawn."
     )
 
 
 class PurgeBody(_Which):
-    """What to give up: all that match every given field, at least one."""
+    """Batches to give up: all that match every given field, at least one."""
 
     model_config = _in_json({"states": ["expired"]})
 
     states: Annotated[tuple[Purgeable, ...], Field(min_length=1)] | None = Field(
         default=None,
-        description="Without it dead, expired and withdrawn. Pending only of a receiver that is no longer configured.",
+        description="Select batches in these states. Absent: dead, expired, withdrawn. Pending only of a receiver that "
+        "is no longer configured.",
     )
 
 
 class OutboxApi:
-    """The routes, over the daemon's parts."""
+    """The routes for the outbox."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
 
     def operations(self) -> list[Operation]:
-        """Return the table's part for the outbox."""
-        unknown = "There is no such batch or receiver (`not_found`)."
-        served = "Pending batches of a receiver that is still configured (`still_served`)."
+        """Return the operations of these routes."""
+        unknown = "The batch or receiver is unknown (`not_found`)."
+        served = "The receiver of these pending batches is still configured (`still_served`)."
         return [
             Operation("GET", "/api/v1/outbox", self.index, "outbox", query=ListQuery, answers={200: answers.Page}),
             Operation("GET", "/api/v1/outbox/{id}", self.show, "outbox", answers={200: answers.Shown, 404: unknown}),
@@ -112,7 +117,7 @@ class OutboxApi:
         ]
 
     async def index(self, request: web.Request) -> web.Response:
-        """Every receiver's counts, and a page of its batches; without a state all that are not delivered."""
+        """Return every receiver's counts and a page of batches; without a state, all that are not delivered."""
         query = parse_query(request, ListQuery)
         states: tuple[State, ...] = (query.state,) if query.state else ("pending", "dead", "expired", "withdrawn")
         name, _, sequence = (query.after or ":0").partition(":")
@@ -127,7 +132,7 @@ class OutboxApi:
         return answer(answers.Page(receivers=receivers(self._parts), batches=batches, next=following))
 
     async def show(self, request: web.Request) -> web.Response:
-        """One batch: what became of it for each receiver, and its bytes."""
+        """Return one batch: its delivery to each receiver, and its content."""
         name = request.match_info["id"]
         async with _limit():
             found = await self._parts.outbox(letters.shown, name)
@@ -138,7 +143,7 @@ class OutboxApi:
         return json_answer({"id": name, "deliveries": deliveries_, "batch": orjson.Fragment(body)})
 
     async def retry(self, request: web.Request) -> web.Response:
-        """Queue again what was set aside, and ask the receivers that are meant at once."""
+        """Queue batches again that are no longer sent, and try their receivers at once."""
         body = await parse_body(request, RetryBody)
         self._check(body)
         default: tuple[State, ...] = ("dead", "expired", "withdrawn") if body.ids else ("dead", "expired")
@@ -155,7 +160,7 @@ class OutboxApi:
         return answer(answers.Queued(queued=queued, receivers=sorted(names)))
 
     async def purge(self, request: web.Request) -> web.Response:
-        """Give up what was set aside, for good."""
+        """Give up batches that are no longer sent, for good."""
         body = await parse_body(request, PurgeBody)
         self._check(body)
         served = {dispatcher.receiver.name for dispatcher in self._parts.dispatchers}
@@ -176,7 +181,7 @@ class OutboxApi:
             raise RefusalError(404, "not_found", f"no receiver {body.receiver}; known are {sorted(known)}", "receiver")
 
     async def _repeat(self, method: Callable[..., list[tuple[str, int]]], selection: Selection) -> tuple[int, set[str]]:
-        """Do a bounded piece of work until nothing is left of it; returns how many deliveries, and whose."""
+        """Repeat a bounded piece of work until none is left; returns the number of deliveries, and their receivers."""
         total, names = 0, set[str]()
         async with _limit():
             while True:

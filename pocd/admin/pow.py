@@ -1,4 +1,4 @@
-"""The API that miners' orchestrators speak: rounds, phases, validation (docs/protocol.md section 7, docs/api.md)."""
+"""The API for miners' orchestrators: rounds, phases, validation (docs/protocol.md section 7, docs/api.md)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pocd.admin.parts import Parts
     from pocd.store.validations import Validation
 
-STORE_SECONDS = 30.0  # for what one call wants from the store; a hung disk must not keep callers
+STORE_SECONDS = 30.0  # for all store work of one call; a hung disk must not keep callers
 WAIT_SECONDS = 30.0  # that a call waits for a verdict, below what clients and proxies wait; then it gets an id
 AGAIN = {"Retry-After": "5"}  # for callers that find a queue full, or the model loading; in seconds
 MOST_NODES = 1_000_000  # so that a node's nonces stay below 2**63 for as long as anybody mines
@@ -41,10 +41,10 @@ TAG = "Rounds"
 
 
 class InitBody(Named):
-    """A round that is asked for.
+    """A round to mine or to validate for.
 
-    What decides a result is refused where it is not what this daemon runs. Other fields that are unknown are not used,
-    and named in the answer.
+    A field that decides a result is refused where it differs from what this daemon runs. Other unknown fields are
+    ignored, and listed in the answer.
     """
 
     model_config = ConfigDict(
@@ -64,32 +64,35 @@ class InitBody(Named):
         },
     )
 
-    block_hash: str = Field(min_length=1, max_length=256, description="Used exactly as written.")
+    block_hash: str = Field(min_length=1, max_length=256, description="Block hash, used exactly as written.")
     block_height: Index
-    public_key: str = Field(min_length=1, max_length=1024, description="The miner's key, used exactly as written.")
+    public_key: str = Field(
+        min_length=1, max_length=1024, description="The miner's public key, used exactly as written."
+    )
     r_target: float = Field(gt=0, le=2, description="A nonce is valid when its distance is below this.")
     fraud_threshold: float = Field(
         default=FRAUD_THRESHOLD, gt=0, lt=1, description="Batches are fraud below this probability of honesty."
     )
     node_id: Annotated[int, Field(ge=-1, lt=MOST_NODES)] = Field(
-        default=-1, description="The node checks the nonces node_id + node_count · x. -1: as configured."
+        default=-1,
+        description="Index of the node, which checks the nonces node_id + node_count · x. -1: as configured.",
     )
     node_count: Annotated[int, Field(ge=1, le=MOST_NODES)] | Literal[-1] = Field(
-        default=-1, description="How many nodes the miner has. -1: as configured."
+        default=-1, description="Number of the miner's nodes. -1: as configured."
     )
     batch_size: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Not used: worker.batch_size decides, and a distance does not depend on it."
+        default=None, description="Ignored: worker.batch_size decides, and no distance depends on it."
     )
     callback_url: Annotated[str, Field(max_length=2048, pattern=CALLBACK_URL)] | None = Field(
         default=None,
         validation_alias=AliasChoices("callback_url", "url"),
-        description="Batches are POSTed to it + /generated and /validated, beside the configured receivers. "
-        "Of a configured origin only. `url` is the same.",
+        description="Receiver of this round's batches, POSTed to the URL + /generated and /validated, beside the "
+        "configured receivers. Its origin must be configured. `url` is another name of this field.",
     )
 
     @property
     def ignored(self) -> list[str]:
-        """What was given and is not used."""
+        """Names of the fields that were given and are ignored."""
         unused = {"batch_size": self.batch_size, "params.batch_size": self.params and self.params.batch_size}
         return [*(self.model_extra or {}), *(name for name, value in unused.items() if value is not None)]
 
@@ -97,23 +100,23 @@ class InitBody(Named):
 class ValidateQuery(Input):
     """The query of `POST /api/v1/pow/validate`."""
 
-    wait: bool = Field(default=True, description="Whether to wait for the verdict, up to 30 seconds.")
+    wait: bool = Field(default=True, description="True: answer when the verdict is there, or after 30 seconds.")
     sample: Annotated[int, Field(ge=1, le=MOST_NONCES)] | None = Field(
-        default=None, description="How many of the nonces are recomputed, drawn by `seed`. Absent: all."
+        default=None, description="Number of nonces to recompute, drawn by `seed`. Absent: all."
     )
     seed: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
-        default=None, description="What the sample is drawn by: the same draws the same."
+        default=None, description="Seed of the sample: equal seeds draw equal samples."
     )
 
 
 class PowApi:
-    """The routes, over the daemon's parts."""
+    """The routes for rounds, phases and validation."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
 
     def operations(self) -> list[Operation]:
-        """Return them for the table."""
+        """Return the operations of these routes."""
         validated: dict[int, Answer] = {200: answers.Verdict, 202: answers.Waiting}
         path = "/api/v1/pow"
 
@@ -123,11 +126,11 @@ class PowApi:
             **done,
             403: "The callback_url is of no configured origin (`callback_refused`), or the `Host` or the browser's "
             "`Origin` is foreign (`foreign_host`, `foreign_origin`).",
-            409: "The body names something that decides a result and is not what this daemon runs, or `params` holds "
+            409: "A field that decides a result differs from what this daemon runs, or `params` holds "
             "an unknown name (`mismatch`).",
             429: "Too many callback URLs are in use (`too_many_callbacks`).",
         }
-        in_round: dict[int, Answer] = {**done, 409: "There is no round to go on with (`no_round`): POST an init first."}
+        in_round: dict[int, Answer] = {**done, 409: "No round was requested (`no_round`): POST an init first."}
         return [
             Operation("GET", f"{path}/status", self.status, TAG, answers={200: answers.Status}),
             control(f"{path}/{Call.INIT}", self.init, body=InitBody, answers=begun),
@@ -146,8 +149,8 @@ class PowApi:
                 body=Claim,
                 answers={
                     **validated,
-                    409: "The batch says that it was made otherwise than it is held to, or `params` holds an unknown "
-                    "name (`mismatch`).",
+                    409: "The batch names another scheme, model, dtype, length or target than the terms, or `params` "
+                    "holds an unknown name (`mismatch`).",
                     429: "Too many validations wait (`queue_full`).",
                     503: "No model is ready (`loading`), the recomputation had no result (`no_result`), or the store "
                     "cannot do it now (`store_unavailable`, `store_busy`).",
@@ -161,51 +164,51 @@ class PowApi:
                 TAG,
                 answers={
                     **validated,
-                    404: "There is no such validation (any more) (`not_found`).",
+                    404: "The id is unknown, or the validation was pruned (`not_found`).",
                     503: "The recomputation had no result (`no_result`); ask again by POST.",
                 },
             ),
         ]
 
     async def status(self, _request: web.Request) -> web.Response:
-        """Everything that the daemon knows of itself.
+        """Return the daemon's whole status.
 
-        The first fields are those of the API that orchestrators already speak, and tell of the active round.
+        The fields before `round` are those of the API that orchestrators already use, and describe the active round.
         """
         return answer(status.view(self._parts))
 
     async def init(self, request: web.Request) -> web.Response:
-        """Take the wheel with a round of your own, and leave it ready.
+        """Take control of mining with a round of your own, and leave it ready.
 
-        Nothing is mined until `phase/generate`. Whatever was found before is delivered all the same.
+        Nothing is mined until `phase/generate`. Proofs that were found before are delivered all the same.
         """
         return await self._init(request, Call.INIT)
 
     async def init_generate(self, request: web.Request) -> web.Response:
-        """Take the wheel with a round of your own, and mine it until something else is asked for."""
+        """Take control of mining with a round of your own, and mine it until another call."""
         return await self._init(request, Call.INIT_GENERATE)
 
     async def init_validate(self, request: web.Request) -> web.Response:
-        """Take the wheel with a round of your own, whose terms batches are held to; nothing is mined."""
+        """Take control of mining with a round of your own, by whose terms batches are judged; nothing is mined."""
         return await self._init(request, Call.INIT_VALIDATE)
 
     async def phase_generate(self, _request: web.Request) -> web.Response:
-        """Mine the round that was asked for, from where it was left."""
+        """Mine the round that was requested last, from where it was left."""
         return await self._call(Call.PHASE_GENERATE)
 
     async def phase_validate(self, _request: web.Request) -> web.Response:
-        """Leave the device to validations, under the terms of the round that was asked for."""
+        """Leave the device to validations, under the terms of the round that was requested last."""
         return await self._call(Call.PHASE_VALIDATE)
 
     async def stop(self, _request: web.Request) -> web.Response:
         """Stop mining until an init or `resume`, also across restarts.
 
-        What was found is delivered, and batches are validated, all the same.
+        Proofs are still delivered, and batches are still validated.
         """
         return await self._call(Call.STOP)
 
     async def resume(self, _request: web.Request) -> web.Response:
-        """Give the wheel back to the chain: its rounds are mined as they come."""
+        """Return control to the chain: its rounds are mined as they come."""
         return await self._call(Call.RESUME)
 
     async def _init(self, request: web.Request, call: Call) -> web.Response:
@@ -224,7 +227,7 @@ class PowApi:
         return answer(answers.Done(status="OK", state=view.state, ignored=ignored or [], pow_status=view))
 
     async def _asked(self, body: InitBody) -> Asked:
-        """Make what is asked for complete from the configuration."""
+        """Complete the requested round from the configuration."""
         seq_len = self._agreed_seq_len(body)
         settings = self._parts.settings
         node = Node(
@@ -248,7 +251,7 @@ class PowApi:
         return Asked(round_, node, body.fraud_threshold, callback)
 
     def _agreed_seq_len(self, body: InitBody) -> int:
-        """Refuse a round that is not what this daemon computes, and return its sequence length."""
+        """Refuse a round that this daemon does not compute, and return its sequence length."""
         settings, worker = self._parts.settings, self._parts.workers.info
         if worker is None and BY_WEIGHTS & said(body).keys():
             raise _loading("the fingerprint of the weights is not known before they are loaded")
@@ -300,11 +303,11 @@ class PowApi:
                 ) from None
 
     async def validate(self, request: web.Request) -> web.Response:
-        """Judge a batch: recompute its distances and hold it to the terms of the round in hand.
+        """Judge a batch: recompute its distances and apply the terms of the requested round.
 
-        The terms are those of the round that was asked for by the API, else of the configuration. The verdict is
+        The terms are those of the round that was requested through the API, else of the configuration. The verdict is
         answered, and POSTed to every configured receiver and to the round's callback_url, + /validated. A verdict that
-        takes longer than 30 seconds, or is not waited for, is told by `GET /api/v1/pow/validate/{id}`.
+        takes longer than 30 seconds, or is not waited for, is returned by `GET /api/v1/pow/validate/{id}`.
         The same call again gives the same answer, without computing it anew.
         """
         query = parse_query(request, ValidateQuery)
@@ -334,7 +337,7 @@ class PowApi:
         return _verdict(found)
 
     async def validation(self, request: web.Request) -> web.Response:
-        """How a validation stands: its verdict, once there is one."""
+        """Return a validation: its verdict, once there is one."""
         name = request.match_info["id"]
         async with asyncio.timeout(STORE_SECONDS):
             found = await self._parts.validator.find(name)
@@ -343,7 +346,7 @@ class PowApi:
         return _verdict(found)
 
     def _terms(self) -> Terms:
-        """Return what a batch is held to now."""
+        """Return the terms that a batch is judged by now."""
         settings, asked, worker = self._parts.settings, self._parts.control.asked, self._parts.workers.info
         if worker is None or not self._parts.workers.ready.is_set():
             raise _loading("no model is ready to recompute distances")

@@ -1,4 +1,4 @@
-"""The admin HTTP API: what its parts are, and what is asked of the daemon itself (docs/api.md)."""
+"""The admin HTTP API: all its routes and middlewares, and the operations on the daemon itself (docs/api.md)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @web.middleware
 async def _store_failures(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer 503 while the store cannot do what was asked; nothing was changed."""
+    """Answer 503 while the store cannot do its part; nothing was changed."""
     try:
         return await handler(request)
     except StoreUnavailableError as error:
@@ -37,7 +37,7 @@ async def _store_failures(request: web.Request, handler: Handler) -> web.StreamR
 
 
 class AdminApi:
-    """The routes, over the daemon's parts."""
+    """The admin API as an aiohttp application."""
 
     def __init__(self, parts: Parts, shut_down: Callable[[], None]) -> None:
         self._parts = parts
@@ -46,7 +46,7 @@ class AdminApi:
         self._events = EventsApi(parts.events, parts.log)
 
     def application(self, token: str | None) -> web.Application:
-        """Return the aiohttp application, which asks for `token` where there is one."""
+        """Return the aiohttp application; its calls need `token`, unless that is None."""
         operations = self.all_operations()
         admin = self._parts.settings.admin
         secured = frozenset() if token is None else METHODS - guard.READS if admin.open_reads else METHODS
@@ -58,7 +58,7 @@ class AdminApi:
         return app
 
     def all_operations(self) -> list[Operation]:
-        """Return the whole table, but for the documentation that is made from it."""
+        """Return all operations but those of the documentation, which is made from them."""
         return [
             *PowApi(self._parts).operations(),
             *self._events.operations(),
@@ -67,7 +67,7 @@ class AdminApi:
         ]
 
     def operations(self) -> list[Operation]:
-        """Return the table's part for the daemon itself."""
+        """Return the operations on the daemon itself."""
         metrics = {200: Media(CONTENT_TYPE_LATEST, "The metrics.")}
         return [
             PAGE,
@@ -86,14 +86,14 @@ class AdminApi:
         return answer(answers.Stopping(status="stopping"), 202)
 
     async def healthz(self, _request: web.Request) -> web.Response:
-        """Answer that the process lives."""
+        """Answer while the process is alive."""
         return answer(answers.Alive(status="ok"))
 
     async def readyz(self, _request: web.Request) -> web.Response:
-        """Answer whether it mines as it should, with the reasons where it does not."""
+        """Tell whether the daemon mines as it should, and if not, why (503)."""
         problems = status.problems(self._parts)
         return answer(answers.Readiness(ready=not problems, problems=problems), 503 if problems else 200)
 
     async def metrics(self, _request: web.Request) -> web.Response:
-        """Metrics in Prometheus' text format."""
+        """Return metrics in Prometheus' text format."""
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})

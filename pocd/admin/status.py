@@ -1,4 +1,4 @@
-"""What the daemon says of itself: one view, for the API, the metrics, the log and the service manager."""
+"""The daemon's status: one view for the API, the metrics, the log and the service manager."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def state(parts: Parts) -> State:
 
 
 def problems(parts: Parts) -> list[Problem]:
-    """Name what keeps the daemon from mining as it should; empty when nothing does."""
+    """List the problems that keep the daemon from mining."""
     found = []
     if parts.control.mode is Mode.STOPPED:
         found.append(Problem(part="miner", reason="mining was stopped by hand; POST /api/v1/pow/resume goes on"))
@@ -67,7 +67,7 @@ def problems(parts: Parts) -> list[Problem]:
 
 
 def alarms(parts: Parts) -> list[Problem]:
-    """Name what only a person can mend though mining goes on; empty when nothing is."""
+    """List the problems that only a person can solve, though mining goes on."""
     workers = [
         Problem(part=worker_name(parts.workers, worker), reason=reason)
         for worker in parts.workers.workers
@@ -87,14 +87,14 @@ def worker_name(workers: Pool, worker: Supervisor) -> str:
 
 
 def why_not_ready(worker: Supervisor) -> str:
-    """Say what a worker that is not ready does, and why it ended last."""
+    """Return the stage of a worker that is not ready, and why it ended last."""
     if worker.last_error is None:
         return worker.stage or "starting"
     return f"no model is ready ({worker.stage or 'waiting to be started again'}); last error: {worker.last_error}"
 
 
 def parked(state: ReceiverState) -> str | None:
-    """Say that a receiver wants nothing any more, or None when it does."""
+    """Return the text for a receiver that asked for no more batches; None for any other."""
     if state.parked_at is None:
         return None
     since = datetime.fromtimestamp(state.parked_at, UTC).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""Numbers of the status as people read them, wherever they are shown."""
+"""Numbers of the status as text for people."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAIN_STAGES = ("checked", "valid", "stored", "delivered")
 
 
 def funnel_text(funnel: dict[str, int]) -> str:
-    """Return the funnel on one line, with the stages of what was not accepted where there is any."""
+    """Return the funnel on one line; stages of nonces that were not accepted only where there are any."""
     lost = [f"{stage} {count}" for stage, count in funnel.items() if stage not in MAIN_STAGES and count]
     return " → ".join(f"{stage} {funnel[stage]}" for stage in MAIN_STAGES) + "".join(f", {each}" for each in lost)
 

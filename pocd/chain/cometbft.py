@@ -9,7 +9,7 @@ import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from pocd.chain.rpc import Answer, read_message
+from pocd.chain.rpc import RpcAnswer, read_message
 from pocd.chain.source import Block, BlockUnavailableError, ChainError, Head
 from pocd.observe.mask import mask_url
 
@@ -26,7 +26,7 @@ def parse_status(body: bytes, where: str) -> Head:
 
     Args:
         body: The answer's bytes, whatever they are.
-        where: What was asked, as error messages name it.
+        where: The request, as error messages name it.
 
     Raises:
         ChainError: A JSON-RPC error, a node without blocks, or an answer that makes no sense.
@@ -50,7 +50,7 @@ def parse_block(body: bytes, height: int, where: str) -> Block:
     Args:
         body: The answer's bytes, whatever they are.
         height: The height that was asked for; the block's own must be the same.
-        where: What was asked, as error messages name it.
+        where: The request, as error messages name it.
 
     Raises:
         BlockUnavailableError: The height is not there yet, or pruned, or the node has lost the block's data.
@@ -70,12 +70,12 @@ def parse_block(body: bytes, height: int, where: str) -> Block:
     return block
 
 
-def _result(body: bytes, where: str) -> Answer:
+def _result(body: bytes, where: str) -> RpcAnswer:
     message = read_message(body, where, lambda text, _code: _NO_SUCH_HEIGHT.search(text) is not None)
-    return Answer(where, body, message.get("result"))
+    return RpcAnswer(where, body, message.get("result"))
 
 
-def _height(answer: Answer, path: str) -> int:
+def _height(answer: RpcAnswer, path: str) -> int:
     value = answer.field(path)
     # CometBFT writes 64-bit integers as strings; proxies in front of it sometimes rewrite them as numbers. The
     # pattern also refuses true, an int to Python.
@@ -84,7 +84,7 @@ def _height(answer: Answer, path: str) -> int:
     return int(value)
 
 
-def _time(answer: Answer, path: str) -> datetime:
+def _time(answer: RpcAnswer, path: str) -> datetime:
     value = answer.field(path)
     if not isinstance(value, str) or not _TIME.fullmatch(value):
         raise answer.wrong(path, "an RFC 3339 time")

@@ -10,7 +10,7 @@ import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from pocd.chain.rpc import Answer, read_message
+from pocd.chain.rpc import RpcAnswer, read_message
 from pocd.chain.source import Block, BlockUnavailableError, ChainError, Head
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def parse_quantity(body: bytes, where: str) -> int:
 
     Args:
         body: The answer's bytes, whatever they are.
-        where: What was asked, as error messages name it.
+        where: The request, as error messages name it.
 
     Raises:
         ChainError: A JSON-RPC error, or an answer that makes no sense.
@@ -51,8 +51,8 @@ def parse_block(body: bytes, height: int, chain_id: str, where: str) -> Block:
     Args:
         body: The answer's bytes, whatever they are.
         height: The height that was asked for; the block's own must be the same.
-        chain_id: What the node calls its chain; the block itself does not say.
-        where: What was asked, as error messages name it.
+        chain_id: The chain's id by the node; the block itself does not have it.
+        where: The request, as error messages name it.
 
     Raises:
         BlockUnavailableError: The height is not there yet, or pruned.
@@ -70,18 +70,18 @@ def parse_block(body: bytes, height: int, chain_id: str, where: str) -> Block:
     return Block(chain_id, number, block_hash, _time(answer, "result.timestamp"))
 
 
-def _answer(body: bytes, where: str) -> Answer:
-    return Answer(where, body, read_message(body, where, lambda _text, code: code in _ABSENT_CODES))
+def _answer(body: bytes, where: str) -> RpcAnswer:
+    return RpcAnswer(where, body, read_message(body, where, lambda _text, code: code in _ABSENT_CODES))
 
 
-def _quantity(answer: Answer, path: str) -> int:
+def _quantity(answer: RpcAnswer, path: str) -> int:
     value = answer.field(path)
     if not isinstance(value, str) or not _QUANTITY.fullmatch(value):
         raise answer.wrong(path, "a whole number in hex")
     return int(value, 16)
 
 
-def _time(answer: Answer, path: str) -> datetime:
+def _time(answer: RpcAnswer, path: str) -> datetime:
     try:
         return datetime.fromtimestamp(_quantity(answer, path), UTC)
     except (ValueError, OverflowError, OSError):  # a year after 9999
@@ -92,7 +92,7 @@ class EVM:
     """The Ethereum node that `rpc` asks.
 
     Args:
-        rpc: Where it is.
+        rpc: Client of the node's JSON-RPC.
         confirmations: How many blocks must be on top of one before it counts; at least 0. Reorganisations that are
             no deeper than that are never seen.
     """
@@ -111,7 +111,7 @@ class EVM:
         """Return the block `confirmations` below the newest.
 
         Raises:
-            ChainError: See `ChainSource.head`; also a chain that is shorter than that.
+            ChainError: The node cannot be reached, its answer makes no sense, or the chain has fewer blocks than that.
         """
         catching_up = parse_syncing(*await self._ask("eth_syncing"))
         newest = parse_quantity(*await self._ask("eth_blockNumber"))

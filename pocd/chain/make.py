@@ -1,4 +1,4 @@
-"""The one place that makes sources of a chain out of its nodes."""
+"""Make sources of a chain from its nodes."""
 
 from __future__ import annotations
 

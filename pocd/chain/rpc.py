@@ -1,4 +1,4 @@
-"""What all nodes' JSON-RPC has in common: requests that are bounded and tried again, and answers that are checked.
+"""JSON-RPC to a chain's node: bounded requests with retries, and checked answers.
 
 A chain's own module (cometbft.py, evm.py) knows the methods and the fields; nothing here does.
 """
@@ -25,7 +25,7 @@ MAX_ANSWER_BYTES = 8 * 1024 * 1024
 
 
 class _TransientError(ChainError):
-    """Worth another attempt within the same call."""
+    """An error that may pass, and is tried again within the same call."""
 
 
 def read_message(body: bytes, where: str, absent: Callable[[str, object], bool]) -> dict[str, Any]:
@@ -33,12 +33,12 @@ def read_message(body: bytes, where: str, absent: Callable[[str, object], bool])
 
     Args:
         body: The answer's bytes, whatever they are.
-        where: What was asked, as error messages name it.
-        absent: Whether an error's text and code say that the node does not hold the block that was asked for.
+        where: The request, as error messages name it.
+        absent: Tells by an error's text and code whether the node lacks the requested block.
 
     Raises:
-        BlockUnavailableError: An error of which `absent` says so.
-        ChainError: Any other error, or no JSON object.
+        BlockUnavailableError: The node lacks the block, by `absent`.
+        ChainError: The node answered with any other error, or with no JSON object.
     """
     try:
         message = orjson.loads(body)
@@ -57,13 +57,13 @@ def read_message(body: bytes, where: str, absent: Callable[[str, object], bool])
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class RpcAnswer:
     """A part of a JSON-RPC answer whose fields are checked as they are read; paths are dotted.
 
     Attributes:
-        where: What was asked, as error messages name it.
-        body: The whole answer, of which messages show the beginning.
-        content: The part that paths begin at.
+        where: The request, as error messages name it.
+        body: The whole answer; error messages show its beginning.
+        content: The part of the answer at which paths begin.
     """
 
     where: str
@@ -71,7 +71,7 @@ class Answer:
     content: object
 
     def field(self, path: str) -> object:
-        """Return what is at `path`; `ChainError` where it is missing."""
+        """Return the value at `path`; `ChainError` where it is missing."""
         value = self.content
         for name in path.split("."):
             if not isinstance(value, dict) or name not in value:
@@ -80,7 +80,7 @@ class Answer:
         return value
 
     def wrong(self, path: str, expected: str) -> ChainError:
-        """Return the error that says what is at `path` instead of what was expected."""
+        """Return the error that names `path`, the expected value and the actual one."""
         value = self.field(path)
         shown = "an object or a list" if isinstance(value, dict | list) else excerpt(orjson.dumps(value))
         return ChainError(f"{self.where}: {path} must be {expected}, but is {shown}")
@@ -140,7 +140,7 @@ class Rpc:
         self._sleep = sleep
 
     def __str__(self) -> str:
-        """The masked address: how messages name this node."""
+        """Return the node's address with secrets masked, as messages name the node."""
         return mask_url(str(self._base))
 
     def url(self, path: str) -> URL:
@@ -151,7 +151,7 @@ class Rpc:
         """Return the body of the answer to `GET url`.
 
         Raises:
-            ChainError: No answer, or none that is JSON-RPC's; the message begins with `where`.
+            ChainError: The node did not answer, or not with JSON-RPC; the message begins with `where`.
         """
         return await self._call("GET", url, None, where)
 

@@ -1,1 +1,1 @@
-"""`pocd check`: what keeps this host from mining and delivering."""
+"""`pocd check`: find what keeps this host from mining and delivering."""

@@ -1,4 +1,4 @@
-"""The admin API's address: is it free, or does our own daemon have it?"""
+"""Check of the admin API's address: is it free, or does our own daemon have it?"""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ async def check_api(admin: AdminSettings, *, runs: bool, limit: float) -> Findin
     """Try to take the address, and give it back at once.
 
     Args:
-        admin: Where the API is to listen.
-        runs: Whether a daemon holds the store that is configured.
-        limit: Seconds for whoever has the address to say who it is.
+        admin: Settings with the address that the API is to listen on.
+        runs: Whether a daemon holds the configured store.
+        limit: Seconds for the program at the address to identify itself.
     """
     if admin.socket:
         where, url, key = str(admin.socket), f"unix://{admin.socket}", "admin.socket"
@@ -65,7 +65,7 @@ def _try_port(admin: AdminSettings) -> OSError | None:
 
 
 def _try_socket(admin: AdminSettings) -> OSError | None:
-    """See whether a Unix socket can be made; one that is left over would be replaced."""
+    """Check that a Unix socket can be made; a stale one does not matter, as the daemon replaces it."""
     assert admin.socket is not None
     path = admin.socket
     if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):

@@ -1,4 +1,4 @@
-"""The chain's nodes, and this host's clock beside the time of their blocks."""
+"""Checks of the chain's nodes, and of this host's clock against the time of their blocks."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ SYNCHRONISE = "keep the clock by NTP: timedatectl set-ntp true (systemd-timesync
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """Which chain it has to be.
+    """The chain that the nodes have to be on.
 
     Attributes:
-        chain_id: None where the first node that answers decides.
-        by: Who says so.
+        chain_id: The chain's id; None where the first node that answers decides.
+        by: What names the chain: "chain.id" or "the store".
     """
 
     chain_id: str | None
@@ -34,7 +34,7 @@ class Expected:
 
 
 def expected(configured: str | None, of_store: str | None) -> Expected | Finding:
-    """Return which chain it has to be; a finding where the configuration and the store do not agree."""
+    """Return the expected chain, or a finding where the configuration and the store disagree."""
     if configured is not None and of_store not in {None, configured}:
         return red(
             "chain",
@@ -55,11 +55,11 @@ async def check_chain(
     """Ask every node for its head, at the same time, each for `limit` seconds at most.
 
     Args:
-        sources: The nodes; `str` is how findings name them.
-        wanted: Which chain it has to be.
+        sources: The nodes; findings name each by `str`.
+        wanted: The expected chain.
         confirmations: How many blocks the head is behind the newest one.
-        wall: This host's clock.
-        limit: Seconds.
+        wall: This host's clock, Unix time in seconds.
+        limit: Seconds for each node to answer.
     """
     answers = await asyncio.gather(*(_head(source, limit) for source in sources))
     heads = [(source, answer) for source, answer in zip(sources, answers, strict=True) if isinstance(answer, Head)]
@@ -96,12 +96,12 @@ async def _interval(source: ChainSource, head: Head, limit: float) -> float:
 
 
 def judge_nodes(answers: dict[str, Head | ChainError], wanted: Expected, now: float) -> list[Finding]:
-    """Say of each node how it is. One that is down while another is well is worth a look, not more.
+    """Return a finding for each node: yellow, not red, for one that is down while another is well.
 
     Args:
-        answers: What each said, by its name.
-        wanted: Which chain it has to be.
-        now: This host's time.
+        answers: Answer of each node, by the node's name.
+        wanted: The expected chain.
+        now: This host's Unix time in seconds.
     """
     if wanted.chain_id is None:
         first = next((head.block.chain_id for head in answers.values() if isinstance(head, Head)), None)
@@ -134,12 +134,12 @@ def _judge_node(where: str, answer: Head | ChainError, wanted: Expected, now: fl
 
 
 def judge_clock(head: Head, now: float, *, behind: float) -> Finding:
-    """Hold this host's clock against the time of the newest block.
+    """Compare this host's clock with the time of the newest block.
 
     Args:
         head: The newest head of all nodes.
-        now: This host's time.
-        behind: How old, in seconds, a head may well be.
+        now: This host's Unix time in seconds.
+        behind: Usual age of a head in seconds.
     """
     name, age = "clock", now - head.block.time.timestamp()
     if -age > CLOCK_WRONG:

@@ -1,4 +1,4 @@
-"""torch, the driver, the cards and their memory. What is asked of each is separate from what follows, which is pure."""
+"""Checks of torch, the driver, the GPUs and their memory: first the queries, then pure judgements."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ROOM = 1.2  # of the weights' size: what a model needs at least, with small batc
 
 @dataclass(frozen=True, slots=True)
 class Driver:
-    """What NVIDIA's driver tells: its version, and how many cards CUDA sees."""
+    """NVIDIA's driver: its version, and the number of cards that CUDA sees."""
 
     version: str
     cards: int
@@ -43,10 +43,10 @@ def ask_driver(visible: str | None) -> Driver:
     """Ask the driver; it may hang.
 
     Args:
-        visible: CUDA_VISIBLE_DEVICES.
+        visible: Value of CUDA_VISIBLE_DEVICES; None where it is not set.
 
     Raises:
-        NoDriverError: There is none, or it does not answer.
+        NoDriverError: The driver is missing or does not answer.
     """
     try:
         pynvml.nvmlInit()
@@ -57,7 +57,7 @@ def ask_driver(visible: str | None) -> Driver:
 
 
 def check_torch(probe: Probe, model: ModelSettings) -> Finding:
-    """Is torch there, and made for the configured devices?"""
+    """Check that torch can be imported and was built for the configured devices."""
     python = f"Python {platform.python_version()}"
     if probe.torch is None and probe.late:
         return red(
@@ -83,7 +83,7 @@ def check_torch(probe: Probe, model: ModelSettings) -> Finding:
 
 
 def check_driver(driver: Driver | NoDriverError, model: ModelSettings) -> Finding:
-    """Does the driver have the configured cards?"""
+    """Check that the driver has the configured cards."""
     if not needs_cuda(model):
         return green("driver", f"not needed: model.device is {model.device!r}")
     if isinstance(driver, NoDriverError):
@@ -103,7 +103,7 @@ def check_driver(driver: Driver | NoDriverError, model: ModelSettings) -> Findin
 
 
 def check_cards(probe: Probe, model: ModelSettings) -> Finding | None:
-    """Does torch see the configured cards? None where that does not matter, or torch's own finding says it all."""
+    """Check that torch sees the configured cards; None where none are needed, or `check_torch` reports the problem."""
     if not needs_cuda(model) or probe.torch is None or probe.cuda_build is None:
         return None
     if probe.cards:
@@ -128,13 +128,13 @@ def used_cards(probe: Probe, model: ModelSettings) -> tuple[str, ...]:
 def check_memory(
     readings: Mapping[str, Reading], used: Sequence[str], probe: Probe, model: ModelSettings, *, runs: bool
 ) -> list[Finding]:
-    """Do the model's weights fit into the cards' free memory?
+    """Check that the model's weights fit into the cards' free memory.
 
     Args:
-        readings: What the driver tells of each card.
-        used: Those that the configuration uses.
-        probe: Knows how many parameters the model has; where it does not, only what others hold is looked at.
-        model: The configuration.
+        readings: Sensor values of each card, by the card's UUID.
+        used: UUIDs of the cards that the configuration uses.
+        probe: Result of the probe; without its number of parameters only the free memory is judged.
+        model: Settings of the model and its devices.
         runs: Whether our own daemon runs, and so holds memory itself.
     """
     weights = (probe.parameters or 0) * BYTES[model.dtype] / model.parallel

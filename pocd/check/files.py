@@ -1,4 +1,4 @@
-"""Files with secrets: are they there, good, and closed to others?"""
+"""Checks of the files with secrets: are they there, good, and closed to others?"""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _check_content(key: str, path: Path) -> Finding | None:
 
 
 def check_mode(key: str, path: Path) -> Finding | None:
-    """Say what is wrong with the permissions of a secret's file; None for nothing, or where it is not there."""
+    """Return a finding about the permissions of a secret's file; None where they are good or the file is missing."""
     try:
         found = path.stat()
     except OSError:

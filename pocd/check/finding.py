@@ -1,4 +1,4 @@
-"""What a check finds, and how checks are kept from hanging."""
+"""Findings of checks, and limits that keep a check from hanging."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Level(StrEnum):
-    """How bad it is: nothing to do, look at it, or it will not work."""
+    """Severity of a finding: green, nothing to do; yellow, look at it; red, it will not work."""
 
     GREEN = "green"
     YELLOW = "yellow"
@@ -30,10 +30,10 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        name: What was looked at, such as "clock" or "receiver main".
-        level: How it is.
-        text: What was found; without secrets, on one line.
-        remedy: What to do; None where there is nothing to do.
+        name: Subject of the check, such as "clock" or "receiver main".
+        level: Severity.
+        text: Result on one line, without secrets.
+        remedy: Action to take; None where there is none.
     """
 
     name: str
@@ -43,17 +43,17 @@ class Finding:
 
 
 def green(name: str, text: str) -> Finding:
-    """Nothing to do."""
+    """Return a finding about something that works."""
     return Finding(name, Level.GREEN, text)
 
 
 def yellow(name: str, text: str, remedy: str) -> Finding:
-    """It works, or may; somebody should look at it."""
+    """Return a finding about something that works or may work, but should be looked at."""
     return Finding(name, Level.YELLOW, text, remedy)
 
 
 def red(name: str, text: str, remedy: str) -> Finding:
-    """It will not work."""
+    """Return a finding about something that will not work."""
     return Finding(name, Level.RED, text, remedy)
 
 

@@ -36,12 +36,12 @@ EXAMPLE_KEY = "replace-with-the-miner-public-key"  # as in config/pocd.toml
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long things may take, in seconds; all together take at most `torch` and `local`, or three calls.
+    """Limits of single checks in seconds; all together take at most `torch` and `local`, or three calls.
 
     Attributes:
-        local: A disk, a driver, the kernel.
-        call: A node or a receiver, for one question.
-        torch: To be imported, to read the weights, and to find the cards.
+        local: For a question to a disk, a driver or the kernel.
+        call: For one question to a node or a receiver.
+        torch: For torch to be imported, read the weights and find the cards.
     """
 
     local: float = 5.0
@@ -55,7 +55,7 @@ DEFAULT_LIMITS = Limits()
 async def check_host(
     config: Path, settings: Settings, *, clock: Clock = SYSTEM, limits: Limits = DEFAULT_LIMITS
 ) -> list[Finding]:
-    """Check everything that `settings`, from the file at `config`, name."""
+    """Check everything that `settings` name; `config` is the file they come from."""
     local, long = limits.local, limits.torch + limits.local
     async with asyncio.TaskGroup() as group:
         # What several checks need to know.
@@ -85,7 +85,7 @@ async def check_host(
 
 
 def check_configuration(config: Path, settings: Settings) -> list[Finding]:
-    """Say of a configuration that could be read what makes it useless all the same."""
+    """Return findings about a valid configuration that is useless all the same."""
     name, findings = "configuration", []
     if settings.node.public_key == EXAMPLE_KEY:
         findings.append(

@@ -1,4 +1,4 @@
-"""The model: is it here, can it be read, and which weights is it?"""
+"""Check of the model: is it here, can it be read, and which weights has it?"""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a model is, or why it is nowhere.
+    """Location of a model, or why it has none.
 
     Attributes:
-        folder: None where it is not on this host.
-        error: Why it cannot be.
-        hub: The hub's cache, where it would be downloaded to; None for a local one.
+        folder: The model's folder; None where the model is not on this host.
+        error: Why the model cannot be found at all.
+        hub: Folder of the hub's cache, for downloads; None for a local model.
         offline: Whether the environment forbids the download.
     """
 
@@ -50,12 +50,12 @@ def find(model: ModelSettings) -> Place:
     try:
         config = try_to_load_from_cache(source, "config.json", revision=model.revision or "main")
     except HFValidationError:
-        return Place(None, error=f"model {model.name!r} is no hub id, and local folders begin with / ./ ../ or ~")
+        return Place(None, error=f"model {model.name!r} is not a hub id, and local folders begin with / ./ ../ or ~")
     return Place(Path(config).parent if isinstance(config, str) else None, hub=hub, offline=constants.HF_HUB_OFFLINE)
 
 
 def check(place: Place, probe: Probe, model: ModelSettings) -> Finding:
-    """Say whether the model is here, and its fingerprint."""
+    """Return a finding: whether the model is here, and its fingerprint."""
     name = "model"
     if place.error is not None:
         return red(name, place.error, "correct model.name: bundled:NAME, a model's folder, or a hub id")

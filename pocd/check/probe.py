@@ -1,4 +1,4 @@
-"""Ask torch, in a process of its own, what this process must not import."""
+"""Ask torch in a process of its own, since this process must not import it."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ GRACE = 1.0  # seconds for a process that was killed to be gone
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What the process told; what it did not come to is None.
+    """Results of the process that imports torch; None for what it did not get to.
 
     Attributes:
-        torch: Its version.
+        torch: Version of torch.
         cuda_build: The CUDA version that this torch was built for; None as well for a build without CUDA.
-        fingerprint: Of the model's weights.
-        parameters: How many numbers they are.
+        fingerprint: Fingerprint of the model's weights, 32 hex digits.
+        parameters: Number of the model's parameters.
         model_error: Why the weights cannot be read.
         cards: The GPUs that torch sees, in its order, by the driver's names for them.
-        cuda_error: Why it sees none.
-        problem: How the process ended, unless well.
-        late: Whether it did not come to its end in time.
+        cuda_error: Why torch sees no GPU.
+        problem: How the process failed; None where it ended well.
+        late: Whether the process was killed because it took too long.
     """
 
     torch: str | None = None
@@ -47,12 +47,12 @@ class Probe:
 
 
 async def probe(folder: Path | None, *, cuda: bool, limit: float) -> Probe:
-    """Start the process, give it `limit` seconds, and return what it told by then.
+    """Start the process, give it `limit` seconds, and return its results so far.
 
     Args:
-        folder: The model's, if there is one to look at.
+        folder: The model's folder; None where there is no model to read.
         cuda: Whether to look at GPUs.
-        limit: Seconds; then it is killed.
+        limit: Seconds after which the process is killed.
     """
     try:
         process = await asyncio.create_subprocess_exec(

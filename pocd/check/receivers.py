@@ -1,4 +1,4 @@
-"""Whether each receiver is there and takes our signature: an empty probe is sent to it as a batch would be."""
+"""Check of the receivers: each gets a signed empty probe, sent as a batch would be."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ ANSWER_BYTES = 16 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back.
+    """A receiver's answer to the probe.
 
     Attributes:
-        status: The HTTP status; None where there is none.
+        status: The HTTP status; None without an answer.
         said: The beginning of the body, or why there is no status; fit to be shown.
     """
 
@@ -100,7 +100,7 @@ def _shown(text: str, receiver: Receiver) -> str:
 
 
 def judge(receiver: Receiver, answer: Answer) -> Finding:
-    """Say what an answer to the probe means; the daemon would take it likewise (delivery/policy.py)."""
+    """Return a finding about an answer to the probe, judged as delivery/policy.py judges answers to batches."""
     name, where, status = f"receiver {receiver.name}", mask_url(receiver.url), answer.status
     signed = "a signed" if receiver.keys else "an unsigned"
     if status is None:
@@ -120,7 +120,7 @@ def judge(receiver: Receiver, answer: Answer) -> Finding:
 
 
 def _remedy(status: int, *, signs: bool) -> str:
-    """Say what to do about an answer that will stay the same."""
+    """Return the remedy for an answer that will not change by itself."""
     if status in {401, 403} and not signs:
         return "set its secret_file: it wants batches signed"
     if status in {401, 403}:

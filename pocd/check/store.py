@@ -1,4 +1,4 @@
-"""The store: whether it can be used, how fast its disk syncs, how much room there is. Nothing in it is changed."""
+"""Checks of the store: can it be used, how fast does its disk sync, how much room is there? They change nothing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FIRST_LOCK, _LOCK_BYTES = 0x40000000, 512
 def holder(path: Path) -> int | None:
     """Return the id of the process that holds the store at `path`, as a running daemon does, or None.
 
-    It is asked of the kernel, which takes no lock: a daemon that starts just now is not disturbed.
+    The kernel is asked without taking a lock: a daemon that starts just now is not disturbed.
     """
     try:
         with path.open("rb") as file:
@@ -46,7 +46,7 @@ def holder(path: Path) -> int | None:
 
 
 def chain_of(path: Path) -> str | None:
-    """Return the id of the chain that the store at `path`, which nobody holds, belongs to; None where it is not told.
+    """Return the id of the chain that the store at `path`, which nobody holds, belongs to; None if unknown.
 
     It is read as if nobody could write it, which makes no files beside it; what only the write-ahead log holds, after
     a crash, is not seen.
@@ -62,7 +62,7 @@ def chain_of(path: Path) -> str | None:
 
 
 def check_store(path: Path, held: int | None) -> Finding:
-    """Can the daemon, as this user, use the store?"""
+    """Check whether this user could run a daemon on the store."""
     try:
         return _check_folder(path) or _check_file(path, held)
     except PermissionError as error:
@@ -73,7 +73,7 @@ def check_store(path: Path, held: int | None) -> Finding:
 def _check_folder(path: Path) -> Finding | None:
     name, folder = "store", _existing(path.parent)
     if not folder.is_dir():
-        return red(name, f"{path} cannot be made: {folder} is no folder", "choose another store.path")
+        return red(name, f"{path} cannot be made: {folder} is not a folder", "choose another store.path")
     if os.access(folder, os.W_OK | os.X_OK, effective_ids=True):
         return None
     mend = "give it the folder (chown)" if folder == path.parent else f"make it the folder {path.parent}"
@@ -94,9 +94,9 @@ def _check_file(path: Path, held: int | None) -> Finding:
 
 
 def _problem(path: Path) -> tuple[str, str] | None:
-    """Say what is wrong with the file at `path`, and the remedy."""
+    """Return the problem of the file at `path` and the remedy; None where there is none."""
     if not path.is_file():
-        return f"{path} is no file", "choose another store.path"
+        return f"{path} is not a file", "choose another store.path"
     for file in (path, path.with_name(f"{path.name}-wal"), path.with_name(f"{path.name}-shm")):
         if file.exists() and not os.access(file, os.R_OK | os.W_OK, effective_ids=True):
             return (
@@ -107,7 +107,7 @@ def _problem(path: Path) -> tuple[str, str] | None:
 
 
 def _foreign(path: Path) -> tuple[str, str] | None:
-    """Say why the file at `path` is not our store, or not one of this version, and the remedy."""
+    """Return why the file at `path` is not our store or is too new, and the remedy; None where it is usable."""
     with path.open("rb") as stream:
         head = stream.read(100)
     if not head:
@@ -124,7 +124,7 @@ def _foreign(path: Path) -> tuple[str, str] | None:
 
 
 def check_syncs(path: Path, monotonic: Callable[[], float]) -> Finding | None:
-    """How long does the store's disk take to make something durable? None where the store's own finding says it all."""
+    """Check how long the store's disk takes to sync; None where `check_store` has reported its problem already."""
     name = "fsync"
     try:
         if _check_folder(path):
@@ -145,7 +145,7 @@ def median_sync(folder: Path, monotonic: Callable[[], float]) -> float:
     """Return the seconds that writing and syncing 4 KiB in `folder` takes; the file is removed again.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The folder cannot be written.
     """
     took = []
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".pocd-check-", buffering=0) as file:
@@ -158,7 +158,7 @@ def median_sync(folder: Path, monotonic: Callable[[], float]) -> float:
 
 
 def check_space(store: StoreSettings) -> Finding | None:
-    """Is there more room on the store's disk than has to stay free?"""
+    """Check that the store's disk has more room than has to stay free."""
     try:
         folder = _existing(store.path.parent)
     except PermissionError:

@@ -1,4 +1,4 @@
-"""What the commands share that talk to a running daemon."""
+"""Options and calls shared by the commands that talk to a running daemon."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ AT_FAULT = {400, 409, 413, 422}  # HTTP statuses that say what the caller gave c
 
 
 def echo(text: str) -> None:
-    """Print a line; where the reader has gone, it has what it wanted: end well."""
+    """Print a line; where the reader of a pipe has gone, end with status 0."""
     try:
         typer.echo(text)
     except BrokenPipeError:
@@ -58,16 +58,16 @@ def call_api(
     body: dict[str, Any] | bytes | None = None,
     exit_of_refusal: int = EXIT_CRASH,
 ) -> dict[str, Any]:
-    """Call the daemon that `url`, or else the configuration, names.
+    """Call the admin API at `url`, or where that is None, at the configured address.
 
     Args:
-        method: GET or POST.
-        path: Of the API.
+        method: HTTP method, GET or POST.
+        path: Path of the API's operation, which begins with a slash.
         config: The configuration's file.
         url: The API's address, instead of the configuration's.
         token_file: The API's token, instead of the configuration's.
-        query: Of the URL.
-        body: An object, or JSON as it is.
+        query: Query of the URL, by parameter.
+        body: An object to send as JSON, or JSON as bytes.
         exit_of_refusal: The exit status where `body` or `query` is at fault.
 
     Raises:

@@ -1,4 +1,4 @@
-"""`pocd check`: what of this host, and of what it depends on, has to be mended."""
+"""`pocd check`: find what keeps this host from mining and delivering."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ DtypeOption = Annotated[str, typer.Option(help="float32, float16 or bfloat16.")]
 DeviceOption = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 BatchSizeOption = Annotated[int, typer.Option(help="Nonces per forward pass.", min=1, max=65536)]
 PublicKeyOption = Annotated[str, typer.Option(help="A miner's public key.")]
-SeedOption = Annotated[str, typer.Option(help="Block hashes follow from it.")]
+SeedOption = Annotated[str, typer.Option(help="Seed of the block hashes.")]
 ReportOption = Annotated[bool, typer.Option("--json", help="Print one JSON object with everything.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Revision (branch, tag or commit) of a hub model.")]
 
@@ -53,7 +53,7 @@ def compute(  # noqa: PLR0913 - one argument per option
     from pocd.lab import command
 
     with compute_errors():
-        request = command.Request(
+        request = command.ComputeRequest(
             model=model,
             scheme=scheme,
             block_hash=block_hash,

@@ -1,4 +1,4 @@
-"""What `--help` shows beneath each command: calls as people make them. A test holds them to what is parsed."""
+"""Examples that `--help` shows beneath each command; a test checks that each can be parsed."""
 
 from __future__ import annotations
 

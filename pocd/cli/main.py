@@ -126,10 +126,10 @@ def demo(
     model: Annotated[str, typer.Option(help="A bundled model.")] = "bundled:tiny-qwen3",
     folder: Annotated[Path, typer.Option(help="Emptied at the start; the last run stays there.")] = Path(".demo"),
 ) -> None:
-    """Watch it work: a development chain, a receiver and the daemon, each a process of its own."""
+    """Run a demo: a development chain, a receiver and the daemon, each a process of its own."""
     from pocd.dev import demo as program
 
-    plan = program.Plan(blocks=blocks, block_seconds=block_seconds, model=model, folder=folder.resolve())
+    plan = program.DemoPlan(blocks=blocks, block_seconds=block_seconds, model=model, folder=folder.resolve())
     raise typer.Exit(asyncio.run(program.run(plan)))
 
 
@@ -167,7 +167,7 @@ def devchain(
     *,
     host: HostOption = "127.0.0.1",
     port: PortOption = 26657,
-    seed: Annotated[str, typer.Option(help="Block hashes follow from it.")] = "pocd",
+    seed: Annotated[str, typer.Option(help="Seed of the block hashes.")] = "pocd",
     block_seconds: Annotated[float, typer.Option(help="Seconds between blocks.", min=0.1)] = 5.0,
     chain_id: Annotated[str, typer.Option(help="The network's name.")] = "pocd-dev",
     genesis: Annotated[float | None, typer.Option(help="Unix time of block 1. Default: now.")] = None,
@@ -197,7 +197,7 @@ def receiver(
     from pocd.http.webhooks import SecretError, WebhookKeys
     from pocd.observe import logs
     from pocd.receiver import app as program
-    from pocd.receiver.store import StoreError
+    from pocd.receiver.store import ReceiverStoreError
 
     log = logs.configure("info", "auto")
     try:
@@ -205,7 +205,7 @@ def receiver(
         with _port_errors(host, port):
             announce = _announce(log, "receiver")
             _run_until_signal(program.serve(host=host, port=port, path=store, keys=keys, on_started=announce))
-    except (SecretError, StoreError) as error:
+    except (SecretError, ReceiverStoreError) as error:
         raise ConfigError(str(error)) from error
 
 

@@ -14,12 +14,12 @@ from pocd.config.settings import DEFAULT_PATH
 app = typer.Typer(no_args_is_help=True, help="Look at batches, send them again, give them up.")
 
 STATES = "pending, delivered, dead, expired or withdrawn"
-IdsArgument = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Ids of batches.")]
-ReceiverOption = Annotated[str | None, typer.Option("--receiver", help="Only this receiver's.")]
+IdsArgument = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Ids of batches to select.")]
+ReceiverOption = Annotated[str | None, typer.Option("--receiver", help="Select batches of this receiver only.")]
 StatesOption = Annotated[
-    list[str] | None, typer.Option("--state", help=f"Only in this state, may be repeated: {STATES}.")
+    list[str] | None, typer.Option("--state", help=f"Select batches in this state only, may be repeated: {STATES}.")
 ]
-AllOption = Annotated[bool, typer.Option("--all", help="All that are set aside.")]
+AllOption = Annotated[bool, typer.Option("--all", help="Select all batches that are no longer sent.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the API's whole answer.")]
 
 
@@ -29,13 +29,15 @@ def list_batches(
     state: Annotated[str | None, typer.Option(help=f"{STATES}. Default: all but delivered.")] = None,
     receiver: ReceiverOption = None,
     limit: Annotated[int, typer.Option(help="Batches at most.", min=1, max=1000)] = 100,
-    after: Annotated[str | None, typer.Option(help="Go on behind this place, as the last page says.")] = None,
+    after: Annotated[
+        str | None, typer.Option(help="List what follows this place, as printed under the last page.")
+    ] = None,
     as_json: JsonOption = False,
     config: ConfigOption = DEFAULT_PATH,
     url: UrlOption = None,
     token_file: TokenOption = None,
 ) -> None:
-    """Show what waits, expired or was set aside, with reasons, attempts and ages."""
+    """Show batches that wait or are no longer sent, with reasons, attempts and ages."""
     given = {"state": state, "receiver": receiver, "limit": str(limit), "after": after}
     query = {key: value for key, value in given.items() if value is not None}
     body = call_api("GET", "/api/v1/outbox", config, url, token_file, query=query)
@@ -51,7 +53,7 @@ def show(
     url: UrlOption = None,
     token_file: TokenOption = None,
 ) -> None:
-    """Show one batch: what became of it for each receiver, and its content."""
+    """Show one batch: its delivery to each receiver, and its content."""
     path = f"/api/v1/outbox/{quote(batch, safe='')}"
     body = call_api("GET", path, config, url, token_file)
     echo(report.as_json(body) if as_json else report.batch_as_text(body))
@@ -68,7 +70,7 @@ def retry(
     url: UrlOption = None,
     token_file: TokenOption = None,
 ) -> None:
-    """Send again what is dead or expired, and ask the receivers at once, also parked ones."""
+    """Send dead or expired batches again, and try their receivers at once, also parked ones."""
     answer = call_api(
         "POST", "/api/v1/outbox/retry", config, url, token_file, body=_selection(ids, receiver, state, every, "retry")
     )
@@ -87,7 +89,7 @@ def purge(
     url: UrlOption = None,
     token_file: TokenOption = None,
 ) -> None:
-    """Give up what is dead, expired or withdrawn, for good."""
+    """Give up dead, expired or withdrawn batches for good."""
     body = _selection(ids, receiver, state, every, "purge")
     if not yes:
         typer.confirm("These proofs will not be sent any more and are deleted. Go on?", abort=True)

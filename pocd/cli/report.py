@@ -1,4 +1,4 @@
-"""The status, the outbox and a verdict, as a person reads them."""
+"""The status, the outbox and a verdict as text for people."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _receiver(receiver: dict[str, Any]) -> str:
 
 
 def clean(text: str) -> str:
-    """Return what others wrote, so that a terminal takes it for text."""
+    """Return text from outside with characters replaced that a terminal would not print."""
     return "".join(each if each.isprintable() else "�" for each in text)
 
 
@@ -72,7 +72,7 @@ def batch_as_text(body: dict[str, Any]) -> str:
 
 
 def _worker(worker: dict[str, Any]) -> str:
-    """Describe one worker: where it runs, how fast, and how its card is."""
+    """Describe one worker: its device, its rate, and its GPUs."""
     text = f"{worker['number']}: {worker['device']}"
     if worker["ready"]:
         text += f", {worker['execution']}, {worker['computed_per_second_1m']:.1f} nonces/s"
@@ -82,7 +82,7 @@ def _worker(worker: dict[str, Any]) -> str:
 
 
 def _card(card: dict[str, Any]) -> str:
-    """Describe a card: its name, and how it is."""
+    """Describe a GPU: its name and sensor values."""
     reading = card["reading"] or {}
     found = [(reading.get(field), form) for field, form in _READINGS.items()]
     return ", ".join([card["name"], *(form.format(value) for value, form in found if value is not None)])
@@ -123,7 +123,7 @@ def verdict_as_text(body: dict[str, Any]) -> str:
 
 
 def _quoted(text: str) -> str:
-    """Return what a stranger wrote, and no more of it than fits a line."""
+    """Return text from outside, cleaned and cut to fit a line."""
     return f"{clean(text[:64])}…" if len(text) > 64 else clean(text)
 
 

@@ -28,7 +28,7 @@ from pocd.protocol.names import default_tolerance
 from pocd.validation.claim import LARGEST_CLAIM, BodyError, Claim, parse_json
 
 if TYPE_CHECKING:
-    from pocd.lab.command import Request
+    from pocd.lab.command import ComputeRequest
 
 DEFAULT_R_TARGET = RoundSettings().r_target
 POLL_SECONDS = 0.5  # between two looks at a validation that takes long
@@ -38,12 +38,14 @@ OF_THE_ENGINE = (
     *("r_target", "fraud_threshold", "tolerance", "node_count"),
 )
 
-RTargetOption = Annotated[float, typer.Option(help="Valid is below this.", min=0, max=2)]
+RTargetOption = Annotated[float, typer.Option(help="A nonce is valid when its distance is below this.", min=0, max=2)]
 FraudThresholdOption = Annotated[
     float | None,
-    typer.Option(help="Fraud is less probable than this. Default: 0.01.", min=0, max=1),
+    typer.Option(help="A batch is fraud when an honest miner is less probable than this. Default: 0.01.", min=0, max=1),
 ]
-ToleranceOption = Annotated[float | None, typer.Option(help="Allowed for rounding. Default: by dtype.", min=0, max=2)]
+ToleranceOption = Annotated[
+    float | None, typer.Option(help="Difference of distances allowed for rounding. Default: by dtype.", min=0, max=2)
+]
 NodeCountOption = Annotated[int, typer.Option(help="Nodes that share the nonces.", min=1, max=2**63 - 1)]
 WANTED = "wanted is one batch: a JSON object with public_key, block_hash, block_height, nonces and dist"
 
@@ -53,7 +55,7 @@ def validate(  # noqa: PLR0913 - one argument per option
     file: Annotated[str, typer.Argument(metavar="FILE", help="One batch as JSON; - reads standard input.")],
     *,
     sample: Annotated[int | None, typer.Option(help="Recompute this many nonces only.", min=1)] = None,
-    seed: Annotated[str | None, typer.Option(help="Draws the sample; the miner must not have known it.")] = None,
+    seed: Annotated[str | None, typer.Option(help="Seed of the sample; the miner must not have known it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ValidatedBatch.")] = False,
     config: ConfigOption = DEFAULT_PATH,
     url: UrlOption = None,
@@ -84,9 +86,9 @@ def validate(  # noqa: PLR0913 - one argument per option
         query = {} if sample is None or seed is None else {"sample": str(sample), "seed": seed}
         body = _ask(raw, query, config, url, token_file, timeout)
     else:
-        from pocd.lab.command import Request
+        from pocd.lab.command import ComputeRequest
 
-        request = Request(
+        request = ComputeRequest(
             model, scheme, claim.block_hash, claim.public_key, seq_len, dtype, device, batch_size, revision
         )
         body = _compute(
@@ -119,7 +121,7 @@ def _check_sample(sample: int | None, seed: str | None) -> None:
 
 
 def _read(file: str) -> tuple[bytes, Claim]:
-    """Return the bytes of the batch, and what they say."""
+    """Return the bytes of the batch, and the batch parsed."""
     name = "standard input" if file == "-" else file
     try:
         if file == "-":
@@ -156,7 +158,7 @@ def _ask(
 
 def _compute(
     claim: Claim,
-    request: Request,
+    request: ComputeRequest,
     sample: int | None,
     seed: str | None,
     *,

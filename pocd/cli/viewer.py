@@ -38,7 +38,7 @@ QUIT = {b"q", b"Q", b"\x04"}
 
 @dataclass(slots=True)
 class Viewer:
-    """What is known of one daemon, kept up to date by `follow_status` and `follow_events`."""
+    """Status and events of one daemon, kept up to date by `follow_status` and `follow_events`."""
 
     url: str
     token: str | None
@@ -116,12 +116,12 @@ async def watch(url: str, token: str | None, *, interval: float) -> None:
     """Draw the daemon at `url` until q, Ctrl-C or SIGTERM; where there is no terminal, print it once.
 
     Args:
-        url: As of `pocd.admin.client.call`, and so is `token`.
-        token: See there.
+        url: Address of the admin API, as `pocd.admin.client.call` takes it.
+        token: Bearer token, if the API needs one.
         interval: Seconds between two looks at the status.
 
     Raises:
-        EndedError: There is no terminal, and the API cannot be reached or refuses.
+        EndedError: Without a terminal: the API cannot be reached, or refuses.
     """
     viewer = Viewer(url, token)
     console = Console(highlight=False)

@@ -1,4 +1,4 @@
-"""What `pocd watch` shows: a pure function of status, events and what was seen before, for a terminal of any size."""
+"""The view of `pocd watch`: a pure function of status, events and rate samples, for a terminal of any size."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """All that this viewer knows.
+    """All that the view shows.
 
     Attributes:
-        url: Of the daemon's API.
+        url: Address of the daemon's API.
         now: Seconds since the epoch.
-        status: What the daemon said of itself last, as `GET /api/v1/pow/status`; None before it did.
-        status_age: Seconds since then.
-        away: Why it does not answer now; None when it does.
-        events: The latest, newest last.
+        status: The last answer of `GET /api/v1/pow/status`; None before the first.
+        status_age: Seconds since that answer.
+        away: Why the daemon does not answer now; None when it does.
+        events: Latest events, newest last.
         deaf: Why no events come; None when they do.
-        samples: Oldest first.
+        samples: Samples of the number of checked nonces, oldest first.
     """
 
     url: str
@@ -219,7 +219,7 @@ def _worker(worker: dict[str, Any]) -> list[Text]:
 
 
 def card_text(card: dict[str, Any]) -> str:
-    """Return how a card is, as far as it tells, and what it is called."""
+    """Return a GPU's sensor values, as far as they are known, and its name."""
     reading = card["reading"] or {}
     used, total = reading.get("memory_used"), reading.get("memory_total")
     parts = [
@@ -245,7 +245,7 @@ def _receiver(receiver: dict[str, Any]) -> Text:
 
 
 def last_answer(receiver: dict[str, Any]) -> tuple[str, str]:
-    """Return how a receiver answered last, and the style that it is told in."""
+    """Return how a receiver answered last, and the text's style."""
     if receiver["url"] is None:
         return "no longer configured, its queue is kept", "yellow"
     if receiver["parked"]:
@@ -257,7 +257,7 @@ def last_answer(receiver: dict[str, Any]) -> tuple[str, str]:
 
 
 def event_text(event: ServerEvent) -> Text:  # noqa: C901 - one case for each kind
-    """Say an event in a line."""
+    """Return an event as one line."""
     told = {key: value for key, value in event.data.items() if value is not None}
     data = {key: clean(value) if isinstance(value, str) else value for key, value in told.items()}
     style = "yellow"
@@ -292,7 +292,7 @@ def event_text(event: ServerEvent) -> Text:  # noqa: C901 - one case for each ki
 
 
 def seen_rates(samples: Sequence[Sample], most: int) -> list[float]:
-    """Return nonces per second in equal spans of what was seen, oldest first: `most` or fewer, each 5 s or longer."""
+    """Return nonces per second in equal spans of time, oldest first: `most` or fewer, each 5 s or longer."""
     if len(samples) < 2:
         return []
     first, last = samples[0].at, samples[-1].at

@@ -55,7 +55,7 @@ class _Section(BaseModel):
 
 
 class NodeSettings(_Section):
-    """Who we are, and our share of the nonces: node_id + node_count · x."""
+    """The miner's key, and this node's share of the nonces: node_id + node_count · x."""
 
     public_key: PublicKey
     node_id: Index = 0
@@ -69,7 +69,7 @@ class NodeSettings(_Section):
 
 
 class ChainSettings(_Section):
-    """Where block hashes come from."""
+    """The chain that block hashes come from."""
 
     kind: Literal["cometbft", "evm"] = "cometbft"
     urls: list[HttpUrl] = Field(min_length=1)
@@ -87,7 +87,7 @@ class ChainSettings(_Section):
 
 
 class RoundSettings(_Section):
-    """When rounds start, how long they live, and what counts as valid."""
+    """Start and duration of rounds, and the conditions of a valid nonce."""
 
     every: Count = 60
     offset: Index = 0
@@ -108,7 +108,7 @@ class RoundSettings(_Section):
 
 
 class ModelSettings(_Section):
-    """Which model runs, how precisely, and where."""
+    """The model, its precision and its devices."""
 
     name: str = Field(default="Qwen/Qwen3-0.6B", min_length=1)
     revision: Annotated[str, Field(min_length=1)] | None = None
@@ -119,14 +119,16 @@ class ModelSettings(_Section):
     @model_validator(mode="after")
     def _devices_for_each_worker(self) -> Self:
         if isinstance(self.device, list) and len(self.device) % self.parallel:
-            raise ValueError(f"device lists {len(self.device)} devices, no multiple of the {self.parallel} of parallel")
+            raise ValueError(
+                f"device lists {len(self.device)} devices, which must be a multiple of parallel, {self.parallel}"
+            )
         if isinstance(self.device, str) and self.device.startswith("cuda:") and self.parallel > 1:
             raise ValueError(f"parallel is {self.parallel}: list as many devices in device, or set it to 'cuda'")
         return self
 
 
 class WorkerSettings(_Section):
-    """How the GPU workers are fed, and how they run the model."""
+    """Batches and compilation of the GPU workers."""
 
     batch_size: BatchSize = "auto"
     batch_timeout: float = Field(default=300.0, gt=0)
@@ -143,7 +145,7 @@ class ReceiverSettings(_Section):
 
 
 class DeliverySettings(_Section):
-    """Where proofs go, and when a batch is closed."""
+    """The receivers of proofs, and when a batch is closed."""
 
     receivers: list[ReceiverSettings] = []
     batch_nonces: int = Field(default=1000, ge=1, le=100_000)
@@ -173,7 +175,7 @@ class AdminSettings(_Section):
 
     @property
     def beyond_loopback(self) -> bool:
-        """Whether other hosts can reach it."""
+        """Tell whether other hosts can reach the API."""
         return self.socket is None and self.host not in LOOPBACK_HOSTS
 
     @model_validator(mode="after")
@@ -188,7 +190,7 @@ class AdminSettings(_Section):
 
 
 class ValidationSettings(_Section):
-    """How batches of others are judged."""
+    """Terms of judging other miners' batches, and limits of validation."""
 
     fraud_threshold: float = Field(default=FRAUD_THRESHOLD, gt=0, lt=1)
     mismatch: float = Field(default=MISMATCH, gt=0, lt=1)
@@ -198,7 +200,7 @@ class ValidationSettings(_Section):
 
 
 class StoreSettings(_Section):
-    """The outbox's file."""
+    """File and size limits of the outbox."""
 
     path: Path = Path("/var/lib/pocd/outbox.db")
     size_limit_mib: int = Field(default=8192, ge=1, le=2**40)
@@ -206,7 +208,7 @@ class StoreSettings(_Section):
 
 
 class LogSettings(_Section):
-    """What is logged, and how."""
+    """Level and format of the log."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "console", "json"] = "auto"
@@ -327,10 +329,10 @@ def _source(location: tuple[int | str, ...], path: Path) -> str:
 
 
 def check_model(settings: Settings) -> None:
-    """Find the model where that needs no loading: bundled, or a local folder.
+    """Check that the model exists, where that needs no loading: bundled, or a local folder.
 
     Raises:
-        ConfigError: It is not there.
+        ConfigError: The model is not there.
     """
     try:
         resolve(settings.model.name, settings.model.revision)

@@ -1,4 +1,4 @@
-"""What single values of the configuration may be; each refusal says what is allowed."""
+"""Types of the configuration's values; each error message says what is allowed."""
 
 from __future__ import annotations
 

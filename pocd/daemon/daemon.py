@@ -23,7 +23,7 @@ from pocd.http.client import open_session
 from pocd.http.server import listening, listening_at
 from pocd.mining.follower import follow
 from pocd.pool.causes import Cause, WorkerRefusedError
-from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_NO_DEVICE, EndedError
+from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_NO_DEVICE, EXIT_SIGNALLED, EndedError
 from pocd.store.errors import StoreError, StoreUnavailableError
 from pocd.store.thread import OutboxThread
 
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 FINISH_SECONDS = 5.0  # for the batches being computed, when stopping
 DELIVER_SECONDS = 5.0  # for the last deliveries
-EXIT_SIGNALLED = 128  # plus the number of the signal, as shells tell it
 
 
 async def run(settings: Settings, path: Path, *, log: FilteringBoundLogger, notifier: Notifier) -> None:

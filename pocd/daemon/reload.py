@@ -31,11 +31,11 @@ R_TARGET_FOLLOWS = frozenset({"model.name", "model.revision", "round.scheme", "r
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """How one configuration differs from another, as names of keys (`section.key`).
+    """Differences between two configurations, as names of keys (`section.key`).
 
     Attributes:
-        apply: What can change at once.
-        restart: What the daemon has to be started anew for.
+        apply: Keys that can change at once.
+        restart: Keys whose change needs a restart of the daemon.
     """
 
     apply: tuple[str, ...]
@@ -43,7 +43,7 @@ class Difference:
 
 
 def diff(old: Settings, new: Settings) -> Difference:
-    """Tell what is other in `new`, and what of it can change at once.
+    """Compare `new` with `old`, and tell apart what can change at once and what needs a restart.
 
     An r_target that comes with another model, scheme or length waits for the restart with them: it is meant for those,
     and would call too many or too few nonces valid before.
@@ -61,7 +61,7 @@ def diff(old: Settings, new: Settings) -> Difference:
 
 
 def merge(old: Settings, new: Settings, names: Iterable[str]) -> Settings:
-    """Return `old`, with the keys that are named as `new` has them."""
+    """Return `old` with the values that `new` has for `names`."""
     sections: dict[str, BaseModel] = {}
     for name in names:
         section, _, key = name.partition(".")
@@ -82,12 +82,12 @@ def compare(old: Sequence[Receiver], new: Sequence[Receiver]) -> dict[str, list[
 
 
 class Reloader:
-    """Heeds SIGHUP.
+    """Reloads the configuration at SIGHUP.
 
     Args:
-        path: The file of the configuration.
-        parts: Whose `settings` are replaced, and what follows from them changed.
-        notifier: Told of it, once the service is ready.
+        path: File of the configuration.
+        parts: The daemon's parts, whose `settings` are replaced and which are changed accordingly.
+        notifier: Gets RELOADING=1 and READY=1, once the service is ready.
     """
 
     def __init__(self, path: Path, parts: Parts, notifier: Notifier) -> None:

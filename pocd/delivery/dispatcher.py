@@ -36,12 +36,12 @@ OUTCOMES = {Accept: "delivered", SetAside: "set aside", Park: "parked", Retry: "
 
 @dataclass(frozen=True, slots=True)
 class Receiver:
-    """Where proofs go.
+    """A receiver of batches.
 
     Attributes:
-        name: Its queue's name in the store; the URL may change, the queue stays.
+        name: Name of the receiver's queue in the store; the URL may change, the queue stays.
         url: Callback URL; batches are POSTed to `{url}/generated`.
-        keys: What signs the batches; None for unsigned ones.
+        keys: Keys that sign the batches; None for unsigned batches.
     """
 
     name: str
@@ -50,11 +50,11 @@ class Receiver:
 
 
 class Dispatcher:
-    """Delivers to one receiver. Its public attributes are what status shows.
+    """Delivers to one receiver; status shows its public attributes.
 
     Attributes:
         settled: Set while nothing can be sent now: the queue is empty or parked, or waits to retry.
-        alarm: What only a person can mend, such as a wrong URL; None while nothing is.
+        alarm: Problem that only a person can solve, such as a wrong URL; None while there is none.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Dispatcher:
 
     @property
     def state(self) -> ReceiverState:
-        """How the receiver answers, as the store knows it."""
+        """The receiver's health, as the store knows it."""
         return self._outbox.outbox.receivers.get(self.receiver.name, ReceiverState())
 
     async def run(self) -> None:
@@ -125,7 +125,7 @@ class Dispatcher:
             await self._expire()
 
     async def _try_the_next(self, session: aiohttp.ClientSession, head: PendingDelivery) -> None:
-        """Find out whether `head` alone is what the receiver fails at."""
+        """Send the batch after `head`, to find out whether the receiver fails at `head` alone."""
         following = await self._next(after=head.sequence)
         if following is None:
             return
@@ -134,7 +134,7 @@ class Dispatcher:
             await self._outbox.persistently(deliveries.forget_faults, self.receiver.name, batches)
 
     async def _record(self, delivery: PendingDelivery, outcome: Outcome) -> bool:
-        """Store what came of an attempt; returns whether the receiver could not take it now."""
+        """Store the outcome of an attempt; returns whether the receiver could not take the batch now."""
         name, faults, now = self.receiver.name, delivery.faults + outcome.fault, self._wall()
         overtaken = outcome.fault and await self._outbox.persistently(deliveries.is_overtaken, name, delivery.sequence)
         decision = policy.decide(
@@ -192,7 +192,7 @@ class Dispatcher:
         self.alarm = alarm
 
     async def _expire(self) -> None:
-        """Expire what is too old, after the receiver has just failed once more."""
+        """Expire batches that are too old, after the receiver has failed once more."""
         now, expired = self._wall(), 0
         while count := await self._outbox.persistently(
             deliveries.expire, self.receiver.name, queued_before=now - self._expire_after, now=now
@@ -244,7 +244,7 @@ class Dispatcher:
         return reason
 
     async def _outcome(self, response: aiohttp.ClientResponse) -> Outcome:
-        """Read what a receiver answered. Of a 2xx the status says it all: its body may be broken or never come."""
+        """Read a receiver's answer. Of a 2xx the status is enough: the body may be broken or never come."""
         detail = f"HTTP {response.status}"
         if 200 <= response.status < 300:
             return Outcome(response.status, detail)
@@ -268,7 +268,7 @@ def _alarm(outcome: Outcome) -> str:
 
 
 def _without_secrets(text: str, url: str) -> str:
-    """Hide the user info of a receiver's URL in what it says: some send back the request."""
+    """Hide the user info of a receiver's URL in its answer: some send back the request."""
     for secret in url_secrets(url):
         text = text.replace(secret, "***")
     return text

@@ -26,7 +26,7 @@ class CallbackError(Exception):
     """A callback URL cannot be taken; the message says why.
 
     Attributes:
-        full: There are too many; else the URL is not allowed.
+        full: Whether too many callback URLs are in use; else the URL is not allowed.
     """
 
     def __init__(self, message: str, *, full: bool = False) -> None:
@@ -40,7 +40,7 @@ def callback_name(url: str) -> str:
 
 
 def register_callback(outbox: Outbox, name: str, url: str) -> None:
-    """Remember where a receiver is that came with a callback URL."""
+    """Store the URL of a receiver that came with a callback URL."""
     with outbox.transaction():
         outbox.db.execute(
             "INSERT INTO receivers (name, url) VALUES (?, ?) ON CONFLICT DO UPDATE SET url = excluded.url", (name, url)
@@ -51,11 +51,11 @@ class Dispatchers:
     """One dispatcher for each receiver; those of callback URLs come and go.
 
     Args:
-        receivers: Of the configuration.
+        receivers: The configured receivers.
         make: Makes a dispatcher.
-        outbox: Knows the callback URLs of earlier, and whose queues are not empty.
+        outbox: Store of earlier callback URLs and of all queues.
         origins: Origins that a callback URL may have, beside those of `receivers`.
-        log: Gets a line for what is no longer called.
+        log: Gets a line for each callback URL that is no longer allowed.
     """
 
     def __init__(
@@ -79,26 +79,26 @@ class Dispatchers:
         self._refused: set[str] = set()  # callbacks that were said to be no longer allowed
 
     def __iter__(self) -> Iterator[Dispatcher]:
-        """Give all of them, those of the configuration first."""
+        """Give all dispatchers, the configured receivers' first."""
         return iter([*self._configured, *self._callbacks.values()])
 
     def names(self, callback: str | None = None) -> list[str]:
-        """Return the receivers of what belongs to a round whose callback is `callback`: it, and all configured ones."""
+        """Return the names of the receivers of a round's batches: all configured ones, and the round's `callback`."""
         names = [dispatcher.receiver.name for dispatcher in self._configured]
         return names if callback is None or callback in names else [*names, callback]
 
     @property
     def receivers(self) -> list[Receiver]:
-        """Those of the configuration."""
+        """The configured receivers."""
         return [dispatcher.receiver for dispatcher in self._configured]
 
     @property
     def configured(self) -> list[str]:
-        """Names of the receivers that get everything."""
+        """Names of the configured receivers, which get every batch."""
         return self.names()
 
     def wake(self) -> None:
-        """Have every dispatcher look at its queue, also those of callback URLs that had got everything before."""
+        """Make every dispatcher look at its queue, also those of callback URLs that had got everything before."""
         self._take_up_again(None)
         for dispatcher in self:
             dispatcher.wake()
@@ -137,7 +137,7 @@ class Dispatchers:
         self._take_up_again(None)  # a callback URL may be allowed now, or is said to be no longer
 
     def _take_up_again(self, callback: str | None) -> None:
-        """Serve the callback URLs of earlier that still have something to get."""
+        """Serve earlier callback URLs whose queues are not empty."""
         outbox = self._outbox.outbox
         for name, state in outbox.receivers.items():
             queue = outbox.queues.get(name)
@@ -157,15 +157,15 @@ class Dispatchers:
                 )
 
     async def callback(self, url: str, *, wanted: str | None) -> str:
-        """Return the name of the receiver at `url`, which is served from now on.
+        """Register the receiver at `url`, serve it from now on, and return its name.
 
         Args:
-            url: Where batches are to be POSTed, without the last part of the path.
-            wanted: The callback that is in use, which is kept when others have to go.
+            url: Callback URL, to which /generated and /validated are appended.
+            wanted: Name of the callback in use, which is kept when others have to go.
 
         Raises:
-            CallbackError: Its origin is not allowed, or there are too many.
-            StoreUnavailableError: It cannot be remembered now.
+            CallbackError: The origin is not allowed, or too many callback URLs are in use.
+            StoreUnavailableError: The store cannot be written now.
         """
         if not allowed_origin(url, self._origins):
             raise CallbackError(
@@ -192,7 +192,7 @@ class Dispatchers:
             self._tasks[receiver.name] = self._group.create_task(dispatcher.run())
 
     def _retire(self, wanted: str | None) -> None:
-        """Let the callback URLs go that have got everything, where there is no room for one more."""
+        """Drop callback URLs whose queues are empty, where there is no room for one more."""
         if len(self._callbacks) < MOST_CALLBACKS:
             return
         for name in list(self._callbacks):

@@ -30,13 +30,13 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How long things are kept, in seconds, and how much they may take, in bytes.
+    """Limits of the store: seconds that batches are kept, and bytes that they may take.
 
     Attributes:
-        keep_delivered: After the last receiver has accepted a batch.
-        expire_after: For a batch of a receiver that nobody sends to: parked, or no longer configured.
-        size: Bytes in use in the store's file.
-        free: Bytes that have to stay free on its disk.
+        keep_delivered: Seconds that a batch is kept after the last receiver has accepted it.
+        expire_after: Seconds until a batch expires whose receiver is parked or no longer configured.
+        size: Most bytes in use in the store's file.
+        free: Bytes that have to stay free on the store's disk.
     """
 
     keep_delivered: float
@@ -46,13 +46,13 @@ class Limits:
 
 
 def shortage(used: int, free: int, limits: Limits, *, held: bool) -> str | None:
-    """Return why mining has to wait for room, or None where there is enough.
+    """Return why mining has to wait for room; None where there is enough.
 
     Args:
         used: Bytes in use in the store's file.
-        free: Bytes free on its disk.
-        limits: What is allowed.
-        held: Whether mining waits already; then it goes on only with some room to spare.
+        free: Bytes free on the store's disk.
+        limits: Limits of the store.
+        held: Whether mining waits already; it then resumes only with some room to spare.
     """
     margin = ROOM_AGAIN if held else 0.0
     if used > limits.size * (1 - margin):
@@ -69,7 +69,7 @@ def shortage(used: int, free: int, limits: Limits, *, held: bool) -> str | None:
 
 
 class Keeper:
-    """Looks at the store every few seconds."""
+    """Prunes and expires batches every few seconds, and holds mining while the store has no room."""
 
     def __init__(
         self,
@@ -95,14 +95,14 @@ class Keeper:
         self._told: str | None = None  # the reason that was logged last
 
     async def run(self) -> None:
-        """Look until cancelled."""
+        """Look at the store every few seconds until cancelled."""
         await self._clamp()  # the clock may have been set back while the daemon was not running
         while True:
             await self.look()
             await asyncio.sleep(LOOK_SECONDS)
 
     async def look(self) -> None:
-        """Prune and expire what is due, and hold mining or let it go on."""
+        """Prune and expire batches that are due, and hold mining or let it go on."""
         held = self._miner.held
         self._tell(held)  # a commit that failed may have held it since the last look
         jump = self._jumps.jump()
@@ -156,14 +156,14 @@ class Keeper:
         return await self._repeat(upkeep.prune_delivered, before)
 
     async def _repeat(self, method: Callable[..., int], *args: object) -> int:
-        """Do a bounded piece of upkeep until nothing is left of it; others get their turn between."""
+        """Repeat a bounded piece of upkeep until none is left; other work gets its turn between."""
         total = 0
         while count := await self._outbox(method, *args):
             total += count
         return total
 
     async def _expire_unserved(self) -> None:
-        """Expire what is too old in queues that no dispatcher sends from; the others expire at a failed attempt."""
+        """Expire old batches in queues that no dispatcher sends from; in the others they expire at a failed attempt."""
         served = {each.receiver.name for each in self._dispatchers if each.state.parked_at is None}
         now = self._clock.wall()
         for name, queue in self._outbox.outbox.queues.items():

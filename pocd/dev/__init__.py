@@ -1,1 +1,1 @@
-"""A development chain, the demo, and starting the project's own processes."""
+"""Development tools: a development chain, the demo, and starting the project's own processes."""

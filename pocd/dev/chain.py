@@ -25,10 +25,10 @@ _NO_ID = -1  # what CometBFT writes where a GET brought no id
 
 @dataclass(frozen=True, slots=True)
 class DevChain:
-    """A chain in which everything follows from the fields and the time.
+    """A chain whose blocks follow from its fields and the time.
 
     Attributes:
-        seed: Another seed gives other block hashes.
+        seed: Seed of the block hashes.
         block_seconds: Seconds between blocks, above 0.
         genesis: Unix time in seconds of the first block.
         chain_id: The network's name.
@@ -80,7 +80,7 @@ def application(chain: DevChain, clock: Callable[[], float] = time.time) -> web.
     `POST /`. Errors are HTTP 500 on GET and HTTP 200 on POST, as CometBFT answers them.
 
     Args:
-        chain: What to serve.
+        chain: The chain to serve.
         clock: Unix time in seconds.
     """
 
@@ -117,7 +117,7 @@ async def serve(chain: DevChain, host: str, port: int, on_started: Callable[[str
     """Serve `chain` until cancelled.
 
     Args:
-        chain: What to serve.
+        chain: The chain to serve.
         host: Address to listen at.
         port: TCP port; 0 takes a free one.
         on_started: Called once with the URL, when requests are answered.

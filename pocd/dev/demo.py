@@ -80,8 +80,8 @@ format = "json"
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What to run. `blocks` = 0 means until interrupted; `folder` is emptied first."""
+class DemoPlan:
+    """Options of the demo: `blocks` = 0 runs it until it is interrupted; `folder` is emptied first."""
 
     blocks: int
     block_seconds: float
@@ -90,15 +90,15 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What the comparison at the end found: complaints, none when all is well, and what was looked at."""
+class DemoVerdict:
+    """Result of the comparison at the end: complaints, none when all is well, and the numbers of proofs and rounds."""
 
     proofs: int
     rounds: int
     complaints: list[str] = field(default_factory=list)
 
 
-async def run(plan: Plan) -> int:
+async def run(plan: DemoPlan) -> int:
     """Run the demo and return its exit status: 0 only when proofs were delivered and all of them match.
 
     Raises:
@@ -158,7 +158,7 @@ class Running:
     log: Path
 
     async def end(self) -> None:
-        """Stop it as a service manager does, and insist on a clean exit."""
+        """Stop the process as a service manager does, and insist on a clean exit."""
         if self.process.returncode is None:
             self.process.terminate()
         try:
@@ -175,9 +175,9 @@ class Running:
 
 @contextlib.asynccontextmanager
 async def started(folder: Path, command: str, *options: str, log: Path | None = None) -> AsyncIterator[Running]:
-    """Run `pocd COMMAND` until the context ends. Its session is its own, so that Ctrl-C reaches only us.
+    """Run `pocd COMMAND` until the context ends, in a session of its own, so that Ctrl-C reaches only us.
 
-    What it says goes to `log`, by default COMMAND.log in `folder`.
+    The process's output goes to `log`, by default COMMAND.log in `folder`.
     """
     log = log or folder / f"{command}.log"
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
@@ -203,7 +203,7 @@ async def started(folder: Path, command: str, *options: str, log: Path | None = 
 
 
 async def _announced_url(process: Process, log: Path) -> str:
-    """Wait until the process says in its log where it listens."""
+    """Wait until the process's log has the URL that it listens on, and return it."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.returncode is None:
         for line in log.read_bytes().splitlines():
@@ -214,7 +214,7 @@ async def _announced_url(process: Process, log: Path) -> str:
     raise EndedError(EXIT_CRASH, f"{log.stem} did not start: {lines[-1] if lines else 'no word'}; see {log}")
 
 
-async def _watch(plan: Plan, daemon: Running, console: Console, stop: asyncio.Event) -> bool:
+async def _watch(plan: DemoPlan, daemon: Running, console: Console, stop: asyncio.Event) -> bool:
     """Show progress until the blocks are mined; returns whether somebody interrupted it."""
     mined: set[int] = set()
     printed_at, checked, moved_at = 0.0, 0, time.monotonic()
@@ -264,7 +264,7 @@ def _line(body: dict[str, Any]) -> str:
     return f"{body['state']:10} {block} | {rate} | {funnel} | valid rate expected {expected}, observed {observed}"
 
 
-def _table(plan: Plan, body: dict[str, Any], finished: int) -> Table:
+def _table(plan: DemoPlan, body: dict[str, Any], finished: int) -> Table:
     round_, chain = body["round"], body["chain"]
     expected, observed = _rates(body)
     overall = percent(body["funnel"]["valid"] / body["funnel"]["checked"] if body["funnel"]["checked"] else None)
@@ -306,8 +306,8 @@ def _proofs(batches: list[dict[str, Any]]) -> list[tuple[str, str, int, float]]:
     ]
 
 
-async def _compare(plan: Plan, held: list[dict[str, Any]]) -> Verdict:
-    """Hold the receiver's proofs against the daemon's store, and a sample against `pocd compute`."""
+async def _compare(plan: DemoPlan, held: list[dict[str, Any]]) -> DemoVerdict:
+    """Compare the receiver's proofs with the daemon's store, and a sample with `pocd compute`."""
     with contextlib.closing(sqlite3.connect(plan.folder / "outbox.db")) as store:
         stored = [orjson.loads(body) for (body,) in store.execute("SELECT body FROM batches")]
         progress = store.execute("SELECT cursor, islands, checked FROM progress").fetchall()
@@ -320,11 +320,11 @@ async def _compare(plan: Plan, held: list[dict[str, Any]]) -> Verdict:
     if any(islands != "[]" or checked != cursor for cursor, islands, checked in progress):
         complaints.append("the nonces of a round are not dense")
     complaints += await _recompute(plan, theirs[-RECOMPUTED:])
-    return Verdict(len(theirs), len({proof[0] for proof in theirs}), complaints)
+    return DemoVerdict(len(theirs), len({proof[0] for proof in theirs}), complaints)
 
 
-async def _recompute(plan: Plan, proofs: list[tuple[str, str, int, float]]) -> list[str]:
-    """Compute `proofs` of the last one's block again, by the command that anyone can run."""
+async def _recompute(plan: DemoPlan, proofs: list[tuple[str, str, int, float]]) -> list[str]:
+    """Recompute those of `proofs` that are of the last one's block, by the command that anyone can run."""
     if not proofs:
         return []
     block_hash, public_key = proofs[-1][:2]
@@ -345,7 +345,7 @@ async def _recompute(plan: Plan, proofs: list[tuple[str, str, int, float]]) -> l
     ]
 
 
-def _report(plan: Plan, verdict: Verdict, console: Console, *, interrupted: bool) -> int:
+def _report(plan: DemoPlan, verdict: DemoVerdict, console: Console, *, interrupted: bool) -> int:
     for complaint in verdict.complaints:
         console.print(f"[red]wrong:[/red] {complaint}", soft_wrap=True)
     if verdict.complaints:

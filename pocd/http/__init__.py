@@ -1,1 +1,1 @@
-"""What all HTTP of the project shares: a server, a client, addresses that may be called, signatures, parsing."""
+"""HTTP shared by all programs of the project: server, client, allowed addresses, signatures, parsing."""

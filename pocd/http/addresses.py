@@ -1,4 +1,4 @@
-"""Where we may call: which addresses, judged when they are connected to, and which origins, named in advance.
+"""Rules for outgoing calls: IP addresses, judged when connecting, and origins, named in the configuration.
 
 A URL that comes by the API must not make us call what only this host can reach: above all the metadata service of
 its cloud, which gives credentials to whoever asks. Receivers beside us are common, so loopback and private addresses
@@ -59,7 +59,7 @@ _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
 def refusal(address: str) -> str | None:
-    """Say why `address` must not be called, or None when it may be.
+    """Return why `address` must not be called; None when it may be.
 
     Args:
         address: An IP address as the kernel gets it: IPv4, or IPv6 with or without a scope. Anything else is refused.
@@ -67,7 +67,7 @@ def refusal(address: str) -> str | None:
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:
-        return f"{address!r} is no IP address"
+        return f"{address!r} is not an IP address"
     for each in (parsed, *_embedded(parsed)):
         if reason := _reason(each):
             return f"{address} is refused: {reason}"

@@ -31,11 +31,11 @@ def open_session(
     """Return a client for one peer, which shares nothing with those for others; the caller closes it.
 
     Args:
-        timeout: Of each call.
-        window: Bytes that may arrive before they are looked at, for answers that are small; None for large ones. It
+        timeout: Limits of each call.
+        window: Size of the receive buffer in bytes, for small answers; None for the system's default. It
             bounds how long a peer that floods us can keep our thread busy in one go.
-        refuse: Says why an IP address must not be connected to, or None. It is asked about each address right before,
-            whether it was looked up or stands in the URL; the next one of the same name is tried all the same.
+        refuse: Returns why an IP address must not be connected to, or None. It is called right before each connection,
+            for a looked-up address and one in the URL; the next one of the same name is tried all the same.
     """
     # IPv6 and IPv4 are tried in turn, as RFC 8305 says. Answers come uncompressed: nobody can send us a bomb.
     return aiohttp.ClientSession(
@@ -121,7 +121,7 @@ class ThreadResolver(AbstractResolver):
             except OSError as error:
                 found = error
             except UnicodeError as error:
-                found = OSError(f"{host!r} is no name of a host: {error}")
+                found = OSError(f"{host!r} is not a host name: {error}")
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
                 loop.call_soon_threadsafe(report, found)
 

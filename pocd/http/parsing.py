@@ -1,4 +1,4 @@
-"""What comes in over HTTP, parsed by pydantic models; whatever does not fit is refused by its field's name.
+"""Requests parsed by pydantic models; a wrong one is refused with the name of the field at fault.
 
 The same models describe the calls in `/openapi.json`, so the document cannot promise what is not taken.
 """
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pocd.http.server import RefusalError
 
-Model = TypeVar("Model", bound=BaseModel)
+Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
 class Input(BaseModel):
@@ -21,7 +21,7 @@ class Input(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-async def parse_body(request: web.Request, model: type[Model]) -> Model:
+async def parse_body(request: web.Request, model: type[Parsed]) -> Parsed:
     """Return the JSON body as a `model`; an empty body counts as `{}`.
 
     Strict: a string where a number belongs is refused.
@@ -40,7 +40,7 @@ async def parse_body(request: web.Request, model: type[Model]) -> Model:
         raise _refusal(error, model) from None
 
 
-def parse_query(request: web.Request, model: type[Model]) -> Model:
+def parse_query(request: web.Request, model: type[Parsed]) -> Parsed:
     """Return the query as a `model`, whose fields are read from strings.
 
     Raises:
@@ -56,7 +56,7 @@ def parse_query(request: web.Request, model: type[Model]) -> Model:
 
 
 def _refusal(error: ValidationError, model: type[BaseModel]) -> RefusalError:
-    """Tell the first thing that is wrong, where it is, and what is allowed instead."""
+    """Return the refusal for the first error: the field, the problem, and what is allowed instead."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     kind, message = first["type"], first["msg"].removeprefix("Value error, ")
     if kind == "json_invalid":

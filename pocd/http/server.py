@@ -1,4 +1,4 @@
-"""What our HTTP servers share: JSON answers, one form of error, and a server that slow or silent clients cannot fill.
+"""HTTP servers: JSON answers, one form of error, and limits so that slow or silent clients cannot fill a server.
 
 A client costs us a connection for as long as it keeps us waiting. So every wait for one has an end, and when there
 are too many connections, the one that we wait for longest goes. What is being answered is never closed for it.
@@ -31,10 +31,10 @@ BACKLOG = 512  # connections that wait to be accepted; all at once they stay bel
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What the clients of a server may cost.
+    """Limits on what the clients of a server may cost.
 
     Attributes:
-        connections: How many there are at most.
+        connections: Most connections at a time.
         first_head: Seconds from the connection to the end of the first request's head.
         next_head: Seconds from an answer to the end of the next request's head.
         body: Seconds for a request's body.
@@ -52,10 +52,10 @@ DEFAULT_BOUNDS = Bounds()
 
 
 class RefusalError(Exception):
-    """A request is refused: the HTTP status, a word for programs, and which field is at fault, if one is.
+    """A refused request: the HTTP status, a short name for programs, and the field at fault, if it is one.
 
     Attributes:
-        headers: What the answer's head says beside the status, such as when to come again.
+        headers: Further headers of the answer, such as Retry-After.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class RefusalError(Exception):
         self.headers = headers or {}
 
     def body(self) -> dict[str, object]:
-        """The one form of error (docs/protocol.md section 7)."""
+        """Return the body of the error answer (docs/protocol.md section 7)."""
         return {"error": {"code": self.code, "message": str(self), "field": self.field}}
 
 
 def json_answer(value: object, status: int = 200) -> web.Response:
-    """Return `value` as a JSON answer, with a line's end for people who use curl."""
+    """Return `value` as a JSON answer that ends with a newline, for people who use curl."""
     return web.Response(
         body=orjson.dumps(value, option=orjson.OPT_APPEND_NEWLINE), status=status, content_type="application/json"
     )
@@ -108,11 +108,11 @@ async def listening(
     """Serve `app` on a TCP port while the context lasts, and give its URL.
 
     Args:
-        app: What to serve; it gets two more middlewares, and can be served once.
+        app: The application to serve; it gets two more middlewares, and can be served once.
         host: Address to bind.
         port: TCP port; 0 takes a free one.
         shutdown_timeout: Seconds that requests under way have to end, when the context ends.
-        bounds: What clients may cost.
+        bounds: Limits on what clients may cost.
 
     Raises:
         OSError: The address cannot be bound.
@@ -135,10 +135,10 @@ async def listening_at(
     The socket is for its owner and group (mode 0660). One that was left behind, on which nobody listens, is replaced.
 
     Args:
-        app: As of `listening`, and so are the others.
-        path: Where the socket is made; it is removed at the end.
-        shutdown_timeout: See there.
-        bounds: See there.
+        app: The application to serve; it gets two more middlewares, and can be served once.
+        path: Path of the socket, which is removed at the end.
+        shutdown_timeout: Seconds that requests under way have to end, when the context ends.
+        bounds: Limits on what clients may cost.
 
     Raises:
         OSError: Another program listens there, or the path cannot be used.
@@ -189,7 +189,7 @@ def _remove_stale(path: Path) -> None:
 async def _protocols(
     app: web.Application, bounds: Bounds, shutdown_timeout: float
 ) -> AsyncIterator[Callable[[], asyncio.Protocol]]:
-    """Give what makes the protocol of each connection, for `app`, within `bounds`."""
+    """Give the factory of each connection's protocol, for `app`, within `bounds`."""
     connections = _Connections(bounds)
     app.middlewares.insert(0, connections.answer)
     app.middlewares.append(connections.read_body)
@@ -204,7 +204,7 @@ async def _protocols(
 
 
 class _Protocol(web.RequestHandler):
-    """Aiohttp's protocol of one connection, which says when it begins and ends, and whose errors have our form."""
+    """Aiohttp's protocol of one connection, which reports its begin and end, and whose errors have our form."""
 
     def __init__(self, server: web.Server, connections: _Connections) -> None:
         super().__init__(server, loop=asyncio.get_running_loop(), access_log=None)  # type: ignore[arg-type] # None: no log
@@ -230,9 +230,9 @@ class _Protocol(web.RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """Answer what is no HTTP, of which no middleware and no log hears, and what fails on our side."""
+        """Answer malformed HTTP, which reaches no middleware and no log, and failures on our side."""
         if status < 500:
-            error = RefusalError(status, "malformed_request", (message or "this is no HTTP").partition("\n")[0])
+            error = RefusalError(status, "malformed_request", (message or "this is not HTTP").partition("\n")[0])
         else:
             super().handle_error(request, status, exc, message)  # logs it
             error = RefusalError(status, "internal_error", "this should not happen; the log says more")
@@ -242,7 +242,7 @@ class _Protocol(web.RequestHandler):
 
 
 class _Connections:
-    """All connections of a server: those that wait for their client, since when and how long, and those at work."""
+    """All connections of a server: those that wait for their clients, each with its limit, and those at work."""
 
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
@@ -250,7 +250,7 @@ class _Connections:
         self._waiting: dict[asyncio.Protocol, asyncio.TimerHandle | None] = {}  # the one that waits longest is first
 
     def made(self, http: asyncio.Protocol, transport: asyncio.Transport) -> bool:
-        """Take a new connection up, in place of the one that waits longest if need be; False where none waits."""
+        """Accept a new connection, if need be in place of the one that waits longest; False where none waits."""
         if len(self._open) >= self._bounds.connections:
             longest = next(iter(self._waiting), None)
             if longest is None:
@@ -266,13 +266,13 @@ class _Connections:
         self._open.pop(http, None)
 
     def close(self) -> None:
-        """End what is left: connections whose clients do not take what was written to them."""
+        """End the connections that are left, whose clients do not take what was written to them."""
         for http in list(self._open):
             self._drop(http)
 
     @web.middleware
     async def answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Work on a request from its head to the end of its answer; the first middleware of all."""
+        """Count a request as work from its head to the end of its answer; the first middleware of all."""
         http = request.protocol
         self._work(http)
         try:
@@ -319,14 +319,14 @@ class _Connections:
             timer.cancel()
 
     def _wait(self, http: asyncio.Protocol, seconds: float | None) -> None:
-        """It is the client's turn, for as long as that (None: somebody else watches)."""
+        """Wait for the client, and drop the connection after `seconds` (None: the caller limits the wait)."""
         self._work(http)
         if http in self._open:
             loop = asyncio.get_running_loop()
             self._waiting[http] = None if seconds is None else loop.call_later(seconds, self._drop, http)
 
     def _work(self, http: asyncio.Protocol) -> None:
-        """It is our turn."""
+        """Stop waiting for the client: a request is being worked on."""
         timer = self._waiting.pop(http, None)
         if timer is not None:
             timer.cancel()

@@ -49,12 +49,12 @@ def is_message_id(text: str) -> bool:
 
 
 def unsigned_headers(message_id: str, timestamp: int) -> dict[str, str]:
-    """Name a message and one attempt to deliver it, without a signature.
+    """Return the headers that identify a message and one attempt to deliver it, unsigned.
 
     Source: docs/protocol.md section 6; Standard Webhooks specification, "Webhook headers".
 
     Args:
-        message_id: The same on every attempt; see `is_message_id`.
+        message_id: Id of the message, equal on every attempt, of the form that `is_message_id` checks.
         timestamp: Time of this attempt, in whole seconds since the Unix epoch.
 
     Raises:
@@ -82,7 +82,7 @@ class WebhookKeys:
 
         Args:
             text: Contents of a secret file.
-            source: What errors call it, such as the file's path.
+            source: Name of the text in error messages, such as the file's path.
 
         Raises:
             SecretError: There is no secret, or one is not base64 or shorter than 16 bytes.
@@ -111,12 +111,12 @@ class WebhookKeys:
         return cls.parse(text, source=str(path))
 
     def headers(self, message_id: str, timestamp: int, body: bytes) -> dict[str, str]:
-        """Name and sign one attempt to deliver `body`, with every key.
+        """Return the headers that identify one attempt to deliver `body`, signed with every key.
 
         Source: docs/protocol.md section 6; Standard Webhooks specification, "Webhook headers".
 
         Args:
-            message_id: The same on every attempt; see `is_message_id`.
+            message_id: Id of the message, equal on every attempt, of the form that `is_message_id` checks.
             timestamp: Time of this attempt, in whole seconds since the Unix epoch.
             body: The exact bytes that are sent.
 
@@ -128,12 +128,12 @@ class WebhookKeys:
         return headers | {SIGNATURE_HEADER: " ".join(signatures)}
 
     def verify(self, headers: Mapping[str, str], body: bytes, now: float) -> None:
-        """Check that one of these keys signed `body`, and recently.
+        """Check that one of these keys signed `body` recently.
 
         Source: Standard Webhooks specification, "Verifying webhook authenticity".
 
         Args:
-            headers: The request's; names in lower case unless the mapping ignores case.
+            headers: Headers of the request; names in lower case unless the mapping ignores case.
             body: The exact bytes that arrived.
             now: Seconds since the Unix epoch, by the verifier's clock.
 

@@ -1,4 +1,4 @@
-"""`pocd audit`: how much a cheater could save; judged and shown, without torch. The attacks are in `cheater.py`."""
+"""`pocd audit`: how much a cheater could save. This module judges and prints, without torch; `cheater.py` attacks."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-LEAST_SEQ_LEN = 8  # a shorter one has no eighths
+LEAST_SEQ_LEN = 8  # a shorter sequence has no eighths
 LEAST_NONCES = 100  # of a block; half of them are judged
 PROOFS = (100, 1000)  # in the batches of a miner who claims what is not true
 
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """What one shortcut foretold.
+    """Predictions of one shortcut.
 
     Attributes:
-        name: The shortcut's.
-        cost: Of predicting a nonce, as a share of a full forward pass.
-        rest: Of computing a predicted nonce in full, likewise.
-        predicted: Distances [blocks, nonces], which the cheater was not trained on.
-        claimed: Distances that a miner might give for honest ones [blocks, nonces], if it is such a shortcut.
+        name: Name of the shortcut.
+        cost: Cost of predicting a nonce, as a share of a full forward pass.
+        rest: Cost of then computing the nonce in full, as a share of a full forward pass.
+        predicted: Predicted distances [blocks, nonces] of nonces that the cheater was not trained on.
+        claimed: Distances [blocks, nonces] that a miner might claim as honest ones; None if the shortcut gives none.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Attack:
 
 @dataclass(frozen=True, slots=True)
 class Attacks:
-    """What was measured; `true` distances are [blocks, nonces], like those that are predicted."""
+    """Predictions of all shortcuts, and the `true` distances [blocks, nonces] of the same nonces."""
 
     fingerprint: str
     hidden_size: int
@@ -56,16 +56,16 @@ class Attacks:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """How good one shortcut is.
+class ShortcutScore:
+    """Score of one shortcut: a row of the report.
 
     Attributes:
-        name: What it does.
-        cost: Of a prediction, as a share of a full forward pass.
-        rest: Of computing a predicted nonce in full, likewise.
-        r_squared: Between predicted and true distances, within blocks.
-        winners: The share of valid nonces among the best tenth of predictions.
-        gain: Valid nonces per unit of compute, against an honest miner.
+        name: Name of the shortcut.
+        cost: Cost of a prediction, as a share of a full forward pass.
+        rest: Cost of then computing the nonce in full, as a share of a full forward pass.
+        r_squared: R² between predicted and true distances, within blocks.
+        winners: Share of valid nonces among the best tenth of predictions.
+        gain: Valid nonces per unit of compute, relative to an honest miner.
     """
 
     name: str
@@ -78,14 +78,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Caught:
-    """What comes of claiming a shortcut's distances as they are.
+    """Outcome of claiming a shortcut's distances as they are.
 
     Attributes:
-        name: The shortcut's.
-        dtype: Whose tolerance the validator grants.
-        tolerance: How much that is, in distance.
-        mismatch: The share of proofs that it finds invalid.
-        detection: The probability that a batch of so many proofs is judged fraudulent.
+        name: Name of the shortcut.
+        dtype: Precision whose tolerance the validator grants.
+        tolerance: Tolerance of that precision, as a difference of distances.
+        mismatch: Share of the miner's proofs that the validator finds invalid.
+        detection: Probability that a batch is judged fraudulent, by its number of proofs.
     """
 
     name: str
@@ -97,34 +97,32 @@ class Caught:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """The report. `judged` is how many nonces of each block the cheater did not know."""
+    """The report of an audit; `judged` is the number of nonces per block that the cheater was not trained on."""
 
     plan: Plan
     fingerprint: str
     hidden_size: int
     judged: int
-    rows: tuple[Row, ...]
+    rows: tuple[ShortcutScore, ...]
     caught: tuple[Caught, ...]
 
 
 def check_audit(plan: Plan) -> None:
-    """Refuse with an InputError what cannot be judged."""
+    """Raise an InputError for a plan that cannot be judged."""
     if not 0 < plan.rate < 1:
-        raise InputError(f"rate {plan.rate:g} is no share of nonces; give a number above 0 and below 1")
+        raise InputError(f"rate must be above 0 and below 1, got {plan.rate:g}")
     if plan.blocks < 1:
-        raise InputError(f"{plan.blocks} blocks are none; give 1 or more")
+        raise InputError(f"blocks must be 1 or more, got {plan.blocks}")
     if plan.seq_len < LEAST_SEQ_LEN:
-        raise InputError(f"seq_len {plan.seq_len} has no eighths to keep; give {LEAST_SEQ_LEN} or more")
+        raise InputError(f"seq_len must be {LEAST_SEQ_LEN} or more, got {plan.seq_len}: shortcuts keep eighths of it")
     # The cheater is trained on half of them, and chooses on half of the rest.
     least = max(LEAST_NONCES, int(-(-4 * LEAST_EXPECTED // min(plan.rate, 1 - plan.rate))))
     if plan.nonces < least:
-        raise InputError(
-            f"{plan.nonces} nonces per block tell too little of a rate of {plan.rate:g}; give {least} or more"
-        )
+        raise InputError(f"nonces must be {least} or more for a rate of {plan.rate:g}, got {plan.nonces}")
 
 
 def audit(plan: Plan, found: Attacks) -> Audit:
-    """Judge what was measured."""
+    """Return the report on the measured attacks."""
     valid = winners(found.true, plan.rate)
     return Audit(
         plan=plan,
@@ -132,7 +130,7 @@ def audit(plan: Plan, found: Attacks) -> Audit:
         hidden_size=found.hidden_size,
         judged=found.true.shape[1],
         rows=tuple(
-            Row(
+            ShortcutScore(
                 name=attack.name,
                 cost=attack.cost,
                 rest=attack.rest,

@@ -1,4 +1,4 @@
-"""How good a cheater's guesses are: what the audit makes of predicted and true distances."""
+"""Statistics of the audit: how good a cheater's predictions of distances are."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PENALTIES = np.logspace(-9, 5, 57)  # that the ridge regression tries, times the
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A number as found, and its 95% confidence interval."""
+    """An estimate and its 95% confidence interval."""
 
     value: float
     low: float
@@ -40,11 +40,11 @@ def ridge(features: Floats, outputs: Floats) -> tuple[Floats, Floats]:
     The penalty is the one with the least generalised cross-validation error (Golub, Heath and Wahba 1979).
 
     Args:
-        features: [n, P]; constant ones are of no use, and do no harm.
-        outputs: [n, K].
+        features: Features [n, P]; constant ones have no effect.
+        outputs: Outputs [n, K].
 
     Returns:
-        weights [P, K] and bias [K].
+        Weights [P, K] and bias [K].
     """
     x, y = np.asarray(features, np.float64), np.asarray(outputs, np.float64)
     x_mean, y_mean = x.mean(axis=0), y.mean(axis=0)
@@ -70,8 +70,8 @@ def r_squared(predicted: Floats, true: Floats) -> Estimate:
     of no use within one. The interval is Fisher's (1921), by z = artanh r.
 
     Args:
-        predicted: [blocks, n].
-        true: [blocks, n], n of 4 or more.
+        predicted: Predicted distances [blocks, n].
+        true: True distances [blocks, n], n of 4 or more.
     """
     a = predicted - predicted.mean(axis=1, keepdims=True)
     b = true - true.mean(axis=1, keepdims=True)
@@ -90,7 +90,7 @@ def share(hits: int, n: int) -> Estimate:
 
 
 def winners(distances: Floats, rate: float) -> NDArray[np.bool_]:
-    """Return which nonces are valid at their block's own r_target for `rate`, [blocks, n] like `distances`."""
+    """Tell which nonces are valid at their block's own r_target for `rate`, [blocks, n] like `distances`."""
     return np.asarray(distances <= np.quantile(distances, rate, axis=1, keepdims=True, method="lower"))
 
 
@@ -108,12 +108,12 @@ def winners_among_best(predicted: Floats, valid: NDArray[np.bool_]) -> Estimate:
 
 
 def mismatch(claimed: Floats, true: Floats, rate: float, tolerance: float) -> Estimate:
-    """Return the share of proofs that a validator finds invalid, of a miner who claims distances that are not true.
+    """Return the share of proofs that a validator finds invalid when a miner claims false distances.
 
     Args:
-        claimed: Distances [blocks, n]. The miner sends those that are valid at the block's own r_target for `rate`.
-        true: [blocks, n].
-        rate: The share of valid nonces.
+        claimed: Claimed distances [blocks, n]; the miner sends those valid at the block's own r_target for `rate`.
+        true: True distances [blocks, n].
+        rate: Share of valid nonces.
         tolerance: How far above r_target a recomputed distance still counts as valid.
     """
     r_target = np.quantile(true, rate, axis=1, keepdims=True)
@@ -122,11 +122,11 @@ def mismatch(claimed: Floats, true: Floats, rate: float, tolerance: float) -> Es
 
 
 def detection(mismatched: float, proofs: int) -> float:
-    """Return the probability that a batch is judged fraudulent, if so large a share of its proofs is invalid.
+    """Return the probability that a batch is judged fraudulent, given the share of its proofs that is invalid.
 
     Args:
-        mismatched: That share.
-        proofs: In the batch, all recomputed.
+        mismatched: Share of the proofs that are invalid.
+        proofs: Number of proofs in the batch, all recomputed.
     """
     honest = (probability_honest(invalid, proofs, MISMATCH) for invalid in range(proofs + 1))
     least = next(invalid for invalid, probability in enumerate(honest) if probability < FRAUD_THRESHOLD)
@@ -143,10 +143,10 @@ def gain(predicted: Floats, valid: NDArray[np.bool_], *, cost: float, rest: floa
     given. Simulated with guesses at no cost and no worth, it begins above 1 in 2.5% of cases. (Wilson's would in 4%.)
 
     Args:
-        predicted: Distances [blocks, n], in an order that has nothing to do with them.
-        valid: [blocks, n].
-        cost: Of a prediction, as a share of a full forward pass.
-        rest: Of computing a predicted nonce in full, likewise.
+        predicted: Predicted distances [blocks, n], in an order independent of the distances.
+        valid: True where a nonce is valid [blocks, n].
+        cost: Cost of a prediction, as a share of a full forward pass.
+        rest: Cost of then computing the nonce in full, as a share of a full forward pass.
     """
     halves = [(predicted[:, i::2], valid[:, i::2]) for i in range(2)]
     parts = []
@@ -164,7 +164,7 @@ def gain(predicted: Floats, valid: NDArray[np.bool_], *, cost: float, rest: floa
 
 
 def _best_share(predicted: Floats, valid: NDArray[np.bool_], *, cost: float, rest: float) -> float:
-    """The share q with the largest gain."""
+    """Return the share q with the largest gain."""
     blocks, n = predicted.shape
     least = min(n, math.ceil(LEAST_CHOSEN / blocks))
     counts = np.unique(np.geomspace(least, n, CHOICES).round().astype(int))

@@ -1,4 +1,4 @@
-"""`pocd calibrate`: what r_target gives a rate, and how far blocks differ; judged and shown, without torch."""
+"""`pocd calibrate`: the r_target for a rate, and how far blocks differ; judging and printing, without torch."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ WIDTH = 80
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to calibrate.
+    """Plan of a calibration or an audit: model, scheme, blocks and nonces.
 
     Attributes:
         model: A local path, a hub id, or `bundled:NAME`.
-        scheme: The scheme's name.
-        rate: The share of valid nonces to aim at, above 0 and below 1.
-        blocks: How many block hashes.
-        nonces: How many nonces of each, from 0.
+        scheme: Name of the scheme.
+        rate: Share of valid nonces to aim at, above 0 and below 1.
+        blocks: Number of block hashes.
+        nonces: Number of nonces of each block, from 0.
         seq_len: Sequence length, in positions.
         dtype: float32, float16 or bfloat16.
         device: cpu, cuda or cuda:N.
         batch_size: Nonces per forward pass.
-        public_key: The miner's.
-        seed: The block hashes follow from it.
+        public_key: The miner's public key.
+        seed: Seed of the block hashes.
         revision: Branch, tag or commit of a hub id.
     """
 
@@ -66,15 +66,15 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What the engine found.
+    """Distances that the engine computed.
 
     Attributes:
-        fingerprint: Of the model's weights.
-        hidden_size: H.
-        dimension: D, of the head's output.
-        distances: [blocks, nonces].
-        head_rates: [blocks], the valid rate at the theoretical r_target that head and target give
-            to uniform hidden states. None where there is no head, and a target per nonce.
+        fingerprint: Fingerprint of the model's weights.
+        hidden_size: Hidden size H.
+        dimension: Dimension D of the head's output.
+        distances: Distances [blocks, nonces].
+        head_rates: Valid rate of each block at the theoretical r_target that its head and target give
+            to uniform hidden states [blocks]. None where there is no head, and a target per nonce.
     """
 
     fingerprint: str
@@ -85,18 +85,18 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """One block's distances. Rates are shares, 0 to 1.
+class BlockStatistics:
+    """Statistics of one block's distances. Rates are shares, 0 to 1.
 
     Attributes:
-        block_hash: Its hash.
-        mean: Of the distances.
-        std: Of the distances.
+        block_hash: Hash of the block.
+        mean: Mean of the distances.
+        std: Standard deviation of the distances.
         quantile: The block's own r_target for the rate.
-        valid_rate: At the theoretical r_target.
-        valid_rate_first: At the r_target measured on the first block.
-        valid_rate_pooled: At the r_target measured on all blocks.
-        head_rate: What `valid_rate` would be on average, were hidden states uniformly random. None without a head.
+        valid_rate: Valid rate at the theoretical r_target.
+        valid_rate_first: Valid rate at the r_target measured on the first block.
+        valid_rate_pooled: Valid rate at the r_target measured on all blocks.
+        head_rate: Expected `valid_rate` if hidden states were uniformly random. None without a head.
     """
 
     block_hash: str
@@ -114,20 +114,21 @@ class Calibration:
     """The report.
 
     Attributes:
-        plan: What was asked for.
-        fingerprint: Of the model's weights.
-        hidden_size: H.
-        dimension: D.
-        expected_r_target: What gives the rate if outputs are uniformly random, over all blocks.
-        expected_mean: Of such distances.
-        expected_std: Of such distances.
-        geometry_std: Of the valid rate over blocks, by a random head and target alone. None without a head.
-        r_target: What gave the rate: the quantile of all distances together.
-        r_target_low: Where its 95% confidence interval begins, which counts that blocks differ.
-        r_target_high: Where it ends.
-        blocks: Block by block.
-        spread: Of the valid rates at `r_target`. (Where theory does not describe a scheme, they
-            may all be near 0 at the theoretical one, and look even.)
+        plan: Plan of the calibration.
+        fingerprint: Fingerprint of the model's weights.
+        hidden_size: Hidden size H.
+        dimension: Dimension D of the head's output.
+        expected_r_target: The r_target that gives the rate if outputs are uniformly random, over all blocks.
+        expected_mean: Mean of uniformly random outputs' distances.
+        expected_std: Standard deviation of uniformly random outputs' distances.
+        geometry_std: Standard deviation of the valid rate over blocks, by a random head and target alone. None
+            without a head.
+        r_target: The measured r_target: the quantile of all distances together at the rate.
+        r_target_low: Lower end of the 95% confidence interval of `r_target`, which counts that blocks differ.
+        r_target_high: Upper end of that interval.
+        blocks: Statistics of each block.
+        spread: Spread of the blocks' valid rates at `r_target`. (Where theory does not describe a scheme, the
+            rates may all be near 0 at the theoretical r_target, and look even.)
     """
 
     plan: Plan
@@ -141,21 +142,21 @@ class Calibration:
     r_target: float
     r_target_low: float
     r_target_high: float
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockStatistics, ...]
     spread: Spread
 
 
 def check_plan(plan: Plan) -> None:
-    """Refuse with an InputError what cannot be judged."""
+    """Raise an InputError for a plan that cannot be judged."""
     if not 0 < plan.rate < 1:
-        raise InputError(f"rate {plan.rate:g} is no share of nonces; give a number above 0 and below 1")
+        raise InputError(f"rate must be above 0 and below 1, got {plan.rate:g}")
     if plan.blocks < 2:
-        raise InputError(f"{plan.blocks} blocks have no spread; give 2 or more")
+        raise InputError(f"blocks must be 2 or more, got {plan.blocks}: fewer have no spread")
     rarer = min(plan.rate, 1 - plan.rate)
     if plan.nonces * rarer < LEAST_EXPECTED:
         raise InputError(
-            f"{plan.nonces} nonces per block tell too little of a rate of {plan.rate:g}; give "
-            f"{int(np.ceil(LEAST_EXPECTED / rarer))} or more, so that {LEAST_EXPECTED} on either side are expected"
+            f"nonces must be {int(np.ceil(LEAST_EXPECTED / rarer))} or more for a rate of {plan.rate:g}, got "
+            f"{plan.nonces}: {LEAST_EXPECTED} valid and {LEAST_EXPECTED} invalid ones must be expected in each block"
         )
 
 
@@ -165,7 +166,7 @@ def block_hashes(seed: str, count: int) -> list[str]:
 
 
 def calibrate(plan: Plan, measurement: Measurement) -> Calibration:
-    """Judge what was measured. Equal inputs give equal reports: the plan's seed draws the spread's floor too."""
+    """Return the report on a measurement. Equal inputs give equal reports: the plan's seed draws the floor too."""
     distances, dimension, hidden_size = measurement.distances, measurement.dimension, measurement.hidden_size
     head_rates = measurement.head_rates
     target = r_target_for(plan.rate, dimension)
@@ -188,7 +189,7 @@ def calibrate(plan: Plan, measurement: Measurement) -> Calibration:
         r_target_low=low,
         r_target_high=high,
         blocks=tuple(
-            Block(
+            BlockStatistics(
                 block_hash=block_hash,
                 mean=float(row.mean()),
                 std=float(row.std(ddof=1)),
@@ -293,10 +294,10 @@ class _Speed(ProgressColumn):
 
 @contextmanager
 def progress(nonces: int) -> Iterator[Callable[[float], None]]:
-    """Show a bar on standard error, where that is a terminal.
+    """Show a progress bar on standard error, where that is a terminal.
 
     Yields:
-        What moves it on by a number of nonces.
+        Function that moves the bar on by a number of nonces.
     """
     columns = BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn()
     console = Console(stderr=True)

@@ -1,6 +1,6 @@
-"""How far a cheater gets (`pocd audit`): shortcuts are run, trained on honest nonces, and made into predictions.
+"""The cheater of `pocd audit`: runs shortcuts, trains on honest nonces, and predicts distances.
 
-What a shortcut gives is read by the scheme's own `readout` and `distance`, so a scheme with another readout is
+A shortcut's states are read by the scheme's own `readout` and `distance`, so a scheme with another readout is
 attacked by the same code.
 """
 
@@ -14,7 +14,7 @@ import torch
 
 from pocd.compute.memory import is_out_of_memory
 from pocd.lab.audit_statistics import ridge
-from pocd.lab.linear import Linear
+from pocd.lab.linear import LinearMap
 from pocd.lab.shortcuts import Known, batches, run_states, shortcuts
 from pocd.protocol.errors import NonFiniteError, OutOfMemoryError
 from pocd.protocol.schemes import SEGMENTS
@@ -34,12 +34,12 @@ KEPT_POSITIONS = 2**16  # whose honest states the cheater keeps to train on, ove
 
 @dataclass(frozen=True, slots=True)
 class Honest:
-    """What the honest computation gave.
+    """Results of the honest computation.
 
     Attributes:
         readouts: Unit vectors [nonces, H].
-        distances: [nonces].
-        known: What the cheater knows of it.
+        distances: Distances [nonces].
+        known: States that the cheater has kept.
     """
 
     readouts: Floats
@@ -49,11 +49,11 @@ class Honest:
 
 @dataclass(frozen=True, slots=True)
 class Predicted:
-    """What one shortcut says of the nonces that the cheater was not trained on.
+    """Distances that one shortcut predicts for the nonces that the cheater was not trained on.
 
     Attributes:
-        distances: By all that the cheater can make of it [n].
-        own: By its states alone, as if they were the honest ones [n].
+        distances: The cheater's best predictions from the shortcut [n].
+        own: Distances by the shortcut's states alone, as if they were the honest ones [n].
     """
 
     distances: Floats
@@ -62,7 +62,7 @@ class Predicted:
 
 @dataclass(frozen=True, slots=True)
 class Attacked:
-    """One block: its distances [n], and what each shortcut predicts of them."""
+    """One block: its true distances [n], and the predictions of each shortcut."""
 
     shortcuts: list[Shortcut]
     predicted: list[Predicted]
@@ -74,7 +74,7 @@ def _unit(readout: torch.Tensor) -> torch.Tensor:
 
 
 def compute_honestly(run: BlockRun, nonces: Sequence[int], trained_on: int, batch_size: int) -> Honest:
-    """Compute nonces in full. Of the first `trained_on` the states are averaged; of at most half of these, kept."""
+    """Compute nonces in full; average the states of the first `trained_on`, and keep those of at most half of these."""
     readouts, distances, kept = [], [], list[torch.Tensor]()
     keep = max(1, min(trained_on // 2, KEPT_POSITIONS // run.seq_len))
     total = torch.zeros(run.seq_len, run.model.hidden_size, dtype=torch.float64, device=run.model.device)
@@ -127,15 +127,15 @@ def predict(
 def _observe(
     run: BlockRun, shortcut: Shortcut, known: Known, nonces: Sequence[int], batch_size: int
 ) -> tuple[Floats, Floats, Floats]:
-    """Run the shortcut, train a linear map on the states that the cheater knows, and apply it.
+    """Run a shortcut, train a linear map on the states that the cheater knows, and apply it.
 
     Returns:
-        What a regression may use [nonces, H or 2H]: the readout and, where the end is missing, the last state known.
+        Features for a regression [nonces, H or 2H]: the readout and, where the end is missing, the last state known.
         Distances by the shortcut's own states [nonces].
-        Distances by those that the linear map makes of them [nonces]; not those of nonces that it was trained on.
+        Distances by the linear map of those states [nonces], valid for nonces that the map was not trained on.
     """
     features, own, mapped = list[torch.Tensor](), list[torch.Tensor](), list[torch.Tensor]()
-    to_honest = Linear()
+    to_honest = LinearMap()
     with shortcut.prepared() as acting:
         for batch in (*batches(known.nonces, batch_size), *batches(nonces[len(known.nonces) :], batch_size)):
             states = shortcut.states(acting, batch)
@@ -161,14 +161,14 @@ def _observe(
 
 
 def _fill(average: torch.Tensor, where: slice, states: torch.Tensor) -> torch.Tensor:
-    """States of all positions [B, S, H], of which those elsewhere are as on average."""
+    """Return states of all positions [B, S, H]: `states` at the positions `where`, the average elsewhere."""
     whole = average.expand(len(states), -1, -1).clone()
     whole[:, where] = states
     return whole
 
 
 def _guess(run: BlockRun, readouts: Floats, nonces: Sequence[int], batch_size: int) -> Floats:
-    """Distances by guessed readouts [n, H].
+    """Return distances by guessed readouts [n, H].
 
     A readout that is known badly is short, as regression draws it to the mean. Its cosine to the
     target is scaled by its length, so that bold guesses come first only where they are well founded.
@@ -182,7 +182,7 @@ def _guess(run: BlockRun, readouts: Floats, nonces: Sequence[int], batch_size: i
 
 
 def _size(run: BlockRun, states: torch.Tensor, stop: int, nonces: Sequence[int]) -> torch.Tensor:
-    """The variance of the cosine to the target that the first factors of the product leave, float64 [B].
+    """Return the variance of the cosine to the target, given the first factors of the product, float64 [B].
 
     The factors that are missing have signs that nobody knows, so the mean is 0; but where the known ones are large
     at the target's large coordinates, both very near and very far outputs are likelier.
@@ -205,11 +205,11 @@ def attack(
 
     Args:
         run: The model, prepared for the block.
-        previous: Prepares it for the block before.
-        nonces: Distinct.
-        trained_on: How many of them, the first, the cheater knows the honest distances of.
+        previous: Prepares the model for the block before.
+        nonces: Distinct nonces.
+        trained_on: Number of nonces, the first ones, whose honest distances the cheater knows.
         batch_size: Nonces per forward pass.
-        advance: Told how many nonces' worth of work has just been done.
+        advance: Called with the number of nonces' worth of work just done.
 
     Raises:
         OutOfMemoryError: A batch of this size does not fit.

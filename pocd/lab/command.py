@@ -1,4 +1,4 @@
-"""`pocd compute`, `calibrate` and `audit`: the engine by the command line, so that anyone can recompute a proof."""
+"""`pocd compute`, `calibrate` and `audit`: the engine on the command line, so that anyone can recompute a proof."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ HEAD_ROWS = 4096  # of the head that are in float32 at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What to compute with. `revision` is a hub model's."""
+class ComputeRequest:
+    """Model, scheme, block and device of a computation; `revision` is a hub model's branch, tag or commit."""
 
     model: str
     scheme: str
@@ -50,7 +50,7 @@ def parse_nonces(text: str) -> Iterator[int]:
     """Parse ranges `a:b` (b left out) and single numbers, separated by commas; gives every nonce once.
 
     Raises:
-        InputError: Not of that form, empty, out of range, or a nonce is named twice.
+        InputError: The text has another form, is empty or out of range, or names a nonce twice.
     """
     ranges = []
     for part in text.split(","):
@@ -71,7 +71,7 @@ def parse_nonces(text: str) -> Iterator[int]:
     return itertools.chain.from_iterable(ranges)
 
 
-def _check_names(asked: Request | Plan) -> None:
+def _check_names(asked: ComputeRequest | Plan) -> None:
     """Refuse unknown names before torch is imported, which takes seconds, and prepare that import."""
     if asked.scheme not in SCHEMES:
         raise InputError(f"scheme {asked.scheme!r} is unknown; allowed are: {', '.join(SCHEMES)}")
@@ -82,7 +82,7 @@ def _check_names(asked: Request | Plan) -> None:
 
 
 @contextlib.contextmanager
-def prepared(request: Request) -> Iterator[BlockRun]:
+def prepared(request: ComputeRequest) -> Iterator[BlockRun]:
     """Load the model and prepare it for the block, while the context lasts.
 
     Raises:
@@ -109,11 +109,11 @@ def prepared(request: Request) -> Iterator[BlockRun]:
         yield run
 
 
-def distances(request: Request, nonces: Iterable[int]) -> Iterator[tuple[int, float]]:
+def distances(request: ComputeRequest, nonces: Iterable[int]) -> Iterator[tuple[int, float]]:
     """Yield (nonce, distance) in the order of `nonces`, which are distinct.
 
     Raises:
-        ComputeError: As `prepared`, or a nonce has no distance.
+        ComputeError: The input, the model or the device cannot be used, or a nonce has no distance.
     """
     with prepared(request) as run:
         left = iter(nonces)
@@ -125,8 +125,8 @@ def measure(plan: Plan, advance: Callable[[int], None]) -> Measurement:
     """Run the engine on every block of `plan`.
 
     Args:
-        plan: What to run.
-        advance: Told how many nonces have just been done.
+        plan: Plan of the calibration.
+        advance: Called with the number of nonces just done.
 
     Raises:
         ComputeError: The plan, the model or the device cannot be used.
@@ -145,7 +145,7 @@ def measure(plan: Plan, advance: Callable[[int], None]) -> Measurement:
 def _measure_block(
     model: Model, plan: Plan, block_hash: str, advance: Callable[[int], None]
 ) -> tuple[int, float | None, list[float]]:
-    """D, the head's rate (None without a head) and the distances of one block."""
+    """Return D, the head's valid rate (None without a head) and the distances of one block."""
     from pocd.compute.engine import block_run
 
     found: list[float] = []
@@ -161,7 +161,7 @@ def _measure_block(
 
 
 def _head_rate(run: BlockRun, rate: float) -> float | None:
-    """The valid rate at the theoretical r_target that head and target give to uniform hidden states."""
+    """Return the valid rate at the theoretical r_target that head and target give to uniform hidden states."""
     if run.head is None or run.target is None:
         return None
     size = run.model.hidden_size
@@ -178,7 +178,7 @@ def attack(plan: Plan, advance: Callable[[float], None]) -> Attacks:
     """Try every shortcut on every block of `plan`; the cheater is trained on the first half of a block's nonces.
 
     Args:
-        plan: What to attack.
+        plan: Plan of the audit.
         advance: Told how many nonces' worth of work has just been done.
 
     Raises:

@@ -7,10 +7,10 @@ import torch
 PENALTY = 1e-6  # of the mean square of the features: enough where some of them never change
 
 
-class Linear:
-    """From a position's state, and the mean of the states up to it, to another state there; by least squares.
+class LinearMap:
+    """Least-squares map from a position's state, and the mean of the states up to it, to another state there.
 
-    The mean is what attention with equal weights would see. Used as: `add` what is known, then call.
+    The mean is the output of attention with equal weights. Call `add` with known states first, then the object.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Linear:
         self._weights = None
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """Return the likeliest outputs, float32 [B, S, H], by all that was added."""
+        """Return predicted outputs, float32 [B, S, H], by all states that were added."""
         if self._weights is None:
             assert self._squares is not None, "something was added"
             assert self._products is not None, "something was added"
@@ -37,7 +37,7 @@ class Linear:
 
 
 def _features(states: torch.Tensor) -> torch.Tensor:
-    """States, their means up to each position, and 1, float32 [B, S, 2H + 1]."""
+    """Return states, their means up to each position, and 1, float32 [B, S, 2H + 1]."""
     x = states.float()
     count = torch.arange(1, x.shape[1] + 1, device=x.device).view(1, -1, 1)
     return torch.cat([x, x.cumsum(dim=1) / count, torch.ones_like(x[..., :1])], dim=-1)

@@ -1,4 +1,4 @@
-"""What a cheater may compute in place of the model (`pocd audit`); `cheater.py` has what can be made of it.
+"""Shortcuts that a cheater may compute in place of the model (`pocd audit`); `cheater.py` predicts distances by them.
 
 Every shortcut gives states of positions after the final norm, right or wrong, at a cost below the full pass's.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from pocd.compute.transforms import JOIN
-from pocd.lab.linear import Linear
+from pocd.lab.linear import LinearMap
 from pocd.protocol.schemes import SEGMENTS
 
 if TYPE_CHECKING:
@@ -35,18 +35,18 @@ PARTS = (("half", 1, 2), ("quarter", 1, 4), ("eighth", 1, 8), ("3/4", 3, 4))  # 
 
 @dataclass(frozen=True, slots=True)
 class Shortcut:
-    """One way to know something of a nonce for less.
+    """A cheaper computation than the full one, which tells something of a nonce.
 
     Attributes:
-        name: What the report calls it.
+        name: Name in the report.
         cost: Multiply-adds of the model's layers, as a share of a full forward pass's.
-        rest: What a nonce that it has predicted costs when it is then computed in full.
-        prepared: Gives who runs the shortcut, while its context lasts: with other weights, or for another block.
-        states: Who runs and nonces [B] in, states out of the positions `where` [B, ≤ S, H].
-        where: Positions that it has states of; the others are taken to be as on average.
+        rest: Cost of then computing a predicted nonce in full, as a share of a full forward pass's.
+        prepared: Context that gives the run for the shortcut: with other weights, or for another block.
+        states: Computes the states of the positions `where` [B, ≤ S, H] from a run and nonces [B].
+        where: Positions whose states the shortcut gives; the average is taken for the others.
         guess: How distances are guessed: "trained" on honest nonces; "as it is", by the readout of its states; or
             by the "size" of what is known of a product, which tells not how far but how sure.
-        is_claimed: Whether a miner might give its distances for honest ones, without computing anything in full.
+        is_claimed: Whether a miner might claim the shortcut's distances, without computing anything in full.
     """
 
     name: str
@@ -61,12 +61,12 @@ class Shortcut:
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the cheater knows of a block before it begins, from nonces that it computed honestly.
+    """States of a block that the cheater keeps from nonces computed honestly.
 
     Attributes:
-        nonces: Those whose states it has kept.
-        states: Of all positions after the final norm [nonces, S, H].
-        average: The same as an average, over more nonces [S, H].
+        nonces: Nonces whose states are kept.
+        states: States of all positions after the final norm [nonces, S, H].
+        average: Average of the states after the final norm over more nonces [S, H].
     """
 
     nonces: Sequence[int]
@@ -106,7 +106,7 @@ def shortcuts(run: BlockRun, known: Known, previous: Prepared, batch_size: int) 
 
     Args:
         run: The model, prepared for the block.
-        known: What the cheater knows of the block.
+        known: States of the block that the cheater has kept.
         previous: Prepares the model for the block before it.
         batch_size: Nonces per forward pass, where the cheater trains stand-ins for layers.
     """
@@ -126,7 +126,7 @@ def _plainly(run: BlockRun) -> Prepared:
 
 
 def _whole(run: BlockRun, between: Mapping[int, Between] | None = None) -> States:
-    """Run all positions; inputs are the block's own, whoever runs."""
+    """Return the function that computes states of all positions with a given run, from the block's own inputs."""
     return lambda acting, nonces: run_states(acting, run.inputs(nonces), between)
 
 
@@ -155,7 +155,7 @@ def _with_few_layers(run: BlockRun, cost: _Cost) -> Iterator[Shortcut]:
 
 
 def _with_linear_layers(run: BlockRun, known: Known, cost: _Cost, batch_size: int) -> Iterator[Shortcut]:
-    """Linear maps in place of the first half of the layers, or of every other one, trained on honest streams."""
+    """Return shortcuts with linear maps in place of the first half of the layers, or of every other one."""
     layers = run.model.layers
     if layers > 1:
         for name, spans in (
@@ -180,19 +180,19 @@ def linear_layers(
     stand_ins: dict[int, Between] = {}
     for first, last in spans:
         entering: list[torch.Tensor] = []
-        linear = Linear()
+        linear = LinearMap()
 
         def begin(entered: torch.Tensor, left: torch.Tensor, held: list[torch.Tensor] = entering) -> torch.Tensor:
             held[:] = [entered]
             return left
 
         def end(
-            entered: torch.Tensor, left: torch.Tensor, held: list[torch.Tensor] = entering, to: Linear = linear
+            entered: torch.Tensor, left: torch.Tensor, held: list[torch.Tensor] = entering, to: LinearMap = linear
         ) -> torch.Tensor:
             to.add(held[0] if held else entered, left)
             return left
 
-        def stand_in(entered: torch.Tensor, left: torch.Tensor, by: Linear = linear) -> torch.Tensor:
+        def stand_in(entered: torch.Tensor, left: torch.Tensor, by: LinearMap = linear) -> torch.Tensor:
             return by(entered).to(left.dtype)
 
         if first < last:
@@ -251,7 +251,7 @@ def _with_other_weights(run: BlockRun, known: Known, cost: _Cost, batch_size: in
 
 
 class _Cost:
-    """Multiply-adds of the layers: a matrix's elements for each position, and two products of attention per pair.
+    """Counts multiply-adds of the layers: a matrix's elements for each position, and attention's two products per pair.
 
     Every layer is counted at every position, and every expert. Drawing the inputs and what follows the
     layers are left out: they are small, and nobody saves them.
@@ -265,7 +265,7 @@ class _Cost:
         self._layers, self._seq_len, self._hidden_size = model.layers, seq_len, model.hidden_size
 
     def of(self, *, layers: int | None = None, positions: int | None = None) -> float:
-        """The share of so many layers at so many positions."""
+        """Return the share of so many layers at so many positions."""
         share = 1.0 if layers is None else layers / self._layers
         return share * self._whole(positions or self._seq_len) / self._whole(self._seq_len)
 
@@ -275,11 +275,11 @@ class _Cost:
         return positions * elements + 2 * self._layers * self._head_width * pairs
 
     def of_linear(self) -> float:
-        """The share of one linear map at all positions, from a state and the mean of those up to it."""
+        """Return the share of one linear map at all positions, from a state and the mean of those up to it."""
         return self._seq_len * 2 * self._hidden_size**2 / self._whole(self._seq_len)
 
     def of_low_rank(self) -> float:
-        """The share that is left with the MLP's matrices as products of two thin ones."""
+        """Return the share that is left with the MLP's matrices as products of two thin ones."""
         saved = 0
         for name, matrix in self._matrices:
             if _is_mlp(name):
@@ -289,7 +289,7 @@ class _Cost:
 
 
 def _matrices(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every matrix of every layer [(experts,) rows, columns], with its name."""
+    """Give every matrix of every layer [(experts,) rows, columns], with its name."""
     for layer in model.by_layers.layers:
         yield from ((name, weight) for name, weight in layer.named_parameters() if weight.ndim > 1)
 
@@ -314,7 +314,7 @@ def _rank(weight: torch.Tensor) -> int:
 
 
 def _reduced(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """The nearest matrix of `_rank`, if it is one of the MLP's."""
+    """Return the nearest matrix of rank `_rank`, for the MLP's matrices; others unchanged."""
     if not _is_mlp(name):
         return weight
     u, s, v = torch.linalg.svd(weight.float(), full_matrices=False)

@@ -126,12 +126,12 @@ class Spread:
     """How far valid rates of blocks lie apart: the largest less the smallest. All but `p_value` are shares, 0 to 1.
 
     Attributes:
-        spread: As found.
-        low: Where the spread of the blocks' true rates begins, with 95% confidence.
-        high: Where it ends.
+        spread: The spread that was measured.
+        low: Lower end of the 95% confidence interval of the true rates' spread.
+        high: Upper end of that interval.
         floor_mean: The spread that blocks of one common rate show on average, from sampling noise, head and target.
-        floor_95: What it stays below in 95% of cases.
-        p_value: The probability of such a spread, or a larger one, under one common rate.
+        floor_95: The spread that such blocks stay below in 95% of cases.
+        p_value: Probability of the measured spread, or a larger one, under one common rate.
         exceeds_floor: Whether `spread` lies above `floor_95`, as `p_value` is below 5%.
     """
 

@@ -1,1 +1,1 @@
-"""Which round is mined, by whom it was decided, and the spans of nonces that are lent to workers."""
+"""Mining: who decides which round is mined, and the spans of nonces that are leased to workers."""

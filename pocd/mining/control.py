@@ -1,6 +1,6 @@
-"""Whose rounds are mined: the chain's, until the admin API takes the wheel, and again once it gives it back.
+"""Control of mining: the chain decides which round is mined, except while the admin API has taken control.
 
-One call after another: each is decided by the table of `phases.py`, then on disk, then done. So what was decided
+Calls are done one after another: each is decided by the table of `phases.py`, then stored, then done. So the decision
 outlives a restart, and where the disk does not take it, nothing has changed.
 """
 
@@ -30,16 +30,16 @@ MINING = {Mode.FOLLOWING, Mode.GENERATING}
 
 
 class NoRoundError(Exception):
-    """A phase was asked for, and there is no round to go on with."""
+    """A phase was requested, but no round was."""
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A round that was asked for through the API, and what belongs to it.
+    """A round that was requested through the API, and what belongs to it.
 
     Attributes:
         fraud_threshold: Batches are fraud below this probability of honesty.
-        callback: The receiver that wants its batches beside the configured ones.
+        callback: Name of the receiver of the round's batches beside the configured ones.
     """
 
     round: Round
@@ -49,19 +49,19 @@ class Asked:
 
     @property
     def work(self) -> Work:
-        """It, as the miner takes it."""
+        """This round as the `Work` that the miner is given."""
         return Work(self.round, self.node, by_chain=False, callback=self.callback)
 
 
 def encode(mode: Mode, asked: Asked | None) -> str | None:
-    """Return what the store is to remember; None where the chain decides, which needs no remembering."""
+    """Return the decision as text for the store; None while the chain decides."""
     if mode is Mode.FOLLOWING:
         return None
     return orjson.dumps({"mode": mode, "asked": asdict(asked) if asked else None}).decode()
 
 
 def decode(control: str | None) -> tuple[Mode, Asked | None]:
-    """Read back what `encode` gave."""
+    """Return the decision that `encode` wrote."""
     if control is None:
         return Mode.FOLLOWING, None
     fields: dict[str, Any] = orjson.loads(control)
@@ -75,8 +75,8 @@ class Control:
     """Decides what the miner works on.
 
     Attributes:
-        mode: What was decided last.
-        asked: The round that was asked for last, until the chain has the wheel again.
+        mode: The mode that was decided last.
+        asked: The round that was requested last; None once the chain decides again.
         chain_round: The round that should be active by the chain, whether it is mined or not.
     """
 
@@ -102,7 +102,7 @@ class Control:
         miner.paused = self.mode not in MINING
 
     async def restore(self) -> None:
-        """Take up the round again that was asked for before the daemon was restarted."""
+        """Resume the round that was requested before the daemon was restarted."""
         if self.asked is not None:
             async with self._lock:
                 work = self.asked.work
@@ -111,12 +111,12 @@ class Control:
                 self._tell(work)
 
     async def follow(self, round_: Round | None) -> None:
-        """Take note of the round that should be active by the chain, and mine it if the chain decides.
+        """Note the round that should be active by the chain, and mine it if the chain decides.
 
-        While mining is stopped it is taken up as well, for status to tell of, unless a round was asked for.
+        While mining is stopped the round becomes active as well, so that status shows it, unless another was requested.
 
         Raises:
-            StoreUnavailableError: It cannot be begun now; nothing has changed.
+            StoreUnavailableError: The round cannot be stored now; nothing has changed.
         """
         async with self._lock:
             if self.mode is Mode.FOLLOWING or (self.mode is Mode.STOPPED and self.asked is None):
@@ -128,13 +128,13 @@ class Control:
             self.chain_round = round_
 
     async def call(self, call: Call, asked: Asked | None = None) -> None:
-        """Do what a call of the API says; `asked` is the round that an init brings.
+        """Do a call of the API; `asked` is the round that an init brings.
 
         Raises:
-            NoRoundError: The table has no answer to it; nothing has changed.
-            StoreUnavailableError: It cannot be remembered now; likewise.
+            NoRoundError: The call needs a requested round, and there is none; nothing has changed.
+            StoreUnavailableError: The decision cannot be stored now; nothing has changed.
         """
-        # To its end, though the caller gives up: what is on disk is what is done.
+        # Shielded, so that the call ends though its caller gives up: what is stored is what is done.
         await asyncio.shield(asyncio.ensure_future(self._call(call, asked)))
 
     async def _call(self, call: Call, asked: Asked | None) -> None:
@@ -154,7 +154,7 @@ class Control:
             self.mode, self.asked = mode, asked
             self._miner.paused = mode not in MINING
             if mode is Mode.STOPPED:
-                await self._miner.announce()  # the round stays, for status to tell of
+                await self._miner.announce()  # the round stays active, so that status shows it
                 return
             is_news = not self._miner.works_on(work)
             await self._miner.take_up(work, done)
@@ -165,7 +165,7 @@ class Control:
         return Work(round_, self._node) if round_ else None
 
     def _tell(self, work: Work | None) -> None:
-        """Say which round is worked on from now on."""
+        """Log and publish which round is active from now on."""
         if work is None:
             self._log.info("no round is active", action="round_end")
             self._events.publish("round", id=None)

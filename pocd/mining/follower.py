@@ -1,4 +1,4 @@
-"""The loop that looks at the chain for ever, and what is known about the chain's health.
+"""The loop that polls the chain, and the chain's health.
 
 Level-triggered: every look reports the whole head, changed or not, so that a missed block or an outage needs no
 catching up. What should run is a pure function of the head (docs/protocol.md section 8).
@@ -27,13 +27,13 @@ LOG_EVERY = 60.0
 
 @dataclass(slots=True)
 class ChainHealth:
-    """What the last looks at the chain gave; the follower writes it, the admin API and the metrics read it.
+    """Health of the chain by the last polls; the follower writes it, the admin API and the metrics read it.
 
     Attributes:
         head: The newest head that was read, also one that is catching up.
-        seen_at: Unix time in seconds of the last poll that went well to its end.
-        error: What the last poll failed with; None when it went well.
-        failures: How many polls have failed since the last good one.
+        seen_at: Unix time in seconds of the last poll that succeeded.
+        error: Error of the last poll; None when it succeeded.
+        failures: Number of polls that failed since the last good one.
         highest: The highest head ever seen, also before this daemon's start.
     """
 
@@ -44,7 +44,7 @@ class ChainHealth:
     highest: int = 0
 
     def problem(self, now: float, poll_interval: float, stale_after: float = STALE_AFTER) -> str | None:
-        """Say why the chain is degraded, or None when it is well (docs/protocol.md section 8).
+        """Return why the chain is degraded; None when it is well (docs/protocol.md section 8).
 
         Args:
             now: Unix time in seconds.
@@ -88,14 +88,14 @@ async def follow(
     has for it. Any other exception is a bug and ends the loop.
 
     Args:
-        source: Where heads come from; its calls must be bounded in time.
+        source: Source of heads; its calls must be bounded in time.
         poll_interval: Seconds from the start of one poll to the start of the next, if the poll takes no longer.
         on_head: Called after every good answer, also when the head is the same as before.
         health: Updated in place.
         log: Gets a line when the chain goes down, one a minute while it is, and one when it is restored; also one when
             a chain that answers is degraded, and one when it is well again.
         clock: Unix time in seconds.
-        on_problem: Told when `health` has a problem, and, with None, when it is well again.
+        on_problem: Called with the text when `health` has a problem, and with None when it is well again.
         sleep: Waits that many seconds.
     """
     logged_at: float | None = None  # when the chain was last said to be down; None while it is up

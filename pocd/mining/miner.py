@@ -1,4 +1,4 @@
-"""The miner: leases spans of nonces to idle workers, filters their distances, commits what was found."""
+"""The miner: leases spans of nonces to idle workers, filters their distances, commits the proofs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LATEST = 20  # proofs that status shows
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A span of one round's nonces, lent to one worker."""
+    """A span of one round's nonces, leased to one worker."""
 
     mining: Mining
     span: Span
@@ -40,12 +40,12 @@ class Lease:
 
 @dataclass(eq=False, slots=True)
 class Mining:
-    """A round while it is being mined. Counts include what earlier runs of the daemon did.
+    """A round while it is being mined. Counts include those of earlier runs of the daemon.
 
     Attributes:
-        started_at: When this daemon took it up, in seconds of the monotonic clock.
-        checked_before: Nonces that were checked before that.
-        expected_valid_rate: What theory says, once a worker has told it.
+        started_at: Monotonic time in seconds at which this process began the round.
+        checked_before: Nonces of the round that were checked before that.
+        expected_valid_rate: Share of valid nonces by theory, 0 to 1; None until a worker has reported it.
     """
 
     round: Round
@@ -63,8 +63,8 @@ class Miner:
     """Owns the active round. Workers take leases from it and bring distances back.
 
     Attributes:
-        paused: Whether nothing is mined because somebody said so, see `pocd.mining.control`.
-        held: Why nothing is mined though nobody stopped it: the store takes nothing. None while it does.
+        paused: Whether mining is stopped by a call of the API, see `pocd.mining.control`.
+        held: Why mining waits for the store, which cannot take proofs; None while it can.
     """
 
     def __init__(self, outbox: OutboxThread, *, clock: Callable[[], float], wall: Callable[[], float]) -> None:
@@ -89,7 +89,7 @@ class Miner:
         return None if self.paused or self._closed or self.held else self.mining
 
     async def set_round(self, work: Work | None) -> None:
-        """Replace the active round at once. What the old one found is delivered all the same."""
+        """Replace the active round at once. The old one's proofs are delivered all the same."""
         if not self.works_on(work):
             await self.take_up(work, await self._outbox(Outbox.begin_round, work, self._wall()) if work else None)
 
@@ -100,7 +100,7 @@ class Miner:
         return (self.mining.round, self.mining.node) == (work.round, work.node)
 
     async def take_up(self, work: Work | None, done: RoundProgress | None) -> None:
-        """Make `work`, which was begun in the store, the active round at once; `done` is what was done of it."""
+        """Make `work`, which was begun in the store, the active round at once; `done` is its earlier progress."""
         if not self.works_on(work):
             # A round that comes back while leases of it are out goes on with its ledger, which alone knows of them.
             lent = (mining for mining in self._lent if work and (mining.round, mining.node) == (work.round, work.node))
@@ -119,17 +119,17 @@ class Miner:
         )
 
     async def pause(self, paused: bool) -> None:  # noqa: FBT001 - it sets that very flag
-        """Lend nothing, or go on with the active round. What is being checked is still committed."""
+        """Stop leasing, or go on with the active round. Nonces that are being checked are still committed."""
         self.paused = paused
         await self.announce()
 
     async def hold(self, reason: str | None) -> None:
-        """Lend nothing for a reason, until it is None."""
+        """Stop leasing for a reason; with None, go on."""
         self.held = reason
         await self.announce()
 
     async def close(self, limit: float) -> None:
-        """Lease nothing more; wait up to `limit` seconds for what is leased."""
+        """Stop leasing for good, and wait up to `limit` seconds for the leases that are out."""
         self._closed = True
         await self.announce()
         with contextlib.suppress(TimeoutError):  # what is not committed will be checked again
@@ -150,7 +150,7 @@ class Miner:
             return self._news
 
     async def lease(self, count: int) -> Lease:
-        """Lend the next nonces, at most `count`; waits while there is nothing to mine."""
+        """Lease the next nonces, at most `count`; waits while there is nothing to mine."""
         mining = await self.until_mining()
         self._lent[mining] += 1
         return Lease(mining, mining.ledger.take(count))
@@ -163,14 +163,15 @@ class Miner:
             return self.current
 
     async def until_replaced(self, mining: Mining) -> None:
-        """Return when `mining` is no longer what should be worked on."""
+        """Wait until `mining` is no longer the round to work on."""
         async with self._changed:
             await self._changed.wait_for(lambda: self.current is not mining)
 
     async def complete(self, lease: Lease, distances: Sequence[float], weights: Weights) -> None:
         """Commit a lease's result: the valid nonces are on disk when this returns, or mining is held.
 
-        `weights` are what computed it. What the store does not take is not counted, and lent again when it does.
+        `weights` computed the distances. A result that the store cannot take is not counted, and its nonces are leased
+        again.
         """
         mining = lease.mining
         assert len(distances) == len(lease.span), "one distance per nonce"
@@ -196,18 +197,18 @@ class Miner:
         await self._returned(mining)
 
     async def give_back(self, lease: Lease) -> None:
-        """Take back a lease that its worker did not finish; another one will."""
+        """Take back a lease that its worker did not finish, for another worker."""
         lease.mining.ledger.give_back(lease.span)
         await self._returned(lease.mining)
 
     async def refuse(self, lease: Lease) -> None:
-        """Set a lease aside that has no result: not checked, and not stored as checked."""
+        """Set a lease aside that has no result: its nonces do not count as checked."""
         lease.mining.ledger.set_aside(lease.span)
         self.refused_batches += 1
         await self._returned(lease.mining)
 
     def retry_refused(self) -> None:
-        """Lend once more what the last worker gave no result for: another one may."""
+        """Lease the nonces once more that had no result: another worker may give one."""
         if self.mining is not None:
             self.mining.ledger.retry()
 

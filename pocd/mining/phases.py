@@ -1,4 +1,4 @@
-"""Who decides what is mined, and what: the state machine behind the admin API (docs/api.md, "Whose rounds").
+"""The state machine behind the admin API: who decides which round is mined (docs/api.md, "Whose rounds").
 
 A table and two pure functions; `control.py` acts on them.
 """
@@ -13,22 +13,22 @@ STATES: tuple[State, ...] = ("IDLE", "LOADING", "GENERATING", "VALIDATING", "STO
 
 
 class Mode(StrEnum):
-    """What was last decided. It outlives a restart."""
+    """Mode of mining, as decided last; kept across restarts."""
 
     FOLLOWING = "FOLLOWING"
     """The chain decides: its rounds are mined as they come."""
     READY = "READY"
-    """A round was asked for, and waits to be generated or validated."""
+    """A round was requested, and waits for a phase call."""
     GENERATING = "GENERATING"
-    """The round that was asked for is mined, whatever the chain does."""
+    """The requested round is mined, whatever the chain does."""
     VALIDATING = "VALIDATING"
-    """Nothing is mined; the device is free for validations under the terms of the round that was asked for."""
+    """Nothing is mined; the device is free for validations under the terms of the requested round."""
     STOPPED = "STOPPED"
     """Nothing is mined."""
 
 
 class Call(StrEnum):
-    """A call of the API that decides; its path below /api/v1/pow."""
+    """A call of the API that decides what is mined; the value is its path below /api/v1/pow."""
 
     INIT = "init"
     INIT_GENERATE = "init/generate"
@@ -56,7 +56,7 @@ TABLE: dict[tuple[Mode, Call], Mode] = {
         for call, after in _WITH_A_ROUND.items()
     },
 }
-"""The mode after each call. A pair that is missing is refused: there is no round to go on with."""
+"""The mode after each call. A call whose pair is missing is refused: no round was requested."""
 
 
 def mode_after(mode: Mode, call: Call) -> Mode | None:
@@ -68,9 +68,9 @@ def state_of(mode: Mode, *, ready: bool, mining: bool) -> State:
     """Return what `/status` shows (docs/protocol.md section 7).
 
     Args:
-        mode: What was decided.
+        mode: Mode of mining.
         ready: Whether a worker has a model ready.
-        mining: Whether there is a round to work on, and nothing keeps the miner from it.
+        mining: Whether the miner has a round to work on and is not held.
     """
     if mode is Mode.STOPPED:
         return "STOPPED"

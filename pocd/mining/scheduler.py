@@ -1,7 +1,7 @@
-"""The conductor: looks at every head and says which round should run now.
+"""The scheduler: decides at every head which round should run now.
 
-Level-triggered: nothing follows from a change, all from what is. A missed block, a restart or an outage needs no
-catching up, and a step that failed is done by the next look (docs/protocol.md section 8).
+Level-triggered: it acts on the current state, not on changes. A missed block, a restart or an outage needs no
+catching up, and a step that failed is repeated at the next head (docs/protocol.md section 8).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pocd.store.thread import OutboxThread
 
 DEEPEST = 256
-"""How many rounds one look compares with the chain; no chain replaces as many blocks at once."""
+"""Number of rounds that are compared with the chain at one head; no chain replaces as many blocks at once."""
 
 ALWAYS_HELD = 128
 """Blocks below its head that no node has pruned; one that lacks such a block is asked again."""
@@ -43,12 +43,12 @@ class RoundScheduler:
     whose block is gone is marked there, and its place is taken by the new block's.
 
     Args:
-        source: Asked for the blocks that rounds start at.
-        control: Told which round should run.
-        outbox: Remembers the head and the rounds.
-        policy: When rounds start and how long they live.
-        make_round: The round that a block starts.
-        withdraw: Whether what a replaced round found, and no receiver has yet, is not to be sent.
+        source: Source of the blocks that rounds start at.
+        control: Gets the round that should run.
+        outbox: Store of the highest head and of the rounds.
+        policy: Heights at which rounds start, and how long they live.
+        make_round: Makes the round that a block starts.
+        withdraw: Whether to withdraw the pending batches of a round whose block was replaced.
         wall: Unix time in seconds.
         log: Gets a line when a round is replaced, and when the head goes back.
     """
@@ -78,7 +78,7 @@ class RoundScheduler:
         self._went_back = False
 
     async def on_head(self, head: Head) -> None:
-        """Tell which round should be active at `head`.
+        """Pass the round that should be active at `head` to `control`.
 
         Raises:
             ChainError: A block that is needed could not be read.
@@ -100,7 +100,7 @@ class RoundScheduler:
             raise
 
     def _note(self, head: Block) -> None:
-        """Raise the height that counts, or say once that the head went back."""
+        """Raise the highest height seen, or log once that the head went back."""
         went_back = head.height < self._highest
         if went_back and not self._went_back:
             mined = self._control.chain_round
@@ -120,7 +120,7 @@ class RoundScheduler:
             await self._outbox(Outbox.remember_head, head.chain_id, self._highest)
 
     async def _wanted(self, start: int | None, head: Block, mined: Round | None) -> Round | None:
-        """Return the round that starts at `start`: `mined`, if it is that one, or the one to begin."""
+        """Return the round that starts at `start`: `mined`, if it is the same, or a new one."""
         blocks = {head.height: head}
         if self._source.reorganises:
             await self._replace_orphans(blocks, head.height)
@@ -138,8 +138,8 @@ class RoundScheduler:
     async def _replace_orphans(self, blocks: dict[int, Block], height: int) -> None:
         """Mark the rounds whose blocks are no longer on the chain.
 
-        From the newest backwards until one is: then its ancestors are too, and older rounds were compared with them
-        before it began.
+        Rounds are compared from the newest backwards, until one is on the chain: then its ancestors are too, and older
+        rounds were compared with them before it began.
         """
         recent = await self._outbox(Outbox.recent_rounds, DEEPEST)
         rounds = [round_ for round_ in recent if round_.block_height <= height]
@@ -172,7 +172,7 @@ class RoundScheduler:
         )
 
     async def _block(self, blocks: dict[int, Block], height: int) -> Block:
-        """Return the block at `height`, asked for once in a look."""
+        """Return the block at `height`, which is requested once per head."""
         if height not in blocks:
             blocks[height] = await self._source.block(height)
         return blocks[height]

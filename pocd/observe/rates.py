@@ -1,4 +1,4 @@
-"""How many per second, over the last minute and the last quarter of an hour."""
+"""Rates per second, over the last minute and the last quarter of an hour."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LONGEST = 900  # seconds kept
 
 
 class RateWindow:
-    """Counts events by the second and keeps a quarter of an hour of them; to add and to ask takes no longer for it."""
+    """Counts events by the second, over a quarter of an hour; adding and reading take constant or logarithmic time."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -33,7 +33,7 @@ class RateWindow:
             del self._seconds[:LONGEST], self._totals[:LONGEST]
 
     def per_second(self, seconds: float) -> float:
-        """Events per second over the last `seconds` (at most 900), or since the start if that is shorter."""
+        """Return events per second over the last `seconds` (at most 900), or since the start if that is shorter."""
         now = self._clock()
         span = max(1.0, min(seconds, now - self._started))  # in the first second a rate means nothing
         earlier = bisect_right(self._seconds, now - seconds)

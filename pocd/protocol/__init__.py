@@ -1,1 +1,1 @@
-"""What is proved, as words and numbers: rounds, nonces, proofs, schemes and their theory (docs/protocol.md)."""
+"""The protocol as data and arithmetic: rounds, nonces, proofs, schemes and their theory (docs/protocol.md)."""

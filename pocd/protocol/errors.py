@@ -1,10 +1,10 @@
-"""What stops a computation, told apart by what an operator has to do."""
+"""Errors that stop a computation, one class for each remedy."""
 
 from __future__ import annotations
 
 
 class ComputeError(Exception):
-    """Something the operator has to change; the message says what."""
+    """A computation cannot be done until the operator changes something; the message says what."""
 
 
 class DeviceError(ComputeError):
@@ -24,7 +24,7 @@ class OutOfMemoryError(ComputeError):
 
 
 class MemoryShortError(ComputeError):
-    """Not even what remains after every remedy fits into the device's memory."""
+    """The model, or the smallest batch, does not fit into the device's memory."""
 
 
 class NonFiniteError(ComputeError):

@@ -1,4 +1,4 @@
-"""What models, precisions and devices are called; without torch, so that a mistake is told at once."""
+"""Names of models, precisions and devices; without torch, so that mistakes are reported at once."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ def default_tolerance(dtype: str, scheme: Scheme, hidden_size: int) -> float:
 
 
 def check_dtype(name: str) -> None:
-    """Refuse an unknown precision with an InputError."""
+    """Raise an InputError for an unknown precision."""
     if name not in DTYPES:
         raise InputError(f"dtype {name!r} is unknown; allowed are: {', '.join(DTYPES)}")
 
 
 def check_device(name: str) -> None:
-    """Refuse what cannot be a device's name with an InputError; whether it is there is another question."""
+    """Raise an InputError for a name that no device can have; this does not check that the device exists."""
     if not re.fullmatch(DEVICE_PATTERN, name):
         raise InputError(f"device {name!r} is unknown; allowed are: cpu, cuda, cuda:N")
 
@@ -50,7 +50,7 @@ def resolve(name: str, revision: str | None = None) -> str:
     """Turn a configured name into what transformers loads: a local path or a hub id.
 
     Raises:
-        ModelError: A bundled model or a local path that does not exist, or one with a revision.
+        ModelError: The bundled model or local path does not exist, or has a revision.
     """
     is_local = name.startswith(("bundled:", "/", "./", "../", "~"))
     if is_local and revision is not None:

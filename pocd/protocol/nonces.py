@@ -1,4 +1,4 @@
-"""Which of a node's nonces are done, being worked on, or free: the arithmetic behind the one cursor.
+"""Arithmetic of a node's nonces: which are done, being worked on, or free.
 
 Positions x = 0, 1, 2, … count this node's nonces; position x is nonce `node_id + node_count · x`
 (docs/protocol.md section 5). Everything here counts positions.
@@ -28,7 +28,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What is done: everything below `cursor`, and the `islands` above it, ascending and apart."""
+    """The positions that are done: all below `cursor`, and the `islands` above it, ascending and apart."""
 
     cursor: int = 0
     islands: tuple[Span, ...] = ()
@@ -60,7 +60,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """Which share of all nonces is ours: position x is nonce `id + count · x`."""
+    """A node's share of all nonces: position x is nonce `id + count · x`."""
 
     id: int
     count: int

@@ -1,4 +1,4 @@
-"""What is proved, and the bytes that say so: rounds, batches, their canonical JSON and ids."""
+"""Rounds and batches of proofs, their canonical JSON and ids."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import orjson
 
 MOST_NONCES = 100_000  # that a batch to be validated may have
 MISMATCH = 5e-4  # share of an honest miner's nonces that may recompute as invalid (docs/protocol.md section 5)
-FRAUD_THRESHOLD = 0.01  # it is fraud when the probability of an honest miner is below this (likewise)
+FRAUD_THRESHOLD = 0.01  # fraud is when an honest miner is less probable than this (docs/protocol.md section 5)
 
 
 def canonical_json(value: object) -> bytes:
@@ -19,7 +19,7 @@ def canonical_json(value: object) -> bytes:
 
 
 def content_id(value: object) -> str:
-    """Name `value` by its content: the first 32 hex digits of SHA-256 of its canonical JSON."""
+    """Return a name of `value` by its content: the first 32 hex digits of SHA-256 of its canonical JSON."""
     return hashlib.sha256(canonical_json(value)).hexdigest()[:32]
 
 
@@ -64,8 +64,8 @@ class ProofBatch:
     """Proofs of one round, as receivers get them (docs/protocol.md section 5).
 
     Attributes:
-        model_fingerprint: Names the weights that they were computed with; None where an earlier version stored them.
-        dtype: The precision that they were computed in; None where an earlier version stored them.
+        model_fingerprint: Fingerprint of the weights; None where an earlier version stored the proofs.
+        dtype: Precision in which the proofs were computed; None where an earlier version stored them.
     """
 
     kind: ClassVar = "generated"
@@ -78,7 +78,7 @@ class ProofBatch:
 
     @property
     def size(self) -> int:
-        """How many nonces it has."""
+        """Number of nonces in the batch."""
         return len(self.proofs)
 
     def _content(self) -> dict[str, Any]:
@@ -102,39 +102,39 @@ class ProofBatch:
 
 @dataclass(frozen=True, slots=True)
 class ValidatedBatch:
-    """What became of a batch of claims, and the verdict (docs/protocol.md section 5, "Verdict").
+    """The verdict on a batch of claims, with the recomputed distances (docs/protocol.md section 5, "Verdict").
 
     The four lists stand beside each other: the entries of the batch whose nonces were recomputed, as they
     came, repeats included. The counts are of distinct nonces, but for `duplicates` and `non_finite`.
 
     Attributes:
-        round: What the distances were recomputed for.
-        node_id: The node that the batch names.
-        node_count: Among how many nodes the nonces are shared.
-        model_fingerprint: Names the weights that recomputed them.
-        dtype: The precision that they were recomputed in.
-        nonces: Recomputed nonces.
-        received_dist: Their claimed distances; None where that was no finite number.
-        dist: Their recomputed distances, in [0, 2].
-        valid: Whether each nonce is valid, by all its claims and its recomputed distance.
-        n: Recomputed nonces.
-        n_invalid: Those of them that are not valid.
-        n_batch: Nonces in the whole batch.
-        impossible_claims: Nonces in the whole batch with a claim outside [0, r_target).
+        round: Round that the distances were recomputed for.
+        node_id: Index of the node that the batch names.
+        node_count: Number of nodes that share the nonces.
+        model_fingerprint: Fingerprint of the weights that recomputed the distances.
+        dtype: Precision in which the distances were recomputed.
+        nonces: Nonce of each entry.
+        received_dist: Claimed distance of each entry; None where the claim was no finite number.
+        dist: Recomputed distance of each entry, in [0, 2].
+        valid: Whether each entry's nonce is valid, by all its claims and its recomputed distance.
+        n: Number of recomputed nonces.
+        n_invalid: Number of recomputed nonces that are not valid.
+        n_batch: Number of nonces in the whole batch.
+        impossible_claims: Number of nonces in the whole batch with a claim outside [0, r_target).
         duplicates: Entries in the whole batch that repeat an earlier one's nonce.
         non_finite: Entries in the whole batch whose claim is no finite number.
         density: The share of the node's nonces up to the largest of the batch that are in it, see section 5.
-        sparse: Whether that is 1% or less.
+        sparse: Whether `density` is 1% or less.
         shifted: Recomputed nonces with a finite claim further than `tolerance` from the recomputed distance.
-        largest_difference: Between a finite claim and the recomputed distance; None without such a claim.
+        largest_difference: Largest difference of a finite claim from the recomputed distance; None without such claims.
         tolerance: How far above `r_target` a recomputed distance still counts as valid.
         mismatch: The probability that an honest miner's nonce recomputes as invalid.
-        fraud_threshold: Below this probability of honesty it is fraud.
-        probability_honest: That an honest miner has so many invalid nonces, or impossible claims, or more.
+        fraud_threshold: The batch is fraud when the probability of an honest miner is below this.
+        probability_honest: Probability that an honest miner has at least as many invalid nonces, or impossible claims.
         fraud_detected: The verdict.
-        sample: How many nonces were to be drawn for recomputation; None for all.
-        seed: What they were drawn by; None for all.
-        suspicions: What is reported, but is not fraud by itself.
+        sample: Number of nonces drawn for recomputation; None for all.
+        seed: Seed of the sample; None for all.
+        suspicions: Names of what is odd about the batch, but no fraud by itself.
     """
 
     kind: ClassVar = "validated"
@@ -169,7 +169,7 @@ class ValidatedBatch:
 
     @property
     def size(self) -> int:
-        """How many entries it has."""
+        """Number of entries in the batch."""
         return len(self.nonces)
 
     def _content(self) -> dict[str, Any]:

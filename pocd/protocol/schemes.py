@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Weights = Literal["trained", "drawn", "embedding drawn"]
+WeightSource = Literal["trained", "drawn", "embedding drawn"]
 LayerStep = Literal["none", "reflect", "normalise and reflect"]
 Reads = Literal["last position", "segments"]
-Head = Literal["trained", "embedding", "random", "none"]
+HeadSource = Literal["trained", "embedding", "random", "none"]
 
 RANDOM_HEAD_DIM = 8192  # D of a random head
 SEGMENTS = 6  # of the sequence, where all positions are read
@@ -21,34 +21,34 @@ SEGMENTS = 6  # of the sequence, where all positions are read
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """A composition that the engine runs.
+    """A scheme: a composition of choices that the engine runs.
 
     Attributes:
-        name: As configured and as written into batches.
-        weights: The model's own; or all of them, or the input embedding, drawn anew per block hash.
-        layer_step: What happens to branch and residual after every decoder layer.
-        reads: What counts of the decoder's output: its last position; or all, as a product over segments.
-        reflections: Householder reflections per nonce, of what was read.
-        normalise: Whether that is scaled to unit length before the head.
-        head: The model's output matrix; its input embedding; one drawn per block hash; or none: then the
-            target is drawn per nonce, in the hidden space.
+        name: Name in the configuration and in batches.
+        weights: Source of the weights: the model's own; or all, or the input embedding, drawn anew per block hash.
+        layer_step: Transform of branch and residual after every decoder layer.
+        reads: The part of the decoder's output that is read: the last position; or all, as a product over segments.
+        reflections: Number of Householder reflections of the readout per nonce.
+        normalise: Whether the readout is scaled to unit length before the head.
+        head: Source of the head: the model's output matrix; the input embedding; drawn per block hash; or none: then
+            the target is drawn per nonce, in the hidden space.
     """
 
     name: str
-    weights: Weights
+    weights: WeightSource
     layer_step: LayerStep
     reads: Reads
     reflections: int
     normalise: bool
-    head: Head
+    head: HeadSource
 
     @property
     def least_seq_len(self) -> int:
-        """How many positions it needs: one, or one per segment."""
+        """Least number of positions that the scheme needs: one, or one per segment."""
         return SEGMENTS if self.reads == "segments" else 1
 
 
-_ROWS: tuple[tuple[str, Weights, LayerStep, Reads, int, bool, Head], ...] = (
+_ROWS: tuple[tuple[str, WeightSource, LayerStep, Reads, int, bool, HeadSource], ...] = (
     # name, weights, after each layer, reads, per nonce, normalise before the head, head
     ("trained", "trained", "reflect", "last position", 8, False, "trained"),
     ("random-weights", "drawn", "none", "last position", 8, False, "trained"),  # its head is drawn with the rest

@@ -19,8 +19,8 @@ def expected_valid_rate(r_target: float, dimension: int) -> float:
     block, where W and t stay, see `head_valid_rate`.
 
     Args:
-        r_target: A distance; 0 and less give 0, 2 and more give 1.
-        dimension: D, at least 2.
+        r_target: Distance below which a nonce is valid; 0 and less give 0, 2 and more give 1.
+        dimension: Dimension D of the outputs, at least 2.
     """
     d = min(max(r_target, 0.0), 2.0)
     half = (dimension - 1) / 2
@@ -50,15 +50,15 @@ def probability_honest(n_invalid: int, n: int, mismatch: float) -> float:
     The one-sided ("greater") binomial test of docs/protocol.md section 5.
 
     Args:
-        n_invalid: How many did not recompute as valid.
-        n: How many were checked; for 0 the answer is 1.
-        mismatch: The probability of it for an honest nonce, in 0 to 1.
+        n_invalid: Number of nonces that did not recompute as valid.
+        n: Number of nonces checked; for 0 the probability is 1.
+        mismatch: Probability that an honest nonce recomputes as invalid, 0 to 1.
 
     Raises:
         ValueError: The counts or the probability are impossible.
     """
     if not 0 <= n_invalid <= n:
-        raise ValueError(f"{n_invalid} invalid nonces of {n} is impossible; give 0 <= n_invalid <= n")
+        raise ValueError(f"n_invalid must be from 0 to n = {n}, got {n_invalid}")
     if not 0 <= mismatch <= 1:
-        raise ValueError(f"mismatch {mismatch} is no probability; give a number from 0 to 1")
+        raise ValueError(f"mismatch must be a probability from 0 to 1, got {mismatch}")
     return float(betainc(n_invalid, n - n_invalid + 1, mismatch)) if n_invalid else 1.0

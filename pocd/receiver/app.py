@@ -21,7 +21,7 @@ from pydantic_core import PydanticCustomError
 
 from pocd.http.server import RefusalError, errors_as_json, json_answer, listening
 from pocd.http.webhooks import ID_HEADER, SignatureError, WebhookKeys, is_message_id
-from pocd.receiver.store import Arrival, Kind, Outcome, Store, StoredBatch, StoreError
+from pocd.receiver.store import Arrival, ArrivalOutcome, BatchKind, ReceiverStoreError, Store, StoredBatch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MAX_BODY_BYTES = 16 * 1024 * 1024
 REJECTIONS = frozenset({400, 401, 408, 413})
 SHUTDOWN_TIMEOUT_S = 10.0
-"""How long requests under way may take to end when the receiver stops."""
+"""Seconds that requests under way have to end when the receiver stops."""
 
 _log = structlog.get_logger(__name__)
 
@@ -40,7 +40,7 @@ _log = structlog.get_logger(__name__)
 # What a body must hold (docs/protocol.md section 5). Unknown fields are ignored.
 
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Count = Annotated[int, Field(ge=0, lt=2**63)]
+NonNegative = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class GeneratedBody(BaseModel):
@@ -52,7 +52,7 @@ class GeneratedBody(BaseModel):
     block_hash: str
     block_height: Int64
     node_id: Int64
-    nonces: Annotated[list[Count], FailFast()]
+    nonces: Annotated[list[NonNegative], FailFast()]
     dist: Annotated[list[float], FailFast()]
     batch_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
@@ -73,7 +73,7 @@ class ValidatedBody(GeneratedBody):
     received_dist: Annotated[list[float | None], FailFast()]
     r_target: float
     fraud_threshold: float
-    n_invalid: Count
+    n_invalid: NonNegative
     probability_honest: Annotated[float, Field(ge=0, le=1)]
     fraud_detected: bool
 
@@ -81,12 +81,12 @@ class ValidatedBody(GeneratedBody):
 class PageQuery(BaseModel):
     """The query of GET /batches."""
 
-    after: Count = 0
+    after: NonNegative = 0
     limit: Annotated[int, Field(ge=1, le=1000)] = 100
-    kind: Kind | None = None
+    kind: BatchKind | None = None
 
 
-_BODIES: dict[Kind, type[GeneratedBody]] = {"generated": GeneratedBody, "validated": ValidatedBody}
+_BODIES: dict[BatchKind, type[GeneratedBody]] = {"generated": GeneratedBody, "validated": ValidatedBody}
 
 
 def application(store: Store, keys: WebhookKeys | None, clock: Callable[[], float] = time.time) -> web.Application:
@@ -95,11 +95,11 @@ def application(store: Store, keys: WebhookKeys | None, clock: Callable[[], floa
     Source: docs/protocol.md sections 5 and 6.
 
     Args:
-        store: Where batches go.
+        store: Store of the batches.
         keys: If given, whatever changes the store (the two POSTs and the DELETE) must be signed.
         clock: Seconds since the Unix epoch.
     """
-    receiver = _Receiver(store, keys, clock)
+    receiver = _Routes(store, keys, clock)
     middlewares = [errors_as_json, _store_failures, receiver.count_rejected]
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
     app.add_routes(
@@ -124,11 +124,11 @@ async def serve(
         host: Address to bind.
         port: TCP port; 0 takes a free one.
         path: The store's SQLite file, made if missing.
-        keys: See `application`.
+        keys: If given, whatever changes the store must be signed.
         on_started: Called with the URL once requests are answered.
 
     Raises:
-        StoreError: The store cannot be opened.
+        ReceiverStoreError: The store cannot be opened.
         OSError: The address cannot be bound.
     """
     store = await Store.open(path)
@@ -141,7 +141,7 @@ async def serve(
         await store.close()
 
 
-class _Receiver:
+class _Routes:
     """The handlers of the routes."""
 
     def __init__(self, store: Store, keys: WebhookKeys | None, clock: Callable[[], float]) -> None:
@@ -173,7 +173,7 @@ class _Receiver:
         return json_answer(asdict(totals) | {"rounds": rounds})
 
     async def batches(self, request: web.Request) -> web.Response:
-        """GET /batches: a page of what was stored, in the order of arrival."""
+        """GET /batches: a page of the stored batches, in the order of arrival."""
         try:
             query = PageQuery.model_validate(dict(request.query))
         except ValidationError as error:
@@ -187,20 +187,20 @@ class _Receiver:
         return json_answer({"status": "cleared", "removed": await self._store.clear()})
 
     async def health(self, _request: web.Request) -> web.Response:
-        """GET /health: 200 while the store answers."""
+        """GET /health: answer 200 while the store answers."""
         await self._store.stats()
         return json_answer({"status": "ok"})
 
-    async def _receive(self, request: web.Request, kind: Kind) -> web.Response:
+    async def _receive(self, request: web.Request, kind: BatchKind) -> web.Response:
         """Keep a batch, once, and answer when it is on disk."""
         arrival = await self._read_arrival(request, kind)
         outcome = await self._store.add(arrival)
-        if outcome is Outcome.CONFLICT:
+        if outcome is ArrivalOutcome.CONFLICT:
             _log.warning("other bytes under a known id", action="batch_conflict", id=arrival.id, kind=kind)
             raise RefusalError(409, "conflict", f"{arrival.id} is known with another body or kind", ID_HEADER)
         return json_answer({"status": outcome.value, "id": arrival.id})
 
-    async def _read_arrival(self, request: web.Request, kind: Kind) -> Arrival:
+    async def _read_arrival(self, request: web.Request, kind: BatchKind) -> Arrival:
         body = await self._read_body(request)
         message_id = request.headers.get(ID_HEADER)
         if message_id is not None and not is_message_id(message_id):
@@ -229,7 +229,7 @@ class _Receiver:
         return body
 
 
-def _parse(kind: Kind, body: bytes) -> GeneratedBody:
+def _parse(kind: BatchKind, body: bytes) -> GeneratedBody:
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -265,6 +265,6 @@ def _item(batch: StoredBatch) -> dict[str, object]:
 async def _store_failures(request: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         return await handler(request)
-    except StoreError as error:
+    except ReceiverStoreError as error:
         _log.error("the store failed", action="store_failed", error=str(error))
         raise RefusalError(503, "store_failed", "the store failed; try again later") from error

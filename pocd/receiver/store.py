@@ -1,4 +1,4 @@
-"""Where the reference receiver keeps what it got: one SQLite file, written by one thread."""
+"""The reference receiver's store: one SQLite file, written by one thread."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-Kind = Literal["generated", "validated"]
+BatchKind = Literal["generated", "validated"]
 
 MAX_WAITING = 64
 """Calls that may wait for the thread; one more is refused, so a slow disk cannot fill the memory."""
 
 CALL_TIMEOUT_S = 30.0
 BUSY_TIMEOUT_S = 5.0
-"""How long to wait for another process that holds the file."""
+"""Seconds to wait for another process that holds the file."""
 
 PAGE_BYTES = 32 * 1024 * 1024
-"""A page of batches ends early when its bodies pass this."""
+"""Bytes of bodies after which a page of batches ends early."""
 
 _NEWEST_ROUNDS = 20
 _APPLICATION_ID = 0x706F6372  # "pocr" in the file's header: this is a receiver's file and no other
@@ -78,16 +78,16 @@ COMMIT;
 """
 
 
-class StoreError(Exception):
+class ReceiverStoreError(Exception):
     """The store cannot be opened, read or written; the message names the file."""
 
 
-class StoreBusyError(StoreError):
-    """The store has too much to do or answers too late; what was asked may still happen: ask again."""
+class ReceiverStoreBusyError(ReceiverStoreError):
+    """The store is overloaded or too slow; the operation may still be done: try again."""
 
 
-class Outcome(Enum):
-    """What became of a batch."""
+class ArrivalOutcome(Enum):
+    """Outcome of a batch's arrival."""
 
     STORED = "stored"
     DUPLICATE = "duplicate"
@@ -99,15 +99,15 @@ class Arrival:
     """A well-formed batch, as it arrived.
 
     Attributes:
-        id: Its name; a repeat has the same name and the same body.
-        kind: Which route it came by.
-        received_at: When, in UTC, ISO 8601.
-        body: The exact bytes, a JSON object.
-        block_hash: The round's, as in the body; likewise the fields below.
+        id: The batch's webhook-id; a repeat has the same id and the same body.
+        kind: Kind of the batch, by the route it came by.
+        received_at: Time of arrival in UTC, ISO 8601.
+        body: Exact bytes of the body, a JSON object.
+        block_hash: Block hash of the round, like the fields below as in the body.
     """
 
     id: str
-    kind: Kind
+    kind: BatchKind
     received_at: str
     body: bytes
     block_hash: str
@@ -118,18 +118,18 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class StoredBatch:
-    """A batch from the store; `attempts` says how often it arrived, the first time included."""
+    """A batch from the store; `attempts` is how often it arrived, the first time included."""
 
     seq: int
     id: str
-    kind: Kind
+    kind: BatchKind
     received_at: str
     attempts: int
     body: bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Totals:
+class ReceiverTotals:
     """Counts since the last clear.
 
     `batches`, `nonces` and `distinct_nonces` are of generated batches; a nonce is distinct within its
@@ -147,7 +147,7 @@ class Totals:
 
 @dataclass(frozen=True, slots=True)
 class RoundStats:
-    """What came for one (block_hash, public_key); the height is the first batch's, times are UTC ISO 8601."""
+    """Counts of one (block_hash, public_key); the height is the first batch's, times are UTC ISO 8601."""
 
     block_hash: str
     block_height: int
@@ -177,7 +177,7 @@ class Store:
         """Open the file at `path`, made if missing; close the store when done.
 
         Raises:
-            StoreError: It cannot be opened or made, or holds something else.
+            ReceiverStoreError: The file cannot be opened or made, or is not a receiver's store.
         """
         store = cls(path)
         store._database = await store._run(_Database, path)
@@ -187,67 +187,67 @@ class Store:
         """Close the file, after the calls that wait; the store is of no use afterwards.
 
         Raises:
-            StoreError: SQLite reports an error; what was answered before is on disk nevertheless.
+            ReceiverStoreError: SQLite reports an error; what was answered before is on disk nevertheless.
         """
         try:
             await self._run(self._database.close)
         finally:
             self._thread.shutdown(wait=False)
 
-    async def add(self, arrival: Arrival) -> Outcome:
+    async def add(self, arrival: Arrival) -> ArrivalOutcome:
         """Commit a batch to disk, or recognise it: the same id is a repeat if its bytes are the same.
 
         Raises:
-            StoreError: It may not be on disk; the sender has to try again.
+            ReceiverStoreError: The batch may not be on disk; the sender has to try again.
         """
         return await self._run(self._database.add, arrival)
 
     async def count_rejected(self) -> None:
-        """Count a batch that was refused before it came here.
+        """Count a batch that was refused before it reached the store.
 
         Raises:
-            StoreError: It was not counted.
+            ReceiverStoreError: The batch was not counted.
         """
         await self._run(self._database.count_rejected)
 
-    async def stats(self) -> tuple[Totals, list[RoundStats]]:
-        """Return the counts, and the 20 rounds that a generated batch came for last, the newest first.
+    async def stats(self) -> tuple[ReceiverTotals, list[RoundStats]]:
+        """Return the counts, and the 20 rounds with the latest generated batches, the newest first.
 
         Raises:
-            StoreError: They cannot be read.
+            ReceiverStoreError: The counts cannot be read.
         """
         return await self._run(self._database.stats)
 
-    async def page(self, after: int, limit: int, kind: Kind | None) -> tuple[list[StoredBatch], int | None]:
+    async def page(self, after: int, limit: int, kind: BatchKind | None) -> tuple[list[StoredBatch], int | None]:
         """Return up to `limit` batches with a seq above `after`, ascending, and the `after` of the next page.
 
         A page ends early, but not before its first batch, where its bodies pass `PAGE_BYTES` bytes. The
         next page is None when this one is the last.
 
         Raises:
-            StoreError: They cannot be read.
+            ReceiverStoreError: The batches cannot be read.
         """
         return await self._run(self._database.page, after, limit, kind)
 
-    async def clear(self) -> Totals:
+    async def clear(self) -> ReceiverTotals:
         """Forget all batches and counts, and return what the counts were.
 
         Raises:
-            StoreError: Nothing was forgotten, or all of it but the answer came too late.
+            ReceiverStoreError: Nothing was forgotten, or all of it but the answer came too late.
         """
         return await self._run(self._database.clear)
 
     async def _run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         if self._waiting >= MAX_WAITING:
-            raise StoreBusyError(f"{self._path}: {MAX_WAITING} calls are waiting already")
+            raise ReceiverStoreBusyError(f"{self._path}: {MAX_WAITING} calls are waiting already")
         self._waiting += 1
         try:
             async with asyncio.timeout(CALL_TIMEOUT_S):
                 return await asyncio.wrap_future(self._thread.submit(work, *args, **kwargs))
         except TimeoutError:
-            raise StoreBusyError(f"{self._path}: no answer within {CALL_TIMEOUT_S:g} s") from None
+            raise ReceiverStoreBusyError(f"{self._path}: no answer within {CALL_TIMEOUT_S:g} s") from None
         except sqlite3.Error as error:
-            raise StoreError(f"{self._path}: {error}") from error
+            raise ReceiverStoreError(f"{self._path}: {error}") from error
         finally:
             self._waiting -= 1
 
@@ -269,7 +269,7 @@ class _Database:
         if application_id == 0 and tables == 0:
             self._db.executescript(_SCHEMA)
         elif application_id != _APPLICATION_ID:
-            raise StoreError(f"{path}: is a database, but not a receiver's")
+            raise ReceiverStoreError(f"{path}: is a database, but not a receiver's")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
 
@@ -288,19 +288,19 @@ class _Database:
                 self._db.execute("ROLLBACK")
             raise
 
-    def add(self, arrival: Arrival) -> Outcome:
+    def add(self, arrival: Arrival) -> ArrivalOutcome:
         with self._transaction():
             known = self._db.execute("SELECT seq, kind, body FROM batches WHERE id = ?", (arrival.id,)).fetchone()
             if known is None:
                 self._insert(arrival)
-                return Outcome.STORED
+                return ArrivalOutcome.STORED
             seq, kind, body = known
             if (kind, body) != (arrival.kind, arrival.body):
                 self._db.execute("UPDATE totals SET conflicts = conflicts + 1")
-                return Outcome.CONFLICT
+                return ArrivalOutcome.CONFLICT
             self._db.execute("UPDATE batches SET attempts = attempts + 1 WHERE seq = ?", (seq,))
             self._db.execute("UPDATE totals SET duplicates = duplicates + 1")
-            return Outcome.DUPLICATE
+            return ArrivalOutcome.DUPLICATE
 
     def _insert(self, arrival: Arrival) -> None:
         (seq,) = self._db.execute(
@@ -338,7 +338,7 @@ class _Database:
     def count_rejected(self) -> None:
         self._db.execute("UPDATE totals SET rejected = rejected + 1")
 
-    def stats(self) -> tuple[Totals, list[RoundStats]]:
+    def stats(self) -> tuple[ReceiverTotals, list[RoundStats]]:
         rounds = self._db.execute(
             "SELECT block_hash, block_height, public_key, nonces, batches, first_at, last_at"
             " FROM rounds ORDER BY last_seq DESC LIMIT ?",
@@ -346,13 +346,13 @@ class _Database:
         )
         return self._totals(), [RoundStats(*row) for row in rounds]
 
-    def _totals(self) -> Totals:
+    def _totals(self) -> ReceiverTotals:
         row = self._db.execute(
             "SELECT batches, nonces, distinct_nonces, duplicates, conflicts, rejected, validated_batches FROM totals"
         ).fetchone()
-        return Totals(*row)
+        return ReceiverTotals(*row)
 
-    def page(self, after: int, limit: int, kind: Kind | None) -> tuple[list[StoredBatch], int | None]:
+    def page(self, after: int, limit: int, kind: BatchKind | None) -> tuple[list[StoredBatch], int | None]:
         # One row more than asked tells whether there is a next page.
         if kind is None:
             rows = self._db.execute(
@@ -375,7 +375,7 @@ class _Database:
             page.append(batch)
         return page, None
 
-    def clear(self) -> Totals:
+    def clear(self) -> ReceiverTotals:
         with self._transaction():
             totals = self._totals()
             self._db.execute("DELETE FROM batches")

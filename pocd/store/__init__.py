@@ -1,1 +1,1 @@
-"""All SQL of the daemon: its one file, opened, written by one thread, and kept small."""
+"""All SQL of the daemon: its one SQLite file, written by one thread and kept small."""

@@ -28,11 +28,11 @@ _DELETE = f"DELETE FROM proofs {_OF_GROUP} AND number <= ?"  # noqa: S608 - like
 
 @dataclass(frozen=True, slots=True)
 class Formed:
-    """What one call of `form_batches` did.
+    """Result of one call of `form_batches`.
 
     Attributes:
-        batches: Those that were formed: ProofBatches.
-        due: When to call again, in seconds since the epoch; None with no proof left that can go into a batch.
+        batches: The batches that were formed.
+        due: Time of the next call in seconds since the epoch; None when no proof is left that can go into a batch.
     """
 
     batches: tuple[ProofBatch, ...]
@@ -53,8 +53,8 @@ def form_batches(
 
     A batch is formed of `size` proofs of one round and one set of weights, or of fewer when the
     oldest is `age` seconds old or the round is not `current`. Without a receiver the proofs wait
-    for one. One call forms a bounded number of batches; the rest is due at once. What a round
-    found whose block was replaced is withdrawn at once, where `withdraw` says so.
+    for one. One call forms a bounded number of batches; the rest is due at once. Proofs of a round
+    whose block was replaced are withdrawn at once, if `withdraw` is true.
     """
     most = max(1, min(MOST_BATCHES, MOST_NONCES // size))
     formed: list[ProofBatch] = []
@@ -98,7 +98,7 @@ def _form_batch(
     now: float,
     withdrawn: str | None,
 ) -> ProofBatch:
-    """Move the oldest proofs that belong into `empty` there, and queue it. Part of a transaction."""
+    """Move the oldest proofs of the group of `empty` into a batch, and queue it. Part of a transaction."""
     group = (number, empty.node_id, empty.model_fingerprint, empty.dtype)
     rows = outbox.db.execute(_OLDEST, (*group, size)).fetchall()
     batch = replace(empty, proofs=tuple(Proof(nonce, distance) for _, nonce, distance in rows))
@@ -116,7 +116,7 @@ def queue_batch(
     now: float,
     withdrawn: str | None = None,
 ) -> None:
-    """Put a batch at the ends of the queues of `receivers`, or beside them. Part of a transaction."""
+    """Store a batch and queue it for `receivers`; withdrawn where a reason is given. Part of a transaction."""
     row = outbox.db.execute(
         "INSERT INTO batches (id, kind, round, nonces, created_at, state, changed_at, body)"
         " VALUES (?, ?, ?, ?, ?, 'pending', ?, ?)",
@@ -129,7 +129,7 @@ def queue_batch(
 def queue_for(
     outbox: Outbox, batch: int, receivers: Sequence[str], *, now: float, withdrawn: str | None = None
 ) -> None:
-    """Put a stored batch, by its number, at the ends of further queues, or beside them. Part of a transaction."""
+    """Queue a stored batch, by its number, for further receivers. Part of a transaction."""
     for name in receivers:
         outbox.db.execute(
             "INSERT INTO deliveries VALUES (?, ?, ?, ?, ?, 0, 0, ?)",
@@ -138,5 +138,5 @@ def queue_for(
 
 
 def register_receivers(outbox: Outbox, names: Sequence[str]) -> None:
-    """Know these receivers from now on. Part of a transaction."""
+    """Add receivers to the store, unless they are known. Part of a transaction."""
     outbox.db.executemany("INSERT OR IGNORE INTO receivers (name) VALUES (?)", [(name,) for name in names])

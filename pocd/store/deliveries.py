@@ -1,4 +1,4 @@
-"""One receiver's queue in the outbox: which batch is next, and what came of an attempt to deliver it.
+"""One receiver's queue in the outbox: the next batch, and the outcome of an attempt to deliver it.
 
 Functions over the open `Outbox`, called in its thread; each that writes is one transaction.
 """
@@ -21,14 +21,14 @@ class PendingDelivery:
     """A batch that a receiver has not accepted yet.
 
     Attributes:
-        batch: Its number in the store.
-        sequence: Its place in this receiver's queue.
-        id: Its webhook-id, the same on every attempt, like `body`.
+        batch: Number of the batch in the store.
+        sequence: Position of the batch in the receiver's queue.
+        id: The batch's webhook-id, equal on every attempt, like `body`.
         kind: "generated" or "validated".
-        body: The exact bytes.
-        queued_at: Seconds since the epoch.
-        attempts: How often it was sent.
-        faults: How many of these it may have been at fault for itself, in a row.
+        body: Exact bytes of the batch.
+        queued_at: Time when the batch was queued, in seconds since the epoch.
+        attempts: Number of attempts to send the batch.
+        faults: Failed attempts in a row for which the batch itself may be at fault.
     """
 
     batch: int
@@ -42,7 +42,7 @@ class PendingDelivery:
 
 
 def next_pending(outbox: Outbox, receiver: str, after: int = 0) -> PendingDelivery | None:
-    """Return the first batch of `receiver`'s queue, or the first one behind the sequence number `after`."""
+    """Return the first pending batch of `receiver`'s queue after the sequence number `after`."""
     row = outbox.db.execute(
         "SELECT number, sequence, id, kind, body, deliveries.changed_at, attempts, faults"
         " FROM deliveries JOIN batches ON number = batch"
@@ -53,7 +53,7 @@ def next_pending(outbox: Outbox, receiver: str, after: int = 0) -> PendingDelive
 
 
 def is_overtaken(outbox: Outbox, receiver: str, sequence: int) -> bool:
-    """Tell whether `receiver` has accepted a batch that stands behind `sequence` in its queue."""
+    """Tell whether `receiver` has accepted a batch after `sequence` in its queue."""
     row = outbox.db.execute(
         "SELECT 1 FROM deliveries WHERE receiver = ? AND state = 'delivered' AND sequence > ? LIMIT 1",
         (receiver, sequence),
@@ -62,7 +62,7 @@ def is_overtaken(outbox: Outbox, receiver: str, sequence: int) -> bool:
 
 
 def record_delivered(outbox: Outbox, receiver: str, batch: int, now: float) -> None:
-    """Mark a batch as accepted by `receiver`, whatever was done with it meanwhile."""
+    """Mark a batch as accepted by `receiver`, whatever its state has become meanwhile."""
     with outbox.transaction():
         outbox.db.execute(
             "UPDATE deliveries SET state = 'delivered', changed_at = ?, attempts = attempts + 1, reason = NULL"
@@ -73,7 +73,7 @@ def record_delivered(outbox: Outbox, receiver: str, batch: int, now: float) -> N
 
 
 def record_failed(outbox: Outbox, receiver: str, batch: int, reason: str, *, fault: bool, next_at: float) -> None:
-    """Remember a failed attempt, and when to ask `receiver` again; `fault`: the batch may be what it failed at."""
+    """Record a failed attempt, and when to try `receiver` again; `fault`: the batch itself may be at fault."""
     with outbox.transaction():
         outbox.db.execute(
             # What was set aside meanwhile keeps the reason for that.
@@ -88,7 +88,7 @@ def record_failed(outbox: Outbox, receiver: str, batch: int, reason: str, *, fau
 
 
 def record_set_aside(outbox: Outbox, receiver: str, batch: int, reason: str, now: float) -> None:
-    """Make a batch a dead letter of `receiver`, which itself is well."""
+    """Make a batch a dead letter of `receiver`, and count the receiver as well again."""
     with outbox.transaction():
         outbox.db.execute(
             "UPDATE deliveries SET state = 'dead', changed_at = ?, attempts = attempts + 1, reason = ?"
@@ -99,7 +99,7 @@ def record_set_aside(outbox: Outbox, receiver: str, batch: int, reason: str, now
 
 
 def record_parked(outbox: Outbox, receiver: str, batch: int, reason: str, url: str, now: float) -> None:
-    """Remember that `receiver`, at the masked `url`, wants nothing any more. Its queue is kept."""
+    """Record that `receiver`, at the masked `url`, asked for no more batches. Its queue is kept."""
     with outbox.transaction():
         outbox.db.execute(
             "UPDATE deliveries SET attempts = attempts + 1, reason = iif(state = 'pending', ?, reason)"
@@ -113,13 +113,13 @@ def record_parked(outbox: Outbox, receiver: str, batch: int, reason: str, url: s
 
 
 def ask_again(outbox: Outbox, receiver: str) -> None:
-    """Forget that `receiver` is parked or has failed: it is asked at once."""
+    """Forget that `receiver` is parked or has failed, so that it is tried at once."""
     with outbox.transaction():
         _answers_again(outbox, receiver)
 
 
 def forget_faults(outbox: Outbox, receiver: str, batches: Sequence[int]) -> None:
-    """Forget the faults of batches: `receiver` fails at more than one, so it is not they."""
+    """Reset the faults of batches: `receiver` fails at several, so none of them is the cause."""
     with outbox.transaction():
         outbox.db.executemany(
             "UPDATE deliveries SET faults = 0 WHERE receiver = ? AND batch = ?",
@@ -128,10 +128,10 @@ def forget_faults(outbox: Outbox, receiver: str, batches: Sequence[int]) -> None
 
 
 def expire(outbox: Outbox, receiver: str, *, queued_before: float, now: float) -> int:
-    """Mark what `receiver` has not accepted and was queued before a time as expired, oldest first.
+    """Mark batches as expired that `receiver` has not accepted and that were queued before a time, oldest first.
 
     Returns:
-        How many batches, at most `CHUNK`; call again until there is none.
+        Number of batches that expired, at most `CHUNK`; call again until there is none.
     """
     oldest = outbox.db.execute(
         "SELECT batch, changed_at FROM deliveries WHERE receiver = ? AND state = 'pending' ORDER BY sequence LIMIT ?",

@@ -1,4 +1,4 @@
-"""What SQLite's errors mean for the daemon and its operator."""
+"""The meaning of SQLite's errors for the daemon and its operator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class StoreUnavailableError(Exception):
 
 
 def unusable(path: Path, error: sqlite3.Error) -> StoreError:
-    """Say of the store at `path`, which was to be opened, what SQLite's `error` means for the operator."""
+    """Return the error for the operator when SQLite's `error` keeps the store at `path` from being opened."""
     if isdamaged(error):
         return StoreError(damaged(path, str(error)))
     text = str(error)
@@ -37,7 +37,7 @@ def isdamaged(error: sqlite3.Error) -> bool:
 
 
 def failure_of(path: Path, error: sqlite3.Error) -> Exception:
-    """Return what SQLite's `error`, in the store at `path` while it is in use, means for the daemon.
+    """Return the exception for SQLite's `error` in the store at `path` while it is in use.
 
     A `StoreError` for a damaged file, a `StoreUnavailableError` for what may pass, and the error itself where the
     fault is ours.
@@ -52,7 +52,7 @@ def failure_of(path: Path, error: sqlite3.Error) -> Exception:
 
 
 def damaged(path: Path, finding: str) -> str:
-    """Return what an operator has to know and do about a damaged store at `path`."""
+    """Return the text for the operator about a damaged store at `path`, with the remedy."""
     return (
         f"store {path} is damaged: {finding}; the file was kept as it is. Move it and its -wal file away, save what "
         f"can be saved with `sqlite3 {path.name} .recover`, and start again with a new store"

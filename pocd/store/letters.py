@@ -1,4 +1,4 @@
-"""What an operator sees of the outbox, batch by batch, and does about it: list, show, send again, give up.
+"""An operator's view of the outbox, delivery by delivery: list, show, send again, give up.
 
 Functions over the open `Outbox`, called in its thread; each that writes is one transaction.
 """
@@ -22,14 +22,14 @@ Purgeable = Literal["pending", "dead", "expired", "withdrawn"]
 
 @dataclass(frozen=True, slots=True)
 class Letter:
-    """One batch for one receiver. Times in seconds since the epoch.
+    """Delivery of one batch to one receiver. Times in seconds since the epoch.
 
     Attributes:
         id: The batch's webhook-id.
-        state: What became of it for this receiver; a purged one is shown while another receiver is to have the batch.
-        reason: Why it failed last, or why it was set aside.
+        state: State of the delivery; a purged one is shown as long as another receiver is to have the batch.
+        reason: Why the last attempt failed, or why the batch is no longer sent.
         created_at: When the batch was formed.
-        changed_at: When it entered its state; for a pending one, when it was queued.
+        changed_at: When the delivery entered its state; for a pending one, when it was queued.
     """
 
     receiver: str
@@ -46,7 +46,7 @@ class Letter:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which deliveries are meant: all that match every given field."""
+    """Selection of deliveries: all that match every given field."""
 
     states: tuple[State, ...]
     receiver: str | None = None
@@ -72,7 +72,7 @@ _LETTER = (
 
 
 def listed(outbox: Outbox, selection: Selection, *, after: tuple[str, int], limit: int) -> list[Letter]:
-    """Return up to `limit` letters in the order of (receiver, sequence), behind the pair `after`."""
+    """Return up to `limit` deliveries in the order of (receiver, sequence), after the pair `after`."""
     condition, parameters = selection.sql()
     rows = outbox.db.execute(
         f"{_LETTER} WHERE {condition} AND (receiver, sequence) > (?, ?) ORDER BY receiver, sequence LIMIT ?",
@@ -82,7 +82,7 @@ def listed(outbox: Outbox, selection: Selection, *, after: tuple[str, int], limi
 
 
 def shown(outbox: Outbox, batch_id: str) -> tuple[list[Letter], bytes] | None:
-    """Return a batch's letters, one for each receiver, and its bytes; None where there is no such batch."""
+    """Return a batch's deliveries, one for each receiver, and its bytes; None where there is no such batch."""
     row = outbox.db.execute("SELECT body FROM batches WHERE id = ?", (batch_id,)).fetchone()
     if row is None:
         return None
@@ -90,10 +90,10 @@ def shown(outbox: Outbox, batch_id: str) -> tuple[list[Letter], bytes] | None:
 
 
 def send_again(outbox: Outbox, selection: Selection, now: float) -> list[tuple[str, int]]:
-    """Put what was set aside back at the ends of the queues, oldest first.
+    """Put deliveries that are no longer sent back at the ends of their queues, oldest first.
 
     Returns:
-        What was queued, as (receiver, batch), at most `CHUNK`; with that many, call again.
+        The deliveries queued again, as (receiver, batch), at most `CHUNK`; with that many, call again.
     """
     assert "pending" not in selection.states
     chosen = _chosen(outbox, selection)
@@ -107,7 +107,7 @@ def purge(outbox: Outbox, selection: Selection, now: float) -> list[tuple[str, i
     """Give deliveries up for good; a batch that no receiver will get any more is deleted.
 
     Returns:
-        What was given up, as (receiver, batch), at most `CHUNK`; with that many, call again.
+        The deliveries given up, as (receiver, batch), at most `CHUNK`; with that many, call again.
     """
     assert "delivered" not in selection.states
     chosen = _chosen(outbox, selection)

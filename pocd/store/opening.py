@@ -1,4 +1,4 @@
-"""The store's file: opened, checked, made or brought up to date."""
+"""The store's file: opening, checking, making and migrating it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def open_store(path: Path) -> sqlite3.Connection:
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> int:
-    """Refuse what is not ours, newer or damaged, changing nothing; return the version, 0 where it is yet to be made."""
+    """Refuse a foreign, newer or damaged file, changing nothing; return its version, 0 for an empty file."""
     connection.execute("BEGIN IMMEDIATE")  # takes the lock that a second daemon will miss
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (application,) = connection.execute("PRAGMA application_id").fetchone()

@@ -1,8 +1,8 @@
-"""The outbox: proofs, batches and what became of them, in one SQLite file that survives anything but its disk.
+"""The outbox: proofs, batches and their deliveries, in one SQLite file that survives anything but its disk.
 
-Everything here is synchronous and runs in one thread, see `outbox_thread.py`. Each public method that
-writes is one transaction, fsynced before it returns (WAL, synchronous FULL). What is done to single
-deliveries is in `deliveries.py`; what keeps the file small in `upkeep.py`.
+Everything here is synchronous and runs in one thread, see `thread.py`. Each public method that
+writes is one transaction, fsynced before it returns (WAL, synchronous FULL). Single deliveries are in
+`deliveries.py`; pruning, which keeps the file small, is in `upkeep.py`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SET_META = "INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = ex
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """The funnel since the store was made, in nonces: each number is on disk.
+    """The funnel since the store was made: numbers of nonces, each on disk.
 
     Every stored nonce is in one of the later stages or still on its way to a receiver. `delivered` means accepted by
     every receiver; `dead`, `expired` and `withdrawn` that one will not get it unless it is sent again; `purged` that
@@ -51,7 +51,7 @@ class Work:
 
     Attributes:
         by_chain: A block of the chain began it; else the admin API asked for it.
-        callback: Name of the receiver that wants its batches beside the configured ones.
+        callback: Name of the receiver of the round's batches beside the configured ones.
     """
 
     round: Round
@@ -62,7 +62,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """What nonces were checked with: the fingerprint of the model's weights, and the precision."""
+    """The weights that nonces were checked with: the fingerprint of the model, and the precision."""
 
     fingerprint: str
     dtype: str
@@ -70,7 +70,7 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class RoundProgress:
-    """What one node has done of one round."""
+    """Progress of one node in one round: the positions done, and the nonces checked and valid."""
 
     progress: Progress
     checked: int
@@ -79,7 +79,7 @@ class RoundProgress:
 
 @dataclass(frozen=True, slots=True)
 class Queue:
-    """How one receiver's batches stand, and the nonces in them. Delivered and purged ones are counted for ever."""
+    """Numbers of one receiver's batches and their nonces, by state. Delivered and purged ones are counted for ever."""
 
     pending_batches: int = 0
     pending_nonces: int = 0
@@ -97,15 +97,15 @@ class Queue:
 
 @dataclass(frozen=True, slots=True)
 class ReceiverState:
-    """How a receiver answers. Times in seconds since the epoch.
+    """Health of a receiver. Times in seconds since the epoch.
 
     Attributes:
-        failures: How often it has failed in a row.
-        next_at: When it is asked again.
-        error: What the last attempt failed with; None when it went well.
-        parked_at: Since when it wants nothing any more (HTTP 410); None when it does.
-        parked_url: The masked URL that said so.
-        url: Where it is, if it came with a callback URL.
+        failures: Number of failed attempts in a row.
+        next_at: Time of the next attempt.
+        error: Error of the last attempt; None when it succeeded.
+        parked_at: Time when the receiver asked for no more batches (HTTP 410); None if it did not.
+        parked_url: The masked URL that answered so.
+        url: The receiver's URL, if it came with a callback URL through the API.
     """
 
     failures: int = 0
@@ -118,7 +118,7 @@ class ReceiverState:
 
 @dataclass(frozen=True, slots=True)
 class KnownChain:
-    """The chain that this store belongs to, and the greatest height that it was seen at."""
+    """The chain that the store belongs to, and the greatest height seen on it."""
 
     chain_id: str
     height: int
@@ -129,10 +129,10 @@ class Outbox:
 
     Attributes:
         db: The connection, for the modules of this room.
-        totals: The funnel.
-        queues: How each receiver's queue stands, by name; also of receivers that are no longer configured.
-        receivers: How each of them answers, by name.
-        control: What the admin API last said of mining (see `pocd.mining.control`); None while the chain decides.
+        totals: The funnel's counts.
+        queues: Counts of each receiver's queue, by name; also of receivers that are no longer configured.
+        receivers: Health of each receiver, by name.
+        control: The admin API's last decision on mining (see `pocd.mining.control`); None while the chain decides.
         chain: The chain that the store belongs to, once one was seen.
     """
 
@@ -147,7 +147,7 @@ class Outbox:
         """Open the store at `path`, making it where it is missing.
 
         Raises:
-            StoreError: It cannot be used, see `open_store`.
+            StoreError: The store cannot be used, see `open_store`.
         """
         connection = open_store(path)
         try:
@@ -205,10 +205,10 @@ class Outbox:
         return None if chain_id is None or height is None else KnownChain(chain_id, int(height))
 
     def set_control(self, control: str | None, work: Work | None, now: float) -> RoundProgress | None:
-        """Remember what the admin API said of mining, also across restarts, and begin the round that follows from it.
+        """Store the admin API's decision on mining, and begin the round that follows from it.
 
         Returns:
-            What was done of the round before; None where `work` is None.
+            Earlier progress in that round; None where `work` is None.
         """
         with self.transaction():
             if control is None:
@@ -220,7 +220,7 @@ class Outbox:
         return progress
 
     def remember_head(self, chain_id: str, height: int) -> None:
-        """Remember which chain this is, and the greatest height that it was seen at."""
+        """Store the chain's id, and the greatest height seen on it."""
         assert self.chain is None or (chain_id == self.chain.chain_id and height >= self.chain.height)
         with self.transaction():
             self.db.executemany(_SET_META, [("chain_id", chain_id), ("chain_height", str(height))])
@@ -229,9 +229,9 @@ class Outbox:
     # Rounds
 
     def begin_round(self, work: Work, now: float) -> RoundProgress:
-        """Register a round, or find it again, and return what this node has done of it.
+        """Register a round, or find it again, and return this node's progress in it.
 
-        A round whose block was replaced, and is the chain's again, is whole again: what was withdrawn goes out.
+        If the round's block was replaced and is on the chain again, its withdrawn batches are queued again.
         """
         with self.transaction():
             return self._begin(work, now)
@@ -271,8 +271,8 @@ class Outbox:
 
         Args:
             round_: A round that was begun.
-            reason: What is shown beside what it found.
-            withdraw: Whether what it found and no receiver has yet is not to be sent.
+            reason: Reason shown with the round's withdrawn batches.
+            withdraw: Whether to withdraw the round's batches that are still pending.
             now: Seconds since the epoch.
         """
         with self.transaction():
@@ -301,7 +301,7 @@ class Outbox:
     def commit_span(
         self, round_: Round, node: Node, span: Span, proofs: Sequence[Proof], weights: Weights, now: float
     ) -> None:
-        """Store that `span` was checked with `weights`, and what was found in it, in one transaction."""
+        """Store that `span` was checked with `weights`, and the proofs found in it, in one transaction."""
         with self.transaction():
             number = self._round_number(round_)
             progress = self._round_progress(number, node).progress.add(span)
@@ -331,7 +331,7 @@ class Outbox:
     # Queues
 
     def next_sequence(self, receiver: str) -> int:
-        """Give the next place in a receiver's queue. Part of a transaction."""
+        """Return the next sequence number of a receiver's queue. Part of a transaction."""
         (sequence,) = self.db.execute(
             "UPDATE receivers SET sequence = sequence + 1 WHERE name = ? RETURNING sequence", (receiver,)
         ).fetchone()

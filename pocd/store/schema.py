@@ -1,6 +1,6 @@
-"""The tables of the store: what this version makes, and what brings an earlier version's up to date.
+"""The tables of the store: the schema of this version, and the migrations from earlier ones.
 
-What became of a batch is told twice: per receiver in `deliveries`, and over all receivers in `batches`. The second
+The state of a batch is kept twice: per receiver in `deliveries`, and over all receivers in `batches`. The second
 follows from the first, and the counts in `queues` and `stages` follow from both, by the triggers and by nothing else.
 """
 

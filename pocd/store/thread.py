@@ -52,7 +52,7 @@ class OutboxThread:
     async def persistently(
         self, method: Callable[Concatenate[Outbox, P], T], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """Run it again every second for as long as the store is unavailable: what has happened has to be recorded."""
+        """Run `method`, and again every second while the store is unavailable: what has happened has to be recorded."""
         while True:
             try:
                 return await self(method, *args, **kwargs)

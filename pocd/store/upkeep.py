@@ -1,4 +1,4 @@
-"""What keeps the store small and its times sane.
+"""Upkeep of the store: pruning, and correcting times after the clock was set back.
 
 Functions over the open `Outbox`, called in its thread; each that writes is one transaction.
 """
@@ -20,10 +20,10 @@ PROBE_BYTES = 2**20
 
 
 def prune_delivered(outbox: Outbox, before: float) -> int:
-    """Delete what every receiver accepted, or was purged from, and last changed before a time, oldest first.
+    """Delete batches that no receiver waits for (accepted or purged) and that last changed before a time, oldest first.
 
     Returns:
-        How many batches, at most `PRUNED_BATCHES`; call again until there is none.
+        Number of batches deleted, at most `PRUNED_BATCHES`; call again until there is none.
     """
     old = outbox.db.execute(
         "SELECT number FROM batches WHERE state IN ('delivered', 'purged') AND changed_at < ?"
@@ -40,7 +40,7 @@ def prune_rounds(outbox: Outbox) -> int:
     """Delete the progress of rounds long past, of which the store holds neither proofs nor batches.
 
     Returns:
-        How many rounds, at most `CHUNK`; call again until there is none.
+        Number of rounds deleted, at most `CHUNK`; call again until there is none.
     """
     old = outbox.db.execute(
         "SELECT number FROM rounds WHERE number <= (SELECT max(number) FROM rounds) - ?"

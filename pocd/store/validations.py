@@ -1,4 +1,4 @@
-"""Batches of others that are to be judged: on disk from when we say that we will, until some time after the verdict.
+"""Validations of other miners' batches: on disk from their acceptance until some time after the verdict.
 
 Functions over the open `Outbox`, called in its thread; each that writes is one transaction.
 """
@@ -24,12 +24,12 @@ State = Literal["pending", "done", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Validation:
-    """What was asked, and what came of it.
+    """A validation and its state.
 
     Attributes:
-        id: Hash of what was asked: to ask the same again is to ask for the same answer.
-        reason: Why there is no answer; of a failed one.
-        answer: The ValidatedBatch's exact bytes; of one that is done.
+        id: Hash of the request: an equal request has the same id and the same answer.
+        reason: Why a failed validation has no answer; None in any other state.
+        answer: Exact bytes of the ValidatedBatch, once the validation is done; None before.
     """
 
     id: str
@@ -42,7 +42,7 @@ def ask(outbox: Outbox, name: str, request: bytes, *, most: int, now: float) -> 
     """Queue a validation, or find it again. One that has failed is tried once more.
 
     Returns:
-        How it stands; None where `most` are waiting already, and nothing was done.
+        The validation; None where `most` are waiting already, and nothing was done.
     """
     found = find(outbox, name)
     if found is not None and found.state != "failed":
@@ -59,25 +59,25 @@ def ask(outbox: Outbox, name: str, request: bytes, *, most: int, now: float) -> 
 
 
 def find(outbox: Outbox, name: str) -> Validation | None:
-    """Return how a validation stands; None where there is none of that name (any more)."""
+    """Return a validation by its id; None where it is unknown or was pruned."""
     row = outbox.db.execute("SELECT id, state, reason, answer FROM validations WHERE id = ?", (name,)).fetchone()
     return Validation(*row) if row else None
 
 
 def pending(outbox: Outbox) -> list[str]:
-    """Return the ids of those that wait, oldest first."""
+    """Return the ids of the pending validations, oldest first."""
     return [name for (name,) in outbox.db.execute("SELECT id FROM validations WHERE state = 'pending' ORDER BY number")]
 
 
 def request_of(outbox: Outbox, name: str) -> bytes:
-    """Return what was asked, in the bytes given to `ask`."""
+    """Return the request of a validation, in the bytes given to `ask`."""
     (request,) = outbox.db.execute("SELECT request FROM validations WHERE id = ?", (name,)).fetchone()
     assert isinstance(request, bytes)
     return request
 
 
 def finish(outbox: Outbox, name: str, batch: ValidatedBatch, receivers: Sequence[str], now: float) -> None:
-    """Store a verdict, and queue it for those of `receivers` that were not to get the very same one before."""
+    """Store a verdict, and queue it for `receivers`, except those that an equal verdict was queued for before."""
     with outbox.transaction():
         outbox.db.execute(
             "UPDATE validations SET state = 'done', changed_at = ?, answer = ? WHERE id = ?",
@@ -93,7 +93,7 @@ def finish(outbox: Outbox, name: str, batch: ValidatedBatch, receivers: Sequence
 
 
 def fail(outbox: Outbox, name: str, reason: str, now: float) -> None:
-    """Give a validation up: its distances cannot be had."""
+    """Mark a validation as failed: its distances cannot be computed."""
     with outbox.transaction():
         outbox.db.execute(
             "UPDATE validations SET state = 'failed', changed_at = ?, reason = ? WHERE id = ?", (now, reason, name)
@@ -101,10 +101,10 @@ def fail(outbox: Outbox, name: str, reason: str, now: float) -> None:
 
 
 def prune(outbox: Outbox, before: float) -> int:
-    """Delete those that were finished before a time, and all finished ones but the newest `KEPT`.
+    """Delete validations that were finished before a time, and all finished ones but the newest `KEPT`.
 
     Returns:
-        How many.
+        Number of validations deleted.
     """
     old = outbox.db.execute(
         "SELECT number FROM validations WHERE state IN ('done', 'failed') AND (changed_at < ? OR number <="

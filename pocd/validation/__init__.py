@@ -1,1 +1,1 @@
-"""Whether a batch of somebody else's is honest: the claim, the verdict, and the queue of those that wait."""
+"""Validation of other miners' batches: the claim, the verdict, and the queue of pending ones."""

@@ -17,11 +17,11 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 class BodyError(Exception):
-    """What came is not what was asked for.
+    """A body that is not the JSON object expected.
 
     Attributes:
-        code: A word for programs: malformed_json or invalid_request.
-        field: The field at fault, if one is.
+        code: Name of the error for programs: malformed_json or invalid_request.
+        field: The field at fault; None where it is no single one.
     """
 
     def __init__(self, code: str, message: str, field: str | None = None) -> None:
@@ -33,7 +33,7 @@ class BodyError(Exception):
 class Claim(Named):
     """A ProofBatch as a miner sends it (docs/protocol.md section 5).
 
-    What it names of its making is held to what this daemon runs; other fields that it does not know are ignored.
+    Fields that name how the batch was made must agree with what this daemon runs; other unknown fields are ignored.
     """
 
     model_config = ConfigDict(
@@ -59,11 +59,12 @@ class Claim(Named):
         list[float | None],
         FailFast(),
         Field(
-            description="One for each nonce. What is no finite number (null, NaN, Infinity) counts against the miner."
+            description="Claimed distance of each nonce. A value that is no finite number (null, NaN, Infinity) counts "
+            "against the miner."
         ),
     ]
     node_id: Index = 0
-    node_count: Annotated[Count | None, Field(description="Among how many nodes the nonces are shared.")] = None
+    node_count: Annotated[Count | None, Field(description="Number of nodes that share the nonces.")] = None
     r_target: Annotated[float | None, Field(gt=0, le=2, allow_inf_nan=False)] = None
     batch_id: Annotated[Name | None, Field(description="Ignored: the verdict has an id of its own.")] = None
 
@@ -81,7 +82,7 @@ def parse_json(model: type[Model], raw: bytes) -> Model:
     """Parse a JSON object; numbers may also be the literals NaN, Infinity and -Infinity, which others write.
 
     Raises:
-        BodyError: It is no JSON, no object, or a field is missing or wrong; the first of these is named.
+        BodyError: The body is not JSON or not an object, or a field is missing or wrong; the first such field is named.
     """
     try:
         return model.model_validate_json(raw)

@@ -1,6 +1,6 @@
-"""What decides a result, as a body may name it; and the refusal of a body that names what this daemon does not run.
+"""Fields of a body that decide a result, and the refusal of a body in which they differ from what this daemon runs.
 
-An init and a batch to validate are both held to it.
+They are the same for an init and for a batch to validate.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ Count = Annotated[int, Field(ge=1, le=2**63 - 1)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 MOST_UNKNOWN = 16  # names that a refusal lists
-BY_NAME = {"model", "model_id", "revision"}  # what tells which weights are meant, by a word
-BY_WEIGHTS = {"model_fingerprint", "fingerprint"}  # and by themselves
+BY_NAME = {"model", "model_id", "revision"}  # fields that name the weights
+BY_WEIGHTS = {"model_fingerprint", "fingerprint"}  # fields that identify the weights by their values
 HINT = (
     ". Names are compared as model.name and model.revision spell them: for a folder of the same weights give the "
-    "folder's name, or instead of names only the model_fingerprint, which GET /api/v1/pow/status tells"
+    "folder's name, or instead of names only the model_fingerprint, which GET /api/v1/pow/status returns"
 )
 
 
 class MismatchError(Exception):
-    """A body names what is not what this daemon computes, so its result would be another one.
+    """A body asks for a computation that this daemon does not do, so the result would be another one.
 
     Attributes:
-        code: A word for programs.
-        field: What differs; of `params` with the prefix "params.".
+        code: Name of the error for programs.
+        field: Field that differs; those of `params` have the prefix "params.".
     """
 
     code = "mismatch"
@@ -41,34 +41,45 @@ class MismatchError(Exception):
 
 
 class Deciding(BaseModel):
-    """Everything that decides a result and has a name. What is null or missing is not named.
+    """All fields that decide a result. A field that is null or missing does not count.
 
-    A body that names what this daemon does not run exactly so is refused.
+    A body with a field that differs from what this daemon runs is refused.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
 
-    model: Annotated[Name | None, Field(description="As `model.name` spells it.")] = None
-    model_id: Annotated[Name | None, Field(description="The same as `model`.")] = None
-    revision: Annotated[Name | None, Field(description="As `model.revision` spells it.")] = None
-    model_fingerprint: Annotated[Name | None, Field(description="Of the model's weights, as status tells it.")] = None
-    fingerprint: Annotated[Name | None, Field(description="The same as `model_fingerprint`.")] = None
-    scheme: Annotated[Name | None, Field(description="How distances are computed: `round.scheme`.")] = None
-    poc_scheme: Annotated[Name | None, Field(description="The same as `scheme`.")] = None
-    dtype: Annotated[Name | None, Field(description="The precision of the computation: `model.dtype`.")] = None
+    model: Annotated[Name | None, Field(description="Name of the model, exactly as in `model.name`.")] = None
+    model_id: Annotated[Name | None, Field(description="Another name of the field `model`.")] = None
+    revision: Annotated[Name | None, Field(description="Revision of the model, exactly as in `model.revision`.")] = None
+    model_fingerprint: Annotated[
+        Name | None, Field(description="Fingerprint of the model's weights, as in the status.")
+    ] = None
+    fingerprint: Annotated[Name | None, Field(description="Another name of the field `model_fingerprint`.")] = None
+    scheme: Annotated[Name | None, Field(description="Name of the scheme: `round.scheme`.")] = None
+    poc_scheme: Annotated[Name | None, Field(description="Another name of the field `scheme`.")] = None
+    dtype: Annotated[Name | None, Field(description="Precision of the computation: `model.dtype`.")] = None
     seq_len: Annotated[
         Count | None,
         Field(description="Sequence length in positions. An init may ask for another one than `round.seq_len`."),
     ] = None
-    poc_stronger_rng: Annotated[bool | None, Field(description="Inputs by 256-bit seeds: false here.")] = None
-    group_id: Annotated[Index | None, Field(description="Which group of the node's nonces: 0 here.")] = None
-    n_groups: Annotated[Count | None, Field(description="Among how many groups they are shared: 1 here.")] = None
-    k_dim: Annotated[Index | None, Field(description="Length of a vector as the result: there is none here.")] = None
-    max_tokens: Annotated[Index | None, Field(description="Tokens to decode: there are none here.")] = None
-    quantization: Annotated[Name | None, Field(description="Of weights, beyond the checkpoint's: none here.")] = None
-    kv_cache_dtype: Annotated[Name | None, Field(description="A precision of the cache: there is no cache here.")] = (
+    poc_stronger_rng: Annotated[
+        bool | None, Field(description="Whether inputs are drawn by 256-bit seeds: must be false.")
+    ] = None
+    group_id: Annotated[Index | None, Field(description="Index of the group of the node's nonces: must be 0.")] = None
+    n_groups: Annotated[Count | None, Field(description="Number of groups of the node's nonces: must be 1.")] = None
+    k_dim: Annotated[Index | None, Field(description="Length of a result vector: not supported, must be absent.")] = (
         None
     )
+    max_tokens: Annotated[
+        Index | None, Field(description="Number of tokens to decode: not supported, must be absent.")
+    ] = None
+    quantization: Annotated[
+        Name | None,
+        Field(description="Quantisation of weights beyond the checkpoint's: not supported, must be absent."),
+    ] = None
+    kv_cache_dtype: Annotated[
+        Name | None, Field(description="Precision of the KV cache: not supported, must be absent.")
+    ] = None
 
 
 class Params(Deciding):
@@ -76,21 +87,22 @@ class Params(Deciding):
 
     model_config = ConfigDict(extra="allow")
 
-    batch_size: Annotated[Count | None, Field(description="Not used: no distance depends on it.")] = None
+    batch_size: Annotated[Count | None, Field(description="Ignored: no distance depends on it.")] = None
 
 
 class Named(Deciding):
-    """What decides a result, at the top of a body and in its `params`, which may not contradict each other."""
+    """Fields that decide a result, at the top of a body and in its `params`, which may not contradict each other."""
 
     params: Annotated[
-        Params | None, Field(description="The same names, as orchestrators group them. Unknown ones are refused.")
+        Params | None,
+        Field(description="Fields that decide a result, grouped as orchestrators send them. Unknown ones are refused."),
     ] = None
 
 
 def running(
     *, model: str, revision: str | None, fingerprint: str | None, scheme: str, dtype: str, seq_len: int
 ) -> dict[str, object]:
-    """Return the one value that each field of `Deciding` may have; None where nothing here has such a thing."""
+    """Return the one value that each field of `Deciding` may have; None where the field must be absent."""
     return {
         "model": model,
         "model_id": model,
@@ -112,7 +124,7 @@ def running(
 
 
 def said(body: Named) -> dict[str, dict[str, object]]:
-    """Return what a body names: by the field's name, then by the place where it is named."""
+    """Return the fields that a body has: values by field name, then by the place where they are given."""
     found: dict[str, dict[str, object]] = {}
     for prefix, part in (("", body), ("params.", body.params)):
         for name in Deciding.model_fields:
@@ -123,16 +135,16 @@ def said(body: Named) -> dict[str, dict[str, object]]:
 
 
 def refuse_mismatch(body: Named, runs: Mapping[str, object], phrase: str, done: str) -> None:
-    """Refuse a body that names what is not what is computed.
+    """Refuse a body in which a field differs from what is computed.
 
     Args:
-        body: What was received.
-        runs: As `running` returns it. A name that was taken out is not compared, but may not be contradicted.
-        phrase: Says that {asked} is not what {runs}.
-        done: Says that nothing was done.
+        body: The body that was received.
+        runs: Allowed values, as `running` returns them; fields left out of it may have any one value.
+        phrase: Text of the difference, with placeholders {asked} and {runs}.
+        done: Text which says that nothing was done.
 
     Raises:
-        MismatchError: Something differs, contradicts itself, or is unknown.
+        MismatchError: A field differs, contradicts itself, or is unknown.
     """
     for name, places in said(body).items():
         first, *_ = places

@@ -35,10 +35,10 @@ MOST_TRIES = 3  # of one part of a batch, each ended by the end of its worker
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked: a batch, what it is held to, and which of its nonces are recomputed.
+    """A request for validation: a batch, the terms to judge it by, and which of its nonces to recompute.
 
     Attributes:
-        callback: The receiver that wants the verdict beside the configured ones.
+        callback: Name of the receiver of the verdict beside the configured ones.
     """
 
     claim: Claim
@@ -48,7 +48,7 @@ class Request:
     callback: str | None
 
     def to_json(self) -> bytes:
-        """Canonical JSON, whose hash is the validation's id."""
+        """Return canonical JSON, whose hash is the validation's id."""
         return canonical_json(self._plain())
 
     def _plain(self) -> dict[str, object]:
@@ -62,19 +62,19 @@ class Request:
 
     @property
     def id(self) -> str:
-        """Hash of everything that the answer follows from."""
+        """Hash of the whole request, from which the answer follows."""
         return content_id(self._plain())
 
     @classmethod
     def from_json(cls, encoded: bytes) -> Request:
-        """Read back what `to_json` wrote."""
+        """Return the request that `to_json` wrote."""
         fields = orjson.loads(encoded)
         claim, terms = Claim.model_validate(fields.pop("claim")), Terms(**fields.pop("terms"))
         return cls(claim, terms, **fields)
 
 
 class QueueFullError(Exception):
-    """As many validations wait as may."""
+    """The queue of validations is full."""
 
 
 class Validator:
@@ -102,11 +102,11 @@ class Validator:
         self._finished = asyncio.Condition()
 
     async def ask(self, request: Request) -> Validation:
-        """Store what is to be validated and return how it stands: what was asked before may be done.
+        """Store a request and return its validation, which may be done if the same was requested before.
 
         Raises:
-            QueueFullError: Too many wait; nothing was stored.
-            StoreUnavailableError: Likewise.
+            QueueFullError: Too many validations wait; nothing was stored.
+            StoreUnavailableError: The store cannot be written now; nothing was stored.
         """
         name = request.id
         found = await self._outbox(validations.ask, name, request.to_json(), most=self._most, now=self._wall())
@@ -118,11 +118,11 @@ class Validator:
         return found
 
     async def find(self, name: str) -> Validation | None:
-        """Return how a validation stands; None where it is not known."""
+        """Return a validation by its id; None where it is unknown."""
         return await self._outbox(validations.find, name)
 
     async def until_finished(self, name: str, limit: float) -> Validation | None:
-        """Wait up to `limit` seconds until a validation is no longer pending; returns how it stands then."""
+        """Wait up to `limit` seconds until a validation is no longer pending, and return it."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limit), self._finished:
                 while (found := await self.find(name)) is not None and found.state == "pending":
@@ -131,7 +131,7 @@ class Validator:
         return await self.find(name)
 
     async def run(self) -> None:
-        """Validate what waits, oldest first, until cancelled."""
+        """Validate pending requests, oldest first, until cancelled."""
         while True:
             self._asked.clear()
             waiting = await self._outbox.persistently(validations.pending)
@@ -172,10 +172,10 @@ class Validator:
             self._finished.notify_all()
 
     async def _recompute(self, request: Request) -> dict[int, float]:
-        """Have the worker compute the distances of a request, a batch at a time.
+        """Let the workers compute the distances of a request, a batch at a time.
 
         Raises:
-            NoResultError: The model gives none, or its worker ended each time, or it is not the one that was asked.
+            NoResultError: The model gives no distance, its worker ended each time, or another model is loaded now.
         """
         round_ = round_of(request.claim, request.terms)
         nonces = sampled(request.claim.nonces, request.sample, request.seed)
@@ -197,8 +197,8 @@ class Validator:
         raise NoResultError(f"the worker ended {MOST_TRIES} times in a row over the same nonces")
 
     def _check_model(self, terms: Terms) -> None:
-        """After a restart with another configuration the answer would not be what was asked for."""
+        """Refuse a request from before a restart that loaded another model: its answer would be another one."""
         info = self._workers.info
         assert info is not None, "a worker that is ready has said what it runs"
         if (info.fingerprint, info.dtype) != (terms.model_fingerprint, terms.dtype):
-            raise NoResultError("the daemon runs another model or dtype than when this was asked; ask again")
+            raise NoResultError("the daemon runs another model or dtype than when this was requested; request it again")

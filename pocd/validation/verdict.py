@@ -1,4 +1,4 @@
-"""Is a batch of claimed proofs honest? Pure and exact; recomputing the distances is for the caller.
+"""Verdict on a batch of claimed proofs: pure and exact; the caller recomputes the distances.
 
 Source: docs/protocol.md section 5, "Verdict".
 """
@@ -22,20 +22,20 @@ SPARSE = 100  # times as far from one nonce to the next as dense ones lie
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a validator holds a batch to.
+    """The terms that a validator judges a batch by.
 
     Attributes:
         r_target: A nonce is valid when its distance (in [0, 2]) is below this.
-        fraud_threshold: It is fraud when the probability of an honest miner is below this.
+        fraud_threshold: A batch is fraud when the probability of an honest miner is below this.
         mismatch: The probability that an honest miner's nonce recomputes as invalid.
         tolerance: How far above `r_target` a recomputed distance still counts as valid.
         scheme: Name of the scheme.
         model: Name of the validator's model.
-        model_fingerprint: Names its weights.
+        model_fingerprint: Fingerprint of that model's weights.
         dtype: The precision that distances are recomputed in.
         seq_len: Sequence length in positions.
-        node_count: Among how many nodes nonces are shared, where the batch does not say.
-        revision: The model's, as configured.
+        node_count: Number of nodes that share the nonces, where the batch does not give it.
+        revision: Revision of the model, as configured.
     """
 
     r_target: float
@@ -52,13 +52,13 @@ class Terms:
 
 
 def check(claim: Claim, terms: Terms) -> None:
-    """Refuse a batch that says itself that it was made otherwise. What it does not say is taken from `terms`.
+    """Refuse a batch that names another scheme, weights, dtype, length or target than `terms`; absent fields agree.
 
-    A miner may not choose the target or the sequence length, so these are held to as well. Weights are
+    A miner may not choose the target or the sequence length, so these must agree as well. Weights are
     compared by their fingerprint where the batch names one, and by the model's name and revision where it does not.
 
     Raises:
-        MismatchError: Something differs.
+        MismatchError: A field of the batch differs.
     """
     runs = running(
         model=terms.model,
@@ -94,9 +94,9 @@ def sampled(nonces: Sequence[int], count: int | None, seed: str | None) -> tuple
     """Return the distinct nonces to recompute, in the order of their first appearance.
 
     Args:
-        nonces: Those of the batch, repeats included.
-        count: How many to draw, at least 1: those with the smallest SHA-256 of `{seed}_sample_{nonce}`. None for all.
-        seed: What they are drawn by; without a count it does not matter.
+        nonces: Nonces of the batch, repeats included.
+        count: Number to draw, at least 1: those with the smallest SHA-256 of `{seed}_sample_{nonce}`. None for all.
+        seed: Seed of the sample; ignored without a count.
     """
     distinct = tuple(dict.fromkeys(nonces))
     if count is None or count >= len(distinct):
@@ -113,10 +113,10 @@ def judge(
 
     Args:
         claim: The batch.
-        terms: What it is held to.
-        distances: Recomputed ones, in [0, 2], of the nonces that `sampled` names at least.
-        sample: As given to `sampled`.
-        seed: Likewise.
+        terms: The terms to judge it by.
+        distances: Recomputed distances, in [0, 2], at least of the nonces that `sampled` returns.
+        sample: Number of nonces drawn, as given to `sampled`; None for all.
+        seed: Seed of the sample, as given to `sampled`; None for all.
     """
     from pocd.protocol.theory import probability_honest  # noqa: PLC0415 - scipy costs 24 MB, and few daemons validate
 
@@ -167,12 +167,12 @@ def judge(
 
 
 def _is_possible(claimed: float | None, terms: Terms) -> bool:
-    """Whether an honest miner can claim this at all: a distance below the target."""
+    """Tell whether an honest miner can claim this distance at all: it is a number from 0 to below r_target."""
     return claimed is not None and 0 <= claimed < terms.r_target
 
 
 def _suspicions(claim: Claim, *, impossible: bool, sparse: bool, shifted: bool) -> tuple[str, ...]:
-    """Return the words for what is odd about the batch, fraud or not."""
+    """Return the names of what is odd about the batch, fraud or not."""
     node_count = claim.node_count
     found = {
         "impossible_claims": impossible,

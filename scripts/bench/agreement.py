@@ -49,7 +49,7 @@ BATCH = 32
 
 
 @dataclass(frozen=True)
-class Row:
+class Comparison:
     """Differences between two ways of computing, over all nonces. Shares are of a miner's valid nonces."""
 
     model: str
@@ -62,8 +62,8 @@ class Row:
     tolerance: float
 
 
-class Distances:
-    """The same nonces' distances, in many ways."""
+class DistanceSampler:
+    """Computes the distances of the same nonces in different ways."""
 
     def __init__(self, count: int, seq_len: int, scheme: Scheme) -> None:
         self.nonces = list(range(count))
@@ -72,7 +72,7 @@ class Distances:
         self.dimension = 0
 
     def of(self, model: Model, *, batch_size: int = BATCH, nonces: list[int] | None = None) -> NDArray[np.float64]:
-        """Distances in the order of the nonces' numbers."""
+        """Return distances in the order of the nonces' numbers."""
         order = self.nonces if nonces is None else nonces
         with block_run(
             model, self.scheme, block_hash="block_alpha", public_key="agreement", seq_len=self.seq_len
@@ -103,8 +103,10 @@ class Distances:
             yield f"eager and {fast.execution.path}", self.of(fast) - base
 
 
-def row(model: Model, dtype: Dtype, between: str, difference: NDArray[np.float64], distances: Distances) -> Row:
-    """Sum up one comparison."""
+def row(
+    model: Model, dtype: Dtype, between: str, difference: NDArray[np.float64], distances: DistanceSampler
+) -> Comparison:
+    """Return the summary of one comparison."""
     r_target = r_target_for(RATE, distances.dimension)
     step = 1e-4
     above, below = (expected_valid_rate(r_target + side * step, distances.dimension) for side in (1, -1))
@@ -115,7 +117,7 @@ def row(model: Model, dtype: Dtype, between: str, difference: NDArray[np.float64
         return float(np.maximum(np.abs(difference) - tolerance, 0).mean() / 2 * density)
 
     size, tolerance = np.abs(difference), default_tolerance(dtype, distances.scheme, model.hidden_size)
-    return Row(
+    return Comparison(
         model=model.name,
         dtype=dtype,
         between=between,
@@ -127,8 +129,8 @@ def row(model: Model, dtype: Dtype, between: str, difference: NDArray[np.float64
     )
 
 
-def compare(name: str, distances: Distances, options: argparse.Namespace) -> list[Row]:
-    """All comparisons of one model."""
+def compare(name: str, distances: DistanceSampler, options: argparse.Namespace) -> list[Comparison]:
+    """Return all comparisons of one model."""
     device, cpu = torch.device(options.device), torch.device("cpu")
     exact = distances.of(build(name, torch.float32, cpu))
     rows = []
@@ -149,9 +151,9 @@ def compare(name: str, distances: Distances, options: argparse.Namespace) -> lis
     return rows
 
 
-def table(rows: list[Row]) -> Table:
-    """One table over all models: the worst of them in each comparison."""
-    worst: dict[tuple[str, str], list[Row]] = defaultdict(list)
+def table(rows: list[Comparison]) -> Table:
+    """Return one table over all models: the worst of them in each comparison."""
+    worst: dict[tuple[str, str], list[Comparison]] = defaultdict(list)
     for each in rows:
         worst[each.dtype, each.between].append(each)
     made = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
@@ -171,7 +173,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES[:2])
     parser.add_argument("--scheme", choices=SCHEMES, default="poc2")
@@ -187,7 +189,7 @@ def main() -> None:
     """Measure, and print."""
     options = parse()
     transformers.utils.logging.disable_progress_bar()
-    distances = Distances(options.nonces, options.seq_len, SCHEMES[options.scheme])
+    distances = DistanceSampler(options.nonces, options.seq_len, SCHEMES[options.scheme])
     rows = [each for name in options.models for each in compare(name, distances, options)]
     if options.json:
         print(json.dumps({"scheme": options.scheme, "rows": [asdict(each) for each in rows]}))

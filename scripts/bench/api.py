@@ -37,7 +37,7 @@ from pocd.dev.demo import Running, started
 from pocd.protocol.schemes import RANDOM_HEAD_DIM
 from pocd.protocol.theory import r_target_for
 from scripts.bench.measuring import new_table, ratio, show
-from scripts.bench.mining import API, CONFIG, VALID_RATE, Miner
+from scripts.bench.mining import API, CONFIG, VALID_RATE, MeasuredDaemon
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -51,7 +51,7 @@ ANSWER_SECONDS = 10.0
 # The load, in a process of its own
 
 
-class Load:
+class LoadGenerator:
     """Requests for the status at a steady rate, over as many connections as that takes."""
 
     def __init__(self, url: str) -> None:
@@ -104,11 +104,11 @@ class Load:
 
 
 async def load(url: str, rate: float) -> None:
-    """Load until standard input ends; then write what was found as JSON."""
+    """Generate load until standard input ends; then write latencies and errors as JSON."""
     stop = asyncio.Event()
     asyncio.get_running_loop().add_reader(sys.stdin, stop.set)
     print("loading", flush=True)
-    found = Load(url)
+    found = LoadGenerator(url)
     await found.run(rate, stop)
     asyncio.get_running_loop().remove_reader(sys.stdin)
     print(orjson.dumps({"latencies": found.latencies, "errors": found.errors}).decode())
@@ -116,7 +116,7 @@ async def load(url: str, rate: float) -> None:
 
 @asynccontextmanager
 async def loading(url: str, rate: float, found: list[dict[str, Any]]) -> AsyncIterator[Process]:
-    """Run `load` in a process of its own; what it found is appended at the end."""
+    """Run `load` in a process of its own; its results are appended to `found` at the end."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "scripts.bench.api", "load", url, "--rate", str(rate)),
         stdin=asyncio.subprocess.PIPE,
@@ -156,7 +156,7 @@ def tell(what: str, found: list[dict[str, Any]]) -> None:
 
 @asynccontextmanager
 async def mining_daemon(folder: Path, seq_len: int) -> AsyncIterator[Running]:
-    """A daemon that mines, and keeps what it finds."""
+    """Run a daemon that mines without a receiver, while the context lasts."""
     async with AsyncExitStack() as stack:
         chain = await stack.enter_async_context(started(folder, "devchain", "--port", "0", "--block-seconds", "5"))
         config = folder / "pocd.toml"
@@ -175,11 +175,11 @@ async def mining_daemon(folder: Path, seq_len: int) -> AsyncIterator[Running]:
 
 
 async def status(options: argparse.Namespace, folder: Path) -> None:
-    """Measure latencies of the status, and what they cost mining."""
+    """Measure latencies of the status, and how much they slow mining down."""
     found: list[dict[str, Any]] = []
     async with mining_daemon(folder, options.seq_len) as daemon:
         pid = daemon.process.pid
-        quiet, loaded = Miner(daemon, [pid]), Miner(daemon, [pid])
+        quiet, loaded = MeasuredDaemon(daemon, [pid]), MeasuredDaemon(daemon, [pid])
         await quiet.mine(min(options.seconds, 2), options.warm_up)
         del quiet.rates[:], quiet.loads[:]
         for turn in range(options.rounds):
@@ -204,7 +204,7 @@ async def status(options: argparse.Namespace, folder: Path) -> None:
 
 
 def is_open(client: socket.socket) -> bool:
-    """Whether the other side has not closed a connection that says nothing."""
+    """Tell whether the other side has left a silent connection open."""
     with contextlib.suppress(ConnectionError):
         try:
             client.recv(1)
@@ -241,7 +241,7 @@ async def silent(options: argparse.Namespace, folder: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     part = commands.add_parser("status", help="under a steady load")

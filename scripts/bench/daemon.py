@@ -58,7 +58,7 @@ STATUS = "/api/v1/pow/status"
 
 
 def resident(pid: int) -> float:
-    """Resident memory of a process in MB."""
+    """Return the resident memory of a process in MB."""
     line = next(x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("VmRSS"))
     return int(line.split()[1]) * 1024 / 1e6
 
@@ -86,7 +86,7 @@ async def latencies(url: str, requests: int) -> list[float]:
 
 
 async def measure(folder: Path, batches: int, requests: int) -> Table:
-    """Run everything and return what was measured."""
+    """Run everything and return the table of results."""
     table = Table("what", "measured", title="pocd daemon")
     url = f"http://127.0.0.1:{PORT}"
     async with AsyncExitStack() as stack:

@@ -122,7 +122,7 @@ def fast_receiver() -> Iterator[str]:
 
 @contextmanager
 def dead_receiver(*, stalls: bool) -> Iterator[str]:
-    """A port where connections are refused, or one where they are made and nobody ever reads or writes."""
+    """Give the URL of a port where connections are refused, or one where they are made and nobody reads or writes."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         if stalls:
@@ -134,7 +134,7 @@ def dead_receiver(*, stalls: bool) -> Iterator[str]:
 
 
 def milliseconds(began: float) -> float:
-    """Milliseconds since `began`, a time of `time.perf_counter`."""
+    """Return the milliseconds since `began`, a time of `time.perf_counter`."""
     return 1e3 * (time.perf_counter() - began)
 
 
@@ -170,7 +170,7 @@ async def delivering(outbox: OutboxThread, urls: dict[str, str], count: int) -> 
 
 
 def deliver_copy(store: Path, urls: dict[str, str], batches: int) -> float:
-    """Deliver what a fresh copy of `store` holds; returns batches per second."""
+    """Deliver all batches of a fresh copy of `store`; returns batches per second."""
     with tempfile.TemporaryDirectory(dir=store.parent) as folder:
         copy = copied(store, Path(folder) / store.name)
         with closing(OutboxThread(copy)) as outbox, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -246,7 +246,7 @@ def opened(store: Path, url: str) -> dict[str, float]:
 
 
 def backlog(options: argparse.Namespace, folder: Path) -> None:
-    """Measure what should not depend on how much is pending."""
+    """Measure steps that should not depend on the number of pending batches."""
     stores = {count: folder / f"{count}.db" for count in options.batches}
     for count, store in stores.items():
         fill(store, [FAST], count, options.nonces)
@@ -279,7 +279,7 @@ def backlog(options: argparse.Namespace, folder: Path) -> None:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--folder", type=Path, help="where stores are made, on the disk that is meant; default: /tmp")
     commands = parser.add_subparsers(dest="command", required=True)

@@ -58,7 +58,7 @@ SMALL = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads"
 
 @dataclass(frozen=True)
 class Figures:
-    """What one model gave in one shape. Rates are nonces per second, memory is MiB above what was held before."""
+    """Measurements of one model in one shape. Rates are nonces per second, memory is MiB above what was held before."""
 
     model: str
     path: str
@@ -89,7 +89,7 @@ class Figures:
 
 
 def flop_per_nonce(model: Model, seq_len: int) -> float:
-    """Multiply-adds times two of one bare forward pass: matrices, and the causal half of attention."""
+    """Return the FLOP of one bare forward pass: two per multiply-add of matrices and of attention's causal half."""
     config = model.causal.config
     matrices = sum(p.numel() for layer in model.by_layers.layers for p in layer.parameters() if p.dim() == 2)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -107,7 +107,7 @@ class Bench:
         self.profiled = profiled
 
     def seconds(self, call: Callable[[], object]) -> float:
-        """How long `call` takes, with all that it leaves to the device."""
+        """Return the seconds that `call` takes, with all that it leaves to the device."""
         self.wait()
         start = time.perf_counter()
         call()
@@ -115,12 +115,12 @@ class Bench:
         return time.perf_counter() - start
 
     def wait(self) -> None:
-        """Wait until the device has done what it was given."""
+        """Wait until the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
     def interleaved(self, calls: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-        """Seconds of each call, `repeats` times, in turns; after one run of each that does not count."""
+        """Return the seconds of each call, `repeats` times, in turns; after one run of each that does not count."""
         for call in calls.values():
             call()
         samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -130,7 +130,7 @@ class Bench:
         return samples
 
     def peak_memory(self, call: Callable[[], object]) -> float:
-        """MiB that `call` needs at its peak, above what is held before it."""
+        """Return the MiB that `call` needs at its peak, above what is held before it."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
@@ -143,13 +143,13 @@ class Bench:
         return (status_kib("VmHWM") - held) / 1024
 
     def reserved(self) -> float:
-        """MiB of a GPU that are in use or in a graph's own pool; on the CPU nothing is held between calls."""
+        """Return the MiB of a GPU that are in use or in a graph's own pool; 0 on the CPU, which holds nothing."""
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved() / 2**20 if self.device.type == "cuda" else 0.0
 
     @torch.inference_mode()
     def matrix_rate(self) -> float:
-        """FLOP/s of a large matrix product, the best of several."""
+        """Return the FLOP/s of a large matrix product, the best of several."""
         size = 8192 if self.device.type == "cuda" else 2048
         a = torch.randn(size, size, device=self.device).to(self.dtype)
         fastest = min(self.seconds(lambda: a @ a) for _ in range(5 + self.repeats))
@@ -157,7 +157,7 @@ class Bench:
 
 
 def status_kib(field: str) -> int:
-    """One of the memory figures of this process (proc(5))."""
+    """Return one of the memory figures of this process (proc(5)), in KiB."""
     match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert match, field
     return int(match[1])
@@ -234,18 +234,18 @@ def measure(bench: Bench, model: Model, seq_len: int, batch_size: int, *, plain:
 
 @torch.inference_mode()
 def generate(run: BlockRun, nonces: list[int]) -> None:
-    """All random numbers of a batch, with their use: inputs, and the reflections' vectors or the signs."""
+    """Draw and use all random numbers of a batch: inputs, and the reflections' vectors or the signs."""
     run.hidden(run.readout(run.inputs(nonces), nonces), nonces)
 
 
 def plain_call(model: Model, seq_len: int) -> Callable[[], object]:
-    """Make (a): the next nonce at each call. Head, layer vectors and target are drawn once, as for (c)."""
+    """Return the call of (a), the plain protocol: the next nonce each time; head, vectors and target are drawn once."""
     plain, nonces = PlainRun(model.causal, BLOCK, KEY, seq_len), itertools.count()
     return lambda: plain.distance(next(nonces))
 
 
 def compiled(bench: Bench, model: Model, figures: Figures, rate: float) -> Figures:
-    """Measure the same with the bare decoder and the engine's both compiled; the cost of that is told apart."""
+    """Measure once more with the bare decoder and the engine's both compiled; compile times are separate."""
     before = bench.reserved()
     fast = compile_model(model, "always", scheme=bench.scheme, seq_len=figures.seq_len, batch_size=figures.batch_size)
     held = bench.reserved() - before
@@ -270,7 +270,7 @@ def compiled(bench: Bench, model: Model, figures: Figures, rate: float) -> Figur
 
 
 def growth(bench: Bench, rate: float) -> list[Figures]:
-    """How cost grows with sequence length, batch size and hidden size."""
+    """Measure how cost grows with sequence length, batch size and hidden size."""
     model = build("bundled:tiny-qwen3", bench.dtype, bench.device)
     found = [measure(bench, model, length, 8, plain=False, rate=rate) for length in (64, 128, 256, 512, 1024)]
     found += [measure(bench, model, 256, size, plain=False, rate=rate) for size in (1, 4, 16, 64)]
@@ -282,7 +282,7 @@ def growth(bench: Bench, rate: float) -> list[Figures]:
 
 
 def table(title: str, rows: list[Figures]) -> Table:
-    """A table for 80 columns."""
+    """Return a table for 80 columns."""
     made = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     baseline, ratio = ("poc2", "c/poc2") if any(row.poc2 for row in rows) else ("plain", "c/a")
     for name in ("model", "S", "B", baseline, "bare", "engine", ratio, "c/b", "GFLOP/s", "peak", "gen", "MiB"):
@@ -306,12 +306,12 @@ def table(title: str, rows: list[Figures]) -> Table:
 
 
 def rounded(value: float | None, digits: str) -> str:
-    """A number for the table, or nothing."""
+    """Return a number as text for the table; empty for None."""
     return "" if value is None else format(value, digits)
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES[:3])
     parser.add_argument("--seq-len", type=int, default=256)

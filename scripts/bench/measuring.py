@@ -1,4 +1,4 @@
-"""What the measuring scripts share: samples taken by turns, what a process uses, tables."""
+"""Shared by the measuring scripts: samples taken by turns, a process's memory and CPU time, tables."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ def in_turns(rounds: int, samplers: dict[str, Callable[[], float]]) -> dict[str,
 
 
 def ratio(found: list[float], base: list[float]) -> tuple[str, str]:
-    """The median of the rounds' ratios, and their range."""
+    """Return the median of the rounds' ratios, and their range, as text."""
     ratios = [a / b for a, b in zip(found, base, strict=True)]
     return f"{statistics.median(ratios):.3f}", f"{min(ratios):.2f}–{max(ratios):.2f}"
 
 
 def resident(pid: int) -> float:
-    """Resident memory of a process in MB."""
+    """Return the resident memory of a process in MB."""
     line = next(x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("VmRSS"))
     return int(line.split()[1]) * 1024 / 1e6
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time that a process has used, without its children's (proc(5))."""
+    """Return the CPU time in seconds that a process has used, without its children's (proc(5))."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def new_table(title: str, first: str, *others: str) -> Table:
-    """A table whose first column is text and whose others are numbers."""
+    """Return a table whose first column is text and whose others are numbers."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE)
     table.add_column(first)
     for other in others:

@@ -1,4 +1,4 @@
-"""What delivery costs mining: two real daemons, one with the reference receiver and one with none, by turns."""
+"""Measure what delivery costs mining: two real daemons, with and without the reference receiver, by turns."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ format = "json"
 
 
 @dataclass
-class Miner:
-    """A daemon that mines when told to.
+class MeasuredDaemon:
+    """A daemon that mines in its turns.
 
     Attributes:
-        pids: The daemon and its receiver, where it has one; the worker is another process.
-        rates: Nonces per second of each turn.
-        loads: CPU time per second of each of `pids`, of each turn.
+        pids: Process ids of the daemon and of its receiver, where it has one; the worker is another process.
+        rates: Nonces per second in each turn.
+        loads: CPU time per second of each of `pids` in each turn.
     """
 
     daemon: Running
@@ -93,7 +93,7 @@ class Miner:
         return checked, time.monotonic()
 
 
-async def mine_in_turns(options: argparse.Namespace, folder: Path) -> dict[str, Miner]:
+async def mine_in_turns(options: argparse.Namespace, folder: Path) -> dict[str, MeasuredDaemon]:
     """Start both daemons and let them mine by turns."""
     async with AsyncExitStack() as stack:
         chain = await stack.enter_async_context(started(folder, "devchain", "--port", "0", "--block-seconds", "5"))
@@ -117,7 +117,7 @@ async def mine_in_turns(options: argparse.Namespace, folder: Path) -> dict[str, 
             )
             daemon = await stack.enter_async_context(started(home, "run", "--config", str(config)))
             pids = [daemon.process.pid, *([receiver.process.pid] if value else [])]
-            miners[name] = Miner(daemon, pids)
+            miners[name] = MeasuredDaemon(daemon, pids)
             await miners[name].mine(min(options.seconds, 2), options.warm_up)
             del miners[name].rates[:], miners[name].loads[:]
         for turn in range(options.rounds):

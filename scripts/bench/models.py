@@ -18,7 +18,7 @@ NAMES = ("bundled:tiny-qwen3", "bundled:tiny-llama", *LARGE)
 
 
 def random_model(family: str, **shape: Any) -> Any:  # noqa: ANN401 - what transformers takes and gives
-    """A model of random weights; a small vocabulary, which `poc2` does not use."""
+    """Return a model of random weights, with a small vocabulary, which `poc2` does not use."""
     torch.manual_seed(0)
     small = {"vocab_size": 256, "tie_word_embeddings": True, "max_position_embeddings": 4096}
     config = getattr(transformers, f"{family}Config")(**small, **shape)

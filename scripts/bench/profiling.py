@@ -1,4 +1,4 @@
-"""Where the engine's time goes, by groups of operations; `bench.py --profile` prints it."""
+"""Share of the engine's time by groups of operations; `scripts.bench.engine --profile` prints it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def shares(run: BlockRun, batch_size: int, batches: int) -> dict[str, float]:
 
 @torch.inference_mode()
 def _by_stages(run: BlockRun, nonces: range) -> None:
-    """Compute a batch stage by stage, as they run in it; what is compiled counts as its stage's own time."""
+    """Compute a batch stage by stage; compiled code counts as the stage's own time."""
     program = run.model.program
     if isinstance(program, Compiled):
         seeds, inputs = run.host_seeds(nonces), program.new_inputs()
@@ -77,7 +77,7 @@ def _as_it_runs(run: BlockRun, nonces: range) -> None:
 
 
 def _group_of_operation(event: Any) -> str:  # noqa: ANN401 - the profiler gives its events no public type
-    """The group of an operation on the CPU: by its name and those it is part of, else by its stage."""
+    """Return the group of an operation on the CPU: by its name and those it is part of, else by its stage."""
     names = []
     while event is not None:
         names.append(event.name)
@@ -89,7 +89,7 @@ def _group_of_operation(event: Any) -> str:  # noqa: ANN401 - the profiler gives
 
 
 def _group_of_kernel(name: str) -> str:
-    """The group of a kernel on a GPU, by its name."""
+    """Return the group of a kernel on a GPU, by the kernel's name."""
     if IS_ATTENTION.search(name):
         return ATTENTION
     if IS_PRODUCT.search(name):

@@ -29,7 +29,7 @@ TAKEN = 4
 
 
 def compute(model: Model, scheme: Scheme) -> list[float]:
-    """The distances of the first nonces."""
+    """Compute the distances of the first nonces."""
     with block_run(model, scheme, **RUN) as run:
         return run.distances(range(LOOKED_AT), batch_size=16)
 

@@ -87,14 +87,14 @@ def windows(text: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
 
 
 def loss_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    """Mean next-byte cross entropy in nats, a scalar."""
+    """Return the mean next-byte cross entropy in nats, a scalar."""
     logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
     return functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
 
 
 @torch.no_grad()
 def held_out_loss(model: torch.nn.Module, text: torch.Tensor) -> float:
-    """Mean loss over evenly spaced held-out windows, in nats per byte."""
+    """Return the mean loss over evenly spaced held-out windows, in nats per byte."""
     starts = torch.linspace(0, len(text) - CONTEXT - 2, 256).long()
     losses = [loss_of(model, windows(text, part)).item() for part in starts.split(32)]
     return sum(losses) / len(losses)
@@ -149,7 +149,7 @@ def train(name: str, steps: int, seed: int) -> float:
 
 
 def main() -> int:
-    """Train the models asked for; exit 1 when one of them misses the goal."""
+    """Train the named models; exit 1 when one of them misses the goal."""
     parser = argparse.ArgumentParser(description="Train the two bundled models on the CPU.")
     parser.add_argument("--only", choices=["tiny-qwen3", "tiny-llama"])
     parser.add_argument("--steps", type=int, default=1200)

@@ -30,7 +30,7 @@ from rich.table import Table
 from pocd.admin.client import AdminError, call
 from pocd.dev.demo import Running, started
 from pocd.process import EXIT_OK, EndedError
-from scripts.trials.crash_verdict import Verdict, judge
+from scripts.trials.crash_verdict import CrashVerdict, judge
 from scripts.trials.failpoints import MINING, Point
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ LIFE_SECONDS = 600.0  # until a daemon that did not pass its fail point is kille
 STALLED_SECONDS = 300.0  # without a delivery, at the end: more than the longest wait between two attempts
 
 Service = Literal["up", "frozen", "down"]
-"""How the receiver is while the daemon runs; a frozen one accepts connections and is silent (SIGSTOP)."""
+"""State of the receiver while the daemon runs; a frozen one accepts connections and is silent (SIGSTOP)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +83,11 @@ class Run:
     """One life of the daemon.
 
     Attributes:
-        point: Where it is killed; None for a random moment.
-        passing: At which passing of the point.
-        mining: Whether that counts from its first nonces on, else from its start.
-        after: Seconds to the random moment.
-        service: How the receiver is meanwhile.
+        point: Point at which the daemon is killed; None for a random moment.
+        passing: Number of passes of the point until the kill.
+        mining: Whether passes and seconds count from the first nonces on, else from the daemon's start.
+        after: Seconds until the random moment.
+        service: State of the receiver meanwhile.
     """
 
     point: Point | None
@@ -136,11 +136,11 @@ class Witness:
 
     @property
     def url(self) -> str:
-        """Where it listens, whenever it is up."""
+        """URL of the receiver, whenever it is up."""
         return f"http://127.0.0.1:{self.port}"
 
     async def be(self, service: Service) -> None:
-        """Bring it into a state."""
+        """Bring the receiver into a state."""
         if self._process and self.service == "frozen":
             self._process.process.send_signal(signal.SIGCONT)
         if self._process and service == "down":
@@ -158,7 +158,7 @@ class Witness:
 
 @contextlib.asynccontextmanager
 async def _witness(folder: Path) -> AsyncIterator[Witness]:
-    """Have a receiver while the context lasts; it is down at first."""
+    """Give a receiver while the context lasts; it is down at first."""
     with socket.socket() as keeper:  # keeps the port from others while nobody listens there
         keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         keeper.bind(("127.0.0.1", 0))
@@ -171,7 +171,7 @@ async def _witness(folder: Path) -> AsyncIterator[Witness]:
 
 @dataclass(slots=True)
 class Crash:
-    """The runs so far: how they ended, and who mined in them."""
+    """The runs so far: how they ended, and in how many the daemon mined."""
 
     folder: Path
     config: Path
@@ -179,7 +179,7 @@ class Crash:
     mined: int = 0
 
     async def run(self, run: Run, number: int) -> None:
-        """Start the daemon and see it killed."""
+        """Start the daemon and wait until it is killed."""
         log = self.folder / f"run-{number}.log"
         point = run.point.value if run.point else "before commit"
         passing, begin = (run.passing, "mining" if run.mining else "start") if run.point else (0, "mining")  # 0: never
@@ -243,7 +243,7 @@ async def _drain(folder: Path, config: Path) -> None:
 
 
 async def crash(folder: Path, runs: list[Run], console: Console) -> Table:
-    """Do all runs and the last one; returns what happened. `judge` tells whether it was well."""
+    """Do all runs and the last one; returns a table of the kills and starts. `judge` compares the stores afterwards."""
     if task := asyncio.current_task():
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # so that no process is left behind
     (folder / "secret").write_text(SECRET + "\n")
@@ -268,7 +268,7 @@ async def crash(folder: Path, runs: list[Run], console: Console) -> Table:
     return table
 
 
-def report(table: Table, verdict: Verdict, console: Console) -> int:
+def report(table: Table, verdict: CrashVerdict, console: Console) -> int:
     """Print what happened and what was found; returns the exit status."""
     table.add_row("rounds mined", str(verdict.rounds))
     table.add_row("batches stored", str(verdict.batches))

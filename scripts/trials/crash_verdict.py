@@ -1,4 +1,4 @@
-"""What the crash runs must leave behind: the receiver holds what the store says, nonce by nonce."""
+"""Verdict on the crash runs: the receiver must hold what the daemon's store says, nonce by nonce."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Nonce = tuple[str, int]
 
 
 @dataclass(slots=True)
-class Verdict:
-    """What was found.
+class CrashVerdict:
+    """Result of comparing the daemon's store with the receiver's.
 
     Attributes:
-        batches: In the daemon's store.
-        proofs: Nonces that the receiver holds.
-        rounds: That were mined.
+        batches: Number of batches in the daemon's store.
+        proofs: Number of nonces that the receiver holds.
+        rounds: Number of rounds that were mined.
         lost: Nonces that were checked, and all are valid, but the receiver does not hold.
         doubled: Arrivals of a nonce in a second batch.
         duplicates: Batches that the receiver got once more, and recognised.
@@ -40,14 +40,14 @@ class Verdict:
     complaints: list[str] = field(default_factory=list)
 
     def demand(self, holds: bool, complaint: str) -> None:  # noqa: FBT001 - a condition, as in assert
-        """Complain where it does not hold."""
+        """Record a complaint unless a condition holds."""
         if not holds:
             self.complaints.append(complaint)
 
 
-def judge(store: Path, receiver: Path) -> Verdict:
+def judge(store: Path, receiver: Path) -> CrashVerdict:
     """Compare the daemon's store with the receiver's, both at rest, where every checked nonce was valid."""
-    verdict = Verdict()
+    verdict = CrashVerdict()
     with closing(sqlite3.connect(store)) as ours, closing(sqlite3.connect(receiver)) as theirs:
         sent = _compare_batches(verdict, ours, theirs)
         _compare_nonces(verdict, ours, sent)
@@ -59,8 +59,8 @@ def judge(store: Path, receiver: Path) -> Verdict:
     return verdict
 
 
-def _compare_batches(verdict: Verdict, ours: sqlite3.Connection, theirs: sqlite3.Connection) -> Counter[Nonce]:
-    """Hold the batches against each other; returns how often the receiver holds each nonce."""
+def _compare_batches(verdict: CrashVerdict, ours: sqlite3.Connection, theirs: sqlite3.Connection) -> Counter[Nonce]:
+    """Compare the batches of both stores; returns how often the receiver holds each nonce."""
     formed: list[tuple[str, bytes]] = ours.execute(
         "SELECT id, body FROM batches JOIN deliveries ON batch = number ORDER BY sequence"
     ).fetchall()
@@ -88,8 +88,8 @@ def _compare_batches(verdict: Verdict, ours: sqlite3.Connection, theirs: sqlite3
     return Counter((body["block_hash"], nonce) for body in bodies for nonce in body["nonces"])
 
 
-def _compare_nonces(verdict: Verdict, ours: sqlite3.Connection, held: Counter[Nonce]) -> None:
-    """Hold the nonces against what was checked: the first ones of this node's share of each round, each once."""
+def _compare_nonces(verdict: CrashVerdict, ours: sqlite3.Connection, held: Counter[Nonce]) -> None:
+    """Compare the nonces with what was checked: the first ones of this node's share of each round, each once."""
     expected: defaultdict[str, set[int]] = defaultdict(set)
     rows = ours.execute(
         "SELECT json_extract(rounds.round, '$.block_hash'), node_id, node_count, cursor, islands, checked"

@@ -57,8 +57,8 @@ from pocd.protocol.errors import ComputeError, InputError
 from pocd.protocol.names import DTYPES, check_device, resolve
 from pocd.protocol.schemes import SCHEMES
 from pocd.protocol.theory import distance_moments, expected_valid_rate, r_target_for
-from scripts.trials.distribution_lines import Asked, complete
-from scripts.trials.distribution_verdict import Verdict, verdicts
+from scripts.trials.distribution_lines import LineKey, complete
+from scripts.trials.distribution_verdict import DistributionVerdict, verdicts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,8 +67,8 @@ if TYPE_CHECKING:
 FILE = "distribution.jsonl"
 
 
-def table_of_blocks(judged: Sequence[Verdict]) -> Table:
-    """A row per line, below one of theory for each model and scheme."""
+def table_of_blocks(judged: Sequence[DistributionVerdict]) -> Table:
+    """Return a table with a row per line, below one of theory for each model and scheme."""
     table = Table(box=box.MARKDOWN)
     for head in ("model", "scheme", "block", "key"):
         table.add_column(head)
@@ -89,8 +89,8 @@ def table_of_blocks(judged: Sequence[Verdict]) -> Table:
     return table
 
 
-def table_of_schemes(judged: Sequence[Verdict]) -> Table:
-    """A row per model and scheme: spreads in points."""
+def table_of_schemes(judged: Sequence[DistributionVerdict]) -> Table:
+    """Return a table with a row per model and scheme: spreads in points."""
     table = Table(box=box.MARKDOWN)
     for head in ("model", "scheme"):
         table.add_column(head)
@@ -118,7 +118,7 @@ def table_of_schemes(judged: Sequence[Verdict]) -> Table:
 
 
 def short(block_hash: str) -> str:
-    """Name a block in a table: the beginning of a long hash."""
+    """Return the name of a block in a table: the beginning of a long hash."""
     return block_hash if len(block_hash) <= 16 else f"{block_hash[:12]}…"
 
 
@@ -126,7 +126,7 @@ def short(block_hash: str) -> str:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=["bundled:tiny-qwen3", "bundled:tiny-llama"], metavar="NAME")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES, metavar="NAME")
@@ -143,11 +143,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def wanted_lines(options: argparse.Namespace) -> list[Asked]:
-    """All lines that the options ask for, in order.
+def wanted_lines(options: argparse.Namespace) -> list[LineKey]:
+    """Return the keys of all lines that the options ask for, in order.
 
     Raises:
-        InputError: Options of which no sense can be made; names the option.
+        InputError: An option has a wrong value; the message names the option.
     """
     blocks = options.blocks
     if len(blocks) == 1 and blocks[0].isdecimal():
@@ -164,7 +164,7 @@ def wanted_lines(options: argparse.Namespace) -> list[Asked]:
     for model in options.models:
         resolve(model)
     lines = [
-        Asked(
+        LineKey(
             model=model,
             scheme=scheme,
             block_hash=block,

@@ -1,4 +1,4 @@
-"""The lines of `distribution.py`: what they depend on, how they are computed, and the file that keeps them."""
+"""The lines of `distribution.py`: their keys, their computation, and the file that keeps them."""
 
 from __future__ import annotations
 
@@ -45,22 +45,22 @@ VERSIONS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """All that a line depends on: two of the same are the same line.
+class LineKey:
+    """Key of a line: all that its results depend on.
 
     Attributes:
         model: A local path, a hub id, or `bundled:NAME`.
         scheme: The scheme's name.
-        block_hash: The block's.
-        public_key: The miner's.
-        first_block: The block whose distances give `r_target_first`, with `first_key`.
-        first_key: Likewise.
-        nonces: How many, from 0.
+        block_hash: Hash of the block.
+        public_key: The miner's public key.
+        first_block: Hash of the block whose distances give `r_target_first`.
+        first_key: Public key with which those distances were computed.
+        nonces: Number of nonces, from 0.
         seq_len: Sequence length, in positions.
         device: cpu, cuda or cuda:N.
         dtype: float32, float16 or bfloat16.
         rate: The share of valid nonces aimed at, above 0 and below 1.
-        seed: Drawn block hashes follow from it, and the floor of a spread.
+        seed: Seed of drawn block hashes and of a spread's floor.
     """
 
     model: str
@@ -79,26 +79,26 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What was found. Rates are shares, 0 to 1.
+    """Results of one line. Rates are shares, 0 to 1.
 
     Attributes:
-        fingerprint: Of the model's weights.
-        hidden_size: H.
-        dimension: D.
+        fingerprint: Fingerprint of the model's weights.
+        hidden_size: Hidden size H.
+        dimension: Dimension D of the outputs.
         target_per_nonce: Whether each nonce has a target of its own, so that no head and target are a block's.
-        mean: Of the distances.
-        std: Of the distances.
-        p10: Their 10% quantile.
-        r_target: Their quantile at the rate: the block's own r_target.
-        r_target_first: The first block's.
-        r_target_theory: What gives the rate if outputs are uniformly random.
-        valid_rate_first: At `r_target_first`.
-        valid_rate_theory: At `r_target_theory`.
+        mean: Mean of the distances.
+        std: Standard deviation of the distances.
+        p10: 10% quantile of the distances.
+        r_target: Quantile of the distances at the rate: the block's own r_target.
+        r_target_first: The first block's r_target.
+        r_target_theory: The r_target that gives the rate if outputs are uniformly random.
+        valid_rate_first: Valid rate at `r_target_first`.
+        valid_rate_theory: Valid rate at `r_target_theory`.
         ks: Kolmogorov-Smirnov distance to theory, 0 to 1.
         resultant_length: R, 0 to 1.
         batch_size: Nonces per forward pass.
-        versions: Of what computed it.
-        distances: Of nonces 0, 1, 2, …, in the fewest digits that give the same float32.
+        versions: Versions of the packages that computed the line.
+        distances: Distances of nonces 0, 1, 2, …, in the fewest digits that give the same float32.
     """
 
     fingerprint: str
@@ -120,7 +120,7 @@ class Found:
     distances: list[float]
 
     def sample(self) -> NDArray[np.float64]:
-        """The distances as the engine gave them, [nonces]."""
+        """Return the distances as the engine gave them, [nonces]."""
         return np.array(self.distances, np.float32).astype(np.float64)
 
 
@@ -132,11 +132,11 @@ class WatchedRun(BlockRun):
 
     @cached_property  # the way to keep something in a frozen class
     def sums(self) -> list[torch.Tensor]:
-        """Of each batch, float64 [H]."""
+        """Sum of the unit hidden outputs of each batch, float64 [H]."""
         return []
 
     def hidden(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
-        """As the engine's; looks at what it is before a nonce's own reflections."""
+        """Compute as the engine does, and sum up the outputs as they are before a nonce's own reflections."""
         h = super().hidden(states, nonces)
         outputs = states if self.scheme.reflections else h
         units = torch.nn.functional.normalize(outputs[: len(set(nonces))].double(), dim=-1)  # the rest is padding
@@ -144,14 +144,14 @@ class WatchedRun(BlockRun):
         return h
 
     def resultant_length(self, nonces: int) -> float:
-        """R: the length of the mean of the unit vectors of that many nonces."""
+        """Return R, the length of the mean of the unit vectors of that many nonces."""
         return float(torch.stack(self.sums).sum(dim=0).norm()) / nonces
 
 
 def distances_of(
     run: BlockRun, nonces: int, batch_size: int, advance: Callable[[int], None]
 ) -> tuple[list[float], float, int]:
-    """Distances of nonces 0, 1, 2, …; R; and the batch size, halved as often as memory asked for it."""
+    """Return the distances of nonces 0, 1, 2, …; R; and the batch size, halved until a batch fits into memory."""
     watched = WatchedRun(**{field.name: getattr(run, field.name) for field in fields(run)})
     found: list[float] = []
     while len(found) < nonces:
@@ -176,7 +176,7 @@ def ks_distance(distances: NDArray[np.float64], dimension: int) -> float:
     return float(max((steps[1:] - theory).max(), (theory - steps[:-1]).max()))
 
 
-def measured(model: Model, asked: Asked, first: Found | None, advance: Callable[[int], None]) -> Found:
+def measured(model: Model, asked: LineKey, first: Found | None, advance: Callable[[int], None]) -> Found:
     """Compute one line; `first` is the line of the first block, None where this is it."""
     scheme, size = SCHEMES[asked.scheme], AUTO_BATCH_SIZE[model.device.type]
     preparation = block_run(
@@ -212,11 +212,11 @@ def measured(model: Model, asked: Asked, first: Found | None, advance: Callable[
 # The file.
 
 
-def read(path: Path) -> dict[Asked, Found]:
-    """Read the lines that are there. One that was cut off, as by a kill, is removed with a word.
+def read(path: Path) -> dict[LineKey, Found]:
+    """Read the lines of the file. A last line that was cut off, as by a kill, is removed with a warning.
 
     Raises:
-        InputError: Something else is in the file.
+        InputError: The file has a line that is not of this script.
     """
     if not path.exists():
         return {}
@@ -225,20 +225,20 @@ def read(path: Path) -> dict[Asked, Found]:
     if whole != text:
         print(f"{path}: its last line was cut off; it is removed and computed again", file=sys.stderr)
         path.write_text(whole)
-    known: dict[Asked, Found] = {}
+    known: dict[LineKey, Found] = {}
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             values = json.loads(line)
-            asked = Asked(**{field.name: values.pop(field.name) for field in fields(Asked)})
+            asked = LineKey(**{field.name: values.pop(field.name) for field in fields(LineKey)})
             known[asked] = Found(**values)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
-                f"out: {path}, line {number} is no line of this script ({error}); give another folder"
+                f"out: {path}, line {number} is not a line of this script ({error}); give another folder"
             ) from error
     return known
 
 
-def complete(path: Path, wanted: Sequence[Asked]) -> dict[Asked, Found]:
+def complete(path: Path, wanted: Sequence[LineKey]) -> dict[LineKey, Found]:
     """Return the line of each of `wanted`, and compute and write what the file lacks.
 
     Raises:

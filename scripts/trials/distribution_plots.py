@@ -1,4 +1,4 @@
-"""The plots of `distribution.py`: what a person should see at a glance of one model and scheme."""
+"""The plots of `distribution.py`, one figure for each model and scheme."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from numpy.typing import NDArray
 
-    from scripts.trials.distribution_verdict import Verdict
+    from scripts.trials.distribution_verdict import DistributionVerdict
 
 mpl.use("Agg")
 
@@ -27,7 +27,7 @@ NAMED = 6  # blocks that a legend names
 GREY, FIRST, THEORY = "0.55", "tab:blue", "crimson"
 
 
-def draw(verdict: Verdict, path: Path) -> None:
+def draw(verdict: DistributionVerdict, path: Path) -> None:
     """Write a PNG: distances of each block against theory, and each block's valid rate."""
     figure = Figure(figsize=(11, 4.4), dpi=75, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -46,8 +46,8 @@ def _colours(count: int) -> list[tuple[float, float, float, float]]:
     return [tuple(colour) for colour in mpl.colormaps["viridis"](np.linspace(0, 0.9, count))]
 
 
-def _distances(axes: Axes, verdict: Verdict) -> None:
-    """One outline per block and key, in the block's colour, over theory in grey."""
+def _distances(axes: Axes, verdict: DistributionVerdict) -> None:
+    """Draw one outline per block and key, in the block's colour, over theory in grey."""
     dimension, samples = verdict.found[0].dimension, [found.sample() for found in verdict.found]
     mean, std = distance_moments(dimension)
     low = min(mean - 3.5 * std, *(sample.min() for sample in samples))
@@ -75,8 +75,8 @@ def _distances(axes: Axes, verdict: Verdict) -> None:
     _legend_above(axes, columns=3)
 
 
-def _rates(axes: Axes, verdict: Verdict) -> None:
-    """Valid rates with error bars, at both r_targets, beside what was aimed at."""
+def _rates(axes: Axes, verdict: DistributionVerdict) -> None:
+    """Draw valid rates with error bars, at both r_targets, beside the rate aimed at."""
     places = np.arange(len(verdict.blocks))
     for name, valid, shift, colour in (
         ("at the first block's r_target", verdict.valid_first, -0.12, FIRST),
@@ -101,7 +101,7 @@ def _rates(axes: Axes, verdict: Verdict) -> None:
 
 
 def _legend_above(axes: Axes, columns: int) -> None:
-    """Name what is drawn, above it, where it hides nothing."""
+    """Add a legend above the plot, where it hides nothing."""
     axes.set_ylim(0, 1.35 * axes.get_ylim()[1])
     axes.legend(loc="upper center", ncols=columns, fontsize="small", edgecolor="none", columnspacing=1.2)
 
@@ -109,7 +109,7 @@ def _legend_above(axes: Axes, columns: int) -> None:
 def _with_errors(
     valid: NDArray[np.int64], checked: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Rates in % [blocks], and how far their 95% bounds (for all at once) lie below and above [2, blocks]."""
+    """Return rates in % [blocks], and how far their 95% bounds (for all at once) lie below and above [2, blocks]."""
     rates = valid / checked
     low, high = rate_intervals(valid, checked)
     return 100 * rates, 100 * np.stack([rates - low, high - rates]).clip(0)

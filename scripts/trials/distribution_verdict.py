@@ -1,4 +1,4 @@
-"""What `distribution.py` concludes from the lines of one model and scheme."""
+"""Verdict of `distribution.py` on the lines of one model and scheme."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from scripts.trials.distribution_lines import Asked, Found
+    from scripts.trials.distribution_lines import Found, LineKey
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What the blocks of one model and scheme say together; keys of a block count as one sample.
+class DistributionVerdict:
+    """Statistics over the blocks of one model and scheme; keys of a block count as one sample.
 
     Attributes:
         blocks: Block hashes.
-        found: What was found, in the order of blocks, then keys.
+        found: Results in the order of blocks, then keys.
         keys: Public keys.
-        valid_first: Valid nonces of each block at the first's r_target, [blocks].
-        valid_theory: The same at the theoretical r_target.
+        valid_first: Valid nonces of each block at the first block's r_target, [blocks].
+        valid_theory: Valid nonces of each block at the theoretical r_target, [blocks].
         checked: Nonces of each block, [blocks].
         first: Spread of the valid rates at the first block's r_target.
-        theory: Spread at the theoretical one.
+        theory: Spread of the valid rates at the theoretical r_target.
         equal: p of Pearson's chi-square test that all blocks have one rate, at the theoretical r_target.
         outside: How many blocks' exact 99% intervals (Clopper and Pearson 1934) do not hold the theoretical rate.
     """
 
-    asked: Asked
+    asked: LineKey
     blocks: list[str]
     keys: list[str]
     found: list[Found]
@@ -49,7 +49,7 @@ class Verdict:
     outside: int
 
 
-def verdict(lines: Sequence[tuple[Asked, Found]]) -> Verdict:
+def verdict(lines: Sequence[tuple[LineKey, Found]]) -> DistributionVerdict:
     """Judge one model and scheme; lines come in the order of blocks, then keys."""
     asked, found = lines[0]
     blocks = list(dict.fromkeys(each.block_hash for each, _ in lines))
@@ -72,7 +72,7 @@ def verdict(lines: Sequence[tuple[Asked, Found]]) -> Verdict:
     intervals = [
         stats.binomtest(int(k), int(n)).proportion_ci(0.99) for k, n in zip(valid_theory, checked, strict=True)
     ]
-    return Verdict(
+    return DistributionVerdict(
         asked,
         blocks,
         keys,
@@ -94,7 +94,7 @@ def equal_rates(valid: NDArray[np.int64], checked: NDArray[np.int64]) -> float:
     return float(stats.chi2_contingency(np.array([valid, checked - valid])).pvalue)
 
 
-def verdicts(lines: dict[Asked, Found]) -> list[Verdict]:
+def verdicts(lines: dict[LineKey, Found]) -> list[DistributionVerdict]:
     """Judge each model and scheme; lines come in the order of models, schemes, blocks, keys."""
     groups = itertools.groupby(lines.items(), key=lambda line: (line[0].model, line[0].scheme))
     return [verdict(list(group)) for _, group in groups]

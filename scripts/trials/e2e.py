@@ -51,7 +51,7 @@ from pocd.protocol.errors import InputError, ModelError
 from pocd.protocol.names import DTYPES, check_device, resolve
 from pocd.protocol.schemes import SCHEMES
 from pocd.protocol.theory import r_target_for
-from scripts.trials.e2e_verdict import Asked, Line, Progress, Said, complaints, results_table, spread_table
+from scripts.trials.e2e_verdict import Line, RoundRequest, Said, StoredProgress, complaints, results_table, spread_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -103,29 +103,29 @@ format = "json"
 
 @dataclass(frozen=True, slots=True)
 class Test:
-    """One of the tests: its number from 1, what the model is called and what is loaded, and what is asked for."""
+    """One of the tests: its number from 1, the model's label and name, and the round that is requested."""
 
     number: int
     label: str
     model: str
-    asked: Asked
+    asked: RoundRequest
 
     @property
     def name(self) -> str:
-        """Its files' names begin so."""
+        """Beginning of the names of the test's files."""
         parts = (self.label, self.asked.block_hash, self.asked.public_key)
         return f"test_{self.number:02}_" + "_".join(re.sub("[^A-Za-z0-9._-]+", "-", part) for part in parts)
 
 
 def tests_of(options: argparse.Namespace) -> list[Test]:
-    """All combinations, in the report's order."""
+    """Return the tests of all combinations, in the report's order."""
     combinations = itertools.product(options.models, options.blocks, enumerate(options.keys))
     return [
         Test(
             number,
             label_of(model),
             MODELS.get(model, model),
-            Asked(
+            RoundRequest(
                 block_hash=block,
                 public_key=key,
                 r_target=options.r_targets[model],
@@ -140,7 +140,7 @@ def tests_of(options: argparse.Namespace) -> list[Test]:
 
 
 def r_target_of(model: str, scheme: str) -> float:
-    """The one for one valid nonce in ten."""
+    """Return the r_target for one valid nonce in ten."""
     if SCHEMES[scheme].head != "none":
         return R_TARGET
     from transformers import AutoConfig  # noqa: PLC0415 - it takes seconds, and is needed here alone
@@ -150,7 +150,7 @@ def r_target_of(model: str, scheme: str) -> float:
 
 
 def label_of(model: str) -> str:
-    """What a model is called: the last part of a hub id or of a folder."""
+    """Return the label of a model: the last part of a hub id or of a folder."""
     return Path(model).name.removeprefix("bundled:")
 
 
@@ -226,7 +226,7 @@ def blank(test: Test) -> dict[str, Any]:
 
 
 def is_delivered(status: dict[str, Any]) -> bool:
-    """Whether all that was found is in batches that were accepted."""
+    """Tell whether all valid nonces are in batches that were accepted."""
     funnel = status["funnel"]
     return bool(funnel["delivered"] == funnel["valid"])
 
@@ -254,7 +254,7 @@ def said_by(status: dict[str, Any], path: Path) -> Said:
         (waiting,) = store.execute("SELECT count(*) FROM proofs").fetchone()
         return Said(
             status,
-            [Progress(*row) for row in progress],
+            [StoredProgress(*row) for row in progress],
             [(bool(delivered), orjson.loads(body)) for delivered, body in batches],
             waiting,
         )
@@ -264,7 +264,7 @@ def said_by(status: dict[str, Any], path: Path) -> Said:
 
 
 class Teller:
-    """Says things on the terminal and in the run's log, whole on both."""
+    """Prints to the terminal and to the run's log, whole on both."""
 
     def __init__(self, log: TextIO) -> None:
         width = max(150, Console().width)  # as wide as the table of all tests
@@ -333,7 +333,7 @@ async def until_interrupted(options: argparse.Namespace, say: Callable[[str | Ta
 
 
 def parse() -> argparse.Namespace:
-    """The command line; what cannot work is refused before anything starts."""
+    """Parse the command line; options that cannot work are refused before anything starts."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="qwen, llama, hub ids, folders")
     parser.add_argument("--blocks", nargs="+", default=BLOCKS, help="block hashes")

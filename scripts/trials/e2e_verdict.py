@@ -1,4 +1,4 @@
-"""What the end-to-end tests must leave behind, and what they say together: pure functions over what was found."""
+"""Verdicts on the end-to-end tests, one by one and together: pure functions of the tests' results."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ NAMED = 3  # nonces that a complaint names; the others it counts
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What the daemon was asked to generate, as its batches have to repeat it, and its share of the nonces."""
+class RoundRequest:
+    """The round that the daemon was asked to generate, as its batches have to repeat it, and the node's share."""
 
     block_hash: str
     public_key: str
@@ -35,8 +35,8 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """What the daemon's store says of one round on one node: pocd/store/schema.py."""
+class StoredProgress:
+    """Row of the daemon's store about one round on one node: pocd/store/schema.py."""
 
     node_id: int
     node_count: int
@@ -48,17 +48,17 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """What the daemon says.
+    """Status and store of the daemon.
 
     Attributes:
-        status: Its last answer, after it was stopped.
-        progress: Of each round in its store, after its end.
-        batches: The bodies of the batches in its store, by whether every receiver has accepted them.
-        waiting: Proofs in its store that no batch holds.
+        status: The daemon's last status, after mining was stopped.
+        progress: Progress of each round in the daemon's store, after the daemon's end.
+        batches: Batches in the daemon's store: whether every receiver has accepted it, and its body.
+        waiting: Number of proofs in the daemon's store that no batch holds.
     """
 
     status: dict[str, Any]
-    progress: list[Progress]
+    progress: list[StoredProgress]
     batches: list[tuple[bool, dict[str, Any]]]
     waiting: int
 
@@ -68,10 +68,10 @@ class Line:
     """A line of the results, with the report's fields.
 
     Attributes:
-        test: Its number, from 1.
-        model: What it is called in the files' names.
-        valid_rate: In percent; 0 where nothing was checked.
-        callback_batches: That the receiver holds; likewise the nonces.
+        test: Number of the test, from 1.
+        model: Label of the model in the files' names.
+        valid_rate: Valid rate in percent; 0 where nothing was checked.
+        callback_batches: Number of batches that the receiver holds; `callback_nonces` is that of nonces.
         rate_per_second: Nonces checked per second, when the daemon was stopped.
         error: All that went wrong or is not consistent; None where nothing is.
     """
@@ -93,12 +93,12 @@ class Line:
 # One test: is what the receiver holds what the daemon says?
 
 
-def complaints(asked: Asked, said: Said, held: list[dict[str, Any]], stats: dict[str, Any]) -> list[str]:
+def complaints(asked: RoundRequest, said: Said, held: list[dict[str, Any]], stats: dict[str, Any]) -> list[str]:
     """Name all that is not as it must be, one thing each; empty where the two sides agree.
 
     Args:
-        asked: What the test is about.
-        said: By the daemon.
+        asked: The round that was requested.
+        said: Status and store of the daemon.
         held: The bodies of the batches that the receiver holds.
         stats: The receiver's own counts (its `GET /stats`).
     """
@@ -125,8 +125,8 @@ def complaints(asked: Asked, said: Said, held: list[dict[str, Any]], stats: dict
     return found
 
 
-def _of_daemon(asked: Asked, said: Said, progress: Progress) -> list[str]:
-    """Hold what the daemon says against itself."""
+def _of_daemon(asked: RoundRequest, said: Said, progress: StoredProgress) -> list[str]:
+    """Check that the daemon's status and store agree."""
     found = []
     if progress.checked == 0:
         found.append("no nonce was checked")
@@ -149,8 +149,8 @@ def _of_daemon(asked: Asked, said: Said, progress: Progress) -> list[str]:
     return found
 
 
-def _of_receiver(asked: Asked, held: list[dict[str, Any]], stats: dict[str, Any]) -> list[str]:
-    """Hold what the receiver has against what was asked for, and against what it counts."""
+def _of_receiver(asked: RoundRequest, held: list[dict[str, Any]], stats: dict[str, Any]) -> list[str]:
+    """Compare the receiver's batches with the requested round, and with the receiver's own counts."""
     terms = ("block_hash", "public_key", "r_target", "seq_len", "scheme", "node_id")
     others = {name: {body[name] for body in held} - {getattr(asked, name)} for name in terms}
     found = [
@@ -178,7 +178,7 @@ def _proofs(bodies: Iterable[dict[str, Any]]) -> list[tuple[int, float]]:
 
 
 def _some(things: Iterable[object]) -> str:
-    """The first few of them."""
+    """Return the first few items as text."""
     texts = list(map(str, things))
     return ", ".join(texts[:NAMED]) + (", …" if len(texts) > NAMED else "")
 
@@ -187,7 +187,7 @@ def _some(things: Iterable[object]) -> str:
 
 
 def results_table(lines: list[Line]) -> Table:
-    """Show each line."""
+    """Return a table with a row for each line."""
     table = new_table(
         "tests",
         "test",
@@ -213,7 +213,7 @@ def results_table(lines: list[Line]) -> Table:
 
 
 def spread_table(lines: list[Line]) -> Table:
-    """Show how far valid rates lie apart, per model: between the block hashes, and as a control the keys of each.
+    """Return a table of how far valid rates lie apart, per model: between block hashes, and as a control between keys.
 
     All in points but p. The interval holds the spread of the true rates with 95% confidence, whatever it is; p is the
     probability of rates so far apart, by the noise of sampling alone, were all of them one (chi-square: a rough one
@@ -235,7 +235,7 @@ def spread_table(lines: list[Line]) -> Table:
 
 
 def _by(named: Iterable[tuple[str, Line]]) -> NDArray[np.int64]:
-    """Valid and checked nonces [2, names], summed over the lines of a name."""
+    """Return valid and checked nonces [2, names], summed over the lines of each name."""
     sums: dict[str, NDArray[np.int64]] = {}
     for name, line in named:
         sums[name] = sums.get(name, np.zeros(2, np.int64)) + np.array([line.total_valid, line.total_checked])

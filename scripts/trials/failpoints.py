@@ -24,7 +24,7 @@ MINING = "mining has begun\n"  # on standard error, once the first nonces are to
 
 
 class Point(Enum):
-    """Where the daemon can be killed from inside."""
+    """Points at which the daemon can be killed from inside."""
 
     BEFORE_COMMIT = "before commit"
     AFTER_COMMIT = "after commit"
@@ -36,7 +36,7 @@ class Countdown:
     """Counts how often `point` is passed, and ends the process at the `left`-th time.
 
     Attributes:
-        begun: Whether it counts yet.
+        begun: Whether passes are counted yet.
         mining: Whether nonces were checked.
     """
 
@@ -47,7 +47,7 @@ class Countdown:
         self.mining = False
 
     def passes(self, point: Point) -> None:
-        """Count, where it is our point."""
+        """Count a pass of `point`, if that is the one to be killed at."""
         if self.begun and point is self._point:
             self._left -= 1
             if not self._left:
@@ -55,7 +55,7 @@ class Countdown:
 
 
 def arm(countdown: Countdown) -> None:
-    """Wrap what the points lie in. All of it runs in the outbox's thread, so nobody sees a point half passed."""
+    """Wrap the functions with the points. All run in the outbox's thread, so nobody sees a point half passed."""
     commit, commit_span = Outbox._commit, Outbox.commit_span  # noqa: SLF001 - it is wrapped
     record_delivered = deliveries.record_delivered
 

@@ -40,7 +40,7 @@ def computed(
     block_hash: str, public_key: str, nonces: list[int], *, seq_len: int = 16, scheme: str = "poc2"
 ) -> list[float]:
     """Distances by the command line's way, without a daemon."""
-    request = command.Request(
+    request = command.ComputeRequest(
         model=MODEL,
         scheme=scheme,
         block_hash=block_hash,
@@ -384,7 +384,8 @@ async def test_a_forged_batch_is_fraud_whatever_is_mined(api: Api) -> None:
     nonces = list(range(40))
     verdict = await api.done("/validate", claim_of("forged", nonces, [1.3] * 40))
     truth = computed("forged", "02ab", nonces)
-    assert verdict["n_invalid"] == sum(distance >= 1.414 + verdict["tolerance"] for distance in truth)
+    assert verdict["dist"] == pytest.approx(truth, abs=1e-5)
+    assert verdict["n_invalid"] == sum(distance >= 1.414 + verdict["tolerance"] for distance in verdict["dist"])
     assert verdict["fraud_detected"]
     assert (await api.daemon.status())["state"] == "GENERATING"
 

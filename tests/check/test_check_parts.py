@@ -253,7 +253,7 @@ def _of_version(path: Path, version: int) -> None:
     [
         (lambda path: Outbox.open(path).close(), "green", "writable by user"),
         (lambda path: path.touch(), "green", "writable by user"),
-        (lambda path: path.mkdir(), "red", "is no file"),
+        (lambda path: path.mkdir(), "red", "is not a file"),
         (lambda path: path.write_text("hello" * 100), "red", "is not a SQLite database"),
         (lambda path: _database(path, "PRAGMA application_id = 7"), "red", "another program's database"),
         (lambda path: _database(path, "PRAGMA user_version = 1"), "red", "another program's database"),

@@ -20,7 +20,7 @@ from pocd.cli import validate as cli_validate
 from pocd.cli.report import verdict_as_text
 from pocd.http.server import RefusalError, errors_as_json, json_answer, listening
 from pocd.lab import command
-from pocd.lab.command import Request
+from pocd.lab.command import ComputeRequest
 from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_FRAUD, EXIT_NO_DEVICE, EXIT_OK, EXIT_UNUSABLE
 from pocd.validation.claim import LARGEST_CLAIM
 
@@ -42,7 +42,7 @@ Ended = tuple[int, str, str]  # exit status, standard output, standard error
 
 @pytest.fixture(scope="module")
 def distances() -> dict[int, float]:
-    request = Request(MODEL, "poc2", "9F2E", "02ab", 8, "float32", "cpu", 32)
+    request = ComputeRequest(MODEL, "poc2", "9F2E", "02ab", 8, "float32", "cpu", 32)
     return dict(command.distances(request, range(100)))
 
 
@@ -113,7 +113,7 @@ def test_an_honest_batch_from_standard_input_ends_with_0(honest: dict[str, Any])
     body = orjson.loads(out)
     assert body["fraud_detected"] is False
     assert (body["nonces"], body["received_dist"]) == (honest["nonces"], honest["dist"])
-    assert body["dist"] == pytest.approx(honest["dist"], abs=2e-6)  # another process may have other threads
+    assert body["dist"] == pytest.approx(honest["dist"], abs=1e-5)  # in another batch, by another process
     assert (body["n"], body["n_invalid"], body["suspicions"]) == (len(honest["nonces"]), 0, [])
     assert (body["model"], body["dtype"], body["seq_len"], body["r_target"]) == (MODEL, "float32", 8, R)
     assert (body["tolerance"], body["mismatch"], body["fraud_threshold"]) == (1e-5, 5e-4, 0.01)

@@ -170,7 +170,7 @@ def test_the_shipped_file_loads_with_everything_set(tmp_path: Path) -> None:
         pytest.param("[model]\ndevice = ['cpu', 'cuda:1']", "model.device: a list must name", id="mixed devices"),
         pytest.param(
             "[model]\ndevice = ['cpu', 'cpu', 'cpu']\nparallel = 2",
-            "model: device lists 3 devices, no multiple of the 2 of parallel",
+            "model: device lists 3 devices, which must be a multiple of parallel, 2",
             id="devices left over",
         ),
         pytest.param(

@@ -8,7 +8,7 @@ import signal
 from typing import TYPE_CHECKING
 
 from pocd.admin.client import call
-from pocd.daemon.daemon import EXIT_SIGNALLED
+from pocd.process import EXIT_SIGNALLED
 from tests.support.delivering import serving
 from tests.support.processes import Chain, config, running
 from tests.support.waiting import PATIENCE

@@ -19,10 +19,10 @@ from pocd.compute.model import Model, adapt, load_model
 from pocd.compute.random import normal, seeds_tensor, signs
 from pocd.compute.transforms import JOIN
 from pocd.lab import cheater, shortcuts
-from pocd.lab.audit import Attack, Attacks, Audit, Caught, Row, as_text, audit
+from pocd.lab.audit import Attack, Attacks, Audit, Caught, ShortcutScore, as_text, audit
 from pocd.lab.audit_statistics import Estimate, ridge
 from pocd.lab.calibration import Plan
-from pocd.lab.linear import Linear
+from pocd.lab.linear import LinearMap
 from pocd.process import EXIT_CONFIG, EndedError
 from pocd.protocol.errors import NonFiniteError
 from pocd.protocol.names import DTYPES, default_tolerance
@@ -107,7 +107,7 @@ def attacked(model: Model, run: BlockRun, nonces: int) -> Audit:
     return audit(a_plan(nonces, run.scheme.name), Attacks("abc", HIDDEN_SIZE, found.true[None], attacks))
 
 
-def rows(report: Audit) -> dict[str, Row]:
+def rows(report: Audit) -> dict[str, ShortcutScore]:
     return {row.name: row for row in report.rows}
 
 
@@ -181,7 +181,7 @@ def test_a_linear_map_is_that_of_least_squares() -> None:
     states, fresh = (normal(seeds_tensor([text])[0], 40 * 9 * 6).view(40, 9, 6) for text in ("known", "fresh"))
     means = states.cumsum(dim=1) / torch.arange(1, 10).view(1, -1, 1)
     outputs = states.flip(-1) + 2 * means.square() + means + 3
-    linear = Linear()
+    linear = LinearMap()
     for start in (0, 25):
         linear.add(states[start : start + 25], outputs[start : start + 25])
     assert linear(fresh).numpy() == pytest.approx(plain_map(states, outputs, fresh), abs=1e-4)
@@ -324,7 +324,7 @@ def test_a_prediction_is_the_plain_one(small: Model, name: str) -> None:
     between = slice(half, trained_on)
     weighing, bias = ridge(guesses(half)[between], distances(truth)[between, None])
     expected = (guesses(trained_on)[trained_on:] @ weighing + bias)[:, 0]
-    assert honest.distances == pytest.approx(distances(truth), abs=1e-5)
+    assert honest.distances == pytest.approx(distances(truth), abs=2e-5)
     assert found.own == pytest.approx(distances(own)[trained_on:], abs=1e-4)
     assert found.distances == pytest.approx(expected, abs=1e-4)
 
@@ -349,7 +349,7 @@ def test_all_layers_at_all_positions_give_the_honest_distances(name: str, scheme
     model = load_model(name, dtype="float32", device="cpu")
     with prepared(model, scheme=scheme) as run:
         honest = cheater.compute_honestly(run, range(10), 6, 4)
-        assert honest.distances == pytest.approx(run.distances(range(10), batch_size=4), abs=5e-6)
+        assert honest.distances == pytest.approx(run.distances(range(10), batch_size=4), abs=2e-5)
         states = shortcuts.run_states(run, run.inputs(range(6)))
     assert honest.known.nonces == range(3)
     assert torch.allclose(honest.known.average, states.mean(dim=0), atol=1e-5)
@@ -396,19 +396,20 @@ def test_costs_by_hand() -> None:
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_rounded_rows_are_whole_multiples_of_their_step(bits: int) -> None:
-    weight = torch.randn(5, 7)
+    weight = normal(seeds_tensor(["rows"])[0], 5 * 7).view(5, 7)
     weight[3] = 0
     rounded = shortcuts._rounded("any", weight, bits=bits)
     for row, found in zip(weight.numpy(), rounded.numpy(), strict=True):
         step = np.abs(row).max() / (127 if bits == 8 else 7)
-        expected = [step * round(float(x / step)) if step else 0.0 for x in row]
-        assert found == pytest.approx(expected, abs=1e-6)
+        multiples = found / step if step else found
+        assert multiples == pytest.approx(multiples.round(), abs=1e-4)
+        assert np.abs(found - row).max() <= (0.5 + 1e-4) * step  # which of two is nearer may be a matter of rounding
 
 
 def test_a_matrix_of_low_rank_is_the_nearest() -> None:
-    weight = torch.randn(12, 8)
+    weight = normal(seeds_tensor(["any"])[0], 12 * 8).view(12, 8)
     found = shortcuts._reduced("mlp.up_proj", weight)
-    assert torch.linalg.matrix_rank(found) == 2
+    assert torch.linalg.matrix_rank(found, rtol=1e-4) == 2
     singular = torch.linalg.svdvals(weight)
     assert float((weight - found).norm()) == pytest.approx(float(singular[2:].norm()), rel=1e-5)
     assert torch.equal(shortcuts._reduced("self_attn.q_proj", weight), weight)
@@ -456,7 +457,7 @@ def test_a_random_model_is_written_with_the_layers_asked_for(tmp_path: Path, lay
 
 def test_the_widest_numbers_fit_into_the_tables() -> None:
     surely, much = Estimate(1, 0.9993, 1), Estimate(12.345, 11.111, 13.579)
-    row = Row("8-bit, low-rank MLP", 1, 1, surely, surely, much)
+    row = ShortcutScore("8-bit, low-rank MLP", 1, 1, surely, surely, much)
     nearly = Estimate(0.99, 0.9881, 1)
     caught = [Caught("8-bit weights", dtype, 0.000123, nearly, {"100": 1.0, "1000": 0.5}) for dtype in DTYPES]
     text = as_text(Audit(a_plan(200), "abc", HIDDEN_SIZE, 100, (row,), tuple(caught)))
@@ -528,10 +529,10 @@ def test_the_command_prints_tables_and_the_same_as_json(capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"rate": 0}, "rate 0 is no share of nonces; give a number above 0 and below 1"),
-        ({"blocks": 0}, "0 blocks are none; give 1 or more"),
-        ({"nonces": 199}, "199 nonces per block tell too little of a rate of 0.1; give 200 or more"),
-        ({"seq_len": 7}, "seq_len 7 has no eighths to keep; give 8 or more"),
+        ({"rate": 0}, "rate must be above 0 and below 1, got 0"),
+        ({"blocks": 0}, "blocks must be 1 or more, got 0"),
+        ({"nonces": 199}, "nonces must be 200 or more for a rate of 0.1, got 199"),
+        ({"seq_len": 7}, "seq_len must be 8 or more, got 7"),
         ({"scheme": "poc9"}, "scheme 'poc9' is unknown; allowed are: "),
         ({"device": "gpu"}, "device 'gpu' is unknown; allowed are: "),
         (

@@ -20,7 +20,7 @@ from pocd.cli import compute as cli_compute
 from pocd.compute import engine, model
 from pocd.lab import command
 from pocd.lab.calibration import Calibration, Measurement, Plan, as_text, block_hashes, calibrate
-from pocd.lab.command import Request
+from pocd.lab.command import ComputeRequest
 from pocd.lab.statistics import head_valid_rate
 from pocd.process import EXIT_CONFIG, EXIT_NO_DEVICE, EXIT_OK, EndedError
 from pocd.protocol.errors import ModelError
@@ -172,7 +172,7 @@ def test_the_command_measures_what_compute_computes() -> None:
     first, second = found["blocks"]
     assert [first["block_hash"], second["block_hash"]] == block_hashes("a", 2)
 
-    request = Request(
+    request = ComputeRequest(
         model="bundled:tiny-llama",
         scheme="poc2",
         block_hash=second["block_hash"],
@@ -184,8 +184,8 @@ def test_the_command_measures_what_compute_computes() -> None:
     )
     distances = np.array([distance for _, distance in command.distances(request, range(64))])
     # Another process may have another number of threads, and add in another order.
-    assert second["mean"] == pytest.approx(distances.mean(), abs=2e-6)
-    assert second["quantile"] == pytest.approx(np.quantile(distances, 0.1), abs=2e-6)
+    assert second["mean"] == pytest.approx(distances.mean(), abs=2e-5)
+    assert second["quantile"] == pytest.approx(np.quantile(distances, 0.1), abs=2e-5)
 
 
 def test_the_heads_rate_is_that_of_the_blocks_own_head(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,12 +236,12 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"rate": 0}, "rate 0 is no share of nonces; give a number above 0 and below 1"),
-        ({"rate": 1}, "rate 1 is no share of nonces"),
-        ({"rate": "nan"}, "rate nan is no share of nonces"),
-        ({"blocks": 1}, "1 blocks have no spread; give 2 or more"),
-        ({"nonces": 49}, "49 nonces per block tell too little of a rate of 0.1; give 50 or more"),
-        ({"nonces": 400, "rate": 0.99}, "400 nonces per block tell too little of a rate of 0.99; give 500 or more"),
+        ({"rate": 0}, "rate must be above 0 and below 1, got 0"),
+        ({"rate": 1}, "rate must be above 0 and below 1, got 1"),
+        ({"rate": "nan"}, "rate must be above 0 and below 1, got nan"),
+        ({"blocks": 1}, "blocks must be 2 or more, got 1"),
+        ({"nonces": 49}, "nonces must be 50 or more for a rate of 0.1, got 49"),
+        ({"nonces": 400, "rate": 0.99}, "nonces must be 500 or more for a rate of 0.99, got 400"),
         ({"scheme": "poc4"}, "scheme 'poc4' is unknown; allowed are: "),
         ({"dtype": "int8"}, "dtype 'int8' is unknown; allowed are: "),
         ({"device": "gpu"}, "device 'gpu' is unknown; allowed are: "),

@@ -20,7 +20,7 @@ from pocd.http.webhooks import WebhookKeys, unsigned_headers
 from pocd.protocol.proof import Proof, ProofBatch, Round
 from pocd.receiver import store as receiver_store
 from pocd.receiver.app import MAX_BODY_BYTES, application, serve
-from pocd.receiver.store import Arrival, Store, StoreBusyError, StoreError
+from pocd.receiver.store import Arrival, ReceiverStoreBusyError, ReceiverStoreError, Store
 from pocd.validation.claim import Claim, parse_json
 from pocd.validation.verdict import Terms, judge
 from tests.support.waiting import PATIENCE, soon
@@ -542,7 +542,7 @@ async def test_a_stuck_store_is_given_up(path: Path, monkeypatch: pytest.MonkeyP
     go_on = threading.Event()
     with monkeypatch.context() as patch:
         patch.setattr(receiver_store, "CALL_TIMEOUT_S", 0.01)
-        with pytest.raises(StoreBusyError, match=f"{path}: no answer within"):
+        with pytest.raises(ReceiverStoreBusyError, match=f"{path}: no answer within"):
             await store._run(go_on.wait, PATIENCE)
     go_on.set()
     await store.close()
@@ -564,7 +564,7 @@ def _a_folder(path: Path) -> None:
 @pytest.mark.parametrize("make", [_not_a_database, _another_database, _a_folder])
 async def test_a_store_that_cannot_be_opened_says_why(path: Path, make: Callable[[Path], None]) -> None:
     make(path)
-    with pytest.raises(StoreError, match=str(path)):
+    with pytest.raises(ReceiverStoreError, match=str(path)):
         await serve(host="127.0.0.1", port=0, path=path, keys=None, on_started=None)
 
 

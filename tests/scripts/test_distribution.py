@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from pocd.process import EXIT_CONFIG
 from pocd.protocol.names import BUNDLED
 from scripts.trials.distribution import main
-from scripts.trials.distribution_lines import Asked, Found
+from scripts.trials.distribution_lines import Found, LineKey
 from scripts.trials.distribution_verdict import equal_rates, verdict
 from tests.reference.plain_torch import PlainRun
 
@@ -82,7 +82,7 @@ def test_distances_and_r_are_those_of_the_plain_scheme(made: tuple[Path, str]) -
     plain = PlainRun(causal, "block_beta", "node_B", SEQ_LEN)
     plain.decoder.register_forward_hook(lambda _module, _args, output: outputs.append(output.last_hidden_state[0, -1]))
     distances = [plain.distance(nonce) for nonce in range(NONCES)]
-    assert line["distances"] == pytest.approx(distances, abs=1e-5)
+    assert line["distances"] == pytest.approx(distances, abs=2e-5)
     r = sum(output / output.norm() for output in outputs) / NONCES
     assert line["resultant_length"] == pytest.approx(float(torch.as_tensor(r).norm()), abs=1e-5)
 
@@ -109,7 +109,7 @@ def test_each_line_says_what_its_distances_say(made: tuple[Path, str]) -> None:
 
 
 def test_a_line_has_all_that_it_depends_on(made: tuple[Path, str]) -> None:
-    names = [field.name for kind in (Asked, Found) for field in dataclasses.fields(kind)]
+    names = [field.name for kind in (LineKey, Found) for field in dataclasses.fields(kind)]
     for line in lines(made[0]):
         assert list(line) == names
         assert (line["model"], line["nonces"], line["seq_len"]) == ("bundled:tiny-llama", NONCES, SEQ_LEN)
@@ -144,10 +144,14 @@ def test_nothing_is_computed_again_but_with_another_option(folder: Path) -> None
 
 def test_a_line_that_was_cut_off_is_computed_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = folder / "distribution.jsonl"
-    before = file.read_bytes()
-    file.write_bytes(before[:-1000])
+    before = lines(folder)
+    file.write_bytes(file.read_bytes()[:-1000])
     run(folder)
-    assert file.read_bytes() == before
+    *kept, again = lines(folder)
+    assert kept == before[:-1]
+    asked = [field.name for field in dataclasses.fields(LineKey)]
+    assert [again[name] for name in asked] == [before[-1][name] for name in asked]
+    assert again["distances"] == pytest.approx(before[-1]["distances"], abs=2e-5)  # by another process
     assert "its last line was cut off" in capsys.readouterr().err
 
 
@@ -173,7 +177,7 @@ def test_equal_rates_are_told_from_unequal_ones(valid: list[int], expected: floa
 
 
 def test_blocks_whose_interval_misses_the_theoretical_rate_are_counted(made: tuple[Path, str]) -> None:
-    asked = Asked(**{field.name: lines(made[0])[0][field.name] for field in dataclasses.fields(Asked)})
+    asked = LineKey(**{field.name: lines(made[0])[0][field.name] for field in dataclasses.fields(LineKey)})
     found = Found(**{field.name: lines(made[0])[0][field.name] for field in dataclasses.fields(Found)})
     blocks = []
     for block, near in (("few", 0), ("as many as expected", 200), ("many", 700)):
@@ -210,9 +214,9 @@ def test_plots_show_something_in_both_halves(made: tuple[Path, str]) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--rate", "2"), "rate 2 is no share"),
-        (("--blocks", "1"), "1 blocks have no spread"),
-        (("--nonces", "10"), "10 nonces per block tell too little"),
+        (("--rate", "2"), "rate must be above 0 and below 1, got 2"),
+        (("--blocks", "1"), "blocks must be 2 or more, got 1"),
+        (("--nonces", "10"), "nonces must be 50 or more for a rate of 0.1, got 10"),
         (("--blocks", "a", "b", "a"), "blocks: 'a' is named twice"),
         (("--models", "bundled:no"), "model 'bundled:no' is not bundled"),
         (("--device", "tpu"), "device 'tpu' is unknown"),
@@ -241,7 +245,7 @@ def test_lines_of_other_weights_and_foreign_lines_are_refused(folder: Path, caps
         run(folder)
     told = capsys.readouterr().err
     assert "lines of other weights of model 'bundled:tiny-llama'" in told
-    assert "line 9 is no line of this script" in told
+    assert "line 9 is not a line of this script" in told
 
 
 def test_an_unknown_scheme_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from pocd.protocol.theory import expected_valid_rate
 from scripts.trials.e2e import R_TARGET, r_target_of
-from scripts.trials.e2e_verdict import Asked, Line, Progress, Said, complaints, spread_table
+from scripts.trials.e2e_verdict import Line, RoundRequest, Said, StoredProgress, complaints, spread_table
 from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
@@ -167,13 +167,13 @@ def test_what_cannot_work_is_refused_before_anything_starts(
 
 # The verdict
 
-ASKED = Asked("block", "key", 1.41, 16, "poc2", node_id=1, node_count=3)
+ASKED = RoundRequest("block", "key", 1.41, 16, "poc2", node_id=1, node_count=3)
 TERMS = {"block_hash": "block", "public_key": "key", "r_target": 1.41, "seq_len": 16, "scheme": "poc2", "node_id": 1}
 HELD: list[dict[str, Any]] = [
     TERMS | {"nonces": [1, 7], "dist": [1.40, 1.39]},
     TERMS | {"nonces": [28], "dist": [1.38]},
 ]
-PROGRESS = Progress(1, 3, cursor=10, islands="[]", checked=10, valid=3)
+PROGRESS = StoredProgress(1, 3, cursor=10, islands="[]", checked=10, valid=3)
 STATUS = {"total_checked": 8, "total_valid": 3}
 SAID = Said(STATUS, [PROGRESS], [(True, body) for body in HELD], waiting=0)
 STATS = {"batches": 2, "nonces": 3, "conflicts": 0, "rejected": 0, "validated_batches": 0}
@@ -184,7 +184,7 @@ def test_two_sides_that_agree() -> None:
 
 
 def progress(**changes: int | str) -> Said:
-    return replace(SAID, progress=[Progress(**asdict(PROGRESS) | changes)])
+    return replace(SAID, progress=[StoredProgress(**asdict(PROGRESS) | changes)])
 
 
 @pytest.mark.parametrize(

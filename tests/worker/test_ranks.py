@@ -46,7 +46,7 @@ async def test_two_ranks_agree_with_one_process_and_the_death_of_one_restarts_bo
         assert (worker.info.device, worker.info.decoder, worker.info.execution) == ("cpu+cpu", "layers", "eager")
         for scheme in ("poc2", "poc3", "trained"):
             round_ = dataclasses.replace(ROUND, block_hash="block_beta", scheme=scheme)
-            assert await recompute(pool, round_, NONCES) == pytest.approx(alone(model, scheme), abs=1e-5)
+            assert await recompute(pool, round_, NONCES) == pytest.approx(alone(model, scheme), abs=2e-5)
         with pytest.raises(NoResultError, match="draws weights, which a model that is split"):
             await recompute(pool, dataclasses.replace(ROUND, scheme="random-weights"), NONCES)
         leader, other = worker.pids
@@ -95,8 +95,8 @@ async def test_ranks_that_get_nan_name_the_layer_together(tmp_path: Path) -> Non
     ("config", "reason"),
     [
         (GPT2Config(), "transformers has no plan for GPT2Config; set model.parallel = 1"),
-        (Qwen3Config(num_attention_heads=9, num_key_value_heads=3), "its num_attention_heads, 9, is no multiple"),
-        (Qwen3Config(num_attention_heads=8, num_key_value_heads=1), "its num_key_value_heads, 1, is no multiple"),
+        (Qwen3Config(num_attention_heads=9, num_key_value_heads=3), "its num_attention_heads, 9, is not a multiple"),
+        (Qwen3Config(num_attention_heads=8, num_key_value_heads=1), "its num_key_value_heads, 1, is not a multiple"),
     ],
 )
 def test_a_model_that_cannot_be_split_says_why(config: object, reason: str) -> None:
