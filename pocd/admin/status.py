@@ -52,7 +52,8 @@ def problems(parts: Parts) -> list[Problem]:
     """List the problems that keep the daemon from mining."""
     found = []
     if parts.control.mode is Mode.STOPPED:
-        found.append(Problem(part="miner", reason="mining was stopped by hand; POST /api/v1/pow/resume goes on"))
+        by_hand = "mining was stopped by hand; POST /api/v1/pow/resume goes on"
+        found.append(Problem(part="miner", reason=parts.control.foreign or by_hand))
     if not parts.workers.ready.is_set():
         found += [
             Problem(part=worker_name(parts.workers, worker), reason=why_not_ready(worker))

@@ -96,7 +96,7 @@ def compose(
     events = Events(clock)
     node = Node(settings.node.node_id, settings.node.node_count)
     miner = Miner(outbox, clock=clock.monotonic, wall=clock.wall)
-    control = Control(miner, outbox, node, wall=clock.wall, log=log, events=events)
+    control = Control(miner, outbox, node, runs=runs(settings), wall=clock.wall, log=log, events=events)
     limits = Limits(batch=settings.worker.batch_timeout)
     cache = cache_folder(settings)
     workers = Pool(loads, miner, limits, cache=cache, clock=clock.monotonic, log=log, events=events)
@@ -149,6 +149,16 @@ def make_round(parts: Parts, block: Block) -> Round:
         model=settings.model.name,
         seq_len=settings.round.seq_len,
     )
+
+
+def runs(settings: Settings) -> dict[str, str | None]:
+    """Return what decides a distance beside a round's block and key, by the key of the configuration."""
+    return {
+        "model.name": settings.model.name,
+        "model.revision": settings.model.revision,
+        "model.dtype": settings.model.dtype,
+        "round.scheme": settings.round.scheme,
+    }
 
 
 def withdraws(settings: Settings) -> bool:

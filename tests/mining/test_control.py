@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import cast
 
+import orjson
 import pytest
 import structlog
 from hypothesis import settings
@@ -14,14 +15,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pocd.clock import SYSTEM
-from pocd.mining.control import MINING, Asked, Control, NoRoundError, decode, encode
+from pocd.mining.control import MINING, Asked, Control, NoRoundError, Runs, decode, encode
 from pocd.mining.miner import Miner
 from pocd.mining.phases import TABLE, Call, Mode, State, mode_after, state_of
 from pocd.observe.events import Events
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.store.errors import StoreUnavailableError
-from pocd.store.outbox import Work
+from pocd.store.outbox import Outbox, Work
 from pocd.store.thread import OutboxThread
 
 NOW = 1_700_000_000.0
@@ -29,6 +30,7 @@ OURS, THEIRS = Node(1, 3), Node(0, 2)
 FIRST, SECOND = (Round(f"{height:02X}", height, "miner", 1.4, "poc2", "tiny", 16) for height in (10, 20))
 ASKED = Asked(Round("asked", 7, "other", 1.5, "poc2", "tiny", 8), THEIRS, 0.02, callback=None)
 AGAIN = Asked(Round("asked again", 8, "other", 1.5, "poc2", "tiny", 8), THEIRS, 0.02, callback=None)
+RUNS = {"model.name": "tiny", "model.revision": None, "model.dtype": "float32", "round.scheme": "poc2"}
 INITS = (Call.INIT, Call.INIT_GENERATE, Call.INIT_VALIDATE)
 QUIET = structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound_logger("critical"))
 
@@ -86,7 +88,7 @@ def test_what_is_remembered_reads_back_as_it_was() -> None:
     for mode in Mode:
         for asked in (None, ASKED, Asked(FIRST, OURS, 0.5, "callback-1")):
             expected = (Mode.FOLLOWING, None) if mode is Mode.FOLLOWING else (mode, asked)
-            assert decode(encode(mode, asked)) == expected
+            assert decode(encode(mode, asked, RUNS)) == expected
 
 
 # What follows from it
@@ -95,11 +97,13 @@ def test_what_is_remembered_reads_back_as_it_was() -> None:
 class Wheel:
     """A control over a real store and miner, as long as its process lives."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, runs: Runs = RUNS) -> None:
         self.outbox = OutboxThread(path)
         self.miner = Miner(self.outbox, clock=lambda: 0.0, wall=lambda: NOW)
         self.events = Events(SYSTEM)
-        self.control = Control(self.miner, self.outbox, OURS, wall=lambda: NOW, log=QUIET, events=self.events)
+        self.control = Control(
+            self.miner, self.outbox, OURS, runs=runs, wall=lambda: NOW, log=QUIET, events=self.events
+        )
 
     def close(self) -> None:
         self.outbox.close()
@@ -216,6 +220,51 @@ async def test_a_call_whose_caller_gives_up_is_done_all_the_same(path: Path) -> 
         await wheel.control.call(Call.PHASE_GENERATE)  # waits for its turn
         assert wheel.mined == Work(ASKED.round, THEIRS)
         assert decode(wheel.outbox.outbox.control) == (Mode.GENERATING, ASKED)
+
+
+# A restart with another configuration
+
+
+@pytest.mark.parametrize("mode", [Mode.READY, Mode.GENERATING, Mode.VALIDATING, Mode.STOPPED])
+@pytest.mark.parametrize(
+    "other", [{"model.name": "other"}, {"model.revision": "v2"}, {"model.dtype": "bfloat16"}, {"round.scheme": "poc3"}]
+)
+async def test_a_requested_round_is_restored_only_where_the_daemon_runs_what_it_was_made_for(
+    path: Path, mode: Mode, other: dict[str, str]
+) -> None:
+    calls = {Mode.READY: Call.INIT, Mode.GENERATING: Call.INIT_GENERATE, Mode.VALIDATING: Call.INIT_VALIDATE}
+    with closing(Wheel(path)) as wheel:
+        await wheel.control.call(calls.get(mode, Call.INIT), ASKED)
+        if mode is Mode.STOPPED:
+            await wheel.control.call(Call.STOP)
+    with closing(Wheel(path, RUNS | other)) as wheel:
+        await wheel.control.restore()
+        await wheel.control.follow(FIRST)
+        ((key, value),) = other.items()
+        assert f"is of {key} {RUNS[key]!r}, but this daemon runs {key} {value!r}" in str(wheel.control.foreign)
+        assert (wheel.control.mode, wheel.control.asked, wheel.mined) == (Mode.STOPPED, None, None)
+        for call in (Call.PHASE_GENERATE, Call.PHASE_VALIDATE):
+            with pytest.raises(NoRoundError):
+                await wheel.control.call(call)
+    with closing(Wheel(path)) as wheel:  # as before: the round was kept
+        assert (wheel.control.mode, wheel.control.asked, wheel.control.foreign) == (mode, ASKED, None)
+    for call, asked, mined in ((Call.RESUME, None, FIRST), (Call.INIT_GENERATE, AGAIN, AGAIN.round)):
+        with closing(Wheel(path, RUNS | other)) as wheel:
+            await wheel.control.follow(FIRST)
+            await wheel.control.call(call, asked)
+            assert wheel.control.foreign is None
+            assert wheel.mined
+            assert wheel.mined.round == mined
+
+
+async def test_a_round_that_an_earlier_version_stored_is_known_by_its_model_and_scheme(path: Path) -> None:
+    with closing(Wheel(path)) as wheel:
+        stored = orjson.loads(encode(Mode.GENERATING, ASKED, RUNS) or "")
+        del stored["runs"]
+        await wheel.outbox(Outbox.set_control, orjson.dumps(stored).decode(), None, NOW)
+    for other, mode in (({"model.dtype": "bfloat16"}, Mode.GENERATING), ({"model.name": "other"}, Mode.STOPPED)):
+        with closing(Wheel(path, RUNS | other)) as wheel:
+            assert wheel.control.mode is mode
 
 
 # All lives
