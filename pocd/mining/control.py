@@ -84,8 +84,8 @@ def why_foreign(control: str | None, runs: Runs) -> str | None:
     if not fields.get("asked"):
         return None
     round_ = fields["asked"]["round"]
-    # An earlier version stored nothing beside the round, which names the model and the scheme.
-    made_by = {"model.name": round_["model"], "round.scheme": round_["scheme"]} | fields.get("runs", {})
+    # An earlier version stored the round alone, which names the model and the scheme.
+    made_by = fields.get("runs") or {"model.name": round_["model"], "round.scheme": round_["scheme"]}
     differing = [key for key in runs if key in made_by and made_by[key] != runs[key]]
     if not differing:
         return None

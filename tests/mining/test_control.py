@@ -248,13 +248,12 @@ async def test_a_requested_round_is_restored_only_where_the_daemon_runs_what_it_
                 await wheel.control.call(call)
     with closing(Wheel(path)) as wheel:  # as before: the round was kept
         assert (wheel.control.mode, wheel.control.asked, wheel.control.foreign) == (mode, ASKED, None)
-    for call, asked, mined in ((Call.RESUME, None, FIRST), (Call.INIT_GENERATE, AGAIN, AGAIN.round)):
-        with closing(Wheel(path, RUNS | other)) as wheel:
-            await wheel.control.follow(FIRST)
-            await wheel.control.call(call, asked)
-            assert wheel.control.foreign is None
-            assert wheel.mined
-            assert wheel.mined.round == mined
+    with closing(Wheel(path, RUNS | other)) as wheel:
+        assert wheel.control.foreign
+        await wheel.control.call(Call.INIT_GENERATE, AGAIN)
+        assert (wheel.control.foreign, wheel.mined) == (None, AGAIN_WORK)
+    with closing(Wheel(path, RUNS | other)) as wheel:  # the round requested last is of what is run now
+        assert (wheel.control.mode, wheel.control.asked, wheel.control.foreign) == (Mode.GENERATING, AGAIN, None)
 
 
 async def test_a_round_that_an_earlier_version_stored_is_known_by_its_model_and_scheme(path: Path) -> None:
