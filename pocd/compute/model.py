@@ -98,7 +98,7 @@ class Model:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called `name` (cpu, cuda, cuda:N), checked to exist.
+    """Return the device called `name` (cpu, cuda, cuda:N), checked to exist; a GPU without a number is the first one.
 
     Raises:
         InputError: The name is not cpu, cuda or cuda:N.
@@ -112,9 +112,10 @@ def pick_device(name: str) -> torch.device:
                 f"device {name!r} is configured, but torch {torch.__version__} sees no GPU; check the driver "
                 "(nvidia-smi) and that this torch is a CUDA build, or set device = 'cpu'"
             )
-        count = torch.cuda.device_count()
-        if device.index is not None and device.index >= count:
+        count, number = torch.cuda.device_count(), device.index or 0
+        if number >= count:
             raise DeviceError(f"device {name!r} does not exist; this machine has cuda:0 to cuda:{count - 1}")
+        device = torch.device("cuda", number)  # with the index that `torch.cuda.set_device` wants
     return device
 
 

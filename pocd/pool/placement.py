@@ -17,7 +17,7 @@ def place(device: str | Sequence[str], parallel: int, count_cards: Callable[[], 
 
     Args:
         device: "auto" is every card; a list's devices are taken as they come; a lone "cpu" or "cuda" is as many as a
-            worker needs.
+            worker needs, of cards the first ones. A card that is placed has its number, so that it has one name.
         parallel: Ranks per worker.
         count_cards: Says how many cards this machine has; asked for "auto" only.
 
@@ -32,7 +32,7 @@ def place(device: str | Sequence[str], parallel: int, count_cards: Callable[[], 
                 "worker needs; check the driver (nvidia-smi) and CUDA_VISIBLE_DEVICES, or set model.device = 'cpu'"
             )
         devices = [f"cuda:{number}" for number in range(cards - cards % parallel)]
-    elif device == "cuda" and parallel > 1:
+    elif device == "cuda":
         devices = [f"cuda:{number}" for number in range(parallel)]
     elif isinstance(device, str):
         devices = [device] * parallel

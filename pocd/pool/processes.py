@@ -161,7 +161,9 @@ class Processes:
             return Ended(f"{self._name(stuck)} does not end even when it is killed: its driver holds it (nvidia-smi)")
         # A signal before a failure before a good end: the others end because that one did.
         by_itself = [(code >= 0, code == 0, number) for code, number in ended if code is not None]
-        return self._ended(min(by_itself)[2]) if by_itself else Ended(f"{self._name(0)} was killed, as it did not end")
+        if by_itself:
+            return self._ended(min(by_itself)[2])
+        return Ended(f"{self._name(0)} was killed, as it did not end" if self._ranks else "none was started")
 
     def _name(self, number: int) -> str:
         name = f"worker process {self._ranks[number].process.pid}"
@@ -176,15 +178,20 @@ class Processes:
 
 async def _start(peers: list[socket.socket], environment: Mapping[str, str]) -> _Rank:
     ours, theirs = socket.socketpair()
-    fds = [end.fileno() for end in (theirs, *peers)]
     with theirs:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "pocd.worker",
-            *map(str, fds),
-            env=environment,
-            pass_fds=fds,
-            stdin=asyncio.subprocess.DEVNULL,
-        )
-    return _Rank(process, Link(*await asyncio.open_connection(sock=ours)))
+        link = Link(*await asyncio.open_connection(sock=ours))  # before there is a process, which nobody would end
+        fds = [end.fileno() for end in (theirs, *peers)]
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "pocd.worker",
+                *map(str, fds),
+                env=environment,
+                pass_fds=fds,
+                stdin=asyncio.subprocess.DEVNULL,
+            )
+        except BaseException:
+            link.close()
+            raise
+    return _Rank(process, link)

@@ -10,7 +10,7 @@ import torch
 
 from pocd.compute.compiled import compile_model
 from pocd.compute.engine import block_run
-from pocd.compute.model import Model, load_model
+from pocd.compute.model import Model, load_model, pick_device
 from pocd.protocol.errors import OutOfMemoryError
 from pocd.protocol.names import DTYPES, default_tolerance
 from pocd.protocol.schemes import SCHEMES
@@ -34,6 +34,11 @@ def ready(model: Model, scheme: str) -> Model:
 def distances(model: Model, scheme: str, block: str, count: int = 3 * BATCH + 1) -> list[float]:
     with block_run(model, SCHEMES[scheme], block_hash=block, public_key="key", seq_len=SEQ_LEN) as run:
         return run.distances(range(count), batch_size=BATCH)
+
+
+def test_a_gpu_without_a_number_is_the_first_one() -> None:
+    assert pick_device("cuda") == torch.device("cuda:0")
+    torch.cuda.set_device(pick_device("cuda"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pocd.config.settings import ChainSettings, NodeSettings, Settings
+from pocd.daemon.compose import make_loads
 from pocd.pool.cards import NoDriverError, count
 from pocd.pool.causes import Cause, WorkerError, WorkerRefusedError
 from pocd.pool.placement import NoDeviceError, place
@@ -24,7 +26,7 @@ def never() -> int:
     ("device", "parallel", "placed"),
     [
         ("cpu", 1, [("cpu",)]),
-        ("cuda", 1, [("cuda",)]),
+        ("cuda", 1, [("cuda:0",)]),
         ("cuda:3", 1, [("cuda:3",)]),
         (["cuda:2", "cuda:0"], 1, [("cuda:2",), ("cuda:0",)]),
         (["cpu", "cpu", "cpu"], 1, [("cpu",)] * 3),
@@ -37,6 +39,13 @@ def test_devices_are_placed_as_configured(
     device: str | list[str], parallel: int, placed: list[tuple[str, ...]]
 ) -> None:
     assert place(device, parallel, never) == placed
+
+
+def test_the_default_device_is_the_first_card_by_its_number() -> None:
+    """`torch.cuda.set_device` takes no device without an index."""
+    node, chain = NodeSettings(public_key="key"), ChainSettings(urls=["http://127.0.0.1:1"])
+    (load,) = make_loads(Settings(node=node, chain=chain))
+    assert load.devices == ("cuda:0",)
 
 
 def test_auto_is_every_card_and_those_left_over_are_not_used() -> None:

@@ -481,3 +481,19 @@ async def test_a_process_that_its_driver_holds_is_given_up(monkeypatch: pytest.M
     rank = cast("Any", SimpleNamespace(process=held, link=SimpleNamespace(close=lambda: None)))
     ended = await processes.Processes([rank], None).end(0.0)
     assert ended == Ended("worker process 7 does not end even when it is killed: its driver holds it (nvidia-smi)")
+
+
+async def test_a_process_that_cannot_be_started_is_told_as_that() -> None:
+    too_long = {"LONG": "x" * 2**24}  # for execve(2)
+    with pytest.raises(OSError, match="Argument list too long"):
+        await processes.Processes.start(LOAD, too_long)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+async def test_a_start_may_be_cancelled(turns: int) -> None:
+    start = asyncio.create_task(processes.Processes.start(LOAD, dict(os.environ)))
+    for _ in range(turns):  # so that it is at one await or another
+        await asyncio.sleep(0)
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
