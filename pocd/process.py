@@ -11,7 +11,11 @@ EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
 EXIT_SIGNALLED = 128  # plus the number of the signal that ended the process at once, as shells have it
 
 
-class EndedError(Exception):
+class ForeseenError(Exception):
+    """A failure whose message says all that there is to say: it is logged without a traceback."""
+
+
+class EndedError(ForeseenError):
     """The process cannot go on.
 
     Attributes:

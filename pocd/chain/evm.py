@@ -14,6 +14,8 @@ from pocd.chain.rpc import RpcAnswer, read_message
 from pocd.chain.source import Block, BlockUnavailableError, ChainError, Head
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pocd.chain.rpc import Rpc
 
 # Ethereum's JSON-RPC specification, "hex encoding": no leading zeros, lower case. 64 bits are enough for all we read.
@@ -23,29 +25,30 @@ _HASH = re.compile(r"0x[0-9a-fA-F]{64}")
 _ABSENT_CODES = (-32001, 4444)
 
 
-def parse_quantity(body: bytes, where: str) -> int:
+def parse_quantity(body: bytes, where: str, secrets: Sequence[str] = ()) -> int:
     """Read an answer that is one number (`eth_chainId`, `eth_blockNumber`).
 
     Args:
         body: The answer's bytes, whatever they are.
         where: The request, as error messages name it.
+        secrets: Credentials of the node's address, which messages do not show.
 
     Raises:
         ChainError: A JSON-RPC error, or an answer that makes no sense.
     """
-    return _quantity(_answer(body, where), "result")
+    return _quantity(_answer(body, where, secrets), "result")
 
 
-def parse_syncing(body: bytes, where: str) -> bool:
+def parse_syncing(body: bytes, where: str, secrets: Sequence[str] = ()) -> bool:
     """Read the answer to `eth_syncing`: false, or an object that tells how far it is; errors as for a quantity."""
-    answer = _answer(body, where)
+    answer = _answer(body, where, secrets)
     value = answer.field("result")
     if value is not False and not isinstance(value, dict):
         raise answer.wrong("result", "false or an object")
     return value is not False
 
 
-def parse_block(body: bytes, height: int, chain_id: str, where: str) -> Block:
+def parse_block(body: bytes, height: int, chain_id: str, where: str, secrets: Sequence[str] = ()) -> Block:
     """Read the answer to `eth_getBlockByNumber`.
 
     Args:
@@ -53,12 +56,13 @@ def parse_block(body: bytes, height: int, chain_id: str, where: str) -> Block:
         height: The height that was asked for; the block's own must be the same.
         chain_id: The chain's id by the node; the block itself does not have it.
         where: The request, as error messages name it.
+        secrets: Credentials of the node's address, which messages do not show.
 
     Raises:
         BlockUnavailableError: The height is not there yet, or pruned.
         ChainError: Another JSON-RPC error, or an answer that makes no sense.
     """
-    answer = _answer(body, where)
+    answer = _answer(body, where, secrets)
     if answer.field("result") is None:
         raise BlockUnavailableError(f"{where}: the node has no such block")
     number = _quantity(answer, "result.number")
@@ -70,8 +74,10 @@ def parse_block(body: bytes, height: int, chain_id: str, where: str) -> Block:
     return Block(chain_id, number, block_hash, _time(answer, "result.timestamp"))
 
 
-def _answer(body: bytes, where: str) -> RpcAnswer:
-    return RpcAnswer(where, body, read_message(body, where, lambda _text, code: code in _ABSENT_CODES))
+def _answer(body: bytes, where: str, secrets: Sequence[str]) -> RpcAnswer:
+    return RpcAnswer(
+        where, body, read_message(body, where, lambda _text, code: code in _ABSENT_CODES, secrets), secrets
+    )
 
 
 def _quantity(answer: RpcAnswer, path: str) -> int:
@@ -126,9 +132,9 @@ class EVM:
     async def block(self, height: int) -> Block:
         """Return the block at `height` as the node has it now, also above the head; see `ChainSource.block`."""
         chain_id = str(parse_quantity(*await self._ask("eth_chainId")))
-        body, where = await self._ask("eth_getBlockByNumber", hex(height), False)
-        return parse_block(body, height, chain_id, f"{where} at height {height}")
+        body, where, secrets = await self._ask("eth_getBlockByNumber", hex(height), False)
+        return parse_block(body, height, chain_id, f"{where} at height {height}", secrets)
 
-    async def _ask(self, method: str, *params: object) -> tuple[bytes, str]:
+    async def _ask(self, method: str, *params: object) -> tuple[bytes, str, Sequence[str]]:
         where = f"{self} {method}"
-        return await self._rpc.post(method, list(params), where), where
+        return await self._rpc.post(method, list(params), where), where, self._rpc.secrets

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import io
 import secrets
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ import orjson
 
 from pocd.check.finding import Finding, green, red, yellow
 from pocd.delivery import policy
+from pocd.delivery.dispatcher import ANSWER_BYTES, read_answer
 from pocd.http import addresses, webhooks
 from pocd.http.client import open_session
 from pocd.observe.mask import excerpt, mask_url, url_secrets
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from pocd.delivery.dispatcher import Receiver
 
 PROBE = orjson.dumps({"probe": True, "nonces": []})
-ANSWER_BYTES = 16 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,36 +65,24 @@ async def _ask(session: aiohttp.ClientSession, receiver: Receiver, wall: Callabl
     # Without pocd-sequence: a probe has no place in the queue.
     headers = {"Content-Type": "application/json", **signed}
     url = f"{receiver.url.rstrip('/')}/generated"
+    hidden = url_secrets(receiver.url)  # some send back the request
     try:
         async with session.post(url, data=io.BytesIO(PROBE), headers=headers, allow_redirects=False) as response:
-            said = response.headers.get("Location") if 300 <= response.status < 400 else None
-            return Answer(response.status, _shown(mask_url(said) if said else await _read(response), receiver))
+            location = response.headers.get("Location") if 300 <= response.status < 400 else None
+            said, whole = (mask_url(location), True) if location else await read_answer(response)
+            return Answer(response.status, excerpt(said, 160, secrets=hidden, cut=not whole) if said else "")
     except aiohttp.ClientConnectorError as error:
-        return Answer(None, f"no connection: {_shown(error.os_error.strerror or str(error.os_error), receiver)}")
+        return Answer(
+            None, f"no connection: {excerpt(error.os_error.strerror or str(error.os_error), 160, secrets=hidden)}"
+        )
     except TimeoutError:
         return Answer(None, f"no answer within {limit:g} s")
     except aiohttp.ClientResponseError as error:  # its own text quotes the URL, secrets included
-        return Answer(None, f"no HTTP: {excerpt(error.message, 160)}")
+        return Answer(None, f"no HTTP: {excerpt(error.message, 160, secrets=hidden)}")
     except (aiohttp.ClientError, OSError, ValueError) as error:
         text = str(error)
-        return Answer(None, type(error).__name__ if not text or "://" in text else _shown(text, receiver))
-
-
-async def _read(response: aiohttp.ClientResponse) -> str:
-    body = b""
-    with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
-        async with asyncio.timeout(2.0):
-            while len(body) < ANSWER_BYTES and (chunk := await response.content.read(ANSWER_BYTES)):
-                body += chunk
-    return body.decode("utf-8", "replace")
-
-
-def _shown(text: str, receiver: Receiver) -> str:
-    """Make what a receiver said fit to be shown; some send back the request, with the user info of their URL."""
-    shown = excerpt(text, 160) if text else ""
-    for secret in url_secrets(receiver.url):
-        shown = shown.replace(secret, "***")
-    return shown
+        shown = excerpt(text, 160, secrets=hidden)
+        return Answer(None, type(error).__name__ if not text or "://" in text else shown)
 
 
 def judge(receiver: Receiver, answer: Answer) -> Finding:

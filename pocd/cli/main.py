@@ -23,6 +23,7 @@ from pocd.cli.outbox import app as outbox_app
 from pocd.cli.validate import validate
 from pocd.cli.watch import watch
 from pocd.config.settings import DEFAULT_PATH, ConfigError, check_model, load, to_toml
+from pocd.observe.mask import mask_credentials
 from pocd.process import EXIT_CONFIG, EXIT_CRASH, EndedError
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def main() -> None:
 
 
 def _fail(code: int, message: str) -> int:
-    sys.stderr.write(f"pocd: {message}\n")
+    sys.stderr.write(f"pocd: {mask_credentials(message)}\n")
     return code
 
 

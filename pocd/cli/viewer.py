@@ -148,18 +148,22 @@ async def _live(viewer: Viewer, console: Console, interval: float) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    tasks = [asyncio.ensure_future(viewer.follow_status(interval)), asyncio.ensure_future(viewer.follow_events())]
     try:
-        with _keys(stop), Live(console=console, screen=True, auto_refresh=False) as live:
-            while not stop.is_set():
-                live.update(View(viewer.seen()), refresh=True)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(DRAW_SECONDS):
-                        await stop.wait()
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        async with asyncio.TaskGroup() as group:
+            following = [
+                group.create_task(viewer.follow_status(interval), name="status"),
+                group.create_task(viewer.follow_events(), name="events"),
+            ]
+            with _keys(stop), Live(console=console, screen=True, auto_refresh=False) as live:
+                while not stop.is_set():
+                    live.update(View(viewer.seen()), refresh=True)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(DRAW_SECONDS):
+                            await stop.wait()
+            for task in following:
+                task.cancel()
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None  # the first is the cause, the others were cancelled
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ import contextlib
 import errno
 import os
 import signal
-import sqlite3
 from typing import TYPE_CHECKING
 
 from pocd.admin import status
@@ -23,9 +22,10 @@ from pocd.http.client import open_session
 from pocd.http.server import listening, listening_at
 from pocd.mining.follower import follow
 from pocd.pool.causes import Cause, WorkerRefusedError
-from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_NO_DEVICE, EXIT_SIGNALLED, EndedError
+from pocd.process import EXIT_CONFIG, EXIT_NO_DEVICE, EXIT_SIGNALLED, EndedError
 from pocd.store.errors import StoreError, StoreUnavailableError
 from pocd.store.thread import OutboxThread
+from pocd.tasks import crash_logged, start
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine
@@ -116,7 +116,8 @@ class Daemon:
             async with asyncio.TaskGroup() as group:
                 tasks = self._start(group)
                 await self._stop.wait()
-                await self._shut_down(tasks)
+                with crash_logged("stopping", self._log):
+                    await self._shut_down(tasks)
         except BaseExceptionGroup as errors:
             raise _translate(errors.exceptions[0]) from None  # the first is the cause, the others were cancelled
         finally:
@@ -136,7 +137,7 @@ class Daemon:
         if not parts.dispatchers.configured:
             self._log.warning("no receiver is configured: proofs are kept until one is", action="no_receiver")
         parts.cards.start()
-        return {name: group.create_task(work, name=name) for name, work in self._work().items()}
+        return {name: start(group, name, work, self._log) for name, work in self._work().items()}
 
     def _work(self) -> dict[str, Coroutine[Any, Any, None]]:
         """Return what runs, by name; each runs until it is cancelled."""
@@ -210,8 +211,4 @@ def _translate(error: BaseException) -> BaseException:
         return EndedError(EXIT_NO_DEVICE if error.cause is Cause.DEVICE else EXIT_CONFIG, str(error))
     if isinstance(error, StoreError):
         return EndedError(EXIT_CONFIG, str(error))
-    if isinstance(error, sqlite3.Error):
-        return EndedError(
-            EXIT_CRASH, f"the store failed: {error}; nothing stored is lost, check the disk and start again"
-        )
     return error

@@ -224,18 +224,18 @@ class Dispatcher:
         except TimeoutError:
             return Outcome(None, f"no answer within {TIMEOUT.total} s", broke=True)
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            return Outcome(None, _describe(error), broke=not isinstance(error, ValueError))
+            return Outcome(None, self._describe(error), broke=not isinstance(error, ValueError))
         except Exception as error:  # noqa: BLE001 - as said below
             # Whatever a receiver makes the client library do, it must not end the daemon.
             self._log.exception("an attempt failed in a way that nobody foresaw", action="delivery_bug")
-            return Outcome(None, f"unforeseen {_describe(error)}", broke=True)
+            return Outcome(None, f"unforeseen {self._describe(error)}", broke=True)
 
     def _unconnected(self, error: aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError) -> Outcome:
         if self._barred is not None:  # whether or not its name has other addresses, of which none could be reached
             return Outcome(None, self._barred, barred=True)
         if isinstance(error, aiohttp.ConnectionTimeoutError):
             return Outcome(None, f"no connection within {TIMEOUT.connect} s")
-        return Outcome(None, _describe(error))
+        return Outcome(None, self._describe(error))
 
     def _refuse(self, address: str) -> str | None:
         reason = addresses.refusal(address)
@@ -248,17 +248,26 @@ class Dispatcher:
         detail = f"HTTP {response.status}"
         if 200 <= response.status < 300:
             return Outcome(response.status, detail)
-        said = await _read_answer(response)
+        secrets = url_secrets(self.receiver.url)  # some send back the request
+        said, whole = await read_answer(response)
         location = response.headers.get("Location")
         if 300 <= response.status < 400 and location:
-            detail = f"{detail} to {excerpt(mask_url(location), 200)}, not followed"
+            detail = f"{detail} to {excerpt(mask_url(location), 200, secrets=secrets)}, not followed"
         elif said:
-            detail = f"{detail}: {_without_secrets(excerpt(said, 200), self.receiver.url)}"
+            detail = f"{detail}: {excerpt(said, 200, secrets=secrets, cut=not whole)}"
         asked = response.headers.get("Retry-After")
         retry_after = None if asked is None else policy.parse_retry_after(asked, self._wall())
         if asked is not None and retry_after is None:
-            detail = f"{detail} (Retry-After makes no sense: {excerpt(asked, 40)})"
+            detail = f"{detail} (Retry-After makes no sense: {excerpt(asked, 40, secrets=secrets)})"
         return Outcome(response.status, detail, retry_after)
+
+    def _describe(self, error: Exception) -> str:
+        secrets = url_secrets(self.receiver.url)
+        if isinstance(error, aiohttp.ClientResponseError):
+            return f"no HTTP: {excerpt(error.message, 200, secrets=secrets)}"
+        # An error's text that names the URL may show its credentials.
+        name = type(error).__name__
+        return name if "://" in str(error) else f"{name}: {excerpt(str(error), 200, secrets=secrets)}"
 
 
 def _alarm(outcome: Outcome) -> str:
@@ -267,26 +276,14 @@ def _alarm(outcome: Outcome) -> str:
     return f"answers {outcome.detail}: check its URL and its secret"
 
 
-def _without_secrets(text: str, url: str) -> str:
-    """Hide the user info of a receiver's URL in its answer: some send back the request."""
-    for secret in url_secrets(url):
-        text = text.replace(secret, "***")
-    return text
-
-
-async def _read_answer(response: aiohttp.ClientResponse) -> bytes:
-    """Read the beginning of an answer's body, as far as it comes."""
+async def read_answer(response: aiohttp.ClientResponse) -> tuple[bytes, bool]:
+    """Read the beginning of an answer's body, as far as it comes; returns it, and whether that is all of it."""
     body = bytearray()
     with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
         async with asyncio.timeout(ANSWER_SECONDS):
-            while len(body) < ANSWER_BYTES and (chunk := await response.content.read(ANSWER_BYTES - len(body))):
+            while len(body) < ANSWER_BYTES:
+                chunk = await response.content.read(ANSWER_BYTES - len(body))
+                if not chunk:
+                    return bytes(body), True
                 body += chunk
-    return bytes(body)
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, aiohttp.ClientResponseError):
-        return f"no HTTP: {excerpt(error.message, 200)}"
-    # An error's text that names the URL may show its credentials.
-    name = type(error).__name__
-    return name if "://" in str(error) else f"{name}: {excerpt(str(error), 200)}"
+    return bytes(body), False

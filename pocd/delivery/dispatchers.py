@@ -10,6 +10,7 @@ from pocd.config.types import CALLBACK_PREFIX
 from pocd.delivery.dispatcher import Dispatcher, Receiver
 from pocd.http.addresses import allowed_origin
 from pocd.observe.mask import mask_url
+from pocd.tasks import start
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -108,7 +109,7 @@ class Dispatchers:
         try:
             async with asyncio.TaskGroup() as group:
                 self._take_up_again(callback)
-                self._tasks = {each.receiver.name: group.create_task(each.run()) for each in self}
+                self._tasks = {each.receiver.name: self._begin(group, each) for each in self}
                 self._group = group
                 await asyncio.Event().wait()  # until cancelled, so without a bound
         except BaseExceptionGroup as errors:
@@ -133,7 +134,7 @@ class Dispatchers:
         if self._group is not None:  # before that, `run` will
             for each in self._configured:
                 if each.receiver.name not in self._tasks:
-                    self._tasks[each.receiver.name] = self._group.create_task(each.run())
+                    self._tasks[each.receiver.name] = self._begin(self._group, each)
         self._take_up_again(None)  # a callback URL may be allowed now, or is said to be no longer
 
     def _take_up_again(self, callback: str | None) -> None:
@@ -189,7 +190,10 @@ class Dispatchers:
     def _start(self, receiver: Receiver) -> None:
         dispatcher = self._callbacks[receiver.name] = self._make(receiver)
         if self._group is not None:  # before that, `run` will
-            self._tasks[receiver.name] = self._group.create_task(dispatcher.run())
+            self._tasks[receiver.name] = self._begin(self._group, dispatcher)
+
+    def _begin(self, group: asyncio.TaskGroup, dispatcher: Dispatcher) -> asyncio.Task[None]:
+        return start(group, f"receiver {dispatcher.receiver.name}", dispatcher.run(), self._log)
 
     def _retire(self, wanted: str | None) -> None:
         """Drop callback URLs whose queues are empty, where there is no room for one more."""

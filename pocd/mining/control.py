@@ -169,7 +169,7 @@ class Control:
             StoreUnavailableError: The decision cannot be stored now; nothing has changed.
         """
         # Shielded, so that the call ends though its caller gives up: what is stored is what is done.
-        await asyncio.shield(asyncio.ensure_future(self._call(call, asked)))
+        await asyncio.shield(asyncio.create_task(self._call(call, asked), name=f"control: {call}"))
 
     async def _call(self, call: Call, asked: Asked | None) -> None:
         async with self._lock:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
 from typing import TYPE_CHECKING, Literal, TextIO, cast
 
 import orjson
 import structlog
+
+from pocd.observe.mask import mask_credentials
 
 if TYPE_CHECKING:
     from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
 _LEVEL = logging.getLogger("pocd")  # its level is the one that lines must have, so that it can be changed
-
-_CREDENTIALS = re.compile(r"""://[^\s/"'?#]*@""")
 
 
 def _drop_unimportant(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
@@ -52,7 +51,7 @@ def _render_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
 def _mask_credentials(_logger: WrappedLogger, _method: str, line: EventDict | str) -> str:
     """Hide user and password of URLs anywhere in the line, such as in an exception's text."""
     assert isinstance(line, str), "the renderer comes first"
-    return _CREDENTIALS.sub("://***@", line)
+    return mask_credentials(line)
 
 
 def _goes_to_journal() -> bool:

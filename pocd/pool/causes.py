@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from pocd.process import ForeseenError
+
 
 class Cause(StrEnum):
     """A fixed set, so that each can be counted from the start."""
@@ -28,7 +30,7 @@ class Cause(StrEnum):
     """It cannot work as configured."""
 
 
-class WorkerError(Exception):
+class WorkerError(ForeseenError):
     """The worker ended or had to be ended; starting it again may help."""
 
     def __init__(self, cause: Cause, message: str) -> None:

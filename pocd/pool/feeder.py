@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pocd.pool.causes import Cause, WorkerError
+from pocd.pool.processes import FailedError
 from pocd.pool.recomputations import NoResultError, WorkerLostError
 from pocd.store.outbox import Weights
+from pocd.tasks import start
 from pocd.worker.messages import (
     BatchSize,
     Cancel,
@@ -23,6 +26,8 @@ from pocd.worker.messages import (
 if TYPE_CHECKING:
     import itertools
     from collections.abc import Callable
+
+    from structlog.typing import FilteringBoundLogger
 
     from pocd.mining.miner import Lease, Miner
     from pocd.pool.processes import Link
@@ -46,7 +51,9 @@ class Feeding:
         miner: Miner,
         limits: Limits,
         lease_ids: itertools.count[int],
+        *,
         clock: Callable[[], float],
+        log: FilteringBoundLogger,
     ) -> None:
         self._link = link
         self._supervisor = supervisor
@@ -54,6 +61,7 @@ class Feeding:
         self._limits = limits
         self._lease_ids = lease_ids
         self._clock = clock
+        self._log = log
         self._refused_in_a_row = 0
         self._refused = 0
         self._slots = asyncio.Semaphore(IN_FLIGHT[supervisor.devices[0].partition(":")[0]])
@@ -72,10 +80,12 @@ class Feeding:
         """
         try:
             async with asyncio.TaskGroup() as group:
-                group.create_task(self._send())
-                group.create_task(self._send_recomputations())
-                group.create_task(self._receive())
-                group.create_task(self._cancel_replaced())
+                begin = partial(start, group, log=self._log, foreseen=(OSError, EOFError, FailedError))
+                name = f"worker {self._supervisor.number}"
+                begin(f"{name}: leases", self._send())
+                begin(f"{name}: recomputations", self._send_recomputations())
+                begin(f"{name}: results", self._receive())
+                begin(f"{name}: cancelling", self._cancel_replaced())
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None  # the first one is the cause; the group cancelled the others
         finally:

@@ -11,6 +11,7 @@ from pocd.pool.causes import WorkerError, WorkerRefusedError
 from pocd.pool.recomputations import Recomputations
 from pocd.pool.supervisor import Supervisor
 from pocd.process import WAITING
+from pocd.tasks import start
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -140,7 +141,7 @@ class Pool:
         try:
             async with asyncio.TaskGroup() as group:
                 for worker in self.workers:
-                    group.create_task(self._keep(worker))
+                    start(group, f"worker {worker.number}", self._keep(worker), self._log)
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None  # the first one is the cause; the group cancelled the others
 

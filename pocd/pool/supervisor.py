@@ -7,12 +7,14 @@ import dataclasses
 import itertools
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pocd.observe.rates import RateWindow
 from pocd.pool.causes import Cause, WorkerError, WorkerRefusedError
 from pocd.pool.feeder import Feeding
 from pocd.pool.processes import FailedError, Processes
+from pocd.tasks import start
 from pocd.worker.messages import BatchSize, Card, Heartbeat, Ready, Stage
 
 if TYPE_CHECKING:
@@ -149,9 +151,10 @@ class Supervisor:
         leader, *others = processes.links
         try:
             async with asyncio.TaskGroup() as group:
+                begin = partial(start, group, log=self._log, foreseen=(OSError, EOFError, FailedError))
                 for rank, link in enumerate(others, start=1):
-                    group.create_task(self._hear(link, rank))
-                group.create_task(self._feed(leader))
+                    begin(f"worker {self.number}: rank {rank}", self._hear(link, rank))
+                begin(f"worker {self.number}: feeding", self._feed(leader))
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None  # the first one is the cause; the group cancelled the others
 
@@ -168,7 +171,8 @@ class Supervisor:
         await self._changed()
         self._log.info("worker ready", action="worker_ready", pids=self.pids, **dataclasses.asdict(self.info))
         self._events.publish("worker", what="ready", worker=self.number)
-        await Feeding(leader, self, self._miner, self._limits, self._lease_ids, self._clock).run()
+        feeding = Feeding(leader, self, self._miner, self._limits, self._lease_ids, clock=self._clock, log=self._log)
+        await feeding.run()
 
     async def _hear(self, link: Link, rank: int) -> Ready:
         """Hear a rank's signs of life until it is ready, which no other than the leading one will be."""

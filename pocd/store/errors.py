@@ -5,11 +5,13 @@ from __future__ import annotations
 import sqlite3
 from typing import TYPE_CHECKING
 
+from pocd.process import ForeseenError
+
 if TYPE_CHECKING:
     from pathlib import Path
 
 
-class StoreError(Exception):
+class StoreError(ForeseenError):
     """The store cannot be used; the message names the file and what to do."""
 
 

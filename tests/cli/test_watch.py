@@ -270,15 +270,21 @@ class Terminal:
         return shown
 
     async def ends(self) -> int:
-        return await asyncio.wait_for(self.process.wait(), PATIENCE)
+        """Wait for its end, and read what it wrote last; returns the exit status."""
+        code = await asyncio.wait_for(self.process.wait(), PATIENCE)
+        length = -1
+        while length < len(self.text):
+            length = len(self.text)
+            self._read()
+        return code
 
 
 @contextlib.asynccontextmanager
-async def watching(url: str) -> AsyncIterator[Terminal]:
+async def watching(url: str, *program: str) -> AsyncIterator[Terminal]:
     screen, keyboard = pty.openpty()
     ioctl(screen, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 80, 0, 0))
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "error", "-m", "pocd", "watch", "--url", url, "--interval", "0.2"),
+        *(sys.executable, "-W", "error", *(program or ("-m", "pocd")), "watch", "--url", url, "--interval", "0.2"),
         stdin=keyboard,
         stdout=keyboard,
         stderr=keyboard,
@@ -331,11 +337,28 @@ async def test_ctrl_c_and_sigterm_are_good_ends(monkeypatch: pytest.MonkeyPatch,
         assert await terminal.ends() == EXIT_OK
 
 
+# A look at the status fails in a way that nobody foresaw.
+BROKEN = """
+from pocd.cli.main import main
+from pocd.cli.viewer import Viewer
+async def broken(self):
+    raise KeyError("what broke")
+Viewer.ask = broken
+main()
+"""
+
+
+async def test_what_nobody_foresaw_ends_it_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with Watched(sample()).served(monkeypatch) as watched, watching(watched.url, "-c", BROKEN) as terminal:
+        assert await terminal.ends() == EXIT_CRASH
+        assert "pocd: KeyError: 'what broke' (pocd --debug … shows where)" in terminal.text
+
+
 # Without one.
 
 
 # As `pocd`, with more time for the events that have happened.
-PATIENT = "from pocd import cli, watching; watching.BACKLOG_SECONDS = 10.0; cli.main()"
+PATIENT = "from pocd.cli import main, viewer; viewer.BACKLOG_SECONDS = 10.0; main.main()"
 
 
 async def piped(url: str) -> tuple[int, str, str]:

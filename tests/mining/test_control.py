@@ -249,7 +249,6 @@ async def test_a_requested_round_is_restored_only_where_the_daemon_runs_what_it_
     with closing(Wheel(path)) as wheel:  # as before: the round was kept
         assert (wheel.control.mode, wheel.control.asked, wheel.control.foreign) == (mode, ASKED, None)
     with closing(Wheel(path, RUNS | other)) as wheel:
-        assert wheel.control.foreign
         await wheel.control.call(Call.INIT_GENERATE, AGAIN)
         assert (wheel.control.foreign, wheel.mined) == (None, AGAIN_WORK)
     with closing(Wheel(path, RUNS | other)) as wheel:  # the round requested last is of what is run now

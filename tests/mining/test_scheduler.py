@@ -96,7 +96,7 @@ class Conducted:
         self.miner = Miner(self.outbox, clock=lambda: 0.0, wall=lambda: NOW)
         self.log = cast("FilteringBoundLogger", structlog.get_logger())
         self.control = Control(
-            self.miner, self.outbox, Node(0, 1), wall=lambda: NOW, log=self.log, events=Events(SYSTEM)
+            self.miner, self.outbox, Node(0, 1), runs={}, wall=lambda: NOW, log=self.log, events=Events(SYSTEM)
         )
         self.scheduler = RoundScheduler(
             chain,
