@@ -55,8 +55,8 @@ async def run(path: Path, program: str) -> tuple[int | None, list[dict[str, Any]
     [
         ("pocd.chain.failover Failover", "head", "chain"),
         ("pocd.delivery.dispatcher Dispatcher", "run", "receiver one"),
-        ("pocd.pool.feeder Feeding", "_receive", "worker 0: results"),
-        ("pocd.daemon.reports Reports", "_tell_manager", "service manager"),
+        ("pocd.pool.feeder Feeder", "_receive", "worker 0: results"),
+        ("pocd.daemon.reports Reports", "_notify_manager", "service manager"),
     ],
 )
 async def test_a_part_that_fails_is_told_once_with_its_name_and_where(

@@ -59,7 +59,7 @@ class DaemonCollector(Collector):
         yield GaugeMetricFamily("pocd_event_listeners", "Open streams of events.", listeners)
 
     def _funnel(self) -> Iterator[Metric]:
-        totals = self._parts.outbox.outbox.totals
+        totals = self._parts.outbox.view.totals
         for stage, text in STAGES.items():
             yield CounterMetricFamily(
                 f"pocd_nonces_{stage}", f"{text} Since the store was made.", getattr(totals, stage)
@@ -121,7 +121,7 @@ class DaemonCollector(Collector):
             ready.add_metric(name, int(worker.ready))
             for cause in Cause:
                 restarts.add_metric([*name, cause], worker.causes[cause])
-            alarm.add_metric(name, int(self._parts.workers.alarm(worker) is not None))
+            alarm.add_metric(name, int(worker.alarm is not None))
             size.add_metric(name, worker.batch_size)
             computed.add_metric(name, worker.computed)
             if worker.info is not None:

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from pocd.clock import Clock
     from pocd.config.settings import Settings
-    from pocd.delivery.dispatchers import Dispatchers
+    from pocd.delivery.receivers import Receivers
     from pocd.mining.control import Control
     from pocd.mining.follower import ChainHealth
     from pocd.mining.miner import Miner
@@ -38,7 +38,7 @@ class Parts:
     cards: Cards
     validator: Validator
     chain: ChainHealth
-    dispatchers: Dispatchers
+    receivers: Receivers
     clock: Clock
     started_at: float
     log: FilteringBoundLogger

@@ -34,15 +34,15 @@ if TYPE_CHECKING:
     from pocd.mining.control import Control
     from pocd.mining.follower import ChainHealth
     from pocd.mining.miner import Miner, Mining
-    from pocd.mining.phases import State
-    from pocd.pool.cards import Cards, Reading
+    from pocd.mining.phases import DaemonState
+    from pocd.pool.cards import CardReading, Cards
     from pocd.pool.pool import Pool
-    from pocd.pool.supervisor import Supervisor
+    from pocd.pool.state import WorkerState
     from pocd.protocol.proof import Round
-    from pocd.worker.messages import Card, Ready
+    from pocd.worker.messages import CardIdentity, Ready
 
 
-def state(parts: Parts) -> State:
+def state(parts: Parts) -> DaemonState:
     """Return what the daemon is doing, in one word."""
     ready, mining = parts.workers.ready.is_set(), parts.miner.current is not None
     return state_of(parts.control.mode, ready=ready, mining=mining)
@@ -72,22 +72,22 @@ def alarms(parts: Parts) -> list[Problem]:
     workers = [
         Problem(part=worker_name(parts.workers, worker), reason=reason)
         for worker in parts.workers.workers
-        if (reason := parts.workers.alarm(worker))
+        if (reason := worker.alarm)
     ]
     cards = [Problem(part="cards", reason=parts.cards.problem)] if parts.cards.problem else []
     return [*workers, *cards] + [
         Problem(part=f"receiver {dispatcher.receiver.name}", reason=reason)
-        for dispatcher in parts.dispatchers
+        for dispatcher in parts.receivers
         if (reason := dispatcher.alarm or parked(dispatcher.state))
     ]
 
 
-def worker_name(workers: Pool, worker: Supervisor) -> str:
+def worker_name(workers: Pool, worker: WorkerState) -> str:
     """Return what a worker is called among `problems` and `alarms`."""
     return "worker" if len(workers.workers) == 1 else f"worker {worker.number} ({worker.device})"
 
 
-def why_not_ready(worker: Supervisor) -> str:
+def why_not_ready(worker: WorkerState) -> str:
     """Return the stage of a worker that is not ready, and why it ended last."""
     if worker.last_error is None:
         return worker.stage or "starting"
@@ -102,7 +102,7 @@ def parked(state: ReceiverState) -> str | None:
     return f"parked since {since} ({state.error}); `pocd outbox retry` asks it again"
 
 
-def _fields(value: Totals | Queue | Round | Ready | Reading | Card) -> dict[str, Any]:
+def _fields(value: Totals | Queue | Round | Ready | CardReading | CardIdentity) -> dict[str, Any]:
     """Return a flat dataclass as a dictionary. `asdict` copies deeply, which is most of what a status would cost."""
     return {name: getattr(value, name) for name in value.__slots__}
 
@@ -149,7 +149,7 @@ def _workers(workers: Pool, miner: Miner) -> WorkersStatus:
     return ReadyWorkersStatus(**_fields(workers.info) | counts)
 
 
-def _worker(parts: Parts, worker: Supervisor) -> WorkerStatus:
+def _worker(parts: Parts, worker: WorkerState) -> WorkerStatus:
     return WorkerStatus(
         number=worker.number,
         device=worker.device,
@@ -159,7 +159,7 @@ def _worker(parts: Parts, worker: Supervisor) -> WorkerStatus:
         restarts=sum(worker.causes.values()),
         causes={cause: worker.causes[cause] for cause in Cause},
         last_error=worker.last_error,
-        alarm=parts.workers.alarm(worker),
+        alarm=worker.alarm,
         batch_size=worker.batch_size,
         execution=worker.info.execution if worker.info else None,
         execution_reason=worker.info.execution_reason if worker.info else None,
@@ -169,7 +169,7 @@ def _worker(parts: Parts, worker: Supervisor) -> WorkerStatus:
     )
 
 
-def _card(cards: Cards, device: str, card: Card) -> CardStatus:
+def _card(cards: Cards, device: str, card: CardIdentity) -> CardStatus:
     reading = cards.reading(card.uuid)
     return CardStatus(device=device, **_fields(card), reading=SensorValues(**_fields(reading)) if reading else None)
 
@@ -204,12 +204,12 @@ def _receiver(
 
 def receivers(parts: Parts) -> list[ReceiverStatus]:
     """Return each receiver's queue and health; also of receivers that are no longer configured."""
-    queues, states, now = parts.outbox.outbox.queues, parts.outbox.outbox.receivers, parts.clock.wall()
+    queues, states, now = parts.outbox.view.queues, parts.outbox.view.receivers, parts.clock.wall()
     found = [
         _receiver(each.receiver.name, each, queues.get(each.receiver.name, Queue()), each.state, now)
-        for each in parts.dispatchers
+        for each in parts.receivers
     ]
-    served = {dispatcher.receiver.name for dispatcher in parts.dispatchers}
+    served = {dispatcher.receiver.name for dispatcher in parts.receivers}
     return found + [
         _receiver(name, None, queue, states.get(name, ReceiverState()), now)
         for name, queue in queues.items()
@@ -243,7 +243,7 @@ def view(parts: Parts) -> Status:
         round=_round(mining) if mining else None,
         control=_control(parts.control),
         node=NodeStatus(**settings.node.model_dump()),
-        funnel=Funnel(**_fields(parts.outbox.outbox.totals)),
+        funnel=Funnel(**_fields(parts.outbox.view.totals)),
         rates=Rates(
             checked_per_second_1m=miner.checked_rate.per_second(60),
             checked_per_second_15m=miner.checked_rate.per_second(900),
@@ -263,7 +263,7 @@ def view(parts: Parts) -> Status:
 
 def summary(parts: Parts) -> str:
     """Return the funnel as one short line."""
-    totals, now = parts.outbox.outbox.totals, str(state(parts))
+    totals, now = parts.outbox.view.totals, str(state(parts))
     if now == "LOADING":
         stages = {worker.stage for worker in parts.workers.workers} - {None}
         now += f" ({', '.join(sorted(map(str, stages)))})" if stages else ""

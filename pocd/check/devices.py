@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from pocd.check.probe import Probe
     from pocd.config.settings import ModelSettings
-    from pocd.pool.cards import Reading
+    from pocd.pool.cards import CardReading
 
 GIB = 2**30
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -126,7 +126,7 @@ def used_cards(probe: Probe, model: ModelSettings) -> tuple[str, ...]:
 
 
 def check_memory(
-    readings: Mapping[str, Reading], used: Sequence[str], probe: Probe, model: ModelSettings, *, runs: bool
+    readings: Mapping[str, CardReading], used: Sequence[str], probe: Probe, model: ModelSettings, *, runs: bool
 ) -> list[Finding]:
     """Check that the model's weights fit into the cards' free memory.
 
@@ -141,7 +141,7 @@ def check_memory(
     return [_check_card(uuid, readings.get(uuid), weights, runs=runs) for uuid in used]
 
 
-def _check_card(uuid: str, reading: Reading | None, weights: float, *, runs: bool) -> Finding:
+def _check_card(uuid: str, reading: CardReading | None, weights: float, *, runs: bool) -> Finding:
     name = "gpu memory"
     if reading is None or reading.memory_total is None or reading.memory_used is None:
         return yellow(name, f"the driver does not tell the memory of {uuid}", "look at nvidia-smi")

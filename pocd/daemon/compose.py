@@ -17,19 +17,19 @@ from pocd.clock import SYSTEM
 from pocd.config.settings import ConfigError
 from pocd.delivery.batcher import Batcher
 from pocd.delivery.dispatcher import Dispatcher, Receiver
-from pocd.delivery.dispatchers import Dispatchers
-from pocd.delivery.keeper import MIB, Keeper
-from pocd.delivery.keeper import Limits as StoreLimits
+from pocd.delivery.keeper import MIB, Keeper, StoreLimits
+from pocd.delivery.receivers import Receivers
 from pocd.http.webhooks import SecretError, WebhookKeys
 from pocd.mining.control import Control
 from pocd.mining.follower import ChainHealth
 from pocd.mining.miner import Miner
 from pocd.mining.scheduler import RoundScheduler
+from pocd.observe.changes import Changes
 from pocd.observe.events import Events
 from pocd.pool.cards import Cards, NoDriverError, count
+from pocd.pool.limits import WorkerLimits
 from pocd.pool.placement import NoDeviceError, place
 from pocd.pool.pool import Pool
-from pocd.pool.supervisor import Limits
 from pocd.process import EXIT_NO_DEVICE, EndedError
 from pocd.protocol.names import AUTO_BATCH_SIZE
 from pocd.protocol.nonces import Node
@@ -59,6 +59,7 @@ class Composition:
 
     Attributes:
         parts: The parts that the admin API reads and calls.
+        changes: Notices of what changed, for the reports.
         source: The chain.
         scheduler: Decides which round the chain wants at each head.
         batcher: Forms batches of what was found.
@@ -66,6 +67,7 @@ class Composition:
     """
 
     parts: Parts
+    changes: Changes
     source: ChainSource
     scheduler: RoundScheduler
     batcher: Batcher
@@ -95,31 +97,32 @@ def compose(
     """
     events = Events(clock)
     node = Node(settings.node.node_id, settings.node.node_count)
-    miner = Miner(outbox, clock=clock.monotonic, wall=clock.wall)
-    control = Control(miner, outbox, node, runs=runs(settings), wall=clock.wall, log=log, events=events)
-    limits = Limits(batch=settings.worker.batch_timeout)
+    changes = Changes()
+    miner = Miner(outbox, changes, clock=clock)
+    control = Control(miner, outbox, node, runs=runs(settings), clock=clock, log=log, events=events)
+    limits = WorkerLimits(batch=settings.worker.batch_timeout)
     cache = cache_folder(settings)
-    workers = Pool(loads, miner, limits, cache=cache, clock=clock.monotonic, log=log, events=events)
-    dispatchers = make_dispatchers(settings, receivers, outbox, clock=clock, log=log, events=events)
+    workers = Pool(loads, miner, limits, cache=cache, changes=changes, clock=clock, log=log, events=events)
+    served = make_delivery(settings, receivers, outbox, clock=clock, log=log, events=events)
     most = settings.validation.max_queued
-    validator = Validator(outbox, workers, dispatchers, most=most, wall=clock.wall, log=log, events=events)
-    known = outbox.outbox.chain
+    validator = Validator(outbox, workers, served, most=most, clock=clock, log=log, events=events)
+    known = outbox.view.chain
     parts = Parts(
         settings=settings,
         outbox=outbox,
         miner=miner,
         control=control,
         workers=workers,
-        cards=Cards(workers.card_uuids, clock=clock.monotonic, log=log),
+        cards=Cards(workers.card_uuids, clock=clock, log=log),
         validator=validator,
         chain=ChainHealth(highest=known.height if known else 0),
-        dispatchers=dispatchers,
+        receivers=served,
         clock=clock,
         started_at=clock.monotonic(),
         log=log,
         events=events,
     )
-    return Composition(parts, source, make_scheduler(parts, source), make_batcher(parts), make_keeper(parts))
+    return Composition(parts, changes, source, make_scheduler(parts, source), make_batcher(parts), make_keeper(parts))
 
 
 def make_scheduler(parts: Parts, source: ChainSource) -> RoundScheduler:
@@ -132,7 +135,7 @@ def make_scheduler(parts: Parts, source: ChainSource) -> RoundScheduler:
         policy=RoundPolicy(settings.round.every, settings.round.offset, settings.round.duration),
         make_round=partial(make_round, parts),
         withdraw=withdraws(settings),
-        wall=parts.clock.wall,
+        clock=parts.clock,
         log=parts.log,
     )
 
@@ -171,11 +174,11 @@ def make_batcher(parts: Parts) -> Batcher:
     return Batcher(
         parts.miner,
         parts.outbox,
-        parts.dispatchers,
+        parts.receivers,
         size=parts.settings.delivery.batch_nonces,
         age=parts.settings.delivery.batch_seconds,
         withdraw=withdraws(parts.settings),
-        wall=parts.clock.wall,
+        clock=parts.clock,
         events=parts.events,
     )
 
@@ -190,10 +193,10 @@ def make_keeper(parts: Parts) -> Keeper:
         free=store.free_space_mib * MIB,
     )
     clock, log = parts.clock, parts.log
-    return Keeper(store.path, parts.outbox, parts.miner, parts.dispatchers, limits=limits, clock=clock, log=log)
+    return Keeper(store.path, parts.outbox, parts.miner, parts.receivers, limits=limits, clock=clock, log=log)
 
 
-def make_dispatchers(
+def make_delivery(
     settings: Settings,
     receivers: Sequence[Receiver],
     outbox: OutboxThread,
@@ -201,21 +204,21 @@ def make_dispatchers(
     clock: Clock,
     log: FilteringBoundLogger,
     events: Events,
-) -> Dispatchers:
-    """Return what delivers to `receivers`, and to callback URLs of allowed origins."""
+) -> Receivers:
+    """Return all receivers with their dispatchers: the configured ones, and callback URLs of allowed origins."""
 
     def make(receiver: Receiver) -> Dispatcher:
         return Dispatcher(
             receiver,
             outbox,
             expire_after=settings.delivery.expire_after,
-            wall=clock.wall,
+            clock=clock,
             jitter=lambda: random.uniform(-1, 1),  # noqa: S311 - it spreads load, it hides nothing
             log=log,
             events=events,
         )
 
-    return Dispatchers(receivers, make, outbox, origins=settings.admin.callback_origins, log=log)
+    return Receivers(receivers, make, outbox, origins=settings.admin.callback_origins, log=log)
 
 
 def make_receivers(settings: Settings) -> list[Receiver]:
@@ -242,7 +245,7 @@ async def make_chain(
     Raises:
         ConfigError: The store belongs to another chain than the configured one.
     """
-    chain, known = settings.chain, outbox.outbox.chain
+    chain, known = settings.chain, outbox.view.chain
     if known is not None and chain.id not in {None, known.chain_id}:
         raise ConfigError(
             f"chain.id is {chain.id}, but the store {settings.store.path} belongs to chain {known.chain_id}; "
@@ -256,8 +259,7 @@ async def make_chain(
         chain_id=known.chain_id if known else chain.id,
         hashes={round_.block_height: round_.block_hash for round_ in rounds},
         highest=known.height if known else None,
-        monotonic=SYSTEM.monotonic,
-        wall=SYSTEM.wall,
+        clock=SYSTEM,
         log=log,
     )
 

@@ -106,7 +106,7 @@ class Daemon:
         self._path = path
         self._notifier = notifier
         self._log = made.parts.log
-        self._reports = Reports(made.parts, notifier)
+        self._reports = Reports(made.parts, made.changes, notifier)
         self._stop = asyncio.Event()
         self._signalled = False
 
@@ -134,7 +134,7 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._heed, number)
         parts = self._made.parts
-        if not parts.dispatchers.configured:
+        if not parts.receivers.configured:
             self._log.warning("no receiver is configured: proofs are kept until one is", action="no_receiver")
         parts.cards.start()
         return {name: start(group, name, work, self._log) for name, work in self._work().items()}
@@ -143,9 +143,9 @@ class Daemon:
         """Return what runs, by name; each runs until it is cancelled."""
         parts, asked = self._made.parts, self._made.parts.control.asked
         return {
-            "deliveries": parts.dispatchers.run(asked.callback if asked else None),
+            "deliveries": parts.receivers.run(asked.callback if asked else None),
             "chain": self._follow_chain(),
-            "reloader": Reloader(self._path, parts, self._notifier).run(),
+            "reloader": Reloader(self._path, parts, self._made.batcher, self._notifier).run(),
             "workers": parts.workers.run(),
             "batcher": self._made.batcher.run(),
             "keeper": self._made.keeper.run(),
@@ -183,7 +183,7 @@ class Daemon:
             on_problem=lambda problem: parts.events.publish("chain", problem=problem),
             health=parts.chain,
             log=self._log,
-            clock=parts.clock.wall,
+            clock=parts.clock,
         )
 
     async def _on_head(self, head: Head) -> None:
@@ -194,7 +194,7 @@ class Daemon:
         """Give the receivers a few seconds for the last batches; the others stay in the store."""
         try:
             async with asyncio.timeout(DELIVER_SECONDS):
-                for dispatcher in self._made.parts.dispatchers:
+                for dispatcher in self._made.parts.receivers:
                     await dispatcher.settled.wait()
         except TimeoutError:
             self._log.info("deliveries go on at the next start", action="delivery_deadline")

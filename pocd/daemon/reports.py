@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from pocd.admin.parts import Parts
     from pocd.chain.source import Block
+    from pocd.observe.changes import Changes
     from pocd.observe.notify import Notifier
 
 LOG_SECONDS = 60.0  # between two log lines with the funnel
@@ -23,15 +24,16 @@ STATUS_SECONDS = 10.0  # between two STATUS= lines to the service manager, where
 class Reports:
     """Reports what the daemon is doing."""
 
-    def __init__(self, parts: Parts, notifier: Notifier) -> None:
+    def __init__(self, parts: Parts, changes: Changes, notifier: Notifier) -> None:
         self._parts = parts
+        self._changes = changes
         self._notifier = notifier
         self._newest_hash: str | None = None  # as it was published
 
     def work(self) -> dict[str, Coroutine[Any, Any, None]]:
         """Return the reports that are made all the time, by name; each runs until it is cancelled."""
         reports = {
-            "service manager": self._tell_manager(),
+            "service manager": self._notify_manager(),
             "funnel": self._log_funnel(),
             "states": self._publish_states(),
         }
@@ -43,9 +45,9 @@ class Reports:
             self._newest_hash = block.hash
             self._parts.events.publish("block", height=block.height, hash=block.hash, chain_id=block.chain_id)
 
-    async def _tell_manager(self) -> None:
+    async def _notify_manager(self) -> None:
         """Send READY=1 once a model is ready, and STATUS= at each change."""
-        announced, news = False, 0
+        announced, seen = False, 0
         while True:
             if not announced and self._parts.workers.ready.is_set():
                 announced = True
@@ -53,7 +55,7 @@ class Reports:
             self._notifier.status(status.summary(self._parts))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STATUS_SECONDS):
-                    news = await self._parts.miner.until_news(news)
+                    seen = await self._changes.after(seen)
 
     async def _log_funnel(self) -> None:
         while True:
@@ -70,12 +72,12 @@ class Reports:
 
     async def _publish_states(self) -> None:
         """Publish each change of the daemon's state."""
-        told, news = None, 0
+        published, seen = None, 0
         while True:
             state = status.state(self._parts)
-            if state != told:
+            if state != published:
                 self._parts.events.publish("state", state=state)
-            told, news = state, await self._parts.miner.until_news(news)
+            published, seen = state, await self._changes.after(seen)
 
     async def _feed_watchdog(self) -> None:
         assert self._notifier.watchdog_seconds

@@ -1,6 +1,6 @@
-"""NVIDIA's cards as the driver sees them: how many there are, and how each is.
+"""NVIDIA cards as their driver reports them: how many there are, and each one's temperature, power, memory and load.
 
-Source: the NVIDIA Management Library (NVML), by nvidia-ml-py. It needs no CUDA context, so the daemon can ask it.
+Source: the NVIDIA Management Library (NVML), by nvidia-ml-py. NVML needs no CUDA context, so the daemon can use it.
 """
 
 from __future__ import annotations
@@ -16,26 +16,28 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
+    from pocd.clock import Clock
+
 T = TypeVar("T")
 
-READ_SECONDS = 5.0  # between two readings
-PATIENCE_SECONDS = 30.0  # for one
+READ_SECONDS = 5.0  # between two readings of the cards
+PATIENCE_SECONDS = 30.0  # for one reading
 
 
 class NoDriverError(Exception):
-    """There is no driver to ask, or it does not answer."""
+    """There is no NVIDIA driver, or it does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """How a card is. What it does not tell is None.
+class CardReading:
+    """What the driver reports of a card at one moment. A value that this card does not have is None.
 
     Attributes:
-        temperature: In degrees Celsius.
-        power: In watts.
-        memory_used: In bytes, by all processes.
-        memory_total: In bytes.
-        utilization: The share of the last second or so in which it computed, in [0, 1].
+        temperature: The card's temperature, in degrees Celsius.
+        power: The power that the card draws, in watts.
+        memory_used: The card's memory that is in use by all processes, in bytes.
+        memory_total: The card's memory, in bytes.
+        utilization: The share of the last second or so in which the card computed, in [0, 1].
     """
 
     temperature: float | None
@@ -49,7 +51,8 @@ def count(visible: str | None) -> int:
     """Return how many cards CUDA sees on this machine.
 
     Args:
-        visible: CUDA_VISIBLE_DEVICES: indices or UUIDs, up to the first that is none; None where it is not set.
+        visible: The variable CUDA_VISIBLE_DEVICES (indices or UUIDs, of which CUDA ignores those after an empty one or
+            -1); None where it is not set.
 
     Raises:
         NoDriverError: The driver cannot be asked.
@@ -65,9 +68,9 @@ def count(visible: str | None) -> int:
     return found
 
 
-def read(uuids: Iterable[str]) -> tuple[dict[str, Reading], str | None]:
-    """Read the cards with these identities; returns what they tell, and why one of them tells nothing."""
-    readings: dict[str, Reading] = {}
+def read(uuids: Iterable[str]) -> tuple[dict[str, CardReading], str | None]:
+    """Return a reading of each card, by its UUID, and why a card could not be read; None where all could."""
+    readings: dict[str, CardReading] = {}
     problem = None
     try:
         pynvml.nvmlInit()
@@ -81,12 +84,12 @@ def read(uuids: Iterable[str]) -> tuple[dict[str, Reading], str | None]:
     return readings, problem
 
 
-def _read(handle: object) -> Reading:
-    memory = _told(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
-    milliwatts = _told(lambda: pynvml.nvmlDeviceGetPowerUsage(handle))
-    rates = _told(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle))
-    return Reading(
-        temperature=_told(lambda: float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))),
+def _read(handle: object) -> CardReading:
+    memory = _supported(lambda: pynvml.nvmlDeviceGetMemoryInfo(handle))
+    milliwatts = _supported(lambda: pynvml.nvmlDeviceGetPowerUsage(handle))
+    rates = _supported(lambda: pynvml.nvmlDeviceGetUtilizationRates(handle))
+    return CardReading(
+        temperature=_supported(lambda: float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))),
         power=None if milliwatts is None else milliwatts / 1000,
         memory_used=None if memory is None else int(memory.used),
         memory_total=None if memory is None else int(memory.total),
@@ -94,8 +97,8 @@ def _read(handle: object) -> Reading:
     )
 
 
-def _told(ask: Callable[[], T]) -> T | None:
-    """Return an answer, or None where this card, or this driver, has none (a MIG slice has no power of its own)."""
+def _supported(ask: Callable[[], T]) -> T | None:
+    """Return what `ask` returns; None where card or driver does not support it, such as the power of a MIG slice."""
     try:
         return ask()
     except pynvml.NVMLError_NotSupported:
@@ -103,23 +106,23 @@ def _told(ask: Callable[[], T]) -> T | None:
 
 
 class Cards:
-    """The latest reading of each card that a worker uses, made in a thread: a driver that lost a card can hang."""
+    """Keeps the latest reading of each card that a worker uses; reads in a thread, as a driver can hang."""
 
     def __init__(
         self,
         used: Callable[[], set[str]],
         *,
-        clock: Callable[[], float],
+        clock: Clock,
         log: FilteringBoundLogger,
-        read: Callable[[Iterable[str]], tuple[Mapping[str, Reading], str | None]] = read,
+        read: Callable[[Iterable[str]], tuple[Mapping[str, CardReading], str | None]] = read,
     ) -> None:
         self._used = used
         self._clock = clock
         self._log = log
         self._read = read
         self._ended = threading.Event()
-        self._readings: Mapping[str, Reading] = {}
-        self._asked_at: float | None = None  # since when the driver owes an answer
+        self._readings: Mapping[str, CardReading] = {}
+        self._asked_at: float | None = None  # when the driver was asked; None while no answer is awaited
         self._problem: str | None = None
 
     @property
@@ -129,26 +132,26 @@ class Cards:
             return f"the driver has not said for {PATIENCE_SECONDS:.0f} s how the cards are"
         return self._problem
 
-    def reading(self, uuid: str) -> Reading | None:
-        """Return how a card was a few seconds ago; None where that is not known."""
+    def reading(self, uuid: str) -> CardReading | None:
+        """Return the latest reading of a card; None where there is none, or the driver has not answered for long."""
         return None if self._is_late() else self._readings.get(uuid)
 
     def _is_late(self) -> bool:
         asked_at = self._asked_at
-        return asked_at is not None and self._clock() - asked_at > PATIENCE_SECONDS
+        return asked_at is not None and self._clock.monotonic() - asked_at > PATIENCE_SECONDS
 
     def start(self) -> None:
-        """Begin to read them every few seconds, as soon as a worker uses any."""
+        """Begin to read the cards that workers use every few seconds."""
         threading.Thread(target=self._run, name="cards", daemon=True).start()
 
     def close(self) -> None:
-        """Read no more. A driver that hangs keeps nobody from going on."""
+        """Stop reading. This does not wait for a driver that hangs."""
         self._ended.set()
 
     def _run(self) -> None:
         while not self._ended.wait(READ_SECONDS):
             if used := self._used():
-                self._asked_at = self._clock()
+                self._asked_at = self._clock.monotonic()
                 self._readings, problem = self._read(used)
                 self._asked_at = None
                 if problem and problem != self._problem:

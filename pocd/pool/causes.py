@@ -1,4 +1,4 @@
-"""Why workers end, as it is counted and told."""
+"""Why lives of workers end."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from pocd.process import ForeseenError
 
 
 class Cause(StrEnum):
-    """A fixed set, so that each can be counted from the start."""
+    """Why a life of a worker ended: a fixed set, so that the count of each cause is shown from the start."""
 
     CRASH = "crash"
-    """Its process ended, by itself or by a signal."""
+    """The worker's process ended, by itself or by a signal."""
     SILENT = "silent"
-    """It gave no sign of life."""
+    """The worker sent no heartbeat."""
     HUNG = "hung"
-    """It finished no batch in time: its device hangs, or is far too slow."""
+    """The worker finished no batch in time: its device hangs, or is far too slow."""
     LOADING = "loading"
-    """It did not load its model in time."""
+    """The worker did not load its model in time."""
     FAULT = "fault"
     """The device or its driver failed, or one rank lost another."""
     MEMORY = "memory"
-    """A batch did not fit into its memory."""
+    """A batch did not fit into the memory of the worker's device."""
     REFUSED = "refused"
-    """Its model gave no result, several times."""
+    """The worker's model gave no result, several times."""
     DEVICE = "device"
-    """Its device is not there."""
+    """The worker's device is not there."""
     CONFIGURATION = "configuration"
-    """It cannot work as configured."""
+    """The worker cannot work as configured."""
 
 
 class WorkerError(ForeseenError):
-    """The worker ended or had to be ended; starting it again may help."""
+    """A life of a worker ended or had to be ended; starting the worker again may help."""
 
     def __init__(self, cause: Cause, message: str) -> None:
         super().__init__(message)
@@ -39,4 +39,4 @@ class WorkerError(ForeseenError):
 
 
 class WorkerRefusedError(WorkerError):
-    """The worker cannot work; starting it again will not help. Its cause is DEVICE or CONFIGURATION."""
+    """The worker cannot work, and starting it again will not help. The cause is DEVICE or CONFIGURATION."""

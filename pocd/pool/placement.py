@@ -1,4 +1,4 @@
-"""Which devices each worker gets. Pure; the cards are counted elsewhere."""
+"""Which devices each worker gets: a pure function of the configuration and the number of cards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def place(device: str | Sequence[str], parallel: int, count_cards: Callable[[], 
         device: "auto" is every card; a list's devices are taken as they come; a lone "cpu" or "cuda" is as many as a
             worker needs, of cards the first ones. A card that is placed has its number, so that it has one name.
         parallel: Ranks per worker.
-        count_cards: Says how many cards this machine has; asked for "auto" only.
+        count_cards: Returns how many cards this machine has; called for "auto" only.
 
     Raises:
         NoDeviceError: There are fewer cards than one worker needs.

@@ -1,4 +1,4 @@
-"""The processes of one worker and the sockets to them: one process, or a rank for each device of a split model."""
+"""The processes of one worker and the sockets to them: one process (a rank) for each device of the worker."""
 
 from __future__ import annotations
 
@@ -26,15 +26,19 @@ KILL_SECONDS = 30.0  # for the kernel to end what was killed; a driver that hang
 
 
 class FailedError(Exception):
-    """A process says that it cannot go on."""
+    """A worker's process reports that it cannot go on.
+
+    Attributes:
+        kind: What kind of failure the process reports.
+    """
 
     def __init__(self, kind: FailureKind, message: str) -> None:
         super().__init__(message)
         self.kind = kind
 
 
-class Link:
-    """Messages over the socket to one process."""
+class RankLink:
+    """The socket to the process of one rank, and the messages over it."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -54,9 +58,9 @@ class Link:
 
         Raises:
             WorkerError: None came within `limit` seconds.
-            FailedError: The process says that it ends, and why.
-            asyncio.IncompleteReadError: It is gone.
-            OSError: Likewise.
+            FailedError: The process reports that it ends, and why.
+            asyncio.IncompleteReadError: The process is gone.
+            OSError: The process is gone.
         """
         try:
             # Not asyncio.wait_for: before Python 3.12 it can swallow a cancellation.
@@ -75,11 +79,11 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How the processes ended.
+    """How a worker's processes ended.
 
     Attributes:
-        text: Of the first one that ended by itself.
-        by_signal: Whether it was killed, and not by us.
+        text: How the first process ended that ended by itself.
+        by_signal: Whether that process was killed by a signal that was not ours.
     """
 
     text: str
@@ -89,29 +93,29 @@ class Ended:
 @dataclass(frozen=True, slots=True)
 class _Rank:
     process: Process
-    link: Link
+    link: RankLink
 
 
 class Processes:
-    """The processes of one worker. Rank 0 leads: it alone is given work, and tells the others."""
+    """The processes of one worker. Rank 0 leads: it alone is given work, and passes it on to the others."""
 
-    def __init__(self, ranks: list[_Rank], meeting: tempfile.TemporaryDirectory[str] | None) -> None:
+    def __init__(self, ranks: list[_Rank], rendezvous: tempfile.TemporaryDirectory[str] | None) -> None:
         self._ranks = ranks
-        self._meeting = meeting
+        self._rendezvous = rendezvous
 
     @classmethod
     async def start(cls, load: Load, environment: Mapping[str, str]) -> Self:
-        """Start them, and tell each what to load.
+        """Start a process for each rank, and send each what to load.
 
         Raises:
-            OSError: One of them was gone at once.
+            OSError: A process could not be started, or was gone at once.
         """
-        meeting = tempfile.TemporaryDirectory(prefix="pocd-") if load.is_split else None
-        if meeting:
-            load = dataclasses.replace(load, meeting=meeting.name)
-        processes = cls([], meeting)
+        rendezvous = tempfile.TemporaryDirectory(prefix="pocd-") if load.is_split else None
+        if rendezvous:
+            load = dataclasses.replace(load, rendezvous=rendezvous.name)
+        processes = cls([], rendezvous)
         with ExitStack() as theirs:
-            # From the leader to each of the others.
+            # A pair of sockets between the leader and each of the others.
             pairs = [socket.socketpair() for _ in load.devices[1:]]
             ends = [[leader for leader, _ in pairs], *([follower] for _, follower in pairs)]
             for end in (end for pair in pairs for end in pair):
@@ -127,16 +131,16 @@ class Processes:
 
     @property
     def pids(self) -> list[int]:
-        """Of all ranks."""
+        """Process ids of all ranks."""
         return [rank.process.pid for rank in self._ranks]
 
     @property
-    def links(self) -> list[Link]:
-        """To all ranks."""
+    def links(self) -> list[RankLink]:
+        """Links to all ranks, the leading one first."""
         return [rank.link for rank in self._ranks]
 
     async def end(self, limit: float) -> Ended:
-        """End all of them, by force after `limit` seconds; say how the first one ended that ended by itself."""
+        """End all processes, by force after `limit` seconds; returns how the first one ended that ended by itself."""
         for rank in self._ranks:
             rank.link.close()
         try:
@@ -150,8 +154,8 @@ class Processes:
             for rank in self._ranks:
                 if rank.process.returncode is None:
                     rank.process.kill()
-            if self._meeting:
-                self._meeting.cleanup()
+            if self._rendezvous:
+                self._rendezvous.cleanup()
         try:
             async with asyncio.timeout(KILL_SECONDS):
                 for rank in self._ranks:
@@ -179,7 +183,7 @@ class Processes:
 async def _start(peers: list[socket.socket], environment: Mapping[str, str]) -> _Rank:
     ours, theirs = socket.socketpair()
     with theirs:
-        link = Link(*await asyncio.open_connection(sock=ours))  # before there is a process, which nobody would end
+        link = RankLink(*await asyncio.open_connection(sock=ours))  # before there is a process, which nobody would end
         fds = [end.fileno() for end in (theirs, *peers)]
         try:
             process = await asyncio.create_subprocess_exec(

@@ -1,4 +1,4 @@
-"""What validators want computed beside what is mined."""
+"""Recomputations: distances of given nonces that a validator wants computed, beside what is mined."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 
 class NoResultError(Exception):
-    """A recomputation has no result, and will have none."""
+    """A recomputation has no result, and trying it again will not give one."""
 
 
 class WorkerLostError(Exception):
-    """The worker ended before a recomputation was done; the next one may do it."""
+    """A worker ended before it had done a recomputation; another worker may do it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recomputation:
-    """Nonces of any round whose distances are wanted beside what is mined, at most a batch of them.
+    """A request for the distances of some nonces of any round, at most a batch of them.
 
     Attributes:
-        last: No more of this round is wanted.
-        distances: Gets them in the order of `nonces`, or a `NoResultError`, or a `WorkerLostError`.
+        last: Whether this is the last recomputation of its round.
+        distances: The result: distances in the order of `nonces`, or a `NoResultError`, or a `WorkerLostError`.
     """
 
     round: Round
@@ -36,27 +36,27 @@ class Recomputation:
     distances: asyncio.Future[list[float]]
 
     def fail(self, error: NoResultError | WorkerLostError) -> None:
-        """Say that there is no result, to whoever still waits for it."""
+        """End the wait for the result with an error, unless it came or nobody waits any more."""
         if not self.distances.done():
             self.distances.set_exception(error)
 
 
 class Recomputations:
-    """The way of recomputations from whoever validates to the workers, one at a time."""
+    """Hands recomputations from the validator to the workers, one at a time."""
 
     def __init__(self) -> None:
         self._queue: asyncio.Queue[Recomputation] = asyncio.Queue(maxsize=1)
         self._turn = asyncio.Lock()
 
     async def put(self, recomputation: Recomputation) -> None:
-        """Hand one over; waits until a worker takes the one before."""
+        """Hand a recomputation over; waits until a worker has taken the one before."""
         await self._queue.put(recomputation)
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[asyncio.Queue[Recomputation]]:
-        """Be the worker that takes them, for as long as the context lasts.
+        """Hold the exclusive right to take recomputations from the queue while the context lasts.
 
-        So one worker prepares a foreign round, not each of them, and the next validation is another one's.
+        A worker holds it for all recomputations of one round, so that only that worker prepares the round.
         """
         async with self._turn:
             yield self._queue

@@ -25,13 +25,16 @@ class OutboxThread:
 
     A call that was started runs to its end even when its caller is cancelled: what is being
     written gets written.
+
+    Attributes:
+        view: The open outbox, for its public attributes, which may be read anywhere; its methods are for the thread.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="outbox")
         try:
-            self.outbox = self._executor.submit(Outbox.open, path).result()
+            self.view = self._executor.submit(Outbox.open, path).result()
         except BaseException:
             self._executor.shutdown()
             raise
@@ -45,7 +48,7 @@ class OutboxThread:
         """
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._executor, lambda: method(self.outbox, *args, **kwargs))
+            return await loop.run_in_executor(self._executor, lambda: method(self.view, *args, **kwargs))
         except sqlite3.Error as error:
             raise failure_of(self._path, error) from error
 
@@ -61,5 +64,5 @@ class OutboxThread:
 
     def close(self) -> None:
         """Finish what was begun, then close the store."""
-        self._executor.submit(self.outbox.close).result()
+        self._executor.submit(self.view.close).result()
         self._executor.shutdown()

@@ -8,8 +8,9 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from pocd.protocol.numbers import Count, Index
 from pocd.protocol.proof import MOST_NONCES
-from pocd.validation.deciding import Count, Index, Name, Named
+from pocd.validation.conditions import BodyConditions, ShortName
 
 LARGEST_CLAIM = 8 * 2**20  # bytes; the longest numbers, one a line, are 5 MiB
 
@@ -30,7 +31,7 @@ class BodyError(Exception):
         self.field = field
 
 
-class Claim(Named):
+class Claim(BodyConditions):
     """A ProofBatch as a miner sends it (docs/protocol.md section 5).
 
     Fields that name how the batch was made must agree with what this daemon runs; other unknown fields are ignored.
@@ -52,7 +53,7 @@ class Claim(Named):
     )
 
     public_key: Annotated[str, Field(min_length=1, max_length=1024)]
-    block_hash: Name
+    block_hash: ShortName
     block_height: Index
     nonces: Annotated[list[Index], FailFast(), Field(min_length=1, max_length=MOST_NONCES)]
     dist: Annotated[
@@ -66,7 +67,7 @@ class Claim(Named):
     node_id: Index = 0
     node_count: Annotated[Count | None, Field(description="Number of nodes that share the nonces.")] = None
     r_target: Annotated[float | None, Field(gt=0, le=2, allow_inf_nan=False)] = None
-    batch_id: Annotated[Name | None, Field(description="Ignored: the verdict has an id of its own.")] = None
+    batch_id: Annotated[ShortName | None, Field(description="Ignored: the verdict has an id of its own.")] = None
 
     # Fields are checked in order, so the nonces are known here unless they were refused themselves.
     @field_validator("dist")

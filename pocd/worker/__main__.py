@@ -3,8 +3,8 @@
 Three threads: the main one computes; a reader takes messages and notices the end of the daemon,
 which ends this process even when the main thread hangs in a kernel; a third one sends heartbeats.
 
-Of a model that is split over several devices each has such a process, a rank. Rank 0 leads: it gets the
-messages, and passes each on before it heeds it, so that all ranks do the same in the same order.
+A model that is split over several devices has one such process for each of them, a rank. Rank 0 leads: it gets the
+daemon's messages, and passes each on before it acts on it, so that all ranks do the same in the same order.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ from pocd.compute.ranks import joined
 from pocd.protocol.errors import ComputeError, DeviceError, InputError, MemoryShortError, NonFiniteError
 from pocd.protocol.schemes import SCHEMES
 from pocd.worker import messages
+from pocd.worker.computer import DistanceComputer, fit
 from pocd.worker.messages import (
     Cancel,
     Cancelled,
-    Card,
+    CardIdentity,
     Compute,
     Distances,
     Failed,
@@ -45,7 +46,6 @@ from pocd.worker.messages import (
     Stage,
 )
 from pocd.worker.self_test import check_known, read_known
-from pocd.worker.worker import Worker, fit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -58,9 +58,9 @@ AT_ONCE = 2  # batches that a GPU is given: it goes on with the next while resul
 
 
 class Inbox:
-    """What the daemon asked for and has not taken back; filled by one thread, emptied by another.
+    """The daemon's requests that are neither begun nor cancelled; filled by one thread, emptied by another.
 
-    It is bounded by the daemon, which has one Recompute and a few Computes under way.
+    The daemon keeps the inbox short: it has one Recompute and a few Computes under way.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class Inbox:
         self._changed = threading.Condition()
 
     def put(self, message: messages.Message) -> None:
-        """Queue a Compute or a Recompute, or heed a Cancel."""
+        """Queue a Compute or a Recompute, or apply a Cancel to those that are queued."""
         with self._changed:
             if isinstance(message, Cancel):
                 self._cancelled_through = message.through
@@ -82,7 +82,7 @@ class Inbox:
             self._changed.notify()
 
     def get(self, report: Callable[[Cancelled], None]) -> Compute | Recompute:
-        """Wait for a Recompute, or for a Compute that was not cancelled, and `report` those that were."""
+        """Wait for the next Recompute or Compute; a Compute that was cancelled is passed to `report` instead."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._urgent or self._waiting)
@@ -91,7 +91,7 @@ class Inbox:
                 return message
 
     def get_nowait(self, report: Callable[[Cancelled], None]) -> Compute | Recompute | None:
-        """Do the same without waiting; None where there is none."""
+        """Return the next Recompute or Compute, or None where there is none; see `get`."""
         while True:
             with self._changed:
                 queue = self._urgent or self._waiting
@@ -103,7 +103,7 @@ class Inbox:
             report(Cancelled(message.id))
 
 
-class Link:
+class DaemonLink:
     """The socket to the daemon, shared by the threads."""
 
     def __init__(self, fd: int) -> None:
@@ -118,7 +118,7 @@ class Link:
             self._socket.sendall(messages.encode(message))
 
     def read_load(self) -> Load:
-        """Read the first message."""
+        """Read the first message, which says what to load."""
         first = messages.read(self._stream)
         if first is None:
             sys.exit(0)
@@ -126,7 +126,7 @@ class Link:
         return first
 
     def start(self) -> None:
-        """Start the reader and the heartbeat."""
+        """Start the threads that read messages and send heartbeats."""
         threading.Thread(target=self._read, name="reader", daemon=True).start()
         threading.Thread(target=self._beat, name="heartbeat", daemon=True).start()
 
@@ -146,13 +146,13 @@ class Link:
                 return  # the reader ends the process
 
 
-def prepare(link: Link, load: Load) -> tuple[Model, int]:
-    """Load the model and test it; returns it, and the batch size that fits. The leading rank reports that."""
+def prepare(link: DaemonLink, load: Load) -> tuple[Model, int]:
+    """Load the model and test it, and report that it is ready, as the leading rank; returns model and batch size."""
     tempfile.gettempdir()  # torch needs one; a full disk has none: a crash, to be tried again, not the model's fault
     if load.device != "cpu":
         torch.cuda.set_device(pick_device(load.device))  # else pinned memory would take some of the first card's
         card = torch.cuda.get_device_properties(torch.cuda.current_device())
-        link.send(Card(card.name, f"GPU-{card.uuid}"))
+        link.send(CardIdentity(card.name, f"GPU-{card.uuid}"))
     link.send(Stage("computing known distances"))
     check_known(load_model(read_known()["model"], dtype=load.dtype, device=load.device), load)
     link.send(Stage(f"loading {load.model}"))
@@ -190,10 +190,10 @@ def prepare(link: Link, load: Load) -> tuple[Model, int]:
     return model, batch_size
 
 
-def lead(link: Link, load: Load, followers: list[socket.socket]) -> None:
-    """Compute what the daemon asks for until that fails."""
+def lead(link: DaemonLink, load: Load, followers: list[socket.socket]) -> None:
+    """Compute what the daemon asks for, as the leading rank, until that fails."""
     model, batch_size = prepare(link, load)
-    worker = Worker(model, load, batch_size, link.send)
+    computer = DistanceComputer(model, load, batch_size, link.send)
     # Ranks go in step, and drawn weights are gone with their round: there each batch is finished before the next.
     is_simple = not load.is_split and SCHEMES[load.scheme].weights == "trained"
     at_once = AT_ONCE if is_simple and model.device.type == "cuda" else 1
@@ -204,7 +204,7 @@ def lead(link: Link, load: Load, followers: list[socket.socket]) -> None:
             for follower in followers:
                 follower.sendall(messages.encode(message))
             with refusing(link, message.id):
-                under_way.append((message.id, worker.start(message)))
+                under_way.append((message.id, computer.start(message)))
         if under_way and (message is None or len(under_way) == at_once):
             number, wait = under_way.popleft()
             with refusing(link, number):
@@ -212,30 +212,30 @@ def lead(link: Link, load: Load, followers: list[socket.socket]) -> None:
 
 
 @contextlib.contextmanager
-def refusing(link: Link, number: int) -> Iterator[None]:
-    """Say that a message has no result where the model gives none."""
+def refusing(link: DaemonLink, number: int) -> Iterator[None]:
+    """Report that a message has no result if the model gives none."""
     try:
         yield
     except (NonFiniteError, InputError) as error:
         link.send(Refused(number, str(error)))
 
 
-def follow(link: Link, load: Load, leader: socket.socket) -> None:
-    """Do what the leading rank does until it is gone. Results are the same there, and so are refusals."""
+def follow(link: DaemonLink, load: Load, leader: socket.socket) -> None:
+    """Do what the leading rank does until it is gone; the results are the same, and the leading rank reports them."""
     model, batch_size = prepare(link, load)
-    worker = Worker(model, load, batch_size, lambda _: None)
+    computer = DistanceComputer(model, load, batch_size, lambda _: None)
     stream = leader.makefile("rb")
     while (message := messages.read(stream)) is not None:
         assert isinstance(message, Compute | Recompute), f"unexpected {message}"
         with contextlib.suppress(NonFiniteError, InputError):
-            worker.start(message)()
+            computer.start(message)()
 
 
-def work(link: Link, load: Load, peers: list[socket.socket]) -> None:
-    """Be the rank that `load` says, until that fails."""
+def work(link: DaemonLink, load: Load, peers: list[socket.socket]) -> None:
+    """Run the rank that `load` names, until it fails."""
     if load.device == "cpu":
         os.nice(NICENESS)
-    with joined(load.rank, len(load.devices), load.meeting, load.device) if load.meeting else nullcontext():
+    with joined(load.rank, len(load.devices), load.rendezvous, load.device) if load.rendezvous else nullcontext():
         if load.rank == 0:
             lead(link, load, peers)
         else:
@@ -243,12 +243,13 @@ def work(link: Link, load: Load, peers: list[socket.socket]) -> None:
 
 
 def main() -> None:
-    """Run as `python -m pocd.worker FD [FD…]`: a socket to the daemon, and those to the other ranks.
+    """Run a worker process: `python -m pocd.worker FD [FD…]`.
 
-    The leading rank has one to each of the others, these have one to it.
+    The first file descriptor is a socket to the daemon. The others are sockets to ranks: the leading rank has one to
+    each of the others, and each of the others has one to the leading rank.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon decides
-    link = Link(int(sys.argv[1]))
+    link = DaemonLink(int(sys.argv[1]))
     load = link.read_load()
     link.start()
     try:
@@ -269,7 +270,7 @@ def main() -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says, without torch's advice on debugging."""
+    """Return the first line of an error's text, without torch's advice on debugging."""
     return str(error).strip().partition("\n")[0]
 
 

@@ -35,7 +35,7 @@ from pocd.delivery.dispatcher import Receiver
 from pocd.http.client import open_session
 from pocd.http.server import listening
 from pocd.http.webhooks import WebhookKeys
-from pocd.pool.cards import NoDriverError, Reading
+from pocd.pool.cards import CardReading, NoDriverError
 from pocd.protocol.names import BUNDLED
 from pocd.receiver.app import application
 from pocd.receiver.store import Store
@@ -351,13 +351,13 @@ def test_torch_driver_and_cards() -> None:
     [(1, False, "green"), (45, False, "yellow"), (79, False, "yellow"), (79, True, "green")],
 )
 def test_the_memory_that_others_leave(used: int, *, runs: bool, level: str) -> None:
-    reading = Reading(40.0, 100.0, used * GIB, 80 * GIB, 0.0)
+    reading = CardReading(40.0, 100.0, used * GIB, 80 * GIB, 0.0)
     (finding,) = devices.check_memory({"GPU-b": reading}, ["GPU-b"], Probe(parameters=GIB), CUDA, runs=runs)
     assert (finding.level, "the weights need 2.0" in finding.text) == (level, True)
 
 
 def test_weights_that_no_card_holds() -> None:
-    reading = Reading(40.0, 100.0, 0, 8 * GIB, 0.0)
+    reading = CardReading(40.0, 100.0, 0, 8 * GIB, 0.0)
     args = ({"GPU-b": reading}, ["GPU-b"], Probe(parameters=7 * GIB))
     (finding,) = devices.check_memory(*args, CUDA, runs=True)
     assert (finding.level, "model.parallel" in (finding.remedy or "")) == (Level.RED, True)

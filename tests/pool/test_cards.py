@@ -12,9 +12,10 @@ import structlog.testing
 from pocd.admin import status
 from pocd.admin.metrics import DaemonCollector
 from pocd.cli import report
+from pocd.clock import SYSTEM, Clock
 from pocd.pool import cards
-from pocd.pool.cards import PATIENCE_SECONDS, Cards, Reading
-from pocd.worker.messages import Card
+from pocd.pool.cards import PATIENCE_SECONDS, CardReading, Cards
+from pocd.worker.messages import CardIdentity
 from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from pocd.admin.parts import Parts
 
-COOL = Reading(temperature=40.0, power=200.5, memory_used=2**30, memory_total=80 * 2**30, utilization=0.98)
+COOL = CardReading(temperature=40.0, power=200.5, memory_used=2**30, memory_total=80 * 2**30, utilization=0.98)
 UUID = "GPU-1"
 
 
@@ -33,12 +34,13 @@ class Driver:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.answers: dict[str, Reading] = {UUID: COOL}
+        self.clock = Clock(wall=lambda: self.now, monotonic=lambda: self.now)
+        self.answers: dict[str, CardReading] = {UUID: COOL}
         self.problem: str | None = None
         self.asked = threading.Semaphore(0)
         self.answer = threading.Semaphore(0)
 
-    def read(self, uuids: Iterable[str]) -> tuple[dict[str, Reading], str | None]:
+    def read(self, uuids: Iterable[str]) -> tuple[dict[str, CardReading], str | None]:
         assert set(uuids) == {UUID}
         self.asked.release()
         assert self.answer.acquire(timeout=PATIENCE)
@@ -54,7 +56,7 @@ def test_readings_come_go_and_hang_and_each_trouble_is_told_once(monkeypatch: py
     monkeypatch.setattr(cards, "READ_SECONDS", 0.0)
     driver = Driver()
     with structlog.testing.capture_logs() as logs:
-        watched = Cards(lambda: {UUID}, clock=lambda: driver.now, log=structlog.get_logger(), read=driver.read)
+        watched = Cards(lambda: {UUID}, clock=driver.clock, log=structlog.get_logger(), read=driver.read)
         assert watched.reading(UUID) is None
         watched.start()
         assert driver.asked.acquire(timeout=PATIENCE)
@@ -85,7 +87,7 @@ def test_nobody_is_asked_while_no_worker_uses_a_card(monkeypatch: pytest.MonkeyP
         looked.release()
         return set()
 
-    watched = Cards(used, clock=lambda: 0.0, log=structlog.get_logger(), read=Driver().read)
+    watched = Cards(used, clock=SYSTEM, log=structlog.get_logger(), read=Driver().read)
     watched.start()
     for _ in range(3):
         assert looked.acquire(timeout=PATIENCE)
@@ -97,7 +99,7 @@ def test_a_card_is_shown_with_what_it_tells_in_metrics_status_and_to_people() ->
     """As far as that goes without a card: what a worker would say of it, and what the driver would."""
     told = dataclasses.replace(COOL, power=None)
     worker = SimpleNamespace(
-        number=3, cards={"cuda:3": Card("NVIDIA H200", UUID), "cuda:4": Card("NVIDIA H200", "GPU-2")}
+        number=3, cards={"cuda:3": CardIdentity("NVIDIA H200", UUID), "cuda:4": CardIdentity("NVIDIA H200", "GPU-2")}
     )
     watched = SimpleNamespace(reading={UUID: told}.get, problem="the driver does not say how card GPU-2 is")
     parts = cast("Parts", SimpleNamespace(workers=SimpleNamespace(workers=[worker]), cards=watched))

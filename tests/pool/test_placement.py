@@ -1,17 +1,13 @@
-"""Which devices each worker gets, how cards are counted, and when a worker is left out."""
+"""Which devices each worker gets, and how cards are counted."""
 
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from pocd.config.settings import ChainSettings, NodeSettings, Settings
 from pocd.daemon.compose import make_loads
 from pocd.pool.cards import NoDriverError, count
-from pocd.pool.causes import Cause, WorkerError, WorkerRefusedError
 from pocd.pool.placement import NoDeviceError, place
-from pocd.pool.pool import LEFT_OUT_SECONDS, LONGEST_BACKOFF, MOST_FAILURES, Standing
 
 
 def eight() -> int:
@@ -77,35 +73,3 @@ def test_without_a_driver_cards_cannot_be_counted() -> None:
             count(None)
     else:
         assert count(None) == pynvml.nvmlDeviceGetCount()
-
-
-CRASH = WorkerError(Cause.CRASH, "gone")
-
-
-def test_a_worker_waits_longer_from_failure_to_failure_and_is_never_left_out_while_no_other_works() -> None:
-    standing = Standing()
-    waits = [standing.fail(CRASH, worked=False, others_work=False) for _ in range(10)]
-    assert waits == [1, 2, 4, 8, 16, 32, 60, 60, 60, 60]
-    assert not standing.left_out
-
-
-def test_a_worker_is_left_out_while_another_works_and_comes_back_when_it_works() -> None:
-    standing = Standing()
-    waits = [standing.fail(CRASH, worked=False, others_work=True) for _ in range(MOST_FAILURES)]
-    assert waits == [1, 2, 4, 8, LEFT_OUT_SECONDS]
-    assert standing.left_out
-    assert standing.fail(CRASH, worked=False, others_work=True) == LEFT_OUT_SECONDS
-    assert standing.fail(CRASH, worked=False, others_work=False) == LONGEST_BACKOFF, "now it is needed"
-    assert standing.fail(CRASH, worked=True, others_work=True) == 1
-    assert not standing.left_out
-
-
-@given(st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans())))
-def test_what_a_refusal_means_ends_with_the_next_failure(failures: list[tuple[bool, bool, bool]]) -> None:
-    standing = Standing()
-    for refused, worked, others in failures:
-        error = WorkerRefusedError(Cause.DEVICE, "not there") if refused else CRASH
-        wait = standing.fail(error, worked=worked, others_work=others)
-        assert (standing.refusal is error) == refused
-        assert 1 <= wait <= LEFT_OUT_SECONDS
-        assert (wait == LEFT_OUT_SECONDS) == standing.left_out

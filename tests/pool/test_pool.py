@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import os
 import signal
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,12 +14,14 @@ import structlog
 
 from pocd.clock import SYSTEM
 from pocd.mining.miner import Miner
+from pocd.observe.changes import Changes
 from pocd.observe.events import Events
 from pocd.pool.causes import Cause, WorkerRefusedError
+from pocd.pool.limits import WorkerLimits
 from pocd.pool.pool import Pool, environment
-from pocd.pool.processes import Link
+from pocd.pool.processes import RankLink
 from pocd.pool.recomputations import Recomputation
-from pocd.pool.supervisor import Limits
+from pocd.pool.state import Phase
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.store.outbox import Outbox, Work
@@ -45,9 +46,10 @@ async def pooled(
 ) -> AsyncIterator[tuple[Pool, Miner]]:
     """Workers that run, over a miner with one round."""
     with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
-        miner = Miner(outbox, clock=time.monotonic, wall=time.time)
-        known, log, events = Limits(**{"batch": 60.0} | limits), structlog.get_logger(), Events(SYSTEM)
-        pool = Pool(loads, miner, known, cache=folder, clock=time.monotonic, log=log, events=events)
+        changes = Changes()
+        miner = Miner(outbox, changes, clock=SYSTEM)
+        known, log, events = WorkerLimits(**{"batch": 60.0} | limits), structlog.get_logger(), Events(SYSTEM)
+        pool = Pool(loads, miner, known, cache=folder, changes=changes, clock=SYSTEM, log=log, events=events)
         await miner.set_round(Work(round_, NODE))
         task = asyncio.create_task(pool.run())
         try:
@@ -57,6 +59,7 @@ async def pooled(
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError, WorkerRefusedError):
                 await task
+            assert {worker.phase for worker in pool.workers} == {Phase.WAITING}, "no process, not ready"
 
 
 async def recompute(pool: Pool, round_: Round, nonces: tuple[int, ...], *, last: bool = True) -> list[float]:
@@ -100,29 +103,31 @@ async def test_a_card_that_is_not_there_leaves_the_others_at_work(tmp_path: Path
     async with pooled(tmp_path, [MISSING, LOAD]) as (pool, miner):
         missing, present = pool.workers
         await until(lambda: missing.causes[Cause.DEVICE] > 1)
-        assert pool.alarm(missing) is None
+        assert missing.alarm is None
         await until(lambda: present.computed > 64)
         assert miner.mining is not None
         assert "cuda:99" in str(missing.last_error)
-        pool.standings[0].failures = 4
-        await until(lambda: pool.standings[0].left_out)
-        assert str(pool.alarm(missing)).startswith(
+        missing.failures = 4
+        await until(lambda: missing.left_out)
+        assert str(missing.alarm).startswith(
             "failed 5 times in a row, left out, and tried every 30 min; the last time: device "
         )
-        assert pool.alarm(present) is None
+        assert present.alarm is None
         before = present.computed
         await until(lambda: present.computed > before + 64)
 
 
 async def test_when_no_worker_can_work_the_pool_ends_with_the_reason(tmp_path: Path) -> None:
     with contextlib.closing(OutboxThread(tmp_path / "outbox.db")) as outbox:
-        miner = Miner(outbox, clock=time.monotonic, wall=time.time)
+        changes = Changes()
+        miner = Miner(outbox, changes, clock=SYSTEM)
         pool = Pool(
             [MISSING, MISSING],
             miner,
-            Limits(batch=60.0),
+            WorkerLimits(batch=60.0),
             cache=tmp_path,
-            clock=time.monotonic,
+            changes=changes,
+            clock=SYSTEM,
             log=structlog.get_logger(),
             events=Events(SYSTEM),
         )
@@ -136,15 +141,15 @@ async def test_one_worker_does_a_whole_recomputation_and_the_next_one_is_another
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each would prepare the foreign round anew, and hold it."""
-    took: list[Link] = []
-    send = Link.send
+    took: list[RankLink] = []
+    send = RankLink.send
 
-    async def send_and_note(link: Link, message: Message) -> None:
+    async def send_and_note(link: RankLink, message: Message) -> None:
         if isinstance(message, Recompute):
             took.append(link)
         await send(link, message)
 
-    monkeypatch.setattr(Link, "send", send_and_note)
+    monkeypatch.setattr(RankLink, "send", send_and_note)
     async with pooled(tmp_path, [LOAD, LOAD]) as (pool, _):
         await until(lambda: all(worker.ready for worker in pool.workers))
         one, two = await recompute(pool, OTHER, (1, 2), last=False)

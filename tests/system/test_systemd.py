@@ -11,7 +11,7 @@ import pytest
 
 from pocd.config.settings import DEFAULT_PATH, StoreSettings
 from pocd.daemon import daemon
-from pocd.pool.supervisor import Limits
+from pocd.pool.limits import WorkerLimits
 from pocd.process import EXIT_CONFIG, EXIT_NO_DEVICE
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "systemd"
@@ -169,7 +169,7 @@ def test_only_a_bad_configuration_stays_down() -> None:
 
 
 def test_systemd_is_more_patient_than_the_daemon() -> None:
-    limits = Limits(batch=0)
+    limits = WorkerLimits(batch=0)
     assert seconds("TimeoutStartSec") > limits.start + limits.load
     assert seconds("TimeoutStopSec") > 2 * (daemon.FINISH_SECONDS + daemon.DELIVER_SECONDS + limits.exit)
 

@@ -8,10 +8,10 @@ import pytest
 from pocd.protocol.proof import Round
 from pocd.worker import messages
 from pocd.worker.messages import (
-    BatchSize,
+    BatchShrunk,
     Cancel,
     Cancelled,
-    Card,
+    CardIdentity,
     Compute,
     Distances,
     Failed,
@@ -29,15 +29,15 @@ EVERY: list[Message] = [
     Load("m", "float32", ("cpu",), "poc2", 64, 8),
     Compute(3, ROUND, 2**63 - 4, 3, 1),
     Cancel(9),
-    Load("m", "float16", ("cuda:0", "cuda:1"), "trained", 64, 8, shrink=True, revision="v1", rank=1, meeting="/x"),
+    Load("m", "float16", ("cuda:0", "cuda:1"), "trained", 64, 8, shrink=True, revision="v1", rank=1, rendezvous="/x"),
     Stage("loading m"),
-    Card("NVIDIA X", "GPU-f00d"),
+    CardIdentity("NVIDIA X", "GPU-f00d"),
     Ready("m", "f00d", "float32", "cpu", 128, 4, "flat", "eager", "asked", 1.5, 0.0, 8, 4096, "2.13.0"),
     Failed("device", "no GPU — \n none"),
     RoundBegun("id", 0.1, "eager", "asked"),
     Distances(3, [1.4042000770568848, 0.0, 2.0]),
     Refused(5, "NaN in layer 3"),
-    BatchSize(4, "memory is short"),
+    BatchShrunk(4, "memory is short"),
     Cancelled(4),
     Heartbeat(),
 ]

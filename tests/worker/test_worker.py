@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -25,19 +24,21 @@ from safetensors.torch import load_file, save_file
 
 from pocd.clock import SYSTEM
 from pocd.mining.miner import Miner
+from pocd.observe.changes import Changes
 from pocd.observe.events import Events
 from pocd.pool import processes
 from pocd.pool.causes import Cause, WorkerRefusedError
+from pocd.pool.feeder import take_batch_size
+from pocd.pool.limits import WorkerLimits
 from pocd.pool.pool import Pool
 from pocd.pool.processes import Ended, FailedError
-from pocd.pool.supervisor import Limits
 from pocd.protocol.names import BUNDLED
 from pocd.protocol.nonces import Node, Progress
 from pocd.protocol.proof import Round
 from pocd.store.outbox import Outbox, Work
 from pocd.store.thread import OutboxThread
 from pocd.worker import messages
-from pocd.worker.messages import BatchSize, Cancel, Cancelled, Compute, Load, Message, Ready, Recompute
+from pocd.worker.messages import BatchShrunk, Cancel, Cancelled, Compute, Load, Message, Ready, Recompute
 from tests.support.waiting import PATIENCE, until
 
 if TYPE_CHECKING:
@@ -52,9 +53,11 @@ ROUND = Round("block_alpha", 1, "node_A", 1.4142, "poc2", "bundled:tiny-llama", 
 def prepared(folder: Path, load: Load, **limits: float) -> Iterator[tuple[Pool, Miner]]:
     """Workers that do not run yet, and their miner, on a real store."""
     with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
-        miner = Miner(outbox, clock=time.monotonic, wall=time.time)
-        known, log, events = Limits(**{"batch": 60.0} | limits), structlog.get_logger(), Events(SYSTEM)
-        yield Pool([load], miner, known, cache=folder, clock=time.monotonic, log=log, events=events), miner
+        changes = Changes()
+        miner = Miner(outbox, changes, clock=SYSTEM)
+        known, log, events = WorkerLimits(**{"batch": 60.0} | limits), structlog.get_logger(), Events(SYSTEM)
+        pool = Pool([load], miner, known, cache=folder, changes=changes, clock=SYSTEM, log=log, events=events)
+        yield pool, miner
 
 
 @contextlib.asynccontextmanager
@@ -227,7 +230,7 @@ def limited(load: Load, megabytes: int) -> str:
         "import re, resource, sys, orjson, torch\n"
         "torch.set_num_threads(1)\n"
         "from pocd.compute.model import load_model\n"
-        "from pocd.worker.worker import fit\n"
+        "from pocd.worker.computer import fit\n"
         "from pocd.worker.messages import Load\n"
         "load = Load(**orjson.loads(sys.argv[1]))\n"
         "model = load_model(load.model, dtype=load.dtype, device=load.device)\n"
@@ -260,10 +263,11 @@ def test_a_configured_batch_size_that_does_not_fit_is_an_error_that_names_the_ke
 async def test_a_worker_that_had_to_shrink_its_batches_says_so_and_it_is_remembered(tmp_path: Path) -> None:
     load = dataclasses.replace(LOAD, batch_size=64, shrink=True)
     with structlog.testing.capture_logs() as logs, prepared(tmp_path, load) as (pool, _):
-        pool.workers[0].memory_became_short(BatchSize(32, "a batch of 64 × 16 positions does not fit"))
+        message = BatchShrunk(32, "a batch of 64 × 16 positions does not fit")
+        take_batch_size(message, pool.workers[0], structlog.get_logger())
     assert pool.batch_size == 32
     assert [entry["action"] for entry in logs] == ["batch_size"]
-    assert pool.workers[0]._load.batch_size == 32, "the next worker begins with it"
+    assert pool._supervisors[0].load.batch_size == 32, "the next life begins with it"
 
 
 @contextlib.contextmanager
@@ -278,8 +282,8 @@ def ready_worker(*program: str) -> Iterator[tuple[subprocess.Popen[bytes], socke
         with ours, ours.makefile("rb") as stream:
             ours.settimeout(PATIENCE)
             ours.sendall(messages.encode(LOAD))
-            while not isinstance(messages.read(stream), Ready):
-                pass
+            while not isinstance(message := messages.read(stream), Ready):
+                assert message is not None, "it is gone"
             yield worker, ours, stream
     finally:
         worker.kill()
@@ -319,7 +323,7 @@ def test_memory_that_is_short_for_two_rounds_is_left_to_the_one_that_is_computed
 ) -> None:
     """The self-test showed that a batch fits beside one round's head, not beside two."""
     from pocd.protocol.errors import OutOfMemoryError
-    from pocd.worker import worker as computing
+    from pocd.worker import computer
 
     prepared: list[str] = []
     heads = 2
@@ -345,19 +349,19 @@ def test_memory_that_is_short_for_two_rounds_is_left_to_the_one_that_is_computed
         yield Run()
         prepared.remove(block_hash)
 
-    monkeypatch.setattr(computing, "block_run", block_run)
-    worker = computing.Worker(cast("Any", None), LOAD, 8, sent.append)
+    monkeypatch.setattr(computer, "block_run", block_run)
+    computed = computer.DistanceComputer(cast("Any", None), LOAD, 8, sent.append)
     other = dataclasses.replace(ROUND, block_hash="block_beta")
     for _ in range(2):
-        assert worker.start(Compute(1, ROUND, 0, 1, 2))() == [1.0, 1.0]
-        assert worker.start(Recompute(2, other, [5], last=False))() == [1.0]
+        assert computed.start(Compute(1, ROUND, 0, 1, 2))() == [1.0, 1.0]
+        assert computed.start(Recompute(2, other, [5], last=False))() == [1.0]
         assert prepared == ["block_beta"]
-    assert worker.start(Compute(3, ROUND, 0, 1, 1))() == [1.0]
-    assert worker.start(Recompute(4, other, [5], last=True))() == [1.0]
+    assert computed.start(Compute(3, ROUND, 0, 1, 1))() == [1.0]
+    assert computed.start(Recompute(4, other, [5], last=True))() == [1.0]
     assert not prepared
     heads = 1  # not even the second head fits
-    worker.start(Compute(5, ROUND, 0, 1, 1))()
-    assert worker.start(Recompute(6, other, [5], last=True))() == [1.0]
+    computed.start(Compute(5, ROUND, 0, 1, 1))()
+    assert computed.start(Recompute(6, other, [5], last=True))() == [1.0]
     assert {type(message) for message in sent} == {messages.RoundBegun}
 
 
@@ -377,7 +381,7 @@ def test_a_recomputation_goes_before_what_is_not_begun() -> None:
 
 def test_rounds_that_draw_weights_are_never_prepared_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both would draw into the same model, and only the last one would have its own weights."""
-    from pocd.worker import worker as computing
+    from pocd.worker import computer
 
     prepared: list[str] = []
 
@@ -393,14 +397,14 @@ def test_rounds_that_draw_weights_are_never_prepared_side_by_side(monkeypatch: p
         )
         prepared.remove(block_hash)
 
-    monkeypatch.setattr(computing, "block_run", block_run)
-    worker = computing.Worker(cast("Any", None), LOAD, 8, lambda _message: None)
+    monkeypatch.setattr(computer, "block_run", block_run)
+    computed = computer.DistanceComputer(cast("Any", None), LOAD, 8, lambda _message: None)
     mined = dataclasses.replace(ROUND, scheme="random-weights", block_hash="1")
     other = dataclasses.replace(mined, block_hash="2")
     for last in (False, False, True):
-        assert worker.start(Compute(1, mined, 0, 1, 1))() == [1.0]
-        assert worker.start(Recompute(2, other, [5], last=last))() == [2.0]
-    assert worker.start(Compute(3, mined, 0, 1, 1))() == [1.0]
+        assert computed.start(Compute(1, mined, 0, 1, 1))() == [1.0]
+        assert computed.start(Recompute(2, other, [5], last=last))() == [2.0]
+    assert computed.start(Compute(3, mined, 0, 1, 1))() == [1.0]
 
 
 async def test_memory_that_another_takes_from_a_worker_restarts_it(tmp_path: Path) -> None:
@@ -417,14 +421,15 @@ async def test_memory_that_another_takes_from_a_worker_restarts_it(tmp_path: Pat
         await until(lambda: checked(miner))
 
 
-# The worker's child, on a device whose first batch fails as a card does that lost its memory.
+# The worker's process, on a device whose first batch fails as a card does that lost its memory.
 FAULTY = """
 import torch
-from pocd.worker import child, computing
+from pocd.worker import __main__ as program
+from pocd.worker import computer
 def fail(self, message):
     raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\\nCompile with …")
-computing.Worker.start = fail
-child.main()
+computer.DistanceComputer.start = fail
+program.main()
 """
 
 
@@ -462,7 +467,9 @@ def test_what_follows_from_a_workers_last_word(
     with prepared(tmp_path, load) as (pool, _):
         (worker,) = pool.workers
         worker.info = info
-        error = worker._failure(FailedError(kind, "so it is"), Ended("worker process 7 exited with status 1"))
+        error = pool._supervisors[0]._failure(
+            FailedError(kind, "so it is"), Ended("worker process 7 exited with status 1")
+        )
         assert (error.cause, str(error), worker.batch_size) == (cause, "so it is", left)
         assert isinstance(error, WorkerRefusedError) == (cause in {Cause.DEVICE, Cause.CONFIGURATION})
 
@@ -470,7 +477,7 @@ def test_what_follows_from_a_workers_last_word(
 def test_a_rank_that_was_killed_is_told_rather_than_what_the_others_say_of_it(tmp_path: Path) -> None:
     with prepared(tmp_path, LOAD) as (pool, _):
         ended = Ended("worker process 7, rank 1 of 2, was killed by signal 9", by_signal=True)
-        error = pool.workers[0]._failure(FailedError("fault", "connection closed by peer"), ended)
+        error = pool._supervisors[0]._failure(FailedError("fault", "connection closed by peer"), ended)
         assert (error.cause, str(error)) == (Cause.CRASH, ended.text)
 
 
