@@ -22,7 +22,6 @@ def start(
     log: FilteringBoundLogger,
     *,
     foreseen: tuple[type[Exception], ...] = (),
-    returns: bool = False,
 ) -> asyncio.Task[None]:
     """Start `work` as the task `name` of `group`; its failure is logged, see `crash_logged`.
 
@@ -32,14 +31,12 @@ def start(
         work: Runs until it is cancelled: a return is a failure too.
         log: Receives the traceback.
         foreseen: Errors that are no crash, beside `ForeseenError`.
-        returns: Whether the work may return.
     """
 
     async def run() -> None:
         with crash_logged(name, log, foreseen=foreseen):
             await work
-            if not returns:
-                raise RuntimeError("it returned, and should run until it is cancelled")
+            raise RuntimeError("it returned, and should run until it is cancelled")
 
     task = group.create_task(run(), name=name)
     task.add_done_callback(_closing(work))  # which is not begun where the task was cancelled before it began

@@ -56,7 +56,7 @@ async def run(path: Path, program: str) -> tuple[int | None, list[dict[str, Any]
         ("pocd.chain.failover Failover", "head", "chain"),
         ("pocd.delivery.dispatcher Dispatcher", "run", "receiver one"),
         ("pocd.pool.feeder Feeder", "_receive", "worker 0: results"),
-        ("pocd.daemon.daemon Daemon", "_announce_ready", "readiness"),
+        ("pocd.daemon.reports Reports", "_notify_manager", "service manager"),
     ],
 )
 async def test_a_part_that_fails_is_told_once_with_its_name_and_where(
@@ -87,15 +87,16 @@ async def test_a_part_that_returns_has_failed_too(tmp_path: Path) -> None:
 # `pocd run`, which stops at once, and whose miner cannot be closed.
 STOPPING = """
 from asyncio import Event
+from signal import SIGTERM, raise_signal
 from pocd.cli.main import main
-from pocd.daemon.daemon import Daemon
+from pocd.daemon.reports import Reports
 from pocd.mining.miner import Miner
 async def stop(self):
-    self.shut_down()
+    raise_signal(SIGTERM)
     await Event().wait()
 async def broken(self, _):
     raise KeyError("what broke")
-Daemon._log_funnel, Miner.close = stop, broken
+Reports._log_funnel, Miner.close = stop, broken
 main()
 """
 
@@ -165,7 +166,3 @@ async def test_a_task_that_is_cancelled_before_it_begins_leaves_nothing_behind()
     async with asyncio.TaskGroup() as group:
         start(group, "part", work, structlog.get_logger()).cancel()
     assert inspect.getcoroutinestate(work) == inspect.CORO_CLOSED
-
-
-async def test_what_may_return_has_not_crashed_by_that() -> None:
-    assert await outcome(asyncio.sleep(0), returns=True) == ([], [])

@@ -1,6 +1,6 @@
-"""Models of the API's answers, for the documentation and for the tests that check real answers against them.
+"""Models of the API's answers: what the handlers answer with, and what the documentation shows.
 
-The handlers answer plain dicts. A field that may be null says so; every other one is always there.
+Fields are answered in their order here. A field that may be null says so; every other one is always there.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from pocd.mining.phases import DaemonState, Mode
 from pocd.pool.causes import Cause
 
 
-class Round(BaseModel):
+class RoundStatus(BaseModel):
     """The active round and its progress. The id is a hash of the seven fields that define the round."""
 
-    id: str = Field(description="Hash of block_hash, block_height, public_key, r_target, scheme, model and seq_len.")
     block_hash: str = Field(description="Block hash exactly as the chain's node wrote it.")
     block_height: int
     public_key: str = Field(description="The miner's public key.")
@@ -24,6 +23,7 @@ class Round(BaseModel):
     scheme: str = Field(description="Name of the scheme by which distances are computed.")
     model: str = Field(description="Name of the model, as configured.")
     seq_len: int = Field(description="Sequence length in positions.")
+    id: str = Field(description="Hash of block_hash, block_height, public_key, r_target, scheme, model and seq_len.")
     node_id: int = Field(description="Index of the node; it checks the nonces node_id + node_count · x.")
     node_count: int
     checked: int = Field(description="Nonces checked in this round, also before a restart.")
@@ -32,7 +32,7 @@ class Round(BaseModel):
     observed_valid_rate: float | None = Field(description="`valid / checked`; null while nothing is checked.")
 
 
-class Asked(BaseModel):
+class RequestedRound(BaseModel):
     """The round that was requested last through the API, and the terms that batches are judged by."""
 
     block_hash: str
@@ -43,14 +43,16 @@ class Asked(BaseModel):
     )
 
 
-class Control(BaseModel):
+class ControlStatus(BaseModel):
     """Who decides which round is mined: the chain or the API."""
 
     mode: Mode = Field(description="FOLLOWING: the chain decides. Any other mode: the last call of the API decides.")
-    asked: Asked | None = Field(description="Null while the chain decides, and after a stop that came before any init.")
+    asked: RequestedRound | None = Field(
+        description="Null while the chain decides, and after a stop that came before any init."
+    )
 
 
-class Node(BaseModel):
+class NodeStatus(BaseModel):
     """Who this daemon is: it checks the nonces `node_id + node_count · x`."""
 
     public_key: str
@@ -80,7 +82,7 @@ class Rates(BaseModel):
     valid_per_second_15m: float
 
 
-class Chain(BaseModel):
+class ChainStatus(BaseModel):
     """The newest block that the chain's node reported; all fields but `problem` are null until one did."""
 
     chain_id: str | None
@@ -90,14 +92,14 @@ class Chain(BaseModel):
     problem: str | None = Field(description="Why the chain is not followed as it should; null when it is.")
 
 
-class Worker(BaseModel):
+class WorkersStatus(BaseModel):
     """All workers together, until one of them has had a model ready."""
 
     ready: bool = Field(description="Whether at least one worker has a model ready.")
-    pid: int | None = Field(description="Process id of the first worker; null while it does not run.")
     stage: str | None = Field(
         description="Step of the first worker's start, such as loading the model; null once it is ready."
     )
+    pid: int | None = Field(description="Process id of the first worker; null while it does not run.")
     restarts: int = Field(description="How often a worker ended and was started again, over all workers.")
     last_error: str | None = Field(description="Why a worker ended last; null if none did.")
     batch_size: int = Field(description="Nonces per forward pass.")
@@ -107,8 +109,8 @@ class Worker(BaseModel):
     )
 
 
-class ReadyWorker(Worker):
-    """All workers together, once one of them has had a model ready, with what they run."""
+class ModelStatus(BaseModel):
+    """What the workers run, as the first of them reported it when it was ready."""
 
     model: str
     fingerprint: str = Field(description="Fingerprint of the model's weights, 32 hex digits.")
@@ -116,16 +118,21 @@ class ReadyWorker(Worker):
     device: str
     hidden_size: int
     layers: int
-    longest_seq_len: int = Field(description="Largest sequence length, in positions, that the model allows.")
     decoder: str = Field(description='"flat", or "layers" for a model that runs by transformers\' own layers.')
     execution: str = Field(description='"eager", "compiled", or "captured": compiled, and one CUDA graph a batch.')
     execution_reason: str = Field(description="Why this execution path was chosen.")
     load_seconds: float = Field(description="Seconds that loading the model took.")
     compile_seconds: float = Field(description="Seconds that compiling the model took.")
+    batch_size: int = Field(description="Nonces per forward pass.")
+    longest_seq_len: int = Field(description="Largest sequence length, in positions, that the model allows.")
     torch: str = Field(description="Version of torch.")
 
 
-class Reading(BaseModel):
+class ReadyWorkersStatus(WorkersStatus, ModelStatus):  # pydantic puts the fields of the last base first
+    """All workers together, once one of them has had a model ready, with what they run."""
+
+
+class SensorValues(BaseModel):
     """Sensor values of a GPU; null where the driver reports none."""
 
     temperature: float | None = Field(description="Temperature in degrees Celsius.")
@@ -135,16 +142,16 @@ class Reading(BaseModel):
     utilization: float | None = Field(description="Share of the last second or so in which the GPU computed, 0 to 1.")
 
 
-class Card(BaseModel):
+class CardStatus(BaseModel):
     """A GPU that a worker uses."""
 
     device: str
     name: str
     uuid: str = Field(description="The GPU's UUID, as the driver reports it.")
-    reading: Reading | None = Field(description="Sensor values; null while they cannot be read.")
+    reading: SensorValues | None = Field(description="Sensor values; null while they cannot be read.")
 
 
-class OneWorker(BaseModel):
+class WorkerStatus(BaseModel):
     """One worker: a process, or several, one per device, where the model is split over devices."""
 
     number: int
@@ -165,10 +172,10 @@ class OneWorker(BaseModel):
     execution_reason: str | None = Field(description="Why this execution path was chosen.")
     computed_per_second_1m: float = Field(description="Distances computed for mining per second.")
     computed_per_second_15m: float
-    cards: list[Card] = Field(description="GPUs of the worker, once they are known.")
+    cards: list[CardStatus] = Field(description="GPUs of the worker, once they are known.")
 
 
-class Receiver(BaseModel):
+class ReceiverStatus(BaseModel):
     """A receiver's queue and how it answers. Delivered and purged ones are counted for ever, the others are now."""
 
     name: str
@@ -217,15 +224,15 @@ class Status(BaseModel):
     elapsed_seconds: float = Field(description="Seconds since this process began the active round.")
     rate_per_second: float = Field(description="Nonces checked per second, on average over `elapsed_seconds`.")
     r_target: float
-    round: Round | None = Field(description="Null while no round is active.")
-    control: Control
-    node: Node
+    round: RoundStatus | None = Field(description="Null while no round is active.")
+    control: ControlStatus
+    node: NodeStatus
     funnel: Funnel
     rates: Rates
-    chain: Chain
-    worker: ReadyWorker | Worker = Field(description="All workers together.")
-    workers: list[OneWorker]
-    receivers: list[Receiver]
+    chain: ChainStatus
+    worker: ReadyWorkersStatus | WorkersStatus = Field(description="All workers together.")
+    workers: list[WorkerStatus]
+    receivers: list[ReceiverStatus]
     problems: list[Problem] = Field(description="Problems that keep the daemon from mining; empty when there is none.")
     alarms: list[Problem] = Field(
         description="Problems that only a person can solve, though mining goes on; empty when there is none."
@@ -318,7 +325,7 @@ class Readiness(BaseModel):
     problems: list[Problem] = Field(description="Problems that keep the daemon from mining; empty when it is ready.")
 
 
-class Letter(BaseModel):
+class DeliveryStatus(BaseModel):
     """Delivery of one batch to one receiver. Times in seconds since the epoch."""
 
     receiver: str
@@ -341,8 +348,8 @@ class Letter(BaseModel):
 class Page(BaseModel):
     """A page of the outbox."""
 
-    receivers: list[Receiver]
-    batches: list[Letter]
+    receivers: list[ReceiverStatus]
+    batches: list[DeliveryStatus]
     next: str | None = Field(description="Value of `after` for the next page; null on the last page.")
 
 
@@ -350,7 +357,7 @@ class Shown(BaseModel):
     """One batch, and its delivery to each receiver."""
 
     id: str
-    deliveries: list[Letter] = Field(description="Delivery of the batch to each receiver.")
+    deliveries: list[DeliveryStatus] = Field(description="Delivery of the batch to each receiver.")
     batch: dict[str, Any] = Field(description="Content of the batch, as every receiver gets it.")
 
 

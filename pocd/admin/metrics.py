@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.core import Metric
 
-    from pocd.admin.status import Parts
+    from pocd.admin.parts import Parts
 
 INFO = ("model", "fingerprint", "dtype", "device", "decoder", "execution", "torch")
 READINGS = {
@@ -162,14 +162,13 @@ class DaemonCollector(Collector):
         alarm = GaugeMetricFamily(
             "pocd_receiver_alarm", "1 while the receiver has a problem that only a person can solve.", labels=labels
         )
-        for view in status.receiver_views(self._parts):
-            name = view["name"]
+        for each in status.receivers(self._parts):
             for state in ("pending", "dead", "expired", "withdrawn"):
-                held.add_metric([name, state], view[f"{state}_batches"])
-            waiting.add_metric([name], view["pending_nonces"])
-            accepted.add_metric([name], view["delivered_batches"])
-            failures.add_metric([name], view["failures_in_a_row"])
-            alarm.add_metric([name], int(view["alarm"] is not None))
+                held.add_metric([each.name, state], getattr(each, f"{state}_batches"))
+            waiting.add_metric([each.name], each.pending_nonces)
+            accepted.add_metric([each.name], each.delivered_batches)
+            failures.add_metric([each.name], each.failures_in_a_row)
+            alarm.add_metric([each.name], int(each.alarm is not None))
         yield from (held, waiting, accepted, failures, alarm)
 
 

@@ -13,8 +13,8 @@ import orjson
 from pydantic import ConfigDict, Field, model_validator
 
 from pocd.admin import answers
-from pocd.admin.operations import Operation
-from pocd.admin.status import receiver_views
+from pocd.admin.operations import Operation, answer
+from pocd.admin.status import receivers
 from pocd.http.parsing import Input, parse_body, parse_query
 from pocd.http.server import RefusalError, json_answer
 from pocd.store import deliveries, selections
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
-    from pocd.admin.status import Parts
+    from pocd.admin.parts import Parts
 
 STORE_SECONDS = 30.0  # for all store work of one call; a hung disk must not keep callers
 MOST_IDS = 1000
@@ -130,13 +130,8 @@ class OutboxApi:
             )
         page = found[: query.limit]
         following = f"{page[-1].receiver}:{page[-1].sequence}" if len(found) > len(page) else None
-        return json_answer(
-            {
-                "receivers": receiver_views(self._parts),
-                "batches": [self._view(letter) for letter in page],
-                "next": following,
-            }
-        )
+        batches = [self._status(letter) for letter in page]
+        return answer(answers.Page(receivers=receivers(self._parts), batches=batches, next=following))
 
     async def show(self, request: web.Request) -> web.Response:
         """Return one batch: its delivery to each receiver, and its content."""
@@ -146,9 +141,8 @@ class OutboxApi:
         if found is None:
             raise RefusalError(404, "not_found", f"no batch {name} is in the store; it may have been pruned", "id")
         each, body = found
-        return json_answer(
-            {"id": name, "deliveries": [self._view(letter) for letter in each], "batch": orjson.Fragment(body)}
-        )
+        deliveries_ = [self._status(letter).model_dump() for letter in each]
+        return json_answer({"id": name, "deliveries": deliveries_, "batch": orjson.Fragment(body)})
 
     async def retry(self, request: web.Request) -> web.Response:
         """Queue batches again that are no longer sent, and try their receivers at once."""
@@ -165,7 +159,7 @@ class OutboxApi:
                 await self._parts.outbox(deliveries.ask_again, name)
         self._parts.receivers.wake()
         self._parts.log.info("batches are sent again", action="outbox_retry", batches=queued, receivers=sorted(names))
-        return json_answer({"queued": queued, "receivers": sorted(names)})
+        return answer(answers.Queued(queued=queued, receivers=sorted(names)))
 
     async def purge(self, request: web.Request) -> web.Response:
         """Give up batches that are no longer sent, for good."""
@@ -180,7 +174,7 @@ class OutboxApi:
         if body.ids and not purged:
             raise RefusalError(404, "not_found", "none of these batches is set aside", "ids")
         self._parts.log.warning("batches given up", action="outbox_purge", batches=purged, receivers=sorted(names))
-        return json_answer({"purged": purged, "receivers": sorted(names)})
+        return answer(answers.Purged(purged=purged, receivers=sorted(names)))
 
     def _check(self, body: _Which) -> None:
         """Refuse a receiver that was never known."""
@@ -199,8 +193,9 @@ class OutboxApi:
                 if len(done) < deliveries.CHUNK:
                     return total, names
 
-    def _view(self, letter: selections.Delivery) -> dict[str, Any]:
-        return asdict(letter) | {"age_seconds": max(0.0, self._parts.clock.wall() - letter.created_at)}
+    def _status(self, delivery: selections.Delivery) -> answers.DeliveryStatus:
+        age = max(0.0, self._parts.clock.wall() - delivery.created_at)
+        return answers.DeliveryStatus(**asdict(delivery), age_seconds=age)
 
 
 def _limit() -> asyncio.Timeout:

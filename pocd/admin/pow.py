@@ -10,10 +10,10 @@ from aiohttp import web
 from pydantic import AliasChoices, ConfigDict, Field
 
 from pocd.admin import answers, status
-from pocd.admin.operations import Operation
+from pocd.admin.operations import Operation, answer
 from pocd.delivery.receivers import CallbackError
 from pocd.http.parsing import Input, parse_body, parse_query
-from pocd.http.server import RefusalError, json_answer
+from pocd.http.server import RefusalError
 from pocd.mining.control import NoRoundError, RoundRequest
 from pocd.mining.phases import Call
 from pocd.protocol.names import default_tolerance
@@ -28,7 +28,7 @@ from pocd.validation.verdict import Terms, check, sampled
 
 if TYPE_CHECKING:
     from pocd.admin.operations import Answer
-    from pocd.admin.status import Parts
+    from pocd.admin.parts import Parts
     from pocd.store.validations import Validation
 
 STORE_SECONDS = 30.0  # for all store work of one call; a hung disk must not keep callers
@@ -176,7 +176,7 @@ class PowApi:
 
         The fields before `round` are those of the API that orchestrators already use, and describe the active round.
         """
-        return json_answer(status.view(self._parts))
+        return answer(status.view(self._parts))
 
     async def init(self, request: web.Request) -> web.Response:
         """Take control of mining with a round of your own, and leave it ready.
@@ -227,7 +227,7 @@ class PowApi:
                 409, "no_round", f"in mode {error} there is no round to go on with: POST /api/v1/pow/init first"
             ) from None
         view = status.view(self._parts)
-        return json_answer({"status": "OK", "state": view["state"], "ignored": ignored or [], "pow_status": view})
+        return answer(answers.Done(status="OK", state=view.state, ignored=ignored or [], pow_status=view))
 
     async def _asked(self, body: InitBody) -> RoundRequest:
         """Complete the requested round from the configuration."""
@@ -379,5 +379,5 @@ def _verdict(found: Validation) -> web.Response:
     if found.state == "failed":
         raise RefusalError(503, "no_result", f"nothing was judged: {found.reason}; POST the batch again to try again")
     if found.answer is None:
-        return json_answer({"id": found.id, "state": found.state}, 202)
+        return answer(answers.Waiting(id=found.id, state="pending"), 202)
     return web.Response(body=found.answer, content_type="application/json")

@@ -10,11 +10,11 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pocd.admin import answers, guard, metrics, status
 from pocd.admin.docs import DocsApi
 from pocd.admin.events import EventsApi
-from pocd.admin.operations import METHODS, Media, Operation, limit_bodies, routes
+from pocd.admin.operations import METHODS, Media, Operation, answer, limit_bodies, routes
 from pocd.admin.outbox import OutboxApi
 from pocd.admin.page import OPERATION as PAGE
 from pocd.admin.pow import PowApi
-from pocd.http.server import RefusalError, errors_as_json, json_answer
+from pocd.http.server import RefusalError, errors_as_json
 from pocd.store.errors import StoreUnavailableError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Handler
 
-    from pocd.admin.status import Parts
+    from pocd.admin.parts import Parts
 
 
 @web.middleware
@@ -83,16 +83,16 @@ class AdminApi:
     async def shutdown(self, _request: web.Request) -> web.Response:
         """End the daemon in good order."""
         self._shut_down()
-        return json_answer({"status": "stopping"}, 202)
+        return answer(answers.Stopping(status="stopping"), 202)
 
     async def healthz(self, _request: web.Request) -> web.Response:
         """Answer while the process is alive."""
-        return json_answer({"status": "ok"})
+        return answer(answers.Alive(status="ok"))
 
     async def readyz(self, _request: web.Request) -> web.Response:
         """Tell whether the daemon mines as it should, and if not, why (503)."""
         problems = status.problems(self._parts)
-        return json_answer({"ready": not problems, "problems": problems}, 503 if problems else 200)
+        return answer(answers.Readiness(ready=not problems, problems=problems), 503 if problems else 200)
 
     async def metrics(self, _request: web.Request) -> web.Response:
         """Return metrics in Prometheus' text format."""

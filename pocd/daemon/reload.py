@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from pydantic import BaseModel
 
-    from pocd.admin.status import Parts
+    from pocd.admin.parts import Parts
     from pocd.delivery.batcher import Batcher
     from pocd.delivery.posting import Receiver
     from pocd.observe.notify import Notifier

@@ -7,6 +7,7 @@ outlives a restart, and where the disk does not take it, nothing has changed.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from pocd.store.thread import OutboxThread
 
 MINING = {Mode.FOLLOWING, Mode.GENERATING}
+
+Runs = Mapping[str, str | None]
+"""What decides a distance beside a round's block and key, by the key of the configuration: "model.name" and others."""
 
 
 class NoRoundError(Exception):
@@ -52,11 +56,11 @@ class RoundRequest:
         return Work(self.round, self.node, by_chain=False, callback=self.callback)
 
 
-def encode(mode: Mode, asked: RoundRequest | None) -> str | None:
-    """Return the decision as text for the store; None while the chain decides."""
+def encode(mode: Mode, asked: RoundRequest | None, runs: Runs) -> str | None:
+    """Return the decision as text for the store, with what the daemon runs; None while the chain decides."""
     if mode is Mode.FOLLOWING:
         return None
-    return orjson.dumps({"mode": mode, "asked": asdict(asked) if asked else None}).decode()
+    return orjson.dumps({"mode": mode, "asked": asdict(asked) if asked else None, "runs": runs}).decode()
 
 
 def decode(control: str | None) -> tuple[Mode, RoundRequest | None]:
@@ -70,12 +74,35 @@ def decode(control: str | None) -> tuple[Mode, RoundRequest | None]:
     return Mode(fields["mode"]), asked
 
 
+def why_foreign(control: str | None, runs: Runs) -> str | None:
+    """Return why the daemon cannot mine the requested round that `encode` wrote; None where it can, or there is none.
+
+    The daemon may have been started anew with another model, and would find other nonces under the round's name.
+    """
+    fields: dict[str, Any] = orjson.loads(control) if control else {}
+    if not fields.get("asked"):
+        return None
+    round_ = fields["asked"]["round"]
+    # An earlier version stored the round alone, which names the model and the scheme.
+    made_by = fields.get("runs") or {"model.name": round_["model"], "round.scheme": round_["scheme"]}
+    differing = [key for key in runs if key in made_by and made_by[key] != runs[key]]
+    if not differing:
+        return None
+    theirs, ours = (", ".join(f"{key} {values[key]!r}" for key in differing) for values in (made_by, runs))
+    return (
+        f"the requested round at height {round_['block_height']} is of {theirs}, but this daemon runs {ours}, so it is "
+        "not mined: POST /api/v1/pow/init with another round, or /api/v1/pow/resume"
+    )
+
+
 class Control:
     """Decides what the miner works on.
 
     Attributes:
         mode: The mode that was decided last.
         asked: The round that was requested last; None once the chain decides again.
+        foreign: Why the round that was requested before a restart is not mined after it, until the next call; the store
+            keeps that round until then. None where it is mined, or there is none.
         chain_round: The round that should be active by the chain, whether it is mined or not.
     """
 
@@ -85,6 +112,7 @@ class Control:
         outbox: OutboxThread,
         node: Node,
         *,
+        runs: Runs,
         clock: Clock,
         log: FilteringBoundLogger,
         events: Events,
@@ -92,16 +120,22 @@ class Control:
         self._miner = miner
         self._outbox = outbox
         self._node = node
+        self._runs = runs
         self._clock = clock
         self._log = log
         self._events = events
         self._lock = asyncio.Lock()
         self.mode, self.asked = decode(outbox.view.control)
+        self.foreign = why_foreign(outbox.view.control, runs)
+        if self.foreign:
+            self.mode, self.asked = Mode.STOPPED, None
         self.chain_round: Round | None = None
         miner.paused = self.mode not in MINING
 
     async def restore(self) -> None:
-        """Resume the round that was requested before the daemon was restarted."""
+        """Resume the round that was requested before the daemon was restarted, where the daemon can still mine it."""
+        if self.foreign:
+            self._log.warning(self.foreign, action="round_not_restored")
         if self.asked is not None:
             async with self._lock:
                 work = self.asked.work
@@ -146,11 +180,11 @@ class Control:
             else:
                 asked = asked or self.asked
                 work = asked.work if asked and mode is not Mode.STOPPED else None
-            done = await self._outbox(Outbox.set_control, encode(mode, asked), work, self._clock.wall())
+            done = await self._outbox(Outbox.set_control, encode(mode, asked, self._runs), work, self._clock.wall())
             if (mode, asked) != (self.mode, self.asked):
                 who = "the chain" if mode is Mode.FOLLOWING else "the API"
                 self._log.info(f"{who} decides", action="control", call=call, mode=mode)
-            self.mode, self.asked = mode, asked
+            self.mode, self.asked, self.foreign = mode, asked, None
             self._miner.pause(mode not in MINING)
             if mode is Mode.STOPPED:
                 return  # the round stays active, so that status shows it

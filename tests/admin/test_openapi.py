@@ -211,7 +211,7 @@ async def test_the_daemon_answers_as_its_document_says(tmp_path: Path) -> None:
                     assert daemon.process.returncode is None
                     await asyncio.sleep(0.05)
             mining = await conforms(daemon.url, "/api/v1/pow/status", answers.Status, token)
-            assert isinstance(mining.worker, answers.ReadyWorker)
+            assert isinstance(mining.worker, answers.ReadyWorkersStatus)
             assert mining.round
             page = await conforms(daemon.url, "/api/v1/outbox", answers.Page, token)
             await conforms(daemon.url, f"/api/v1/outbox/{page.batches[0].id}", answers.Shown, token)

@@ -7,6 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import cast
 
+import orjson
 import pytest
 import structlog
 from hypothesis import settings
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pocd.clock import SYSTEM
-from pocd.mining.control import MINING, Control, NoRoundError, RoundRequest, decode, encode
+from pocd.mining.control import MINING, Control, NoRoundError, RoundRequest, Runs, decode, encode
 from pocd.mining.miner import Miner
 from pocd.mining.phases import TABLE, Call, DaemonState, Mode, mode_after, state_of
 from pocd.observe.changes import Changes
@@ -22,7 +23,7 @@ from pocd.observe.events import Events
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.store.errors import StoreUnavailableError
-from pocd.store.outbox import Work
+from pocd.store.outbox import Outbox, Work
 from pocd.store.thread import OutboxThread
 from tests.support.clocks import ManualClock
 
@@ -30,6 +31,7 @@ OURS, THEIRS = Node(1, 3), Node(0, 2)
 FIRST, SECOND = (Round(f"{height:02X}", height, "miner", 1.4, "poc2", "tiny", 16) for height in (10, 20))
 ASKED = RoundRequest(Round("asked", 7, "other", 1.5, "poc2", "tiny", 8), THEIRS, 0.02, callback=None)
 AGAIN = RoundRequest(Round("asked again", 8, "other", 1.5, "poc2", "tiny", 8), THEIRS, 0.02, callback=None)
+RUNS = {"model.name": "tiny", "model.revision": None, "model.dtype": "float32", "round.scheme": "poc2"}
 INITS = (Call.INIT, Call.INIT_GENERATE, Call.INIT_VALIDATE)
 QUIET = structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound_logger("critical"))
 
@@ -87,7 +89,7 @@ def test_what_is_remembered_reads_back_as_it_was() -> None:
     for mode in Mode:
         for asked in (None, ASKED, RoundRequest(FIRST, OURS, 0.5, "callback-1")):
             expected = (Mode.FOLLOWING, None) if mode is Mode.FOLLOWING else (mode, asked)
-            assert decode(encode(mode, asked)) == expected
+            assert decode(encode(mode, asked, RUNS)) == expected
 
 
 # What follows from it
@@ -96,11 +98,13 @@ def test_what_is_remembered_reads_back_as_it_was() -> None:
 class Controlled:
     """A control over a real store and miner, as long as its process lives."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, runs: Runs = RUNS) -> None:
         self.outbox = OutboxThread(path)
         self.miner = Miner(self.outbox, Changes(), clock=ManualClock())
         self.events = Events(SYSTEM)
-        self.control = Control(self.miner, self.outbox, OURS, clock=ManualClock(), log=QUIET, events=self.events)
+        self.control = Control(
+            self.miner, self.outbox, OURS, runs=runs, clock=ManualClock(), log=QUIET, events=self.events
+        )
 
     def close(self) -> None:
         self.outbox.close()
@@ -217,6 +221,53 @@ async def test_a_call_whose_caller_gives_up_is_done_all_the_same(path: Path) -> 
         await controlled.control.call(Call.PHASE_GENERATE)  # waits for its turn
         assert controlled.mined == Work(ASKED.round, THEIRS)
         assert decode(controlled.outbox.view.control) == (Mode.GENERATING, ASKED)
+
+
+# A restart with another configuration
+
+
+@pytest.mark.parametrize("mode", [Mode.READY, Mode.GENERATING, Mode.VALIDATING, Mode.STOPPED])
+@pytest.mark.parametrize(
+    "other", [{"model.name": "other"}, {"model.revision": "v2"}, {"model.dtype": "bfloat16"}, {"round.scheme": "poc3"}]
+)
+async def test_a_requested_round_is_restored_only_where_the_daemon_runs_what_it_was_made_for(
+    path: Path, mode: Mode, other: dict[str, str]
+) -> None:
+    calls = {Mode.READY: Call.INIT, Mode.GENERATING: Call.INIT_GENERATE, Mode.VALIDATING: Call.INIT_VALIDATE}
+    with closing(Controlled(path)) as controlled:
+        await controlled.control.call(calls.get(mode, Call.INIT), ASKED)
+        if mode is Mode.STOPPED:
+            await controlled.control.call(Call.STOP)
+    with closing(Controlled(path, RUNS | other)) as controlled:
+        await controlled.control.restore()
+        await controlled.control.follow(FIRST)
+        ((key, value),) = other.items()
+        assert f"is of {key} {RUNS[key]!r}, but this daemon runs {key} {value!r}" in str(controlled.control.foreign)
+        assert (controlled.control.mode, controlled.control.asked, controlled.mined) == (Mode.STOPPED, None, None)
+        for call in (Call.PHASE_GENERATE, Call.PHASE_VALIDATE):
+            with pytest.raises(NoRoundError):
+                await controlled.control.call(call)
+    with closing(Controlled(path)) as controlled:  # as before: the round was kept
+        assert (controlled.control.mode, controlled.control.asked, controlled.control.foreign) == (mode, ASKED, None)
+    with closing(Controlled(path, RUNS | other)) as controlled:
+        await controlled.control.call(Call.INIT_GENERATE, AGAIN)
+        assert (controlled.control.foreign, controlled.mined) == (None, AGAIN_WORK)
+    with closing(Controlled(path, RUNS | other)) as controlled:  # the round requested last is of what is run now
+        assert (controlled.control.mode, controlled.control.asked, controlled.control.foreign) == (
+            Mode.GENERATING,
+            AGAIN,
+            None,
+        )
+
+
+async def test_a_round_that_an_earlier_version_stored_is_known_by_its_model_and_scheme(path: Path) -> None:
+    with closing(Controlled(path)) as controlled:
+        stored = orjson.loads(encode(Mode.GENERATING, ASKED, RUNS) or "")
+        del stored["runs"]
+        await controlled.outbox(Outbox.set_control, orjson.dumps(stored).decode(), None, 0.0)
+    for other, mode in (({"model.dtype": "bfloat16"}, Mode.GENERATING), ({"model.name": "other"}, Mode.STOPPED)):
+        with closing(Controlled(path, RUNS | other)) as controlled:
+            assert controlled.control.mode is mode
 
 
 # All lives

@@ -97,7 +97,7 @@ class Scheduled:
         self.miner = Miner(self.outbox, Changes(), clock=ManualClock())
         self.log = cast("FilteringBoundLogger", structlog.get_logger())
         self.control = Control(
-            self.miner, self.outbox, Node(0, 1), clock=ManualClock(), log=self.log, events=Events(SYSTEM)
+            self.miner, self.outbox, Node(0, 1), runs={}, clock=ManualClock(), log=self.log, events=Events(SYSTEM)
         )
         self.scheduler = RoundScheduler(
             chain,

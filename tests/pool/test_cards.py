@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import pytest
 
-    from pocd.admin.status import Parts
+    from pocd.admin.parts import Parts
 
 COOL = CardReading(temperature=40.0, power=200.5, memory_used=2**30, memory_total=80 * 2**30, utilization=0.98)
 UUID = "GPU-1"
@@ -110,7 +110,7 @@ def test_a_card_is_shown_with_what_it_tells_in_metrics_status_and_to_people() ->
     assert families["pocd_card_memory_used_bytes"].samples[0].value == 2**30
     assert families["pocd_card_unreadable"].samples[0].value == 1
     assert {sample.labels["uuid"] for sample in families["pocd_card"].samples} == {UUID, "GPU-2"}
-    views = [status._card_view(parts.cards, device, card) for device, card in worker.cards.items()]
+    views = [status._card(parts.cards, device, card).model_dump() for device, card in worker.cards.items()]
     assert views[0] == {"device": "cuda:3", "name": "NVIDIA H200", "uuid": UUID, "reading": dataclasses.asdict(told)}
     assert views[1]["reading"] is None
     assert [card_text(view) for view in views] == ["40 °C 1/80 GiB 98% H200", "H200"]

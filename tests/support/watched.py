@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from copy import deepcopy
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -214,7 +213,7 @@ class Watched:
 
     @contextlib.asynccontextmanager
     async def served(self, patch: pytest.MonkeyPatch, port: int = 0) -> AsyncIterator[Watched]:
-        patch.setattr(status, "view", lambda _parts: deepcopy(self.body))
+        patch.setattr(status, "view", lambda _parts: Status.model_validate(self.body))
         settings = SimpleNamespace(admin=AdminSettings())
         parts: Any = SimpleNamespace(events=self.events, log=CapturingLogger(), settings=settings)
         app = AdminApi(parts, lambda: None).application(self.token)
