@@ -83,7 +83,7 @@ class Ended:
 
     Attributes:
         text: How the first process ended that ended by itself.
-        by_signal: Whether that process was killed by a signal that was not ours.
+        by_signal: True if the process of that rank was killed by a signal that this daemon did not send.
     """
 
     text: str

@@ -97,7 +97,7 @@ class WorkerState:
 
     @property
     def alarm(self) -> str | None:
-        """That the worker fails again and again, for people; None while it does not."""
+        """Alarm text for people while the worker fails again and again; None otherwise."""
         if self.ready or self.failures < MOST_FAILURES:
             return None
         tried = f"left out, and tried every {LEFT_OUT_SECONDS / 60:.0f} min" if self.left_out else "still tried"

@@ -157,7 +157,7 @@ def test_what_cannot_work_is_refused_before_anything_starts(
     from scripts.trials.e2e import main
 
     logs = tmp_path / "logs"
-    monkeypatch.setattr(sys, "argv", command(logs, *options)[3:])
+    monkeypatch.setattr(sys, "argv", command(logs, *options)[4:])
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
