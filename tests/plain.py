@@ -19,6 +19,12 @@ Array = npt.NDArray[np.float64]
 Weights = dict[str, Array]
 Step = Callable[[int, Array, Array], tuple[Array, Array]]  # layer, branch, residual to branch, residual
 MASK = 0xFFFFFFFF
+# How far two machines' numbers of `normal` may lie apart. Libraries hold their float32 log, sin and cos to 4 ulps
+# (numpy's take another path on each generation of processors): at the largest radius, 6.8, that is 4e-6 for each.
+NORMAL_ROUNDING = 1e-5
+# How far two machines' distances of this file may lie apart: all else is float64, and what a last bit more or less
+# of every drawn number changes is 1.3e-7 where it was measured, of four bits four times as much, and again for luck.
+DISTANCE_ROUNDING = 2e-6
 
 
 def seed32(text: str) -> int:
