@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,20 @@ import plain_families
 import pytest
 import torch
 import vector_models
+from torch.nn import functional
 
 from pocd.compute import stages
 from pocd.compute.engine import block_run
 from pocd.compute.errors import InputError, NonFiniteError, OutOfMemoryError
 from pocd.compute.model import Model, adapt, load_model
-from pocd.compute.names import DTYPES
+from pocd.compute.names import DTYPES, default_tolerance
+from pocd.compute.random import normal, seeds_tensor
 from pocd.compute.schemes import SCHEMES, LayerStep
 from pocd.compute.transforms import JOIN, reflect, reflect_in_order
 
 POC2 = SCHEMES["poc2"]
 VECTORS: dict[str, Any] = orjson.loads((Path(__file__).parent / "data" / "poc2.json").read_bytes())
+ROUNDING = 2e-5  # of distances in float32, whatever the kernels: docs/protocol.md, section 3
 BUNDLED = ("bundled:tiny-qwen3", "bundled:tiny-llama")
 
 
@@ -45,7 +49,7 @@ def test_distances_agree_with_every_vector(entry: dict[str, Any]) -> None:
         run = block_run(model, POC2, block_hash=block_hash, public_key=public_key, seq_len=entry["seq_len"])
         with run as ready:
             found = ready.distances(list(expected), batch_size=4)
-        assert found == pytest.approx(list(expected.values()), abs=2e-5)
+        assert found == pytest.approx(list(expected.values()), abs=ROUNDING)
 
 
 def test_trained_models_agree_with_the_plain_implementation(bundled: Model) -> None:
@@ -55,29 +59,51 @@ def test_trained_models_agree_with_the_plain_implementation(bundled: Model) -> N
         plain.distance(decoder, block_hash="block_alpha", public_key="node_A", nonce=nonce, seq_len=24)
         for nonce in nonces
     ]
-    assert compute(bundled, nonces, batch_size=4) == pytest.approx(expected, abs=2e-5)
+    assert compute(bundled, nonces, batch_size=4) == pytest.approx(expected, abs=ROUNDING)
+
+
+@torch.inference_mode()
+def products_round_alike(model: Model, batch_size: int, seq_len: int) -> bool:
+    """Whether this machine's libraries multiply equal sequences to equal bits at every place; none promises it."""
+    head = torch.empty(8192, model.hidden_size).uniform_(-1, 1, generator=torch.Generator().manual_seed(0))
+    for weight in [*(each for each in model.causal.parameters() if each.ndim == 2), head]:
+        for length in (seq_len, 1):
+            sequence = normal(seeds_tensor(["a sequence"])[0], length * weight.shape[1]).view(length, -1)
+            found = functional.linear(sequence.to(weight.dtype).repeat(batch_size, 1, 1), weight)
+            if not torch.equal(found, found[:1].expand_as(found)):
+                return False
+    return True
 
 
 @pytest.mark.parametrize("way", ["flat", "layers"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch_size", "seq_len"), [(1, 24), (2, 3), (7, 24), (13, 25)])
-def test_a_distance_does_not_depend_on_its_batch(dtype: str, way: str, batch_size: int, seq_len: int) -> None:
+@pytest.mark.parametrize("scheme", ["poc2", "poc3"])
+@pytest.mark.parametrize(("batch_size", "seq_len"), [(1, 24), (2, 7), (7, 24), (13, 25)])
+def test_a_distance_does_not_depend_on_its_batch(
+    scheme: str, dtype: str, way: str, batch_size: int, seq_len: int
+) -> None:
+    """Neighbours change no bit, and another place none that the bare matrix products keep."""
     model = load_model(BUNDLED[batch_size % 2], dtype=dtype, device="cpu")
     model = replace(model, decoder=model.by_layers) if way == "layers" else model
+    tolerance = default_tolerance(dtype, SCHEMES[scheme], model.hidden_size)
+    rounding = 0.0 if products_round_alike(model, batch_size, seq_len) else tolerance
     nonces = list(range(batch_size))
-    with block_run(model, POC2, block_hash="block_alpha", public_key="node_A", seq_len=seq_len) as run:
+    with block_run(model, SCHEMES[scheme], block_hash="block_alpha", public_key="node_A", seq_len=seq_len) as run:
         together = run.distances(nonces, batch_size=batch_size)
-        assert run.distances(nonces[::-1], batch_size=batch_size) == together[::-1]
-        for nonce in nonces:
-            alone = run.distances([nonce], batch_size=batch_size)
-            other_neighbours = run.distances([*range(100, 99 + batch_size), nonce], batch_size=batch_size)
-            assert alone[0] == other_neighbours[-1] == together[nonce]
+        found = run.distances(nonces[::-1], batch_size=batch_size)
+        assert found == pytest.approx(together[::-1], abs=rounding, rel=0)
+        for place in nonces[::3]:
+            others = list(range(100, 100 + batch_size))
+            others[place] = place
+            assert run.distances(others, batch_size=batch_size)[place] == together[place]
+            alone = run.distances([place], batch_size=batch_size)
+            assert alone == pytest.approx([together[place]], abs=rounding, rel=0)
 
 
 def test_another_batch_size_changes_a_distance_by_rounding_only(bundled: Model) -> None:
     # It may take other kernels.
     eight = compute(bundled, list(range(8)), batch_size=8)
-    assert compute(bundled, list(range(8)), batch_size=3) == pytest.approx(eight, abs=2e-6)
+    assert compute(bundled, list(range(8)), batch_size=3) == pytest.approx(eight, abs=ROUNDING)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.01), ("float16", 0.002)])
@@ -92,13 +118,18 @@ def test_both_ways_through_a_model_agree(bundled: Model) -> None:
     assert bundled.decoder.kind == "flat"
     by_layers = replace(bundled, decoder=bundled.by_layers)
     nonces = list(range(8))
-    assert compute(by_layers, nonces, batch_size=8) == pytest.approx(compute(bundled, nonces, batch_size=8), abs=2e-6)
+    found = compute(by_layers, nonces, batch_size=8)
+    assert found == pytest.approx(compute(bundled, nonces, batch_size=8), abs=ROUNDING)
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return normal(seeds_tensor([f"any {shape}"])[0], math.prod(shape)).view(shape)
 
 
 @pytest.mark.parametrize("step", JOIN)
 def test_a_layers_output_is_the_sum_of_its_transformed_halves(step: LayerStep) -> None:
-    branch, residual = torch.randn(3, 8), 5 * torch.randn(3, 8)
-    v = torch.nn.functional.normalize(torch.randn(8), dim=0)
+    branch, residual = drawn(3, 8), 5 * drawn(3, 8)
+    v = functional.normalize(drawn(8), dim=0)
 
     def transform(x: torch.Tensor) -> torch.Tensor:
         if step == "none":
@@ -106,19 +137,19 @@ def test_a_layers_output_is_the_sum_of_its_transformed_halves(step: LayerStep) -
         return reflect(x / (x.norm(dim=-1, keepdim=True) + 1e-8) if "normalise" in step else x, v)
 
     expected = transform(branch) + transform(residual)
-    assert torch.allclose(JOIN[step](branch, residual, v), expected, atol=1e-5)
+    assert torch.allclose(JOIN[step](branch, residual, v), expected, atol=1e-4)  # of numbers up to 15: 1e-6 each
     together = transform(branch + residual)
-    assert torch.allclose(expected, together, atol=1e-5) == (step != "normalise and reflect")
+    assert torch.allclose(expected, together, atol=1e-4) == (step != "normalise and reflect")
 
 
 def test_reflect_is_a_reflection() -> None:
-    x, v = torch.randn(5, 16), torch.nn.functional.normalize(torch.randn(16), dim=0)
+    x, v = drawn(5, 16), functional.normalize(drawn(16), dim=0)
     assert torch.allclose(reflect(reflect(x, v), v), x, atol=1e-5)
-    assert torch.allclose(reflect(v, v), -v, atol=1e-6)
+    assert torch.allclose(reflect(v, v), -v, atol=1e-5)
 
 
 def test_reflections_are_applied_in_order() -> None:
-    h, vectors = torch.randn(2, 8), torch.nn.functional.normalize(torch.randn(2, 3, 8), dim=-1)
+    h, vectors = drawn(2, 8), functional.normalize(drawn(2, 3, 8), dim=-1)
     expected = h
     for r in range(3):
         expected = reflect(expected, vectors[:, r])
@@ -128,7 +159,7 @@ def test_reflections_are_applied_in_order() -> None:
 
 def test_large_float16_activations_do_not_overflow() -> None:
     x = torch.full((1, 128), 60_000.0, dtype=torch.float16)
-    v = torch.nn.functional.normalize(torch.ones(128), dim=0).half()
+    v = functional.normalize(torch.ones(128), dim=0).half()
     found = JOIN["normalise and reflect"](x, torch.zeros_like(x), v)
     assert found.dtype == torch.float16
     assert np.allclose(found.float().numpy(), -1 / np.sqrt(128), atol=1e-3)
@@ -155,7 +186,7 @@ def test_repeated_nonces_are_refused(bundled: Model) -> None:
 def test_a_large_head_is_read_in_parts_with_the_same_result(bundled: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = compute(bundled, [1, 2], batch_size=2)
     monkeypatch.setattr(stages, "HEAD_CHUNK", 1000 * bundled.hidden_size)
-    assert compute(bundled, [1, 2], batch_size=2) == pytest.approx(whole, abs=1e-7)
+    assert compute(bundled, [1, 2], batch_size=2) == pytest.approx(whole, abs=ROUNDING)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from pocd.compute import segments
 from pocd.compute.engine import BlockRun, block_run
 from pocd.compute.errors import InputError, NonFiniteError
 from pocd.compute.model import Model, adapt, load_model
-from pocd.compute.names import DTYPES
 from pocd.compute.random import seeds_tensor, signs
 from pocd.compute.schemes import SCHEMES
 from pocd.compute.transforms import JOIN
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 VECTORS: dict[str, Any] = orjson.loads((Path(__file__).parent / "data" / "poc3.json").read_bytes())
 BUNDLED = ("bundled:tiny-qwen3", "bundled:tiny-llama")
 HIDDEN_SIZE = 128  # of both
+ROUNDING = 2e-5  # of distances in float32, whatever the kernels: docs/protocol.md, section 3.1
 BLOCKS = [f"block_{i}" for i in range(8)]
 
 
@@ -73,10 +73,10 @@ def test_engine_and_plain_implementation_give_the_vectors(entry: dict[str, Any])
     first, length = entry["values"][0], entry["seq_len"]
     block, key = first["block_hash"], first["public_key"]
     found = compute(adapt(causal, name="formula"), list(expected), block=block, key=key, seq_len=length)
-    assert found == pytest.approx(list(expected.values()), abs=2e-5)
+    assert found == pytest.approx(list(expected.values()), abs=ROUNDING)
     decoder = vector_models.plainly(entry, causal)
     again = plain.distance(decoder, block_hash=block, public_key=key, nonce=7, seq_len=length, scheme="poc3")
-    assert again == pytest.approx(expected[7], abs=1e-9)
+    assert again == pytest.approx(expected[7], abs=plain.DISTANCE_ROUNDING)
 
 
 @pytest.mark.parametrize("entry", VECTORS["standard"], ids=lambda entry: entry["name"])
@@ -90,8 +90,8 @@ def test_mean_and_deviation_are_those_of_the_vectors(entry: dict[str, Any]) -> N
         assert run.standard is not None
         mean = run.standard.mean
         assert mean.shape == (entry["seq_len"], model.hidden_size)
-        assert mean[0, :4].tolist() == pytest.approx(entry["mean"]["first"], abs=1e-6)
-        assert mean[-1, :4].tolist() == pytest.approx(entry["mean"]["last"], abs=1e-6)
+        assert mean[0, :4].tolist() == pytest.approx(entry["mean"]["first"], abs=1e-5)
+        assert mean[-1, :4].tolist() == pytest.approx(entry["mean"]["last"], abs=1e-5)
         assert run.standard.deviation[:4].tolist() == pytest.approx(entry["deviation"], rel=1e-4)
 
 
@@ -105,7 +105,7 @@ def test_trained_models_agree_with_the_plain_implementation(bundled: Model, seq_
     """With segments of one position, and of unequal lengths."""
     nonces = [0, 1, 2**63 - 1]
     found = compute(bundled, nonces, seq_len=seq_len)
-    assert found == pytest.approx(plainly(bundled, nonces, seq_len), abs=2e-5)
+    assert found == pytest.approx(plainly(bundled, nonces, seq_len), abs=ROUNDING)
 
 
 @pytest.mark.parametrize("seq_len", [1, 5])
@@ -131,41 +131,25 @@ def test_a_model_that_says_nothing_has_no_distances() -> None:
         compute(model, range(4))
 
 
-# What it does not depend on.
-
-
-@pytest.mark.parametrize("way", ["flat", "layers"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch_size", "seq_len"), [(1, 24), (2, 7), (7, 24), (13, 25)])
-def test_a_distance_does_not_depend_on_its_batch(dtype: str, way: str, batch_size: int, seq_len: int) -> None:
-    model = load_model(BUNDLED[batch_size % 2], dtype=dtype, device="cpu")
-    model = replace(model, decoder=model.by_layers) if way == "layers" else model
-    nonces = list(range(batch_size))
-    with block_run(model, SCHEMES["poc3"], block_hash="a", public_key="b", seq_len=seq_len) as run:
-        together = run.distances(nonces, batch_size=batch_size)
-        assert run.distances(nonces[::-1], batch_size=batch_size) == together[::-1]
-        for nonce in nonces[::3]:
-            alone = run.distances([nonce], batch_size=batch_size)
-            other_neighbours = run.distances([*range(100, 99 + batch_size), nonce], batch_size=batch_size)
-            assert alone[0] == other_neighbours[-1] == together[nonce]
+# What it does not depend on; of its batch see test_engine.py.
 
 
 def test_another_batch_size_changes_a_distance_by_rounding_only(bundled: Model) -> None:
     whole = compute(bundled, range(12), batch_size=12)
     for batch_size in (1, 5, 8):
-        assert compute(bundled, range(12), batch_size=batch_size) == pytest.approx(whole, abs=5e-6)
+        assert compute(bundled, range(12), batch_size=batch_size) == pytest.approx(whole, abs=ROUNDING)
 
 
 def test_states_are_read_in_parts_with_the_same_result(bundled: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = compute(bundled, range(9), batch_size=9)
     monkeypatch.setattr(segments, "STATES_CHUNK", 2 * 24 * HIDDEN_SIZE)
-    assert compute(bundled, range(9), batch_size=9) == pytest.approx(whole, abs=1e-6)
+    assert compute(bundled, range(9), batch_size=9) == pytest.approx(whole, abs=ROUNDING)
 
 
 def test_both_ways_through_a_model_agree(bundled: Model) -> None:
     assert bundled.decoder.kind == "flat"
     by_layers = replace(bundled, decoder=bundled.by_layers)
-    assert compute(by_layers, range(8)) == pytest.approx(compute(bundled, range(8)), abs=1e-5)
+    assert compute(by_layers, range(8)) == pytest.approx(compute(bundled, range(8)), abs=ROUNDING)
 
 
 def test_a_distance_depends_on_block_key_and_nonce(bundled: Model) -> None:
