@@ -64,7 +64,9 @@ class Validator:
 
     @property
     def others(self) -> list[int]:
-        return [nonce for nonce, distance in enumerate(self.distances) if distance >= self.terms.r_target]
+        """Those that no rounding makes valid: the tolerance could be claimed by anybody."""
+        limit = self.terms.r_target + self.terms.tolerance
+        return [nonce for nonce, distance in enumerate(self.distances) if distance >= limit]
 
     def honest(self, count: int) -> list[tuple[int, float]]:
         """The first valid nonces and their distances."""
@@ -144,15 +146,17 @@ def accused(tolerance_factor: float) -> tuple[int, int]:
 
 
 def test_honest_batches_of_every_dtype_model_and_size_are_not_accused() -> None:
+    """Their distances differ from the validator's by a third of the tolerance at most (measured)."""
     fraud, batches = accused(1)
-    assert batches >= 300
-    assert fraud <= batches // 100
+    # A quarter of the nonces or more is valid, which makes 6 batches or more: 64 = 1 + 2 + 5 + 10 + 20 + 26.
+    assert batches >= 6 * 2 * 3 * len(MODELS) * len(DTYPES)
+    assert fraud == 0
 
 
 def test_without_the_tolerance_honest_miners_would_be_accused() -> None:
     """So that the test above can fail."""
-    fraud, batches = accused(0)
-    assert fraud > batches // 100
+    fraud, _ = accused(0)
+    assert fraud > 0
 
 
 # Liars.
@@ -166,8 +170,8 @@ def test_a_twentieth_of_forged_nonces_among_a_thousand_is_always_fraud(validator
     forged = list(zip(choice.sample(validator.others, 50), plausible, strict=True))
     honest = [(nonce, validator.distances[nonce]) for nonce in choice.sample(validator.valid, 950)]
     batch = validator.judge(choice.sample(honest + forged, 1000))
-    assert (batch.n, batch.fraud_detected, "shifted" in batch.suspicions) == (1000, True, True)
-    assert 40 <= batch.n_invalid <= 50  # a few may lie within the tolerance
+    assert (batch.n, batch.n_invalid, batch.fraud_detected) == (1000, 50, True)
+    assert "shifted" in batch.suspicions
     assert not validator.judge(honest).fraud_detected
 
 
@@ -175,9 +179,8 @@ def test_a_twentieth_of_forged_nonces_among_a_thousand_is_always_fraud(validator
 def test_a_wider_tolerance_lets_no_forger_through(dtype: str) -> None:
     validator, _ = honest_miners(MODELS[0], dtype)
     forged = [(nonce, validator.terms.r_target - 1e-3) for nonce in validator.others[:6]]
-    honest = validator.honest(114)
-    assert validator.judge(honest + forged).fraud_detected
-    assert len(honest) >= 60
+    batch = validator.judge(validator.honest(114) + forged)
+    assert (batch.n_invalid, batch.fraud_detected) == (6, True)
 
 
 @pytest.mark.parametrize("lie", [{"block": "9F2F"}, {"key": "02ac"}, {"scheme": "trained"}])
@@ -194,7 +197,8 @@ def test_another_model_under_a_false_name_is_fraud(validator: Validator) -> None
     found = computed(loaded(MODELS[0], "float32"), 200, batch_size=256)
     claims = [(nonce, each) for nonce, each in enumerate(found) if each < validator.terms.r_target]
     batch = validator.judge(claims, model_fingerprint=validator.terms.model_fingerprint)
-    assert (batch.fraud_detected, batch.shifted) == (True, len(claims))
+    assert batch.fraud_detected
+    assert batch.shifted > 0.9 * len(claims)  # one or another may come near by chance
 
 
 @pytest.mark.parametrize(
@@ -300,10 +304,11 @@ def test_an_empty_batch_is_refused(validator: Validator) -> None:
 def test_a_sample_misses_nothing_that_claims_alone_show(validator: Validator) -> None:
     claims = validator.honest(500)
     drawn = set(sampled([nonce for nonce, _ in claims], 20, "seed"))
-    spoiled = [(nonce, math.nan if i < 5 and nonce not in drawn else each) for i, (nonce, each) in enumerate(claims)]
+    bad = [nonce for nonce, _ in claims if nonce not in drawn][:5]
+    spoiled = [(nonce, math.nan if nonce in bad else each) for nonce, each in claims]
     batch = validator.judge(spoiled, sample=20)
     assert (batch.n, batch.n_invalid, len(batch.nonces)) == (20, 0, 20)
-    assert batch.impossible_claims >= 4
+    assert batch.impossible_claims == 5
     assert batch.fraud_detected
     assert not validator.judge(claims, sample=20).fraud_detected
 
