@@ -182,8 +182,8 @@ def test_the_command_measures_what_compute_computes() -> None:
     )
     distances = np.array([distance for _, distance in command.distances(request, range(64))])
     # Another process may have another number of threads, and add in another order.
-    assert second["mean"] == pytest.approx(distances.mean(), abs=2e-6)
-    assert second["quantile"] == pytest.approx(np.quantile(distances, 0.1), abs=2e-6)
+    assert second["mean"] == pytest.approx(distances.mean(), abs=2e-5)
+    assert second["quantile"] == pytest.approx(np.quantile(distances, 0.1), abs=2e-5)
 
 
 def test_the_heads_rate_is_that_of_the_blocks_own_head(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,7 @@ def test_an_honest_batch_from_standard_input_ends_with_0(honest: dict[str, Any])
     body = orjson.loads(out)
     assert body["fraud_detected"] is False
     assert (body["nonces"], body["received_dist"]) == (honest["nonces"], honest["dist"])
-    assert body["dist"] == pytest.approx(honest["dist"], abs=2e-6)  # another process may have other threads
+    assert body["dist"] == pytest.approx(honest["dist"], abs=1e-5)  # in another batch, by another process
     assert (body["n"], body["n_invalid"], body["suspicions"]) == (len(honest["nonces"]), 0, [])
     assert (body["model"], body["dtype"], body["seq_len"], body["r_target"]) == (MODEL, "float32", 8, R)
     assert (body["tolerance"], body["mismatch"], body["fraud_threshold"]) == (1e-5, 5e-4, 0.01)

@@ -382,7 +382,8 @@ async def test_a_forged_batch_is_fraud_whatever_is_mined(api: Api) -> None:
     nonces = list(range(40))
     verdict = await api.done("/validate", claim_of("forged", nonces, [1.3] * 40))
     truth = computed("forged", "02ab", nonces)
-    assert verdict["n_invalid"] == sum(distance >= 1.414 + verdict["tolerance"] for distance in truth)
+    assert verdict["dist"] == pytest.approx(truth, abs=1e-5)
+    assert verdict["n_invalid"] == sum(distance >= 1.414 + verdict["tolerance"] for distance in verdict["dist"])
     assert verdict["fraud_detected"]
     assert (await api.daemon.status())["state"] == "GENERATING"
 

@@ -45,7 +45,7 @@ async def test_two_ranks_agree_with_one_process_and_the_death_of_one_restarts_bo
         assert (worker.info.device, worker.info.decoder, worker.info.execution) == ("cpu+cpu", "layers", "eager")
         for scheme in ("poc2", "poc3", "trained"):
             round_ = dataclasses.replace(ROUND, block_hash="block_beta", scheme=scheme)
-            assert await recompute(pool, round_, NONCES) == pytest.approx(alone(model, scheme), abs=1e-5)
+            assert await recompute(pool, round_, NONCES) == pytest.approx(alone(model, scheme), abs=2e-5)
         with pytest.raises(NoResultError, match="draws weights, which a model that is split"):
             await recompute(pool, dataclasses.replace(ROUND, scheme="random-weights"), NONCES)
         leader, other = worker.pids

@@ -139,7 +139,7 @@ def test_a_split_family_gives_what_one_process_gives(
     assert first.distances == second.distances, "each rank may refuse what the other does, so they agree to the bit"
     assert first.fingerprint == whole.fingerprint
     for scheme in TRIED:
-        assert first.distances[scheme] == pytest.approx(whole.distances[scheme], abs=1e-5)
+        assert first.distances[scheme] == pytest.approx(whole.distances[scheme], abs=2e-5)
     assert first.held < 0.6 * whole.held
     assert second.held < 0.6 * whole.held
     assert first.held + second.held >= whole.held

@@ -314,7 +314,9 @@ def test_a_recomputation_waits_for_one_batch_at_most() -> None:
             if isinstance(message, messages.Distances):
                 results[message.id] = message.distances
     assert list(results).index(9) <= 1
-    assert results[10] == [results[9][1]], "in the order asked for"
+    # In the order asked for; another place in a batch may round in another way.
+    assert results[10] == pytest.approx([results[9][1]], abs=2e-5)
+    assert min(abs(results[9][1] - other) for other in (results[9][0], results[9][2])) > 1e-4
 
 
 def test_memory_that_is_short_for_two_rounds_is_left_to_the_one_that_is_computed(
