@@ -1,6 +1,6 @@
 """`python -m pocd`, the same as the command `pocd`."""
 
-from pocd.cli import main
+from pocd.cli.main import main
 
 if __name__ == "__main__":
     main()

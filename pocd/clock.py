@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 JUMP_SECONDS = 1.0  # less is the clock being steered, not set
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Clock:
     """Two clocks, in seconds.
 
     Attributes:
-        wall: Since the epoch: what is stored and sent. It may be set forward or back at any moment.
-        monotonic: From an unknown start, never back: what waits and rates are measured by.
+        wall: Seconds since the epoch, for what is stored and sent. The clock may be set at any moment.
+        monotonic: Seconds from an unknown start, never set back, for waits and rates.
     """
 
     wall: Callable[[], float]

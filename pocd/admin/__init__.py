@@ -1,1 +1,1 @@
-"""The admin HTTP API."""
+"""The admin HTTP API: calls, status, metrics, events, and the status page."""

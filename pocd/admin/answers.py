@@ -1,6 +1,6 @@
-"""What the API answers, as models: for the documentation, and for the tests that hold real answers to them.
+"""Models of the API's answers: what the handlers answer with, and what the documentation shows.
 
-The handlers answer plain dicts. A field that may be null says so; every other one is always there.
+Fields are answered in their order here. A field that may be null says so; every other one is always there.
 """
 
 from __future__ import annotations
@@ -9,46 +9,50 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from pocd.phases import Mode, State
-from pocd.worker.failures import Cause
+from pocd.mining.phases import DaemonState, Mode
+from pocd.pool.causes import Cause
 
 
-class Round(BaseModel):
-    """The active round, and how it goes. All that it is made of is in its id."""
+class RoundStatus(BaseModel):
+    """The active round and its progress. The id is a hash of the seven fields that define the round."""
 
-    id: str = Field(description="Hash of the seven fields that make a round.")
-    block_hash: str = Field(description="As the node wrote it.")
+    block_hash: str = Field(description="Block hash exactly as the chain's node wrote it.")
     block_height: int
-    public_key: str = Field(description="The miner's key.")
+    public_key: str = Field(description="The miner's public key.")
     r_target: float = Field(description="A nonce is valid when its distance is below this.")
-    scheme: str = Field(description="How distances are computed.")
-    model: str = Field(description="As configured.")
+    scheme: str = Field(description="Name of the scheme by which distances are computed.")
+    model: str = Field(description="Name of the model, as configured.")
     seq_len: int = Field(description="Sequence length in positions.")
-    node_id: int = Field(description="Whose share of the nonces is checked: node_id + node_count · x.")
+    id: str = Field(description="Hash of block_hash, block_height, public_key, r_target, scheme, model and seq_len.")
+    node_id: int = Field(description="Index of the node; it checks the nonces node_id + node_count · x.")
     node_count: int
     checked: int = Field(description="Nonces checked in this round, also before a restart.")
-    valid: int = Field(description="Of these, the valid ones.")
+    valid: int = Field(description="Valid nonces among those checked.")
     expected_valid_rate: float | None = Field(description="Share of valid nonces by theory; null until a worker began.")
     observed_valid_rate: float | None = Field(description="`valid / checked`; null while nothing is checked.")
 
 
-class Asked(BaseModel):
-    """The round that was asked for last, and the terms that batches are held to."""
+class RequestedRound(BaseModel):
+    """The round that was requested last through the API, and the terms that batches are judged by."""
 
     block_hash: str
     block_height: int
     fraud_threshold: float
-    callback: str | None = Field(description="The receiver that gets its batches beside the configured ones.")
+    callback: str | None = Field(
+        description="Name of the receiver that gets the round's batches beside the configured ones."
+    )
 
 
-class Control(BaseModel):
-    """Whose rounds are mined."""
+class ControlStatus(BaseModel):
+    """Who decides which round is mined: the chain or the API."""
 
-    mode: Mode = Field(description="FOLLOWING: the chain decides. The others: what the API asked for last.")
-    asked: Asked | None = Field(description="Null while the chain decides, or a stop came before any init.")
+    mode: Mode = Field(description="FOLLOWING: the chain decides. Any other mode: the last call of the API decides.")
+    asked: RequestedRound | None = Field(
+        description="Null while the chain decides, and after a stop that came before any init."
+    )
 
 
-class Node(BaseModel):
+class NodeStatus(BaseModel):
     """Who this daemon is: it checks the nonces `node_id + node_count · x`."""
 
     public_key: str
@@ -59,14 +63,14 @@ class Node(BaseModel):
 class Funnel(BaseModel):
     """Nonces since the store was made; each number is on disk."""
 
-    checked: int = Field(description="Computed and committed.")
-    valid: int = Field(description="Found valid and committed.")
-    stored: int = Field(description="In a batch with its final bytes.")
-    delivered: int = Field(description="Accepted by every receiver.")
-    dead: int = Field(description="Refused for good by a receiver, now.")
-    expired: int = Field(description="Became too old for a receiver, now.")
-    withdrawn: int = Field(description="Of replaced blocks and not sent, now.")
-    purged: int = Field(description="Given up by an operator.")
+    checked: int = Field(description="Nonces whose distance was computed and committed.")
+    valid: int = Field(description="Nonces that were found valid and committed.")
+    stored: int = Field(description="Valid nonces in a batch with its final bytes.")
+    delivered: int = Field(description="Valid nonces that every receiver accepted.")
+    dead: int = Field(description="Valid nonces in batches that a receiver refused for good, now.")
+    expired: int = Field(description="Valid nonces in batches that became too old for a receiver, now.")
+    withdrawn: int = Field(description="Valid nonces not sent because their block was replaced, now.")
+    purged: int = Field(description="Valid nonces in batches that an operator gave up.")
 
 
 class Rates(BaseModel):
@@ -78,91 +82,104 @@ class Rates(BaseModel):
     valid_per_second_15m: float
 
 
-class Chain(BaseModel):
-    """The newest block that the chain's node told. All null until one did."""
+class ChainStatus(BaseModel):
+    """The newest block that the chain's node reported; all fields but `problem` are null until one did."""
 
     chain_id: str | None
     height: int | None
     hash: str | None
-    block_time: str | None = Field(description="ISO 8601, by the chain.")
+    block_time: str | None = Field(description="Time of the block by the chain, ISO 8601.")
     problem: str | None = Field(description="Why the chain is not followed as it should; null when it is.")
 
 
-class Worker(BaseModel):
-    """The processes that compute, as one, while none has had a model ready."""
+class WorkersStatus(BaseModel):
+    """All workers together, until one of them has had a model ready."""
 
-    ready: bool = Field(description="Whether one of them has a model ready.")
-    pid: int | None = Field(description="Of the first one.")
-    stage: str | None = Field(description="What the first one does until it is ready.")
-    restarts: int = Field(description="How often they ended and were started again.")
-    last_error: str | None = Field(description="Why it ended last.")
+    ready: bool = Field(description="Whether at least one worker has a model ready.")
+    stage: str | None = Field(
+        description="Step of the first worker's start, such as loading the model; null once it is ready."
+    )
+    pid: int | None = Field(description="Process id of the first worker; null while it does not run.")
+    restarts: int = Field(description="How often a worker ended and was started again, over all workers.")
+    last_error: str | None = Field(description="Why a worker ended last; null if none did.")
     batch_size: int = Field(description="Nonces per forward pass.")
     refused_batches: int = Field(description="Batches without a result: the model gave NaN or infinity.")
-    last_refusal: str | None = Field(description="Where that began.")
+    last_refusal: str | None = Field(
+        description="Where NaN or infinity first appeared in the last batch without a result."
+    )
 
 
-class ReadyWorker(Worker):
-    """The same, once one of them had a model ready; what they run is told by the first one."""
+class ModelStatus(BaseModel):
+    """What the workers run, as the first of them reported it when it was ready."""
 
     model: str
-    fingerprint: str = Field(description="Of the model's weights.")
+    fingerprint: str = Field(description="Fingerprint of the model's weights, 32 hex digits.")
     dtype: str
     device: str
     hidden_size: int
     layers: int
-    longest_seq_len: int = Field(description="That the model's positions allow.")
     decoder: str = Field(description='"flat", or "layers" for a model that runs by transformers\' own layers.')
     execution: str = Field(description='"eager", "compiled", or "captured": compiled, and one CUDA graph a batch.')
-    execution_reason: str = Field(description="Why so.")
-    load_seconds: float = Field(description="What loading the model took.")
-    compile_seconds: float = Field(description="What compiling it took.")
-    torch: str = Field(description="Its version.")
+    execution_reason: str = Field(description="Why this execution path was chosen.")
+    load_seconds: float = Field(description="Seconds that loading the model took.")
+    compile_seconds: float = Field(description="Seconds that compiling the model took.")
+    batch_size: int = Field(description="Nonces per forward pass.")
+    longest_seq_len: int = Field(description="Largest sequence length, in positions, that the model allows.")
+    torch: str = Field(description="Version of torch.")
 
 
-class Reading(BaseModel):
-    """How a card is; null what it does not tell."""
-
-    temperature: float | None = Field(description="Degrees Celsius.")
-    power: float | None = Field(description="Watts.")
-    memory_used: int | None = Field(description="Bytes, by all processes.")
-    memory_total: int | None = Field(description="Bytes.")
-    utilization: float | None = Field(description="The share of the last second or so in which it computed.")
+class ReadyWorkersStatus(WorkersStatus, ModelStatus):  # pydantic puts the fields of the last base first
+    """All workers together, once one of them has had a model ready, with what they run."""
 
 
-class Card(BaseModel):
-    """A GPU."""
+class SensorValues(BaseModel):
+    """Sensor values of a GPU; null where the driver reports none."""
+
+    temperature: float | None = Field(description="Temperature in degrees Celsius.")
+    power: float | None = Field(description="Power draw in watts.")
+    memory_used: int | None = Field(description="GPU memory in use by all processes, in bytes.")
+    memory_total: int | None = Field(description="GPU memory in all, in bytes.")
+    utilization: float | None = Field(description="Share of the last second or so in which the GPU computed, 0 to 1.")
+
+
+class CardStatus(BaseModel):
+    """A GPU that a worker uses."""
 
     device: str
     name: str
-    uuid: str = Field(description="Its identity, as the driver knows it.")
-    reading: Reading | None = Field(description="How it is; null while it cannot be read.")
+    uuid: str = Field(description="The GPU's UUID, as the driver reports it.")
+    reading: SensorValues | None = Field(description="Sensor values; null while they cannot be read.")
 
 
-class OneWorker(BaseModel):
-    """One of the workers: a process, or a rank for each device of a model that is split."""
+class WorkerStatus(BaseModel):
+    """One worker: a process, or several, one per device, where the model is split over devices."""
 
     number: int
-    device: str = Field(description='Of each rank, joined by "+".')
+    device: str = Field(description='Device of the worker; of a split model the devices of all ranks, joined by "+".')
     ready: bool
-    stage: str | None = Field(description="What it does until it is ready.")
-    pids: list[int] = Field(description="Of its processes.")
-    restarts: int = Field(description="How often it ended and was started again.")
-    causes: dict[Cause, int] = Field(description="Why, and how often.")
-    last_error: str | None = Field(description="Why it ended last.")
-    alarm: str | None = Field(description="That it fails again and again; it may be left out for a while.")
+    stage: str | None = Field(
+        description="Step of the worker's start, such as loading the model; null once it is ready."
+    )
+    pids: list[int] = Field(description="Process ids of all ranks of the worker.")
+    restarts: int = Field(description="How often the worker ended and was started again.")
+    causes: dict[Cause, int] = Field(description="How often the worker ended, by cause.")
+    last_error: str | None = Field(description="Why the worker ended last; null if it never did.")
+    alarm: str | None = Field(
+        description="Why a person should look: the worker fails repeatedly, and may be left out for a while."
+    )
     batch_size: int = Field(description="Nonces per forward pass.")
     execution: str | None = Field(description='"eager", "compiled" or "captured", once it is known.')
-    execution_reason: str | None = Field(description="Why so.")
-    computed_per_second_1m: float = Field(description="Distances that it computed for what is mined.")
+    execution_reason: str | None = Field(description="Why this execution path was chosen.")
+    computed_per_second_1m: float = Field(description="Distances computed for mining per second.")
     computed_per_second_15m: float
-    cards: list[Card] = Field(description="Those of its devices that are GPUs, once they are known.")
+    cards: list[CardStatus] = Field(description="GPUs of the worker, once they are known.")
 
 
-class Receiver(BaseModel):
+class ReceiverStatus(BaseModel):
     """A receiver's queue and how it answers. Delivered and purged ones are counted for ever, the others are now."""
 
     name: str
-    url: str | None = Field(description="Without what may be secret; null when it is no longer configured.")
+    url: str | None = Field(description="URL with secrets masked; null when the receiver is no longer configured.")
     pending_batches: int
     pending_nonces: int
     delivered_batches: int
@@ -175,58 +192,62 @@ class Receiver(BaseModel):
     withdrawn_nonces: int
     purged_batches: int
     purged_nonces: int
-    last_error: str | None = Field(description="What the last attempt failed with; null when it went well.")
+    last_error: str | None = Field(description="Error of the last attempt; null when it succeeded.")
     failures_in_a_row: int
-    next_attempt_seconds: float | None = Field(description="Until it is asked again; null while nothing fails.")
-    parked: bool = Field(description="Whether it wants nothing any more (HTTP 410).")
-    alarm: str | None = Field(description="What only a person can mend.")
+    next_attempt_seconds: float | None = Field(description="Seconds until the next attempt; null while nothing fails.")
+    parked: bool = Field(description="Whether the receiver asked for no more batches (HTTP 410).")
+    alarm: str | None = Field(
+        description="Problem that only a person can solve, such as a wrong URL; null when there is none."
+    )
 
 
 class Problem(BaseModel):
-    """What is wrong, and with which part."""
+    """A problem, and the part of the daemon that has it."""
 
     part: str
     reason: str
 
 
 class Status(BaseModel):
-    """Everything that the daemon knows of itself. The first eight fields tell of the active round."""
+    """Everything that the daemon reports of itself. The fields before `round` are those of an earlier API."""
 
-    state: State = Field(
+    state: DaemonState = Field(
         description="LOADING: no model is ready. IDLE: nothing is to be mined now. GENERATING: nonces are being "
         "checked. VALIDATING: the device is left to validations. STOPPED: until an init or a resume."
     )
-    status: State = Field(description="The same, as an earlier API called it.")
-    is_model_initialized: bool = Field(description="Whether a model is ready, likewise.")
-    valid_nonces: list[int] = Field(description="The latest 20.")
-    valid_distances: list[float] = Field(description="One for each of them.")
+    status: DaemonState = Field(description="Equal to `state`, under the name of an earlier API.")
+    is_model_initialized: bool = Field(description="Whether a model is ready, under the name of an earlier API.")
+    valid_nonces: list[int] = Field(description="Latest valid nonces of the active round, at most 20.")
+    valid_distances: list[float] = Field(description="Distances of `valid_nonces`, in the same order.")
     total_checked: int
     total_valid: int
-    elapsed_seconds: float = Field(description="Since the round began in this process.")
-    rate_per_second: float = Field(description="Nonces checked per second of that.")
+    elapsed_seconds: float = Field(description="Seconds since this process began the active round.")
+    rate_per_second: float = Field(description="Nonces checked per second, on average over `elapsed_seconds`.")
     r_target: float
-    round: Round | None = Field(description="Null while no round is active.")
-    control: Control
-    node: Node
+    round: RoundStatus | None = Field(description="Null while no round is active.")
+    control: ControlStatus
+    node: NodeStatus
     funnel: Funnel
     rates: Rates
-    chain: Chain
-    worker: ReadyWorker | Worker = Field(description="All workers as one.")
-    workers: list[OneWorker]
-    receivers: list[Receiver]
-    problems: list[Problem] = Field(description="What keeps the daemon from mining as it should.")
-    alarms: list[Problem] = Field(description="What only a person can mend though mining goes on.")
+    chain: ChainStatus
+    worker: ReadyWorkersStatus | WorkersStatus = Field(description="All workers together.")
+    workers: list[WorkerStatus]
+    receivers: list[ReceiverStatus]
+    problems: list[Problem] = Field(description="Problems that keep the daemon from mining; empty when there is none.")
+    alarms: list[Problem] = Field(
+        description="Problems that only a person can solve, though mining goes on; empty when there is none."
+    )
     version: str
     uptime_seconds: float
 
 
 class Done(BaseModel):
-    """A call was done, and what the daemon does now."""
+    """The call took effect; the daemon's state after it."""
 
     status: Literal["OK"]
-    state: State
+    state: DaemonState
     ignored: list[str] = Field(description="Fields of the body that were not used.")
-    pow_status: Status = Field(description="As GET /api/v1/pow/status answers.")
+    pow_status: Status = Field(description="Status after the call, as GET /api/v1/pow/status answers it.")
 
 
 class Verdict(BaseModel):
@@ -241,39 +262,45 @@ class Verdict(BaseModel):
     block_height: int
     node_id: int
     nonces: list[int]
-    received_dist: list[float | None] = Field(description="As claimed; null where that is no finite number.")
-    dist: list[float] = Field(description="As recomputed.")
-    valid: list[bool] = Field(description="Whether each nonce is valid.")
+    received_dist: list[float | None] = Field(
+        description="Claimed distances; null where the claim is no finite number."
+    )
+    dist: list[float] = Field(description="Recomputed distances, in [0, 2].")
+    valid: list[bool] = Field(description="Whether each entry's nonce is valid.")
     r_target: float
     fraud_threshold: float
     n_invalid: int = Field(description="Recomputed distinct nonces that are not valid.")
-    probability_honest: float = Field(description="That an honest miner has as many, or more.")
-    fraud_detected: bool = Field(description="Whether that is below fraud_threshold.")
+    probability_honest: float = Field(description="Probability that an honest miner has at least as many bad nonces.")
+    fraud_detected: bool = Field(description="Whether probability_honest is below fraud_threshold.")
     n: int = Field(description="Distinct nonces that were recomputed.")
     n_batch: int = Field(description="Distinct nonces of the whole batch.")
-    impossible_claims: int = Field(description="Of the whole batch: claims that are no distance below r_target.")
-    duplicates: int = Field(description="Of the whole batch: entries that repeat a nonce. A nonce counts once.")
-    non_finite: int = Field(description="Of the whole batch: claims that are no finite number.")
+    impossible_claims: int = Field(description="Distinct nonces in the whole batch with a claim outside [0, r_target).")
+    duplicates: int = Field(description="Entries in the whole batch that repeat a nonce; each nonce counts once.")
+    non_finite: int = Field(description="Claims in the whole batch that are no finite number.")
     density: float = Field(description="Share of the node's nonces, up to the largest, that the batch holds.")
-    sparse: bool = Field(description="Whether that is 1% or less. Suspicious, but no fraud by itself.")
-    shifted: int = Field(description="Recomputed nonces whose claim is further than `tolerance` from the truth.")
-    largest_difference: float | None = Field(description="Between claimed and recomputed; null without a finite claim.")
+    sparse: bool = Field(description="Whether density is 1% or less: suspicious, but no fraud by itself.")
+    shifted: int = Field(
+        description="Recomputed nonces whose claim is further than `tolerance` from the recomputed distance."
+    )
+    largest_difference: float | None = Field(
+        description="Largest difference between a claimed and a recomputed distance; null without a finite claim."
+    )
     tolerance: float = Field(description="How far above r_target a recomputed distance still counts as valid.")
     mismatch: float = Field(description="The probability that an honest miner's nonce recomputes as invalid.")
     scheme: str
     model: str
-    model_fingerprint: str = Field(description="Of the weights that distances were recomputed with.")
-    dtype: str = Field(description="The precision that they were recomputed in.")
+    model_fingerprint: str = Field(description="Fingerprint of the weights that the distances were recomputed with.")
+    dtype: str = Field(description="Precision in which the distances were recomputed.")
     seq_len: int
     node_count: int
-    sample: int | None = Field(description="How many nonces were to be drawn; null for all.")
-    seed: str | None = Field(description="What they were drawn by.")
-    suspicions: list[str] = Field(description="Words for what is odd, fraud or not.")
-    batch_id: str = Field(description="Of this verdict: the same content has the same.")
+    sample: int | None = Field(description="Number of nonces drawn for recomputation; null when all were recomputed.")
+    seed: str | None = Field(description="Seed of the sample; null when all nonces were recomputed.")
+    suspicions: list[str] = Field(description="Names of what is odd about the batch, fraud or not.")
+    batch_id: str = Field(description="Id of this verdict, a hash of its content.")
 
 
 class Waiting(BaseModel):
-    """A validation that is not done yet: ask for it by its id."""
+    """A validation that is not done yet; GET /api/v1/pow/validate/{id} returns the verdict later."""
 
     id: str
     state: Literal["pending"]
@@ -286,59 +313,63 @@ class Stopping(BaseModel):
 
 
 class Alive(BaseModel):
-    """The process lives."""
+    """The process is alive."""
 
     status: Literal["ok"]
 
 
 class Readiness(BaseModel):
-    """Whether it mines as it should."""
+    """Whether the daemon mines as it should."""
 
     ready: bool
-    problems: list[Problem] = Field(description="Empty when it does.")
+    problems: list[Problem] = Field(description="Problems that keep the daemon from mining; empty when it is ready.")
 
 
-class Letter(BaseModel):
-    """One batch for one receiver. Times in seconds since the epoch."""
+class DeliveryStatus(BaseModel):
+    """Delivery of one batch to one receiver. Times in seconds since the epoch."""
 
     receiver: str
-    sequence: int = Field(description="Its place in the receiver's queue.")
+    sequence: int = Field(description="Position of the batch in the receiver's queue.")
     id: str = Field(description="The batch's webhook-id.")
-    kind: str = Field(description='"generated": proofs of this daemon.')
+    kind: str = Field(
+        description='"generated": proofs of this daemon; "validated": verdicts on batches that were validated.'
+    )
     state: Literal["pending", "delivered", "dead", "expired", "withdrawn", "purged"]
     nonces: int
     attempts: int
-    reason: str | None = Field(description="Why it failed last, or was set aside.")
+    reason: str | None = Field(
+        description="Why the last attempt failed, or why the batch is no longer sent; null without a reason."
+    )
     created_at: float = Field(description="When the batch was formed.")
-    changed_at: float = Field(description="When it entered its state.")
+    changed_at: float = Field(description="When the delivery entered its state.")
     age_seconds: float
 
 
 class Page(BaseModel):
     """A page of the outbox."""
 
-    receivers: list[Receiver]
-    batches: list[Letter]
-    next: str | None = Field(description="Give this as `after` for the next page; null on the last one.")
+    receivers: list[ReceiverStatus]
+    batches: list[DeliveryStatus]
+    next: str | None = Field(description="Value of `after` for the next page; null on the last page.")
 
 
 class Shown(BaseModel):
-    """One batch."""
+    """One batch, and its delivery to each receiver."""
 
     id: str
-    deliveries: list[Letter] = Field(description="What became of it for each receiver.")
-    batch: dict[str, Any] = Field(description="Its content, as every receiver gets it.")
+    deliveries: list[DeliveryStatus] = Field(description="Delivery of the batch to each receiver.")
+    batch: dict[str, Any] = Field(description="Content of the batch, as every receiver gets it.")
 
 
 class Queued(BaseModel):
-    """What is sent again."""
+    """Deliveries that were queued again."""
 
-    queued: int = Field(description="Deliveries, one per batch and receiver.")
-    receivers: list[str] = Field(description="Who is asked at once.")
+    queued: int = Field(description="Deliveries queued again, one per batch and receiver.")
+    receivers: list[str] = Field(description="Names of the receivers that are tried at once.")
 
 
 class Purged(BaseModel):
-    """What was given up."""
+    """Deliveries that were given up for good."""
 
-    purged: int = Field(description="Deliveries, one per batch and receiver.")
-    receivers: list[str] = Field(description="Whose they were.")
+    purged: int = Field(description="Deliveries given up, one per batch and receiver.")
+    receivers: list[str] = Field(description="Names of the receivers that will not get these batches.")

@@ -36,9 +36,9 @@ class ServerEvent:
     """One event of the daemon.
 
     Attributes:
-        id: To go on behind.
-        kind: As pocd.observe.events says, or `dropped`: the stream has ended, and goes on behind `id`.
-        data: What the kind says; `time` in seconds since the epoch, but of `dropped`.
+        id: Id of the event, from which a stream can be resumed.
+        kind: Kind of `pocd.observe.events`, or `dropped`: the stream has ended, and can be resumed from `id`.
+        data: Fields of the kind, and `time` in seconds since the epoch, except in `dropped`.
     """
 
     id: str
@@ -61,7 +61,7 @@ async def call(
         url: `http://HOST:PORT`, or `unix://PATH` for a Unix socket.
         method: The HTTP method.
         path: Begins with a slash.
-        token: What the API asks for, if it does.
+        token: Bearer token, if the API needs one.
         query: Appended to the path.
         body: Sent as JSON; bytes as they are.
 
@@ -90,13 +90,13 @@ async def events(
     """Yield the daemon's events as they happen, until it ends the stream.
 
     Args:
-        url: As of `call`, and so is `token`.
-        token: See there.
-        last_id: Go on behind this event.
-        latest: Without `last_id`, begin with so many that have happened.
+        url: `http://HOST:PORT`, or `unix://PATH` for a Unix socket.
+        token: Bearer token, if the API needs one.
+        last_id: Id of the event after which to begin.
+        latest: Number of past events to begin with, where `last_id` is not given.
 
     Raises:
-        AdminError: As of `call`; also when the daemon falls silent.
+        AdminError: Nothing answers there, the answer is an error, or the stream falls silent.
     """
     headers = {"Last-Event-ID": last_id} if last_id else {}
     query = {"latest": str(latest)} if latest and not last_id else {}
@@ -121,7 +121,7 @@ async def events(
 async def _session(
     url: str, token: str | None, limits: aiohttp.ClientTimeout
 ) -> AsyncIterator[tuple[aiohttp.ClientSession, str]]:
-    """Give a session to call the API with, and what its paths are appended to."""
+    """Give a session for calls of the API, and the base URL of its paths."""
     is_socket = url.startswith("unix://")
     connector = aiohttp.UnixConnector(url.removeprefix("unix://")) if is_socket else None
     headers = {"Authorization": f"Bearer {token}"} if token else {}
@@ -131,7 +131,7 @@ async def _session(
 
 
 def _checked(url: str, status: int, answer: Any) -> Any:  # noqa: ANN401 - whatever JSON has
-    """Return an answer that is no error."""
+    """Return an answer unless its status is an error's."""
     if status >= 400:
         raise AdminError(f"{url} refused: {answer['error']['message']}", status)
     return answer
@@ -139,7 +139,7 @@ def _checked(url: str, status: int, answer: Any) -> Any:  # noqa: ANN401 - whate
 
 @contextmanager
 def _told(url: str, *, is_socket: bool) -> Iterator[None]:
-    """Say for people what goes wrong with a call."""
+    """Turn a call's exceptions into an `AdminError` for people."""
     try:
         yield
     except TimeoutError:

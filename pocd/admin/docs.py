@@ -1,4 +1,4 @@
-"""What the daemon says of its API: `/openapi.json`, and `/docs`, one page without script or outside resource."""
+"""Documentation of the API: `/openapi.json`, and `/docs`, one page without script or outside resource."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from aiohttp import web
 
 from pocd.admin.openapi import COMPONENTS, document
 from pocd.admin.operations import Media, Operation
-from pocd.serving import json_answer
+from pocd.http.server import json_answer
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
@@ -36,13 +36,13 @@ a { color: LinkText; }
 
 
 class DocsApi:
-    """The routes, over the whole table of operations and themselves."""
+    """The routes for the documentation, which describes all operations and these."""
 
     def __init__(self, operations: Iterable[Operation], secured: Collection[str]) -> None:
         self._document = document([*operations, *self.operations()], secured)
 
     def operations(self) -> list[Operation]:
-        """Return the table's part for the documentation."""
+        """Return the operations of these routes."""
         anything = Media("application/json", "The document.")
         page = Media("text/html", "The page.")
         return [
@@ -82,7 +82,7 @@ def render(document: dict[str, Any], origin: str) -> str:
         f"<h1>{escape(title)}</h1><p>{_text(info['description'])}</p>"
         f'<p>For programs: <a href="/openapi.json">openapi.json</a>.</p><nav><ul>{links}</ul></nav>'
         + "".join(_call(method, path, operation, schemas, origin) for _, method, path, operation in calls)
-        + "<h2>What is answered</h2>"
+        + "<h2>Schemas</h2>"
         + "".join(_schema(name, schema) for name, schema in schemas.items())
         + "</body></html>\n"
     )
@@ -185,7 +185,7 @@ LIMITS = {
 
 
 def _limits(schema: dict[str, Any]) -> str:
-    """Say what a value has to keep to, in a list its items too."""
+    """Return the limits of a value, and of a list's items, as text."""
     parts = [text.format(escape(str(schema[key]))) for key, text in LIMITS.items() if key in schema]
     parts += filter(None, map(_limits, schema.get("anyOf", [])))
     if "items" in schema and (each := _limits(schema["items"])):

@@ -12,9 +12,9 @@ from aiohttp import web
 from pydantic import Field
 
 from pocd.admin.operations import Media, Operation
-from pocd.admin.parsing import Input, parse_query
+from pocd.http.parsing import Input, parse_query
+from pocd.http.server import RefusalError, json_answer
 from pocd.observe.events import RING, Event, Events, Missed
-from pocd.serving import RefusalError, json_answer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,15 +35,16 @@ class EventsQuery(Input):
     """The query of `GET /api/v1/pow/events`."""
 
     last_event_id: Annotated[str, Field(pattern=EVENT_ID)] | None = Field(
-        default=None, description="Go on behind this event. The header `Last-Event-ID` says the same and wins."
+        default=None,
+        description="Begin after this event. The header `Last-Event-ID` has the same meaning and precedence.",
     )
     latest: int = Field(
-        default=0, ge=0, le=RING, description="Without either, begin with so many that have happened already."
+        default=0, ge=0, le=RING, description="Number of past events to begin with, where no event id is given."
     )
 
 
 class EventsApi:
-    """The route, over the ring of events."""
+    """The route for the stream of events."""
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class EventsApi:
         self._streams: set[asyncio.Task[object]] = set()
 
     def operations(self) -> list[Operation]:
-        """Return the table's part for events."""
+        """Return the operation of this route."""
         answers: dict[int, Answer] = {
             200: Media("text/event-stream", "The stream; it ends when the daemon stops or the client is dropped."),
             429: f"There are {MOST_LISTENERS} listeners already (`too_many_listeners`); see `Retry-After`.",
@@ -73,10 +74,10 @@ class EventsApi:
             task.cancel()
 
     async def events(self, request: web.Request) -> web.StreamResponse:
-        """What happens, as it happens: blocks, rounds, batches, deliveries, the worker (server-sent events).
+        """Stream events as they happen: blocks, rounds, batches, deliveries, workers (server-sent events).
 
         Each event has an `id`, its kind as `event`, and one line of JSON as `data`: `time` (seconds since the epoch)
-        and what the kind says: `block` {height, hash, chain_id}; `chain` {problem}; `round` {height, block_hash, id,
+        and the kind's fields: `block` {height, hash, chain_id}; `chain` {problem}; `round` {height, block_hash, id,
         by}; `state` {state}; `batch` {id, kind, nonces, height}; `delivery` {receiver, id, outcome}; `worker` {what,
         pid, cause}; `validation` {id, state}; `reload` {applied, restart, problem}. The latest 1024 are kept: a client
         that connects again with the id of the last one it saw gets what it missed. The last event of a client that is
@@ -165,7 +166,7 @@ class EventsApi:
     async def _drop(
         self, request: web.Request, response: web.StreamResponse, cursor: int, reason: str, missed: int | None
     ) -> None:
-        """End the stream with a notice, for which a client that takes nothing gets a last while."""
+        """End the stream with a `dropped` event, which the client has `patience` seconds to read."""
         self._log.warning("listener dropped", action="listener_dropped", reason=reason, missed=missed)
         try:
             async with asyncio.timeout(self._patience):

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from pocd.serving import RefusalError
-from pocd.settings import LOOPBACK_HOSTS
+from pocd.config.settings import LOOPBACK_HOSTS
+from pocd.http.server import RefusalError
 
 if TYPE_CHECKING:
     from collections.abc import Container
 
     from aiohttp.typedefs import Handler, Middleware
 
-    from pocd.settings import AdminSettings
+    from pocd.config.settings import AdminSettings
 
 OPEN_PATHS = frozenset(
     {"/", "/healthz", "/readyz", "/docs", "/openapi.json"}
@@ -28,11 +28,11 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]*)?", re.ASCII
 
 
 def middlewares(admin: AdminSettings, token: str | None) -> list[Middleware]:
-    """Return what every request passes, in this order, before the API looks at it.
+    """Return the middlewares that check every request before the API does, in this order.
 
     Args:
-        admin: The names it may be called by, and whether reading is open.
-        token: What callers have to show; None where nothing is asked for.
+        admin: Settings with the allowed host names, and whether reading needs no token.
+        token: Bearer token that callers must give; None where none is needed.
     """
     names = LOOPBACK_HOSTS | {admin.host.lower(), *admin.allowed_hosts}
     guards = [_refuse_foreign_hosts(names, any_address=admin.beyond_loopback), _refuse_foreign_origins]
@@ -40,15 +40,15 @@ def middlewares(admin: AdminSettings, token: str | None) -> list[Middleware]:
 
 
 def is_own_host(header: str, names: Container[str], *, any_address: bool) -> bool:
-    """Tell whether a Host header names us.
+    """Tell whether a Host header names this daemon.
 
     A web page whose name was made to point here (DNS rebinding) is, for its browser, of our origin; its name in Host
     gives it away. Ports do not count. An address is no name, so nobody can have pointed it here.
 
     Args:
-        header: Its value.
-        names: In lower case; IPv6 addresses without brackets.
-        any_address: Whether every IP address is good.
+        header: Value of the Host header.
+        names: Allowed host names in lower case; IPv6 addresses without brackets.
+        any_address: Whether every IP address is allowed.
     """
     found = _HOST.fullmatch(header)
     if found is None:

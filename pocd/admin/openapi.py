@@ -25,16 +25,16 @@ TITLE = "pocd's admin API"
 ABOUT = (
     "Look at a Proof-of-Compute daemon and drive it. Every error has one form: "
     '`{"error": {"code", "message", "field"}}`; nothing was changed then. '
-    "What is no HTTP, or has a body that does not come, is refused by any call (400, 408, 413)."
+    "Every call refuses malformed HTTP and bodies that do not arrive (400, 408, 413)."
 )
 
 
 def document(operations: Sequence[Operation], secured: Collection[str]) -> dict[str, Any]:
-    """Return the document.
+    """Return the OpenAPI document.
 
     Args:
-        operations: The whole table.
-        secured: Methods whose calls have to bear the token; none where no token is configured.
+        operations: The operations to describe.
+        secured: HTTP methods whose calls need the token; none where no token is configured.
     """
     names, definitions = models_json_schema(
         [(model, "validation") for model in _models(operations)], ref_template=COMPONENTS + "{model}"
@@ -88,7 +88,7 @@ def _operation(operation: Operation, schemas: dict[Any, Any], secured: Collectio
 
 
 def _takes_nothing(model: type[BaseModel]) -> bool:
-    """Whether an empty body, which counts as {}, is one."""
+    """Tell whether an empty body, which counts as {}, is valid for the model."""
     try:
         model.model_validate({})
     except ValidationError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+import orjson
 from aiohttp import web
 from pydantic import BaseModel, Field
 
@@ -23,29 +24,29 @@ METHODS = frozenset({"GET", "POST", "DELETE"})
 
 
 class ErrorDetail(BaseModel):
-    """What is wrong."""
+    """An error: its code, its text for people, and the field at fault."""
 
-    code: str = Field(description="A word for programs.")
-    message: str = Field(description="What is wrong, where, and what to do, for people.")
+    code: str = Field(description="Short name of the error, for programs.")
+    message: str = Field(description="Text for people: the error, where it is, and what to do.")
     field: str | None = Field(description="The field at fault; null when it is no single one.")
 
 
 class Error(BaseModel):
-    """The one form of error. Nothing was changed."""
+    """Body of every error answer; nothing was changed."""
 
     error: ErrorDetail
 
 
 @dataclass(frozen=True, slots=True)
 class Media:
-    """An answer that is no JSON: its content type, and what it holds."""
+    """An answer that is not JSON: its content type and its meaning."""
 
     type: str
     meaning: str
 
 
 Answer = type[BaseModel] | Media | str
-"""A model of the JSON; or another medium; or, for an `Error`, when it comes."""
+"""Description of an answer: a model of its JSON; another medium; or, for an `Error`, when it is given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +54,11 @@ class Operation:
     """One call of the API.
 
     Attributes:
-        tag: The heading that it stands under in the documentation.
-        query: Model that its query is parsed by; None where it has none, then what is given is not looked at.
-        body: Likewise for the JSON body.
-        answers: By status, what it answers, apart from what `all_answers` adds.
-        largest_body: Bytes; a larger body is refused with 413.
+        tag: Heading of the operation in the documentation.
+        query: Model of the query; None where the operation has none, and ignores any.
+        body: Model of the JSON body; None where the operation has none, and ignores any.
+        answers: Answers by HTTP status, apart from those that `all_answers` adds.
+        largest_body: Largest body in bytes; a larger one is refused with 413.
     """
 
     method: Literal["GET", "POST", "DELETE"]
@@ -70,16 +71,16 @@ class Operation:
     largest_body: int = LARGEST_BODY
 
     def is_secured(self, methods: Container[str]) -> bool:
-        """Whether it asks for the token, where calls by these methods do."""
+        """Tell whether the operation needs the token, given the methods whose calls need it."""
         return self.method in methods and self.path not in OPEN_PATHS
 
 
 def all_answers(operation: Operation, secured: Container[str]) -> dict[int, Answer]:
-    """Return by status what an operation may answer: its own answers, and those that the server gives for it.
+    """Return all answers of an operation by HTTP status: its own, and those that the server gives for it.
 
     Args:
-        operation: Whose answers.
-        secured: Methods whose calls ask for the token.
+        operation: The operation to describe.
+        secured: HTTP methods whose calls need the token.
     """
     common: dict[int, Answer] = {
         403: "The `Host` or the browser's `Origin` is foreign (`foreign_host`, `foreign_origin`).",
@@ -87,13 +88,23 @@ def all_answers(operation: Operation, secured: Container[str]) -> dict[int, Answ
     if operation.is_secured(secured):
         common[401] = "The token is missing or wrong (`unauthorized`)."
     if operation.query or operation.body:
-        common[400] = "The request makes no sense (`invalid_request`, `malformed_json`, `unreadable_body`)."
+        common[400] = (
+            "The request is malformed or a field is wrong (`invalid_request`, `malformed_json`, `unreadable_body`)."
+        )
     if operation.body:
         common[408] = "The body did not come in time (`too_slow`)."
         common[413] = f"The body is larger than {operation.largest_body} bytes (`request_entity_too_large`)."
     if operation.path.startswith("/api/"):
         common[503] = "The store cannot do it now (`store_unavailable`, `store_busy`); try again later."
     return dict(sorted({**common, **operation.answers}.items()))
+
+
+def answer(model: BaseModel, status: int = 200) -> web.Response:
+    """Return `model` as a JSON answer, its fields in their order, with a line's end for people who use curl."""
+    # What `model_dump_json` gives, in a third of the time; no model here has aliases or serialisers of its own.
+    options = orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS
+    body = orjson.dumps(model, default=vars, option=options)
+    return web.Response(body=body, status=status, content_type="application/json")
 
 
 def routes(operations: Iterable[Operation]) -> list[web.RouteDef]:
@@ -105,7 +116,7 @@ def routes(operations: Iterable[Operation]) -> list[web.RouteDef]:
 
 
 def limit_bodies(operations: Iterable[Operation]) -> Middleware:
-    """Return the middleware that holds each call to its `largest_body`; it goes before whatever reads bodies."""
+    """Return the middleware that limits each body to its operation's `largest_body`; it precedes what reads bodies."""
     largest: dict[tuple[str, str], int] = {(each.method, each.path): each.largest_body for each in operations}
 
     @web.middleware

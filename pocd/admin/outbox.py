@@ -13,21 +13,21 @@ import orjson
 from pydantic import ConfigDict, Field, model_validator
 
 from pocd.admin import answers
-from pocd.admin.operations import Operation
-from pocd.admin.parsing import Input, parse_body, parse_query
-from pocd.admin.status import receiver_views
-from pocd.delivery import deliveries, letters
-from pocd.delivery.letters import Purgeable, Selection, SetAside, State
-from pocd.serving import RefusalError, json_answer
+from pocd.admin.operations import Operation, answer
+from pocd.admin.status import receivers
+from pocd.http.parsing import Input, parse_body, parse_query
+from pocd.http.server import RefusalError, json_answer
+from pocd.store import deliveries, selections
+from pocd.store.selections import DeliveryState, PurgeableState, Selection, SetAsideState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiohttp import web
 
-    from pocd.admin.status import Parts
+    from pocd.admin.parts import Parts
 
-STORE_SECONDS = 30.0  # for all that one call wants from the store; a hung disk must not keep callers
+STORE_SECONDS = 30.0  # for all store work of one call; a hung disk must not keep callers
 MOST_IDS = 1000
 AFTER = r"^[A-Za-z0-9._-]{1,64}:[0-9]{1,18}$"
 
@@ -40,17 +40,21 @@ BatchIds = Annotated[tuple[BatchId, ...], Field(min_length=1, max_length=MOST_ID
 class ListQuery(Input):
     """The query of `GET /api/v1/outbox`."""
 
-    state: State | None = Field(default=None, description="Only these; without it all that are not delivered.")
-    receiver: Name | None = Field(default=None, description="Only this receiver's batches.")
-    after: Annotated[str, Field(pattern=AFTER)] | None = Field(default=None, description="The last page's `next`.")
-    limit: int = Field(default=100, ge=1, le=1000, description="Batches at most.")
+    state: DeliveryState | None = Field(
+        default=None, description="List batches in this state only. Absent: in every state but delivered."
+    )
+    receiver: Name | None = Field(default=None, description="List batches of this receiver only.")
+    after: Annotated[str, Field(pattern=AFTER)] | None = Field(
+        default=None, description="List what follows this place: `next` of the page before."
+    )
+    limit: int = Field(default=100, ge=1, le=1000, description="Most batches on the page.")
 
 
 class _Which(Input):
-    """Which batches are meant: all that match every given field. To say nothing is a mistake, not everything."""
+    """Selection of batches: all that match every given field. A selection without any field is refused."""
 
-    ids: BatchIds | None = Field(default=None, description="Only these batches.")
-    receiver: Name | None = Field(default=None, description="Only this receiver's.")
+    ids: BatchIds | None = Field(default=None, description="Select these batches, by id.")
+    receiver: Name | None = Field(default=None, description="Select batches of this receiver.")
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -60,42 +64,43 @@ class _Which(Input):
 
 
 def _in_json(example: dict[str, Any]) -> ConfigDict:
-    """Tell the same rule in JSON Schema: not all that is given is null."""
+    """State in JSON Schema, too, that at least one field is needed."""
     nothing: dict[str, Any] = {"properties": {key: {"type": "null"} for key in ("ids", "receiver", "states")}}
     return ConfigDict(json_schema_extra={"examples": [example], "not": nothing})
 
 
 class RetryBody(_Which):
-    """What to send again: all that match every given field, at least one."""
+    """Batches to send again: all that match every given field, at least one."""
 
     model_config = _in_json({"receiver": "main"})
 
-    states: Annotated[tuple[SetAside, ...], Field(min_length=1)] | None = Field(
-        default=None, description="Without it dead and expired; with `ids` also withdrawn."
+    states: Annotated[tuple[SetAsideState, ...], Field(min_length=1)] | None = Field(
+        default=None, description="Select batches in these states. Absent: dead and expired; with `ids` also withdrawn."
     )
 
 
 class PurgeBody(_Which):
-    """What to give up: all that match every given field, at least one."""
+    """Batches to give up: all that match every given field, at least one."""
 
     model_config = _in_json({"states": ["expired"]})
 
-    states: Annotated[tuple[Purgeable, ...], Field(min_length=1)] | None = Field(
+    states: Annotated[tuple[PurgeableState, ...], Field(min_length=1)] | None = Field(
         default=None,
-        description="Without it dead, expired and withdrawn. Pending only of a receiver that is no longer configured.",
+        description="Select batches in these states. Absent: dead, expired, withdrawn. Pending only of a receiver that "
+        "is no longer configured.",
     )
 
 
 class OutboxApi:
-    """The routes, over the daemon's parts."""
+    """The routes for the outbox."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
 
     def operations(self) -> list[Operation]:
-        """Return the table's part for the outbox."""
-        unknown = "There is no such batch or receiver (`not_found`)."
-        served = "Pending batches of a receiver that is still configured (`still_served`)."
+        """Return the operations of these routes."""
+        unknown = "The batch or receiver is unknown (`not_found`)."
+        served = "The receiver of these pending batches is still configured (`still_served`)."
         return [
             Operation("GET", "/api/v1/outbox", self.index, "outbox", query=ListQuery, answers={200: answers.Page}),
             Operation("GET", "/api/v1/outbox/{id}", self.show, "outbox", answers={200: answers.Shown, 404: unknown}),
@@ -112,77 +117,73 @@ class OutboxApi:
         ]
 
     async def index(self, request: web.Request) -> web.Response:
-        """Every receiver's counts, and a page of its batches; without a state all that are not delivered."""
+        """Return every receiver's counts and a page of batches; without a state, all that are not delivered."""
         query = parse_query(request, ListQuery)
-        states: tuple[State, ...] = (query.state,) if query.state else ("pending", "dead", "expired", "withdrawn")
+        states: tuple[DeliveryState, ...] = (
+            (query.state,) if query.state else ("pending", "dead", "expired", "withdrawn")
+        )
         name, _, sequence = (query.after or ":0").partition(":")
         selection = Selection(states, query.receiver)
         async with _limit():
             found = await self._parts.outbox(
-                letters.listed, selection, after=(name, int(sequence)), limit=query.limit + 1
+                selections.listed, selection, after=(name, int(sequence)), limit=query.limit + 1
             )
         page = found[: query.limit]
         following = f"{page[-1].receiver}:{page[-1].sequence}" if len(found) > len(page) else None
-        return json_answer(
-            {
-                "receivers": receiver_views(self._parts),
-                "batches": [self._view(letter) for letter in page],
-                "next": following,
-            }
-        )
+        batches = [self._status(letter) for letter in page]
+        return answer(answers.Page(receivers=receivers(self._parts), batches=batches, next=following))
 
     async def show(self, request: web.Request) -> web.Response:
-        """One batch: what became of it for each receiver, and its bytes."""
+        """Return one batch: its delivery to each receiver, and its content."""
         name = request.match_info["id"]
         async with _limit():
-            found = await self._parts.outbox(letters.shown, name)
+            found = await self._parts.outbox(selections.shown, name)
         if found is None:
             raise RefusalError(404, "not_found", f"no batch {name} is in the store; it may have been pruned", "id")
         each, body = found
-        return json_answer(
-            {"id": name, "deliveries": [self._view(letter) for letter in each], "batch": orjson.Fragment(body)}
-        )
+        deliveries_ = [self._status(letter).model_dump() for letter in each]
+        return json_answer({"id": name, "deliveries": deliveries_, "batch": orjson.Fragment(body)})
 
     async def retry(self, request: web.Request) -> web.Response:
-        """Queue again what was set aside, and ask the receivers that are meant at once."""
+        """Queue batches again that are no longer sent, and try their receivers at once."""
         body = await parse_body(request, RetryBody)
         self._check(body)
-        default: tuple[State, ...] = ("dead", "expired", "withdrawn") if body.ids else ("dead", "expired")
+        default: tuple[DeliveryState, ...] = ("dead", "expired", "withdrawn") if body.ids else ("dead", "expired")
         selection = Selection(body.states or default, body.receiver, body.ids)
-        queued, names = await self._repeat(letters.send_again, selection)
+        queued, names = await self._repeat(selections.send_again, selection)
         if body.ids and not queued:
             raise RefusalError(404, "not_found", "none of these batches is set aside", "ids")
         names |= {body.receiver} if body.receiver else set()
         async with _limit():
             for name in sorted(names):
                 await self._parts.outbox(deliveries.ask_again, name)
-        self._parts.dispatchers.wake()
+        self._parts.receivers.wake()
         self._parts.log.info("batches are sent again", action="outbox_retry", batches=queued, receivers=sorted(names))
-        return json_answer({"queued": queued, "receivers": sorted(names)})
+        return answer(answers.Queued(queued=queued, receivers=sorted(names)))
 
     async def purge(self, request: web.Request) -> web.Response:
-        """Give up what was set aside, for good."""
+        """Give up batches that are no longer sent, for good."""
         body = await parse_body(request, PurgeBody)
         self._check(body)
-        served = {dispatcher.receiver.name for dispatcher in self._parts.dispatchers}
+        served = {dispatcher.receiver.name for dispatcher in self._parts.receivers}
         if body.states and "pending" in body.states and (body.receiver is None or body.receiver in served):
             message = "pending batches are given up only of one receiver, named, that is no longer configured"
             raise RefusalError(409, "still_served", message, "states")
         states = body.states or ("dead", "expired", "withdrawn")
-        purged, names = await self._repeat(letters.purge, Selection(states, body.receiver, body.ids))
+        purged, names = await self._repeat(selections.purge, Selection(states, body.receiver, body.ids))
         if body.ids and not purged:
             raise RefusalError(404, "not_found", "none of these batches is set aside", "ids")
         self._parts.log.warning("batches given up", action="outbox_purge", batches=purged, receivers=sorted(names))
-        return json_answer({"purged": purged, "receivers": sorted(names)})
+        return answer(answers.Purged(purged=purged, receivers=sorted(names)))
 
     def _check(self, body: _Which) -> None:
         """Refuse a receiver that was never known."""
-        known = self._parts.outbox.outbox.receivers.keys() | {each.receiver.name for each in self._parts.dispatchers}
+        known = self._parts.outbox.view.receivers.keys() | {each.receiver.name for each in self._parts.receivers}
         if body.receiver is not None and body.receiver not in known:
             raise RefusalError(404, "not_found", f"no receiver {body.receiver}; known are {sorted(known)}", "receiver")
 
     async def _repeat(self, method: Callable[..., list[tuple[str, int]]], selection: Selection) -> tuple[int, set[str]]:
-        """Do a bounded piece of work until nothing is left of it; returns how many deliveries, and whose."""
+        """Repeat a bounded piece of work until none is left; returns the number of deliveries, and their receivers."""
         total, names = 0, set[str]()
         async with _limit():
             while True:
@@ -192,8 +193,9 @@ class OutboxApi:
                 if len(done) < deliveries.CHUNK:
                     return total, names
 
-    def _view(self, letter: letters.Letter) -> dict[str, Any]:
-        return asdict(letter) | {"age_seconds": max(0.0, self._parts.clock.wall() - letter.created_at)}
+    def _status(self, delivery: selections.Delivery) -> answers.DeliveryStatus:
+        age = max(0.0, self._parts.clock.wall() - delivery.created_at)
+        return answers.DeliveryStatus(**asdict(delivery), age_seconds=age)
 
 
 def _limit() -> asyncio.Timeout:

@@ -38,7 +38,7 @@ HEADERS = {
 
 
 async def page(_request: web.Request) -> web.Response:
-    """Show how the daemon is, live, as a page for a browser.
+    """Return the status page for a browser, which updates itself.
 
     The page itself holds no data. It reads `/api/v1/pow/status` and `/api/v1/pow/events`, and asks its reader for the
     token where they do.

@@ -1,4 +1,4 @@
-"""The API that miners' orchestrators speak: rounds, phases, validation (docs/protocol.md section 7, docs/api.md)."""
+"""The API for miners' orchestrators: rounds, phases, validation (docs/protocol.md section 7, docs/api.md)."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from aiohttp import web
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, ConfigDict, Field
 
 from pocd.admin import answers, status
-from pocd.admin.operations import Operation
-from pocd.admin.parsing import Input, parse_body, parse_query
-from pocd.claim import LARGEST_CLAIM, MOST_NONCES, Claim
-from pocd.compute.names import default_tolerance
-from pocd.compute.schemes import SCHEMES
-from pocd.control import Asked, NoRoundError
-from pocd.delivery.dispatchers import CallbackError
-from pocd.nonces import Node
-from pocd.phases import Call
-from pocd.proof import FRAUD_THRESHOLD, Round
-from pocd.serving import RefusalError, json_answer
-from pocd.validation import MismatchError, Terms, check, sampled
-from pocd.validator import QueueFullError, Request
+from pocd.admin.operations import Operation, answer
+from pocd.delivery.receivers import CallbackError
+from pocd.http.parsing import Input, parse_body, parse_query
+from pocd.http.server import RefusalError
+from pocd.mining.control import NoRoundError, RoundRequest
+from pocd.mining.phases import Call
+from pocd.protocol.names import default_tolerance
+from pocd.protocol.nonces import Node
+from pocd.protocol.numbers import Index
+from pocd.protocol.proof import FRAUD_THRESHOLD, MOST_NONCES, Round
+from pocd.protocol.schemes import SCHEMES
+from pocd.validation.claim import LARGEST_CLAIM, Claim
+from pocd.validation.conditions import BY_WEIGHTS, BodyConditions, MismatchError, named, refuse_mismatch, running
+from pocd.validation.queue import QueueFullError, ValidationRequest
+from pocd.validation.verdict import Terms, check, sampled
 
 if TYPE_CHECKING:
     from pocd.admin.operations import Answer
-    from pocd.admin.status import Parts
-    from pocd.delivery.validations import Validation
+    from pocd.admin.parts import Parts
+    from pocd.store.validations import Validation
 
-STORE_SECONDS = 30.0  # for what one call wants from the store; a hung disk must not keep callers
+STORE_SECONDS = 30.0  # for all store work of one call; a hung disk must not keep callers
 WAIT_SECONDS = 30.0  # that a call waits for a verdict, below what clients and proxies wait; then it gets an id
 AGAIN = {"Retry-After": "5"}  # for callers that find a queue full, or the model loading; in seconds
 MOST_NODES = 1_000_000  # so that a node's nonces stay below 2**63 for as long as anybody mines
@@ -37,15 +39,17 @@ MOST_NODES = 1_000_000  # so that a node's nonces stay below 2**63 for as long a
 CALLBACK_URL = r"^https?://[^\s?#@\\]+$"  # paths are appended to it, and it may carry no credentials
 
 TAG = "Rounds"
-Index = Annotated[int, Field(ge=0, le=2**63 - 1)]
 
 
-class InitBody(BaseModel):
-    """A round that is asked for. Unknown fields are not used, and named in the answer."""
+class InitBody(BodyConditions):
+    """A round to mine or to validate for.
+
+    A field that decides a result is refused where it differs from what this daemon runs. Other unknown fields are
+    ignored, and listed in the answer.
+    """
 
     model_config = ConfigDict(
         extra="allow",
-        frozen=True,
         allow_inf_nan=False,
         json_schema_extra={
             "examples": [
@@ -61,58 +65,59 @@ class InitBody(BaseModel):
         },
     )
 
-    block_hash: str = Field(min_length=1, max_length=256, description="Used exactly as written.")
+    block_hash: str = Field(min_length=1, max_length=256, description="Block hash, used exactly as written.")
     block_height: Index
-    public_key: str = Field(min_length=1, max_length=1024, description="The miner's key, used exactly as written.")
+    public_key: str = Field(
+        min_length=1, max_length=1024, description="The miner's public key, used exactly as written."
+    )
     r_target: float = Field(gt=0, le=2, description="A nonce is valid when its distance is below this.")
     fraud_threshold: float = Field(
         default=FRAUD_THRESHOLD, gt=0, lt=1, description="Batches are fraud below this probability of honesty."
     )
     node_id: Annotated[int, Field(ge=-1, lt=MOST_NODES)] = Field(
-        default=-1, description="The node checks the nonces node_id + node_count · x. -1: as configured."
+        default=-1,
+        description="Index of the node, which checks the nonces node_id + node_count · x. -1: as configured.",
     )
     node_count: Annotated[int, Field(ge=1, le=MOST_NODES)] | Literal[-1] = Field(
-        default=-1, description="How many nodes the miner has. -1: as configured."
+        default=-1, description="Number of the miner's nodes. -1: as configured."
     )
     batch_size: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Not used: worker.batch_size decides, and a distance does not depend on it."
-    )
-    seq_len: Annotated[int, Field(ge=1)] | None = Field(
-        default=None, description="Sequence length in positions. Absent: round.seq_len."
+        default=None, description="Ignored: worker.batch_size decides, and no distance depends on it."
     )
     callback_url: Annotated[str, Field(max_length=2048, pattern=CALLBACK_URL)] | None = Field(
         default=None,
         validation_alias=AliasChoices("callback_url", "url"),
-        description="Batches are POSTed to it + /generated and /validated, beside the configured receivers. "
-        "Of a configured origin only. `url` is the same.",
+        description="Receiver of this round's batches, POSTed to the URL + /generated and /validated, beside the "
+        "configured receivers. Its origin must be configured. `url` is another name of this field.",
     )
 
     @property
     def ignored(self) -> list[str]:
-        """What was given and is not used."""
-        return [*(self.model_extra or {}), *(["batch_size"] if self.batch_size is not None else [])]
+        """Names of the fields that were given and are ignored."""
+        unused = {"batch_size": self.batch_size, "params.batch_size": self.params and self.params.batch_size}
+        return [*(self.model_extra or {}), *(name for name, value in unused.items() if value is not None)]
 
 
 class ValidateQuery(Input):
     """The query of `POST /api/v1/pow/validate`."""
 
-    wait: bool = Field(default=True, description="Whether to wait for the verdict, up to 30 seconds.")
+    wait: bool = Field(default=True, description="True: answer when the verdict is there, or after 30 seconds.")
     sample: Annotated[int, Field(ge=1, le=MOST_NONCES)] | None = Field(
-        default=None, description="How many of the nonces are recomputed, drawn by `seed`. Absent: all."
+        default=None, description="Number of nonces to recompute, drawn by `seed`. Absent: all."
     )
     seed: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(
-        default=None, description="What the sample is drawn by: the same draws the same."
+        default=None, description="Seed of the sample: equal seeds draw equal samples."
     )
 
 
 class PowApi:
-    """The routes, over the daemon's parts."""
+    """The routes for rounds, phases and validation."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
 
     def operations(self) -> list[Operation]:
-        """Return them for the table."""
+        """Return the operations of these routes."""
         validated: dict[int, Answer] = {200: answers.Verdict, 202: answers.Waiting}
         path = "/api/v1/pow"
 
@@ -122,9 +127,11 @@ class PowApi:
             **done,
             403: "The callback_url is of no configured origin (`callback_refused`), or the `Host` or the browser's "
             "`Origin` is foreign (`foreign_host`, `foreign_origin`).",
+            409: "A field that decides a result differs from what this daemon runs, or `params` holds "
+            "an unknown name (`mismatch`).",
             429: "Too many callback URLs are in use (`too_many_callbacks`).",
         }
-        in_round: dict[int, Answer] = {**done, 409: "There is no round to go on with (`no_round`): POST an init first."}
+        in_round: dict[int, Answer] = {**done, 409: "No round was requested (`no_round`): POST an init first."}
         return [
             Operation("GET", f"{path}/status", self.status, TAG, answers={200: answers.Status}),
             control(f"{path}/{Call.INIT}", self.init, body=InitBody, answers=begun),
@@ -143,7 +150,8 @@ class PowApi:
                 body=Claim,
                 answers={
                     **validated,
-                    409: "The batch says that it was made otherwise than it is held to (`mismatch`).",
+                    409: "The batch names another scheme, model, dtype, length or target than the terms, or `params` "
+                    "holds an unknown name (`mismatch`).",
                     429: "Too many validations wait (`queue_full`).",
                     503: "No model is ready (`loading`), the recomputation had no result (`no_result`), or the store "
                     "cannot do it now (`store_unavailable`, `store_busy`).",
@@ -157,58 +165,60 @@ class PowApi:
                 TAG,
                 answers={
                     **validated,
-                    404: "There is no such validation (any more) (`not_found`).",
+                    404: "The id is unknown, or the validation was pruned (`not_found`).",
                     503: "The recomputation had no result (`no_result`); ask again by POST.",
                 },
             ),
         ]
 
     async def status(self, _request: web.Request) -> web.Response:
-        """Everything that the daemon knows of itself.
+        """Return the daemon's whole status.
 
-        The first fields are those of the API that orchestrators already speak, and tell of the active round.
+        The fields before `round` are those of the API that orchestrators already use, and describe the active round.
         """
-        return json_answer(status.view(self._parts))
+        return answer(status.view(self._parts))
 
     async def init(self, request: web.Request) -> web.Response:
-        """Take the wheel with a round of your own, and leave it ready.
+        """Take control of mining with a round of your own, and leave it ready.
 
-        Nothing is mined until `phase/generate`. Whatever was found before is delivered all the same.
+        Nothing is mined until `phase/generate`. Proofs that were found before are delivered all the same.
         """
         return await self._init(request, Call.INIT)
 
     async def init_generate(self, request: web.Request) -> web.Response:
-        """Take the wheel with a round of your own, and mine it until something else is asked for."""
+        """Take control of mining with a round of your own, and mine it until another call."""
         return await self._init(request, Call.INIT_GENERATE)
 
     async def init_validate(self, request: web.Request) -> web.Response:
-        """Take the wheel with a round of your own, whose terms batches are held to; nothing is mined."""
+        """Take control of mining with a round of your own, by whose terms batches are judged; nothing is mined."""
         return await self._init(request, Call.INIT_VALIDATE)
 
     async def phase_generate(self, _request: web.Request) -> web.Response:
-        """Mine the round that was asked for, from where it was left."""
+        """Mine the round that was requested last, from where it was left."""
         return await self._call(Call.PHASE_GENERATE)
 
     async def phase_validate(self, _request: web.Request) -> web.Response:
-        """Leave the device to validations, under the terms of the round that was asked for."""
+        """Leave the device to validations, under the terms of the round that was requested last."""
         return await self._call(Call.PHASE_VALIDATE)
 
     async def stop(self, _request: web.Request) -> web.Response:
         """Stop mining until an init or `resume`, also across restarts.
 
-        What was found is delivered, and batches are validated, all the same.
+        Proofs are still delivered, and batches are still validated.
         """
         return await self._call(Call.STOP)
 
     async def resume(self, _request: web.Request) -> web.Response:
-        """Give the wheel back to the chain: its rounds are mined as they come."""
+        """Return control to the chain: its rounds are mined as they come."""
         return await self._call(Call.RESUME)
 
     async def _init(self, request: web.Request, call: Call) -> web.Response:
         body = await parse_body(request, InitBody)
         return await self._call(call, await self._asked(body), body.ignored)
 
-    async def _call(self, call: Call, asked: Asked | None = None, ignored: list[str] | None = None) -> web.Response:
+    async def _call(
+        self, call: Call, asked: RoundRequest | None = None, ignored: list[str] | None = None
+    ) -> web.Response:
         try:
             async with asyncio.timeout(STORE_SECONDS):
                 await self._parts.control.call(call, asked)
@@ -217,10 +227,11 @@ class PowApi:
                 409, "no_round", f"in mode {error} there is no round to go on with: POST /api/v1/pow/init first"
             ) from None
         view = status.view(self._parts)
-        return json_answer({"status": "OK", "state": view["state"], "ignored": ignored or [], "pow_status": view})
+        return answer(answers.Done(status="OK", state=view.state, ignored=ignored or [], pow_status=view))
 
-    async def _asked(self, body: InitBody) -> Asked:
-        """Make what is asked for complete from the configuration."""
+    async def _asked(self, body: InitBody) -> RoundRequest:
+        """Complete the requested round from the configuration."""
+        seq_len = self._agreed_seq_len(body)
         settings = self._parts.settings
         node = Node(
             settings.node.node_id if body.node_id == -1 else body.node_id,
@@ -237,12 +248,34 @@ class PowApi:
             r_target=body.r_target,
             scheme=settings.round.scheme,
             model=settings.model.name,
-            seq_len=self._seq_len(body.seq_len),
+            seq_len=seq_len,
         )
         callback = await self._callback(body.callback_url) if body.callback_url else None
-        return Asked(round_, node, body.fraud_threshold, callback)
+        return RoundRequest(round_, node, body.fraud_threshold, callback)
 
-    def _seq_len(self, asked: int | None) -> int:
+    def _agreed_seq_len(self, body: InitBody) -> int:
+        """Refuse a round that this daemon does not compute, and return its sequence length."""
+        settings, worker = self._parts.settings, self._parts.workers.info
+        if worker is None and BY_WEIGHTS & named(body).keys():
+            raise _loading("the fingerprint of the weights is not known before they are loaded")
+        runs = running(
+            model=settings.model.name,
+            revision=settings.model.revision,
+            fingerprint=worker.fingerprint if worker else None,
+            scheme=settings.round.scheme,
+            dtype=settings.model.dtype,
+            seq_len=settings.round.seq_len,
+        )
+        del runs["seq_len"]  # the worker may take another one than configured
+        try:
+            refuse_mismatch(body, runs, "{asked} is asked for, but this daemon runs {runs}", "nothing was changed")
+        except MismatchError as error:
+            raise RefusalError(409, error.code, str(error), error.field) from None
+        if body.seq_len is None and body.params is not None:
+            return self._seq_len("params.seq_len", body.params.seq_len)
+        return self._seq_len("seq_len", body.seq_len)
+
+    def _seq_len(self, field: str, asked: int | None) -> int:
         configured, worker = self._parts.settings.round.seq_len, self._parts.workers.info
         if asked is None or asked == configured:
             return configured
@@ -250,18 +283,18 @@ class PowApi:
             raise _loading("whether the model takes seq_len is not known before it is loaded")
         scheme = self._parts.settings.round.scheme
         if asked < (least := SCHEMES[scheme].least_seq_len):
-            message = f"seq_len: {asked} is too short for scheme {scheme!r}: {least} or more"
-            raise RefusalError(400, "invalid_request", message, "seq_len")
+            message = f"{field}: {asked} is too short for scheme {scheme!r}: {least} or more"
+            raise RefusalError(400, "invalid_request", message, field)
         if asked > worker.longest_seq_len:
-            message = f"seq_len: {asked} is more than the {worker.longest_seq_len} positions of {worker.model}"
-            raise RefusalError(400, "invalid_request", message, "seq_len")
+            message = f"{field}: {asked} is more than the {worker.longest_seq_len} positions of {worker.model}"
+            raise RefusalError(400, "invalid_request", message, field)
         return asked
 
     async def _callback(self, url: str) -> str:
         asked = self._parts.control.asked
         async with asyncio.timeout(STORE_SECONDS):
             try:
-                return await self._parts.dispatchers.callback(url, wanted=asked.callback if asked else None)
+                return await self._parts.receivers.callback(url, wanted=asked.callback if asked else None)
             except CallbackError as error:
                 status_, code = (429, "too_many_callbacks") if error.full else (403, "callback_refused")
                 raise RefusalError(
@@ -273,11 +306,11 @@ class PowApi:
                 ) from None
 
     async def validate(self, request: web.Request) -> web.Response:
-        """Judge a batch: recompute its distances and hold it to the terms of the round in hand.
+        """Judge a batch: recompute its distances and apply the terms of the requested round.
 
-        The terms are those of the round that was asked for by the API, else of the configuration. The verdict is
+        The terms are those of the round that was requested through the API, else of the configuration. The verdict is
         answered, and POSTed to every configured receiver and to the round's callback_url, + /validated. A verdict that
-        takes longer than 30 seconds, or is not waited for, is told by `GET /api/v1/pow/validate/{id}`.
+        takes longer than 30 seconds, or is not waited for, is returned by `GET /api/v1/pow/validate/{id}`.
         The same call again gives the same answer, without computing it anew.
         """
         query = parse_query(request, ValidateQuery)
@@ -296,7 +329,7 @@ class PowApi:
             message = f"nonces: {count} are more than validation.max_nonces {most}; give ?sample={most}&seed=… or less"
             raise RefusalError(400, "invalid_request", message, "nonces")
         asked = self._parts.control.asked
-        wanted = Request(claim, terms, query.sample, query.seed, asked.callback if asked else None)
+        wanted = ValidationRequest(claim, terms, query.sample, query.seed, asked.callback if asked else None)
         async with asyncio.timeout(STORE_SECONDS):
             try:
                 found = await self._parts.validator.ask(wanted)
@@ -307,7 +340,7 @@ class PowApi:
         return _verdict(found)
 
     async def validation(self, request: web.Request) -> web.Response:
-        """How a validation stands: its verdict, once there is one."""
+        """Return a validation: its verdict, once there is one."""
         name = request.match_info["id"]
         async with asyncio.timeout(STORE_SECONDS):
             found = await self._parts.validator.find(name)
@@ -316,7 +349,7 @@ class PowApi:
         return _verdict(found)
 
     def _terms(self) -> Terms:
-        """Return what a batch is held to now."""
+        """Return the terms that a batch is judged by now."""
         settings, asked, worker = self._parts.settings, self._parts.control.asked, self._parts.workers.info
         if worker is None or not self._parts.workers.ready.is_set():
             raise _loading("no model is ready to recompute distances")
@@ -334,6 +367,7 @@ class PowApi:
             dtype=worker.dtype,
             seq_len=asked.round.seq_len if asked else settings.round.seq_len,
             node_count=asked.node.count if asked else settings.node.node_count,
+            revision=settings.model.revision,
         )
 
 
@@ -345,5 +379,5 @@ def _verdict(found: Validation) -> web.Response:
     if found.state == "failed":
         raise RefusalError(503, "no_result", f"nothing was judged: {found.reason}; POST the batch again to try again")
     if found.answer is None:
-        return json_answer({"id": found.id, "state": found.state}, 202)
+        return answer(answers.Waiting(id=found.id, state="pending"), 202)
     return web.Response(body=found.answer, content_type="application/json")

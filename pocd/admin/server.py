@@ -1,4 +1,4 @@
-"""The admin HTTP API: what its parts are, and what is asked of the daemon itself (docs/api.md)."""
+"""The admin HTTP API: all its routes and middlewares, and the operations on the daemon itself (docs/api.md)."""
 
 from __future__ import annotations
 
@@ -7,28 +7,27 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from pocd.admin import answers, guard, status
+from pocd.admin import answers, guard, metrics, status
 from pocd.admin.docs import DocsApi
 from pocd.admin.events import EventsApi
-from pocd.admin.operations import METHODS, Media, Operation, limit_bodies, routes
+from pocd.admin.operations import METHODS, Media, Operation, answer, limit_bodies, routes
 from pocd.admin.outbox import OutboxApi
 from pocd.admin.page import OPERATION as PAGE
 from pocd.admin.pow import PowApi
-from pocd.delivery.store import StoreUnavailableError
-from pocd.observe import metrics
-from pocd.serving import RefusalError, errors_as_json, json_answer
+from pocd.http.server import RefusalError, errors_as_json
+from pocd.store.errors import StoreUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from aiohttp.typedefs import Handler
 
-    from pocd.admin.status import Parts
+    from pocd.admin.parts import Parts
 
 
 @web.middleware
 async def _store_failures(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer 503 while the store cannot do what was asked; nothing was changed."""
+    """Answer 503 while the store cannot do its part; nothing was changed."""
     try:
         return await handler(request)
     except StoreUnavailableError as error:
@@ -38,7 +37,7 @@ async def _store_failures(request: web.Request, handler: Handler) -> web.StreamR
 
 
 class AdminApi:
-    """The routes, over the daemon's parts."""
+    """The admin API as an aiohttp application."""
 
     def __init__(self, parts: Parts, shut_down: Callable[[], None]) -> None:
         self._parts = parts
@@ -47,7 +46,7 @@ class AdminApi:
         self._events = EventsApi(parts.events, parts.log)
 
     def application(self, token: str | None) -> web.Application:
-        """Return the aiohttp application, which asks for `token` where there is one."""
+        """Return the aiohttp application; its calls need `token`, unless that is None."""
         operations = self.all_operations()
         admin = self._parts.settings.admin
         secured = frozenset() if token is None else METHODS - guard.READS if admin.open_reads else METHODS
@@ -59,7 +58,7 @@ class AdminApi:
         return app
 
     def all_operations(self) -> list[Operation]:
-        """Return the whole table, but for the documentation that is made from it."""
+        """Return all operations but those of the documentation, which is made from them."""
         return [
             *PowApi(self._parts).operations(),
             *self._events.operations(),
@@ -68,7 +67,7 @@ class AdminApi:
         ]
 
     def operations(self) -> list[Operation]:
-        """Return the table's part for the daemon itself."""
+        """Return the operations on the daemon itself."""
         metrics = {200: Media(CONTENT_TYPE_LATEST, "The metrics.")}
         return [
             PAGE,
@@ -84,17 +83,17 @@ class AdminApi:
     async def shutdown(self, _request: web.Request) -> web.Response:
         """End the daemon in good order."""
         self._shut_down()
-        return json_answer({"status": "stopping"}, 202)
+        return answer(answers.Stopping(status="stopping"), 202)
 
     async def healthz(self, _request: web.Request) -> web.Response:
-        """Answer that the process lives."""
-        return json_answer({"status": "ok"})
+        """Answer while the process is alive."""
+        return answer(answers.Alive(status="ok"))
 
     async def readyz(self, _request: web.Request) -> web.Response:
-        """Answer whether it mines as it should, with the reasons where it does not."""
+        """Tell whether the daemon mines as it should, and if not, why (503)."""
         problems = status.problems(self._parts)
-        return json_answer({"ready": not problems, "problems": problems}, 503 if problems else 200)
+        return answer(answers.Readiness(ready=not problems, problems=problems), 503 if problems else 200)
 
     async def metrics(self, _request: web.Request) -> web.Response:
-        """Metrics in Prometheus' text format."""
+        """Return metrics in Prometheus' text format."""
         return web.Response(body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST})

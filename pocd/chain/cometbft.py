@@ -1,6 +1,6 @@
 """One CometBFT node, read over its JSON-RPC: pure parsing first, then a thin shell that fetches.
 
-docs/protocol.md section 8 lists the facts that bite; each has a test in tests/test_chain.py.
+docs/protocol.md section 8 lists the facts that bite; each has a test in tests/chain/test_cometbft.py.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from pocd.chain.rpc import Answer, read_message
+from pocd.chain.rpc import RpcAnswer, read_message
 from pocd.chain.source import Block, BlockUnavailableError, ChainError, Head
 from pocd.observe.mask import mask_url
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pocd.chain.rpc import Rpc
 
 _HEIGHT = re.compile(r"0|[1-9][0-9]{0,18}")
@@ -21,17 +23,18 @@ _TIME = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-
 _NO_SUCH_HEIGHT = re.compile(r"height.*(must be less than or equal to|is not available)", re.IGNORECASE | re.DOTALL)
 
 
-def parse_status(body: bytes, where: str) -> Head:
+def parse_status(body: bytes, where: str, secrets: Sequence[str] = ()) -> Head:
     """Read the answer to `/status` (docs/protocol.md section 8).
 
     Args:
         body: The answer's bytes, whatever they are.
-        where: What was asked, as error messages name it.
+        where: The request, as error messages name it.
+        secrets: Credentials of the node's address, which messages do not show.
 
     Raises:
         ChainError: A JSON-RPC error, a node without blocks, or an answer that makes no sense.
     """
-    answer = _result(body, where)
+    answer = _result(body, where, secrets)
     height = _height(answer, "sync_info.latest_block_height")
     if height == 0:
         raise ChainError(f"{where}: the node has no blocks yet; wait until it has synchronised")
@@ -44,19 +47,20 @@ def parse_status(body: bytes, where: str) -> Head:
     return Head(block, catching_up=answer.flag("sync_info.catching_up"))
 
 
-def parse_block(body: bytes, height: int, where: str) -> Block:
+def parse_block(body: bytes, height: int, where: str, secrets: Sequence[str] = ()) -> Block:
     """Read the answer to `/block?height=N` (docs/protocol.md section 8).
 
     Args:
         body: The answer's bytes, whatever they are.
         height: The height that was asked for; the block's own must be the same.
-        where: What was asked, as error messages name it.
+        where: The request, as error messages name it.
+        secrets: Credentials of the node's address, which messages do not show.
 
     Raises:
         BlockUnavailableError: The height is not there yet, or pruned, or the node has lost the block's data.
         ChainError: Another JSON-RPC error, or an answer that makes no sense.
     """
-    answer = _result(body, where)
+    answer = _result(body, where, secrets)
     if answer.field("block") is None or answer.field("block_id.hash") == "":
         raise BlockUnavailableError(f"{where}: the node answered with an empty block")
     block = Block(
@@ -70,12 +74,12 @@ def parse_block(body: bytes, height: int, where: str) -> Block:
     return block
 
 
-def _result(body: bytes, where: str) -> Answer:
-    message = read_message(body, where, lambda text, _code: _NO_SUCH_HEIGHT.search(text) is not None)
-    return Answer(where, body, message.get("result"))
+def _result(body: bytes, where: str, secrets: Sequence[str]) -> RpcAnswer:
+    message = read_message(body, where, lambda text, _code: _NO_SUCH_HEIGHT.search(text) is not None, secrets)
+    return RpcAnswer(where, body, message.get("result"), secrets)
 
 
-def _height(answer: Answer, path: str) -> int:
+def _height(answer: RpcAnswer, path: str) -> int:
     value = answer.field(path)
     # CometBFT writes 64-bit integers as strings; proxies in front of it sometimes rewrite them as numbers. The
     # pattern also refuses true, an int to Python.
@@ -84,7 +88,7 @@ def _height(answer: Answer, path: str) -> int:
     return int(value)
 
 
-def _time(answer: Answer, path: str) -> datetime:
+def _time(answer: RpcAnswer, path: str) -> datetime:
     value = answer.field(path)
     if not isinstance(value, str) or not _TIME.fullmatch(value):
         raise answer.wrong(path, "an RFC 3339 time")
@@ -110,10 +114,11 @@ class CometBFT:
         """Return the newest block (`/status`); see `ChainSource.head` and `parse_status` for the errors."""
         url = self._rpc.url("status")
         where = mask_url(str(url))
-        return parse_status(await self._rpc.get(url, where), where)
+        return parse_status(await self._rpc.get(url, where), where, self._rpc.secrets)
 
     async def block(self, height: int) -> Block:
         """Return the block at `height`, at least 1; see `ChainSource.block` and `parse_block` for the errors."""
         url = self._rpc.url("block")
         where = f"{mask_url(str(url))} at height {height}"
-        return parse_block(await self._rpc.get(url.update_query(height=height), where), height, where)
+        body = await self._rpc.get(url.update_query(height=height), where)
+        return parse_block(body, height, where, self._rpc.secrets)

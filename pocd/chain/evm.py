@@ -10,10 +10,12 @@ import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from pocd.chain.rpc import Answer, read_message
+from pocd.chain.rpc import RpcAnswer, read_message
 from pocd.chain.source import Block, BlockUnavailableError, ChainError, Head
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pocd.chain.rpc import Rpc
 
 # Ethereum's JSON-RPC specification, "hex encoding": no leading zeros, lower case. 64 bits are enough for all we read.
@@ -23,42 +25,44 @@ _HASH = re.compile(r"0x[0-9a-fA-F]{64}")
 _ABSENT_CODES = (-32001, 4444)
 
 
-def parse_quantity(body: bytes, where: str) -> int:
+def parse_quantity(body: bytes, where: str, secrets: Sequence[str] = ()) -> int:
     """Read an answer that is one number (`eth_chainId`, `eth_blockNumber`).
 
     Args:
         body: The answer's bytes, whatever they are.
-        where: What was asked, as error messages name it.
+        where: The request, as error messages name it.
+        secrets: Credentials of the node's address, which messages do not show.
 
     Raises:
         ChainError: A JSON-RPC error, or an answer that makes no sense.
     """
-    return _quantity(_answer(body, where), "result")
+    return _quantity(_answer(body, where, secrets), "result")
 
 
-def parse_syncing(body: bytes, where: str) -> bool:
+def parse_syncing(body: bytes, where: str, secrets: Sequence[str] = ()) -> bool:
     """Read the answer to `eth_syncing`: false, or an object that tells how far it is; errors as for a quantity."""
-    answer = _answer(body, where)
+    answer = _answer(body, where, secrets)
     value = answer.field("result")
     if value is not False and not isinstance(value, dict):
         raise answer.wrong("result", "false or an object")
     return value is not False
 
 
-def parse_block(body: bytes, height: int, chain_id: str, where: str) -> Block:
+def parse_block(body: bytes, height: int, chain_id: str, where: str, secrets: Sequence[str] = ()) -> Block:
     """Read the answer to `eth_getBlockByNumber`.
 
     Args:
         body: The answer's bytes, whatever they are.
         height: The height that was asked for; the block's own must be the same.
-        chain_id: What the node calls its chain; the block itself does not say.
-        where: What was asked, as error messages name it.
+        chain_id: The chain's id by the node; the block itself does not have it.
+        where: The request, as error messages name it.
+        secrets: Credentials of the node's address, which messages do not show.
 
     Raises:
         BlockUnavailableError: The height is not there yet, or pruned.
         ChainError: Another JSON-RPC error, or an answer that makes no sense.
     """
-    answer = _answer(body, where)
+    answer = _answer(body, where, secrets)
     if answer.field("result") is None:
         raise BlockUnavailableError(f"{where}: the node has no such block")
     number = _quantity(answer, "result.number")
@@ -70,18 +74,20 @@ def parse_block(body: bytes, height: int, chain_id: str, where: str) -> Block:
     return Block(chain_id, number, block_hash, _time(answer, "result.timestamp"))
 
 
-def _answer(body: bytes, where: str) -> Answer:
-    return Answer(where, body, read_message(body, where, lambda _text, code: code in _ABSENT_CODES))
+def _answer(body: bytes, where: str, secrets: Sequence[str]) -> RpcAnswer:
+    return RpcAnswer(
+        where, body, read_message(body, where, lambda _text, code: code in _ABSENT_CODES, secrets), secrets
+    )
 
 
-def _quantity(answer: Answer, path: str) -> int:
+def _quantity(answer: RpcAnswer, path: str) -> int:
     value = answer.field(path)
     if not isinstance(value, str) or not _QUANTITY.fullmatch(value):
         raise answer.wrong(path, "a whole number in hex")
     return int(value, 16)
 
 
-def _time(answer: Answer, path: str) -> datetime:
+def _time(answer: RpcAnswer, path: str) -> datetime:
     try:
         return datetime.fromtimestamp(_quantity(answer, path), UTC)
     except (ValueError, OverflowError, OSError):  # a year after 9999
@@ -92,7 +98,7 @@ class EVM:
     """The Ethereum node that `rpc` asks.
 
     Args:
-        rpc: Where it is.
+        rpc: Client of the node's JSON-RPC.
         confirmations: How many blocks must be on top of one before it counts; at least 0. Reorganisations that are
             no deeper than that are never seen.
     """
@@ -111,7 +117,7 @@ class EVM:
         """Return the block `confirmations` below the newest.
 
         Raises:
-            ChainError: See `ChainSource.head`; also a chain that is shorter than that.
+            ChainError: The node cannot be reached, its answer makes no sense, or the chain has fewer blocks than that.
         """
         catching_up = parse_syncing(*await self._ask("eth_syncing"))
         newest = parse_quantity(*await self._ask("eth_blockNumber"))
@@ -126,9 +132,9 @@ class EVM:
     async def block(self, height: int) -> Block:
         """Return the block at `height` as the node has it now, also above the head; see `ChainSource.block`."""
         chain_id = str(parse_quantity(*await self._ask("eth_chainId")))
-        body, where = await self._ask("eth_getBlockByNumber", hex(height), False)
-        return parse_block(body, height, chain_id, f"{where} at height {height}")
+        body, where, secrets = await self._ask("eth_getBlockByNumber", hex(height), False)
+        return parse_block(body, height, chain_id, f"{where} at height {height}", secrets)
 
-    async def _ask(self, method: str, *params: object) -> tuple[bytes, str]:
+    async def _ask(self, method: str, *params: object) -> tuple[bytes, str, Sequence[str]]:
         where = f"{self} {method}"
-        return await self._rpc.post(method, list(params), where), where
+        return await self._rpc.post(method, list(params), where), where, self._rpc.secrets

@@ -1,4 +1,4 @@
-"""Several nodes that stand in for one another, as long as they tell the same story."""
+"""Several nodes of one chain that stand in for one another, as long as they agree."""
 
 from __future__ import annotations
 
@@ -14,21 +14,23 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-Answer = TypeVar("Answer", Block, Head)
+    from pocd.clock import Clock
+
+BlockOrHead = TypeVar("BlockOrHead", Block, Head)
 
 KNOWN_HASHES = 256
 """How many heights' hashes are remembered, those seen last."""
 
 FARTHEST_JUMP = 100_000_000
-"""Blocks; a head that is farther above the highest one seen is a lie, which would end all rounds for good."""
+"""Blocks; a head farther than this above the highest one seen is refused, as it would end all rounds for good."""
 
 BACKOFF = (1.0, 2.0, 4.0, 8.0, 10.0)
-"""Seconds that a source is left alone after its first, second, … failure in a row; the last for ever after."""
+"""Seconds that a source is not asked after its first, second, … failure in a row; then always the last value."""
 
 
 @dataclass(slots=True)
 class _Node:
-    """A source and how it fared. `rests_until` is monotonic; `error` is the last failure's while it rests."""
+    """A source and its failures in a row; it is not asked before the monotonic time `rests_until`, due to `error`."""
 
     source: ChainSource
     failures: int = 0
@@ -48,17 +50,16 @@ class Failover:
     Which of two nodes is right cannot be known from here: the first stays believed.
 
     Args:
-        sources: At least one, all of the same kind; `str(source)` is how messages name it.
-        chain_id: The chain's id, where it is known already.
-        hashes: Hashes by height that are known already; of no use where blocks may be replaced.
-        highest: The highest head that is known already.
-        monotonic: Seconds of a clock that is never set.
-        wall: Unix time in seconds.
+        sources: Sources of one kind, at least one; messages name each by `str(source)`.
+        chain_id: The chain's id; None where the first answer decides it.
+        hashes: Known block hashes by height; ignored where blocks may be replaced.
+        highest: Height of the highest known head; None where none is known.
+        clock: Measures waits by its monotonic clock, and the age of blocks by its wall clock.
         log: Gets a line when another source's head is taken than before.
         stale_after: Seconds; a head older than this is behind.
 
     Raises:
-        ValueError: No sources.
+        ValueError: The list of sources is empty.
     """
 
     def __init__(
@@ -68,8 +69,7 @@ class Failover:
         chain_id: str | None,
         hashes: Mapping[int, str],
         highest: int | None,
-        monotonic: Callable[[], float],
-        wall: Callable[[], float],
+        clock: Clock,
         log: FilteringBoundLogger,
         stale_after: float = STALE_AFTER,
     ) -> None:
@@ -80,26 +80,25 @@ class Failover:
         self._chain_id = chain_id
         self._hashes = OrderedDict(sorted(hashes.items())[-KNOWN_HASHES:])
         self._highest = highest
-        self._monotonic = monotonic
-        self._wall = wall
+        self._clock = clock
         self._log = log
         self._stale_after = stale_after
         self._followed = sources[0]
 
     def __str__(self) -> str:
-        """The sources' names, in order."""
+        """Return the sources' names, in order."""
         return ", ".join(str(node.source) for node in self._nodes)
 
     @property
     def reorganises(self) -> bool:
-        """As its sources."""
+        """Tell whether the chain may replace blocks, as its sources say."""
         return self._nodes[0].source.reorganises
 
     async def head(self) -> Head:
         """Return the head of the first source that answers and is not behind; else the highest that is.
 
         Raises:
-            ChainError: None answered, or none agreed; the message joins what each said.
+            ChainError: No source answered, or none agreed; the message joins all their errors.
         """
         errors: list[ChainError] = []
         behind: list[tuple[Head, ChainSource]] = []
@@ -121,8 +120,8 @@ class Failover:
         """Return the block at `height` (at least 1) of the first source that has it.
 
         Raises:
-            BlockUnavailableError: Every source answered that it does not hold it.
-            ChainError: None answered, or none agreed; the message joins what each said.
+            BlockUnavailableError: Every source answered that it lacks the block.
+            ChainError: No source answered, or none agreed; the message joins all their errors.
         """
         errors: list[ChainError] = []
         for node in self._nodes:
@@ -135,10 +134,10 @@ class Failover:
     async def _ask(
         self,
         node: _Node,
-        ask: Callable[[ChainSource], Awaitable[Answer]],
-        check: Callable[[Answer, ChainSource], None],
-    ) -> Answer:
-        left = node.rests_until - self._monotonic()
+        ask: Callable[[ChainSource], Awaitable[BlockOrHead]],
+        check: Callable[[BlockOrHead, ChainSource], None],
+    ) -> BlockOrHead:
+        left = node.rests_until - self._clock.monotonic()
         if left > 0 and len(self._nodes) > 1:
             raise ChainError(f"{node.error} (left alone for {math.ceil(left)} s more)")
         try:
@@ -148,7 +147,7 @@ class Failover:
             raise  # an answer too
         except ChainError as error:
             node.error = str(error)
-            node.rests_until = self._monotonic() + BACKOFF[min(node.failures, len(BACKOFF) - 1)]
+            node.rests_until = self._clock.monotonic() + BACKOFF[min(node.failures, len(BACKOFF) - 1)]
             node.failures += 1
             raise
         node.failures = 0
@@ -187,7 +186,7 @@ class Failover:
     def _problem(self, head: Head) -> str | None:
         if head.catching_up:
             return "is catching up"
-        age = self._wall() - head.block.time.timestamp()
+        age = self._clock.wall() - head.block.time.timestamp()
         return f"has a newest block that is {age:.0f} s old" if age > self._stale_after else None
 
     def _problems(self, behind: list[tuple[Head, ChainSource]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What all nodes' JSON-RPC has in common: requests that are bounded and tried again, and answers that are checked.
+"""JSON-RPC to a chain's node: bounded requests with retries, and checked answers.
 
 A chain's own module (cometbft.py, evm.py) knows the methods and the fields; nothing here does.
 """
@@ -15,37 +15,40 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from yarl import URL
 
 from pocd.chain.source import BlockUnavailableError, ChainError
-from pocd.observe.mask import excerpt, mask_url
+from pocd.observe.mask import excerpt, mask_url, url_secrets
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Sequence
 
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
 """The longest answer that is read; a block's transactions are in it."""
 
 
 class _TransientError(ChainError):
-    """Worth another attempt within the same call."""
+    """An error that may pass, and is tried again within the same call."""
 
 
-def read_message(body: bytes, where: str, absent: Callable[[str, object], bool]) -> dict[str, Any]:
+def read_message(
+    body: bytes, where: str, absent: Callable[[str, object], bool], secrets: Sequence[str] = ()
+) -> dict[str, Any]:
     """Read a JSON-RPC answer that is not an error.
 
     Args:
         body: The answer's bytes, whatever they are.
-        where: What was asked, as error messages name it.
-        absent: Whether an error's text and code say that the node does not hold the block that was asked for.
+        where: The request, as error messages name it.
+        absent: Tells by an error's text and code whether the node lacks the requested block.
+        secrets: Credentials of the node's address, which messages do not show.
 
     Raises:
-        BlockUnavailableError: An error of which `absent` says so.
-        ChainError: Any other error, or no JSON object.
+        BlockUnavailableError: The node lacks the block, by `absent`.
+        ChainError: The node answered with any other error, or with no JSON object.
     """
     try:
         message = orjson.loads(body)
     except orjson.JSONDecodeError:
-        raise ChainError(f"{where}: the answer is not JSON: {excerpt(body)}") from None
+        raise ChainError(f"{where}: the answer is not JSON: {excerpt(body, secrets=secrets)}") from None
     if not isinstance(message, dict):
-        raise ChainError(f"{where}: the answer is not a JSON object: {excerpt(body)}")
+        raise ChainError(f"{where}: the answer is not a JSON object: {excerpt(body, secrets=secrets)}")
     error = message.get("error")
     if error is None:
         return message
@@ -53,36 +56,40 @@ def read_message(body: bytes, where: str, absent: Callable[[str, object], bool])
     parts = [fields.get("message"), fields.get("data")]
     text = ": ".join(part for part in parts if isinstance(part, str) and part)
     kind = BlockUnavailableError if absent(text, fields.get("code")) else ChainError
-    raise kind(f"{where}: the node says: {excerpt(text or body, 160)}")
+    raise kind(f"{where}: the node says: {excerpt(text or body, 160, secrets=secrets)}")
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class RpcAnswer:
     """A part of a JSON-RPC answer whose fields are checked as they are read; paths are dotted.
 
     Attributes:
-        where: What was asked, as error messages name it.
-        body: The whole answer, of which messages show the beginning.
-        content: The part that paths begin at.
+        where: The request, as error messages name it.
+        body: The whole answer; error messages show its beginning.
+        content: The part of the answer at which paths begin.
+        secrets: Credentials of the node's address, which messages do not show.
     """
 
     where: str
     body: bytes
     content: object
+    secrets: Sequence[str] = ()
 
     def field(self, path: str) -> object:
-        """Return what is at `path`; `ChainError` where it is missing."""
+        """Return the value at `path`; `ChainError` where it is missing."""
         value = self.content
         for name in path.split("."):
             if not isinstance(value, dict) or name not in value:
-                raise ChainError(f"{self.where}: the answer has no {path}: {excerpt(self.body)}")
+                raise ChainError(f"{self.where}: the answer has no {path}: {excerpt(self.body, secrets=self.secrets)}")
             value = value[name]
         return value
 
     def wrong(self, path: str, expected: str) -> ChainError:
-        """Return the error that says what is at `path` instead of what was expected."""
+        """Return the error that names `path`, the expected value and the actual one."""
         value = self.field(path)
-        shown = "an object or a list" if isinstance(value, dict | list) else excerpt(orjson.dumps(value))
+        if isinstance(value, dict | list):
+            return ChainError(f"{self.where}: {path} must be {expected}, but is an object or a list")
+        shown = excerpt(orjson.dumps(value), secrets=self.secrets)
         return ChainError(f"{self.where}: {path} must be {expected}, but is {shown}")
 
     def text(self, path: str) -> str:
@@ -134,13 +141,14 @@ class Rpc:
             raise ValueError(f"{mask_url(url)} is not a URL") from None  # the cause quotes the password
         if self._base.scheme not in {"http", "https"} or not self._base.host:
             raise ValueError(f"{mask_url(url)} is not an http:// or https:// URL with a host")
+        self.secrets = url_secrets(url)  # which a node may send back
         self._session = session
         self._attempts = attempts
         self._timeout = timeout
         self._sleep = sleep
 
     def __str__(self) -> str:
-        """The masked address: how messages name this node."""
+        """Return the node's address with secrets masked, as messages name the node."""
         return mask_url(str(self._base))
 
     def url(self, path: str) -> URL:
@@ -151,7 +159,7 @@ class Rpc:
         """Return the body of the answer to `GET url`.
 
         Raises:
-            ChainError: No answer, or none that is JSON-RPC's; the message begins with `where`.
+            ChainError: The node did not answer, or not with JSON-RPC; the message begins with `where`.
         """
         return await self._call("GET", url, None, where)
 
@@ -182,39 +190,41 @@ class Rpc:
                 allow_redirects=False,
                 raise_for_status=False,
             ) as response:
-                body = await _read_bounded(response, where)
+                body = await self._read_bounded(response, where)
         except TimeoutError:
             raise _TransientError(f"{where}: no answer within {self._timeout:g} s") from None
         except aiohttp.ClientResponseError as error:  # its own text quotes the URL, secrets included
-            raise _TransientError(f"{where}: the answer is not HTTP: {excerpt(error.message)}") from None
+            raise _TransientError(
+                f"{where}: the answer is not HTTP: {excerpt(error.message, secrets=self.secrets)}"
+            ) from None
         except aiohttp.ClientError as error:
-            raise _TransientError(f"{where}: {excerpt(str(error) or type(error).__name__, 160)}") from None
+            text = excerpt(str(error) or type(error).__name__, 160, secrets=self.secrets)
+            raise _TransientError(f"{where}: {text}") from None
         except UnicodeError as error:  # a host with an empty or too long label, or user info outside Latin-1
-            raise ChainError(f"{where}: this address cannot be used: {excerpt(str(error))}") from None
-        _check_http(response.status, response.headers.get("Location"), body, where)
+            text = excerpt(str(error), secrets=self.secrets)
+            raise ChainError(f"{where}: this address cannot be used: {text}") from None
+        self._check_http(response.status, response.headers.get("Location"), body, where)
         return body
 
+    async def _read_bounded(self, response: aiohttp.ClientResponse, where: str) -> bytes:
+        body = bytearray()
+        async for chunk in response.content.iter_chunked(64 * 1024):
+            body += chunk
+            if len(body) > MAX_ANSWER_BYTES:
+                begin = excerpt(bytes(body[:2048]), secrets=self.secrets, cut=True)
+                raise ChainError(f"{where}: the answer is longer than {MAX_ANSWER_BYTES} bytes: {begin}")
+        return bytes(body)
 
-async def _read_bounded(response: aiohttp.ClientResponse, where: str) -> bytes:
-    body = bytearray()
-    async for chunk in response.content.iter_chunked(64 * 1024):
-        body += chunk
-        if len(body) > MAX_ANSWER_BYTES:
-            begin = excerpt(bytes(body[:1024]))
-            raise ChainError(f"{where}: the answer is longer than {MAX_ANSWER_BYTES} bytes: {begin}")
-    return bytes(body)
-
-
-def _check_http(status: int, location: str | None, body: bytes, where: str) -> None:
-    if status == 200 or (status != 429 and _is_rpc_error(body)):
-        return
-    if 300 <= status < 400 and location is not None:
-        target = excerpt(mask_url(location))
-        raise ChainError(
-            f"{where}: HTTP {status}, a redirect to {target}, which is not followed; configure that address"
-        )
-    kind = _TransientError if status == 429 or status >= 500 else ChainError
-    raise kind(f"{where}: HTTP {status}: {excerpt(body)}")
+    def _check_http(self, status: int, location: str | None, body: bytes, where: str) -> None:
+        if status == 200 or (status != 429 and _is_rpc_error(body)):
+            return
+        if 300 <= status < 400 and location is not None:
+            target = excerpt(mask_url(location), secrets=self.secrets)
+            raise ChainError(
+                f"{where}: HTTP {status}, a redirect to {target}, which is not followed; configure that address"
+            )
+        kind = _TransientError if status == 429 or status >= 500 else ChainError
+        raise kind(f"{where}: HTTP {status}: {excerpt(body, secrets=self.secrets)}")
 
 
 def _is_rpc_error(body: bytes) -> bool:

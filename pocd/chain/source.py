@@ -1,4 +1,4 @@
-"""What every chain gives, and what can go wrong with it."""
+"""The interface of a chain's node, its blocks, and its errors."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Block:
 
     Attributes:
         chain_id: The network's name.
-        height: Its number, at least 1.
-        hash: Its hash exactly as the node wrote it; never empty.
-        time: When the chain says that it was made, in UTC.
+        height: Block number, at least 1.
+        hash: Block hash exactly as the node wrote it; never empty.
+        time: Time of the block by the chain, in UTC.
     """
 
     chain_id: str
@@ -32,7 +32,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The newest block of a node that counts, and whether the node is still catching up."""
+    """A node's newest block that counts, and whether the node is still catching up."""
 
     block: Block
     catching_up: bool
@@ -43,7 +43,7 @@ class ChainError(Exception):
 
 
 class BlockUnavailableError(ChainError):
-    """The node does not hold that height: not there yet, pruned, or its data is gone."""
+    """The node has no block at the height: it is not there yet, pruned, or its data is lost."""
 
 
 class ChainSource(Protocol):
@@ -51,7 +51,7 @@ class ChainSource(Protocol):
 
     @property
     def reorganises(self) -> bool:
-        """Whether another block may take the place of one that was seen before, as on chains without finality."""
+        """Tell whether the chain may replace a block that was seen before, as chains without finality do."""
 
     async def head(self) -> Head:
         """Return the newest block.
@@ -64,6 +64,6 @@ class ChainSource(Protocol):
         """Return the block at `height` (at least 1).
 
         Raises:
-            BlockUnavailableError: The node does not hold it.
+            BlockUnavailableError: The node has no block at that height.
             ChainError: The node cannot be reached, or its answer makes no sense.
         """

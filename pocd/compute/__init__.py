@@ -1,1 +1,1 @@
-"""The mathematics of the proof (docs/protocol.md). Only worker processes and `pocd compute` import torch from here."""
+"""The mathematics: from nonces through the model to distances. Needs torch."""

@@ -1,4 +1,4 @@
-"""A batch as compiled work, on a GPU captured whole; made from the same functions that run eagerly.
+"""Compiled code for a batch, on a GPU captured as a CUDA graph; made from the same functions that run eagerly.
 
 A decoder's layers share one compilation, the last one has its own. All that belongs to a block or a nonce
 is an argument, so that one compilation serves every block hash. What the compiler made is kept in the
@@ -14,30 +14,29 @@ import shutil
 import time
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
 from pocd.compute import stages
 from pocd.compute.engine import block_run, padded_rows
-from pocd.compute.errors import ComputeError, OutOfMemoryError
-from pocd.compute.faults import is_out_of_memory
 from pocd.compute.flat import FlatDecoder
+from pocd.compute.memory import is_out_of_memory
 from pocd.compute.model import NOT_COMPILED, Execution
-from pocd.compute.names import default_tolerance
 from pocd.compute.random import to_device
 from pocd.compute.segments import Standard
-from pocd.compute.stages import Block
+from pocd.compute.stages import BlockTensors
 from pocd.compute.transforms import JOIN
+from pocd.protocol.errors import ComputeError, OutOfMemoryError
+from pocd.protocol.names import default_tolerance
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pocd.compute.engine import BlockRun
     from pocd.compute.model import Model, Program
-    from pocd.compute.schemes import Scheme
-
-Mode = Literal["auto", "always", "never"]
+    from pocd.protocol.names import Compile
+    from pocd.protocol.schemes import Scheme
 
 WARM_UPS = 3  # before a capture: the first compiles, then cuBLAS and the allocator settle
 AGREEING = 0.99  # share of a batch whose compiled distances have to be the eager ones, within the dtype's tolerance
@@ -47,15 +46,15 @@ BLOCK = "compiling"  # as block hash and key: any will do
 
 
 class WrongDistancesError(Exception):
-    """What was compiled or captured gives other distances than the eager path."""
+    """Compiled or captured code gives other distances than the eager path."""
 
 
 class Compiled:
     """A batch in three parts: generator, decoder layers, and what follows them.
 
     Args:
-        run: Of the model and scheme, with any block.
-        rows: Nonces of each batch, padded.
+        run: The model prepared for the scheme and any block.
+        rows: Nonces of each batch, with padding.
     """
 
     def __init__(self, run: BlockRun, rows: int) -> None:
@@ -73,22 +72,22 @@ class Compiled:
         )
 
     def serves(self, scheme: Scheme, seq_len: int, rows: int) -> bool:
-        """Whether it was made for such batches."""
+        """Tell whether the code was compiled for this scheme, sequence length and padded batch size."""
         return (scheme, seq_len, rows) == self._shape
 
-    def __call__(self, seeds: torch.Tensor, block: Block) -> torch.Tensor:
+    def __call__(self, seeds: torch.Tensor, block: BlockTensors) -> torch.Tensor:
         """Compute distances, float32 [B] on the device, from seeds on the host."""
         inputs = self.new_inputs()
         there = to_device(seeds, inputs.device)
         self.fill(inputs, there)
         return self.decode(inputs, there, block)
 
-    def decode(self, inputs: torch.Tensor, seeds: torch.Tensor, block: Block) -> torch.Tensor:
+    def decode(self, inputs: torch.Tensor, seeds: torch.Tensor, block: BlockTensors) -> torch.Tensor:
         """Compute distances [B] from inputs [B, S, H]; all on the device."""
         return self.measure(self.run_layers(inputs, block), seeds, block)
 
-    def run_layers(self, inputs: torch.Tensor, block: Block) -> torch.Tensor:
-        """Compute what the decoder gives of inputs: the last position [B, H], or all [B, S, H]."""
+    def run_layers(self, inputs: torch.Tensor, block: BlockTensors) -> torch.Tensor:
+        """Compute hidden states after the final norm from inputs: of the last position [B, H], or of all [B, S, H]."""
         return self._decoder(inputs, self._join, block.vectors, all_positions=self._all_positions)
 
 
@@ -104,16 +103,16 @@ def _fill(inputs: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
 
 
 class Captured:
-    """A batch whose decoder and all that follows it are one CUDA graph.
+    """A batch as one CUDA graph: the decoder and all that follows it.
 
     A graph knows addresses, so its tensors are its own, and what comes from outside is copied into them.
     The generator works on a stream of its own, into a buffer of its own: on the next batch's inputs, while
     the graph works on the present ones.
 
     Args:
-        compiled: What is captured; it compiles here, if it has not yet.
-        seeds: Of any batch, on the host, int32 bits [B, K].
-        run: As for `compiled`.
+        compiled: The compiled batch to capture; compiles here, unless it has before.
+        seeds: Seeds of any batch, on the host, int32 bits [B, K].
+        run: The model prepared for the scheme and any block.
     """
 
     def __init__(self, compiled: Compiled, seeds: torch.Tensor, run: BlockRun) -> None:
@@ -137,7 +136,7 @@ class Captured:
             self._distances = compiled.decode(self._inputs, self._seeds, self._block)
         self._taken.record(main)
 
-    def __call__(self, seeds: torch.Tensor, block: Block) -> torch.Tensor:
+    def __call__(self, seeds: torch.Tensor, block: BlockTensors) -> torch.Tensor:
         """Compute distances, float32 [B] on the device, from seeds on the host; they hold until the next call."""
         main = torch.cuda.current_stream(self._seeds.device)
         self._side.wait_event(self._taken)
@@ -156,21 +155,21 @@ class Captured:
         return self._distances
 
 
-def _copied(block: Block, scheme: Scheme) -> list[torch.Tensor]:
-    """The tensors of a block that a graph has copies of: all but a head that is the model's own."""
+def _copied(block: BlockTensors, scheme: Scheme) -> list[torch.Tensor]:
+    """Return the tensors of a block that a graph has copies of: all but a head that is the model's own."""
     head = None if scheme.head in OWN_HEADS else block.head
     standard = (None, None) if block.standard is None else (block.standard.mean, block.standard.deviation)
     return [tensor for tensor in (block.vectors, head, block.target, *standard) if tensor is not None]
 
 
-def _own(block: Block, scheme: Scheme) -> Block:
-    """A block with copies of the tensors that `_copied` lists."""
+def _own(block: BlockTensors, scheme: Scheme) -> BlockTensors:
+    """Return a block with copies of the tensors that `_copied` lists."""
 
     def copy(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.clone()
 
     standard = block.standard
-    return Block(
+    return BlockTensors(
         vectors=block.vectors.clone(),
         head=block.head if scheme.head in OWN_HEADS else copy(block.head),
         target=copy(block.target),
@@ -178,24 +177,24 @@ def _own(block: Block, scheme: Scheme) -> Block:
     )
 
 
-def compile_model(model: Model, mode: Mode, *, scheme: Scheme, seq_len: int, batch_size: int) -> Model:
+def compile_model(model: Model, mode: Compile, *, scheme: Scheme, seq_len: int, batch_size: int) -> Model:
     """Return `model` with compiled code for batches of one scheme and shape, in place of what it had before.
 
     Its `execution` says which path these take, and why. The code is checked against the eager path.
 
     Args:
-        model: To be compiled; no run of a scheme that draws weights is under way.
-        mode: "never" is eager. "always" is compiled, on a GPU captured too, or an error. "auto" is that on a
-            GPU, and eager where it is not possible, and on the CPU, where it gains too little for its cost.
-        scheme: To be compiled for.
-        seq_len: S, likewise.
-        batch_size: Likewise.
+        model: The model to compile; no run of a scheme that draws weights may be under way.
+        mode: "never": eager. "always": compiled, and captured on a GPU, or an error. "auto": as "always" on a GPU,
+            falling back to eager; eager on the CPU, where compiling gains too little for its cost.
+        scheme: The scheme to compile for.
+        seq_len: Sequence length S to compile for.
+        batch_size: Nonces per batch to compile for.
 
     Raises:
-        InputError: The model or the scheme cannot take `seq_len`.
+        InputError: The model or the scheme does not allow `seq_len`.
         OutOfMemoryError: A batch of this size does not fit.
         NonFiniteError: The model gave NaN or infinity.
-        ComputeError: "always", and it is not possible; the message says why.
+        ComputeError: The mode is "always", and the model cannot be compiled; the message says why.
     """
     model = replace(model, program=None, execution=NOT_COMPILED)
     hindrance, lacks_memory = _hindrance(model, mode), False
@@ -217,10 +216,10 @@ def compile_model(model: Model, mode: Mode, *, scheme: Scheme, seq_len: int, bat
     return replace(model, execution=Execution("eager", hindrance, time.perf_counter() - start))
 
 
-def _hindrance(model: Model, mode: Mode) -> str | None:
-    """Why `model` is not to be compiled, as far as that is known before it is tried."""
+def _hindrance(model: Model, mode: Compile) -> str | None:
+    """Return why `model` is not to be compiled, as far as that is known beforehand; None otherwise."""
     if mode == "never":
-        return "the settings want it so"
+        return "as the settings say"
     if not isinstance(model.decoder, FlatDecoder):
         return "its layers are transformers' own, which are not compiled"
     if model.device.type == "cpu" and mode == "auto":
@@ -229,7 +228,7 @@ def _hindrance(model: Model, mode: Mode) -> str | None:
 
 
 def _missing_tool(device: str) -> str | None:
-    """What torch's compiler lacks on this machine, or nothing."""
+    """Return what torch's compiler lacks on this machine; None where nothing is missing."""
     if device == "cpu":
         language, names = "C++", [os.environ.get("CXX", "g++")]
     elif importlib.util.find_spec("triton") is None:
@@ -242,7 +241,7 @@ def _missing_tool(device: str) -> str | None:
 
 
 @torch.inference_mode()
-def _build(run: BlockRun, rows: int, mode: Mode) -> tuple[Program, Execution]:
+def _build(run: BlockRun, rows: int, mode: Compile) -> tuple[Program, Execution]:
     """Compile, capture on a GPU, and check either against the eager path."""
     import torch._dynamo.config  # noqa: PLC0415 - the compiler takes seconds to import
     import torch._inductor.config  # noqa: PLC0415
@@ -260,7 +259,7 @@ def _build(run: BlockRun, rows: int, mode: Mode) -> tuple[Program, Execution]:
         compiled = Compiled(run, rows)
         _check(run, compiled(seeds, run.block), expected)
         if run.model.device.type == "cpu":
-            return compiled, Execution("compiled", "the settings want it so", 0.0)
+            return compiled, Execution("compiled", "as the settings say", 0.0)
         try:
             captured = Captured(compiled, seeds, run)
             _check(run, captured(seeds, run.block), expected)
@@ -272,7 +271,7 @@ def _build(run: BlockRun, rows: int, mode: Mode) -> tuple[Program, Execution]:
 
 
 def _check(run: BlockRun, found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Hold a batch's distances against the eager ones."""
+    """Compare a batch's distances with the eager ones; raise WrongDistancesError where they differ too much."""
     dtype = str(run.model.dtype).removeprefix("torch.")
     tolerance = default_tolerance(dtype, run.scheme, run.model.hidden_size)
     difference = (found.cpu() - expected).abs()
@@ -283,7 +282,7 @@ def _check(run: BlockRun, found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def _lacks_memory(error: BaseException | None) -> bool:
-    """Tell whether memory that did not suffice is behind `error`: what ends a capture may hide it."""
+    """Tell whether a lack of memory caused `error`: the error that ends a capture may hide it."""
     while error is not None:
         if isinstance(error, RuntimeError) and is_out_of_memory(error):
             return True
@@ -292,6 +291,6 @@ def _lacks_memory(error: BaseException | None) -> bool:
 
 
 def _summary(error: BaseException) -> str:
-    """The kind of an error and the first two lines of its text: torch's begins with who raised it."""
+    """Return an error's class and the first two lines of its text: torch's begins with the part that raised it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join([f"{type(error).__name__}:", *lines[:2]])

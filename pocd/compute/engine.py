@@ -10,31 +10,31 @@ from typing import TYPE_CHECKING
 import torch
 
 from pocd.compute import stages
-from pocd.compute.errors import InputError, NonFiniteError, OutOfMemoryError
-from pocd.compute.faults import is_out_of_memory
+from pocd.compute.memory import is_out_of_memory
 from pocd.compute.model import Execution, check_seq_len
 from pocd.compute.random import fill_normal, seeds_tensor, to_device, unit_normal
 from pocd.compute.ranks import whole
-from pocd.compute.schemes import RANDOM_HEAD_DIM
 from pocd.compute.segments import measure
-from pocd.compute.stages import Block, seed_texts
+from pocd.compute.stages import BlockTensors, seed_texts
 from pocd.compute.transforms import JOIN
 from pocd.compute.weights import drawn_weights
-from pocd.nonces import LARGEST_NONCE
+from pocd.protocol.errors import InputError, NonFiniteError, OutOfMemoryError
+from pocd.protocol.nonces import LARGEST_NONCE
+from pocd.protocol.schemes import RANDOM_HEAD_DIM
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from pocd.compute.model import Model
-    from pocd.compute.schemes import Head, Scheme
     from pocd.compute.segments import Standard
+    from pocd.protocol.schemes import HeadSource, Scheme
 
 UNDER_WAY = 2  # batches: while one is computed, the host prepares the next
 
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A batch that was given to the device; see `BlockRun.start`."""
+    """A batch that the device computes; see `BlockRun.start`."""
 
     _run: BlockRun
     _nonces: list[int]
@@ -44,10 +44,10 @@ class Pending:
     def distances(self) -> list[float]:
         """Wait for the batch, and return its distances in [0, 2], in the order of its nonces.
 
-        To be called before the run ends: saying where NaN came from takes the block's weights.
+        Call this before the run ends: finding where NaN came from needs the block's weights.
 
         Raises:
-            NonFiniteError: The model gave NaN or infinity; it names the nonces and the layer.
+            NonFiniteError: The model gave NaN or infinity; the message names the nonces and the layer.
         """
         if self._done is not None:
             self._done.synchronize()
@@ -63,15 +63,15 @@ class BlockRun:
     """A model prepared for one block hash and one public key; see `block_run`.
 
     Attributes:
-        model: What runs.
-        scheme: How.
-        block_hash: The block's.
-        public_key: The miner's.
-        seq_len: S.
+        model: The model that runs.
+        scheme: The scheme by which distances are computed.
+        block_hash: The block's hash.
+        public_key: The miner's public key.
+        seq_len: Sequence length S, in positions.
         vectors: One unit vector per layer [layers, H], in the model's dtype.
-        head: [D, H], in any dtype. None where the scheme has none.
-        target: float32 [D], unit length. None without a head: it is then drawn per nonce, and D is H.
-        standard: What standardises positions, where the scheme reads all of them.
+        head: Output matrix [D, H], in any dtype; None where the scheme has none.
+        target: Target vector, float32 [D], unit length; None without a head: each nonce then has its own, and D is H.
+        standard: Mean and deviation used to standardise hidden states; None unless the scheme reads all positions.
     """
 
     model: Model
@@ -86,16 +86,16 @@ class BlockRun:
 
     @property
     def dimension(self) -> int:
-        """D, the target's."""
+        """D, the dimension of the target."""
         return self.model.hidden_size if self.target is None else len(self.target)
 
     @property
-    def block(self) -> Block:
-        """The block's tensors."""
-        return Block(self.vectors, self.head, self.target, self.standard)
+    def block(self) -> BlockTensors:
+        """The tensors that belong to the block."""
+        return BlockTensors(self.vectors, self.head, self.target, self.standard)
 
     def execution(self, batch_size: int) -> Execution:
-        """Tell how batches of this size run."""
+        """Return how batches of this size run: eagerly, compiled or captured, and why."""
         program = self.model.program
         if program is None or program.serves(self.scheme, self.seq_len, padded_rows(batch_size, self.seq_len)):
             return self.model.execution
@@ -105,7 +105,7 @@ class BlockRun:
         """Compute the distance of each nonce, with the next batch under way while one is waited for.
 
         Args:
-            nonces: In [0, 2**63), each once, any order.
+            nonces: Distinct nonces in [0, 2**63), in any order.
             batch_size: Nonces per forward pass.
 
         Returns:
@@ -114,7 +114,7 @@ class BlockRun:
         Raises:
             InputError: A nonce is out of range or repeated; nothing was computed.
             OutOfMemoryError: A batch of this size does not fit.
-            NonFiniteError: The model gave NaN or infinity; it names the nonces and the layer.
+            NonFiniteError: The model gave NaN or infinity; the message names the nonces and the layer.
         """
         _check_nonces(nonces)
         found: list[float] = []
@@ -129,22 +129,22 @@ class BlockRun:
 
     @torch.inference_mode()
     def start(self, nonces: Sequence[int], *, batch_size: int) -> Pending:
-        """Give one batch to the device; on the CPU that computes it at once.
+        """Start one batch on the device; on the CPU it is computed at once.
 
         Every batch has the same shape: a short one is padded by repeating its last nonce.
         So a distance does not depend on its neighbours, nor on how many there are.
 
         Args:
-            nonces: As above, 1 to `batch_size` of them.
-            batch_size: As above.
+            nonces: Distinct nonces in [0, 2**63), 1 to `batch_size` of them.
+            batch_size: Nonces per forward pass.
 
         Raises:
-            InputError: As above, or there are none or too many.
-            OutOfMemoryError: As above.
+            InputError: A nonce is out of range or repeated, or there are none or too many; nothing was computed.
+            OutOfMemoryError: A batch of this size does not fit.
         """
         _check_nonces(nonces)
         if not 1 <= len(nonces) <= batch_size:
-            raise InputError(f"{len(nonces)} nonces are no batch of 1 to {batch_size}")
+            raise InputError(f"a batch takes 1 to {batch_size} nonces, got {len(nonces)}")
         batch = list(nonces)
         padded = batch + batch[-1:] * (padded_rows(batch_size, self.seq_len) - len(batch))
         try:
@@ -158,7 +158,7 @@ class BlockRun:
         )
 
     def _batch(self, nonces: Sequence[int]) -> torch.Tensor:
-        """Distances of one batch, float32 [B], on the device."""
+        """Compute the distances of one batch, float32 [B], on the device."""
         program = self.model.program
         if program is not None and program.serves(self.scheme, self.seq_len, len(nonces)):
             return program(self.host_seeds(nonces), self.block)
@@ -167,34 +167,34 @@ class BlockRun:
         )
 
     def inputs(self, nonces: Sequence[int]) -> torch.Tensor:
-        """Random input embeddings [B, S, H] in the model's dtype."""
+        """Draw random input embeddings [B, S, H] in the model's dtype."""
         return stages.draw_inputs(self._seeds(nonces), self.seq_len, self.model.hidden_size, self.model.dtype)
 
     def readout(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
-        """What distances are made of, [B, H], from what the decoder gave: the last position, or all [B, S, H]."""
+        """Return the readout [B, H] of hidden states: the last position, or the product of all positions' segments."""
         if self.standard is None:
             return states if states.dim() == 2 else states[:, -1]
         return self.factors(states, nonces).prod(dim=1)
 
     def factors(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
-        """What a readout of all positions is the product of, float32 [B, SEGMENTS, H]."""
+        """Return the factors whose product is the readout of all positions, float32 [B, SEGMENTS, H]."""
         assert self.standard is not None, "the scheme reads all positions"
         return stages.find_factors(states, self._seeds(nonces), self.scheme, self.standard)
 
     def targets(self, nonces: Sequence[int]) -> torch.Tensor:
-        """The targets of single nonces, where there is no head: unit vectors, float64 [B, H]."""
+        """Draw the targets of single nonces for a scheme without a head: unit vectors, float64 [B, H]."""
         return stages.draw_targets(self._seeds(nonces), self.dimension)
 
     def hidden(self, readout: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
-        """What the head sees, or is compared with a target, float32 [B, H]."""
+        """Return the head's input, or without a head the vector compared with the target, float32 [B, H]."""
         return stages.find_hidden(readout, self._seeds(nonces), self.scheme)
 
     def distance(self, readout: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
-        """Distances, float32 [B], from a `readout` [B, H]."""
+        """Compute distances, float32 [B], from a `readout` [B, H]."""
         return stages.find_distance(self.hidden(readout, nonces), self._seeds(nonces), self.block)
 
     def host_seeds(self, nonces: Sequence[int]) -> torch.Tensor:
-        """Seeds of what belongs to single nonces of this miner, int32 bits [B, K]; see `stages`."""
+        """Return the seeds of single nonces of this miner on the host, int32 bits [B, K]; see `stages`."""
         owner = f"{self.block_hash}_{self.public_key}"
         texts = [f"{owner}_{text}" for nonce in nonces for text in seed_texts(self.scheme, nonce)]
         return seeds_tensor(texts).view(len(nonces), -1)
@@ -204,7 +204,7 @@ class BlockRun:
 
     @torch.inference_mode()
     def explain(self, nonces: Sequence[int]) -> str:
-        """Say where NaN or infinity first appears, by running the first of `nonces` again, layer by layer."""
+        """Return where NaN or infinity first appears, by running the first of `nonces` again, layer by layer."""
         places: list[str] = []
 
         def observe(place: str, values: torch.Tensor) -> None:
@@ -233,7 +233,7 @@ class BlockRun:
 
 
 def padded_rows(batch_size: int, seq_len: int) -> int:
-    """How many nonces a batch is padded to: a multiple of four, where products of 5 to 11 rows would occur.
+    """Return the number of nonces that a batch is padded to: a multiple of four, where products have 5 to 11 rows.
 
     The CPU treats what is left of so few rows after division by four in another way, so that a nonce's
     rounding would depend on its place in the batch. The last layer's products have a row for each nonce,
@@ -245,7 +245,7 @@ def padded_rows(batch_size: int, seq_len: int) -> int:
 
 
 def _fetch(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-    """Copy to the host without waiting: the copy, and the event after which it may be read (None: now)."""
+    """Copy to the host without waiting; returns the copy, and the event after which it may be read (None: now)."""
     if values.device.type == "cpu":
         return values, None
     copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
@@ -282,7 +282,7 @@ def _no_head(_model: Model, _block_hash: str) -> None:
     return None
 
 
-HEADS: dict[Head, Callable[[Model, str], torch.Tensor | None]] = {
+HEADS: dict[HeadSource, Callable[[Model, str], torch.Tensor | None]] = {
     "trained": _trained_head,
     "embedding": _embedding,
     "random": _random_head,
@@ -292,7 +292,7 @@ HEADS: dict[Head, Callable[[Model, str], torch.Tensor | None]] = {
 
 @torch.inference_mode()
 def _states(model: Model, scheme: Scheme, vectors: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-    """What the scheme reads of, after the final norm: the last position [B, H], or all [B, S, H]."""
+    """Compute the hidden states that the scheme reads, normed: of the last position [B, H], or of all [B, S, H]."""
     return model.decoder(embeddings, JOIN[scheme.layer_step], vectors, all_positions=scheme.reads == "segments")
 
 
@@ -310,12 +310,12 @@ def _standard(model: Model, scheme: Scheme, vectors: torch.Tensor, block_hash: s
 
 @contextmanager
 def block_run(model: Model, scheme: Scheme, *, block_hash: str, public_key: str, seq_len: int) -> Iterator[BlockRun]:
-    """Prepare `model` for one block hash: draw weights, layer vectors, head and target, or measure what standardises.
+    """Prepare `model` for one block hash: draw weights, layer vectors, head and target, and measure the `Standard`.
 
     When the context ends the model has its own weights again, bit for bit.
 
     Raises:
-        InputError: `seq_len` is not one that the model can take, or the scheme.
+        InputError: The model or the scheme does not allow `seq_len`.
     """
     check_seq_len(seq_len, model.causal.config, model.name)
     if seq_len < scheme.least_seq_len:

@@ -1,4 +1,4 @@
-"""A short name for a checkpoint's weights: hosts with different ones are told so (docs/protocol.md section 5).
+"""A short name for a checkpoint's weights, by which hosts notice that theirs differ (docs/protocol.md section 5).
 
 It finds mistakes (another model, revision, fine-tuning, or quantisation), not fraud: only a sample of
 each tensor counts. It is taken from the files, before any conversion, so it is the same for every
@@ -24,7 +24,7 @@ SAMPLE = 64  # elements of each tensor, evenly spaced, the first and the last am
 
 
 def _sample(tensor: torch.Tensor) -> bytes:
-    """A tensor's sample as float32 bytes, little-endian; float16 and bfloat16 are exact in it."""
+    """Return a tensor's sample as float32 bytes, little-endian; float16 and bfloat16 are exact in it."""
     flat = tensor.detach().reshape(-1)
     count = min(SAMPLE, flat.numel())
     places = [i * (flat.numel() - 1) // max(1, count - 1) for i in range(count)]
@@ -41,7 +41,7 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
 
 
 def _checkpoint_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers reads: one, or those that an index names."""
+    """Return the safetensors files that transformers reads: one, or those that an index names."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file() or not index.is_file():
         return [folder / "model.safetensors"]

@@ -30,14 +30,14 @@ FLAT_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Q
 
 
 class Linear(NamedTuple):
-    """An affine map: a matrix [out, in], and what is added [out]."""
+    """A linear layer: a matrix [out, in] and a bias [out], or None."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
 
 
 class LayerWeights(NamedTuple):
-    """A layer's parameters: the very memory that transformers' modules hold, in which drawn weights are written."""
+    """A layer's parameters, which share memory with transformers' modules, so that drawn weights appear here."""
 
     input_norm: torch.Tensor
     query: Linear
@@ -54,14 +54,14 @@ class LayerWeights(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What all layers of a model have in common.
+    """The shape and functions that all layers of a model share.
 
     Attributes:
-        heads: Of queries.
-        kv_heads: Of keys and values.
-        scale: What attention scores are multiplied with.
-        epsilon: Of all RMS norms.
-        activation: Of the gate.
+        heads: Number of query heads.
+        kv_heads: Number of key and value heads.
+        scale: Factor of the attention scores.
+        epsilon: Epsilon of all RMS norms.
+        activation: Activation function of the MLP's gate.
     """
 
     heads: int
@@ -81,7 +81,7 @@ def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turn [B, S, heads, head_dim] by its positions: the halves of each head against each other."""
+    """Apply rotary position embedding to [B, S, heads, head_dim]: rotate the halves of each head against each other."""
     turned, half = x * cos, x.shape[-1] // 2
     turned[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
     turned[..., half:].addcmul_(x[..., :half], sin[..., half:])
@@ -102,14 +102,14 @@ def run_layer(
     """Run one layer with its transform, from position `first` on: [B, S, H] in, [B, S - first, H] out.
 
     Args:
-        stream: What enters [B, S, H].
-        weights: The layer's.
+        stream: Input hidden states [B, S, H].
+        weights: Parameters of the layer.
         turn: Cosines and sines of the positions [1, S, 1, head_dim].
-        mask: Which keys each query sees, bool [S, S]; None is plain causal.
-        vector: The layer's unit vector [H].
-        form: The model's.
-        join: What makes the output of branch, residual and vector.
-        first: The positions before it have keys and values only.
+        mask: True where a query sees a key, bool [S, S]; None for plain causal attention.
+        vector: Unit vector of the layer [H].
+        form: Shape and functions of the model's layers.
+        join: Computes the output from branch, residual and vector.
+        first: First position of the output; earlier positions have keys and values only.
     """
     residual = _attend(stream, weights, turn, mask, form=form, first=first)
     h = _norm(residual, weights.mlp_norm, form.epsilon)
@@ -155,12 +155,12 @@ class FlatDecoder:
     """Runs a decoder of the Llama form without transformers' layers; called as `LayerDecoder` is.
 
     Attributes:
-        layers: The parameters of each.
-        windows: How many positions each layer looks back; None is all.
-        norm: Of the final norm [H].
+        layers: Parameters of each layer.
+        windows: Sliding window of each layer in positions; None for all.
+        norm: Weight of the final norm [H].
         rotary: transformers' module for cosines and sines.
-        form: What the layers have in common.
-        layer: What runs one: `run_layer`, or the same compiled.
+        form: Shape and functions that the layers share.
+        layer: Function that runs one layer: `run_layer`, or `run_layer` compiled.
     """
 
     layers: Sequence[LayerWeights]
@@ -192,14 +192,14 @@ class FlatDecoder:
         return _norm(stream if all_positions else stream[:, -1], self.norm, self.form.epsilon)
 
     def _rotations(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosines and sines of the positions [1, S, 1, head_dim], in the model's dtype."""
+        """Return cosines and sines of the positions [1, S, 1, head_dim], in the model's dtype."""
         positions = torch.arange(embeddings.shape[1], device=embeddings.device).unsqueeze(0)
         cos, sin = self.rotary(embeddings, positions)
         return cos.unsqueeze(2), sin.unsqueeze(2)
 
 
 def flatten(decoder: Any) -> FlatDecoder:  # noqa: ANN401 - transformers gives its classes no common type
-    """Take the parts of a transformers decoder of one of `FLAT_CLASSES`."""
+    """Return a flat decoder over the weights of a transformers decoder of one of `FLAT_CLASSES`."""
     config, first = decoder.config, decoder.layers[0]
     # Mistral keeps its window in the configuration, the Qwens in each layer; Llama has none, whatever its
     # configuration says.
@@ -244,7 +244,7 @@ def _weights(layer: Any) -> LayerWeights:  # noqa: ANN401 - as above
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Which keys each query sees, bool [S, S], where a window leaves some out; None is plain causal."""
+    """Return the mask of a sliding window, bool [S, S], True where a query sees a key; None if it hides no key."""
     if window is None or window >= length:
         return None
     ago = torch.arange(length, device=device).unsqueeze(1) - torch.arange(length, device=device)

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pocd.compute.errors import ModelError
-from pocd.compute.faults import is_fault
+from pocd.compute.memory import is_fault
+from pocd.protocol.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LayerForm:
-    """Where the two halves of a decoder layer's output are found; the output is residual + branch.
+    """Names of the submodules at which a decoder layer's output, residual + branch, is found in two halves.
 
     Attributes:
         branch: The submodule whose output is added last: the MLP, or the norm after it.
@@ -45,7 +45,7 @@ class LayerForm:
 
     @property
     def parts(self) -> list[str]:
-        """The names of the submodules."""
+        """Names of the submodules."""
         return [part for part in (self.residual, self.attention, self.branch) if part is not None]
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ def _first_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
 
 
 class _Edges:
-    """What entered and left one layer and its parts in the current call."""
+    """Tensors that entered and left one layer and its parts in the current call."""
 
     def __init__(self, layer: nn.Module, parts: Sequence[str], hooks: ExitStack) -> None:
         self.entered: dict[str, torch.Tensor] = {}
@@ -103,7 +103,7 @@ class _Edges:
         return leave
 
     def note_output(self, _layer: nn.Module, _args: object, output: object) -> None:
-        """Remember what the layer itself gave (a hook)."""
+        """Record the layer's own output (a hook)."""
         self.output = _tensor(output)
         self.calls += 1
 
@@ -114,7 +114,7 @@ class _Edges:
         return self.left[form.attention] + self.entered[""]
 
     def fits(self, form: LayerForm) -> bool:
-        """Whether the layer's output was the sum of this form's halves, bit for bit."""
+        """Tell whether the layer's output was the sum of this form's halves, bit for bit."""
         if not set(form.parts) <= self.entered.keys() or self.output is None:
             return False
         branch = self.left[form.branch]
@@ -128,11 +128,11 @@ class _Edges:
 
 
 class _Taken(BaseException):
-    """Leaves a forward pass whose rest is not wanted: no error, so that nobody handles it as one."""
+    """Leaves a forward pass whose rest is not needed; not an Exception, so that nobody handles it as an error."""
 
 
 class _KeysAndValues:
-    """Stands in for a KV cache: takes the keys and values of all positions, gives them to the last one."""
+    """Stand-in for a KV cache: takes the keys and values of all positions, gives them to the last one."""
 
     def __init__(self) -> None:
         self._held: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -147,7 +147,7 @@ class _KeysAndValues:
 
 
 def one_query() -> AbstractContextManager[None]:
-    """Attention of a single query by plain products.
+    """Compute attention of a single query by plain products, while the context lasts.
 
     On the CPU the fused kernel's rounding depends, for one query, on which thread does it, so on the
     nonce's place in the batch.
@@ -156,7 +156,7 @@ def one_query() -> AbstractContextManager[None]:
 
 
 def _entering_one_query(hooks: ExitStack) -> Callable[..., None]:
-    """Make a hook that changes the attention from here to the end of the call."""
+    """Return a hook that switches to `one_query` attention from here to the end of the call."""
 
     def enter(_layer: nn.Module, _args: object) -> None:
         hooks.enter_context(one_query())
@@ -194,9 +194,9 @@ class LayerDecoder:
 
     Attributes:
         decoder: transformers' decoder.
-        layers: Its layers.
-        forms: The form of each.
-        norm: Its norm after the last layer.
+        layers: Layers of the decoder.
+        forms: Form of each layer.
+        norm: Norm after the last layer.
     """
 
     decoder: nn.Module
@@ -220,10 +220,10 @@ class LayerDecoder:
 
         Args:
             embeddings: [B, S, H] in the model's dtype.
-            join: What makes a layer's output of branch, residual and its vector.
-            vectors: One per layer [layers, H].
-            all_positions: Whether all are wanted.
-            observe: Is shown each layer's two halves as they come, with their names.
+            join: Computes a layer's output from branch, residual and the layer's vector.
+            vectors: Unit vector of each layer [layers, H].
+            all_positions: Whether to return all positions.
+            observe: Called with a name and each half of each layer's output as they are computed.
         """
         with ExitStack() as hooks:
             last = self.layers[-1]
@@ -251,11 +251,10 @@ class LayerDecoder:
 
         Args:
             embeddings: [B, S, H] in the model's dtype.
-            join: As above.
-            vectors: As above.
-            between: For some layers by number, what makes of the stream that entered and the one that left, both
-                [B, S, H], the stream that goes on.
-            positions: Where in the sequence the embeddings are [S]; all of it from 0 if None.
+            join: Computes a layer's output from branch, residual and the layer's vector.
+            vectors: Unit vector of each layer [layers, H].
+            between: Functions, by layer number, that give a layer's new output from its input and output [B, S, H].
+            positions: Positions of the embeddings in the sequence [S]; None for 0, 1, 2, ….
         """
         with ExitStack() as hooks:
             for index, (layer, form) in enumerate(zip(self.layers, self.forms, strict=True)):
@@ -270,7 +269,7 @@ class LayerDecoder:
 
 
 def _changing(edges: _Edges, joining: Callable[..., Any], between: Between) -> Callable[..., Any]:
-    """Make the hook that gives what `between` makes of a layer's input and joined output."""
+    """Return the hook that replaces a layer's joined output by `between` of its input and that output."""
 
     def replace(layer: nn.Module, args: object, output: Any) -> Any:  # noqa: ANN401 - tensor or tuple, as the layer has it
         entered = edges.entered[""]
@@ -288,7 +287,7 @@ def _output_of_last_layer(
     hooks: ExitStack,
     positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run `decoder` up to the end of its last layer; what it does after it may want all positions (GPT-2)."""
+    """Run `decoder` up to the end of its last layer; what follows may need all positions (GPT-2)."""
     found: list[torch.Tensor] = []
 
     def leave(_layer: nn.Module, _args: object, output: object) -> None:
@@ -309,7 +308,7 @@ def _output_of_last_layer(
 def _joining(
     edges: _Edges, form: LayerForm, join: Join, vector: torch.Tensor, name: str, observe: Observe | None
 ) -> Callable[..., Any]:
-    """Make the hook that replaces a layer's output."""
+    """Return the hook that replaces a layer's output by the joined branch and residual."""
 
     def replace(_layer: nn.Module, _args: object, output: Any) -> Any:  # noqa: ANN401 - tensor or tuple, as the layer has it
         branch, residual = edges.left[form.branch], edges.residual(form)
@@ -334,12 +333,12 @@ def find_forms(decoder: nn.Module, layers: Sequence[nn.Module], probe: torch.Ten
 
     Args:
         decoder: transformers' decoder.
-        layers: Its layers.
+        layers: Layers of the decoder.
         probe: Embeddings [1, S, H] in the model's dtype.
-        owner: What a refusal calls the model.
+        owner: Name of the model in error messages.
 
     Raises:
-        ModelError: A layer is of no form; names its class and what was missing.
+        ModelError: A layer has no known form; the message names the layer's class and what was missing.
     """
     with ExitStack() as hooks:
         edges = []

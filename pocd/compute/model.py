@@ -1,4 +1,4 @@
-"""Load a transformers causal decoder, and find out how its layers can be transformed."""
+"""Load a causal decoder by transformers, and find out how its layers can be transformed."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from pocd.compute.errors import DeviceError, InputError, MemoryShortError, ModelError
-from pocd.compute.faults import is_fault, is_out_of_memory
 from pocd.compute.fingerprint import checkpoint_fingerprint, module_fingerprint
 from pocd.compute.flat import FLAT_CLASSES, FlatDecoder, flatten
 from pocd.compute.layers import NORMS, LayerDecoder, find_forms
-from pocd.compute.names import check_device, check_dtype, resolve
+from pocd.compute.memory import is_fault, is_out_of_memory
 from pocd.compute.random import normal, seeds_tensor
 from pocd.compute.ranks import check_split, split_as_planned
 from pocd.compute.transforms import JOIN
+from pocd.protocol.errors import DeviceError, InputError, MemoryShortError, ModelError
+from pocd.protocol.names import check_device, check_dtype, resolve
 
 if TYPE_CHECKING:
-    from pocd.compute.schemes import Scheme
-    from pocd.compute.stages import Block
+    from pocd.compute.stages import BlockTensors
+    from pocd.protocol.schemes import Scheme
 
 LARGEST_SEQ_LEN = 2**20  # of a model that has no limit
 PROBE_LENGTH = 5  # positions that a model is tried out with when it is loaded
@@ -33,12 +33,12 @@ PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.0
 
 @dataclass(frozen=True, slots=True)
 class Execution:
-    """How a model's batches run.
+    """The way in which a model's batches run.
 
     Attributes:
-        path: One kernel after the other; compiled; or compiled and captured whole as a CUDA graph.
-        reason: Why so, for people.
-        seconds: What compiling and capturing took, from a cache or not.
+        path: "eager": one kernel after the other; "compiled"; or "captured": compiled, and one CUDA graph.
+        reason: Why this path was chosen, for people.
+        seconds: Seconds that compiling and capturing took, from a cache or not.
     """
 
     path: Literal["eager", "compiled", "captured"]
@@ -46,16 +46,16 @@ class Execution:
     seconds: float
 
 
-NOT_COMPILED = Execution("eager", "nobody asked for compiled code", 0.0)
+NOT_COMPILED = Execution("eager", "compiled code was not requested", 0.0)
 
 
 class Program(Protocol):
     """Compiled code for batches of one scheme and shape."""
 
     def serves(self, scheme: Scheme, seq_len: int, rows: int) -> bool:
-        """Whether it was made for such batches."""
+        """Tell whether the code was compiled for this scheme, sequence length and padded batch size."""
 
-    def __call__(self, seeds: torch.Tensor, block: Block) -> torch.Tensor:
+    def __call__(self, seeds: torch.Tensor, block: BlockTensors) -> torch.Tensor:
         """Compute distances, float32 [B] on the device, from seeds on the host (see `stages`).
 
         The result holds until the next call, in the order of the current stream.
@@ -67,16 +67,16 @@ class Model:
     """A loaded decoder, ready to be fed embeddings.
 
     Attributes:
-        name: As configured.
-        fingerprint: Names its weights, see `fingerprint.py`.
-        causal: transformers' model.
-        decoder: Embeddings in, hidden states out, of the last position or of all; the fastest way that the
+        name: Name of the model, as configured.
+        fingerprint: Fingerprint of the weights, see `fingerprint.py`.
+        causal: The transformers model.
+        decoder: Computes hidden states of the last position or of all from embeddings, in the fastest way that the
             model's class allows.
-        by_layers: The same through transformers' own layers, which every model has.
-        hidden_size: H.
-        dtype: Of weights and activations.
-        device: Where it lives.
-        execution: How it runs in the shape that `program` serves, or in all shapes where that is None.
+        by_layers: The decoder run through transformers' own layers, as every model can be.
+        hidden_size: Hidden size H.
+        dtype: Precision of weights and activations.
+        device: Device of the weights.
+        execution: Execution path in the shape that `program` serves, or in all shapes where that is None.
         program: Compiled code for one shape; every other shape runs eagerly.
     """
 
@@ -98,11 +98,11 @@ class Model:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called `name` (cpu, cuda, cuda:N), checked to exist.
+    """Return the device called `name` (cpu, cuda, cuda:N), checked to exist; a GPU without a number is the first one.
 
     Raises:
-        InputError: It is no device's name.
-        DeviceError: A GPU was asked for and is not there. There is no fall-back to the CPU.
+        InputError: The name is not cpu, cuda or cuda:N.
+        DeviceError: The name is a GPU's, and the host has no such GPU. There is no fall-back to the CPU.
     """
     check_device(name)
     device = torch.device(name)
@@ -112,9 +112,10 @@ def pick_device(name: str) -> torch.device:
                 f"device {name!r} is configured, but torch {torch.__version__} sees no GPU; check the driver "
                 "(nvidia-smi) and that this torch is a CUDA build, or set device = 'cpu'"
             )
-        count = torch.cuda.device_count()
-        if device.index is not None and device.index >= count:
+        count, number = torch.cuda.device_count(), device.index or 0
+        if number >= count:
             raise DeviceError(f"device {name!r} does not exist; this machine has cuda:0 to cuda:{count - 1}")
+        device = torch.device("cuda", number)  # with the index that `torch.cuda.set_device` wants
     return device
 
 
@@ -130,13 +131,13 @@ def _read_config(name: str, source: str, revision: str | None) -> Any:  # noqa: 
 
 
 def longest_seq_len(config: Any) -> int:  # noqa: ANN401 - as above
-    """Return how many positions the model of `config` has."""
+    """Return the largest sequence length, in positions, that the model of `config` allows."""
     longest: int = getattr(config.get_text_config(), "max_position_embeddings", LARGEST_SEQ_LEN)
     return longest
 
 
 def check_seq_len(seq_len: int, config: Any, name: str) -> None:  # noqa: ANN401 - as above
-    """Refuse a sequence length that the positions of `name` do not allow with an InputError."""
+    """Raise an InputError for a sequence length that the positions of model `name` do not allow."""
     longest = longest_seq_len(config)
     if not 1 <= seq_len <= longest:
         raise InputError(f"seq_len {seq_len} is outside 1 to {longest}, the positions of {name!r}")
@@ -152,14 +153,14 @@ def load_model(
         dtype: float32, float16 or bfloat16.
         device: cpu, cuda or cuda:N.
         revision: Branch, tag or commit of a hub id.
-        seq_len: The sequence length that will be asked for, refused before the weights are read.
-        ranks: Over how many processes it is split; each has `joined` them, and loads its share on its own device.
+        seq_len: The sequence length to be used; checked before the weights are read.
+        ranks: Number of processes the model is split over; each has `joined` them, and loads its share on its device.
 
     Raises:
         InputError: An unknown dtype or device name, or a sequence length beyond the model's positions.
         DeviceError: The device is not there, or no model can be split over it.
         ModelError: The model cannot be found or read, its layers cannot be transformed, or it cannot be split.
-        MemoryShortError: It does not fit.
+        MemoryShortError: The model does not fit into the device's memory.
         RuntimeError: The device failed, or another rank is gone.
     """
     check_dtype(dtype)
@@ -207,16 +208,16 @@ def load_model(
 def adapt(causal: Any, *, name: str, fingerprint: str | None = None) -> Model:  # noqa: ANN401 - transformers gives its classes no common type
     """Wrap a transformers model for the engine, in evaluation mode.
 
-    It runs the model on a few positions to find each layer's residual and branch, and to see that
+    It runs the model on a few positions to find each layer's residual and branch, and to check that
     carrying only the last position through the last layer changes nothing.
 
     Args:
         causal: The model, on its device and in its dtype.
-        name: What to call it.
-        fingerprint: Of its checkpoint. Default: of the weights in memory.
+        name: Name of the model.
+        fingerprint: Fingerprint of the checkpoint. Default: of the weights in memory.
 
     Raises:
-        ModelError: Its layers cannot be transformed; names its class and what was missing.
+        ModelError: The layers cannot be transformed; the message names the class and what was missing.
     """
     owner = f"model {name!r} ({type(causal).__name__})"
     causal.requires_grad_(requires_grad=False).eval()
@@ -250,7 +251,7 @@ def adapt(causal: Any, *, name: str, fingerprint: str | None = None) -> Model:  
 
 @torch.inference_mode()
 def _check_last_position(by_layers: LayerDecoder, probe: torch.Tensor, owner: str) -> None:
-    """See that no position looks ahead, and that the last one can be carried alone through the last layer."""
+    """Check that no position looks ahead, and that the last one can be carried alone through the last layer."""
 
     def bare(embeddings: torch.Tensor) -> torch.Tensor:
         states: torch.Tensor = by_layers.decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state

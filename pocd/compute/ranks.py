@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed
 
-from pocd.compute.errors import ComputeError, DeviceError, ModelError
+from pocd.protocol.errors import ComputeError, DeviceError, ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,17 +25,17 @@ PATIENCE = timedelta(minutes=30)  # with the other ranks, which may load at anot
 
 
 @contextmanager
-def joined(rank: int, size: int, meeting: str, device: str) -> Iterator[None]:
-    """Be one of `size` ranks while the context lasts; returns when all of them have come.
+def joined(rank: int, size: int, rendezvous: str, device: str) -> Iterator[None]:
+    """Join a process group of `size` ranks while the context lasts; waits until all ranks have joined.
 
     Args:
-        rank: From 0.
-        size: How many there are.
-        meeting: A folder that all of them share, empty when the first one comes.
-        device: This rank's.
+        rank: Index of this rank, from 0.
+        size: Number of ranks.
+        rendezvous: Folder in which the ranks find each other, shared by all and empty when the first one joins.
+        device: Device of this rank.
 
     Raises:
-        RuntimeError: One did not come, or went (see `is_fault`); from here, or from whatever runs the model then.
+        RuntimeError: A rank did not join, or ended (see `is_fault`); raised here, or by whatever runs the model then.
     """
     target = torch.device(device)
     # transformers reads these; the last one says which of this host's cards is ours.
@@ -45,7 +45,7 @@ def joined(rank: int, size: int, meeting: str, device: str) -> Iterator[None]:
         torch.cuda.set_device(target)
     torch.distributed.init_process_group(
         "nccl" if target.type == "cuda" else "gloo",
-        init_method=f"file://{meeting}/ranks",
+        init_method=f"file://{rendezvous}/ranks",
         rank=rank,
         world_size=size,
         timeout=PATIENCE,
@@ -61,7 +61,7 @@ def joined(rank: int, size: int, meeting: str, device: str) -> Iterator[None]:
 
 
 def check_split(config: Any, name: str, ranks: int) -> None:  # noqa: ANN401 - each family has its own class
-    """Refuse a model that cannot be split over `ranks` with a ModelError."""
+    """Raise a ModelError for a model that cannot be split over `ranks` devices."""
     text = config.get_text_config()
     if not getattr(text, "base_model_tp_plan", None):
         raise ModelError(
@@ -72,7 +72,7 @@ def check_split(config: Any, name: str, ranks: int) -> None:  # noqa: ANN401 - e
         heads = getattr(text, key, None)
         if heads is not None and heads % ranks:
             raise ModelError(
-                f"model {name!r} cannot be split over {ranks} devices: its {key}, {heads}, is no multiple of that"
+                f"model {name!r} cannot be split over {ranks} devices: its {key}, {heads}, is not a multiple of {ranks}"
             )
 
 
@@ -80,7 +80,7 @@ def split_as_planned(ranks: int, device: torch.device) -> dict[str, Any]:
     """Return the arguments of `from_pretrained` that make each rank load its share onto its device.
 
     Raises:
-        DeviceError: The device is the CPU, and there are GPUs: transformers would take those.
+        DeviceError: The device is the CPU, and the host has GPUs, which transformers would take.
     """
     if device.type == "cpu" and torch.cuda.is_available():
         raise DeviceError(
@@ -93,9 +93,9 @@ def split_as_planned(ranks: int, device: torch.device) -> dict[str, Any]:
 
 
 def whole(weight: torch.Tensor) -> torch.Tensor:
-    """Return all of a weight of which each rank may hold a share; every rank has to ask."""
+    """Return the whole of a weight of which each rank may hold a share; all ranks have to call this together."""
     if not torch.distributed.is_initialized():
         return weight
-    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - likewise
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415 - few workers are split
 
     return weight.full_tensor() if isinstance(weight, DTensor) else weight

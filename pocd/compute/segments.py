@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pocd.compute.random import normal, seeds_tensor
-from pocd.compute.schemes import SEGMENTS
+from pocd.protocol.schemes import SEGMENTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,11 +21,11 @@ STATES_CHUNK = 2**24  # elements of hidden states that are copied to float32 at 
 
 @dataclass(frozen=True, slots=True)
 class Standard:
-    """Where the unit vectors of a block's hidden states lie.
+    """Mean and deviation of the unit vectors of a block's hidden states, by which they are standardised.
 
     Attributes:
-        mean: Their means at each position, float32 [S, H].
-        deviation: How far from it they are, by coordinate, over all positions, float32 [H].
+        mean: Mean unit vector at each position, float32 [S, H].
+        deviation: Standard deviation of each coordinate over all positions, float32 [H].
     """
 
     mean: torch.Tensor
@@ -38,10 +38,10 @@ def measure(
     """Estimate means and deviation from inputs that follow from the block hash alone.
 
     Args:
-        run: Embeddings in, all positions' hidden states out, both [SAMPLES_AT_ONCE, S, H].
-        block_hash: The block's.
-        seq_len: S.
-        hidden_size: H.
+        run: Computes hidden states of all positions from embeddings, both [SAMPLES_AT_ONCE, S, H].
+        block_hash: The block's hash.
+        seq_len: Sequence length S.
+        hidden_size: Hidden size H.
         like: A tensor on the model's device, in its dtype.
     """
     total = torch.zeros(seq_len, hidden_size, dtype=torch.float64, device=like.device)
@@ -61,14 +61,14 @@ def measure(
 
 
 def factors(states: torch.Tensor, signs: torch.Tensor, standard: Standard) -> torch.Tensor:
-    """Return the segments' unit vectors, float32 [B, SEGMENTS, H]; their product is what is read.
+    """Return the segments' unit vectors, float32 [B, SEGMENTS, H], whose product is the readout.
 
     Σ ε (A − μ) is taken as Σ (ε/‖h‖) h − Σ ε μ: products of matrices, and no copy of A.
 
     Args:
         states: Hidden states h after the final norm [B, S, H]; A is h/‖h‖. S is at least SEGMENTS.
         signs: ε, 1 or −1, float32 [B, S].
-        standard: Of the block.
+        standard: Mean and deviation of the block.
     """
     _, length, size = states.shape
     rows = max(1, STATES_CHUNK // (length * size))
@@ -84,7 +84,7 @@ def factors(states: torch.Tensor, signs: torch.Tensor, standard: Standard) -> to
 
 
 def _segments(length: int, device: torch.device) -> torch.Tensor:
-    """Which positions each segment has, 1 or 0, float32 [SEGMENTS, S]: g from ⌊gS/G⌋ to before ⌊(g + 1)S/G⌋."""
+    """Return 1 where a position is in a segment, else 0, float32 [SEGMENTS, S]: g from ⌊gS/G⌋ to below ⌊(g + 1)S/G⌋."""
     position = torch.arange(length, device=device)
     bounds = [g * length // SEGMENTS for g in range(SEGMENTS + 1)]
     return torch.stack([(position >= bounds[g]) & (position < bounds[g + 1]) for g in range(SEGMENTS)]).float()

@@ -15,21 +15,21 @@ from pocd.compute.segments import factors
 from pocd.compute.transforms import reflect_in_order
 
 if TYPE_CHECKING:
-    from pocd.compute.schemes import Scheme
     from pocd.compute.segments import Standard
+    from pocd.protocol.schemes import Scheme
 
 HEAD_CHUNK = 2**24  # elements of the head that are in float32 at a time: 64 MiB
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """The tensors that a block hash gives, for all of its nonces.
+class BlockTensors:
+    """The tensors that belong to a block hash, for all of its nonces.
 
     Attributes:
         vectors: One unit vector per layer [layers, H], in the model's dtype.
-        head: [D, H], in any dtype. None where the scheme has none.
-        target: float32 [D], unit length. None without a head: it is then drawn per nonce, and D is H.
-        standard: What standardises positions, where the scheme reads all of them.
+        head: Output matrix [D, H], in any dtype; None where the scheme has none.
+        target: Target vector, float32 [D], unit length; None without a head: each nonce then has its own, and D is H.
+        standard: Mean and deviation used to standardise hidden states; None unless the scheme reads all positions.
     """
 
     vectors: torch.Tensor
@@ -39,7 +39,7 @@ class Block:
 
 
 def seed_texts(scheme: Scheme, nonce: int) -> list[str]:
-    """Return what follows block hash and key in the texts of a nonce's seeds: input, reflections, signs, target."""
+    """Return the ends of a nonce's seed texts, after block hash and key: input, reflections, signs, target."""
     texts = [f"nonce{nonce}", *(f"nonce_{nonce}_hidden_r{r}" for r in range(scheme.reflections))]
     if scheme.reads == "segments":
         texts.append(f"nonce_{nonce}_signs")
@@ -54,7 +54,7 @@ def draw_inputs(seeds: torch.Tensor, seq_len: int, hidden_size: int, dtype: torc
 
 
 def find_factors(states: torch.Tensor, seeds: torch.Tensor, scheme: Scheme, standard: Standard) -> torch.Tensor:
-    """Return what a readout of all positions [B, S, H] is the product of, float32 [B, SEGMENTS, H]."""
+    """Return the factors whose product is the readout of all positions [B, S, H], float32 [B, SEGMENTS, H]."""
     return factors(states, signs(seeds[:, 1 + scheme.reflections], states.shape[1]), standard)
 
 
@@ -64,15 +64,15 @@ def draw_targets(seeds: torch.Tensor, dimension: int) -> torch.Tensor:
 
 
 def find_hidden(readout: torch.Tensor, seeds: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """Return what the head sees, or is compared with a target, float32 [B, H]."""
+    """Return the head's input, or without a head the vector compared with the target, float32 [B, H]."""
     h, count = readout.float(), scheme.reflections
     if count:
         h = reflect_in_order(h, unit_normal(seeds[:, 1 : 1 + count], h.shape[-1]))
     return h / h.norm(dim=-1, keepdim=True) if scheme.normalise else h
 
 
-def find_distance(h: torch.Tensor, seeds: torch.Tensor, block: Block) -> torch.Tensor:
-    """‖z/‖z‖ − t‖ of z = W h, or of z = h without a head, float32 [B].
+def find_distance(h: torch.Tensor, seeds: torch.Tensor, block: BlockTensors) -> torch.Tensor:
+    """Return the distances ‖z/‖z‖ − t‖ of z = W h, or of z = h without a head, float32 [B].
 
     As ‖t‖ = 1 it is √(2 − 2 z·t/‖z‖), which is as exact wherever distances are found: near √2.
     """
@@ -84,7 +84,7 @@ def find_distance(h: torch.Tensor, seeds: torch.Tensor, block: Block) -> torch.T
 
 
 def _through_head(h: torch.Tensor, head: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """z·t and ‖z‖² of z = W h, float64 [B], with only a part of W and z at a time."""
+    """Return z·t and ‖z‖² of z = W h, float64 [B], with only a part of W and z in memory at a time."""
     rows = max(1, HEAD_CHUNK // h.shape[-1])
     along = h.new_zeros(len(h), dtype=torch.float64)
     square = torch.zeros_like(along)
@@ -95,8 +95,8 @@ def _through_head(h: torch.Tensor, head: torch.Tensor, target: torch.Tensor) -> 
     return along, square
 
 
-def measure_states(states: torch.Tensor, seeds: torch.Tensor, block: Block, *, scheme: Scheme) -> torch.Tensor:
-    """Distances float32 [B] of what the decoder gave: the last position [B, H], or all [B, S, H]."""
+def measure_states(states: torch.Tensor, seeds: torch.Tensor, block: BlockTensors, *, scheme: Scheme) -> torch.Tensor:
+    """Return distances float32 [B] from hidden states: the last position [B, H], or all [B, S, H]."""
     if block.standard is not None:
         states = find_factors(states, seeds, scheme, block.standard).prod(dim=1)
     return find_distance(find_hidden(states, seeds, scheme), seeds, block)

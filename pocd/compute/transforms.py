@@ -1,4 +1,4 @@
-"""What the block hash and the nonce do to hidden states (docs/protocol.md sections 3 and 4)."""
+"""Transforms of hidden states by the block hash and the nonce (docs/protocol.md sections 3 and 4)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pocd.compute.schemes import LayerStep
+    from pocd.protocol.schemes import LayerStep
 
     Join = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -35,18 +35,18 @@ def _reflect_in_place(x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 def _join(branch: torch.Tensor, residual: torch.Tensor, _v: torch.Tensor) -> torch.Tensor:
-    """The sum, as the bare layer has it."""
+    """Return the sum of both halves, as the bare layer computes it."""
     return branch + residual
 
 
 def _join_reflected(branch: torch.Tensor, residual: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The sum of the two reflections, which is the reflection of the sum."""
+    """Return the sum of the halves' reflections, which is the reflection of their sum."""
     total, v = branch.float() + residual, v.float()
     return _reflect_in_place(total, v).to(branch.dtype)
 
 
 def _join_normalised_and_reflected(branch: torch.Tensor, residual: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """The sum of the two unit vectors' reflections, which is no function of branch + residual.
+    """Return the sum of the reflections of the halves' unit vectors, which is no function of branch + residual.
 
     A reflection is linear, so it is applied once, to the sum of the two unit vectors.
     """

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from pocd.compute.schemes import Weights
+    from pocd.protocol.schemes import WeightSource
 
 SCALE = 0.02
 
 
 def _norm_weights(causal: nn.Module) -> set[int]:
-    """Ids of the gains of norms, which are not drawn: modules called …Norm, their parameter `weight`."""
+    """Return the ids of the norms' gains, which are not drawn: parameter `weight` of modules called …Norm."""
     return {
         id(module.weight)
         for module in causal.modules()
@@ -29,7 +29,7 @@ def _norm_weights(causal: nn.Module) -> set[int]:
 
 
 def _draw(parameter: torch.Tensor, name: str, block_hash: str) -> None:
-    """Overwrite a parameter with the numbers that the block hash and its name give, row by row."""
+    """Overwrite a parameter with random numbers seeded by the block hash and the parameter's name, row by row."""
     seeds = seeds_tensor([f"{block_hash}_{name}"], parameter.device)
     fill_normal(parameter.view(1, -1), seeds, scale=SCALE)
 
@@ -41,7 +41,7 @@ def _trained(_causal: nn.Module, _block_hash: str) -> Iterator[None]:
 
 @contextmanager
 def _drawn(causal: nn.Module, block_hash: str) -> Iterator[None]:
-    """Draw every parameter; norm weights are 1. The trained ones wait in the host's memory."""
+    """Draw every parameter; norm weights are 1. The trained values are kept in the host's memory."""
     gains = _norm_weights(causal)
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:
@@ -76,7 +76,7 @@ def _embedding_drawn(causal: Any, block_hash: str) -> Iterator[None]:  # noqa: A
             output.weight = embedding
 
 
-WEIGHTS: dict[Weights, Callable[[Any, str], AbstractContextManager[None]]] = {
+WEIGHTS: dict[WeightSource, Callable[[Any, str], AbstractContextManager[None]]] = {
     "trained": _trained,
     "drawn": _drawn,
     "embedding drawn": _embedding_drawn,
@@ -84,8 +84,8 @@ WEIGHTS: dict[Weights, Callable[[Any, str], AbstractContextManager[None]]] = {
 
 
 @contextmanager
-def drawn_weights(causal: nn.Module, weights: Weights, block_hash: str) -> Iterator[None]:
-    """Give `causal` the weights of a scheme while the context lasts; afterwards it has its own, bit for bit.
+def drawn_weights(causal: nn.Module, weights: WeightSource, block_hash: str) -> Iterator[None]:
+    """Give `causal` the weights of a scheme while the context lasts; afterwards its own are restored bit for bit.
 
     A drawn parameter holds 0.02 times the normal numbers of "{block_hash}_{name}", rounded to its
     precision; `name` as in `named_parameters()`, where a tied output matrix has none of its own.

@@ -4,55 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import io
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import aiohttp
-
-from pocd.calling import open_session
-from pocd.delivery import deliveries, netguard, policy, signing
-from pocd.delivery.outbox import ReceiverState
+from pocd.delivery import policy, posting
 from pocd.delivery.policy import Accept, Outcome, Park, Retry, SetAside
-from pocd.observe.mask import excerpt, mask_url, url_secrets
+from pocd.delivery.posting import Poster
+from pocd.observe.mask import mask_url
+from pocd.store import deliveries
+from pocd.store.outbox import ReceiverState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from structlog.typing import FilteringBoundLogger
 
-    from pocd.delivery.deliveries import PendingDelivery
-    from pocd.delivery.outbox_thread import OutboxThread
+    from pocd.clock import Clock
+    from pocd.delivery.posting import Receiver
     from pocd.observe.events import Events
+    from pocd.store.deliveries import PendingDelivery
+    from pocd.store.thread import OutboxThread
 
-TIMEOUT = aiohttp.ClientTimeout(total=15, connect=3)
-ANSWER_BYTES = 16 * 1024  # of the answer to a batch that was not accepted
-ANSWER_SECONDS = 2.0  # for that, after its head
-SEQUENCE_HEADER = "pocd-sequence"
 OUTCOMES = {Accept: "delivered", SetAside: "set aside", Park: "parked", Retry: "retry"}
 
 
-@dataclass(frozen=True, slots=True)
-class Receiver:
-    """Where proofs go.
-
-    Attributes:
-        name: Its queue's name in the store; the URL may change, the queue stays.
-        url: Callback URL; batches are POSTed to `{url}/generated`.
-        keys: What signs the batches; None for unsigned ones.
-    """
-
-    name: str
-    url: str
-    keys: signing.WebhookKeys | None
-
-
 class Dispatcher:
-    """Delivers to one receiver. Its public attributes are what status shows.
+    """Delivers to one receiver; status shows its public attributes.
 
     Attributes:
         settled: Set while nothing can be sent now: the queue is empty or parked, or waits to retry.
-        alarm: What only a person can mend, such as a wrong URL; None while nothing is.
+        alarm: Problem that only a person can solve, such as a wrong URL; None while there is none.
     """
 
     def __init__(
@@ -61,7 +41,7 @@ class Dispatcher:
         outbox: OutboxThread,
         *,
         expire_after: float,
-        wall: Callable[[], float],
+        clock: Clock,
         jitter: Callable[[], float],
         log: FilteringBoundLogger,
         events: Events,
@@ -69,30 +49,30 @@ class Dispatcher:
         self.receiver = receiver
         self._outbox = outbox
         self._expire_after = expire_after
-        self._wall = wall
+        self._clock = clock
         self._jitter = jitter
         self._log = log.bind(receiver=receiver.name)
         self._events = events
         self._woken = asyncio.Event()
         self.settled = asyncio.Event()
         self.alarm: str | None = None
-        self._barred: str | None = None  # why an address was not called, in the attempt under way
 
     @property
     def state(self) -> ReceiverState:
-        """How the receiver answers, as the store knows it."""
-        return self._outbox.outbox.receivers.get(self.receiver.name, ReceiverState())
+        """The receiver's health, as the store knows it."""
+        return self._outbox.view.receivers.get(self.receiver.name, ReceiverState())
 
     async def run(self) -> None:
         """Deliver until cancelled."""
         await self._unpark_elsewhere()
-        async with open_session(TIMEOUT, window=ANSWER_BYTES, refuse=self._refuse) as session:
+        limits = {"connect": posting.CONNECT_SECONDS, "total": posting.ATTEMPT_SECONDS}
+        async with Poster(self.receiver, clock=self._clock, **limits) as poster:
             while True:
                 self._woken.clear()
-                wait = None if self.state.parked_at else policy.remaining_wait(self.state.next_at, self._wall())
+                wait = None if self.state.parked_at else policy.remaining_wait(self.state.next_at, self._clock.wall())
                 head = await self._next() if wait == 0 else None
                 if head is not None:
-                    await self._deliver(session, head)
+                    await self._deliver(poster, head)
                     continue
                 self.settled.set()
                 with contextlib.suppress(TimeoutError):
@@ -114,26 +94,26 @@ class Dispatcher:
     async def _next(self, after: int = 0) -> PendingDelivery | None:
         return await self._outbox.persistently(deliveries.next_pending, self.receiver.name, after)
 
-    async def _deliver(self, session: aiohttp.ClientSession, head: PendingDelivery) -> None:
-        outcome = await self._attempt(session, head)
+    async def _deliver(self, poster: Poster, head: PendingDelivery) -> None:
+        outcome = await self._attempt(poster, head)
         failed = await self._record(head, outcome)
         if failed and policy.may_be_poison(outcome, head.faults + 1):
-            await self._try_the_next(session, head)
-        if failed and self._wall() - head.queued_at >= self._expire_after:
+            await self._try_the_next(poster, head)
+        if failed and self._clock.wall() - head.queued_at >= self._expire_after:
             await self._expire()
 
-    async def _try_the_next(self, session: aiohttp.ClientSession, head: PendingDelivery) -> None:
-        """Find out whether `head` alone is what the receiver fails at."""
+    async def _try_the_next(self, poster: Poster, head: PendingDelivery) -> None:
+        """Send the batch after `head`, to find out whether the receiver fails at `head` alone."""
         following = await self._next(after=head.sequence)
         if following is None:
             return
-        if await self._record(following, await self._attempt(session, following)):
+        if await self._record(following, await self._attempt(poster, following)):
             batches = [head.batch, following.batch]
             await self._outbox.persistently(deliveries.forget_faults, self.receiver.name, batches)
 
     async def _record(self, delivery: PendingDelivery, outcome: Outcome) -> bool:
-        """Store what came of an attempt; returns whether the receiver could not take it now."""
-        name, faults, now = self.receiver.name, delivery.faults + outcome.fault, self._wall()
+        """Store the outcome of an attempt; returns whether the receiver could not take the batch now."""
+        name, faults, now = self.receiver.name, delivery.faults + outcome.fault, self._clock.wall()
         overtaken = outcome.fault and await self._outbox.persistently(deliveries.is_overtaken, name, delivery.sequence)
         decision = policy.decide(
             outcome,
@@ -142,7 +122,7 @@ class Dispatcher:
             overtaken=overtaken,
             jitter=self._jitter(),
         )
-        self._tell(delivery, outcome, decision)
+        self._log_decision(delivery, outcome, decision)
         self._events.publish("delivery", receiver=name, id=delivery.id, outcome=OUTCOMES[type(decision)])
         record = self._outbox.persistently
         match decision:
@@ -166,7 +146,7 @@ class Dispatcher:
                 return True
         return False
 
-    def _tell(self, delivery: PendingDelivery, outcome: Outcome, decision: policy.Decision) -> None:
+    def _log_decision(self, delivery: PendingDelivery, outcome: Outcome, decision: policy.Decision) -> None:
         """Log a decision, and raise or lower the alarm."""
         log = self._log.bind(batch=delivery.id, sequence=delivery.sequence, attempts=delivery.attempts + 1)
         alarm = _alarm(outcome) if outcome.alarm else None
@@ -190,8 +170,8 @@ class Dispatcher:
         self.alarm = alarm
 
     async def _expire(self) -> None:
-        """Expire what is too old, after the receiver has just failed once more."""
-        now, expired = self._wall(), 0
+        """Expire batches that are too old, after the receiver has failed once more."""
+        now, expired = self._clock.wall(), 0
         while count := await self._outbox.persistently(
             deliveries.expire, self.receiver.name, queued_before=now - self._expire_after, now=now
         ):
@@ -201,90 +181,16 @@ class Dispatcher:
                 "batches expired; they are kept", action="expired", batches=expired, after_s=self._expire_after
             )
 
-    async def _attempt(self, session: aiohttp.ClientSession, delivery: PendingDelivery) -> Outcome:
-        timestamp = int(self._wall())
-        keys = self.receiver.keys
-        signed = (
-            keys.headers(delivery.id, timestamp, delivery.body)
-            if keys
-            else signing.unsigned_headers(delivery.id, timestamp)
-        )
-        headers = {"Content-Type": "application/json", SEQUENCE_HEADER: str(delivery.sequence), **signed}
-        url = f"{self.receiver.url.rstrip('/')}/{delivery.kind}"
-        self._barred = None
+    async def _attempt(self, poster: Poster, delivery: PendingDelivery) -> Outcome:
         try:
-            async with session.post(
-                url, data=io.BytesIO(delivery.body), headers=headers, allow_redirects=False
-            ) as response:
-                return await self._outcome(response)
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            return self._unconnected(error)
-        except TimeoutError:
-            return Outcome(None, f"no answer within {TIMEOUT.total} s", broke=True)
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            return Outcome(None, _describe(error), broke=not isinstance(error, ValueError))
+            return await poster.post(delivery.kind, delivery.id, delivery.body, sequence=delivery.sequence)
         except Exception as error:  # noqa: BLE001 - as said below
             # Whatever a receiver makes the client library do, it must not end the daemon.
             self._log.exception("an attempt failed in a way that nobody foresaw", action="delivery_bug")
-            return Outcome(None, f"unforeseen {_describe(error)}", broke=True)
-
-    def _unconnected(self, error: aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError) -> Outcome:
-        if self._barred is not None:  # whether or not its name has other addresses, of which none could be reached
-            return Outcome(None, self._barred, barred=True)
-        if isinstance(error, aiohttp.ConnectionTimeoutError):
-            return Outcome(None, f"no connection within {TIMEOUT.connect} s")
-        return Outcome(None, _describe(error))
-
-    def _refuse(self, address: str) -> str | None:
-        reason = netguard.refusal(address)
-        if reason is not None:
-            self._barred = min(self._barred or reason, reason)  # of several always the same: their order changes
-        return reason
-
-    async def _outcome(self, response: aiohttp.ClientResponse) -> Outcome:
-        """Read what a receiver answered. Of a 2xx the status says it all: its body may be broken or never come."""
-        detail = f"HTTP {response.status}"
-        if 200 <= response.status < 300:
-            return Outcome(response.status, detail)
-        said = await _read_answer(response)
-        location = response.headers.get("Location")
-        if 300 <= response.status < 400 and location:
-            detail = f"{detail} to {excerpt(mask_url(location), 200)}, not followed"
-        elif said:
-            detail = f"{detail}: {_without_secrets(excerpt(said, 200), self.receiver.url)}"
-        asked = response.headers.get("Retry-After")
-        retry_after = None if asked is None else policy.parse_retry_after(asked, self._wall())
-        if asked is not None and retry_after is None:
-            detail = f"{detail} (Retry-After makes no sense: {excerpt(asked, 40)})"
-        return Outcome(response.status, detail, retry_after)
+            return Outcome(None, f"unforeseen {poster.describe(error)}", broke=True)
 
 
 def _alarm(outcome: Outcome) -> str:
     if outcome.barred:
         return f"is not called: {outcome.detail}; check its URL and where its name leads"
     return f"answers {outcome.detail}: check its URL and its secret"
-
-
-def _without_secrets(text: str, url: str) -> str:
-    """Hide the user info of a receiver's URL in what it says: some send back the request."""
-    for secret in url_secrets(url):
-        text = text.replace(secret, "***")
-    return text
-
-
-async def _read_answer(response: aiohttp.ClientResponse) -> bytes:
-    """Read the beginning of an answer's body, as far as it comes."""
-    body = bytearray()
-    with contextlib.suppress(TimeoutError, aiohttp.ClientError, OSError):
-        async with asyncio.timeout(ANSWER_SECONDS):
-            while len(body) < ANSWER_BYTES and (chunk := await response.content.read(ANSWER_BYTES - len(body))):
-                body += chunk
-    return bytes(body)
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, aiohttp.ClientResponseError):
-        return f"no HTTP: {excerpt(error.message, 200)}"
-    # An error's text that names the URL may show its credentials.
-    name = type(error).__name__
-    return name if "://" in str(error) else f"{name}: {excerpt(str(error), 200)}"

@@ -10,8 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pocd.clock import Clock, JumpDetector
-from pocd.delivery import deliveries, upkeep, validations
-from pocd.delivery.store import StoreUnavailableError
+from pocd.store import deliveries, upkeep, validations
+from pocd.store.errors import StoreUnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-    from pocd.delivery.dispatchers import Dispatchers
-    from pocd.delivery.outbox_thread import OutboxThread
-    from pocd.miner import Miner
+    from pocd.delivery.receivers import Receivers
+    from pocd.mining.miner import Miner
+    from pocd.store.thread import OutboxThread
 
 LOOK_SECONDS = 5.0
 ROOM_AGAIN = 0.05  # how far back from a limit mining goes on, so that it does not flutter there
@@ -29,14 +29,14 @@ MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """How long things are kept, in seconds, and how much they may take, in bytes.
+class StoreLimits:
+    """Limits of the store: seconds that batches are kept, and bytes that they may take.
 
     Attributes:
-        keep_delivered: After the last receiver has accepted a batch.
-        expire_after: For a batch of a receiver that nobody sends to: parked, or no longer configured.
-        size: Bytes in use in the store's file.
-        free: Bytes that have to stay free on its disk.
+        keep_delivered: Seconds that a batch is kept after the last receiver has accepted it.
+        expire_after: Seconds until a batch expires whose receiver is parked or no longer configured.
+        size: Most bytes in use in the store's file.
+        free: Bytes that have to stay free on the store's disk.
     """
 
     keep_delivered: float
@@ -45,14 +45,14 @@ class Limits:
     free: int
 
 
-def shortage(used: int, free: int, limits: Limits, *, held: bool) -> str | None:
-    """Return why mining has to wait for room, or None where there is enough.
+def shortage(used: int, free: int, limits: StoreLimits, *, held: bool) -> str | None:
+    """Return why mining has to wait for room; None where there is enough.
 
     Args:
         used: Bytes in use in the store's file.
-        free: Bytes free on its disk.
-        limits: What is allowed.
-        held: Whether mining waits already; then it goes on only with some room to spare.
+        free: Bytes free on the store's disk.
+        limits: Limits of the store.
+        held: Whether mining waits already; it then resumes only with some room to spare.
     """
     margin = ROOM_AGAIN if held else 0.0
     if used > limits.size * (1 - margin):
@@ -69,16 +69,16 @@ def shortage(used: int, free: int, limits: Limits, *, held: bool) -> str | None:
 
 
 class Keeper:
-    """Looks at the store every few seconds."""
+    """Prunes and expires batches every few seconds, and holds mining while the store has no room."""
 
     def __init__(
         self,
         path: Path,
         outbox: OutboxThread,
         miner: Miner,
-        dispatchers: Dispatchers,
+        receivers: Receivers,
         *,
-        limits: Limits,
+        limits: StoreLimits,
         clock: Clock,
         log: FilteringBoundLogger,
         free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
@@ -86,25 +86,25 @@ class Keeper:
         self._path = path
         self._outbox = outbox
         self._miner = miner
-        self._dispatchers = dispatchers
+        self._receivers = receivers
         self._limits = limits
         self._clock = clock
         self._jumps = JumpDetector(clock)
         self._log = log
         self._free_bytes = free_bytes
-        self._told: str | None = None  # the reason that was logged last
+        self._logged: str | None = None  # the reason that was logged last
 
     async def run(self) -> None:
-        """Look until cancelled."""
+        """Look at the store every few seconds until cancelled."""
         await self._clamp()  # the clock may have been set back while the daemon was not running
         while True:
             await self.look()
             await asyncio.sleep(LOOK_SECONDS)
 
     async def look(self) -> None:
-        """Prune and expire what is due, and hold mining or let it go on."""
+        """Prune and expire batches that are due, and hold mining or let it go on."""
         held = self._miner.held
-        self._tell(held)  # a commit that failed may have held it since the last look
+        self._log_hold(held)  # a commit that failed may have held it since the last look
         jump = self._jumps.jump()
         if jump:
             self._log.warning("the wall clock was set", action="clock_jump", seconds=round(jump, 1))
@@ -123,15 +123,15 @@ class Keeper:
         if reason is None and self._miner.held != held:
             return  # a commit failed meanwhile: the next look finds out whether it can be made
         if reason != held:
-            await self._miner.hold(reason)
-        self._tell(reason)
+            self._miner.hold(reason)
+        self._log_hold(reason)
 
-    def _tell(self, reason: str | None) -> None:
-        if reason and not self._told:
+    def _log_hold(self, reason: str | None) -> None:
+        if reason and not self._logged:
             self._log.error("mining waits for the store", action="store_held", cause=reason)
-        elif self._told and not reason:
+        elif self._logged and not reason:
             self._log.info("the store takes proofs again, mining goes on", action="store_released")
-        self._told = reason
+        self._logged = reason
 
     async def _clamp(self) -> None:
         await self._outbox.persistently(upkeep.clamp_times, self._clock.wall())
@@ -156,17 +156,17 @@ class Keeper:
         return await self._repeat(upkeep.prune_delivered, before)
 
     async def _repeat(self, method: Callable[..., int], *args: object) -> int:
-        """Do a bounded piece of upkeep until nothing is left of it; others get their turn between."""
+        """Repeat a bounded piece of upkeep until none is left; other work gets its turn between."""
         total = 0
         while count := await self._outbox(method, *args):
             total += count
         return total
 
     async def _expire_unserved(self) -> None:
-        """Expire what is too old in queues that no dispatcher sends from; the others expire at a failed attempt."""
-        served = {each.receiver.name for each in self._dispatchers if each.state.parked_at is None}
+        """Expire old batches in queues that no dispatcher sends from; in the others they expire at a failed attempt."""
+        served = {each.receiver.name for each in self._receivers if each.state.parked_at is None}
         now = self._clock.wall()
-        for name, queue in self._outbox.outbox.queues.items():
+        for name, queue in self._outbox.view.queues.items():
             if name in served or not queue.pending_batches:
                 continue
             expired = await self._repeat(

@@ -1,6 +1,6 @@
-"""What becomes of a batch after an attempt to deliver it, and when the next one is: pure decisions.
+"""Pure decisions after an attempt to deliver a batch: is it accepted, tried again, set aside, and when?
 
-docs/protocol.md section 6 has them as a table.
+docs/protocol.md section 6 has these decisions as a table.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ GONE = 410
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of one attempt.
+    """Outcome of one attempt to deliver a batch.
 
     Attributes:
-        status: The HTTP status; None where there is none.
-        detail: What happened, in words for people.
+        status: The HTTP status; None without an answer.
+        detail: Description for people.
         retry_after: Seconds that the receiver asked to be left alone.
-        broke: Whether an answer was due and did not come whole: a timeout, a reset, no HTTP.
+        broke: Whether the answer was missing or incomplete: a timeout, a reset, no HTTP.
         barred: Whether nothing was sent because the receiver's address must not be called.
     """
 
@@ -41,7 +41,7 @@ class Outcome:
 
     @property
     def accepted(self) -> bool:
-        """Whether the receiver has the batch: any 2xx."""
+        """Whether the receiver has accepted the batch: any 2xx."""
         return self.status is not None and 200 <= self.status < 300
 
     @property
@@ -51,7 +51,7 @@ class Outcome:
 
     @property
     def alarm(self) -> bool:
-        """Whether it looks like a wrong setting, which only a person can mend: 3xx, 401, 403, 404, a barred address."""
+        """Whether a wrong setting is likely, which only a person can correct: 3xx, 401, 403, 404, a barred address."""
         if self.status is None:
             return self.barred
         return 300 <= self.status < 500 and self.status not in REFUSED | PASSING | {GONE}
@@ -59,38 +59,38 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Accept:
-    """The receiver has the batch."""
+    """Mark the batch as delivered: the receiver has accepted it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Retry:
-    """The receiver cannot take anything now: the head of its queue waits `seconds` and is sent again."""
+    """Send the head of the queue again after `seconds`: the receiver cannot take anything now."""
 
     seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class SetAside:
-    """This batch will not be sent again by itself, a dead letter; the queue goes on."""
+    """Make the batch a dead letter, which is not sent again by itself; the queue goes on."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Park:
-    """The receiver wants nothing any more; its queue is kept."""
+    """Stop sending: the receiver asked for no more batches (HTTP 410); its queue is kept."""
 
 
 Decision = Accept | Retry | SetAside | Park
 
 
 def decide(outcome: Outcome, *, failures: int, faults: int, overtaken: bool, jitter: float) -> Decision:
-    """Return what follows from an attempt to deliver the head of a queue.
+    """Return the decision after an attempt to deliver the head of a queue.
 
     Args:
-        outcome: What came of it.
+        outcome: Outcome of the attempt.
         failures: How often the receiver has failed in a row, with this attempt.
-        faults: How often this batch may have been what it failed at, with this attempt.
+        faults: How often the receiver may have failed because of this batch, with this attempt.
         overtaken: Whether the receiver has accepted a later batch.
         jitter: Uniformly random in [-1, 1].
     """
@@ -113,8 +113,8 @@ def may_be_poison(outcome: Outcome, faults: int) -> bool:
     """Tell whether the next batch should be tried, to see which is at fault: the receiver or this batch.
 
     Args:
-        outcome: What came of the last attempt.
-        faults: As in `decide`.
+        outcome: Outcome of the last attempt.
+        faults: How often the receiver may have failed because of this batch.
     """
     return outcome.fault and faults >= POISON_FAULTS - 1
 

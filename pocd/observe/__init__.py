@@ -1,1 +1,1 @@
-"""What people and machines watch: logs, metrics, the service manager."""
+"""Observation: logs, events, rates, and notices to the service manager."""

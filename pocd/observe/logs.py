@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import sys
 from typing import TYPE_CHECKING, Literal, TextIO, cast
 
 import orjson
 import structlog
+
+from pocd.observe.mask import mask_credentials
 
 if TYPE_CHECKING:
     from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
 _LEVEL = logging.getLogger("pocd")  # its level is the one that lines must have, so that it can be changed
-
-_CREDENTIALS = re.compile(r"""://[^\s/"'?#]*@""")
 
 
 def _drop_unimportant(_logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
@@ -50,9 +49,9 @@ def _render_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
 
 
 def _mask_credentials(_logger: WrappedLogger, _method: str, line: EventDict | str) -> str:
-    """Hide user and password of URLs wherever they got into the line, such as by an exception's text."""
+    """Hide user and password of URLs anywhere in the line, such as in an exception's text."""
     assert isinstance(line, str), "the renderer comes first"
-    return _CREDENTIALS.sub("://***@", line)
+    return mask_credentials(line)
 
 
 def _goes_to_journal() -> bool:
@@ -65,7 +64,7 @@ def _goes_to_journal() -> bool:
 
 
 class _Lossy:
-    """A stream whose failures end nobody: a full disk takes no log lines, and the daemon has to go on all the same.
+    """A stream that never fails: when a full disk takes no log lines, the daemon has to go on all the same.
 
     How many lines were lost is said as soon as one can be written again.
     """
@@ -92,7 +91,7 @@ class _Lossy:
 
 
 class _LibraryHandler(logging.Handler):
-    """Passes on what libraries (aiohttp, asyncio) say through the standard library, so that it looks like our own."""
+    """Passes log lines of libraries (aiohttp, asyncio) on to our own log, in its form."""
 
     def __init__(self, log: FilteringBoundLogger) -> None:
         super().__init__()
@@ -141,7 +140,7 @@ def configure(level: str, style: Literal["auto", "console", "json"]) -> Filterin
 
 
 def set_level(level: str) -> None:
-    """Write lines of at least this level from now on, of libraries those that are warnings besides."""
+    """Set the least level of lines from now on; of libraries, at least warnings."""
     numeric = logging.getLevelNamesMapping()[level.upper()]
     _LEVEL.setLevel(numeric)
     logging.getLogger().setLevel(max(numeric, logging.WARNING))

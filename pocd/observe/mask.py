@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import base64
+import re
+from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 SHORTEST_SECRET = 4  # characters; to hide a shorter one would garble every text, and hide nothing
+
+_CREDENTIALS = re.compile(r"""://[^\s/"'?#]*@""")
+_BEGUN = re.compile(r"""://[^\s/"'?#]*\Z""")
 
 
 def mask_url(url: str) -> str:
@@ -21,7 +29,7 @@ def mask_url(url: str) -> str:
         # Up to the last @, even after a slash: rather hide too much than half of a password that was not encoded.
         rest = "***@" + rest.rpartition("@")[2]
     masked = scheme + separator + rest + question_mark + "&".join(_mask_parameter(part) for part in query.split("&"))
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in masked)
+    return "".join(character if character.isprintable() else "\ufffd" for character in masked)
 
 
 def _mask_parameter(part: str) -> str:
@@ -41,19 +49,45 @@ def url_secrets(url: str) -> tuple[str, ...]:
         return ()
     user, _, password = info.partition(":")
     plain = f"{unquote(user)}:{unquote(password)}"
-    forms = {info, plain, base64.b64encode(plain.encode()).decode(), password, unquote(password)}
+    sent = {base64.b64encode(plain.encode(encoding, "replace")).decode() for encoding in ("utf-8", "latin-1")}
+    forms = {info, plain, password, unquote(password)} | sent
     return tuple(sorted((form for form in forms if len(form.strip(":")) >= SHORTEST_SECRET), key=len, reverse=True))
 
 
-def excerpt(data: bytes | str, limit: int = 80) -> str:
-    """Return the first `limit` characters of `data` on one line, or "(nothing)".
+def mask_credentials(text: str) -> str:
+    """Return `text` with the user info of all URLs in it masked."""
+    return _CREDENTIALS.sub("://***@", text)
+
+
+def excerpt(data: bytes | str, limit: int = 80, *, secrets: Sequence[str] = (), cut: bool = False) -> str:
+    """Return the first `limit` characters of `data` on one line and without secrets, or "(nothing)".
 
     Control characters and runs of white space become one space; bytes that are not UTF-8 become U+FFFD; an ellipsis
-    says that more came.
+    says that more came. What is secret is masked before anything is cut away, and where `data` was cut already, a
+    secret that begins at its end goes too.
+
+    Args:
+        data: From anybody.
+        limit: In characters.
+        secrets: To be masked, as of `url_secrets`; the user info of any URL is masked besides.
+        cut: Whether `data` may be only the beginning of what came.
     """
     ample = data[: 16 * limit]  # enough for `limit` characters, and megabytes of HTML cost nothing
+    cut = cut or len(ample) < len(data)
     text = ample.decode("utf-8", "replace") if isinstance(ample, bytes) else ample
-    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    if len(line) > limit or len(ample) < len(data):
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    text = mask_credentials(text)
+    if cut:
+        text = _drop_begun(text, secrets)
+    line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
+    if cut or len(line) > limit:
         line = line[:limit] + "…"
     return line or "(nothing)"
+
+
+def _drop_begun(text: str, secrets: Sequence[str]) -> str:
+    """Drop from the end of `text` what may be the beginning of a secret, or of a URL's user info."""
+    text = _BEGUN.sub("://", text.rstrip("\ufffd"))  # its last character may be cut too
+    lengths = (length for secret in secrets for length in range(1, len(secret)) if text.endswith(secret[:length]))
+    return text[: len(text) - max(lengths, default=0)]

@@ -1,4 +1,4 @@
-"""Tell the service manager how we are: the sd_notify protocol (sd_notify(3))."""
+"""Notify the service manager of the daemon's state: the sd_notify protocol (sd_notify(3))."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ class Notifier:
             channel.sendto(text.encode(errors="replace"), address)
 
     def ready(self) -> None:
-        """The service is up: READY=1."""
+        """Send READY=1: the service is up."""
         self._send("READY=1")
 
     def status(self, text: str) -> None:
-        """One line for `systemctl status`: STATUS=…."""
+        """Send one line for `systemctl status`: STATUS=…."""
         self._send(f"STATUS={text.replace(chr(10), ' ')}")
 
     def alive(self) -> None:
-        """The event loop turns: WATCHDOG=1."""
+        """Send WATCHDOG=1: the event loop turns."""
         self._send("WATCHDOG=1")
 
     def reloading(self, monotonic: float) -> None:
-        """The configuration is read again, until `ready`: RELOADING=1, with the time by CLOCK_MONOTONIC in seconds."""
+        """Send RELOADING=1, with the time by CLOCK_MONOTONIC in seconds: the configuration is being read again."""
         self._send(f"RELOADING=1\nMONOTONIC_USEC={int(monotonic * 1e6)}")
 
     def stopping(self) -> None:
-        """The service is going down: STOPPING=1."""
+        """Send STOPPING=1: the service is going down."""
         self._send("STOPPING=1")

@@ -1,1 +1,1 @@
-"""The GPU worker: a child process, and the coroutine that keeps it alive."""
+"""The process that owns a device, and the messages between it and the daemon."""

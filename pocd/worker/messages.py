@@ -1,4 +1,4 @@
-"""What daemon and worker say to each other: frames of a length (4 bytes, big-endian) and JSON."""
+"""The messages between daemon and worker, in frames: a length (4 bytes, big-endian) and that many bytes of JSON."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import orjson
 
-from pocd.proof import Round
+from pocd.protocol.proof import Round
 
 if TYPE_CHECKING:
     import asyncio
     from typing import BinaryIO
 
-    from pocd.compute.names import Compile, Dtype
+    from pocd.protocol.names import Compile, Dtype
 
 FailureKind = Literal["configuration", "device", "memory", "fault"]
 LARGEST_FRAME = 16 * 2**20  # bytes
@@ -26,11 +26,17 @@ class Load:
     """To the worker, first and once: load this model and test it in the shape that will be used.
 
     Attributes:
-        devices: One for each of the worker's ranks.
+        model: Name of the model: a folder, or one of a hub.
+        dtype: The number format of the model's weights.
+        devices: The devices of the worker, one for each of its ranks.
+        scheme: Name of the scheme that is mined.
+        seq_len: Length of a sequence, in tokens.
+        batch_size: Nonces per batch; where `shrink` is set, at most.
         shrink: Whether the batch size is halved until it fits into memory.
-        compile: "auto", "always" or "never".
-        rank: Which of the worker's processes this one is; 0 leads.
-        meeting: The folder in which several ranks find each other.
+        revision: The model's revision on its hub; None for the newest.
+        compile: Whether the model is compiled: "auto", "always" or "never".
+        rank: Which of the worker's processes the receiver is; rank 0 leads.
+        rendezvous: The folder in which the ranks of a split model find one another.
     """
 
     model: str
@@ -43,11 +49,11 @@ class Load:
     revision: str | None = None
     compile: Compile = "auto"
     rank: int = 0
-    meeting: str | None = None
+    rendezvous: str | None = None
 
     @property
     def device(self) -> str:
-        """The rank's own."""
+        """The device of this rank."""
         return self.devices[self.rank]
 
     @property
@@ -58,7 +64,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """To the worker: compute distances of the nonces first, first + step, … (`count` of them)."""
+    """To the worker: compute the distances of the nonces first, first + step, … (`count` of them)."""
 
     id: int
     round: Round
@@ -69,7 +75,11 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Recompute:
-    """To the worker: compute distances of these nonces before any Compute that is not begun; `last` of this round."""
+    """To the worker: compute the distances of these nonces, before any Compute that is not begun.
+
+    Attributes:
+        last: Whether no Recompute of the same round follows.
+    """
 
     id: int
     round: Round
@@ -79,7 +89,7 @@ class Recompute:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """To the worker: leave out every Compute up to this id that was not begun."""
+    """To the worker: leave out every Compute with an id up to `through` that was not begun."""
 
     through: int
 
@@ -89,15 +99,20 @@ class Ready:
     """From the worker: the model is loaded and has answered its self-test.
 
     Attributes:
-        fingerprint: Of the model's weights.
-        device: Of each rank, joined by "+".
-        decoder: "flat", or "layers" for a model that is run by transformers' own layers.
-        execution: "eager", "compiled" or "captured".
-        execution_reason: Why so.
-        load_seconds: What loading the model took.
-        compile_seconds: What compiling it took.
-        batch_size: That fits into memory.
-        longest_seq_len: That the model's positions allow.
+        model: Name of the model, as it was asked for.
+        fingerprint: Hash of the model's weights.
+        dtype: The number format of the model's weights.
+        device: The devices of all ranks, joined by "+".
+        hidden_size: Length of the model's hidden states.
+        layers: How many layers the model has.
+        decoder: How the model's layers are run: "flat" by our own code, "layers" by that of transformers.
+        execution: How a batch is run: "eager", "compiled" or "captured".
+        execution_reason: Why a batch is run so.
+        load_seconds: How long it took to load the model.
+        compile_seconds: How long it took to compile the model.
+        batch_size: Nonces per batch, as many as fit into memory.
+        longest_seq_len: The longest sequence that the model's positions allow, in tokens.
+        torch: Version of torch.
     """
 
     model: str
@@ -118,14 +133,14 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """From the worker, before it is ready: what it does now, in a few words."""
+    """From the worker, before it is ready: what it does now, in a few words for people."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
-    """From a rank on a GPU, before it is ready: the card's name, and its identity as the driver knows it."""
+class CardIdentity:
+    """From a rank on a GPU, before it is ready: the card's name, and its UUID as the driver knows it."""
 
     name: str
     uuid: str
@@ -136,8 +151,9 @@ class Failed:
     """From the worker, last: why it ends.
 
     Attributes:
-        kind: "configuration": it cannot work as configured. "device": its device is not there. "memory": a batch does
-            not fit into its memory. "fault": the device, its driver or another rank failed.
+        kind: "configuration": the worker cannot work as configured. "device": its device is not there. "memory": a
+            batch does not fit into the device's memory. "fault": the device, its driver or another rank failed.
+        message: The reason, for people.
     """
 
     kind: FailureKind
@@ -146,10 +162,12 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class RoundBegun:
-    """From the worker: it works on this round now, and theory expects this share of valid nonces.
+    """From the worker: it works on this round now.
 
     Attributes:
-        execution: How, as in `Ready`: a shape of its own may be run in another way.
+        expected_valid_rate: The share of valid nonces that theory expects of the round.
+        execution: How the round's batches are run, as in `Ready`; a round in a shape of its own may run in another way.
+        execution_reason: Why the round's batches are run so.
     """
 
     round_id: str
@@ -175,8 +193,8 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True)
-class BatchSize:
-    """From the worker: memory has become short, and batches are of this size from now on."""
+class BatchShrunk:
+    """From the worker: memory has become short, and batches are of `size` nonces from now on."""
 
     size: int
     reason: str
@@ -200,13 +218,13 @@ Message = (
     | Recompute
     | Cancel
     | Stage
-    | Card
+    | CardIdentity
     | Ready
     | Failed
     | RoundBegun
     | Distances
     | Refused
-    | BatchSize
+    | BatchShrunk
     | Cancelled
     | Heartbeat
 )

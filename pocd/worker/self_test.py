@@ -1,4 +1,4 @@
-"""What a worker does before it is trusted: known distances first, then the configured model in its own shape."""
+"""The tests that a worker passes before it is ready: known distances, and the configured model in its own shape."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import orjson
 
 from pocd.compute.compiled import compile_model
 from pocd.compute.engine import block_run
-from pocd.compute.errors import ComputeError, DeviceError
-from pocd.compute.names import default_tolerance
-from pocd.compute.schemes import SCHEMES
+from pocd.protocol.errors import ComputeError, DeviceError
+from pocd.protocol.names import default_tolerance
+from pocd.protocol.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
     from pocd.compute.model import Model
     from pocd.worker.messages import Load
 
-KNOWN = Path(__file__).parent / "known_distances.json"  # written by scripts/record_known_distances.py
+KNOWN = Path(__file__).parent / "known_distances.json"  # written by scripts/tools/known_distances.py
 
 
 def read_known() -> dict[str, Any]:
-    """Return the known distances, and what they are of."""
+    """Return the known distances, with the model, the round and the nonces that they belong to."""
     known: dict[str, Any] = orjson.loads(KNOWN.read_bytes())
     return known
 
 
 def check_known(model: Model, load: Load) -> None:
-    """Compare the bundled model's distances on this device with those that are known.
+    """Compare the bundled model's distances on this device with the known ones.
 
     Args:
-        model: The bundled one that they are of, loaded as the configured one will be.
-        load: Names the scheme and the dtype.
+        model: The bundled model of the known distances, loaded as the configured model will be.
+        load: What the worker is to load; its scheme and dtype are tested.
 
     Raises:
-        DeviceError: They differ by more than two honest distances may.
+        DeviceError: The distances differ by more than two honest ones may.
     """
     known = read_known()
     nonces: Sequence[int] = known["schemes"][load.scheme]["nonces"]
@@ -57,10 +57,10 @@ def check_known(model: Model, load: Load) -> None:
 
 
 def compiled(model: Model, load: Load, *, seq_len: int, batch_size: int) -> Model:
-    """Return the model compiled for a shape, where `load` asks for it and it is possible; see its `execution`.
+    """Return the model, compiled for a shape if `load` asks for it and it is possible (see `Model.execution`).
 
     Raises:
-        ComputeError: It has to be compiled, and cannot be.
+        ComputeError: The model has to be compiled, and cannot be.
     """
     return compile_model(model, load.compile, scheme=SCHEMES[load.scheme], seq_len=seq_len, batch_size=batch_size)
 
@@ -69,8 +69,8 @@ def check_shape(model: Model, load: Load, batch_size: int) -> None:
     """Run the model once in the shape that will be used, and check that it answers the same twice.
 
     Raises:
-        NonFiniteError: It gave NaN or infinity.
-        OutOfMemoryError: The batch does not fit.
+        NonFiniteError: The model gave NaN or infinity.
+        OutOfMemoryError: The batch does not fit into memory.
         ComputeError: Two answers to one nonce differ.
     """
     scheme = SCHEMES[load.scheme]

@@ -1,0 +1,1 @@
+"""`pocd check`: find what keeps this host from mining and delivering."""

@@ -1,0 +1,74 @@
+"""Checks of the files with secrets: are they there, good, and closed to others?"""
+
+from __future__ import annotations
+
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from pocd.check.finding import Finding, green, red, yellow
+from pocd.config.secrets import read_token
+from pocd.config.settings import ConfigError
+from pocd.http.webhooks import SecretError, WebhookKeys
+from pocd.observe.mask import url_secrets
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pocd.config.settings import Settings
+
+NAME = "secrets"
+
+
+def check_secrets(settings: Settings, config: Path) -> list[Finding]:
+    """Look at the token, the receivers' secrets, and the configuration where a URL in it holds a password."""
+    files = {f"{each.name}'s secret_file": each.secret_file for each in settings.delivery.receivers if each.secret_file}
+    if settings.admin.token_file:
+        files["admin.token_file"] = settings.admin.token_file
+    findings = [problem for key, path in files.items() if (problem := _check_content(key, path))]
+    findings += [problem for key, path in files.items() if (problem := check_mode(key, path))]
+    findings += _check_config(settings, config)
+    if findings:
+        return findings
+    return [green(NAME, f"{len(files)} files, closed to others" if files else "no file is configured")]
+
+
+def _check_content(key: str, path: Path) -> Finding | None:
+    try:
+        if key == "admin.token_file":
+            read_token(path)
+        else:
+            WebhookKeys.from_file(path)
+    except (ConfigError, SecretError) as error:
+        return red(NAME, f"{key}: {error}", "write the file anew, readable by the daemon's user alone")
+    return None
+
+
+def check_mode(key: str, path: Path) -> Finding | None:
+    """Return a finding about the permissions of a secret's file; None where they are good or the file is missing."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    mode, us = found.st_mode, os.geteuid()
+    text = f"{key} {path} (mode {stat.S_IMODE(mode):04o})"
+    if mode & (stat.S_IROTH | stat.S_IWOTH):
+        return red(NAME, f"{text} is open to every user of this host", f"chmod o= {path}, and make a new secret")
+    if mode & stat.S_IWGRP:
+        return yellow(NAME, f"{text} can be written by its group", f"chmod g-w {path}")
+    if us and found.st_uid not in {0, us}:
+        return yellow(NAME, f"{text} belongs to user {found.st_uid}, not to root or us", f"chown root {path}")
+    return None
+
+
+def _check_config(settings: Settings, config: Path) -> list[Finding]:
+    urls = [*settings.chain.urls, *(receiver.url for receiver in settings.delivery.receivers)]
+    text = config.read_text(encoding="utf-8")
+    holds = any(secret in text for url in urls for secret in url_secrets(url))
+    if not holds or not config.stat().st_mode & stat.S_IROTH:
+        return []
+    return [
+        yellow(
+            NAME, f"{config} holds a URL with a password, and every user of this host can read it", f"chmod o= {config}"
+        )
+    ]

@@ -1,1 +1,0 @@
-"""`pocd check`: what an operator has to mend, told before it costs anything. It changes nothing and starts nothing."""

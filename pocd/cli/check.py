@@ -1,0 +1,47 @@
+"""`pocd check`: find what keeps this host from mining and delivering."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+from typing import Annotated
+
+import typer
+
+from pocd.cli.api import ConfigOption, echo
+from pocd.config.settings import DEFAULT_PATH, ConfigError, load
+from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_OK
+
+
+def check(
+    *,
+    config: ConfigOption = DEFAULT_PATH,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a list of {name, level, text, remedy}.")] = False,
+) -> None:
+    """Look for what keeps this host from mining and delivering; each red line comes with its remedy.
+
+    It changes nothing, and may be run beside the daemon; run it as the daemon's user. Exit status: 0 where nothing is
+    red, 1 where something is, 78 where the configuration cannot be used at all.
+    """
+    from pocd.check import report
+    from pocd.check.finding import Level, red
+
+    try:
+        settings = load(config)
+    except ConfigError as error:
+        findings, status = (
+            [red("configuration", str(error), "correct it; config/pocd.toml explains every key")],
+            EXIT_CONFIG,
+        )
+    else:
+        from pocd.check import host
+
+        findings = asyncio.run(host.check_host(config, settings))
+        status = EXIT_CRASH if any(finding.level is Level.RED for finding in findings) else EXIT_OK
+    terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if terminal else None
+    colour = terminal and "NO_COLOR" not in os.environ
+    echo(report.as_json(findings) if as_json else report.as_text(findings, width=width, colour=colour))
+    raise typer.Exit(status)

@@ -1,0 +1,54 @@
+"""Examples that `--help` shows beneath each command; a test checks that each can be parsed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import typer
+
+_OF_BLOCK = "\\\n      --block-hash 9F2E5C --public-key gonka1abc"
+
+EXAMPLES = {
+    "run": ["pocd run --config /etc/pocd/pocd.toml"],
+    "demo": ["pocd demo", "pocd demo --blocks 3 --block-seconds 5"],
+    "status": ["pocd status", "pocd status --json", "pocd status --url unix:///run/pocd/admin.sock"],
+    "watch": ["pocd watch", "pocd watch --url http://10.0.0.7:8460 --token-file token", "pocd watch --interval 5"],
+    "stop": ["pocd stop", "pocd stop --url unix:///run/pocd/admin.sock"],
+    "resume": ["pocd resume"],
+    "devchain": ["pocd devchain", "pocd devchain --port 26658 --block-seconds 30 --seed test"],
+    "receiver": ["pocd receiver --store proofs.db", "pocd receiver --host 0.0.0.0 --secret-file secrets"],
+    "compute": [
+        f"pocd compute --model bundled:tiny-qwen3 {_OF_BLOCK} --nonces 0:8",
+        f"pocd compute --model Qwen/Qwen3-0.6B --device cuda {_OF_BLOCK} --nonces 0:1000,5000",
+    ],
+    "calibrate": [
+        "pocd calibrate --model bundled:tiny-qwen3 --rate 0.1",
+        "pocd calibrate --model Qwen/Qwen3-0.6B --device cuda --blocks 20 --json",
+    ],
+    "audit": ["pocd audit --model bundled:tiny-qwen3", "pocd audit --model bundled:tiny-qwen3 --scheme poc3 --json"],
+    "validate": [
+        "pocd validate batch.json",
+        "pocd validate batch.json --sample 100 --seed 9F2E5C",
+        "pocd validate - --model bundled:tiny-qwen3 --r-target 1.4042",
+    ],
+    "check": ["pocd check", "pocd check --config /etc/pocd/pocd.toml --json"],
+    "config check": ["pocd config check", "pocd config check --config /etc/pocd/pocd.toml"],
+    "config show": ["pocd config show", "pocd config show --config /etc/pocd/pocd.toml"],
+    "outbox list": ["pocd outbox list", "pocd outbox list --state dead --receiver main", "pocd outbox list --json"],
+    "outbox show": ["pocd outbox show 5f1c0c6e", "pocd outbox show 5f1c0c6e --json"],
+    "outbox retry": ["pocd outbox retry --all", "pocd outbox retry --receiver main --state expired"],
+    "outbox purge": ["pocd outbox purge 5f1c0c6e", "pocd outbox purge --state withdrawn --yes"],
+}
+
+
+def add_examples(app: typer.Typer, group: str = "") -> None:
+    """Put the examples beneath the help of the commands of `app`, and of its groups."""
+    for command in app.registered_commands:
+        assert command.callback is not None
+        name = command.name or command.callback.__name__
+        if lines := EXAMPLES.get(f"{group}{name}"):
+            command.epilog = "\b\n" + "\n  ".join(["Examples:", *lines])  # \b: the lines stay as they are
+    for each in app.registered_groups:
+        assert each.typer_instance is not None
+        add_examples(each.typer_instance, f"{each.name} ")

@@ -1,0 +1,113 @@
+"""`pocd outbox`: look at the batches of a running daemon, send them again, give them up."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import typer
+
+from pocd.cli import report
+from pocd.cli.api import ConfigOption, TokenOption, UrlOption, call_api, echo
+from pocd.config.settings import DEFAULT_PATH
+
+app = typer.Typer(no_args_is_help=True, help="Look at batches, send them again, give them up.")
+
+STATES = "pending, delivered, dead, expired or withdrawn"
+IdsArgument = Annotated[list[str] | None, typer.Argument(metavar="[ID]...", help="Ids of batches to select.")]
+ReceiverOption = Annotated[str | None, typer.Option("--receiver", help="Select batches of this receiver only.")]
+StatesOption = Annotated[
+    list[str] | None, typer.Option("--state", help=f"Select batches in this state only, may be repeated: {STATES}.")
+]
+AllOption = Annotated[bool, typer.Option("--all", help="Select all batches that are no longer sent.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the API's whole answer.")]
+
+
+@app.command("list")
+def list_batches(
+    *,
+    state: Annotated[str | None, typer.Option(help=f"{STATES}. Default: all but delivered.")] = None,
+    receiver: ReceiverOption = None,
+    limit: Annotated[int, typer.Option(help="Batches at most.", min=1, max=1000)] = 100,
+    after: Annotated[
+        str | None, typer.Option(help="List what follows this place, as printed under the last page.")
+    ] = None,
+    as_json: JsonOption = False,
+    config: ConfigOption = DEFAULT_PATH,
+    url: UrlOption = None,
+    token_file: TokenOption = None,
+) -> None:
+    """Show batches that wait or are no longer sent, with reasons, attempts and ages."""
+    given = {"state": state, "receiver": receiver, "limit": str(limit), "after": after}
+    query = {key: value for key, value in given.items() if value is not None}
+    body = call_api("GET", "/api/v1/outbox", config, url, token_file, query=query)
+    echo(report.as_json(body) if as_json else report.outbox_as_text(body))
+
+
+@app.command()
+def show(
+    batch: Annotated[str, typer.Argument(metavar="ID", help="The batch's id.")],
+    *,
+    as_json: JsonOption = False,
+    config: ConfigOption = DEFAULT_PATH,
+    url: UrlOption = None,
+    token_file: TokenOption = None,
+) -> None:
+    """Show one batch: its delivery to each receiver, and its content."""
+    path = f"/api/v1/outbox/{quote(batch, safe='')}"
+    body = call_api("GET", path, config, url, token_file)
+    echo(report.as_json(body) if as_json else report.batch_as_text(body))
+
+
+@app.command()
+def retry(
+    ids: IdsArgument = None,
+    *,
+    receiver: ReceiverOption = None,
+    state: StatesOption = None,
+    every: AllOption = False,
+    config: ConfigOption = DEFAULT_PATH,
+    url: UrlOption = None,
+    token_file: TokenOption = None,
+) -> None:
+    """Send dead or expired batches again, and try their receivers at once, also parked ones."""
+    answer = call_api(
+        "POST", "/api/v1/outbox/retry", config, url, token_file, body=_selection(ids, receiver, state, every, "retry")
+    )
+    echo(f"{answer['queued']} batches queued again; asked at once: {', '.join(answer['receivers']) or 'nobody'}")
+
+
+@app.command()
+def purge(
+    ids: IdsArgument = None,
+    *,
+    receiver: ReceiverOption = None,
+    state: StatesOption = None,
+    every: AllOption = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    config: ConfigOption = DEFAULT_PATH,
+    url: UrlOption = None,
+    token_file: TokenOption = None,
+) -> None:
+    """Give up dead, expired or withdrawn batches for good."""
+    body = _selection(ids, receiver, state, every, "purge")
+    if not yes:
+        typer.confirm("These proofs will not be sent any more and are deleted. Go on?", abort=True)
+    answer = call_api("POST", "/api/v1/outbox/purge", config, url, token_file, body=body)
+    echo(f"{answer['purged']} batches given up")
+
+
+def _selection(
+    ids: list[str] | None,
+    receiver: str | None,
+    states: list[str] | None,
+    every: bool,  # noqa: FBT001 - the option
+    command: str,
+) -> dict[str, Any]:
+    """Return the API's body; naming nothing is a mistake, not everything."""
+    if not (ids or receiver or states or every):
+        raise typer.BadParameter(f"say which batches to {command}: their ids, --receiver, --state or --all")
+    if every and not states:
+        states = ["dead", "expired"] if command == "retry" else ["dead", "expired", "withdrawn"]
+    given = {"ids": ids, "receiver": receiver, "states": states}
+    return {key: value for key, value in given.items() if value}

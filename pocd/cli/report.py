@@ -1,0 +1,153 @@
+"""The status, the outbox and a verdict as text for people."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any
+
+import orjson
+
+from pocd.admin.text import age, card_text, clean, funnel_text, local_time, rates_text, speed, valid_rate_text
+
+
+def as_json(body: dict[str, Any]) -> str:
+    """Return the whole status as indented JSON."""
+    return orjson.dumps(body, option=orjson.OPT_INDENT_2).decode()
+
+
+def _receiver(receiver: dict[str, Any]) -> str:
+    """Describe one receiver's queue and how it answers."""
+    counts = [f"{receiver['delivered_batches']} batches delivered", f"{receiver['pending_batches']} pending"]
+    counts += [
+        f"{receiver[f'{state}_batches']} {state}"
+        for state in ("dead", "expired", "withdrawn", "purged")
+        if receiver[f"{state}_batches"]
+    ]
+    text = f"{receiver['name']}: {', '.join(counts)}"
+    if receiver["url"] is None:
+        return f"{text}; no longer configured, its queue is kept"
+    if receiver["last_error"]:
+        text += f"; last error: {receiver['last_error']}"
+    if receiver["next_attempt_seconds"] is not None and not receiver["parked"]:
+        text += f", asked again in {receiver['next_attempt_seconds']:.0f} s"
+    return text
+
+
+def outbox_as_text(body: dict[str, Any]) -> str:
+    """Return the lines that `pocd outbox list` prints."""
+    lines = [_receiver(receiver) for receiver in body["receivers"]]
+    if body["batches"]:
+        lines += ["", _LETTER.format("receiver", "seq", "batch", "state", "nonces", "attempts", "age", "reason")]
+    lines += [_letter(letter) for letter in body["batches"]]
+    if body["next"]:
+        lines.append(f"more: --after {body['next']}")
+    return "\n".join(lines) or "no receiver and no batch yet"
+
+
+_LETTER = "{:12} {:>6} {:32} {:9} {:>6} {:>8} {:>6}  {}"
+
+
+def _letter(letter: dict[str, Any]) -> str:
+    return _LETTER.format(
+        letter["receiver"],
+        letter["sequence"],
+        letter["id"],
+        letter["state"],
+        letter["nonces"],
+        letter["attempts"],
+        age(letter["age_seconds"]),
+        letter["reason"] or "",
+    ).rstrip()
+
+
+def batch_as_text(body: dict[str, Any]) -> str:
+    """Return the lines that `pocd outbox show` prints."""
+    lines = [_LETTER.format("receiver", "seq", "batch", "state", "nonces", "attempts", "age", "reason")]
+    return "\n".join([*lines, *map(_letter, body["deliveries"]), "", as_json(body["batch"])])
+
+
+def _worker(worker: dict[str, Any]) -> str:
+    """Describe one worker: its device, its rate, and its GPUs."""
+    text = f"{worker['number']}: {worker['device']}"
+    if worker["ready"]:
+        text += f", {worker['execution']}, {speed(worker['computed_per_second_1m'])}"
+    else:
+        text += ", not ready" + (f": {worker['stage']}" if worker["stage"] else "")
+    return "; ".join([text, *map(card_text, worker["cards"])])
+
+
+_SUSPICIONS = {
+    "impossible_claims": "what no honest miner claims (no finite number, or not from 0 to below r_target): "
+    "{impossible_claims} nonces",
+    "duplicates": "repeated nonces: {duplicates} entries; each nonce counts once",
+    "sparse": "few of the node's nonces (density {density:.2g}): the others may have been skipped without computing; "
+    "a low valid rate and a late batch of a long round look the same",
+    "shifted": "claims further than the tolerance from what was recomputed: {shifted} nonces",
+    "other_node": "some nonces are not those of node {node_id} of {node_count}, which the batch says it is",
+}
+
+
+def verdict_as_text(body: dict[str, Any]) -> str:
+    """Return the lines that `pocd validate` prints."""
+    which = "all distinct ones" if body["sample"] is None else f"drawn by {body['seed']!r} from {body['n_batch']}"
+    largest = body["largest_difference"]
+    difference = "no claim is a number" if largest is None else f"{largest:.2g} at most from claimed to recomputed"
+    chance, threshold = f"{body['probability_honest']:.2g}", f"{body['fraud_threshold']:g}"
+    verdict = f"FRAUD: {chance} < {threshold}" if body["fraud_detected"] else f"honest: {chance} ≥ {threshold}"
+    rows = [
+        ("block", f"{body['block_height']} {_quoted(body['block_hash'])}"),
+        ("miner", f"{_quoted(body['public_key'])}, node {body['node_id']} of {body['node_count']}"),
+        ("held to", "r_target {r_target}, scheme {scheme}, {dtype}, {seq_len} positions".format(**body)),
+        ("weights", f"{body['model_fingerprint']} of {_quoted(body['model'])}"),
+        ("recomputed", f"{body['n']} nonces, {which}; invalid: {body['n_invalid']}"),
+        ("difference", f"{difference}; tolerance {body['tolerance']:.2g}"),
+        *(("suspicious", _SUSPICIONS.get(word, word).format(**body)) for word in body["suspicions"]),
+        ("chance", f"{chance} that an honest miner has so many bad nonces, or more, at {body['mismatch']:g} each"),
+        ("verdict", verdict),
+    ]
+    return "\n".join(f"{name:10} {text}" for name, text in rows)
+
+
+def _quoted(text: str) -> str:
+    """Return text from outside, cleaned and cut to fit a line."""
+    return f"{clean(text[:64])}…" if len(text) > 64 else clean(text)
+
+
+def _block_time(chain: dict[str, Any]) -> str:
+    if chain["block_time"] is None:
+        return ""
+    return (
+        f", its block of {local_time(datetime.fromisoformat(chain['block_time']).timestamp(), '%Y-%m-%d %H:%M:%S %Z')}"
+    )
+
+
+def as_text(body: dict[str, Any]) -> str:
+    """Return the lines that `pocd status` prints."""
+    funnel, rates, chain, worker, round_ = (body[key] for key in ("funnel", "rates", "chain", "worker", "round"))
+    mode = body["control"]["mode"]
+    rows = [
+        ("state", body["state"] if mode in {"FOLLOWING", body["state"]} else f"{body['state']}, mode {mode}"),
+        ("chain", f"{chain['chain_id'] or '–'}, height {chain['height'] or '–'}{_block_time(chain)}"),
+    ]
+    if round_:
+        block = f"block {round_['block_height']} {round_['block_hash'][:16]}…"
+        asked = "" if mode in {"FOLLOWING", "STOPPED"} else "asked for by the API: "
+        rows += [
+            ("round", f"{asked}{block}, {round_['scheme']} on {round_['model']}"),
+            ("valid rate", valid_rate_text(round_)),
+        ]
+    device = "{device}, {dtype}, batches of {batch_size}".format(**worker) if "device" in worker else "not ready"
+    rows += [
+        ("rate", rates_text(rates)),
+        ("funnel", funnel_text(funnel)),
+        ("worker", f"{device}, {worker['restarts']} restarts, {worker['refused_batches']} batches refused"),
+        *(("", _worker(each)) for each in body["workers"]),
+    ]
+    if "fingerprint" in worker:
+        rows.append(("weights", worker["fingerprint"]))
+    if worker["last_refusal"]:
+        rows.append(("refused", worker["last_refusal"]))
+    rows += [("receiver", _receiver(receiver)) for receiver in body["receivers"]]
+    rows += [("alarm", f"{alarm['part']}: {alarm['reason']}") for alarm in body["alarms"]]
+    rows += [("problem", f"{problem['part']}: {problem['reason']}") for problem in body["problems"]]
+    return "\n".join(f"{name:10} {text}" for name, text in rows)

@@ -1,0 +1,200 @@
+"""`pocd validate`: is a batch of proofs honest? Asked of the daemon, or computed here."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import quote
+
+import orjson
+import typer
+
+from pocd.cli import report
+from pocd.cli.api import ConfigOption, TokenOption, UrlOption, call_api, echo
+from pocd.cli.compute import (
+    BatchSizeOption,
+    DeviceOption,
+    DtypeOption,
+    RevisionOption,
+    SchemeOption,
+    SeqLenOption,
+    compute_errors,
+)
+from pocd.config.settings import DEFAULT_PATH, RoundSettings
+from pocd.process import EXIT_CRASH, EXIT_FRAUD, EXIT_OK, EXIT_UNUSABLE, EndedError
+from pocd.protocol.names import default_tolerance
+from pocd.validation.claim import LARGEST_CLAIM, BodyError, Claim, parse_json
+
+if TYPE_CHECKING:
+    from pocd.lab.command import ComputeRequest
+
+DEFAULT_R_TARGET = RoundSettings().r_target
+POLL_SECONDS = 0.5  # between two looks at a validation that takes long
+OF_THE_DAEMON = ("config", "url", "token_file", "timeout")
+OF_THE_ENGINE = (
+    *("scheme", "seq_len", "dtype", "device", "batch_size", "revision"),
+    *("r_target", "fraud_threshold", "tolerance", "node_count"),
+)
+
+RTargetOption = Annotated[float, typer.Option(help="A nonce is valid when its distance is below this.", min=0, max=2)]
+FraudThresholdOption = Annotated[
+    float | None,
+    typer.Option(help="A batch is fraud when an honest miner is less probable than this. Default: 0.01.", min=0, max=1),
+]
+ToleranceOption = Annotated[
+    float | None, typer.Option(help="Difference of distances allowed for rounding. Default: by dtype.", min=0, max=2)
+]
+NodeCountOption = Annotated[int, typer.Option(help="Nodes that share the nonces.", min=1, max=2**63 - 1)]
+WANTED = "wanted is one batch: a JSON object with public_key, block_hash, block_height, nonces and dist"
+
+
+def validate(  # noqa: PLR0913 - one argument per option
+    context: typer.Context,
+    file: Annotated[str, typer.Argument(metavar="FILE", help="One batch as JSON; - reads standard input.")],
+    *,
+    sample: Annotated[int | None, typer.Option(help="Recompute this many nonces only.", min=1)] = None,
+    seed: Annotated[str | None, typer.Option(help="Seed of the sample; the miner must not have known it.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the ValidatedBatch.")] = False,
+    config: ConfigOption = DEFAULT_PATH,
+    url: UrlOption = None,
+    token_file: TokenOption = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that the daemon may take.", min=1)] = 600.0,
+    model: Annotated[str | None, typer.Option(help="Compute here, with this path, hub id or bundled:NAME.")] = None,
+    scheme: SchemeOption = "poc2",
+    seq_len: SeqLenOption = 256,
+    dtype: DtypeOption = "float32",
+    device: DeviceOption = "cpu",
+    batch_size: BatchSizeOption = 32,
+    revision: RevisionOption = None,
+    r_target: RTargetOption = DEFAULT_R_TARGET,
+    fraud_threshold: FraudThresholdOption = None,
+    tolerance: ToleranceOption = None,
+    node_count: NodeCountOption = 1,
+) -> None:
+    """Judge a batch of proofs: exit status 0 honest, 3 fraud, 2 unusable.
+
+    The daemon recomputes the distances; with --model it is done here, and the batch is held to the options.
+    """
+    _refuse_strays(
+        context, *((OF_THE_ENGINE, "without --model") if model is None else (OF_THE_DAEMON, "beside --model"))
+    )
+    _check_sample(sample, seed)
+    raw, claim = _read(file)
+    if model is None:
+        query = {} if sample is None or seed is None else {"sample": str(sample), "seed": seed}
+        body = _ask(raw, query, config, url, token_file, timeout)
+    else:
+        from pocd.lab.command import ComputeRequest
+
+        request = ComputeRequest(
+            model, scheme, claim.block_hash, claim.public_key, seq_len, dtype, device, batch_size, revision
+        )
+        body = _compute(
+            claim,
+            request,
+            sample,
+            seed,
+            r_target=r_target,
+            fraud_threshold=fraud_threshold,
+            tolerance=tolerance,
+            node_count=node_count,
+        )
+    echo(report.as_json(body) if as_json else report.verdict_as_text(body))
+    raise typer.Exit(EXIT_FRAUD if body["fraud_detected"] else EXIT_OK)
+
+
+def _refuse_strays(context: typer.Context, names: tuple[str, ...], where: str) -> None:
+    """Refuse options that would have no effect."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(f"--{name.replace('_', '-')} has no effect {where}")
+
+
+def _check_sample(sample: int | None, seed: str | None) -> None:
+    if (sample is None) != (seed is None):
+        raise typer.BadParameter("--sample and --seed need each other: how many nonces, and what draws them")
+    if seed is not None and (not seed or not seed.isprintable()):
+        raise typer.BadParameter("--seed must be a text of printable characters")
+
+
+def _read(file: str) -> tuple[bytes, Claim]:
+    """Return the bytes of the batch, and the batch parsed."""
+    name = "standard input" if file == "-" else file
+    try:
+        if file == "-":
+            raw = sys.stdin.buffer.read(LARGEST_CLAIM + 1)
+        else:
+            with Path(file).open("rb") as stream:
+                raw = stream.read(LARGEST_CLAIM + 1)
+    except OSError as error:
+        raise EndedError(EXIT_UNUSABLE, f"{name} cannot be read: {error.strerror}") from None
+    if len(raw) > LARGEST_CLAIM:
+        raise EndedError(EXIT_UNUSABLE, f"{name} is larger than {LARGEST_CLAIM // 2**20} MiB; {WANTED}")
+    try:
+        return raw, parse_json(Claim, raw)
+    except BodyError as error:
+        raise EndedError(EXIT_UNUSABLE, f"{name} cannot be used: {error}; {WANTED}") from None
+
+
+def _ask(
+    raw: bytes, query: dict[str, str], config: Path, url: str | None, token_file: Path | None, timeout: float
+) -> dict[str, Any]:
+    """Let the daemon judge, and wait for it."""
+    deadline = time.monotonic() + timeout
+    path = "/api/v1/pow/validate"
+    body = call_api("POST", path, config, url, token_file, query=query, body=raw, exit_of_refusal=EXIT_UNUSABLE)
+    while "fraud_detected" not in body:  # 202: it takes long
+        if time.monotonic() >= deadline:
+            raise EndedError(
+                EXIT_CRASH, f"no verdict within {timeout:g} s; the daemon goes on: GET {path}/{body['id']}"
+            )
+        time.sleep(POLL_SECONDS)
+        body = call_api("GET", f"{path}/{quote(body['id'], safe='')}", config, url, token_file)
+    return body
+
+
+def _compute(
+    claim: Claim,
+    request: ComputeRequest,
+    sample: int | None,
+    seed: str | None,
+    *,
+    r_target: float,
+    fraud_threshold: float | None,
+    tolerance: float | None,
+    node_count: int,
+) -> dict[str, Any]:
+    """Recompute the distances here, and judge."""
+    from pocd.lab.command import prepared
+    from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH
+    from pocd.validation.conditions import MismatchError
+    from pocd.validation.verdict import Terms, check, judge, sampled
+
+    with compute_errors(), prepared(request) as run:
+        terms = Terms(
+            r_target=r_target,
+            fraud_threshold=FRAUD_THRESHOLD if fraud_threshold is None else fraud_threshold,
+            mismatch=MISMATCH,
+            tolerance=default_tolerance(request.dtype, run.scheme, run.model.hidden_size)
+            if tolerance is None
+            else tolerance,
+            scheme=request.scheme,
+            model=request.model,
+            model_fingerprint=run.model.fingerprint,
+            dtype=request.dtype,
+            seq_len=request.seq_len,
+            node_count=node_count,
+            revision=request.revision,
+        )
+        try:
+            check(claim, terms)
+        except MismatchError as error:
+            raise EndedError(EXIT_UNUSABLE, str(error)) from None
+        nonces = sampled(claim.nonces, sample, seed)
+        found = run.distances(nonces, batch_size=request.batch_size)
+    batch = judge(claim, terms, dict(zip(nonces, found, strict=True)), sample, seed)
+    body: dict[str, Any] = orjson.loads(batch.to_json())
+    return body

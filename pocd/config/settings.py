@@ -1,0 +1,364 @@
+"""Configuration: a TOML file, and the environment above it (POCD_SECTION__KEY).
+
+`config/pocd.toml` shows every key; a test holds the two equal.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+from pocd.config.types import (
+    BatchSize,
+    Device,
+    HostName,
+    HttpUrl,
+    Origin,
+    Port,
+    PublicKey,
+    ReceiverName,
+    SchemeName,
+    SecretFile,
+    SocketPath,
+)
+from pocd.observe.mask import mask_url
+from pocd.protocol.errors import ModelError
+from pocd.protocol.names import Compile, Dtype, resolve
+from pocd.protocol.numbers import Count, Index
+from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH, MOST_NONCES
+from pocd.protocol.schemes import SCHEMES
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from pydantic.fields import FieldInfo
+    from pydantic_core import ErrorDetails
+
+DEFAULT_PATH = Path("/etc/pocd/pocd.toml")
+ENV_PREFIX = "POCD_"
+LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used; the message names the key and what is allowed."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
+
+
+class NodeSettings(_Section):
+    """The miner's key, and this node's share of the nonces: node_id + node_count · x."""
+
+    public_key: PublicKey
+    node_id: Index = 0
+    node_count: Count = 1
+
+    @model_validator(mode="after")
+    def _id_below_count(self) -> Self:
+        if self.node_id >= self.node_count:
+            raise ValueError(f"node_id {self.node_id} must be below node_count {self.node_count}")
+        return self
+
+
+class ChainSettings(_Section):
+    """The chain that block hashes come from."""
+
+    kind: Literal["cometbft", "evm"] = "cometbft"
+    urls: list[HttpUrl] = Field(min_length=1)
+    id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    poll_interval: float = Field(default=2.0, gt=0, le=3600)
+    confirmations: Annotated[int, Field(ge=0, le=10_000)] | None = None
+    replaced_blocks: Literal["withdraw", "deliver"] | None = None
+
+    @model_validator(mode="after")
+    def _reorganisations_are_of_evm(self) -> Self:
+        for name in ("confirmations", "replaced_blocks"):
+            if self.kind != "evm" and getattr(self, name) is not None:
+                raise ValueError(f'{name} can be set for kind "evm" only: other chains do not reorganise')
+        return self
+
+
+class RoundSettings(_Section):
+    """Start and duration of rounds, and the conditions of a valid nonce."""
+
+    every: Count = 60
+    offset: Index = 0
+    duration: Count = 60
+    r_target: float = Field(default=1.4042, gt=0, le=2)
+    scheme: SchemeName = "poc2"
+    seq_len: Count = 256
+
+    @model_validator(mode="after")
+    def _rounds_fit(self) -> Self:
+        if self.offset >= self.every:
+            raise ValueError(f"offset {self.offset} must be below every {self.every}")
+        if self.duration > self.every:
+            raise ValueError(f"duration {self.duration} must be at most every {self.every}")
+        if self.seq_len < (least := SCHEMES[self.scheme].least_seq_len):
+            raise ValueError(f"seq_len {self.seq_len} is too short for scheme {self.scheme!r}: {least} or more")
+        return self
+
+
+class ModelSettings(_Section):
+    """The model, its precision and its devices."""
+
+    name: str = Field(default="Qwen/Qwen3-0.6B", min_length=1)
+    revision: Annotated[str, Field(min_length=1)] | None = None
+    dtype: Dtype = "bfloat16"
+    device: Device = "cuda"
+    parallel: int = Field(default=1, ge=1, le=64)
+
+    @model_validator(mode="after")
+    def _devices_for_each_worker(self) -> Self:
+        if isinstance(self.device, list) and len(self.device) % self.parallel:
+            raise ValueError(
+                f"device lists {len(self.device)} devices, which must be a multiple of parallel, {self.parallel}"
+            )
+        if isinstance(self.device, str) and self.device.startswith("cuda:") and self.parallel > 1:
+            raise ValueError(f"parallel is {self.parallel}: list as many devices in device, or set it to 'cuda'")
+        return self
+
+
+class WorkerSettings(_Section):
+    """Batches and compilation of the GPU workers."""
+
+    batch_size: BatchSize = "auto"
+    batch_timeout: float = Field(default=300.0, gt=0)
+    compile: Compile = "auto"
+    cache: Path | None = None
+
+
+class ReceiverSettings(_Section):
+    """One receiver of proofs."""
+
+    name: ReceiverName
+    url: HttpUrl
+    secret_file: SecretFile | None = None
+
+
+class DeliverySettings(_Section):
+    """The receivers of proofs, and when a batch is closed."""
+
+    receivers: list[ReceiverSettings] = []
+    batch_nonces: int = Field(default=1000, ge=1, le=100_000)
+    batch_seconds: float = Field(default=5.0, gt=0)
+    expire_after: float = Field(default=604_800.0, gt=0)
+    keep_delivered: float = Field(default=86_400.0, ge=0)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [receiver.name for receiver in self.receivers]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"receivers must have different names; repeated: {', '.join(repeated)}")
+        return self
+
+
+class AdminSettings(_Section):
+    """The admin API."""
+
+    host: str = "127.0.0.1"
+    port: Port = 8460
+    socket: SocketPath | None = None
+    token_file: SecretFile | None = None
+    open_reads: bool = False
+    allowed_hosts: list[HostName] = []
+    callback_origins: list[Origin] = []
+
+    @property
+    def beyond_loopback(self) -> bool:
+        """Tell whether other hosts can reach the API."""
+        return self.socket is None and self.host not in LOOPBACK_HOSTS
+
+    @model_validator(mode="after")
+    def _token_where_it_is_needed(self) -> Self:
+        if self.beyond_loopback and self.token_file is None:
+            raise ValueError(
+                f"host {self.host!r} is not loopback: set token_file, so that not everybody can stop mining"
+            )
+        if self.open_reads and self.token_file is None:
+            raise ValueError("open_reads needs a token_file: without one nobody is asked for a token anyway")
+        return self
+
+
+class ValidationSettings(_Section):
+    """Terms of judging other miners' batches, and limits of validation."""
+
+    fraud_threshold: float = Field(default=FRAUD_THRESHOLD, gt=0, lt=1)
+    mismatch: float = Field(default=MISMATCH, gt=0, lt=1)
+    tolerance: Annotated[float, Field(ge=0, le=2)] | None = None
+    max_nonces: int = Field(default=10_000, ge=1, le=MOST_NONCES)
+    max_queued: int = Field(default=16, ge=1, le=1000)
+
+
+class StoreSettings(_Section):
+    """File and size limits of the outbox."""
+
+    path: Path = Path("/var/lib/pocd/outbox.db")
+    size_limit_mib: int = Field(default=8192, ge=1, le=2**40)
+    free_space_mib: int = Field(default=32, ge=0, le=2**40)
+
+
+class LogSettings(_Section):
+    """Level and format of the log."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "console", "json"] = "auto"
+
+
+class _Environment(EnvSettingsSource):
+    """Leaves a list that is not JSON as it is, so that validation names its key and variable."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:  # noqa: ANN401 - as overridden
+        try:
+            return super().decode_complex_value(field_name, field, value)
+        except ValueError:
+            return value
+
+
+class Settings(BaseSettings):
+    """The whole configuration. Make one with `load`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX,
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        hide_input_in_errors=True,
+        nested_model_default_partial_update=True,
+    )
+
+    node: NodeSettings
+    chain: ChainSettings
+    round: RoundSettings = RoundSettings()
+    model: ModelSettings = ModelSettings()
+    worker: WorkerSettings = WorkerSettings()
+    delivery: DeliverySettings = DeliverySettings()
+    admin: AdminSettings = AdminSettings()
+    validation: ValidationSettings = ValidationSettings()
+    store: StoreSettings = StoreSettings()
+    log: LogSettings = LogSettings()
+
+    @model_validator(mode="after")
+    def _what_a_split_model_can(self) -> Self:
+        if self.model.parallel > 1 and SCHEMES[self.round.scheme].weights != "trained":
+            raise ValueError(f"model.parallel must be 1 with round.scheme {self.round.scheme!r}, which draws weights")
+        if self.model.parallel > 1 and self.worker.compile == "always":
+            raise ValueError("worker.compile must be 'auto' or 'never' with model.parallel above 1")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - the signature is pydantic-settings'
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - likewise
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - likewise
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Put the environment above what `load` read from the file."""
+        return _Environment(settings_cls), init_settings
+
+
+def load(path: Path) -> Settings:
+    """Read the configuration from the file at `path` and from the environment.
+
+    Raises:
+        ConfigError: The file or a value is missing or wrong, or a key is unknown.
+    """
+    values = {"node": {}, "chain": {}} | _read_toml(path)  # so that errors name the key that is missing
+    _refuse_unknown_environment(os.environ)
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_describe(item, path) for item in error.errors())) from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; give --config FILE (config/pocd.toml shows every key)") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+
+
+def _refuse_unknown_environment(environment: Mapping[str, str]) -> None:
+    for name in environment:
+        if not name.upper().startswith(ENV_PREFIX):
+            continue
+        section, _, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
+        if name != name.upper() or section not in Settings.model_fields or not key:
+            raise ConfigError(f"environment: {name} names no key; variables are called POCD_SECTION__KEY")
+
+
+def _describe(error: ErrorDetails, path: Path) -> str:
+    keys = ".".join(str(part) for part in error["loc"])
+    source = _source(error["loc"], path)
+    match error["type"]:
+        case "extra_forbidden":
+            return f"{source}: unknown key {keys}"
+        case "missing":
+            return f"{source}: {keys} is missing"
+        case "model_type":
+            return f"{source}: {keys}: must be a table of keys"
+        case "list_type":
+            return f"{source}: {keys}: must be a list (in the environment: as JSON)"
+        case _:
+            return f"{source}: {keys}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _source(location: tuple[int | str, ...], path: Path) -> str:
+    """Name the file or the variables that the value at `location` came from, or both for a whole section."""
+    name = ENV_PREFIX + "__".join(str(part).upper() for part in location)
+    variables = sorted(v for v in os.environ if f"{name}__".startswith(f"{v}__") or v.startswith(f"{name}__"))
+    if not variables:
+        return str(path)
+    environment = f"environment {', '.join(variables)}"
+    return environment if len(location) > 1 else f"{path} and {environment}"
+
+
+def check_model(settings: Settings) -> None:
+    """Check that the model exists, where that needs no loading: bundled, or a local folder.
+
+    Raises:
+        ConfigError: The model is not there.
+    """
+    try:
+        resolve(settings.model.name, settings.model.revision)
+    except ModelError as error:
+        raise ConfigError(f"model.name: {error}") from None
+
+
+def to_toml(settings: Settings) -> str:
+    """Return the configuration as TOML, credentials in URLs masked; unset keys are comments."""
+    lines: list[str] = []
+    for section, values in settings.model_dump(mode="json").items():
+        lines.append(f"[{section}]")
+        lines += [_toml_line(key, value) for key, value in values.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml_line(key: str, value: object) -> str:
+    return f"# {key} is not set" if value is None else f"{key} = {_toml_value(value)}"
+
+
+def _toml_value(value: object) -> str:
+    if isinstance(value, dict):
+        pairs = (f"{key} = {_toml_value(item)}" for key, item in value.items() if item is not None)
+        return f"{{ {', '.join(pairs)} }}"
+    if isinstance(value, list):
+        return f"[{', '.join(_toml_value(item) for item in value)}]"
+    # JSON's strings, numbers and booleans are TOML's.
+    text = orjson.dumps(mask_url(value) if isinstance(value, str) and "://" in value else value).decode()
+    return text.replace("\x7f", "\\u007f")  # the one character that only TOML wants escaped

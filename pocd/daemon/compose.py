@@ -1,0 +1,303 @@
+"""The daemon's parts, made from its settings: every part is made here, and none is run."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pocd.admin.parts import Parts
+from pocd.chain.failover import Failover
+from pocd.chain.make import confirmations_of, make_sources
+from pocd.chain.rpc import Rpc
+from pocd.clock import SYSTEM
+from pocd.config.settings import ConfigError
+from pocd.delivery.batcher import Batcher
+from pocd.delivery.dispatcher import Dispatcher
+from pocd.delivery.keeper import MIB, Keeper, StoreLimits
+from pocd.delivery.posting import Receiver
+from pocd.delivery.receivers import Receivers
+from pocd.http.webhooks import SecretError, WebhookKeys
+from pocd.mining.control import Control
+from pocd.mining.follower import ChainHealth
+from pocd.mining.miner import Miner
+from pocd.mining.scheduler import RoundScheduler
+from pocd.observe.changes import Changes
+from pocd.observe.events import Events
+from pocd.pool.cards import Cards, NoDriverError, count
+from pocd.pool.limits import WorkerLimits
+from pocd.pool.placement import NoDeviceError, place
+from pocd.pool.pool import Pool
+from pocd.process import EXIT_NO_DEVICE, EndedError
+from pocd.protocol.names import AUTO_BATCH_SIZE
+from pocd.protocol.nonces import Node
+from pocd.protocol.proof import Round
+from pocd.protocol.rounds import RoundPolicy
+from pocd.store.outbox import Outbox
+from pocd.validation.queue import Validator
+from pocd.worker.messages import Load
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import aiohttp
+    from structlog.typing import FilteringBoundLogger
+
+    from pocd.chain.source import Block, ChainSource
+    from pocd.clock import Clock
+    from pocd.config.settings import Settings
+    from pocd.store.thread import OutboxThread
+
+KNOWN_ROUNDS = 256  # whose block hashes are held against what nodes say after a restart
+
+
+@dataclass(frozen=True, slots=True)
+class Composition:
+    """Everything that the daemon runs.
+
+    Attributes:
+        parts: The parts that the admin API reads and calls.
+        changes: Notices of what changed, for the reports.
+        source: The chain.
+        scheduler: Decides which round the chain wants at each head.
+        batcher: Forms batches of what was found.
+        keeper: Keeps the store small, and mining within what the disk can take.
+    """
+
+    parts: Parts
+    changes: Changes
+    source: ChainSource
+    scheduler: RoundScheduler
+    batcher: Batcher
+    keeper: Keeper
+
+
+def compose(
+    settings: Settings,
+    outbox: OutboxThread,
+    source: ChainSource,
+    receivers: Sequence[Receiver],
+    loads: Sequence[Load],
+    *,
+    clock: Clock,
+    log: FilteringBoundLogger,
+) -> Composition:
+    """Make the daemon's parts, over a store and a chain that are there already.
+
+    Args:
+        settings: The whole configuration.
+        outbox: The open store.
+        source: The chain.
+        receivers: Receivers of the configuration, see `make_receivers`.
+        loads: One for each worker, see `make_loads`.
+        clock: The time, for all parts.
+        log: The logger, for all parts.
+    """
+    events = Events(clock)
+    node = Node(settings.node.node_id, settings.node.node_count)
+    changes = Changes()
+    miner = Miner(outbox, changes, clock=clock)
+    control = Control(miner, outbox, node, runs=runs(settings), clock=clock, log=log, events=events)
+    limits = WorkerLimits(batch=settings.worker.batch_timeout)
+    cache = cache_folder(settings)
+    workers = Pool(loads, miner, limits, cache=cache, changes=changes, clock=clock, log=log, events=events)
+    served = make_delivery(settings, receivers, outbox, clock=clock, log=log, events=events)
+    most = settings.validation.max_queued
+    validator = Validator(outbox, workers, served, most=most, clock=clock, log=log, events=events)
+    known = outbox.view.chain
+    parts = Parts(
+        settings=settings,
+        outbox=outbox,
+        miner=miner,
+        control=control,
+        workers=workers,
+        cards=Cards(workers.card_uuids, clock=clock, log=log),
+        validator=validator,
+        chain=ChainHealth(highest=known.height if known else 0),
+        receivers=served,
+        clock=clock,
+        started_at=clock.monotonic(),
+        log=log,
+        events=events,
+    )
+    return Composition(parts, changes, source, make_scheduler(parts, source), make_batcher(parts), make_keeper(parts))
+
+
+def make_scheduler(parts: Parts, source: ChainSource) -> RoundScheduler:
+    """Return the scheduler of the chain's rounds."""
+    settings = parts.settings
+    return RoundScheduler(
+        source,
+        parts.control,
+        parts.outbox,
+        policy=RoundPolicy(settings.round.every, settings.round.offset, settings.round.duration),
+        make_round=partial(make_round, parts),
+        withdraw=withdraws(settings),
+        clock=parts.clock,
+        log=parts.log,
+    )
+
+
+def make_round(parts: Parts, block: Block) -> Round:
+    """Return the round that a block starts, by the settings as they are now: r_target may have changed."""
+    settings = parts.settings
+    return Round(
+        block_hash=block.hash,
+        block_height=block.height,
+        public_key=settings.node.public_key,
+        r_target=settings.round.r_target,
+        scheme=settings.round.scheme,
+        model=settings.model.name,
+        seq_len=settings.round.seq_len,
+    )
+
+
+def runs(settings: Settings) -> dict[str, str | None]:
+    """Return what decides a distance beside a round's block and key, by the key of the configuration."""
+    return {
+        "model.name": settings.model.name,
+        "model.revision": settings.model.revision,
+        "model.dtype": settings.model.dtype,
+        "round.scheme": settings.round.scheme,
+    }
+
+
+def withdraws(settings: Settings) -> bool:
+    """Tell whether what a replaced block's round found, and no receiver has yet, is not to be sent."""
+    return settings.chain.replaced_blocks != "deliver"
+
+
+def make_batcher(parts: Parts) -> Batcher:
+    """Return what forms batches."""
+    return Batcher(
+        parts.miner,
+        parts.outbox,
+        parts.receivers,
+        size=parts.settings.delivery.batch_nonces,
+        age=parts.settings.delivery.batch_seconds,
+        withdraw=withdraws(parts.settings),
+        clock=parts.clock,
+        events=parts.events,
+    )
+
+
+def make_keeper(parts: Parts) -> Keeper:
+    """Return what keeps the store within its limits."""
+    store, delivery = parts.settings.store, parts.settings.delivery
+    limits = StoreLimits(
+        keep_delivered=delivery.keep_delivered,
+        expire_after=delivery.expire_after,
+        size=store.size_limit_mib * MIB,
+        free=store.free_space_mib * MIB,
+    )
+    clock, log = parts.clock, parts.log
+    return Keeper(store.path, parts.outbox, parts.miner, parts.receivers, limits=limits, clock=clock, log=log)
+
+
+def make_delivery(
+    settings: Settings,
+    receivers: Sequence[Receiver],
+    outbox: OutboxThread,
+    *,
+    clock: Clock,
+    log: FilteringBoundLogger,
+    events: Events,
+) -> Receivers:
+    """Return all receivers with their dispatchers: the configured ones, and callback URLs of allowed origins."""
+
+    def make(receiver: Receiver) -> Dispatcher:
+        return Dispatcher(
+            receiver,
+            outbox,
+            expire_after=settings.delivery.expire_after,
+            clock=clock,
+            jitter=lambda: random.uniform(-1, 1),  # noqa: S311 - it spreads load, it hides nothing
+            log=log,
+            events=events,
+        )
+
+    return Receivers(receivers, make, outbox, origins=settings.admin.callback_origins, log=log)
+
+
+def make_receivers(settings: Settings) -> list[Receiver]:
+    """Return the configured receivers with their keys.
+
+    Raises:
+        ConfigError: A file of secrets cannot be used.
+    """
+    made = []
+    for receiver in settings.delivery.receivers:
+        try:
+            keys = WebhookKeys.from_file(receiver.secret_file) if receiver.secret_file else None
+        except SecretError as error:
+            raise ConfigError(f"delivery.receivers, {receiver.name}: {error}") from None
+        made.append(Receiver(receiver.name, receiver.url, keys))
+    return made
+
+
+async def make_chain(
+    settings: Settings, outbox: OutboxThread, sessions: list[aiohttp.ClientSession], log: FilteringBoundLogger
+) -> Failover:
+    """Return the configured nodes, which stand in for one another; each has its own HTTP session.
+
+    Raises:
+        ConfigError: The store belongs to another chain than the configured one.
+    """
+    chain, known = settings.chain, outbox.view.chain
+    if known is not None and chain.id not in {None, known.chain_id}:
+        raise ConfigError(
+            f"chain.id is {chain.id}, but the store {settings.store.path} belongs to chain {known.chain_id}; "
+            "another chain needs another store.path"
+        )
+    attempts = 1 if len(sessions) > 1 else 3  # with several nodes the next one is the second attempt
+    nodes = [Rpc(session, url, attempts=attempts) for session, url in zip(sessions, chain.urls, strict=True)]
+    rounds = await outbox(Outbox.recent_rounds, KNOWN_ROUNDS)
+    return Failover(
+        make_sources(chain.kind, nodes, confirmations=confirmations_of(chain.kind, chain.confirmations)),
+        chain_id=known.chain_id if known else chain.id,
+        hashes={round_.block_height: round_.block_hash for round_ in rounds},
+        highest=known.height if known else None,
+        clock=SYSTEM,
+        log=log,
+    )
+
+
+def make_loads(settings: Settings) -> list[Load]:
+    """Return for each worker its model and devices.
+
+    Raises:
+        EndedError: There are fewer GPUs than configured.
+    """
+    model, worker = settings.model, settings.worker
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        placed = place(model.device, model.parallel, lambda: count(visible))
+    except (NoDeviceError, NoDriverError) as error:
+        raise EndedError(EXIT_NO_DEVICE, str(error)) from None
+    return [
+        Load(
+            model=model.name,
+            dtype=model.dtype,
+            devices=devices,
+            scheme=settings.round.scheme,
+            seq_len=settings.round.seq_len,
+            batch_size=AUTO_BATCH_SIZE[devices[0].partition(":")[0]]
+            if worker.batch_size == "auto"
+            else worker.batch_size,
+            shrink=worker.batch_size == "auto",
+            revision=model.revision,
+            compile=worker.compile,
+        )
+        for devices in placed
+    ]
+
+
+def cache_folder(settings: Settings) -> Path:
+    """Return the folder for compiled code: as configured, systemd's CacheDirectory=, or beside the store."""
+    if settings.worker.cache is not None:
+        return settings.worker.cache
+    given = os.environ.get("CACHE_DIRECTORY", "").partition(":")[0]
+    return Path(given) if given else settings.store.path.parent / "cache"

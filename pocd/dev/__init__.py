@@ -1,0 +1,1 @@
+"""Development tools: a development chain, the demo, and starting the project's own processes."""

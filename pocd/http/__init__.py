@@ -1,0 +1,1 @@
+"""HTTP shared by all programs of the project: server, client, allowed addresses, signatures, parsing."""

@@ -1,0 +1,183 @@
+"""How we call others over HTTP: without cookies or the environment's proxies, and without waiting for each other."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import socket
+import threading
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.client_proto import ResponseHandler
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from aiohttp import AddrInfoType, StreamReader
+    from aiohttp.http_parser import RawResponseMessage
+
+    Refuse = Callable[[str], str | None]
+    Addresses = Sequence[tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]]  # the last for `getnameinfo`
+
+
+STUCK_SECONDS = 30.0  # after which the kernel ends a connection whose other side takes nothing
+
+
+def open_session(
+    timeout: aiohttp.ClientTimeout, *, window: int | None = None, refuse: Refuse | None = None
+) -> aiohttp.ClientSession:
+    """Return a client for one peer, which shares nothing with those for others; the caller closes it.
+
+    Args:
+        timeout: Limits of each call.
+        window: Size of the receive buffer in bytes, for small answers; None for the system's default. It
+            bounds how long a peer that floods us can keep our thread busy in one go.
+        refuse: Returns why an IP address must not be connected to, or None. It is called right before each connection,
+            for a looked-up address and one in the URL; the next one of the same name is tried all the same.
+    """
+    # IPv6 and IPv4 are tried in turn, as RFC 8305 says. Answers come uncompressed: nobody can send us a bomb.
+    return aiohttp.ClientSession(
+        timeout=timeout,
+        connector=_Connector(resolver=ThreadResolver(), socket_factory=partial(_open_socket, window, refuse)),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        trust_env=False,
+        auto_decompress=False,
+        headers={"Accept-Encoding": "identity"},
+    )
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Aiohttp's connections, of which one that was kept serves another request only if the peer was silent since."""
+
+    def __init__(self, *, resolver: AbstractResolver, socket_factory: Callable[[AddrInfoType], socket.socket]) -> None:
+        super().__init__(resolver=resolver, socket_factory=socket_factory)
+        self._factory = partial(_Connection, loop=self._loop)  # type: ignore[assignment] # a subclass will do
+
+
+class _Connection(ResponseHandler):
+    """Aiohttp's side of a connection, which is closed by an answer that no request asked for.
+
+    A peer, or a proxy before it, that answers once too often would be believed about the next request, and all its
+    later answers be off by one.
+    """
+
+    _answered = False
+
+    def set_response_params(self, **params: Any) -> None:  # noqa: ANN401 - aiohttp's own
+        """Expect the answer to a request that is about to be sent."""
+        self._answered = False
+        super().set_response_params(**params)
+
+    def feed_data(self, data: tuple[RawResponseMessage, StreamReader], size: int = 0) -> None:
+        """Take the head of an answer; those of 1xx announce another one."""
+        self._answered = not 100 <= data[0].code < 200
+        super().feed_data(data, size)
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes of the answer that is expected, or close the connection."""
+        if data and self._answered and (self._payload is None or self._payload.is_eof()):  # aiohttp calls it without
+            self.abort()
+        else:
+            super().data_received(data)
+
+
+def _open_socket(window: int | None, refuse: Refuse | None, address: AddrInfoType) -> socket.socket:
+    """Make a socket that does not outlive its use; `OSError` for an address that is refused.
+
+    Closing a connection waits for what is written to it to be taken. A peer that stops reading in the middle of a
+    request would keep one socket of each attempt for ever, until there are none left.
+    """
+    family, kind, protocol, _, (host, *_) = address
+    reason = refuse(str(host)) if refuse else None
+    if reason is not None:
+        raise PermissionError(errno.EACCES, reason)
+    opened = socket.socket(family, kind, protocol)
+    if window is not None:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(STUCK_SECONDS * 1000))
+    return opened
+
+
+class ThreadResolver(AbstractResolver):
+    """Looks names up by the system's resolver, each name in a thread of its own.
+
+    The system's call cannot be cancelled and may take half a minute. In a pool that all share, a few dead names
+    would hold up every other one (uvloop's has two threads for this). Here a name that hangs occupies one thread,
+    which whoever asks for the same name again waits for, and which does not keep the process from ending.
+
+    Args:
+        getaddrinfo: The system's.
+    """
+
+    def __init__(self, getaddrinfo: Callable[..., Addresses] = socket.getaddrinfo) -> None:
+        self._getaddrinfo = getaddrinfo
+        self._lookups: dict[tuple[str, int, socket.AddressFamily], asyncio.Future[Addresses]] = {}
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """Return the addresses of `host`.
+
+        Raises:
+            OSError: The name is not known, or cannot be looked up now.
+        """
+        key = (host, port, family)
+        lookup = self._lookups.get(key)
+        if lookup is None:
+            lookup = self._lookups[key] = self._start(key)
+        found = await asyncio.shield(lookup)
+        return [
+            ResolveResult(
+                hostname=host,
+                host=socket.getnameinfo(address, socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)[0],
+                port=port,
+                family=kind,
+                proto=protocol,
+                flags=socket.AI_NUMERICHOST | socket.AI_NUMERICSERV,
+            )
+            for kind, _, protocol, _, address in found
+        ]
+
+    def _start(self, key: tuple[str, int, socket.AddressFamily]) -> asyncio.Future[Addresses]:
+        loop = asyncio.get_running_loop()
+        lookup: asyncio.Future[Addresses] = loop.create_future()
+        lookup.add_done_callback(lambda done: self._finished(key, done))
+        host, port, family = key
+
+        def look_up() -> None:
+            found: Addresses | OSError
+            try:
+                found = self._getaddrinfo(
+                    host, port, type=socket.SOCK_STREAM, family=family, flags=socket.AI_ADDRCONFIG
+                )
+            except OSError as error:
+                found = error
+            except UnicodeError as error:
+                found = OSError(f"{host!r} is not a host name: {error}")
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(report, found)
+
+        def report(found: Addresses | OSError) -> None:
+            if isinstance(found, OSError):
+                lookup.set_exception(found)
+            else:
+                lookup.set_result(found)
+
+        try:
+            threading.Thread(target=look_up, name=f"lookup {host}", daemon=True).start()
+        except RuntimeError as error:  # too many threads
+            report(OSError(f"{host!r} cannot be looked up: {error}"))
+        return lookup
+
+    def _finished(self, key: tuple[str, int, socket.AddressFamily], lookup: asyncio.Future[Addresses]) -> None:
+        del self._lookups[key]
+        if not lookup.cancelled():
+            lookup.exception()  # taken notice of, also when nobody waits for it any more
+
+    async def close(self) -> None:
+        """Do nothing: lookups under way end by themselves."""

@@ -1,0 +1,1 @@
+"""The laboratory: `pocd compute`, `calibrate` and `audit`, and the statistics behind them."""

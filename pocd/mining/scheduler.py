@@ -1,0 +1,179 @@
+"""The scheduler: decides at every head which round should run now.
+
+Level-triggered: it acts on the current state, not on changes. A missed block, a restart or an outage needs no
+catching up, and a step that failed is repeated at the next head (docs/protocol.md section 8).
+"""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from pocd.chain.source import BlockUnavailableError, ChainError
+from pocd.protocol.rounds import active_start
+from pocd.store.errors import StoreUnavailableError
+from pocd.store.outbox import Outbox
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from structlog.typing import FilteringBoundLogger
+
+    from pocd.chain.source import Block, ChainSource, Head
+    from pocd.clock import Clock
+    from pocd.mining.control import Control
+    from pocd.protocol.proof import Round
+    from pocd.protocol.rounds import RoundPolicy
+    from pocd.store.thread import OutboxThread
+
+DEEPEST = 256
+"""Number of rounds that are compared with the chain at one head; no chain replaces as many blocks at once."""
+
+ALWAYS_HELD = 128
+"""Blocks below its head that no node has pruned; one that lacks such a block is asked again."""
+
+
+class RoundScheduler:
+    """Decides which round runs, as far as the chain decides (see `pocd.mining.control`).
+
+    The height that counts is the highest ever seen, which the store remembers: a node that lags behind it, or a
+    restart, begins no round that is over and ends none that runs. Only the blocks that the head can vouch for are asked
+    of the chain, so a round whose start a lagging node has not seen yet begins when it has.
+
+    Where blocks may be replaced, the rounds in the store are compared with the chain before any other begins. A round
+    whose block is gone is marked there, and its place is taken by the new block's.
+
+    Args:
+        source: Source of the blocks that rounds start at.
+        control: Gets the round that should run.
+        outbox: Store of the highest head and of the rounds.
+        policy: Heights at which rounds start, and how long they live.
+        make_round: Makes the round that a block starts.
+        withdraw: Whether to withdraw the pending batches of a round whose block was replaced.
+        clock: Dates what is stored by its wall clock.
+        log: Gets a line when a round is replaced, and when the head goes back.
+    """
+
+    def __init__(
+        self,
+        source: ChainSource,
+        control: Control,
+        outbox: OutboxThread,
+        *,
+        policy: RoundPolicy,
+        make_round: Callable[[Block], Round],
+        withdraw: bool,
+        clock: Clock,
+        log: FilteringBoundLogger,
+    ) -> None:
+        self._source = source
+        self._control = control
+        self._outbox = outbox
+        self._policy = policy
+        self._make_round = make_round
+        self._withdraw = withdraw
+        self._clock = clock
+        self._log = log
+        known = outbox.view.chain
+        self._highest = known.height if known else 0
+        self._went_back = False
+
+    async def on_head(self, head: Head) -> None:
+        """Pass the round that should be active at `head` to `control`.
+
+        Raises:
+            ChainError: A block that is needed could not be read.
+            StoreUnavailableError: The store cannot remember now what it must.
+        """
+        self._note(head.block)
+        start = active_start(self._highest, self._policy)
+        mined = self._control.chain_round
+        if mined is not None and mined.block_height != start:
+            mined = None  # it is over, whatever comes next
+        round_ = mined
+        try:
+            await self._remember(head.block)
+            round_ = await self._wanted(start, head.block, mined)
+            await self._control.follow(round_)
+        except (ChainError, StoreUnavailableError):
+            if round_ != self._control.chain_round:
+                await self._control.follow(None)
+            raise
+
+    def _note(self, head: Block) -> None:
+        """Raise the highest height seen, or log once that the head went back."""
+        went_back = head.height < self._highest
+        if went_back and not self._went_back:
+            mined = self._control.chain_round
+            self._log.warning(
+                "head went back",
+                action="head_back",
+                height=head.height,
+                highest=self._highest,
+                round=mined.block_height if mined else None,
+            )
+        self._went_back = went_back
+        self._highest = max(self._highest, head.height)
+
+    async def _remember(self, head: Block) -> None:
+        known = self._outbox.view.chain
+        if known is None or known.height < self._highest:
+            await self._outbox(Outbox.remember_head, head.chain_id, self._highest)
+
+    async def _wanted(self, start: int | None, head: Block, mined: Round | None) -> Round | None:
+        """Return the round that starts at `start`: `mined`, if it is the same, or a new one."""
+        blocks = {head.height: head}
+        if self._source.reorganises:
+            await self._replace_orphans(blocks, head.height)
+        elif mined is not None:
+            return mined
+        if start is None:
+            return None
+        if start > head.height:
+            return mined  # this node cannot say what is there
+        block = await self._block(blocks, start)
+        if mined is not None and mined.block_hash == block.hash:
+            return mined
+        return self._make_round(block)
+
+    async def _replace_orphans(self, blocks: dict[int, Block], height: int) -> None:
+        """Mark the rounds whose blocks are no longer on the chain.
+
+        Rounds are compared from the newest backwards, until one is on the chain: then its ancestors are too, and older
+        rounds were compared with them before it began.
+        """
+        recent = await self._outbox(Outbox.recent_rounds, DEEPEST)
+        rounds = [round_ for round_ in recent if round_.block_height <= height]
+        for start, same_height in groupby(rounds, key=lambda round_: round_.block_height):
+            try:
+                block = await self._block(blocks, start)
+            except BlockUnavailableError:
+                if height - start < ALWAYS_HELD:
+                    raise
+                return  # pruned, and so are those before it
+            on_chain = False
+            for round_ in same_height:
+                if round_.block_hash == block.hash:
+                    on_chain = True
+                else:
+                    await self._replace(round_, block)
+            if on_chain:
+                return
+
+    async def _replace(self, round_: Round, block: Block) -> None:
+        reason = f"block {block.height} was replaced: {block.hash} took the place of {round_.block_hash}"
+        await self._outbox(Outbox.replace_round, round_, reason, withdraw=self._withdraw, now=self._clock.wall())
+        self._log.warning(
+            "round replaced",
+            action="round_replaced",
+            height=block.height,
+            block_hash=round_.block_hash,
+            new_block_hash=block.hash,
+            round=round_.id,
+        )
+
+    async def _block(self, blocks: dict[int, Block], height: int) -> Block:
+        """Return the block at `height`, which is requested once per head."""
+        if height not in blocks:
+            blocks[height] = await self._source.block(height)
+        return blocks[height]

@@ -1,0 +1,215 @@
+"""A ready worker at work: leases are sent to it, and distances received from it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import TYPE_CHECKING, NoReturn
+
+from pocd.pool.causes import Cause, WorkerError
+from pocd.pool.processes import FailedError
+from pocd.pool.recomputations import NoResultError, WorkerLostError
+from pocd.store.outbox import Weights
+from pocd.tasks import run_forever
+from pocd.worker.messages import (
+    BatchShrunk,
+    Cancel,
+    Cancelled,
+    Compute,
+    Distances,
+    Heartbeat,
+    Recompute,
+    Refused,
+    RoundBegun,
+)
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+    from pocd.clock import Clock
+    from pocd.mining.miner import Lease, Miner
+    from pocd.pool.limits import WorkerLimits
+    from pocd.pool.processes import RankLink
+    from pocd.pool.recomputations import Recomputation, Recomputations
+    from pocd.pool.state import WorkerState
+
+# Leases at a worker: one that is computed, on a GPU one that it goes on with, and one that waits, so that the device
+# never does.
+IN_FLIGHT = {"cpu": 2, "cuda": 3}
+MOST_REFUSED_IN_A_ROW = 3  # batches without a result, until the worker is restarted
+MOST_REFUSED = 100  # batches without a result in one life of the worker, until it is restarted
+
+
+class Feeder:
+    """Gives a ready worker leases and recomputations, and takes their results, until the worker fails."""
+
+    def __init__(
+        self,
+        link: RankLink,
+        state: WorkerState,
+        miner: Miner,
+        recomputations: Recomputations,
+        limits: WorkerLimits,
+        *,
+        clock: Clock,
+        log: FilteringBoundLogger,
+    ) -> None:
+        self._link = link
+        self._state = state
+        self._miner = miner
+        self._recomputations = recomputations
+        self._limits = limits
+        self._clock = clock
+        self._log = log
+        self._ids = itertools.count()
+        self._refused_in_a_row = 0
+        self._refused = 0
+        self._slots = asyncio.Semaphore(IN_FLIGHT[state.devices[0].partition(":")[0]])
+        self._in_flight: dict[int, Lease] = {}
+        self._recomputing: dict[int, Recomputation] = {}
+        self._progress_at = clock.monotonic()
+
+    async def run(self) -> NoReturn:
+        """Feed the worker; the leases and recomputations that it holds go back when this ends.
+
+        Raises:
+            WorkerError: The worker sends no heartbeat, hangs, or gives no results.
+            FailedError: The worker reports that it ends, and why.
+            EOFError: The worker is gone.
+            OSError: The worker is gone.
+        """
+        name = f"worker {self._state.number}"
+        try:
+            await run_forever(
+                {
+                    f"{name}: leases": self._send(),
+                    f"{name}: recomputations": self._send_recomputations(),
+                    f"{name}: results": self._receive(),
+                    f"{name}: cancelling": self._cancel_replaced(),
+                },
+                self._log,
+                foreseen=(OSError, EOFError, FailedError),
+            )
+        finally:
+            for recomputation in self._recomputing.values():
+                recomputation.fail(WorkerLostError("the worker ended"))
+            for lease in self._in_flight.values():
+                self._miner.give_back(lease)
+            self._miner.retry_refused()
+
+    async def _send(self) -> None:
+        while True:
+            await self._slots.acquire()
+            lease = await self._miner.lease(self._state.batch_size)
+            number = self._begin()
+            self._in_flight[number] = lease
+            nonces = lease.nonces
+            await self._link.send(Compute(number, lease.mining.round, nonces.start, nonces.step, len(nonces)))
+
+    async def _send_recomputations(self) -> None:
+        """Send recomputations, one at a time, so that between two of them there is a batch of what is mined."""
+        while True:
+            async with self._recomputations.turn() as queue:
+                while not await self._recompute(await queue.get()):
+                    pass
+
+    async def _recompute(self, recomputation: Recomputation) -> bool:
+        """Have the worker do one recomputation; returns whether it is the last of its round."""
+        number = self._begin()
+        self._recomputing[number] = recomputation
+        nonces = list(recomputation.nonces)
+        await self._link.send(Recompute(number, recomputation.round, nonces, recomputation.last))
+        await asyncio.wait([recomputation.distances])
+        return recomputation.last
+
+    def _begin(self) -> int:
+        """Return an id for what the worker is sent next; if the worker was idle, the time for a batch begins now."""
+        if not self._in_flight and not self._recomputing:
+            self._progress_at = self._clock.monotonic()
+        return next(self._ids)
+
+    async def _cancel_replaced(self) -> None:
+        """Take back the leases that wait at the worker for a round that is no longer mined."""
+        while True:
+            await self._miner.until_replaced(await self._miner.until_mining())
+            stale = [number for number, lease in self._in_flight.items() if lease.mining is not self._miner.current]
+            if stale:
+                await self._link.send(Cancel(through=max(stale)))
+
+    async def _receive(self) -> None:
+        while True:
+            message = await self._link.receive(self._limits.heartbeat)
+            if isinstance(message, Distances | Refused) and message.id in self._recomputing:
+                self._recomputed(message)
+            elif isinstance(message, Distances):
+                lease = self._finished(message.id)
+                self._refused_in_a_row = 0
+                self._state.count(len(message.distances))
+                assert self._state.info is not None, "a worker that computes is ready"
+                weights = Weights(self._state.info.fingerprint, self._state.info.dtype)
+                # Shielded: when this task is cancelled, what was computed is committed and counted all the same.
+                await asyncio.shield(self._miner.complete(lease, message.distances, weights))
+            elif isinstance(message, Refused):
+                await self._refuse(self._finished(message.id), message.reason)
+            elif isinstance(message, BatchShrunk):
+                take_batch_size(message, self._state, self._log)
+            elif isinstance(message, Cancelled):
+                self._slots.release()
+                self._miner.give_back(self._in_flight.pop(message.id))
+            elif isinstance(message, RoundBegun):
+                self._round_begun(message)
+            else:
+                assert isinstance(message, Heartbeat), f"unexpected {message}"
+            busy = self._in_flight or self._recomputing
+            if busy and self._clock.monotonic() - self._progress_at > self._limits.batch:
+                raise WorkerError(Cause.HUNG, f"worker finished no batch within {self._limits.batch:.0f} s, killed")
+
+    def _round_begun(self, message: RoundBegun) -> None:
+        """Record the rate that theory expects of a round, and log where the round runs in another way than usual."""
+        assert self._state.info is not None, "a worker that computes is ready"
+        if message.execution != self._state.info.execution:
+            self._log.warning(
+                f"this round runs {message.execution}: {message.execution_reason}",
+                action="execution",
+                round=message.round_id,
+                otherwise=self._state.info.execution,
+            )
+        for lease in self._in_flight.values():
+            if lease.mining.round.id == message.round_id:
+                lease.mining.expected_valid_rate = message.expected_valid_rate
+
+    def _recomputed(self, message: Distances | Refused) -> None:
+        self._progress_at = self._clock.monotonic()
+        recomputation = self._recomputing.pop(message.id)
+        if isinstance(message, Refused):
+            recomputation.fail(NoResultError(message.reason))
+        elif not recomputation.distances.done():
+            recomputation.distances.set_result(message.distances)
+
+    def _finished(self, number: int) -> Lease:
+        self._progress_at = self._clock.monotonic()
+        self._slots.release()
+        return self._in_flight.pop(number)
+
+    async def _refuse(self, lease: Lease, reason: str) -> None:
+        """Set aside a lease that has no result; too many of them end the worker's life."""
+        self._log.error(f"batch refused: {reason}", action="batch_refused")
+        self._state.last_refusal = reason
+        self._miner.refuse(lease)
+        self._refused += 1
+        self._refused_in_a_row += 1
+        if self._refused_in_a_row == MOST_REFUSED_IN_A_ROW:
+            raise _refused(f"{MOST_REFUSED_IN_A_ROW} batches in a row", reason)
+        if self._refused == MOST_REFUSED:
+            raise _refused(f"{MOST_REFUSED} batches", reason)
+
+
+def take_batch_size(message: BatchShrunk, state: WorkerState, log: FilteringBoundLogger) -> None:
+    """Record that a worker's batches became smaller, and log it."""
+    text = f"{message.reason}; batches are of {message.size} nonces now"
+    log.warning(text, action="batch_size", size=message.size)
+    state.batch_size = message.size
+
+
+def _refused(batches: str, reason: str) -> WorkerError:
+    return WorkerError(Cause.REFUSED, f"worker gave no result for {batches}, killed: {reason}")

@@ -1,0 +1,162 @@
+"""All workers of the daemon: keeps each alive, leaves out what fails again and again, ends when none can work."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from typing import TYPE_CHECKING, NoReturn
+
+from pocd.observe.rates import RateWindow
+from pocd.pool.causes import WorkerError
+from pocd.pool.recomputations import Recomputations
+from pocd.pool.state import WorkerState
+from pocd.pool.supervisor import Supervisor
+from pocd.process import WAITING
+from pocd.tasks import run_forever
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from structlog.typing import FilteringBoundLogger
+
+    from pocd.clock import Clock
+    from pocd.mining.miner import Miner
+    from pocd.observe.changes import Changes
+    from pocd.observe.events import Events
+    from pocd.pool.limits import WorkerLimits
+    from pocd.worker.messages import Load, Ready
+
+
+class Pool:
+    """Runs the workers. A round's nonces go to whichever is idle, by the miner's one cursor.
+
+    Attributes:
+        workers: The state of each worker, in the order of their numbers.
+        ready: Set while at least one worker has a model ready.
+        last_error: Why the last life of any worker ended.
+        recomputations: Recomputations that whoever validates wants of the workers.
+    """
+
+    def __init__(
+        self,
+        loads: Sequence[Load],
+        miner: Miner,
+        limits: WorkerLimits,
+        *,
+        cache: Path,
+        changes: Changes,
+        clock: Clock,
+        log: FilteringBoundLogger,
+        events: Events,
+    ) -> None:
+        assert loads, "there is at least one worker"
+        self._changes = changes
+        self._clock = clock
+        self._log = log
+        self._events = events
+        self.recomputations = Recomputations()
+        self.ready = asyncio.Event()
+        self.last_error: str | None = None
+        self.workers = [
+            WorkerState(number, load.devices, load.batch_size, RateWindow(clock)) for number, load in enumerate(loads)
+        ]
+        variables = environment(loads, cache)
+        self._supervisors = [
+            Supervisor(
+                worker,
+                load,
+                miner,
+                limits,
+                self.recomputations,
+                environment=variables,
+                changed=self._changed,
+                clock=clock,
+                log=log.bind(worker=worker.number) if len(loads) > 1 else log,
+                events=events,
+            )
+            for worker, load in zip(self.workers, loads, strict=True)
+        ]
+
+    @property
+    def info(self) -> Ready | None:
+        """What the first worker that was ever ready reported; all workers run the same model."""
+        return next((worker.info for worker in self.workers if worker.info), None)
+
+    def card_uuids(self) -> set[str]:
+        """Return the identities of the cards that workers use, as far as workers have reported them."""
+        return {card.uuid for worker in self.workers for card in list(worker.cards.values())}
+
+    @property
+    def batch_size(self) -> int:
+        """Nonces per batch that each of the workers can take."""
+        return min(worker.batch_size for worker in self.workers)
+
+    @property
+    def restarts(self) -> int:
+        """How often workers ended and were started again."""
+        return sum(sum(worker.causes.values()) for worker in self.workers)
+
+    async def run(self) -> NoReturn:
+        """Keep the workers running until cancelled.
+
+        Raises:
+            WorkerRefusedError: The last life of each worker ended because it cannot work.
+        """
+        await run_forever({f"worker {each.state.number}": self._keep(each) for each in self._supervisors}, self._log)
+
+    async def _keep(self, supervisor: Supervisor) -> NoReturn:
+        """Give a worker one life after another."""
+        worker = supervisor.state
+        while True:
+            began = self._clock.monotonic()
+            try:
+                await supervisor.live()
+            except WorkerError as error:
+                lived = self._clock.monotonic() - began
+                delay = worker.fail(error, lived=lived, others_work=any(other.ready for other in self.workers))
+                if all(each.unusable for each in self.workers):
+                    raise
+                self._report(worker, error, delay)
+                await asyncio.sleep(delay)
+
+    def _report(self, worker: WorkerState, error: WorkerError, delay: float) -> None:
+        """Log and publish that a life of a worker ended, and when the next one begins."""
+        self.last_error = str(error)
+        text = "worker left out, as it fails again and again" if worker.left_out else "worker ended, restarting"
+        what = "left_out" if worker.left_out else "restarting"
+        why = {"cause": error.cause, "reason": str(error)}
+        self._log.error(text, action="worker_restart", device=worker.device, after_s=delay, **why)
+        self._events.publish("worker", what=what, worker=worker.number, **why)
+        self._changed()
+
+    def _changed(self) -> None:
+        """Set or clear `ready` after a worker changed its phase, and notify who waits for changes."""
+        if any(worker.ready for worker in self.workers):
+            self.ready.set()
+        else:
+            self.ready.clear()
+        self._changes.notify()
+
+
+def environment(loads: Sequence[Load], cache: Path) -> dict[str, str]:
+    """Return the environment of the workers' processes. What the daemon's own environment sets stays.
+
+    Args:
+        loads: What each of the workers loads.
+        cache: The folder for what compilers make, which outlives the workers.
+    """
+    variables = {
+        **WAITING,
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+        "GLOO_SOCKET_IFNAME": "lo",  # ranks of one host need no network
+        "NCCL_SOCKET_IFNAME": "lo",
+    }
+    on_cpu = sum(load.devices.count("cpu") for load in loads)
+    if on_cpu:
+        variables["CUDA_VISIBLE_DEVICES"] = ""  # no library is to take a GPU that is not asked for
+    if on_cpu > 1:  # they share the cores, and each would start a thread for every core
+        variables["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // on_cpu))
+    kept = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES" or not on_cpu}
+    return variables | kept

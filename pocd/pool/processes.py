@@ -1,0 +1,201 @@
+"""The processes of one worker and the sockets to them: one process (a rank) for each device of the worker."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import socket
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from pocd.pool.causes import Cause, WorkerError
+from pocd.worker import messages
+from pocd.worker.messages import Failed
+
+if TYPE_CHECKING:
+    from asyncio.subprocess import Process
+    from collections.abc import Mapping
+
+    from pocd.worker.messages import FailureKind, Load
+
+
+KILL_SECONDS = 30.0  # for the kernel to end what was killed; a driver that hangs can keep it from that
+
+
+class FailedError(Exception):
+    """A worker's process reports that it cannot go on.
+
+    Attributes:
+        kind: What kind of failure the process reports.
+    """
+
+    def __init__(self, kind: FailureKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class RankLink:
+    """The socket to the process of one rank, and the messages over it."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    async def send(self, message: messages.Message) -> None:
+        """Send one message.
+
+        Raises:
+            OSError: The process is gone.
+        """
+        self._writer.write(messages.encode(message))
+        await self._writer.drain()
+
+    async def receive(self, limit: float) -> messages.Message:
+        """Read one message.
+
+        Raises:
+            WorkerError: None came within `limit` seconds.
+            FailedError: The process reports that it ends, and why.
+            asyncio.IncompleteReadError: The process is gone.
+            OSError: The process is gone.
+        """
+        try:
+            # Not asyncio.wait_for: before Python 3.12 it can swallow a cancellation.
+            async with asyncio.timeout(limit):
+                message = await messages.receive(self._reader)
+        except TimeoutError:
+            raise WorkerError(Cause.SILENT, f"worker gave no sign of life for {limit:.0f} s, killed") from None
+        if isinstance(message, Failed):
+            raise FailedError(message.kind, message.message)
+        return message
+
+    def close(self) -> None:
+        """Close the socket, which ends the process."""
+        self._writer.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a worker's processes ended.
+
+    Attributes:
+        text: How the first process ended that ended by itself.
+        by_signal: True if the process of that rank was killed by a signal that this daemon did not send.
+    """
+
+    text: str
+    by_signal: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Rank:
+    process: Process
+    link: RankLink
+
+
+class Processes:
+    """The processes of one worker. Rank 0 leads: it alone is given work, and passes it on to the others."""
+
+    def __init__(self, ranks: list[_Rank], rendezvous: tempfile.TemporaryDirectory[str] | None) -> None:
+        self._ranks = ranks
+        self._rendezvous = rendezvous
+
+    @classmethod
+    async def start(cls, load: Load, environment: Mapping[str, str]) -> Self:
+        """Start a process for each rank, and send each what to load.
+
+        Raises:
+            OSError: A process could not be started, or was gone at once.
+        """
+        rendezvous = tempfile.TemporaryDirectory(prefix="pocd-") if load.is_split else None
+        if rendezvous:
+            load = dataclasses.replace(load, rendezvous=rendezvous.name)
+        processes = cls([], rendezvous)
+        with ExitStack() as theirs:
+            # A pair of sockets between the leader and each of the others.
+            pairs = [socket.socketpair() for _ in load.devices[1:]]
+            ends = [[leader for leader, _ in pairs], *([follower] for _, follower in pairs)]
+            for end in (end for pair in pairs for end in pair):
+                theirs.enter_context(end)
+            try:
+                for rank, peers in enumerate(ends):
+                    processes._ranks.append(await _start(peers, environment))
+                    await processes.links[rank].send(dataclasses.replace(load, rank=rank))
+            except BaseException:
+                await processes.end(0.0)
+                raise
+        return processes
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of all ranks."""
+        return [rank.process.pid for rank in self._ranks]
+
+    @property
+    def links(self) -> list[RankLink]:
+        """Links to all ranks, the leading one first."""
+        return [rank.link for rank in self._ranks]
+
+    async def end(self, limit: float) -> Ended:
+        """End all processes, by force after `limit` seconds; returns how the first one ended that ended by itself."""
+        for rank in self._ranks:
+            rank.link.close()
+        try:
+            async with asyncio.timeout(limit):
+                for rank in self._ranks:
+                    await rank.process.wait()
+        except TimeoutError:
+            pass
+        finally:
+            ended = [(rank.process.returncode, number) for number, rank in enumerate(self._ranks)]
+            for rank in self._ranks:
+                if rank.process.returncode is None:
+                    rank.process.kill()
+            if self._rendezvous:
+                self._rendezvous.cleanup()
+        try:
+            async with asyncio.timeout(KILL_SECONDS):
+                for rank in self._ranks:
+                    await rank.process.wait()
+        except TimeoutError:
+            stuck = next(number for number, rank in enumerate(self._ranks) if rank.process.returncode is None)
+            return Ended(f"{self._name(stuck)} does not end even when it is killed: its driver holds it (nvidia-smi)")
+        # A signal before a failure before a good end: the others end because that one did.
+        by_itself = [(code >= 0, code == 0, number) for code, number in ended if code is not None]
+        if by_itself:
+            return self._ended(min(by_itself)[2])
+        return Ended(f"{self._name(0)} was killed, as it did not end" if self._ranks else "none was started")
+
+    def _name(self, number: int) -> str:
+        name = f"worker process {self._ranks[number].process.pid}"
+        return f"{name}, rank {number} of {len(self._ranks)}," if len(self._ranks) > 1 else name
+
+    def _ended(self, number: int) -> Ended:
+        code = self._ranks[number].process.returncode
+        assert code is not None, "it has ended"
+        how = f"was killed by signal {-code}" if code < 0 else f"exited with status {code}"
+        return Ended(f"{self._name(number)} {how}", by_signal=code < 0)
+
+
+async def _start(peers: list[socket.socket], environment: Mapping[str, str]) -> _Rank:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        link = RankLink(*await asyncio.open_connection(sock=ours))  # before there is a process, which nobody would end
+        fds = [end.fileno() for end in (theirs, *peers)]
+        try:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "pocd.worker",
+                *map(str, fds),
+                env=environment,
+                pass_fds=fds,
+                stdin=asyncio.subprocess.DEVNULL,
+            )
+        except BaseException:
+            link.close()
+            raise
+    return _Rank(process, link)

@@ -1,0 +1,62 @@
+"""Recomputations: distances of given nonces that a validator wants computed, beside what is mined."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from pocd.protocol.proof import Round
+
+
+class NoResultError(Exception):
+    """A recomputation has no result, and trying it again will not give one."""
+
+
+class WorkerLostError(Exception):
+    """A worker ended before it had done a recomputation; another worker may do it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recomputation:
+    """A request for the distances of some nonces of any round, at most a batch of them.
+
+    Attributes:
+        last: Whether this is the last recomputation of its round.
+        distances: The result: distances in the order of `nonces`, or a `NoResultError`, or a `WorkerLostError`.
+    """
+
+    round: Round
+    nonces: tuple[int, ...]
+    last: bool
+    distances: asyncio.Future[list[float]]
+
+    def fail(self, error: NoResultError | WorkerLostError) -> None:
+        """End the wait for the result with an error, unless it came or nobody waits any more."""
+        if not self.distances.done():
+            self.distances.set_exception(error)
+
+
+class Recomputations:
+    """Hands recomputations from the validator to the workers, one at a time."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[Recomputation] = asyncio.Queue(maxsize=1)
+        self._turn = asyncio.Lock()
+
+    async def put(self, recomputation: Recomputation) -> None:
+        """Hand a recomputation over; waits until a worker has taken the one before."""
+        await self._queue.put(recomputation)
+
+    @asynccontextmanager
+    async def turn(self) -> AsyncIterator[asyncio.Queue[Recomputation]]:
+        """Hold the exclusive right to take recomputations from the queue while the context lasts.
+
+        A worker holds it for all recomputations of one round, so that only that worker prepares the round.
+        """
+        async with self._turn:
+            yield self._queue

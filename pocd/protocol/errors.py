@@ -1,0 +1,31 @@
+"""Errors that stop a computation, one class for each remedy."""
+
+from __future__ import annotations
+
+
+class ComputeError(Exception):
+    """A computation cannot be done until the operator changes something; the message says what."""
+
+
+class DeviceError(ComputeError):
+    """The configured device is not there."""
+
+
+class ModelError(ComputeError):
+    """The model cannot be found, read, or transformed."""
+
+
+class InputError(ComputeError):
+    """A nonce, a sequence length or another input is outside what can be computed."""
+
+
+class OutOfMemoryError(ComputeError):
+    """A batch does not fit into the device's memory; a smaller one may."""
+
+
+class MemoryShortError(ComputeError):
+    """The model, or the smallest batch, does not fit into the device's memory."""
+
+
+class NonFiniteError(ComputeError):
+    """The model gave NaN or infinity, so these nonces have no distance."""

@@ -1,0 +1,69 @@
+"""Names of models, precisions and devices; without torch, so that mistakes are reported at once."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Literal, get_args
+
+from pocd.protocol.errors import InputError, ModelError
+from pocd.protocol.schemes import RANDOM_HEAD_DIM, Scheme
+
+BUNDLED = Path(__file__).resolve().parent.parent / "models"
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+Compile = Literal["auto", "always", "never"]
+# How far two honest distances of one nonce in one dtype may lie apart, where distances are made in 8192 dimensions:
+# docs/protocol.md, "Agreement", measured there.
+TOLERANCE: dict[str, float] = {"float32": 1e-5, "float16": 5e-4, "bfloat16": 2e-3}
+PRODUCT_ROUNDING = 2.0
+# Where batch_size = "auto" begins. On the CPU more is not faster; on a GPU it is halved until it fits.
+AUTO_BATCH_SIZE = {"cpu": 32, "cuda": 1024}
+DEVICE_PATTERN = r"^(cpu|cuda(:[0-9]+)?)$"
+
+
+def default_tolerance(dtype: str, scheme: Scheme, hidden_size: int) -> float:
+    """Return how far two honest distances of one nonce in `dtype` may lie apart.
+
+    Without a head distances are made in the hidden space, where they vary √(8192/H) times as much; and a product
+    magnifies rounding.
+    """
+    scale = PRODUCT_ROUNDING * math.sqrt(RANDOM_HEAD_DIM / hidden_size) if scheme.head == "none" else 1.0
+    return TOLERANCE[dtype] * scale
+
+
+def check_dtype(name: str) -> None:
+    """Raise an InputError for an unknown precision."""
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r} is unknown; allowed are: {', '.join(DTYPES)}")
+
+
+def check_device(name: str) -> None:
+    """Raise an InputError for a name that no device can have; this does not check that the device exists."""
+    if not re.fullmatch(DEVICE_PATTERN, name):
+        raise InputError(f"device {name!r} is unknown; allowed are: cpu, cuda, cuda:N")
+
+
+def resolve(name: str, revision: str | None = None) -> str:
+    """Turn a configured name into what transformers loads: a local path or a hub id.
+
+    Raises:
+        ModelError: The bundled model or local path does not exist, or has a revision.
+    """
+    is_local = name.startswith(("bundled:", "/", "./", "../", "~"))
+    if is_local and revision is not None:
+        raise ModelError(f"model {name!r} is a folder; a revision ({revision!r}) belongs to a hub id")
+    if name.startswith("bundled:"):
+        path = BUNDLED / name.removeprefix("bundled:")
+        if not (path / "config.json").is_file():
+            known = ", ".join(sorted(f"bundled:{p.parent.name}" for p in BUNDLED.glob("*/config.json")))
+            raise ModelError(f"model {name!r} is not bundled; the bundled ones are: {known}")
+        return str(path)
+    if is_local:
+        path = Path(name).expanduser()
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model {name!r}: there is no {path / 'config.json'}; give a model's folder")
+        return str(path)
+    return name

@@ -1,0 +1,111 @@
+"""Arithmetic of a node's nonces: which are done, being worked on, or free.
+
+Positions x = 0, 1, 2, … count this node's nonces; position x is nonce `node_id + node_count · x`
+(docs/protocol.md section 5). Everything here counts positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Self
+
+LARGEST_NONCE = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Span:
+    """Positions `start` to `stop - 1`, at least one."""
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.start < self.stop, f"not a span: {self.start}:{self.stop}"
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """The positions that are done: all below `cursor`, and the `islands` above it, ascending and apart."""
+
+    cursor: int = 0
+    islands: tuple[Span, ...] = ()
+
+    def add(self, done: Span) -> Self:
+        """Return the progress after `done`, which must not have been done before."""
+        spans = sorted((*self.islands, done))
+        cursor, islands = self.cursor, list[Span]()
+        for span in spans:
+            assert span.start >= (islands[-1].stop if islands else cursor), f"{done} was done before"
+            if not islands and span.start == cursor:
+                cursor = span.stop
+            elif islands and islands[-1].stop == span.start:
+                islands[-1] = Span(islands[-1].start, span.stop)
+            else:
+                islands.append(span)
+        return type(self)(cursor, tuple(islands))
+
+    @property
+    def end(self) -> int:
+        """The first position above everything that is done."""
+        return self.islands[-1].stop if self.islands else self.cursor
+
+    def gaps(self) -> list[Span]:
+        """The spans below `end` that are not done, ascending."""
+        starts = [self.cursor, *(island.stop for island in self.islands)]
+        return [Span(start, island.start) for start, island in zip(starts, self.islands, strict=False)]
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node's share of all nonces: position x is nonce `id + count · x`."""
+
+    id: int
+    count: int
+
+    def nonces(self, span: Span) -> range:
+        """The nonces at the positions of `span`."""
+        first = self.id + self.count * span.start
+        return range(first, first + self.count * len(span), self.count)
+
+
+class Ledger:
+    """Hands out every position once, lowest first, and takes back what was not finished.
+
+    What could not be checked is handed out once more after `retry`, and then no more by this ledger.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self._aside: list[Span] = []
+        self._retried: list[Span] = []
+        self._free = progress.gaps()
+        self._next = progress.end
+
+    def take(self, count: int) -> Span:
+        """Lease the lowest free positions: `count` of them, or fewer where a gap is smaller."""
+        if not self._free:
+            span = Span(self._next, self._next + count)
+            self._next = span.stop
+            return span
+        gap = self._free.pop(0)
+        if len(gap) <= count:
+            return gap
+        self._free.insert(0, Span(gap.start + count, gap.stop))
+        return Span(gap.start, gap.start + count)
+
+    def give_back(self, span: Span) -> None:
+        """Free a leased span again."""
+        self._free = sorted((*self._free, span))
+
+    def set_aside(self, span: Span) -> None:
+        """Keep a leased span that could not be checked from being leased again; the second time for good."""
+        if not any(earlier.start <= span.start < earlier.stop for earlier in self._retried):
+            self._aside.append(span)
+
+    def retry(self) -> None:
+        """Free the spans that were set aside for the first time."""
+        self._free = sorted((*self._free, *self._aside))
+        self._retried += self._aside
+        self._aside = []

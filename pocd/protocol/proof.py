@@ -1,0 +1,186 @@
+"""Rounds and batches of proofs, their canonical JSON and ids."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+import orjson
+
+MOST_NONCES = 100_000  # that a batch to be validated may have
+MISMATCH = 5e-4  # share of an honest miner's nonces that may recompute as invalid (docs/protocol.md section 5)
+FRAUD_THRESHOLD = 0.01  # fraud is when an honest miner is less probable than this (docs/protocol.md section 5)
+
+
+def canonical_json(value: object) -> bytes:
+    """Encode `value` with sorted keys and no white space, so that equal values are equal bytes."""
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+
+
+def content_id(value: object) -> str:
+    """Return a name of `value` by its content: the first 32 hex digits of SHA-256 of its canonical JSON."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()[:32]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """The search for valid nonces under one block hash (docs/protocol.md section 5).
+
+    Attributes:
+        block_hash: The chain's hash, an opaque string, as the node wrote it.
+        block_height: Height of that block.
+        public_key: The miner's key, an opaque string.
+        r_target: A nonce is valid when its distance (in [0, 2]) is below this.
+        scheme: Name of the scheme, see `pocd.protocol.schemes`.
+        model: Name of the model, as configured.
+        seq_len: Sequence length in positions.
+    """
+
+    block_hash: str
+    block_height: int
+    public_key: str
+    r_target: float
+    scheme: str
+    model: str
+    seq_len: int
+
+    @property
+    def id(self) -> str:
+        """Hash of all the fields: another r_target or model is another round."""
+        return content_id(asdict(self))
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """One valid nonce and its distance."""
+
+    nonce: int
+    distance: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProofBatch:
+    """Proofs of one round, as receivers get them (docs/protocol.md section 5).
+
+    Attributes:
+        model_fingerprint: Fingerprint of the weights; None where an earlier version stored the proofs.
+        dtype: Precision in which the proofs were computed; None where an earlier version stored them.
+    """
+
+    kind: ClassVar = "generated"
+
+    round: Round
+    node_id: int
+    model_fingerprint: str | None
+    dtype: str | None
+    proofs: tuple[Proof, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of nonces in the batch."""
+        return len(self.proofs)
+
+    def _content(self) -> dict[str, Any]:
+        return asdict(self.round) | {
+            "node_id": self.node_id,
+            "model_fingerprint": self.model_fingerprint,
+            "dtype": self.dtype,
+            "nonces": [proof.nonce for proof in self.proofs],
+            "dist": [proof.distance for proof in self.proofs],
+        }
+
+    @property
+    def id(self) -> str:
+        """Hash of the content: the same proofs always travel under the same id."""
+        return content_id(self._content())
+
+    def to_json(self) -> bytes:
+        """The exact bytes of every POST of this batch: canonical JSON with `batch_id`."""
+        return canonical_json(self._content() | {"batch_id": self.id})
+
+
+@dataclass(frozen=True, slots=True)
+class ValidatedBatch:
+    """The verdict on a batch of claims, with the recomputed distances (docs/protocol.md section 5, "Verdict").
+
+    The four lists stand beside each other: the entries of the batch whose nonces were recomputed, as they
+    came, repeats included. The counts are of distinct nonces, but for `duplicates` and `non_finite`.
+
+    Attributes:
+        round: Round that the distances were recomputed for.
+        node_id: Index of the node that the batch names.
+        node_count: Number of nodes that share the nonces.
+        model_fingerprint: Fingerprint of the weights that recomputed the distances.
+        dtype: Precision in which the distances were recomputed.
+        nonces: Nonce of each entry.
+        received_dist: Claimed distance of each entry; None where the claim was no finite number.
+        dist: Recomputed distance of each entry, in [0, 2].
+        valid: Whether each entry's nonce is valid, by all its claims and its recomputed distance.
+        n: Number of recomputed nonces.
+        n_invalid: Number of recomputed nonces that are not valid.
+        n_batch: Number of nonces in the whole batch.
+        impossible_claims: Number of nonces in the whole batch with a claim outside [0, r_target).
+        duplicates: Entries in the whole batch that repeat an earlier one's nonce.
+        non_finite: Entries in the whole batch whose claim is no finite number.
+        density: The share of the node's nonces up to the largest of the batch that are in it, see section 5.
+        sparse: Whether `density` is 1% or less.
+        shifted: Recomputed nonces with a finite claim further than `tolerance` from the recomputed distance.
+        largest_difference: Largest difference of a finite claim from the recomputed distance; None without such claims.
+        tolerance: How far above `r_target` a recomputed distance still counts as valid.
+        mismatch: The probability that an honest miner's nonce recomputes as invalid.
+        fraud_threshold: The batch is fraud when the probability of an honest miner is below this.
+        probability_honest: Probability that an honest miner has at least as many invalid nonces, or impossible claims.
+        fraud_detected: The verdict.
+        sample: Number of nonces drawn for recomputation; None for all.
+        seed: Seed of the sample; None for all.
+        suspicions: Names of what is odd about the batch, but no fraud by itself.
+    """
+
+    kind: ClassVar = "validated"
+
+    round: Round
+    node_id: int
+    node_count: int
+    model_fingerprint: str
+    dtype: str
+    nonces: tuple[int, ...]
+    received_dist: tuple[float | None, ...]
+    dist: tuple[float, ...]
+    valid: tuple[bool, ...]
+    n: int
+    n_invalid: int
+    n_batch: int
+    impossible_claims: int
+    duplicates: int
+    non_finite: int
+    density: float
+    sparse: bool
+    shifted: int
+    largest_difference: float | None
+    tolerance: float
+    mismatch: float
+    fraud_threshold: float
+    probability_honest: float
+    fraud_detected: bool
+    sample: int | None
+    seed: str | None
+    suspicions: tuple[str, ...]
+
+    @property
+    def size(self) -> int:
+        """Number of entries in the batch."""
+        return len(self.nonces)
+
+    def _content(self) -> dict[str, Any]:
+        own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "round"}
+        return asdict(self.round) | own
+
+    @property
+    def id(self) -> str:
+        """Hash of the content: the same verdict always travels under the same id."""
+        return content_id(self._content())
+
+    def to_json(self) -> bytes:
+        """The exact bytes of every POST of this verdict: canonical JSON with `batch_id`."""
+        return canonical_json(self._content() | {"batch_id": self.id})

@@ -1,0 +1,1 @@
+"""`pocd receiver`: the reference receiver of proofs, a program of its own."""

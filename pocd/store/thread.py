@@ -1,0 +1,54 @@
+"""The thread that the outbox lives in, for callers in the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from functools import partial
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+
+from pocd.store.database import DatabaseThread, ThreadBusyError
+from pocd.store.errors import StoreUnavailableError, failure_of
+from pocd.store.outbox import Outbox
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+MOST_WAITING = 1024  # above what all parts of the daemon and all clients of its API ask for at once
+AGAIN_SECONDS = 1.0  # between two tries to write what has to be recorded
+
+
+class OutboxThread(DatabaseThread[Outbox]):
+    """The one thread that an `Outbox` lives in."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(partial(Outbox.open, path), name="outbox", most_waiting=MOST_WAITING)
+        self._path = path
+
+    async def __call__(self, method: Callable[Concatenate[Outbox, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run `method(outbox, *args, **kwargs)` in the thread and return its result.
+
+        Raises:
+            StoreUnavailableError: The disk is full, fails, or is too slow; nothing was changed, and it may go on later.
+            StoreError: The file is damaged.
+        """
+        try:
+            return await super().__call__(method, *args, **kwargs)
+        except ThreadBusyError as error:
+            raise StoreUnavailableError(f"the store {self._path} is too slow: {error}") from error
+        except sqlite3.Error as error:
+            raise failure_of(self._path, error) from error
+
+    async def persistently(
+        self, method: Callable[Concatenate[Outbox, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Run `method`, and again every second while the store is unavailable: what has happened has to be recorded."""
+        while True:
+            try:
+                return await self(method, *args, **kwargs)
+            except StoreUnavailableError:
+                await asyncio.sleep(AGAIN_SECONDS)

@@ -1,0 +1,203 @@
+"""Validate batches of others: one after another, between the batches that are mined (docs/protocol.md section 5).
+
+What is to be validated is on disk before we say that it will be, and its verdict before anybody hears of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import orjson
+
+from pocd.pool.recomputations import NoResultError, Recomputation, WorkerLostError
+from pocd.protocol.proof import canonical_json, content_id
+from pocd.store import validations
+from pocd.validation.claim import Claim
+from pocd.validation.verdict import Terms, judge, round_of, sampled
+
+if TYPE_CHECKING:
+    from structlog.typing import FilteringBoundLogger
+
+    from pocd.clock import Clock
+    from pocd.delivery.receivers import Receivers
+    from pocd.observe.events import Events
+    from pocd.pool.pool import Pool
+    from pocd.protocol.proof import Round
+    from pocd.store.thread import OutboxThread
+    from pocd.store.validations import Validation
+
+MOST_TRIES = 3  # of one part of a batch, each ended by the end of its worker
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationRequest:
+    """A request for validation: a batch, the terms to judge it by, and which of its nonces to recompute.
+
+    Attributes:
+        callback: Name of the receiver of the verdict beside the configured ones.
+    """
+
+    claim: Claim
+    terms: Terms
+    sample: int | None
+    seed: str | None
+    callback: str | None
+
+    def to_json(self) -> bytes:
+        """Return canonical JSON, whose hash is the validation's id."""
+        return canonical_json(self._plain())
+
+    def _plain(self) -> dict[str, object]:
+        return {
+            "claim": self.claim.model_dump(),
+            "terms": asdict(self.terms),
+            "sample": self.sample,
+            "seed": self.seed,
+            "callback": self.callback,
+        }
+
+    @property
+    def id(self) -> str:
+        """Hash of the whole request, from which the answer follows."""
+        return content_id(self._plain())
+
+    @classmethod
+    def from_json(cls, encoded: bytes) -> ValidationRequest:
+        """Return the request that `to_json` wrote."""
+        fields = orjson.loads(encoded)
+        claim, terms = Claim.model_validate(fields.pop("claim")), Terms(**fields.pop("terms"))
+        return cls(claim, terms, **fields)
+
+
+class QueueFullError(Exception):
+    """The queue of validations is full."""
+
+
+class Validator:
+    """Takes validations in, has their distances recomputed, and stores the verdicts."""
+
+    def __init__(
+        self,
+        outbox: OutboxThread,
+        workers: Pool,
+        receivers: Receivers,
+        *,
+        most: int,
+        clock: Clock,
+        log: FilteringBoundLogger,
+        events: Events,
+    ) -> None:
+        self._outbox = outbox
+        self._workers = workers
+        self._receivers = receivers
+        self._most = most
+        self._clock = clock
+        self._log = log
+        self._events = events
+        self._asked = asyncio.Event()
+        self._finished = asyncio.Condition()
+
+    async def ask(self, request: ValidationRequest) -> Validation:
+        """Store a request and return its validation, which may be done if the same was requested before.
+
+        Raises:
+            QueueFullError: Too many validations wait; nothing was stored.
+            StoreUnavailableError: The store cannot be written now; nothing was stored.
+        """
+        name = request.id
+        found = await self._outbox(validations.ask, name, request.to_json(), most=self._most, now=self._clock.wall())
+        if found is None:
+            raise QueueFullError(f"{self._most} validations are waiting, as many as validation.max_queued allows")
+        if found.state == "pending":
+            self._events.publish("validation", id=name, state="pending")
+            self._asked.set()
+        return found
+
+    async def find(self, name: str) -> Validation | None:
+        """Return a validation by its id; None where it is unknown."""
+        return await self._outbox(validations.find, name)
+
+    async def until_finished(self, name: str, limit: float) -> Validation | None:
+        """Wait up to `limit` seconds until a validation is no longer pending, and return it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit), self._finished:
+                while (found := await self.find(name)) is not None and found.state == "pending":
+                    await self._finished.wait()
+                return found
+        return await self.find(name)
+
+    async def run(self) -> None:
+        """Validate pending requests, oldest first, until cancelled."""
+        while True:
+            self._asked.clear()
+            waiting = await self._outbox.persistently(validations.pending)
+            if waiting:
+                await self._validate(waiting[0])
+            else:
+                await self._asked.wait()
+
+    async def _validate(self, name: str) -> None:
+        request = ValidationRequest.from_json(await self._outbox.persistently(validations.request_of, name))
+        try:
+            distances = await self._recompute(request)
+        except NoResultError as error:
+            await self._outbox.persistently(validations.fail, name, str(error), self._clock.wall())
+            self._log.error("validation has no result", action="validation_failed", id=name, cause=str(error))
+            state = "failed"
+        else:
+            # In a thread: of 100,000 nonces it takes half a second.
+            batch = await asyncio.to_thread(
+                judge, request.claim, request.terms, distances, request.sample, request.seed
+            )
+            receivers = self._receivers.names(request.callback)
+            await self._outbox.persistently(validations.finish, name, batch, receivers, self._clock.wall())
+            self._receivers.wake()
+            self._log.info(
+                "batch validated",
+                action="validated",
+                id=name,
+                public_key=batch.round.public_key,
+                height=batch.round.block_height,
+                checked=batch.n,
+                invalid=batch.n_invalid,
+                fraud=batch.fraud_detected,
+            )
+            state = "done"
+        self._events.publish("validation", id=name, state=state)
+        async with self._finished:
+            self._finished.notify_all()
+
+    async def _recompute(self, request: ValidationRequest) -> dict[int, float]:
+        """Let the workers compute the distances of a request, a batch at a time.
+
+        Raises:
+            NoResultError: The model gives no distance, its worker ended each time, or another model is loaded now.
+        """
+        round_ = round_of(request.claim, request.terms)
+        nonces = sampled(request.claim.nonces, request.sample, request.seed)
+        distances: dict[int, float] = {}
+        while len(distances) < len(nonces):
+            await self._workers.ready.wait()
+            self._check_model(request.terms)
+            part = nonces[len(distances) : len(distances) + self._workers.batch_size]
+            last = len(distances) + len(part) == len(nonces)
+            distances |= zip(part, await self._distances(round_, part, last=last), strict=True)
+        return distances
+
+    async def _distances(self, round_: Round, nonces: tuple[int, ...], *, last: bool) -> list[float]:
+        for _ in range(MOST_TRIES):
+            wanted = Recomputation(round_, nonces, last, asyncio.get_running_loop().create_future())
+            await self._workers.recomputations.put(wanted)
+            with contextlib.suppress(WorkerLostError):
+                return await wanted.distances
+        raise NoResultError(f"the worker ended {MOST_TRIES} times in a row over the same nonces")
+
+    def _check_model(self, terms: Terms) -> None:
+        """Refuse a request from before a restart that loaded another model: its answer would be another one."""
+        info = self._workers.info
+        assert info is not None, "a worker that is ready has said what it runs"
+        if (info.fingerprint, info.dtype) != (terms.model_fingerprint, terms.dtype):
+            raise NoResultError("the daemon runs another model or dtype than when this was requested; request it again")

@@ -1,0 +1,177 @@
+"""Computes the distances of the round that is mined, and of one that is recomputed beside it, with one loaded model."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import torch
+
+from pocd.compute.engine import BlockRun, block_run
+from pocd.compute.memory import is_out_of_memory
+from pocd.protocol.errors import MemoryShortError, OutOfMemoryError
+from pocd.protocol.schemes import SCHEMES
+from pocd.protocol.theory import expected_valid_rate
+from pocd.worker.messages import BatchShrunk, Compute, Load, Message, Recompute, RoundBegun
+from pocd.worker.self_test import check_shape, compiled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from pocd.compute.model import Model
+    from pocd.protocol.proof import Round
+
+
+class PreparedRound:
+    """The model prepared for one round, or for none.
+
+    Attributes:
+        round: The round that the model is prepared for; None where it is prepared for none.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._attached = ExitStack()
+        self._run: BlockRun | None = None
+        self.round: Round | None = None
+
+    def begin(self, round_: Round) -> BlockRun:
+        """Return the run of `round_`; it is prepared first, unless it is already."""
+        if self._run is None or round_ != self.round:
+            self.end()
+            run = block_run(
+                self._model,
+                SCHEMES[round_.scheme],
+                block_hash=round_.block_hash,
+                public_key=round_.public_key,
+                seq_len=round_.seq_len,
+            )
+            self._run = self._attached.enter_context(run)
+            self.round = round_
+        return self._run
+
+    def end(self) -> None:
+        """Give the model its own weights back, and free the memory of the round."""
+        self._attached.close()
+        self._run = self.round = None
+
+
+class DistanceComputer:
+    """Computes distances with a loaded model, for the round that is mined and for one that is recomputed beside it."""
+
+    def __init__(self, model: Model, load: Load, batch_size: int, report: Callable[[Message], None]) -> None:
+        self._load = load
+        self._model = model
+        self._batch_size = batch_size
+        self._report = report
+        self._mined = PreparedRound(model)
+        self._recomputed = PreparedRound(model)
+
+    def start(self, message: Compute | Recompute) -> Callable[[], list[float]]:
+        """Start to compute the distances that a message asks for; returns a function that waits for them.
+
+        Raises:
+            InputError: The model cannot take the message's nonces or round.
+            NonFiniteError: The model gave NaN or infinity; the returned function raises it too.
+            MemoryShortError: A batch does not fit into memory.
+        """
+        return self._recompute(message) if isinstance(message, Recompute) else self._mine(message)
+
+    def _mine(self, message: Compute) -> Callable[[], list[float]]:
+        """Start to compute a message of the round that is mined; a new round is prepared first."""
+        round_ = message.round
+        if round_ != self._mined.round:
+            if SCHEMES[round_.scheme].weights != "trained":
+                self._recomputed.end()  # both rounds would draw into the same weights
+            run = self._begin(self._mined, round_, other=self._recomputed)
+            rate, execution = expected_valid_rate(round_.r_target, run.dimension), run.execution(self._rows(run))
+            self._report(RoundBegun(round_.id, rate, execution.path, execution.reason))
+        nonces = range(message.first, message.first + message.step * message.count, message.step)
+        return self._start(self._mined.begin(round_), nonces, other=self._recomputed)
+
+    def _recompute(self, message: Recompute) -> Callable[[], list[float]]:
+        """Start to compute a message of another round, in the shape in which it would be mined."""
+        prepared, other = self._recomputed, self._mined
+        if message.round == self._mined.round:
+            prepared, other = other, prepared
+        elif SCHEMES[message.round.scheme].weights != "trained":
+            self._mined.end()  # both rounds would draw into the same weights
+        try:
+            wait = self._start(self._begin(prepared, message.round, other=other), message.nonces, other=other)
+            if not message.last:
+                return wait
+            distances = wait()  # before the prepared round ends
+            return lambda: distances
+        finally:
+            if message.last:
+                self._recomputed.end()
+
+    def _begin(self, prepared: PreparedRound, round_: Round, *, other: PreparedRound) -> BlockRun:
+        """Prepare a round, and end the `other` one if there is no memory for both."""
+        try:
+            return prepared.begin(round_)
+        except RuntimeError as error:
+            if other.round is None or self._load.is_split or not is_out_of_memory(error):
+                raise
+        other.end()
+        return prepared.begin(round_)
+
+    def _rows(self, run: BlockRun) -> int:
+        """Return the nonces per batch: of longer sequences fewer, so that it has as many tokens as the self-test's."""
+        return max(1, self._batch_size * self._load.seq_len // max(run.seq_len, self._load.seq_len))
+
+    def _start(self, run: BlockRun, nonces: Sequence[int], *, other: PreparedRound) -> Callable[[], list[float]]:
+        while True:
+            rows = self._rows(run)
+            try:
+                if len(nonces) <= rows:
+                    return run.start(nonces, batch_size=rows).distances
+                distances = run.distances(nonces, batch_size=rows)
+            except OutOfMemoryError as error:
+                if other.round is not None and not self._load.is_split:
+                    other.end()  # the self-test, which showed that the size fits, had only one round prepared
+                    continue
+                if self._model.program is not None:  # compiled code serves one size; the next life compiles for another
+                    raise MemoryShortError(str(error)) from error
+                self._batch_size = smaller(self._batch_size, error, self._load)
+                self._report(BatchShrunk(self._batch_size, str(error)))
+            else:
+                return lambda: distances
+
+
+def smaller(batch_size: int, error: OutOfMemoryError, load: Load) -> int:
+    """Return the batch size to try after `error`.
+
+    Raises:
+        MemoryShortError: There is none: the size was configured, or not even one nonce fits, or the other ranks would
+            have to shrink their batches too.
+    """
+    if not load.shrink:
+        raise MemoryShortError(f"{error}: lower worker.batch_size, or set it to 'auto'") from error
+    if batch_size == 1:
+        raise MemoryShortError(
+            "not even one nonce fits into the memory: use a smaller model, dtype or round.seq_len"
+        ) from error
+    if load.is_split:
+        raise MemoryShortError(str(error)) from error
+    torch.cuda.empty_cache()  # does nothing without a GPU
+    return batch_size // 2
+
+
+def fit(model: Model, load: Load) -> tuple[Model, int]:
+    """Test the model with the batch size of `load`, or the largest of its halves that fits, and compile it for that.
+
+    Returns:
+        The model, compiled where that is asked for and possible, and the batch size.
+
+    Raises:
+        ComputeError: The self-test failed.
+        MemoryShortError: Not even the smallest batch fits.
+    """
+    batch_size = load.batch_size
+    while True:
+        try:
+            check_shape(model, load, batch_size)  # eager execution needs the most memory, and compiling is costly
+            return compiled(model, load, seq_len=load.seq_len, batch_size=batch_size), batch_size
+        except OutOfMemoryError as error:
+            batch_size = smaller(batch_size, error, load)

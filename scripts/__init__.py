@@ -1,0 +1,1 @@
+"""Programs beside the package; the shell commands at the top of this folder are for everybody."""

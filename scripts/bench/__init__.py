@@ -1,0 +1,1 @@
+"""Benches: how fast the engine, the API, deliveries, mining and the daemon are."""

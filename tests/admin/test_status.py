@@ -1,0 +1,102 @@
+"""The status as bytes: names, order and values, held to what was recorded when callers began to rely on them."""
+
+from __future__ import annotations
+
+import contextlib
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import structlog
+
+from pocd.admin import status
+from pocd.admin.operations import answer
+from pocd.chain.source import Block, Head
+from pocd.config.settings import load
+from pocd.daemon.compose import compose, make_loads, make_receivers
+from pocd.mining.control import RoundRequest
+from pocd.mining.phases import Call
+from pocd.pool.cards import CardReading
+from pocd.pool.causes import Cause
+from pocd.protocol.nonces import Node
+from pocd.protocol.proof import Round
+from pocd.store.outbox import Weights
+from pocd.store.thread import OutboxThread
+from pocd.worker.messages import CardIdentity, Ready
+from tests.support.clocks import NOW, ManualClock
+from tests.support.processes import config
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import pytest
+
+    from pocd.admin.parts import Parts
+    from pocd.chain.source import ChainSource
+
+RECORDED = Path(__file__).parent.parent / "data" / "status.jsonl"  # at the start; while mining
+ROUND = Round("9F2E", 4_100_040, "gonka1ö", 1.5, "poc2", "bundled:tiny-llama", 16)
+READY = Ready(
+    model="bundled:tiny-llama",
+    fingerprint="f00d",
+    dtype="float32",
+    device="cpu",
+    hidden_size=64,
+    layers=2,
+    decoder="flat",
+    execution="eager",
+    execution_reason="on the CPU",
+    load_seconds=0.25,
+    compile_seconds=0.0,
+    batch_size=8,
+    longest_seq_len=128,
+    torch="2.9.1",
+)
+READING = CardReading(temperature=61.0, power=None, memory_used=2**30, memory_total=2**36, utilization=0.5)
+
+
+@contextlib.contextmanager
+def made(folder: Path, clock: ManualClock) -> Iterator[Parts]:
+    """The parts of a daemon of two workers and two receivers, of which none runs."""
+    urls = {"one": "http://user:secret@127.0.0.1:9/pow", "two": "http://127.0.0.1:9"}
+    settings = load(config(folder, "http://127.0.0.1:9", urls, model__device=["cpu", "cpu"]))
+    nowhere = cast("ChainSource", None)  # nothing is asked of it
+    receivers, loads, log = make_receivers(settings), make_loads(settings), structlog.get_logger()
+    with contextlib.closing(OutboxThread(settings.store.path)) as outbox:
+        yield compose(settings, outbox, nowhere, receivers, loads, clock=clock, log=log).parts
+
+
+async def mine(parts: Parts, clock: ManualClock) -> None:
+    """Have something to tell in every field."""
+    first, second = parts.workers.workers
+    for worker in (first, second):
+        worker.start()
+        worker.load("loading the model")
+        worker.become_ready(READY)
+        worker.pids = [4000 + worker.number]
+    second.end()
+    second.start()
+    second.load("loading the model")
+    second.last_error = parts.workers.last_error = "killed by signal 9"
+    second.causes[Cause.CRASH] = 3
+    second.cards = {"cuda:1": CardIdentity("NVIDIA H200", "GPU-1")}
+    parts.cards._readings = {"GPU-1": READING}
+    parts.workers.ready.set()
+    block = Block("gonka", 4_100_047, "AB" * 32, datetime.fromtimestamp(NOW, UTC))
+    parts.chain.head, parts.chain.seen_at = Head(block, catching_up=False), NOW
+    await parts.control.call(Call.INIT_GENERATE, RoundRequest(ROUND, Node(1, 3), 0.02, "one"))
+    lease = await parts.miner.lease(8)
+    clock.advance(50.0)
+    await parts.miner.complete(lease, [1.25, 1.75, 0.1 + 0.2, 1.5, 1.6, 1e-7, 1.9, 2.0], Weights("f00d", "float32"))
+    assert parts.miner.mining
+    parts.miner.mining.expected_valid_rate = 0.1003
+
+
+async def test_the_bytes_are_those_that_callers_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(status, "__version__", "0.1.0")
+    at_start, mining = RECORDED.read_bytes().splitlines(keepends=True)
+    clock = ManualClock()
+    with made(tmp_path, clock) as parts:
+        assert answer(status.view(parts)).body == at_start
+        await mine(parts, clock)
+        assert answer(status.view(parts)).body == mining

@@ -1,0 +1,260 @@
+"""The command line, by real processes: what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import orjson
+import pytest
+
+from pocd import __version__
+from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_NO_DEVICE, EXIT_OK
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+USAGE = 2
+SECRET = "hunter2"
+POCD = (sys.executable, "-W", "error", "-m", "pocd")
+# Without a GPU everywhere, and never a look at the network.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.upper().startswith("POCD_")} | {
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_HUB_OFFLINE": "1",
+}
+
+Ended = subprocess.CompletedProcess[str]
+
+
+def run(*command: str) -> Ended:
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, check=False)
+
+
+def pocd(*arguments: str | Path) -> Ended:
+    return run(*POCD, *map(str, arguments))
+
+
+def refusal(ended: Ended, code: int) -> str:
+    """The one line by which a command that failed says why."""
+    assert ended.returncode == code, ended.stderr
+    assert ended.stdout == ""
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("pocd: ")
+    return line.removeprefix("pocd: ")
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "pocd.toml"
+    path.write_text(f'[node]\npublic_key = "key"\n[chain]\nurls = ["http://user:{SECRET}@chain.example"]\n')
+    return path
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    """A port on which another program listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@pytest.fixture
+def silent() -> Iterator[int]:
+    """A port on which nothing listens, and nothing else can begin to."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
+def test_the_version() -> None:
+    ended = pocd("--version")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (EXIT_OK, f"pocd {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--bogus"], "--bogus"),
+        (["mine"], "'mine'"),
+        (["status", "--bogus"], "--bogus"),
+        (["config", "check", "--config"], "--config"),
+        (["devchain", "--port", "65536"], "65535"),
+        (["compute", "--nonces", "1"], "--model"),
+    ],
+)
+def test_a_mistyped_command_is_refused_in_a_line(arguments: list[str], reason: str) -> None:
+    assert reason in refusal(pocd(*arguments), USAGE)
+
+
+# The configuration.
+
+
+def test_a_good_configuration(config: Path) -> None:
+    ended = pocd("config", "check", "--config", config)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (EXIT_OK, f"{config}: good\n", "")
+
+
+@pytest.mark.parametrize("command", [["config", "check"], ["config", "show"], ["run"], ["status"]])
+def test_a_bad_configuration_names_file_and_key(config: Path, command: list[str]) -> None:
+    config.write_text(config.read_text() + "[admin]\nport = 'http'\n")
+    reason = refusal(pocd(*command, "--config", config), EXIT_CONFIG)
+    assert reason.startswith(f"{config}: admin.port: ")
+    assert SECRET not in reason
+
+
+def test_the_configuration_in_effect(config: Path) -> None:
+    ended = pocd("config", "show", "--config", config)
+    assert (ended.returncode, ended.stderr) == (EXIT_OK, "")
+    shown = tomllib.loads(ended.stdout)
+    assert shown["chain"]["urls"] == ["http://***@chain.example"]
+    assert shown["round"]["every"] == 60
+
+
+def test_a_reader_that_has_gone_is_no_failure(config: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(
+        [*POCD, "config", "show", "--config", config],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (EXIT_OK, b"")
+
+
+# Speaking to the daemon.
+
+
+@pytest.mark.parametrize("command", ["status", "stop", "resume"])
+def test_no_daemon_is_a_clear_line(silent: int, command: str) -> None:
+    reason = refusal(pocd(command, "--url", f"http://127.0.0.1:{silent}"), EXIT_CRASH)
+    assert reason.startswith(f"nothing listens on http://127.0.0.1:{silent}; is the daemon running")
+
+
+def test_the_daemons_address_is_read_from_the_configuration(config: Path, silent: int) -> None:
+    config.write_text(f"{config.read_text()}[admin]\nport = {silent}\n")
+    assert f"nothing listens on http://127.0.0.1:{silent};" in refusal(pocd("status", "--config", config), EXIT_CRASH)
+
+
+def test_an_unreadable_token_file_names_its_key(config: Path, tmp_path: Path) -> None:
+    config.write_text(f"{config.read_text()}[admin]\ntoken_file = '{tmp_path / 'token'}'\n")
+    reason = refusal(pocd("status", "--config", config), EXIT_CONFIG)
+    assert reason.startswith(f"admin.token_file {tmp_path / 'token'} cannot be read")
+
+
+# The development programs.
+
+
+@pytest.mark.parametrize("command", ["devchain", "receiver"])
+def test_a_taken_port_is_a_clear_line(tmp_path: Path, taken: int, command: str) -> None:
+    store: list[str | Path] = ["--store", tmp_path / "receiver.db"] if command == "receiver" else []
+    reason = refusal(pocd(command, "--port", str(taken), *store), EXIT_CONFIG)
+    assert reason.startswith(f"cannot listen on 127.0.0.1:{taken}: ")
+    assert "already in use" in reason
+
+
+def test_a_receivers_bad_secret_is_not_told(tmp_path: Path) -> None:
+    secrets = tmp_path / "secrets"
+    secrets.write_text(f"{SECRET}\n")
+    reason = refusal(pocd("receiver", "--secret-file", secrets, "--store", tmp_path / "receiver.db"), EXIT_CONFIG)
+    assert reason.startswith(f"{secrets}, line 1: ")
+    assert SECRET not in reason
+
+
+# Failures that nobody foresaw.
+
+BREAK = "import pocd.cli.main as cli\ndef load(path): raise RuntimeError('unforeseen')\ncli.load = load\ncli.main()"
+
+
+def test_an_unforeseen_failure_is_a_line() -> None:
+    reason = refusal(run(sys.executable, "-c", BREAK, "config", "check"), EXIT_CRASH)
+    assert reason == "RuntimeError: unforeseen (pocd --debug … shows where)"
+
+
+def test_debug_shows_where() -> None:
+    ended = run(sys.executable, "-c", BREAK, "--debug", "config", "check")
+    assert ended.returncode == EXIT_CRASH
+    assert "Traceback (most recent call last)" in ended.stderr
+    assert "in config_check" in ended.stderr
+
+
+# Starting fast.
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["config", "check"], ["config", "show"]])
+def test_small_commands_import_nothing_big(config: Path, arguments: list[str]) -> None:
+    options = ["--config", str(config)] if arguments[0] == "config" else []
+    ended = run(sys.executable, "-X", "importtime", "-m", "pocd", *arguments, *options)
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in ended.stderr.splitlines()}
+    assert ended.returncode == EXIT_OK
+    assert {"pocd", "typer"} <= imported
+    assert not imported & {"aiohttp", "numpy", "safetensors", "scipy", "torch", "transformers", "uvloop"}
+
+
+# Computing distances.
+
+
+def compute(*, nonces: str = "0", **options: str) -> list[str]:
+    values = {
+        "model": "bundled:tiny-qwen3",
+        "block-hash": "ABC",
+        "public-key": "key",
+        "nonces": nonces,
+        "seq-len": "8",
+        "batch-size": "1",
+    }
+    return ["compute", *(f"--{name}={value}" for name, value in (values | options).items())]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"nonces": "x"}, "nonces: 'x' is neither a number nor a range a:b"),
+        ({"nonces": "1,0:5"}, "nonces: 1 is named twice"),
+        ({"nonces": "5:5"}, "nonces: the range 5:5 is empty"),
+        ({"nonces": str(2**63)}, f"nonces: {2**63} goes beyond 2**63 - 1"),
+        ({"scheme": "poc4"}, "scheme 'poc4' is unknown; allowed are: trained, random-weights, "),
+        ({"dtype": "int8"}, "dtype 'int8' is unknown; allowed are: float32, float16, bfloat16"),
+        ({"device": "gpu"}, "device 'gpu' is unknown; allowed are: cpu, cuda, cuda:N"),
+        ({"model": "bundled:huge"}, "model 'bundled:huge' is not bundled; the bundled ones are: bundled:tiny-"),
+    ],
+)
+def test_what_cannot_be_computed_is_refused_in_a_line(options: dict[str, str], reason: str) -> None:
+    assert refusal(pocd(*compute(**options)), EXIT_CONFIG).startswith(reason)
+
+
+def test_a_missing_gpu_is_its_own_exit_status() -> None:
+    reason = refusal(pocd(*compute(device="cuda")), EXIT_NO_DEVICE)
+    assert reason.startswith("device 'cuda' is configured, but torch ")
+
+
+def test_distances_as_json() -> None:
+    ended = pocd(*compute(nonces="7,3", dtype="float32"), "--json")
+    assert (ended.returncode, ended.stderr) == (EXIT_OK, "")
+    lines = [orjson.loads(line) for line in ended.stdout.splitlines()]
+    assert [line.keys() for line in lines] == [{"nonce", "distance"}] * 2
+    assert [line["nonce"] for line in lines] == [7, 3]
+    assert all(0 < line["distance"] < 2 for line in lines)
+
+
+def test_a_reader_that_wants_one_line_ends_it() -> None:
+    """More nonces than any test has time for, so that it ends for no other reason."""
+    with subprocess.Popen(
+        [*POCD, *compute(nonces=f"0:{2**60}")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        nonce, _distance = process.stdout.readline().split("\t")
+        process.stdout.close()
+        assert (nonce, process.stderr.read(), process.wait()) == ("0", "", EXIT_OK)

@@ -1,0 +1,243 @@
+"""Compiled code gives the eager path's distances, serves every block, and outlives its process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+import structlog.testing
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pocd.compute import compiled
+from pocd.compute.compiled import compile_model
+from pocd.compute.engine import block_run
+from pocd.compute.flat import FlatDecoder, run_layer
+from pocd.compute.model import Model, adapt, load_model
+from pocd.protocol.errors import ComputeError, InputError
+from pocd.protocol.names import BUNDLED
+from pocd.protocol.schemes import SCHEMES
+from pocd.worker.messages import Load
+from tests.pool.test_pool import ROUND, pooled, recompute
+from tests.reference.plain import NORMAL_ROUNDING
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from pocd.protocol.names import Compile
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.torch.jit:DeprecationWarning"
+)  # torch's compiler uses its own old parts
+
+SEQ_LEN, BATCH = 6, 4
+ROUNDING = 2e-5  # of distances in float32, whatever the kernels: docs/protocol.md, section 3
+# Both models, and schemes that differ in what is compiled. The first pays for the compiler's own start, 20 s.
+COMBINATIONS = [
+    ("bundled:tiny-qwen3", "poc2"),
+    ("bundled:tiny-qwen3", "random-weights"),
+    ("bundled:tiny-llama", "poc2"),
+    ("bundled:tiny-llama", "poc3"),
+]
+CHILD = f"""
+import json, warnings
+warnings.filterwarnings("ignore")
+from torch._dynamo.utils import counters
+from pocd.compute.compiled import compile_model
+from pocd.compute.model import load_model
+from pocd.protocol.schemes import SCHEMES
+model = load_model("bundled:tiny-qwen3", dtype="float32", device="cpu")
+ready = compile_model(model, "always", scheme=SCHEMES["poc2"], seq_len={SEQ_LEN}, batch_size={BATCH})
+print(json.dumps({{"path": ready.execution.path, **counters["inductor"]}}))
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where this process, too, keeps what it compiles."""
+    folder = tmp_path_factory.mktemp("compiled")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def models(cache: Path) -> dict[str, Model]:
+    assert cache.is_dir()
+    names = sorted({name for name, _ in COMBINATIONS})
+    return {name: load_model(name, dtype="float32", device="cpu") for name in names}
+
+
+def ready(model: Model, scheme: str = "poc2") -> Model:
+    return compile_model(model, "always", scheme=SCHEMES[scheme], seq_len=SEQ_LEN, batch_size=BATCH)
+
+
+def distances(model: Model, scheme: str, block: str) -> list[float]:
+    with block_run(model, SCHEMES[scheme], block_hash=block, public_key="key", seq_len=SEQ_LEN) as run:
+        assert run.execution(BATCH) == model.execution
+        return run.distances(range(BATCH + 2), batch_size=BATCH)
+
+
+def compilations() -> int:
+    from torch._dynamo.utils import counters
+
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize(("name", "scheme"), COMBINATIONS)
+def test_compiled_agrees_with_eager_for_every_block(models: dict[str, Model], name: str, scheme: str) -> None:
+    fast = ready(models[name], scheme)
+    assert (fast.execution.path, fast.execution.seconds > 0) == ("compiled", True)
+    before = compilations()
+    for block in ("block_a", "block_b"):
+        eager = distances(models[name], scheme, block)
+        assert distances(fast, scheme, block) == pytest.approx(eager, abs=ROUNDING)
+    assert compilations() == before
+
+
+def test_the_generator_gives_the_same_numbers_compiled(cache: Path) -> None:
+    """As it runs on a GPU."""
+    assert cache.is_dir()
+    seeds = torch.arange(9 * BATCH, dtype=torch.int32).view(BATCH, 9) * 1_000_003
+    eager, fused = torch.empty(2, BATCH, SEQ_LEN, 128)
+    with torch.inference_mode():
+        compiled._fill(eager, seeds)
+        compiled._compile(compiled._fill)(fused, seeds)
+    assert torch.allclose(fused, eager, rtol=0, atol=NORMAL_ROUNDING)
+    assert eager.std() == pytest.approx(1, abs=0.05)
+
+
+def test_more_layers_compile_nothing_more(models: dict[str, Model]) -> None:
+    ready(models["bundled:tiny-llama"])
+    before = compilations()
+    torch.manual_seed(0)
+    config = LlamaConfig.from_pretrained(BUNDLED / "tiny-llama", num_hidden_layers=12)
+    deep = adapt(LlamaForCausalLM(config), name="deep")
+    assert deep.layers == 12
+    fast = ready(deep)
+    assert compilations() == before
+    assert distances(fast, "poc2", "block") == pytest.approx(distances(deep, "poc2", "block"), abs=ROUNDING)
+
+
+def test_another_process_finds_what_this_one_compiled(models: dict[str, Model], cache: Path) -> None:
+    ready(models["bundled:tiny-qwen3"])
+    assert list(cache.iterdir())
+    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = orjson.loads(done.stdout)
+    assert found["path"] == "compiled"
+    assert (found["fxgraph_cache_hit"], found.get("fxgraph_cache_miss", 0)) == (3, 0)
+
+
+@pytest.mark.parametrize("path", ["eager", "compiled"])
+def test_batches_of_two_runs_may_be_under_way_together(models: dict[str, Model], path: str) -> None:
+    model = models["bundled:tiny-llama"]
+    model = ready(model) if path == "compiled" else model
+    expected = {block: distances(model, "poc2", block)[:BATCH] for block in "ab"}
+    with (
+        block_run(model, SCHEMES["poc2"], block_hash="a", public_key="key", seq_len=SEQ_LEN) as a,
+        block_run(model, SCHEMES["poc2"], block_hash="b", public_key="key", seq_len=SEQ_LEN) as b,
+    ):
+        pending = [run.start(range(BATCH), batch_size=BATCH) for run in (a, b, a)]
+        assert [each.distances() for each in pending] == [expected["a"], expected["b"], expected["a"]]
+
+
+@pytest.mark.parametrize("count", [0, BATCH + 1])
+def test_what_is_no_batch_is_refused(models: dict[str, Model], count: int) -> None:
+    with block_run(
+        models["bundled:tiny-llama"], SCHEMES["poc2"], block_hash="b", public_key="k", seq_len=SEQ_LEN
+    ) as run:
+        with pytest.raises(InputError, match=f"^a batch takes 1 to {BATCH} nonces, got {count}$"):
+            run.start(range(count), batch_size=BATCH)
+
+
+def test_other_shapes_and_schemes_run_eagerly_and_say_so(models: dict[str, Model]) -> None:
+    model = models["bundled:tiny-llama"]
+    fast = ready(model)
+    for scheme, seq_len, batch_size in (("poc2", 7, BATCH), ("poc2", SEQ_LEN, 3), ("end-norm", SEQ_LEN, BATCH)):
+        found = []
+        for each in (model, fast):
+            with block_run(each, SCHEMES[scheme], block_hash="b", public_key="k", seq_len=seq_len) as run:
+                found.append(run.distances(range(4), batch_size=batch_size))
+                execution = run.execution(batch_size)
+        assert found[0] == found[1]
+        assert execution.path == "eager"
+        assert "only another scheme, sequence length or batch size was compiled" in execution.reason
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"), [("never", "as the settings say"), ("auto", "on the CPU compiling gains too little")]
+)
+def test_an_eager_path_says_why(models: dict[str, Model], mode: Compile, reason: str) -> None:
+    before = compilations()
+    for model in (models["bundled:tiny-llama"], ready(models["bundled:tiny-llama"])):
+        found = compile_model(model, mode, scheme=SCHEMES["poc2"], seq_len=SEQ_LEN, batch_size=BATCH)
+        assert found.execution.path == "eager"
+        assert found.execution.reason.startswith(reason)
+        assert found.program is None
+    assert compilations() == before
+
+
+def test_a_model_that_runs_by_its_own_layers_is_not_compiled(models: dict[str, Model]) -> None:
+    model = models["bundled:tiny-llama"]
+    with pytest.raises(
+        ComputeError, match=r"'bundled:tiny-llama' cannot be compiled: its layers are transformers' own"
+    ):
+        ready(replace(model, decoder=model.by_layers))
+
+
+def test_without_a_compiler_the_error_names_it(models: dict[str, Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ComputeError, match=r"there is no C\+\+ compiler \(no-such-compiler\)"):
+        ready(models["bundled:tiny-llama"])
+
+
+def wrongly(*args: Any, **options: Any) -> torch.Tensor:  # noqa: ANN401 - as `run_layer`
+    return run_layer(*args, **options) * 1.01
+
+
+@pytest.mark.parametrize("mode", ["auto", "always"])
+def test_whatever_fails_leaves_a_clean_eager_path_or_is_an_error(
+    models: dict[str, Model], monkeypatch: pytest.MonkeyPatch, mode: Compile
+) -> None:
+    """As on a GPU, where 'auto' tries: a compiler whose code is wrong, which is the worst that can happen."""
+    model = models["bundled:tiny-qwen3"]
+    monkeypatch.setattr(compiled, "_hindrance", lambda *_: None)
+    assert isinstance(model.decoder, FlatDecoder)
+
+    monkeypatch.setattr(compiled, "_compile", lambda function: wrongly if function is run_layer else function)
+    arguments: dict[str, Any] = {"scheme": SCHEMES["poc2"], "seq_len": SEQ_LEN, "batch_size": BATCH}
+    if mode == "always":
+        with pytest.raises(ComputeError, match=r"cannot be compiled.*WrongDistancesError: distances differ"):
+            compile_model(model, mode, **arguments)
+        return
+    found = compile_model(model, mode, **arguments)
+    assert found.program is None
+    assert found.execution.path == "eager"
+    assert found.execution.reason.startswith("compiling failed: WrongDistancesError: distances differ")
+    assert distances(found, "poc2", "block") == distances(model, "poc2", "block")
+
+
+async def test_a_worker_mines_by_compiled_code_and_says_so(cache: Path, tmp_path: Path) -> None:
+    load = Load("bundled:tiny-llama", "float32", ("cpu",), "poc2", SEQ_LEN, BATCH, compile="always")
+    round_ = replace(ROUND, seq_len=SEQ_LEN)
+    with structlog.testing.capture_logs() as logs:
+        async with pooled(tmp_path, [load], round_) as (pool, _):
+            (worker,) = pool.workers
+            await until(lambda: worker.computed > BATCH)
+            assert worker.info is not None
+            assert (worker.info.execution, worker.info.execution_reason) == ("compiled", "as the settings say")
+            assert worker.info.compile_seconds > 0
+            model = load_model(load.model, dtype=load.dtype, device="cpu")
+            with block_run(model, SCHEMES["poc2"], block_hash="b", public_key="k", seq_len=SEQ_LEN) as run:
+                eager = run.distances(range(BATCH), batch_size=BATCH)
+            asked = replace(round_, block_hash="b", public_key="k")
+            assert await recompute(pool, asked, tuple(range(BATCH))) == pytest.approx(eager, abs=ROUNDING)
+    assert "execution" not in {entry["action"] for entry in logs}, "its round runs as it said"
+    assert list(cache.iterdir())

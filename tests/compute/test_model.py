@@ -1,0 +1,258 @@
+from __future__ import annotations
+
+import hashlib
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.utils import hub
+
+from pocd.compute.fingerprint import checkpoint_fingerprint, fingerprint
+from pocd.compute.model import adapt, load_model, pick_device
+from pocd.protocol.errors import DeviceError, InputError, MemoryShortError, ModelError
+from pocd.protocol.names import BUNDLED, DTYPES
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 16,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen3", "tiny-llama"])
+def test_bundled_models_are_small_trained_and_in_their_form(name: str) -> None:
+    weights = BUNDLED / name / "model.safetensors"
+    assert weights.stat().st_size < 2_000_000
+    assert "nats per byte" in (BUNDLED / name / "README.md").read_text()
+    model = load_model(f"bundled:{name}", dtype="float32", device="cpu")
+    assert (model.layers, model.hidden_size) == (4, 128)
+    assert model.decoder.kind == "flat"
+    assert not model.causal.training
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen3", "tiny-llama"])
+def test_bundled_models_predict_python_source(name: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED / name, dtype=torch.float32)
+    # This file is no part of the standard library that they were trained on.
+    tokens = torch.tensor(list(Path(__file__).read_bytes()[:1024])).view(4, 256)
+    with torch.inference_mode():
+        loss = model(input_ids=tokens, labels=tokens).loss.item()
+    assert loss < 3.0  # nats per byte, here from short contexts; an untrained one has 5.5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_models_load_in_the_dtype_asked_for(dtype: str) -> None:
+    assert str(load_model("bundled:tiny-qwen3", dtype=dtype, device="cpu").dtype) == f"torch.{dtype}"
+
+
+def test_a_local_path_loads(tmp_path: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), dtype="float32", device="cpu").hidden_size == 16
+
+
+def test_an_unknown_bundled_model_names_the_known_ones() -> None:
+    with pytest.raises(ModelError, match=r"bundled:nosuch.*bundled:tiny-llama, bundled:tiny-qwen3"):
+        load_model("bundled:nosuch", dtype="float32", device="cpu")
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"there is no .*config\.json"):
+        load_model(str(tmp_path / "nothing"), dtype="float32", device="cpu")
+
+
+def test_a_folder_without_weights_is_an_error_in_one_line(tmp_path: Path) -> None:
+    LlamaConfig(**SMALL).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="cannot be loaded") as error:
+        load_model(str(tmp_path), dtype="float32", device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_broken_weights_are_an_error_in_one_line(tmp_path: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ModelError, match="cannot be loaded") as error:
+        load_model(str(tmp_path), dtype="float32", device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_do_not_fill_the_model_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks .*mlp\.up_proj\.weight"):
+        load_model(str(tmp_path), dtype="float32", device="cpu")
+
+
+def test_a_family_without_branch_and_residual_is_refused_by_its_class(tmp_path: Path) -> None:
+    model = BloomForCausalLM(BloomConfig(vocab_size=16, hidden_size=16, n_layer=1, n_head=2))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"BloomForCausalLM.*layer 0, a BloomBlock, does not end in residual"):
+        load_model(str(tmp_path), dtype="float32", device="cpu")
+
+
+def test_a_decoder_that_looks_ahead_is_refused() -> None:
+    config = Gemma3TextConfig(**SMALL, head_dim=8, num_key_value_heads=1, use_bidirectional_attention=True)
+    with pytest.raises(ModelError, match=r"Gemma3ForCausalLM.*is not causal"):
+        adapt(Gemma3ForCausalLM(config), name="x")
+
+
+def test_a_sequence_beyond_the_positions_is_refused_before_the_weights_are_read(tmp_path: Path) -> None:
+    LlamaConfig(**SMALL, max_position_embeddings=64).save_pretrained(tmp_path)  # there are no weights
+    with pytest.raises(InputError, match="seq_len 65 is outside 1 to 64"):
+        load_model(str(tmp_path), dtype="float32", device="cpu", seq_len=65)
+
+
+def test_a_folder_has_no_revision(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is a folder; a revision"):
+        load_model(str(tmp_path), dtype="float32", device="cpu", revision="main")
+
+
+def test_a_revision_of_a_hub_model_is_found_in_the_hubs_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache as huggingface_hub lays it out: what a host has that downloaded two revisions."""
+    cache = tmp_path / "models--someone--small"
+    (cache / "refs").mkdir(parents=True)
+    fingerprints = {}
+    for seed, (revision, commit) in enumerate({"main": "a" * 40, "v1": "b" * 40}.items()):
+        (cache / "refs" / revision).write_text(commit)
+        torch.manual_seed(seed)
+        LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(cache / "snapshots" / commit)
+        fingerprints[revision] = checkpoint_fingerprint(cache / "snapshots" / commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "is_offline_mode", lambda: True)
+    for revision, expected in fingerprints.items():
+        found = load_model("someone/small", dtype="float32", device="cpu", revision=revision)
+        assert found.fingerprint == expected
+    assert len(set(fingerprints.values())) == 2
+    with pytest.raises(ModelError, match=r"someone/small.*cannot be loaded"):
+        load_model("someone/small", dtype="float32", device="cpu", revision="v2")
+
+
+def test_a_fingerprint_is_the_checkpoints_in_every_dtype_sharding_and_way_of_loading(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL))
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="4KB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    found = {
+        load_model(str(tmp_path / name), dtype=dtype, device="cpu").fingerprint
+        for name in ("whole", "sharded")
+        for dtype in DTYPES
+    }
+    assert found == {adapt(model, name="in memory").fingerprint}
+    (fingerprint,) = found
+    assert re.fullmatch("[0-9a-f]{32}", fingerprint)
+
+
+def test_a_fingerprint_is_the_written_one() -> None:
+    """Computed by hand: SHA-256 over name, shape and float32 values of a tensor that is shorter than a sample."""
+    tensor = torch.tensor([[1.0, -2.5], [0.0, 3.0]], dtype=torch.bfloat16)
+    digest = hashlib.sha256(b"a.weight\0[2, 2]\0" + struct.pack("<4f", 1.0, -2.5, 0.0, 3.0)).hexdigest()[:32]
+    assert fingerprint([("a.weight", tensor)]) == digest
+
+
+@pytest.mark.parametrize("change", ["name", "shape", "every value", "last value", "order"])
+def test_a_fingerprint_tells_weights_apart(change: str) -> None:
+    one, two = torch.arange(1000.0), torch.ones(4)
+    before = fingerprint([("a", one), ("b", two)])
+    other = one.clone()
+    if change == "every value":
+        other += 1e-3
+    if change == "last value":
+        other[-1] = 0
+    if change == "shape":
+        other = other.view(10, 100)
+    names = {"name": ("a", "c"), "order": ("b", "a")}.get(change, ("a", "b"))
+    assert fingerprint(zip(names, (other, two), strict=True)) != before
+    assert fingerprint([("b", two), ("a", one)]) == before, "the order in which they are read counts for nothing"
+
+
+def test_loading_makes_no_second_copy_of_the_weights(tmp_path: Path) -> None:
+    """In a process of its own; the file's own pages, which the kernel can drop, do not count."""
+    config = LlamaConfig(**SMALL | {"vocab_size": 40_000, "hidden_size": 1024, "intermediate_size": 4096})
+    LlamaForCausalLM(config).save_pretrained(tmp_path)  # float32, 404 MB
+    script = """
+import sys, re
+from pocd.compute.model import load_model
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", open("/proc/self/status").read())[1]) // 1024
+import threading, time
+load_model("bundled:tiny-llama", dtype="bfloat16", device="cpu")  # imports what loading needs
+before, peak, stop = anonymous(), 0, threading.Event()
+def watch():
+    global peak
+    while not stop.is_set():
+        peak = max(peak, anonymous())
+        stop.wait(0.001)
+thread = threading.Thread(target=watch); thread.start()
+model = load_model(sys.argv[1], dtype="bfloat16", device="cpu")
+stop.set(); thread.join()
+print(peak - before, sum(p.numel() * p.element_size() for p in model.causal.parameters()) // 2**20)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    peak, weights = map(int, done.stdout.split())
+    assert weights > 150
+    assert peak < 1.5 * weights
+
+
+def test_an_unknown_dtype_names_the_known_ones() -> None:
+    with pytest.raises(InputError, match=r"float64.*float32, float16, bfloat16"):
+        load_model("bundled:tiny-qwen3", dtype="float64", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:0"])
+def test_an_unknown_device_names_the_known_ones(name: str) -> None:
+    with pytest.raises(InputError, match="allowed are: cpu, cuda, cuda:N"):
+        pick_device(name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a GPU")
+def test_a_missing_gpu_is_an_error_and_never_the_cpu() -> None:
+    with pytest.raises(DeviceError, match=r"sees no GPU.*set device = 'cpu'"):
+        load_model("bundled:tiny-qwen3", dtype="float32", device="cuda")
+
+
+@pytest.mark.parametrize("calls", [0, 3], ids=["when it is tried out", "when it carries one position"])
+def test_a_device_that_fails_is_no_fault_of_the_model(calls: int) -> None:
+    causal = LlamaForCausalLM(LlamaConfig(**SMALL, pad_token_id=None))
+    left = iter(range(calls))
+
+    def fail(*_: object) -> None:
+        if next(left, None) is None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    causal.model.layers[0].mlp.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match=r"^CUDA error"):
+        adapt(causal, name="small")
+
+
+def test_a_model_that_does_not_fit_says_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU says it; the host's own memory is larger than any model here."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("pocd.compute.model.AutoModelForCausalLM", SimpleNamespace(from_pretrained=fail))
+    with pytest.raises(MemoryShortError, match=r"does not fit into the memory of cpu in float32: split it .*parallel"):
+        load_model("bundled:tiny-qwen3", dtype="float32", device="cpu")

@@ -1,0 +1,158 @@
+"""Every scheme of docs/protocol.md section 4 against the plain implementations, through the engine and the command."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import torch
+
+from pocd.compute.engine import block_run
+from pocd.compute.model import Model, load_model
+from pocd.protocol.schemes import SCHEMES
+from tests.reference import plain, plain_families, plain_torch
+from tests.support import vector_models
+from tests.support.family_models import FAMILIES
+from tests.support.waiting import PATIENCE
+
+BUNDLED = ("bundled:tiny-qwen3", "bundled:tiny-llama")
+VECTORS: dict[str, Any] = orjson.loads((Path(__file__).parent.parent / "data" / "poc2.json").read_bytes())
+NONCES = [0, 1, 2**63 - 1]
+SEQ_LEN = 24
+TOLERANCE = 2e-5
+
+
+@pytest.fixture(scope="module", params=BUNDLED)
+def model(request: pytest.FixtureRequest) -> Model:
+    return load_model(request.param, dtype="float32", device="cpu")
+
+
+def engine(model: Model, scheme: str, *, block_hash: str = "ABC") -> list[float]:
+    with block_run(model, SCHEMES[scheme], block_hash=block_hash, public_key="key", seq_len=SEQ_LEN) as run:
+        return run.distances(NONCES, batch_size=4)
+
+
+def plain_distances(name: str, scheme: str, *, block_hash: str = "ABC") -> list[float]:
+    decoder = plain_families.bundled(name)
+    return [
+        plain.distance(decoder, block_hash=block_hash, public_key="key", nonce=nonce, seq_len=SEQ_LEN, scheme=scheme)
+        for nonce in NONCES
+    ]
+
+
+def test_the_registry_has_the_schemes_of_the_protocol() -> None:
+    assert list(SCHEMES) == list(plain.SCHEMES)
+    assert all(scheme.name == name for name, scheme in SCHEMES.items())
+
+
+@pytest.mark.parametrize("scheme", plain.SCHEMES)
+def test_distances_agree_with_the_plain_ones(model: Model, scheme: str) -> None:
+    assert engine(model, scheme) == pytest.approx(plain_distances(model.name, scheme), abs=TOLERANCE)
+
+
+def test_schemes_do_not_disturb_each_other(model: Model) -> None:
+    """Weights drawn for one round are gone in the next, whatever ran before."""
+    alone = {scheme: engine(load_model(model.name, dtype="float32", device="cpu"), scheme) for scheme in SCHEMES}
+    for scheme in [*SCHEMES, *reversed(SCHEMES)]:
+        engine(model, scheme, block_hash="another")
+        assert engine(model, scheme) == alone[scheme], scheme
+
+
+def test_schemes_differ_but_for_the_length_before_the_head() -> None:
+    """`end-norm` only scales what `trained` gives to its head, and a distance knows no scale."""
+    found = {scheme: plain_distances(BUNDLED[0], scheme)[1] for scheme in SCHEMES}
+    assert found.pop("end-norm") == pytest.approx(found["trained"], abs=1e-12)
+    values = sorted(found.values())
+    assert min(after - before for before, after in itertools.pairwise(values)) > 10 * TOLERANCE
+
+
+def command(scheme: str) -> subprocess.CompletedProcess[str]:
+    options = {
+        "model": BUNDLED[0],
+        "scheme": scheme,
+        "block-hash": "ABC",
+        "public-key": "key",
+        "nonces": ",".join(map(str, NONCES)),
+        "seq-len": SEQ_LEN,
+        "batch-size": 4,
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    arguments = ["compute", "--json", *(f"--{key}={value}" for key, value in options.items())]
+    return subprocess.run(
+        [sys.executable, "-m", "pocd", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_the_command_computes_every_scheme() -> None:
+    with ThreadPoolExecutor(2) as pool:  # a process spends seconds on its imports
+        ended = dict(zip(SCHEMES, pool.map(command, SCHEMES), strict=True))
+    for scheme, process in ended.items():
+        assert (process.returncode, process.stderr) == (0, ""), scheme
+        lines = [orjson.loads(line) for line in process.stdout.splitlines()]
+        assert [line["nonce"] for line in lines] == NONCES
+        expected = plain_distances(BUNDLED[0], scheme)
+        assert [line["distance"] for line in lines] == pytest.approx(expected, abs=TOLERANCE), scheme
+
+
+# The implementation in plain torch, which knows poc2 alone.
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_plain_torch_agrees_with_plain_numpy(name: str) -> None:
+    causal = load_model(name, dtype="float32", device="cpu").causal
+    run = plain_torch.PlainRun(causal, "ABC", "key", SEQ_LEN)
+    found = [run.distance(nonce) for nonce in NONCES]
+    assert found == pytest.approx(plain_distances(name, "poc2"), abs=TOLERANCE)
+    for module in causal.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+@pytest.mark.parametrize("entry", VECTORS["distances"], ids=lambda entry: entry["name"])
+def test_plain_torch_agrees_with_the_vectors(entry: dict[str, Any]) -> None:
+    causal = vector_models.build(entry)
+    for value in entry["values"][::5]:
+        run = plain_torch.PlainRun(causal, value["block_hash"], value["public_key"], entry["seq_len"])
+        assert run.distance(value["nonce"]) == pytest.approx(value["distance"], abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("form", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_plain_torch_runs_every_family_of_the_llama_form(form: str) -> None:
+    """Held against the other plain implementation, on a sequence longer than the sliding windows."""
+    family = FAMILIES[form.lower()]
+    causal = family.build()
+    run = plain_torch.PlainRun(causal, "ABC", "key", 13)
+    expected = plain.distance(family.plain(causal), block_hash="ABC", public_key="key", nonce=5, seq_len=13)
+    assert run.distance(5) == pytest.approx(expected, abs=TOLERANCE)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.01), ("float16", 0.002)])
+def test_plain_torch_in_half_precision_stays_near_float32(dtype: str, tolerance: float) -> None:
+    causal = load_model(BUNDLED[0], dtype=dtype, device="cpu").causal
+    run = plain_torch.PlainRun(causal, "ABC", "key", SEQ_LEN)
+    found = [run.distance(nonce) for nonce in NONCES]
+    exact = plain_distances(BUNDLED[0], "poc2")
+    assert found == pytest.approx(exact, abs=tolerance)
+    assert found != exact
+
+
+def test_plain_torch_hashes_exactly() -> None:
+    seeds = [0, 1, 0x80000000, 0xFFFFFFFF, 0x12345678]
+    index = [0, 1, 2, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF]
+    for seed in seeds:
+        found = plain_torch.hash32(torch.tensor(index), seed).tolist()
+        assert found == [plain.hash32(i, seed) for i in index]
+    assert plain_torch.hash32(torch.tensor([1]), 0).tolist() == [0x87BE548A]

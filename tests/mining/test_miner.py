@@ -1,0 +1,332 @@
+"""The miner over a real store: what is lent, what is committed, and who waits for what."""
+
+import asyncio
+import math
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from pocd.mining.miner import LATEST, Lease, Miner
+from pocd.observe.changes import Changes
+from pocd.protocol.nonces import Node, Progress, Span
+from pocd.protocol.proof import Proof, Round
+from pocd.store.deliveries import next_pending
+from pocd.store.outbox import Outbox, Totals, Weights, Work
+from pocd.store.thread import OutboxThread
+from tests.support.clocks import NEXT, NOW, ROUND, ManualClock
+from tests.support.waiting import soon
+
+WEIGHTS = Weights("f00d", "float32")
+NODE = Node(1, 3)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "store.db"
+
+
+@pytest.fixture
+def outbox(path: Path) -> Iterator[OutboxThread]:
+    with closing(OutboxThread(path)) as thread:
+        yield thread
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def miner(outbox: OutboxThread, clock: ManualClock) -> Miner:
+    return open_miner(outbox, clock)
+
+
+def open_miner(outbox: OutboxThread, clock: ManualClock | None = None) -> Miner:
+    return Miner(outbox, Changes(), clock=clock or ManualClock())
+
+
+async def let_all_run(outbox: OutboxThread) -> None:
+    """Let every task go as far as it can: through the loop and through the store's thread, several times."""
+    for _ in range(5):
+        await outbox(next_pending, "nobody")
+        await asyncio.sleep(0)
+
+
+async def complete(miner: Miner, lease: Lease, distance: float = 1.0) -> None:
+    """Bring a lease back with the same distance for each of its nonces."""
+    await soon(miner.complete(lease, [distance] * len(lease.nonces), WEIGHTS))
+
+
+async def stored(outbox: OutboxThread) -> list[Proof]:
+    """Return the proofs on disk, in order."""
+
+    def read(store: Outbox) -> list[Proof]:
+        return [Proof(*row) for row in store.db.execute("SELECT nonce, distance FROM proofs ORDER BY number")]
+
+    return await outbox(read)
+
+
+async def progress(outbox: OutboxThread, round_: Round = ROUND) -> Progress:
+    return (await outbox(Outbox.begin_round, Work(round_, NODE), NOW)).progress
+
+
+# Leases
+
+
+async def test_leases_are_this_nodes_nonces_dense_and_none_twice(miner: Miner) -> None:
+    await miner.set_round(Work(ROUND, NODE))
+    leases = await soon(asyncio.gather(*(miner.lease(count) for count in (4, 1, 3))))
+    assert [nonce for lease in leases for nonce in lease.nonces] == [1 + 3 * x for x in range(8)]
+    assert all(lease.mining is miner.mining for lease in leases)
+
+
+async def test_without_a_round_a_lease_waits_for_one(miner: Miner, outbox: OutboxThread) -> None:
+    waiting = asyncio.create_task(miner.lease(2))
+    await let_all_run(outbox)
+    assert not waiting.done()
+    await miner.set_round(Work(ROUND, NODE))
+    lease = await soon(waiting)
+    assert lease.mining.round == ROUND
+
+
+async def test_everybody_who_waits_for_a_round_gets_a_share_of_it(miner: Miner, outbox: OutboxThread) -> None:
+    waiting = [asyncio.create_task(miner.lease(2)) for _ in range(3)]
+    await let_all_run(outbox)
+    await miner.set_round(Work(ROUND, NODE))
+    leases = await soon(asyncio.gather(*waiting))
+    assert sorted(lease.span for lease in leases) == [Span(0, 2), Span(2, 4), Span(4, 6)]
+
+
+async def test_what_is_given_back_is_lent_again_first(miner: Miner) -> None:
+    await miner.set_round(Work(ROUND, NODE))
+    first, second = await miner.lease(4), await miner.lease(4)
+    miner.give_back(second)
+    miner.give_back(first)
+    spans = [(await miner.lease(4)).span for _ in range(3)]
+    assert spans == [first.span, second.span, Span(8, 12)]
+
+
+async def test_after_a_restart_what_was_lent_and_not_finished_is_lent_first(path: Path) -> None:
+    with closing(OutboxThread(path)) as outbox:
+        miner = open_miner(outbox)
+        await miner.set_round(Work(ROUND, NODE))
+        leases = [await miner.lease(2) for _ in range(4)]
+        await complete(miner, leases[0])
+        await complete(miner, leases[2])
+    with closing(OutboxThread(path)) as outbox:
+        miner = open_miner(outbox)
+        await miner.set_round(Work(ROUND, NODE))
+        assert [(await miner.lease(2)).span for _ in range(3)] == [leases[1].span, Span(6, 8), Span(8, 10)]
+        assert miner.mining is not None
+        assert (miner.mining.checked_before, miner.mining.checked, miner.mining.valid) == (4, 4, 4)
+
+
+# Results
+
+
+async def test_valid_is_strictly_below_the_target(miner: Miner, outbox: OutboxThread) -> None:
+    await miner.set_round(Work(ROUND, NODE))
+    lease = await miner.lease(5)
+    below, above = math.nextafter(1.4, 0), math.nextafter(1.4, 2)
+    await soon(miner.complete(lease, [1.4, below, above, 0.0, 2.0], WEIGHTS))
+    assert await stored(outbox) == [Proof(4, below), Proof(10, 0.0)]
+    assert outbox.view.totals == Totals(checked=5, valid=2, stored=0, delivered=0)
+
+
+async def test_a_completed_lease_is_on_disk(path: Path) -> None:
+    with closing(OutboxThread(path)) as outbox:
+        miner = open_miner(outbox)
+        await miner.set_round(Work(ROUND, NODE))
+        await soon(miner.complete(await miner.lease(2), [1.5, 1.25], WEIGHTS))
+    with closing(OutboxThread(path)) as outbox:
+        assert await stored(outbox) == [Proof(4, 1.25)]
+        assert await progress(outbox) == Progress(2)
+
+
+@pytest.mark.parametrize(
+    "distances",
+    [[1.0], [1.0, 1.0, 1.0], [], [1.0, math.nan], [math.inf, 1.0], [1.0, -math.inf]],
+    ids=["fewer", "more", "none", "nan", "infinity", "minus infinity"],
+)
+async def test_what_is_not_one_finite_distance_per_nonce_commits_nothing(
+    miner: Miner, outbox: OutboxThread, distances: list[float]
+) -> None:
+    await miner.set_round(Work(ROUND, NODE))
+    lease = await miner.lease(2)
+    with pytest.raises(AssertionError):
+        await miner.complete(lease, distances, WEIGHTS)
+    assert await stored(outbox) == []
+    assert await progress(outbox) == Progress()
+    await complete(miner, lease)  # it is still lent, and may be completed yet
+
+
+async def test_counts_and_rates_follow_what_is_committed(miner: Miner, clock: ManualClock) -> None:
+    await miner.set_round(Work(ROUND, NODE))
+    mining = miner.mining
+    assert mining is not None
+    clock.advance(10)
+    await soon(miner.complete(await miner.lease(4), [1.0, 1.0, 2.0, 1.5], WEIGHTS))
+    assert (mining.checked_before, mining.checked, mining.valid) == (0, 4, 2)
+    assert list(mining.latest) == [Proof(1, 1.0), Proof(4, 1.0)]
+    assert (miner.checked_rate.per_second(60), miner.valid_rate.per_second(60)) == (0.4, 0.2)
+    assert mining.started_at == 100.0
+
+
+async def test_only_the_latest_proofs_are_held(miner: Miner) -> None:
+    await miner.set_round(Work(ROUND, NODE))
+    await complete(miner, await miner.lease(LATEST + 5))
+    assert miner.mining is not None
+    assert [proof.nonce for proof in miner.mining.latest] == [1 + 3 * x for x in range(5, LATEST + 5)]
+
+
+async def test_a_batch_may_be_due_after_proofs_were_stored(miner: Miner) -> None:
+    await miner.set_round(Work(ROUND, NODE))
+    seen = miner.batchable.count
+    await complete(miner, await miner.lease(2), distance=1.9)
+    assert miner.batchable.count == seen, "nothing was found"
+    await complete(miner, await miner.lease(2))
+    assert miner.batchable.count == seen + 1
+
+
+# Rounds
+
+
+async def test_a_new_round_replaces_the_old_one_at_once(miner: Miner) -> None:
+    await miner.set_round(Work(ROUND, NODE))
+    old = await miner.lease(5)
+    replaced = asyncio.create_task(miner.until_replaced(old.mining))
+    seen = miner.batchable.count
+    await miner.set_round(Work(NEXT, NODE))
+    await soon(replaced)
+    assert miner.batchable.count > seen
+    new = await miner.lease(2)
+    assert (new.mining.round, new.span) == (NEXT, Span(0, 2))
+
+
+async def test_what_was_lent_under_the_old_round_still_commits_to_it(miner: Miner, outbox: OutboxThread) -> None:
+    await miner.set_round(Work(ROUND, NODE))
+    old = await miner.lease(2)
+    await miner.set_round(Work(NEXT, NODE))
+    new = await miner.lease(3)
+    await complete(miner, old)
+    await complete(miner, new)
+    assert (await progress(outbox, ROUND), await progress(outbox, NEXT)) == (Progress(2), Progress(3))
+    assert miner.mining is not None
+    assert miner.mining.checked == 3
+    assert outbox.view.totals.checked == 5
+
+
+async def test_the_same_round_again_changes_nothing(miner: Miner) -> None:
+    await miner.set_round(Work(ROUND, NODE))
+    lease = await miner.lease(2)
+    await complete(miner, lease)
+    seen = miner.batchable.count
+    await miner.set_round(Work(ROUND, NODE))
+    assert miner.mining is lease.mining
+    assert miner.batchable.count == seen
+    assert (await miner.lease(2)).span == Span(2, 4)
+
+
+async def test_between_rounds_nothing_is_lent(miner: Miner, outbox: OutboxThread) -> None:
+    await miner.set_round(Work(ROUND, NODE))
+    old = await miner.lease(2)
+    await miner.set_round(None)
+    await soon(miner.until_replaced(old.mining))
+    waiting = asyncio.create_task(miner.lease(2))
+    await let_all_run(outbox)
+    assert not waiting.done()
+    await complete(miner, old)
+    await miner.set_round(Work(NEXT, NODE))
+    assert (await soon(waiting)).mining.round == NEXT
+
+
+async def test_a_round_that_comes_back_goes_on_where_it_was(miner: Miner) -> None:
+    await miner.set_round(Work(ROUND, NODE))
+    await complete(miner, await miner.lease(4))
+    await miner.set_round(Work(NEXT, NODE))
+    await miner.set_round(Work(ROUND, NODE))
+    assert (await miner.lease(2)).span == Span(4, 6)
+    assert miner.mining is not None
+    assert (miner.mining.checked_before, miner.mining.checked) == (4, 4)
+
+
+@pytest.mark.parametrize("between", [None, Work(NEXT, NODE)], ids=["none", "another"])
+async def test_a_round_that_comes_back_does_not_lend_again_what_is_still_lent(
+    miner: Miner, outbox: OutboxThread, between: Work | None
+) -> None:
+    """A chain node that lags can take the head back into the round that has just ended."""
+    await miner.set_round(Work(ROUND, NODE))
+    old = await miner.lease(2)
+    await miner.set_round(between)
+    await miner.set_round(Work(ROUND, NODE))
+    new = await miner.lease(2)
+    assert set(old.nonces).isdisjoint(new.nonces)
+    await complete(miner, old)
+    await complete(miner, new)
+    assert await progress(outbox) == Progress(4)
+    assert miner.mining is not None
+    assert miner.mining.checked == 4
+
+
+# Stopping by hand
+
+
+async def test_while_paused_nothing_is_lent_and_what_was_lent_still_commits(miner: Miner, outbox: OutboxThread) -> None:
+    await miner.set_round(Work(ROUND, NODE))
+    lease = await miner.lease(2)
+    replaced = asyncio.create_task(miner.until_replaced(lease.mining))
+    miner.pause(paused=True)
+    await soon(replaced)
+    assert miner.current is None
+    waiting = asyncio.create_task(miner.lease(2))
+    await complete(miner, lease)
+    await let_all_run(outbox)
+    assert not waiting.done()
+    miner.pause(paused=False)
+    assert (await soon(waiting)).span == Span(2, 4)
+
+
+async def test_a_round_that_begins_while_paused_is_taken_up_at_resume(miner: Miner) -> None:
+    await miner.set_round(Work(ROUND, NODE))
+    miner.pause(paused=True)
+    await miner.set_round(Work(NEXT, NODE))
+    assert miner.current is None
+    miner.pause(paused=False)
+    assert (await miner.lease(1)).mining.round == NEXT
+
+
+# Closing
+
+
+async def test_close_waits_for_every_lease_and_lends_no_more(miner: Miner, outbox: OutboxThread) -> None:
+    await miner.set_round(Work(ROUND, NODE))
+    first, second = await miner.lease(2), await miner.lease(2)
+    closing_ = asyncio.create_task(miner.close(3600))
+    late = asyncio.create_task(miner.lease(2))
+    await complete(miner, first)
+    await let_all_run(outbox)
+    assert not closing_.done()
+    miner.give_back(second)
+    await soon(closing_)
+    await let_all_run(outbox)
+    assert not late.done()
+    late.cancel()
+    assert await progress(outbox) == Progress(2)
+
+
+async def test_close_with_nothing_lent_returns(miner: Miner) -> None:
+    await soon(miner.close(3600))
+
+
+async def test_close_gives_up_after_its_limit_and_what_was_lent_is_checked_again(path: Path) -> None:
+    with closing(OutboxThread(path)) as outbox:
+        miner = open_miner(outbox)
+        await miner.set_round(Work(ROUND, NODE))
+        lease = await miner.lease(2)
+        await soon(miner.close(0.01))
+    with closing(OutboxThread(path)) as outbox:
+        miner = open_miner(outbox)
+        await miner.set_round(Work(ROUND, NODE))
+        assert (await miner.lease(2)).span == lease.span

@@ -1,0 +1,178 @@
+"""Several workers as real processes over one cursor; two cores stand for two cards."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+import structlog
+
+from pocd.clock import SYSTEM
+from pocd.mining.miner import Miner
+from pocd.observe.changes import Changes
+from pocd.observe.events import Events
+from pocd.pool.causes import Cause, WorkerRefusedError
+from pocd.pool.limits import WorkerLimits
+from pocd.pool.pool import Pool, environment
+from pocd.pool.processes import RankLink
+from pocd.pool.recomputations import Recomputation
+from pocd.pool.state import Phase
+from pocd.protocol.nonces import Node
+from pocd.protocol.proof import Round
+from pocd.store.outbox import Outbox, Work
+from pocd.store.thread import OutboxThread
+from pocd.worker.messages import Load, Message, Recompute
+from tests.support.waiting import PATIENCE, until
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Sequence
+    from pathlib import Path
+
+LOAD = Load("bundled:tiny-llama", "float32", ("cpu",), "poc2", 16, 8)
+MISSING = dataclasses.replace(LOAD, devices=("cuda:99",))
+NODE = Node(1, 3)
+ROUND = Round("block_alpha", 1, "node_A", 1.4142, "poc2", "bundled:tiny-llama", 16)
+OTHER = dataclasses.replace(ROUND, block_hash="block_beta")
+
+
+@contextlib.asynccontextmanager
+async def pooled(
+    folder: Path, loads: Sequence[Load], round_: Round = ROUND, **limits: float
+) -> AsyncIterator[tuple[Pool, Miner]]:
+    """Workers that run, over a miner with one round."""
+    with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
+        changes = Changes()
+        miner = Miner(outbox, changes, clock=SYSTEM)
+        known, log, events = WorkerLimits(**{"batch": 60.0} | limits), structlog.get_logger(), Events(SYSTEM)
+        pool = Pool(loads, miner, known, cache=folder, changes=changes, clock=SYSTEM, log=log, events=events)
+        await miner.set_round(Work(round_, NODE))
+        task = asyncio.create_task(pool.run())
+        try:
+            yield pool, miner
+            assert not task.done(), task.exception()
+        finally:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, WorkerRefusedError):
+                await task
+            assert {worker.phase for worker in pool.workers} == {Phase.WAITING}, "no process, not ready"
+
+
+async def recompute(pool: Pool, round_: Round, nonces: tuple[int, ...], *, last: bool = True) -> list[float]:
+    wanted = Recomputation(round_, nonces, last, asyncio.get_running_loop().create_future())
+    async with asyncio.timeout(PATIENCE):
+        await pool.recomputations.put(wanted)
+        return await wanted.distances
+
+
+async def test_workers_share_one_cursor_and_the_death_of_one_leaves_no_gap(tmp_path: Path) -> None:
+    async with pooled(tmp_path, [LOAD, LOAD], exit=0.2) as (pool, miner):
+        first, second = pool.workers
+        await until(lambda: first.ready and second.ready)
+        assert miner.mining is not None
+        both = [first.computed, second.computed]
+        # Neither waits for the other: each goes on by itself.
+        await until(lambda: first.computed > both[0] + 64 and second.computed > both[1] + 64)
+        (pid,) = first.pids
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: first.causes[Cause.CRASH])
+        assert pool.ready.is_set()
+        assert first.last_error == f"worker process {pid} was killed by signal 9"
+        alone = second.computed
+        await until(lambda: second.computed > alone + 64)
+        await until(lambda: first.ready)
+        again = first.computed
+        await until(lambda: first.computed > again + 64)
+        assert not second.causes
+        await miner.close(PATIENCE)
+        done = miner.mining.checked
+        assert done == first.computed + second.computed
+    with contextlib.closing(OutboxThread(tmp_path / "outbox.db")) as outbox:
+        found = await outbox(Outbox.begin_round, Work(ROUND, NODE), 0.0)
+    # Each nonce once, and dense, but for what the end took back from one worker while the other was ahead of it.
+    gaps = sum(map(len, found.progress.gaps()))
+    assert found.checked == done == found.progress.end - gaps
+    assert found.progress.cursor >= done - 4 * LOAD.batch_size
+
+
+async def test_a_card_that_is_not_there_leaves_the_others_at_work(tmp_path: Path) -> None:
+    async with pooled(tmp_path, [MISSING, LOAD]) as (pool, miner):
+        missing, present = pool.workers
+        await until(lambda: missing.causes[Cause.DEVICE] > 1)
+        assert missing.alarm is None
+        await until(lambda: present.computed > 64)
+        assert miner.mining is not None
+        assert "cuda:99" in str(missing.last_error)
+        missing.failures = 4
+        await until(lambda: missing.left_out)
+        assert str(missing.alarm).startswith(
+            "failed 5 times in a row, left out, and tried every 30 min; the last time: device "
+        )
+        assert present.alarm is None
+        before = present.computed
+        await until(lambda: present.computed > before + 64)
+
+
+async def test_when_no_worker_can_work_the_pool_ends_with_the_reason(tmp_path: Path) -> None:
+    with contextlib.closing(OutboxThread(tmp_path / "outbox.db")) as outbox:
+        changes = Changes()
+        miner = Miner(outbox, changes, clock=SYSTEM)
+        pool = Pool(
+            [MISSING, MISSING],
+            miner,
+            WorkerLimits(batch=60.0),
+            cache=tmp_path,
+            changes=changes,
+            clock=SYSTEM,
+            log=structlog.get_logger(),
+            events=Events(SYSTEM),
+        )
+        with pytest.raises(WorkerRefusedError, match="cuda:99") as refused:
+            async with asyncio.timeout(PATIENCE):
+                await pool.run()
+    assert refused.value.cause is Cause.DEVICE
+
+
+async def test_one_worker_does_a_whole_recomputation_and_the_next_one_is_anothers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would prepare the foreign round anew, and hold it."""
+    took: list[RankLink] = []
+    send = RankLink.send
+
+    async def send_and_note(link: RankLink, message: Message) -> None:
+        if isinstance(message, Recompute):
+            took.append(link)
+        await send(link, message)
+
+    monkeypatch.setattr(RankLink, "send", send_and_note)
+    async with pooled(tmp_path, [LOAD, LOAD]) as (pool, _):
+        await until(lambda: all(worker.ready for worker in pool.workers))
+        one, two = await recompute(pool, OTHER, (1, 2), last=False)
+        assert abs(one - two) > 1e-4
+        # Another place in a batch, and another process, may round in another way.
+        expected = [pytest.approx(two, abs=2e-5), pytest.approx(1.4, abs=0.2)]
+        assert await recompute(pool, OTHER, (2, 3), last=False) == expected
+        assert await recompute(pool, OTHER, (1,)) == pytest.approx([one], abs=2e-5)
+        assert await recompute(pool, OTHER, (2,)) == pytest.approx([two], abs=2e-5)
+        first, second = took[0], took[3]
+        assert took == [first, first, first, second]
+        assert first is not second
+
+
+def test_workers_on_the_cpu_share_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    cores = len(os.sched_getaffinity(0))
+    assert "OMP_NUM_THREADS" not in environment([LOAD], tmp_path)
+    two = environment([LOAD, dataclasses.replace(LOAD, devices=("cpu", "cpu"))], tmp_path)
+    assert two["OMP_NUM_THREADS"] == str(max(1, cores // 3))
+    assert two["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
+    set_by_hand = environment([LOAD, LOAD], tmp_path)
+    assert (set_by_hand["OMP_NUM_THREADS"], set_by_hand["TRITON_CACHE_DIR"]) == ("7", "/elsewhere")

@@ -1,0 +1,82 @@
+"""The measuring scripts run from a checkout with torch, transformers, numpy, scipy and rich alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+ROOT = Path(__file__).resolve().parents[2]
+# Stands for a machine where nothing else of pocd's dependencies is installed.
+WITHOUT = """
+import runpy, sys
+absent = {"accelerate", "aiohttp", "orjson", "prometheus_client", "pydantic", "pydantic_settings", "structlog",
+          "tenacity", "uvloop"}
+sys.modules.update(dict.fromkeys(absent))  # what Python takes for: there is no such module
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
+def run(script: str, *options: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT, f"scripts.bench.{script}", *options, "--json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = orjson.loads(done.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_the_bench_measures_all_three_ways() -> None:
+    found = run(
+        "engine",
+        "--models",
+        "bundled:tiny-llama",
+        "--seq-len",
+        "8",
+        "--batch-size",
+        "2",
+        "--repeats",
+        "1",
+        "--profile",
+    )
+    (row,) = found["models"]
+    assert abs(sum(row["profile"].values()) - 1) < 1e-9
+    assert row["profile"].keys() >= {"matrix products", "attention", "generator", "norms and transforms"}
+    assert (row["seq_len"], row["batch_size"], row["hidden_size"], row["dtype"]) == (8, 2, 128, "float32")
+    assert min(row["plain"], row["bare"], row["engine"], row["engine_gflops"], row["round_seconds"]) > 0
+    assert 0 < row["generator_share"] < 1
+    # With one sample each, the ratios are those of the rates.
+    assert abs(row["engine_over_bare"] * row["bare"] / row["engine"] - 1) < 1e-9
+    assert abs(row["engine_over_plain"] * row["plain"] / row["engine"] - 1) < 1e-9
+    # 4 layers of 3 × 128 × 320 and (2 + 2/2) × 128² weights, and attention over 8 positions.
+    weights = 4 * (3 * 128 * 320 + 3 * 128 * 128)
+    assert abs(row["gflop_per_nonce"] * 1e9 - (2 * weights * 8 + 4 * 2 * 8 * 8 * 128)) < 1
+
+
+def test_the_bench_holds_another_scheme_against_poc2() -> None:
+    options = "--models", "bundled:tiny-llama", "--seq-len", "8", "--batch-size", "2", "--repeats", "1"
+    (row,) = run("engine", *options, "--scheme", "poc3")["models"]
+    assert (row["scheme"], row["plain"], row["engine_over_plain"]) == ("poc3", None, None)
+    assert abs(row["engine_over_poc2"] * row["poc2"] / row["engine"] - 1) < 1e-9
+
+
+def test_the_agreement_table_shows_that_all_within_a_dtype_keeps_its_tolerance() -> None:
+    found = run("agreement", "--models", "bundled:tiny-qwen3", "--nonces", "40", "--seq-len", "8")
+    rows = {(row["dtype"], row["between"]): row for row in found["rows"]}
+    for dtype, tolerance in {(row["dtype"], row["tolerance"]) for row in found["rows"]}:
+        assert (dtype, "place in the batch and neighbours") in rows
+        within = [row for row in found["rows"] if row["dtype"] == dtype and "float32" not in row["between"]]
+        assert all(row["largest"] <= tolerance for row in within)
+        assert all(row["flipped_with_tolerance"] == 0 for row in within)
+    rough = rows["bfloat16", "bfloat16 and float32"]
+    assert 1e-5 < rough["percentile_99"] <= rough["largest"] < 0.01
+    assert 0.001 < rough["flipped"] < 0.1

@@ -1,0 +1,313 @@
+"""Validation over a real store and a real worker: beside what is mined, through restarts, once for each question."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pytest
+import structlog
+
+from pocd.clock import SYSTEM
+from pocd.delivery.posting import Receiver
+from pocd.lab import command
+from pocd.mining.miner import Miner
+from pocd.observe.changes import Changes
+from pocd.observe.events import Events
+from pocd.pool.limits import WorkerLimits
+from pocd.pool.pool import Pool
+from pocd.protocol.nonces import Node
+from pocd.protocol.proof import Round
+from pocd.store import validations
+from pocd.store.deliveries import next_pending
+from pocd.store.outbox import Work
+from pocd.store.thread import OutboxThread
+from pocd.validation.claim import Claim
+from pocd.validation.queue import QueueFullError, ValidationRequest, Validator
+from pocd.validation.verdict import Terms
+from pocd.worker import messages
+from pocd.worker.messages import Load
+from tests.support.delivering import dispatchers
+from tests.support.waiting import PATIENCE
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+    from pathlib import Path
+
+MODEL = "bundled:tiny-llama"
+LOAD = Load(MODEL, "float32", ("cpu",), "poc2", 16, 8)
+NODE = Node(0, 1)
+MINED = Round("block_alpha", 1, "node_A", 1.4142, "poc2", MODEL, 16)
+THEIRS = Round("block_beta", 2, "node_B", 1.4142, "poc2", MODEL, 16)
+
+
+def computed(round_: Round, nonces: range, *, batch_size: int = 8) -> dict[int, float]:
+    """Distances by the command line's way, without a worker."""
+    request = command.ComputeRequest(
+        model=round_.model,
+        scheme=round_.scheme,
+        block_hash=round_.block_hash,
+        public_key=round_.public_key,
+        seq_len=round_.seq_len,
+        dtype="float32",
+        device="cpu",
+        batch_size=batch_size,
+    )
+    return dict(command.distances(request, nonces))
+
+
+def terms(fingerprint: str, scheme: str = "poc2", **changes: Any) -> Terms:  # noqa: ANN401 - any field
+    known: dict[str, Any] = {
+        "r_target": 1.4142,
+        "fraud_threshold": 0.01,
+        "mismatch": 5e-4,
+        "tolerance": 1e-5,
+        "scheme": scheme,
+        "model": MODEL,
+        "model_fingerprint": fingerprint,
+        "dtype": "float32",
+        "seq_len": 16,
+        "node_count": 1,
+    }
+    return Terms(**known | changes)
+
+
+def claim_of(round_: Round, distances: dict[int, float]) -> Claim:
+    valid = {nonce: distance for nonce, distance in distances.items() if distance < round_.r_target}
+    return Claim(
+        public_key=round_.public_key,
+        block_hash=round_.block_hash,
+        block_height=round_.block_height,
+        nonces=list(valid),
+        dist=list(valid.values()),
+    )
+
+
+@dataclasses.dataclass
+class Bench:
+    """A validator, the workers and the miner, over one store."""
+
+    outbox: OutboxThread
+    miner: Miner
+    pool: Pool
+    validator: Validator
+    events: Events
+
+    async def verdict(self, request: ValidationRequest) -> dict[str, Any]:
+        """Ask, wait, and return the verdict."""
+        name = (await self.validator.ask(request)).id
+        found = await self.validator.until_finished(name, PATIENCE)
+        assert found is not None
+        assert found.answer is not None, found
+        verdict: dict[str, Any] = orjson.loads(found.answer)
+        return verdict
+
+    async def request(self, claim: Claim, **changes: Any) -> ValidationRequest:  # noqa: ANN401 - of the terms
+        async with asyncio.timeout(PATIENCE):
+            await self.pool.ready.wait()
+        assert self.pool.info is not None
+        return ValidationRequest(claim, terms(self.pool.info.fingerprint, **changes), None, None, None)
+
+
+@contextlib.contextmanager
+def opened(folder: Path, load: Load = LOAD, *receivers: str, most: int = 4) -> Iterator[Bench]:
+    """A bench on which nothing runs yet."""
+    with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
+        log, events = structlog.get_logger(), Events(SYSTEM)
+        changes = Changes()
+        miner = Miner(outbox, changes, clock=SYSTEM)
+        limits = WorkerLimits(batch=60.0)
+        pool = Pool([load], miner, limits, cache=folder, changes=changes, clock=SYSTEM, log=log, events=events)
+        served = dispatchers(outbox, [Receiver(name, "http://127.0.0.1:1", None) for name in receivers])
+        validator = Validator(outbox, pool, served, most=most, clock=SYSTEM, log=log, events=events)
+        yield Bench(outbox, miner, pool, validator, events)
+
+
+@contextlib.asynccontextmanager
+async def running(
+    folder: Path, load: Load = LOAD, *receivers: str, mined: Round | None = MINED
+) -> AsyncIterator[Bench]:
+    with opened(folder, load, *receivers) as bench:
+        await bench.miner.set_round(Work(mined, NODE) if mined else None)
+        tasks = [asyncio.create_task(part) for part in (bench.pool.run(), bench.validator.run())]
+        try:
+            yield bench
+            assert not any(task.done() for task in tasks), [task for task in tasks if task.done()]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def checked(bench: Bench) -> int:
+    assert bench.miner.mining is not None
+    return bench.miner.mining.checked
+
+
+async def until(bench: Bench, more: int) -> None:
+    """Wait until so many more nonces were mined."""
+    wanted = checked(bench) + more
+    async with asyncio.timeout(PATIENCE):
+        while checked(bench) < wanted:  # noqa: ASYNC110 - another process is watched
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("scheme", ["poc2", "random-embed", "poc3"])
+async def test_a_batch_is_validated_between_those_that_are_mined_and_disturbs_none(tmp_path: Path, scheme: str) -> None:
+    """Of a scheme that draws weights, or measures its outputs, too: what is mined after it has its own again."""
+    load = dataclasses.replace(LOAD, scheme=scheme)
+    mined, theirs = (dataclasses.replace(round_, scheme=scheme) for round_ in (MINED, THEIRS))
+    distances = computed(theirs, range(40))
+    async with running(tmp_path, load, mined=mined) as bench:
+        await until(bench, 8)
+        verdict = await bench.verdict(await bench.request(claim_of(theirs, distances), scheme=scheme))
+        before = checked(bench)
+        await until(bench, 16)
+        latest = {proof.nonce: proof.distance for proof in bench.miner.mining.latest} if bench.miner.mining else {}
+    valid = {nonce: distance for nonce, distance in distances.items() if distance < theirs.r_target}
+    assert verdict["nonces"] == list(valid)
+    assert verdict["dist"] == pytest.approx(list(valid.values()), abs=2e-5)
+    assert (verdict["n"], verdict["n_invalid"], verdict["fraud_detected"]) == (len(valid), 0, False)
+    after = {nonce: distance for nonce, distance in latest.items() if nonce >= before}
+    expected = computed(mined, range(before, max(after) + 1))
+    assert after == pytest.approx({nonce: expected[nonce] for nonce in after}, abs=2e-5)
+
+
+async def test_the_same_question_has_the_same_answer_and_is_computed_once(tmp_path: Path) -> None:
+    claim = claim_of(THEIRS, computed(THEIRS, range(16)))
+    async with running(tmp_path, LOAD, "one", mined=None) as bench:
+        request = await bench.request(claim)
+        first = await bench.verdict(request)
+        os.kill(bench.pool.workers[0].pids[0], signal.SIGSTOP)  # from now on nobody computes
+        assert await bench.verdict(request) == first
+        head = await bench.outbox(next_pending, "one")
+        assert head is not None
+        assert (head.kind, orjson.loads(head.body), head.id) == ("validated", first, first["batch_id"])
+        assert await bench.outbox(next_pending, "one", head.sequence) is None
+        assert bench.outbox.view.totals.stored == 0, "the funnel counts what was mined"
+        os.kill(bench.pool.workers[0].pids[0], signal.SIGCONT)
+
+
+async def test_a_verdict_also_goes_to_the_receiver_that_was_named(tmp_path: Path) -> None:
+    async with running(tmp_path, LOAD, "one", mined=None) as bench:
+        request = await bench.request(claim_of(THEIRS, computed(THEIRS, range(16))))
+        await bench.verdict(dataclasses.replace(request, callback="callback-own"))
+        heads = [await bench.outbox(next_pending, name) for name in ("one", "callback-own")]
+        assert [head and head.kind for head in heads] == ["validated", "validated"]
+        # Another question with the same answer: each receiver gets that once.
+        await bench.verdict(dataclasses.replace(request, callback="callback-other"))
+        queues = bench.outbox.view.queues
+        assert {name: queue.pending_batches for name, queue in queues.items()} == {
+            "one": 1,
+            "callback-own": 1,
+            "callback-other": 1,
+        }
+
+
+async def test_a_worker_that_is_killed_over_a_validation_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = asyncio.Event()
+    encode = messages.encode
+
+    def encode_and_note(message: messages.Message) -> bytes:
+        if isinstance(message, messages.Recompute):
+            sent.set()
+        return encode(message)
+
+    monkeypatch.setattr(messages, "encode", encode_and_note)
+    distances = computed(THEIRS, range(40))
+    async with running(tmp_path) as bench:
+        request = await bench.request(claim_of(THEIRS, distances))
+        os.kill(bench.pool.workers[0].pids[0], signal.SIGSTOP)  # so that what it is given stays in its hands
+        asked = asyncio.create_task(bench.verdict(request))
+        await asyncio.wait_for(sent.wait(), PATIENCE)
+        os.kill(bench.pool.workers[0].pids[0], signal.SIGKILL)
+        verdict = await asked
+        assert bench.pool.restarts == 1
+    assert (verdict["n_invalid"], verdict["fraud_detected"]) == (0, False)
+
+
+async def test_what_was_asked_before_a_restart_is_answered_after_it(tmp_path: Path) -> None:
+    claim = claim_of(THEIRS, computed(THEIRS, range(16)))
+    async with running(tmp_path, mined=None) as bench:
+        request = await bench.request(claim)
+    with opened(tmp_path) as bench:
+        assert (await bench.validator.ask(request)).state == "pending"
+    async with running(tmp_path, mined=None) as bench:
+        found = await bench.validator.until_finished(request.id, PATIENCE)
+        assert found is not None
+        assert found.state == "done"
+
+
+async def test_a_daemon_with_another_model_judges_nothing_that_was_asked_of_the_old_one(tmp_path: Path) -> None:
+    claim = claim_of(THEIRS, computed(THEIRS, range(16)))
+    async with running(tmp_path, mined=None) as bench:
+        request = await bench.request(claim, dtype="bfloat16")
+        await bench.validator.ask(request)
+        found = await bench.validator.until_finished(request.id, PATIENCE)
+        assert found is not None
+        assert (found.state, found.answer) == ("failed", None)
+        assert found.reason is not None
+        assert "another model or dtype" in found.reason
+        # Asked again, it is tried again.
+        assert (await bench.validator.ask(request)).state == "pending"
+        await bench.validator.until_finished(request.id, PATIENCE)
+
+
+async def test_a_full_queue_takes_nothing_more_and_still_knows_what_it_has(tmp_path: Path) -> None:
+    with opened(tmp_path, most=2) as bench:
+        requests = [
+            ValidationRequest(claim_of(THEIRS, {1: 1.0}), terms("f00d"), 1, seed, None)
+            for seed in ("one", "two", "three")
+        ]
+        for request in requests[:2]:
+            await bench.validator.ask(request)
+        with pytest.raises(QueueFullError, match="2 validations are waiting"):
+            await bench.validator.ask(requests[2])
+        assert await bench.validator.find(requests[2].id) is None
+        assert (await bench.validator.ask(requests[0])).state == "pending"
+        assert await bench.outbox(validations.pending) == [request.id for request in requests[:2]]
+        waited = await bench.validator.until_finished(requests[0].id, 0.01)
+        assert waited is not None
+        assert waited.state == "pending"
+
+
+def test_a_request_reads_back_as_it_was() -> None:
+    claim = Claim.model_validate_json(
+        b'{"public_key": "k", "block_hash": "b", "block_height": 1, "nonces": [1, 1], "dist": [NaN, 1], "more": 1, '
+        b'"model": "m", "params": {"seq_len": 16, "batch_size": 8}}'
+    )
+    request = ValidationRequest(claim, terms("f00d"), 1, "seed", "callback-1")
+    again = ValidationRequest.from_json(request.to_json())
+    assert (again, again.id) == (request, request.id)
+    others = [
+        dataclasses.replace(request, sample=2),
+        dataclasses.replace(request, seed="other"),
+        dataclasses.replace(request, terms=terms("f00d", r_target=1.4)),
+        dataclasses.replace(request, callback=None),
+    ]
+    assert len({each.id for each in [request, *others]}) == 5
+
+
+async def test_finished_validations_are_kept_for_a_while_and_not_without_end(tmp_path: Path) -> None:
+    with opened(tmp_path, most=200) as bench:
+        names = [
+            (
+                await bench.validator.ask(
+                    ValidationRequest(claim_of(THEIRS, {1: 1.0}), terms("f00d"), 1, f"{number}", None)
+                )
+            ).id
+            for number in range(validations.KEPT + 5)
+        ]
+        for now, name in enumerate(names[:-1]):
+            await bench.outbox(validations.fail, name, "no reason", float(now))
+        assert await bench.outbox(validations.prune, 2.0) == 4  # two are old, two more are too many
+        kept = [name for name in names if await bench.validator.find(name)]
+        assert kept == names[4:]
+        assert await bench.outbox(validations.pending) == names[-1:]

@@ -1,0 +1,104 @@
+"""A model that is split over two ranks: real processes, gloo, the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, Qwen3Config
+
+from pocd.compute.engine import block_run
+from pocd.compute.model import load_model
+from pocd.compute.ranks import check_split
+from pocd.pool.causes import Cause
+from pocd.pool.recomputations import NoResultError
+from pocd.protocol.errors import ModelError
+from pocd.protocol.names import BUNDLED
+from pocd.protocol.schemes import SCHEMES
+from tests.pool.test_pool import LOAD, ROUND, pooled, recompute
+from tests.support.waiting import until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+NONCES = (5, 0, 7, 11)
+
+
+def alone(model: str, scheme: str) -> list[float]:
+    """The distances by one process."""
+    loaded = load_model(model, dtype="float32", device="cpu")
+    terms: dict[str, Any] = {"block_hash": "block_beta", "public_key": ROUND.public_key, "seq_len": ROUND.seq_len}
+    with block_run(loaded, SCHEMES[scheme], **terms) as run:
+        return run.distances(NONCES, batch_size=LOAD.batch_size)
+
+
+@pytest.mark.parametrize("model", ["bundled:tiny-qwen3", "bundled:tiny-llama"])
+async def test_two_ranks_agree_with_one_process_and_the_death_of_one_restarts_both(tmp_path: Path, model: str) -> None:
+    load = dataclasses.replace(LOAD, model=model, devices=("cpu", "cpu"))
+    async with pooled(tmp_path, [load], exit=0.5) as (pool, miner):
+        (worker,) = pool.workers
+        await until(lambda: worker.computed > 32)
+        assert worker.info is not None
+        assert (worker.info.device, worker.info.decoder, worker.info.execution) == ("cpu+cpu", "layers", "eager")
+        for scheme in ("poc2", "poc3", "trained"):
+            round_ = dataclasses.replace(ROUND, block_hash="block_beta", scheme=scheme)
+            assert await recompute(pool, round_, NONCES) == pytest.approx(alone(model, scheme), abs=2e-5)
+        with pytest.raises(NoResultError, match="draws weights, which a model that is split"):
+            await recompute(pool, dataclasses.replace(ROUND, scheme="random-weights"), NONCES)
+        leader, other = worker.pids
+        os.kill(other, signal.SIGKILL)
+        await until(lambda: worker.causes)
+        assert worker.causes == {Cause.CRASH: 1}
+        assert worker.last_error == f"worker process {other}, rank 1 of 2, was killed by signal 9"
+        with pytest.raises(ProcessLookupError):
+            os.kill(leader, 0)
+        await until(lambda: worker.ready)
+        before = worker.computed
+        await until(lambda: worker.computed > before + 32)
+        assert miner.mining is not None
+        await miner.close(60)
+        assert miner.mining.checked == worker.computed, "nothing was lost, and nothing counted twice"
+
+
+async def test_a_rank_that_stands_still_ends_the_group(tmp_path: Path) -> None:
+    load = dataclasses.replace(LOAD, devices=("cpu", "cpu"))
+    async with pooled(tmp_path, [load], heartbeat=6.0, exit=0.2) as (pool, _):
+        (worker,) = pool.workers
+        await until(lambda: worker.computed)
+        _, other = worker.pids
+        os.kill(other, signal.SIGSTOP)
+        await until(lambda: worker.causes)
+        assert worker.causes == {Cause.SILENT: 1}
+        with pytest.raises(ProcessLookupError):
+            os.kill(other, 0)
+
+
+async def test_ranks_that_get_nan_name_the_layer_together(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_bytes((BUNDLED / "tiny-llama" / "config.json").read_bytes())
+    weights = {name: tensor.float() for name, tensor in load_file(BUNDLED / "tiny-llama" / "model.safetensors").items()}
+    weights["model.layers.1.mlp.up_proj.weight"] *= 12_800  # two nonces in five overflow in float16
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    load = dataclasses.replace(LOAD, model=str(model), dtype="float16", devices=("cpu", "cpu"), seq_len=2, batch_size=1)
+    round_ = dataclasses.replace(ROUND, public_key="test-key", model=load.model, seq_len=2)
+    async with pooled(tmp_path, [load], round_) as (pool, miner):
+        await until(lambda: miner.refused_batches > 3 and pool.workers[0].computed)
+        assert "layer 1, in its branch" in str(pool.workers[0].last_refusal)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (GPT2Config(), "transformers has no plan for GPT2Config; set model.parallel = 1"),
+        (Qwen3Config(num_attention_heads=9, num_key_value_heads=3), "its num_attention_heads, 9, is not a multiple"),
+        (Qwen3Config(num_attention_heads=8, num_key_value_heads=1), "its num_key_value_heads, 1, is not a multiple"),
+    ],
+)
+def test_a_model_that_cannot_be_split_says_why(config: object, reason: str) -> None:
+    with pytest.raises(ModelError, match=reason):
+        check_split(config, "m", 2)
