@@ -52,7 +52,7 @@ from pocd.protocol.errors import InputError, ModelError
 from pocd.protocol.names import DTYPES, check_device, resolve
 from pocd.protocol.schemes import SCHEMES
 from pocd.protocol.theory import r_target_for
-from scripts.trials.e2e_verdict import Line, TrialRound, Said, StoredProgress, complaints, results_table, spread_table
+from scripts.trials.e2e_verdict import Line, Said, StoredProgress, TrialRound, complaints, results_table, spread_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable

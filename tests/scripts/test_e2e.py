@@ -19,7 +19,7 @@ from rich.console import Console
 
 from pocd.protocol.theory import expected_valid_rate
 from scripts.trials.e2e import R_TARGET, r_target_of
-from scripts.trials.e2e_verdict import Line, TrialRound, Said, StoredProgress, complaints, spread_table
+from scripts.trials.e2e_verdict import Line, Said, StoredProgress, TrialRound, complaints, spread_table
 from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
