@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 JUMP_SECONDS = 1.0  # less is the clock being steered, not set
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Clock:
     """Two clocks, in seconds.
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from pocd.mining.phases import Mode, State
+from pocd.mining.phases import DaemonState, Mode
 from pocd.pool.causes import Cause
 
 
@@ -204,11 +204,11 @@ class Problem(BaseModel):
 class Status(BaseModel):
     """Everything that the daemon reports of itself. The fields before `round` are those of an earlier API."""
 
-    state: State = Field(
+    state: DaemonState = Field(
         description="LOADING: no model is ready. IDLE: nothing is to be mined now. GENERATING: nonces are being "
         "checked. VALIDATING: the device is left to validations. STOPPED: until an init or a resume."
     )
-    status: State = Field(description="Equal to `state`, under the name of an earlier API.")
+    status: DaemonState = Field(description="Equal to `state`, under the name of an earlier API.")
     is_model_initialized: bool = Field(description="Whether a model is ready, under the name of an earlier API.")
     valid_nonces: list[int] = Field(description="Latest valid nonces of the active round, at most 20.")
     valid_distances: list[float] = Field(description="Distances of `valid_nonces`, in the same order.")
@@ -238,7 +238,7 @@ class Done(BaseModel):
     """The call took effect; the daemon's state after it."""
 
     status: Literal["OK"]
-    state: State
+    state: DaemonState
     ignored: list[str] = Field(description="Fields of the body that were not used.")
     pow_status: Status = Field(description="Status after the call, as GET /api/v1/pow/status answers it.")
 

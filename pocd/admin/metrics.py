@@ -59,7 +59,7 @@ class DaemonCollector(Collector):
         yield GaugeMetricFamily("pocd_event_listeners", "Open streams of events.", listeners)
 
     def _funnel(self) -> Iterator[Metric]:
-        totals = self._parts.outbox.outbox.totals
+        totals = self._parts.outbox.view.totals
         for stage, text in STAGES.items():
             yield CounterMetricFamily(
                 f"pocd_nonces_{stage}", f"{text} Since the store was made.", getattr(totals, stage)

@@ -17,8 +17,8 @@ from pocd.admin.operations import Operation
 from pocd.admin.status import receiver_views
 from pocd.http.parsing import Input, parse_body, parse_query
 from pocd.http.server import RefusalError, json_answer
-from pocd.store import deliveries, letters
-from pocd.store.letters import Purgeable, Selection, SetAside, State
+from pocd.store import deliveries, selections
+from pocd.store.selections import DeliveryState, PurgeableState, Selection, SetAsideState
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +40,7 @@ BatchIds = Annotated[tuple[BatchId, ...], Field(min_length=1, max_length=MOST_ID
 class ListQuery(Input):
     """The query of `GET /api/v1/outbox`."""
 
-    state: State | None = Field(
+    state: DeliveryState | None = Field(
         default=None, description="List batches in this state only. Absent: in every state but delivered."
     )
     receiver: Name | None = Field(default=None, description="List batches of this receiver only.")
@@ -74,7 +74,7 @@ class RetryBody(_Which):
 
     model_config = _in_json({"receiver": "main"})
 
-    states: Annotated[tuple[SetAside, ...], Field(min_length=1)] | None = Field(
+    states: Annotated[tuple[SetAsideState, ...], Field(min_length=1)] | None = Field(
         default=None, description="Select batches in these states. Absent: dead and expired; with `ids` also withdrawn."
     )
 
@@ -84,7 +84,7 @@ class PurgeBody(_Which):
 
     model_config = _in_json({"states": ["expired"]})
 
-    states: Annotated[tuple[Purgeable, ...], Field(min_length=1)] | None = Field(
+    states: Annotated[tuple[PurgeableState, ...], Field(min_length=1)] | None = Field(
         default=None,
         description="Select batches in these states. Absent: dead, expired, withdrawn. Pending only of a receiver that "
         "is no longer configured.",
@@ -119,12 +119,14 @@ class OutboxApi:
     async def index(self, request: web.Request) -> web.Response:
         """Return every receiver's counts and a page of batches; without a state, all that are not delivered."""
         query = parse_query(request, ListQuery)
-        states: tuple[State, ...] = (query.state,) if query.state else ("pending", "dead", "expired", "withdrawn")
+        states: tuple[DeliveryState, ...] = (
+            (query.state,) if query.state else ("pending", "dead", "expired", "withdrawn")
+        )
         name, _, sequence = (query.after or ":0").partition(":")
         selection = Selection(states, query.receiver)
         async with _limit():
             found = await self._parts.outbox(
-                letters.listed, selection, after=(name, int(sequence)), limit=query.limit + 1
+                selections.listed, selection, after=(name, int(sequence)), limit=query.limit + 1
             )
         page = found[: query.limit]
         following = f"{page[-1].receiver}:{page[-1].sequence}" if len(found) > len(page) else None
@@ -140,7 +142,7 @@ class OutboxApi:
         """Return one batch: its delivery to each receiver, and its content."""
         name = request.match_info["id"]
         async with _limit():
-            found = await self._parts.outbox(letters.shown, name)
+            found = await self._parts.outbox(selections.shown, name)
         if found is None:
             raise RefusalError(404, "not_found", f"no batch {name} is in the store; it may have been pruned", "id")
         each, body = found
@@ -152,16 +154,16 @@ class OutboxApi:
         """Queue batches again that are no longer sent, and try their receivers at once."""
         body = await parse_body(request, RetryBody)
         self._check(body)
-        default: tuple[State, ...] = ("dead", "expired", "withdrawn") if body.ids else ("dead", "expired")
+        default: tuple[DeliveryState, ...] = ("dead", "expired", "withdrawn") if body.ids else ("dead", "expired")
         selection = Selection(body.states or default, body.receiver, body.ids)
-        queued, names = await self._repeat(letters.send_again, selection)
+        queued, names = await self._repeat(selections.send_again, selection)
         if body.ids and not queued:
             raise RefusalError(404, "not_found", "none of these batches is set aside", "ids")
         names |= {body.receiver} if body.receiver else set()
         async with _limit():
             for name in sorted(names):
                 await self._parts.outbox(deliveries.ask_again, name)
-        self._parts.dispatchers.wake()
+        self._parts.receivers.wake()
         self._parts.log.info("batches are sent again", action="outbox_retry", batches=queued, receivers=sorted(names))
         return json_answer({"queued": queued, "receivers": sorted(names)})
 
@@ -169,12 +171,12 @@ class OutboxApi:
         """Give up batches that are no longer sent, for good."""
         body = await parse_body(request, PurgeBody)
         self._check(body)
-        served = {dispatcher.receiver.name for dispatcher in self._parts.dispatchers}
+        served = {dispatcher.receiver.name for dispatcher in self._parts.receivers}
         if body.states and "pending" in body.states and (body.receiver is None or body.receiver in served):
             message = "pending batches are given up only of one receiver, named, that is no longer configured"
             raise RefusalError(409, "still_served", message, "states")
         states = body.states or ("dead", "expired", "withdrawn")
-        purged, names = await self._repeat(letters.purge, Selection(states, body.receiver, body.ids))
+        purged, names = await self._repeat(selections.purge, Selection(states, body.receiver, body.ids))
         if body.ids and not purged:
             raise RefusalError(404, "not_found", "none of these batches is set aside", "ids")
         self._parts.log.warning("batches given up", action="outbox_purge", batches=purged, receivers=sorted(names))
@@ -182,7 +184,7 @@ class OutboxApi:
 
     def _check(self, body: _Which) -> None:
         """Refuse a receiver that was never known."""
-        known = self._parts.outbox.outbox.receivers.keys() | {each.receiver.name for each in self._parts.dispatchers}
+        known = self._parts.outbox.view.receivers.keys() | {each.receiver.name for each in self._parts.receivers}
         if body.receiver is not None and body.receiver not in known:
             raise RefusalError(404, "not_found", f"no receiver {body.receiver}; known are {sorted(known)}", "receiver")
 
@@ -197,7 +199,7 @@ class OutboxApi:
                 if len(done) < deliveries.CHUNK:
                     return total, names
 
-    def _view(self, letter: letters.Letter) -> dict[str, Any]:
+    def _view(self, letter: selections.Delivery) -> dict[str, Any]:
         return asdict(letter) | {"age_seconds": max(0.0, self._parts.clock.wall() - letter.created_at)}
 
 

@@ -11,19 +11,19 @@ from pydantic import AliasChoices, ConfigDict, Field
 
 from pocd.admin import answers, status
 from pocd.admin.operations import Operation
-from pocd.delivery.dispatchers import CallbackError
+from pocd.delivery.receivers import CallbackError
 from pocd.http.parsing import Input, parse_body, parse_query
 from pocd.http.server import RefusalError, json_answer
-from pocd.mining.control import Asked, NoRoundError
+from pocd.mining.control import NoRoundError, RoundRequest
 from pocd.mining.phases import Call
-from pocd.protocol.bodies import Index
 from pocd.protocol.names import default_tolerance
 from pocd.protocol.nonces import Node
+from pocd.protocol.numbers import Index
 from pocd.protocol.proof import FRAUD_THRESHOLD, MOST_NONCES, Round
 from pocd.protocol.schemes import SCHEMES
 from pocd.validation.claim import LARGEST_CLAIM, Claim
-from pocd.validation.deciding import BY_WEIGHTS, MismatchError, Named, refuse_mismatch, running, said
-from pocd.validation.queue import QueueFullError, Request
+from pocd.validation.conditions import BY_WEIGHTS, BodyConditions, MismatchError, named, refuse_mismatch, running
+from pocd.validation.queue import QueueFullError, ValidationRequest
 from pocd.validation.verdict import Terms, check, sampled
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ CALLBACK_URL = r"^https?://[^\s?#@\\]+$"  # paths are appended to it, and it may
 TAG = "Rounds"
 
 
-class InitBody(Named):
+class InitBody(BodyConditions):
     """A round to mine or to validate for.
 
     A field that decides a result is refused where it differs from what this daemon runs. Other unknown fields are
@@ -216,7 +216,9 @@ class PowApi:
         body = await parse_body(request, InitBody)
         return await self._call(call, await self._asked(body), body.ignored)
 
-    async def _call(self, call: Call, asked: Asked | None = None, ignored: list[str] | None = None) -> web.Response:
+    async def _call(
+        self, call: Call, asked: RoundRequest | None = None, ignored: list[str] | None = None
+    ) -> web.Response:
         try:
             async with asyncio.timeout(STORE_SECONDS):
                 await self._parts.control.call(call, asked)
@@ -227,7 +229,7 @@ class PowApi:
         view = status.view(self._parts)
         return json_answer({"status": "OK", "state": view["state"], "ignored": ignored or [], "pow_status": view})
 
-    async def _asked(self, body: InitBody) -> Asked:
+    async def _asked(self, body: InitBody) -> RoundRequest:
         """Complete the requested round from the configuration."""
         seq_len = self._agreed_seq_len(body)
         settings = self._parts.settings
@@ -249,12 +251,12 @@ class PowApi:
             seq_len=seq_len,
         )
         callback = await self._callback(body.callback_url) if body.callback_url else None
-        return Asked(round_, node, body.fraud_threshold, callback)
+        return RoundRequest(round_, node, body.fraud_threshold, callback)
 
     def _agreed_seq_len(self, body: InitBody) -> int:
         """Refuse a round that this daemon does not compute, and return its sequence length."""
         settings, worker = self._parts.settings, self._parts.workers.info
-        if worker is None and BY_WEIGHTS & said(body).keys():
+        if worker is None and BY_WEIGHTS & named(body).keys():
             raise _loading("the fingerprint of the weights is not known before they are loaded")
         runs = running(
             model=settings.model.name,
@@ -292,7 +294,7 @@ class PowApi:
         asked = self._parts.control.asked
         async with asyncio.timeout(STORE_SECONDS):
             try:
-                return await self._parts.dispatchers.callback(url, wanted=asked.callback if asked else None)
+                return await self._parts.receivers.callback(url, wanted=asked.callback if asked else None)
             except CallbackError as error:
                 status_, code = (429, "too_many_callbacks") if error.full else (403, "callback_refused")
                 raise RefusalError(
@@ -327,7 +329,7 @@ class PowApi:
             message = f"nonces: {count} are more than validation.max_nonces {most}; give ?sample={most}&seed=… or less"
             raise RefusalError(400, "invalid_request", message, "nonces")
         asked = self._parts.control.asked
-        wanted = Request(claim, terms, query.sample, query.seed, asked.callback if asked else None)
+        wanted = ValidationRequest(claim, terms, query.sample, query.seed, asked.callback if asked else None)
         async with asyncio.timeout(STORE_SECONDS):
             try:
                 found = await self._parts.validator.ask(wanted)

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from pocd.clock import Clock
     from pocd.config.settings import Settings
     from pocd.delivery.dispatcher import Dispatcher
-    from pocd.delivery.dispatchers import Dispatchers
+    from pocd.delivery.receivers import Receivers
     from pocd.mining.control import Control
     from pocd.mining.follower import ChainHealth
     from pocd.mining.miner import Miner, Mining
-    from pocd.mining.phases import State
+    from pocd.mining.phases import DaemonState
     from pocd.observe.events import Events
     from pocd.pool.cards import CardReading, Cards
     from pocd.pool.pool import Pool
@@ -50,14 +50,14 @@ class Parts:
     cards: Cards
     validator: Validator
     chain: ChainHealth
-    dispatchers: Dispatchers
+    receivers: Receivers
     clock: Clock
     started_at: float  # monotonic
     log: FilteringBoundLogger
     events: Events
 
 
-def state(parts: Parts) -> State:
+def state(parts: Parts) -> DaemonState:
     """Return what the daemon is doing, in one word."""
     ready, mining = parts.workers.ready.is_set(), parts.miner.current is not None
     return state_of(parts.control.mode, ready=ready, mining=mining)
@@ -91,7 +91,7 @@ def alarms(parts: Parts) -> list[dict[str, str]]:
     cards = [{"part": "cards", "reason": parts.cards.problem}] if parts.cards.problem else []
     return [*workers, *cards] + [
         {"part": f"receiver {dispatcher.receiver.name}", "reason": reason}
-        for dispatcher in parts.dispatchers
+        for dispatcher in parts.receivers
         if (reason := dispatcher.alarm or parked(dispatcher.state))
     ]
 
@@ -218,12 +218,12 @@ def _receiver_view(
 
 def receiver_views(parts: Parts) -> list[dict[str, Any]]:
     """Return each receiver's queue and health; also of receivers that are no longer configured."""
-    queues, states, now = parts.outbox.outbox.queues, parts.outbox.outbox.receivers, parts.clock.wall()
+    queues, states, now = parts.outbox.view.queues, parts.outbox.view.receivers, parts.clock.wall()
     views = [
         _receiver_view(each.receiver.name, each, queues.get(each.receiver.name, Queue()), each.state, now)
-        for each in parts.dispatchers
+        for each in parts.receivers
     ]
-    served = {dispatcher.receiver.name for dispatcher in parts.dispatchers}
+    served = {dispatcher.receiver.name for dispatcher in parts.receivers}
     return views + [
         _receiver_view(name, None, queue, states.get(name, ReceiverState()), now)
         for name, queue in queues.items()
@@ -257,7 +257,7 @@ def view(parts: Parts) -> dict[str, Any]:
         "round": _round_view(mining) if mining else None,
         "control": _control_view(parts.control),
         "node": settings.node.model_dump(),
-        "funnel": _fields(parts.outbox.outbox.totals),
+        "funnel": _fields(parts.outbox.view.totals),
         "rates": {
             "checked_per_second_1m": miner.checked_rate.per_second(60),
             "checked_per_second_15m": miner.checked_rate.per_second(900),
@@ -277,7 +277,7 @@ def view(parts: Parts) -> dict[str, Any]:
 
 def summary(parts: Parts) -> str:
     """Return the funnel as one short line."""
-    totals, now = parts.outbox.outbox.totals, str(state(parts))
+    totals, now = parts.outbox.view.totals, str(state(parts))
     if now == "LOADING":
         stages = {worker.stage for worker in parts.workers.workers} - {None}
         now += f" ({', '.join(sorted(map(str, stages)))})" if stages else ""

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
+    from pocd.clock import Clock
+
 BlockOrHead = TypeVar("BlockOrHead", Block, Head)
 
 KNOWN_HASHES = 256
@@ -52,8 +54,7 @@ class Failover:
         chain_id: The chain's id; None where the first answer decides it.
         hashes: Known block hashes by height; ignored where blocks may be replaced.
         highest: Height of the highest known head; None where none is known.
-        monotonic: Seconds of a clock that is never set.
-        wall: Unix time in seconds.
+        clock: Measures waits by its monotonic clock, and the age of blocks by its wall clock.
         log: Gets a line when another source's head is taken than before.
         stale_after: Seconds; a head older than this is behind.
 
@@ -68,8 +69,7 @@ class Failover:
         chain_id: str | None,
         hashes: Mapping[int, str],
         highest: int | None,
-        monotonic: Callable[[], float],
-        wall: Callable[[], float],
+        clock: Clock,
         log: FilteringBoundLogger,
         stale_after: float = STALE_AFTER,
     ) -> None:
@@ -80,8 +80,7 @@ class Failover:
         self._chain_id = chain_id
         self._hashes = OrderedDict(sorted(hashes.items())[-KNOWN_HASHES:])
         self._highest = highest
-        self._monotonic = monotonic
-        self._wall = wall
+        self._clock = clock
         self._log = log
         self._stale_after = stale_after
         self._followed = sources[0]
@@ -138,7 +137,7 @@ class Failover:
         ask: Callable[[ChainSource], Awaitable[BlockOrHead]],
         check: Callable[[BlockOrHead, ChainSource], None],
     ) -> BlockOrHead:
-        left = node.rests_until - self._monotonic()
+        left = node.rests_until - self._clock.monotonic()
         if left > 0 and len(self._nodes) > 1:
             raise ChainError(f"{node.error} (left alone for {math.ceil(left)} s more)")
         try:
@@ -148,7 +147,7 @@ class Failover:
             raise  # an answer too
         except ChainError as error:
             node.error = str(error)
-            node.rests_until = self._monotonic() + BACKOFF[min(node.failures, len(BACKOFF) - 1)]
+            node.rests_until = self._clock.monotonic() + BACKOFF[min(node.failures, len(BACKOFF) - 1)]
             node.failures += 1
             raise
         node.failures = 0
@@ -187,7 +186,7 @@ class Failover:
     def _problem(self, head: Head) -> str | None:
         if head.catching_up:
             return "is catching up"
-        age = self._wall() - head.block.time.timestamp()
+        age = self._clock.wall() - head.block.time.timestamp()
         return f"has a newest block that is {age:.0f} s old" if age > self._stale_after else None
 
     def _problems(self, behind: list[tuple[Head, ChainSource]]) -> list[str]:

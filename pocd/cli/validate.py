@@ -170,7 +170,7 @@ def _compute(
     """Recompute the distances here, and judge."""
     from pocd.lab.command import prepared
     from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH
-    from pocd.validation.deciding import MismatchError
+    from pocd.validation.conditions import MismatchError
     from pocd.validation.verdict import Terms, check, judge, sampled
 
     with compute_errors(), prepared(request) as run:

@@ -16,11 +16,9 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 
 from pocd.config.types import (
     BatchSize,
-    Count,
     Device,
     HostName,
     HttpUrl,
-    Index,
     Origin,
     Port,
     PublicKey,
@@ -32,6 +30,7 @@ from pocd.config.types import (
 from pocd.observe.mask import mask_url
 from pocd.protocol.errors import ModelError
 from pocd.protocol.names import Compile, Dtype, resolve
+from pocd.protocol.numbers import Count, Index
 from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH, MOST_NONCES
 from pocd.protocol.schemes import SCHEMES
 

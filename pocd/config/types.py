@@ -115,5 +115,3 @@ ReceiverName = Annotated[
 SchemeName = Annotated[str, AfterValidator(_check_scheme)]
 SocketPath = Annotated[Path, AfterValidator(_check_socket)]
 Port = Annotated[int, Field(ge=0, le=65535)]
-Count = Annotated[int, Field(ge=1, le=2**63 - 1)]  # TOML's integers have 64 bits
-Index = Annotated[int, Field(ge=0, le=2**63 - 1)]

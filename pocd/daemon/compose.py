@@ -54,7 +54,7 @@ async def make_chain(
     Raises:
         ConfigError: The store belongs to another chain than the configured one.
     """
-    chain, known = settings.chain, outbox.outbox.chain
+    chain, known = settings.chain, outbox.view.chain
     if known is not None and chain.id not in {None, known.chain_id}:
         raise ConfigError(
             f"chain.id is {chain.id}, but the store {settings.store.path} belongs to chain {known.chain_id}; "
@@ -68,8 +68,7 @@ async def make_chain(
         chain_id=known.chain_id if known else chain.id,
         hashes={round_.block_height: round_.block_hash for round_ in rounds},
         highest=known.height if known else None,
-        monotonic=SYSTEM.monotonic,
-        wall=SYSTEM.wall,
+        clock=SYSTEM,
         log=log,
     )
 

@@ -21,15 +21,15 @@ from pocd.daemon.compose import cache_folder, make_chain, make_loads, make_recei
 from pocd.daemon.reload import Reloader
 from pocd.delivery.batcher import Batcher
 from pocd.delivery.dispatcher import Dispatcher
-from pocd.delivery.dispatchers import Dispatchers
-from pocd.delivery.keeper import MIB, Keeper
-from pocd.delivery.keeper import Limits as StoreLimits
+from pocd.delivery.keeper import MIB, Keeper, StoreLimits
+from pocd.delivery.receivers import Receivers
 from pocd.http.client import open_session
 from pocd.http.server import listening, listening_at
 from pocd.mining.control import Control
 from pocd.mining.follower import ChainHealth, follow
 from pocd.mining.miner import Miner
 from pocd.mining.scheduler import RoundScheduler
+from pocd.observe.changes import Changes
 from pocd.observe.events import Events
 from pocd.pool.cards import Cards
 from pocd.pool.causes import Cause, WorkerRefusedError
@@ -137,8 +137,9 @@ class Daemon:
         round_ = settings.round
         node = Node(settings.node.node_id, settings.node.node_count)
         events = self.events
-        miner = Miner(outbox, clock=clock.monotonic, wall=clock.wall)
-        control = Control(miner, outbox, node, wall=clock.wall, log=log, events=events)
+        self._changes = Changes()
+        miner = Miner(outbox, self._changes, clock=clock)
+        control = Control(miner, outbox, node, clock=clock, log=log, events=events)
         withdraw = settings.chain.replaced_blocks != "deliver"
         self._scheduler = RoundScheduler(
             source,
@@ -147,7 +148,7 @@ class Daemon:
             policy=RoundPolicy(round_.every, round_.offset, round_.duration),
             make_round=self._make_round,
             withdraw=withdraw,
-            wall=clock.wall,
+            clock=clock,
             log=log,
         )
         workers = Pool(
@@ -155,19 +156,20 @@ class Daemon:
             miner,
             WorkerLimits(batch=settings.worker.batch_timeout),
             cache=cache_folder(settings),
+            changes=self._changes,
             clock=clock,
             log=log,
             events=events,
         )
         cards = Cards(workers.card_uuids, clock=clock, log=log)
         delivery = settings.delivery
-        dispatchers = Dispatchers(
+        dispatchers = Receivers(
             receivers,
             lambda receiver: Dispatcher(
                 receiver,
                 outbox,
                 expire_after=delivery.expire_after,
-                wall=clock.wall,
+                clock=clock,
                 jitter=lambda: random.uniform(-1, 1),  # noqa: S311 - it spreads load, it hides nothing
                 log=log,
                 events=events,
@@ -181,7 +183,7 @@ class Daemon:
             workers,
             dispatchers,
             most=settings.validation.max_queued,
-            wall=clock.wall,
+            clock=clock,
             log=log,
             events=events,
         )
@@ -192,7 +194,7 @@ class Daemon:
             size=delivery.batch_nonces,
             age=delivery.batch_seconds,
             withdraw=withdraw,
-            wall=clock.wall,
+            clock=clock,
             events=events,
         )
         limits = StoreLimits(
@@ -202,7 +204,7 @@ class Daemon:
             free=settings.store.free_space_mib * MIB,
         )
         self._keeper = Keeper(settings.store.path, outbox, miner, dispatchers, limits=limits, clock=clock, log=log)
-        known = outbox.outbox.chain
+        known = outbox.view.chain
         health = ChainHealth(highest=known.height if known else 0)
         self.parts = Parts(
             settings=settings,
@@ -213,7 +215,7 @@ class Daemon:
             cards=cards,
             validator=validator,
             chain=health,
-            dispatchers=dispatchers,
+            receivers=dispatchers,
             clock=clock,
             started_at=clock.monotonic(),
             log=log,
@@ -230,15 +232,15 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.shut_down)
         parts, asked = self.parts, self.parts.control.asked
-        if not parts.dispatchers.configured:
+        if not parts.receivers.names():
             self.log.warning("no receiver is configured: proofs are kept until one is", action="no_receiver")
         parts.cards.start()
         try:
             async with asyncio.TaskGroup() as group:
                 begin = partial(start, group, log=self.log)
-                deliveries = begin("deliveries", parts.dispatchers.run(asked.callback if asked else None))
+                deliveries = begin("deliveries", parts.receivers.run(asked.callback if asked else None))
                 chain = begin("chain", self._follow_chain())
-                reloader = begin("reloader", Reloader(path, parts, self._notifier).run())
+                reloader = begin("reloader", Reloader(path, parts, self._batcher, self._notifier).run())
                 workers = begin("workers", parts.workers.run())
                 batcher = begin("batcher", self._batcher.run())
                 keeper = begin("keeper", self._keeper.run())
@@ -272,7 +274,7 @@ class Daemon:
             on_problem=lambda problem: self.events.publish("chain", problem=problem),
             health=self.parts.chain,
             log=self.log,
-            clock=self._clock.wall,
+            clock=self._clock,
         )
 
     async def _on_head(self, head: Head) -> None:
@@ -303,11 +305,11 @@ class Daemon:
         self._notifier.ready()
 
     async def _report_status(self) -> None:
-        news = 0
+        seen = 0
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STATUS_SECONDS):
-                    news = await self.parts.miner.until_news(news)
+                    seen = await self._changes.after(seen)
             self._notifier.status(status.summary(self.parts))
 
     async def _log_funnel(self) -> None:
@@ -325,12 +327,12 @@ class Daemon:
 
     async def _tell_states(self) -> None:
         """Publish each change of the daemon's state."""
-        told, news = None, 0
+        told, seen = None, 0
         while True:
             state = status.state(self.parts)
             if state != told:
                 self.events.publish("state", state=state)
-            told, news = state, await self.parts.miner.until_news(news)
+            told, seen = state, await self._changes.after(seen)
 
     async def _feed_watchdog(self) -> None:
         assert self._notifier.watchdog_seconds
@@ -342,7 +344,7 @@ class Daemon:
         """Give the receivers a few seconds for the last batches; the others stay in the store."""
         try:
             async with asyncio.timeout(DELIVER_SECONDS):
-                for dispatcher in self.parts.dispatchers:
+                for dispatcher in self.parts.receivers:
                     await dispatcher.settled.wait()
         except TimeoutError:
             self.log.info("deliveries go on at the next start", action="delivery_deadline")

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from pocd.admin.status import Parts
+    from pocd.delivery.batcher import Batcher
     from pocd.delivery.posting import Receiver
     from pocd.observe.notify import Notifier
 
@@ -87,12 +88,14 @@ class Reloader:
     Args:
         path: File of the configuration.
         parts: The daemon's parts, whose `settings` are replaced and which are changed accordingly.
+        batcher: Woken when other receivers are configured.
         notifier: Gets RELOADING=1 and READY=1, once the service is ready.
     """
 
-    def __init__(self, path: Path, parts: Parts, notifier: Notifier) -> None:
+    def __init__(self, path: Path, parts: Parts, batcher: Batcher, notifier: Notifier) -> None:
         self._path = path
         self._parts = parts
+        self._batcher = batcher
         self._notifier = notifier
 
     async def run(self) -> None:
@@ -132,15 +135,15 @@ class Reloader:
         check_model(new)
         receivers = make_receivers(new)
         difference = diff(parts.settings, new)
-        others = compare(parts.dispatchers.receivers, receivers)
+        others = compare(parts.receivers.configured, receivers)
         if others and RECEIVERS not in difference.apply:  # a file of secrets holds others under the same name
             difference = Difference((*difference.apply, RECEIVERS), difference.restart)
 
         parts.settings = merge(parts.settings, new, difference.apply)
         logs.set_level(parts.settings.log.level)
         if RECEIVERS in difference.apply:
-            await parts.dispatchers.configure(receivers)
-            parts.miner.proofs_stored.set()  # those that waited for a first receiver go into batches now
+            await parts.receivers.configure(receivers)
+            self._batcher.wake()  # proofs that waited for a first receiver go into batches now
         told = {"applied": list(difference.apply), **others}
         if difference.restart:
             message = "configuration read again; some of it needs a restart (systemctl restart pocd)"

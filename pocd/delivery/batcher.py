@@ -10,9 +10,8 @@ from pocd.store.batches import form_batches
 from pocd.store.errors import StoreUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from pocd.delivery.dispatchers import Dispatchers
+    from pocd.clock import Clock
+    from pocd.delivery.receivers import Receivers
     from pocd.mining.miner import Miner
     from pocd.observe.events import Events
     from pocd.store.thread import OutboxThread
@@ -25,50 +24,55 @@ class Batcher:
         self,
         miner: Miner,
         outbox: OutboxThread,
-        dispatchers: Dispatchers,
+        receivers: Receivers,
         *,
         size: int,
         age: float,
         withdraw: bool,
-        wall: Callable[[], float],
+        clock: Clock,
         events: Events,
     ) -> None:
         self._miner = miner
+        self._changes = miner.batchable
         self._outbox = outbox
-        self._dispatchers = dispatchers
+        self._receivers = receivers
         self._size = size
         self._age = age
         self._withdraw = withdraw
-        self._wall = wall
+        self._clock = clock
         self._events = events
 
     async def run(self) -> None:
         """Form batches until cancelled."""
         while True:
-            self._miner.proofs_stored.clear()
+            seen = self._changes.count
             try:
                 due = await self.form()
-            except StoreUnavailableError:  # nothing was changed, and readiness tells
-                due = self._wall() + self._age
-            # Never longer than the age: the clock may have been set back since `due` was told.
-            wait = None if due is None else min(max(due - self._wall(), 0.0), self._age)
+            except StoreUnavailableError:  # nothing was changed, and readiness shows why
+                due = self._clock.wall() + self._age
+            # Never longer than the age: the clock may have been set back since `due` was computed.
+            wait = None if due is None else min(max(due - self._clock.wall(), 0.0), self._age)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(wait):
-                    await self._miner.proofs_stored.wait()
+                    await self._changes.after(seen)
+
+    def wake(self) -> None:
+        """Look again whether a batch is due, as for receivers that were not there before."""
+        self._changes.notify()
 
     async def form(self) -> float | None:
         """Form the batches that are due; returns when the next one will be, in wall time."""
         mining = self._miner.current
         formed = await self._outbox(
             form_batches,
-            self._dispatchers.configured,
+            self._receivers.names(),
             size=self._size,
             age=self._age,
-            now=self._wall(),
+            now=self._clock.wall(),
             current=mining.round if mining else None,
             withdraw=self._withdraw,
         )
-        self._dispatchers.wake()
+        self._receivers.wake()
         for batch in formed.batches:
             where = {"nonces": batch.size, "height": batch.round.block_height}
             self._events.publish("batch", id=batch.id, kind=batch.kind, **where)

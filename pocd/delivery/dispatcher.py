@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
+    from pocd.clock import Clock
     from pocd.delivery.posting import Receiver
     from pocd.observe.events import Events
     from pocd.store.deliveries import PendingDelivery
@@ -40,7 +41,7 @@ class Dispatcher:
         outbox: OutboxThread,
         *,
         expire_after: float,
-        wall: Callable[[], float],
+        clock: Clock,
         jitter: Callable[[], float],
         log: FilteringBoundLogger,
         events: Events,
@@ -48,7 +49,7 @@ class Dispatcher:
         self.receiver = receiver
         self._outbox = outbox
         self._expire_after = expire_after
-        self._wall = wall
+        self._clock = clock
         self._jitter = jitter
         self._log = log.bind(receiver=receiver.name)
         self._events = events
@@ -59,16 +60,16 @@ class Dispatcher:
     @property
     def state(self) -> ReceiverState:
         """The receiver's health, as the store knows it."""
-        return self._outbox.outbox.receivers.get(self.receiver.name, ReceiverState())
+        return self._outbox.view.receivers.get(self.receiver.name, ReceiverState())
 
     async def run(self) -> None:
         """Deliver until cancelled."""
         await self._unpark_elsewhere()
         limits = {"connect": posting.CONNECT_SECONDS, "total": posting.ATTEMPT_SECONDS}
-        async with Poster(self.receiver, wall=self._wall, **limits) as poster:
+        async with Poster(self.receiver, wall=self._clock.wall, **limits) as poster:
             while True:
                 self._woken.clear()
-                wait = None if self.state.parked_at else policy.remaining_wait(self.state.next_at, self._wall())
+                wait = None if self.state.parked_at else policy.remaining_wait(self.state.next_at, self._clock.wall())
                 head = await self._next() if wait == 0 else None
                 if head is not None:
                     await self._deliver(poster, head)
@@ -98,7 +99,7 @@ class Dispatcher:
         failed = await self._record(head, outcome)
         if failed and policy.may_be_poison(outcome, head.faults + 1):
             await self._try_the_next(poster, head)
-        if failed and self._wall() - head.queued_at >= self._expire_after:
+        if failed and self._clock.wall() - head.queued_at >= self._expire_after:
             await self._expire()
 
     async def _try_the_next(self, poster: Poster, head: PendingDelivery) -> None:
@@ -112,7 +113,7 @@ class Dispatcher:
 
     async def _record(self, delivery: PendingDelivery, outcome: Outcome) -> bool:
         """Store the outcome of an attempt; returns whether the receiver could not take the batch now."""
-        name, faults, now = self.receiver.name, delivery.faults + outcome.fault, self._wall()
+        name, faults, now = self.receiver.name, delivery.faults + outcome.fault, self._clock.wall()
         overtaken = outcome.fault and await self._outbox.persistently(deliveries.is_overtaken, name, delivery.sequence)
         decision = policy.decide(
             outcome,
@@ -121,7 +122,7 @@ class Dispatcher:
             overtaken=overtaken,
             jitter=self._jitter(),
         )
-        self._tell(delivery, outcome, decision)
+        self._log_decision(delivery, outcome, decision)
         self._events.publish("delivery", receiver=name, id=delivery.id, outcome=OUTCOMES[type(decision)])
         record = self._outbox.persistently
         match decision:
@@ -145,7 +146,7 @@ class Dispatcher:
                 return True
         return False
 
-    def _tell(self, delivery: PendingDelivery, outcome: Outcome, decision: policy.Decision) -> None:
+    def _log_decision(self, delivery: PendingDelivery, outcome: Outcome, decision: policy.Decision) -> None:
         """Log a decision, and raise or lower the alarm."""
         log = self._log.bind(batch=delivery.id, sequence=delivery.sequence, attempts=delivery.attempts + 1)
         alarm = _alarm(outcome) if outcome.alarm else None
@@ -170,7 +171,7 @@ class Dispatcher:
 
     async def _expire(self) -> None:
         """Expire batches that are too old, after the receiver has failed once more."""
-        now, expired = self._wall(), 0
+        now, expired = self._clock.wall(), 0
         while count := await self._outbox.persistently(
             deliveries.expire, self.receiver.name, queued_before=now - self._expire_after, now=now
         ):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-    from pocd.delivery.dispatchers import Dispatchers
+    from pocd.delivery.receivers import Receivers
     from pocd.mining.miner import Miner
     from pocd.store.thread import OutboxThread
 
@@ -29,7 +29,7 @@ MIB = 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class StoreLimits:
     """Limits of the store: seconds that batches are kept, and bytes that they may take.
 
     Attributes:
@@ -45,7 +45,7 @@ class Limits:
     free: int
 
 
-def shortage(used: int, free: int, limits: Limits, *, held: bool) -> str | None:
+def shortage(used: int, free: int, limits: StoreLimits, *, held: bool) -> str | None:
     """Return why mining has to wait for room; None where there is enough.
 
     Args:
@@ -76,9 +76,9 @@ class Keeper:
         path: Path,
         outbox: OutboxThread,
         miner: Miner,
-        dispatchers: Dispatchers,
+        receivers: Receivers,
         *,
-        limits: Limits,
+        limits: StoreLimits,
         clock: Clock,
         log: FilteringBoundLogger,
         free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
@@ -86,13 +86,13 @@ class Keeper:
         self._path = path
         self._outbox = outbox
         self._miner = miner
-        self._dispatchers = dispatchers
+        self._receivers = receivers
         self._limits = limits
         self._clock = clock
         self._jumps = JumpDetector(clock)
         self._log = log
         self._free_bytes = free_bytes
-        self._told: str | None = None  # the reason that was logged last
+        self._logged: str | None = None  # the reason that was logged last
 
     async def run(self) -> None:
         """Look at the store every few seconds until cancelled."""
@@ -104,7 +104,7 @@ class Keeper:
     async def look(self) -> None:
         """Prune and expire batches that are due, and hold mining or let it go on."""
         held = self._miner.held
-        self._tell(held)  # a commit that failed may have held it since the last look
+        self._log_hold(held)  # a commit that failed may have held it since the last look
         jump = self._jumps.jump()
         if jump:
             self._log.warning("the wall clock was set", action="clock_jump", seconds=round(jump, 1))
@@ -123,15 +123,15 @@ class Keeper:
         if reason is None and self._miner.held != held:
             return  # a commit failed meanwhile: the next look finds out whether it can be made
         if reason != held:
-            await self._miner.hold(reason)
-        self._tell(reason)
+            self._miner.hold(reason)
+        self._log_hold(reason)
 
-    def _tell(self, reason: str | None) -> None:
-        if reason and not self._told:
+    def _log_hold(self, reason: str | None) -> None:
+        if reason and not self._logged:
             self._log.error("mining waits for the store", action="store_held", cause=reason)
-        elif self._told and not reason:
+        elif self._logged and not reason:
             self._log.info("the store takes proofs again, mining goes on", action="store_released")
-        self._told = reason
+        self._logged = reason
 
     async def _clamp(self) -> None:
         await self._outbox.persistently(upkeep.clamp_times, self._clock.wall())
@@ -164,9 +164,9 @@ class Keeper:
 
     async def _expire_unserved(self) -> None:
         """Expire old batches in queues that no dispatcher sends from; in the others they expire at a failed attempt."""
-        served = {each.receiver.name for each in self._dispatchers if each.state.parked_at is None}
+        served = {each.receiver.name for each in self._receivers if each.state.parked_at is None}
         now = self._clock.wall()
-        for name, queue in self._outbox.outbox.queues.items():
+        for name, queue in self._outbox.view.queues.items():
             if name in served or not queue.pending_batches:
                 continue
             expired = await self._repeat(

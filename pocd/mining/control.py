@@ -18,10 +18,9 @@ from pocd.protocol.proof import Round
 from pocd.store.outbox import Outbox, Work
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from structlog.typing import FilteringBoundLogger
 
+    from pocd.clock import Clock
     from pocd.mining.miner import Miner
     from pocd.observe.events import Events
     from pocd.store.thread import OutboxThread
@@ -34,7 +33,7 @@ class NoRoundError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class RoundRequest:
     """A round that was requested through the API, and what belongs to it.
 
     Attributes:
@@ -53,21 +52,21 @@ class Asked:
         return Work(self.round, self.node, by_chain=False, callback=self.callback)
 
 
-def encode(mode: Mode, asked: Asked | None) -> str | None:
+def encode(mode: Mode, asked: RoundRequest | None) -> str | None:
     """Return the decision as text for the store; None while the chain decides."""
     if mode is Mode.FOLLOWING:
         return None
     return orjson.dumps({"mode": mode, "asked": asdict(asked) if asked else None}).decode()
 
 
-def decode(control: str | None) -> tuple[Mode, Asked | None]:
+def decode(control: str | None) -> tuple[Mode, RoundRequest | None]:
     """Return the decision that `encode` wrote."""
     if control is None:
         return Mode.FOLLOWING, None
     fields: dict[str, Any] = orjson.loads(control)
     asked = fields["asked"]
     if asked is not None:
-        asked = Asked(**asked | {"round": Round(**asked["round"]), "node": Node(**asked["node"])})
+        asked = RoundRequest(**asked | {"round": Round(**asked["round"]), "node": Node(**asked["node"])})
     return Mode(fields["mode"]), asked
 
 
@@ -86,18 +85,18 @@ class Control:
         outbox: OutboxThread,
         node: Node,
         *,
-        wall: Callable[[], float],
+        clock: Clock,
         log: FilteringBoundLogger,
         events: Events,
     ) -> None:
         self._miner = miner
         self._outbox = outbox
         self._node = node
-        self._wall = wall
+        self._clock = clock
         self._log = log
         self._events = events
         self._lock = asyncio.Lock()
-        self.mode, self.asked = decode(outbox.outbox.control)
+        self.mode, self.asked = decode(outbox.view.control)
         self.chain_round: Round | None = None
         miner.paused = self.mode not in MINING
 
@@ -106,9 +105,9 @@ class Control:
         if self.asked is not None:
             async with self._lock:
                 work = self.asked.work
-                done = await self._outbox.persistently(Outbox.begin_round, work, self._wall())
-                await self._miner.take_up(work, done)
-                self._tell(work)
+                done = await self._outbox.persistently(Outbox.begin_round, work, self._clock.wall())
+                self._miner.activate(work, done)
+                self._report(work)
 
     async def follow(self, round_: Round | None) -> None:
         """Note the round that should be active by the chain, and mine it if the chain decides.
@@ -124,10 +123,10 @@ class Control:
                 is_news = not self._miner.works_on(work)
                 await self._miner.set_round(work)
                 if is_news:
-                    self._tell(work)
+                    self._report(work)
             self.chain_round = round_
 
-    async def call(self, call: Call, asked: Asked | None = None) -> None:
+    async def call(self, call: Call, asked: RoundRequest | None = None) -> None:
         """Do a call of the API; `asked` is the round that an init brings.
 
         Raises:
@@ -137,7 +136,7 @@ class Control:
         # Shielded, so that the call ends though its caller gives up: what is stored is what is done.
         await asyncio.shield(asyncio.create_task(self._call(call, asked), name=f"control: {call}"))
 
-    async def _call(self, call: Call, asked: Asked | None) -> None:
+    async def _call(self, call: Call, asked: RoundRequest | None) -> None:
         async with self._lock:
             mode = mode_after(self.mode, call)
             if mode is None:
@@ -147,24 +146,23 @@ class Control:
             else:
                 asked = asked or self.asked
                 work = asked.work if asked and mode is not Mode.STOPPED else None
-            done = await self._outbox(Outbox.set_control, encode(mode, asked), work, self._wall())
+            done = await self._outbox(Outbox.set_control, encode(mode, asked), work, self._clock.wall())
             if (mode, asked) != (self.mode, self.asked):
                 who = "the chain" if mode is Mode.FOLLOWING else "the API"
                 self._log.info(f"{who} decides", action="control", call=call, mode=mode)
             self.mode, self.asked = mode, asked
-            self._miner.paused = mode not in MINING
+            self._miner.pause(mode not in MINING)
             if mode is Mode.STOPPED:
-                await self._miner.announce()  # the round stays active, so that status shows it
-                return
+                return  # the round stays active, so that status shows it
             is_news = not self._miner.works_on(work)
-            await self._miner.take_up(work, done)
+            self._miner.activate(work, done)
             if is_news:
-                self._tell(work)
+                self._report(work)
 
     def _of_chain(self, round_: Round | None) -> Work | None:
         return Work(round_, self._node) if round_ else None
 
-    def _tell(self, work: Work | None) -> None:
+    def _report(self, work: Work | None) -> None:
         """Log and publish which round is active from now on."""
         if work is None:
             self._log.info("no round is active", action="round_end")

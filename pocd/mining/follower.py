@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
+    from pocd.clock import Clock
+
 LAG = 3
 """Blocks below the highest one seen that are no sign of a node that lags: balanced public nodes differ by a few."""
 
@@ -77,7 +79,7 @@ async def follow(
     on_head: Callable[[Head], Awaitable[None]],
     health: ChainHealth,
     log: FilteringBoundLogger,
-    clock: Callable[[], float],
+    clock: Clock,
     on_problem: Callable[[str | None], None] = lambda _problem: None,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> None:
@@ -94,19 +96,19 @@ async def follow(
         health: Updated in place.
         log: Gets a line when the chain goes down, one a minute while it is, and one when it is restored; also one when
             a chain that answers is degraded, and one when it is well again.
-        clock: Unix time in seconds.
+        clock: Paces the polls by its monotonic clock, and dates them by its wall clock.
         on_problem: Called with the text when `health` has a problem, and with None when it is well again.
         sleep: Waits that many seconds.
     """
     logged_at: float | None = None  # when the chain was last said to be down; None while it is up
     degraded = False
-    unwell = False  # as `on_problem` was told
+    unwell = False  # as `on_problem` was called last
     while True:
-        started = clock()
+        started = clock.monotonic()
         failures_before = health.failures
         await _poll(source, on_head, health, clock)
-        now = clock()
-        problem = health.problem(now, poll_interval)
+        now = clock.monotonic()
+        problem = health.problem(clock.wall(), poll_interval)
         if health.error is None:
             if logged_at is not None:
                 log.info("chain restored", action="chain_restored", failures=failures_before)
@@ -116,21 +118,20 @@ async def follow(
             elif degraded and not problem:
                 log.info("chain well again", action="chain_well")
             degraded = problem is not None
-        elif logged_at is None or not 0 <= now - logged_at < LOG_EVERY:  # negative: the clock was set back
+        elif logged_at is None or now - logged_at >= LOG_EVERY:
             log.warning("chain not followed", action="chain_down", error=health.error, failures=health.failures)
             logged_at = now
         if unwell != (problem is not None):
             unwell = not unwell
             on_problem(problem)
-        # Never longer than the interval, or a clock set back an hour would stop the polls for an hour.
-        await sleep(min(max(poll_interval - (now - started), 0.0), poll_interval))
+        await sleep(max(poll_interval - (now - started), 0.0))
 
 
 async def _poll(
     source: ChainSource,
     on_head: Callable[[Head], Awaitable[None]],
     health: ChainHealth,
-    clock: Callable[[], float],
+    clock: Clock,
 ) -> None:
     try:
         head = await source.head()
@@ -142,6 +143,6 @@ async def _poll(
         health.error = str(error)
         health.failures += 1
     else:
-        health.seen_at = clock()
+        health.seen_at = clock.wall()
         health.error = None
         health.failures = 0

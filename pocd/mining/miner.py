@@ -9,6 +9,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from pocd.observe.changes import Changes
 from pocd.observe.rates import RateWindow
 from pocd.protocol.nonces import Ledger, Span
 from pocd.protocol.proof import Proof
@@ -16,8 +17,9 @@ from pocd.store.errors import StoreUnavailableError
 from pocd.store.outbox import Outbox, RoundProgress, Weights, Work
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
+    from pocd.clock import Clock
     from pocd.protocol.nonces import Node
     from pocd.protocol.proof import Round
     from pocd.store.thread import OutboxThread
@@ -64,24 +66,23 @@ class Miner:
 
     Attributes:
         paused: Whether mining is stopped by a call of the API, see `pocd.mining.control`.
+        batchable: Changes after which a batch may be due: proofs were committed, or what is mined changed.
         held: Why mining waits for the store, which cannot take proofs; None while it can.
     """
 
-    def __init__(self, outbox: OutboxThread, *, clock: Callable[[], float], wall: Callable[[], float]) -> None:
+    def __init__(self, outbox: OutboxThread, changes: Changes, *, clock: Clock) -> None:
         self._outbox = outbox
+        self._changes = changes
         self._clock = clock
-        self._wall = wall
-        self._changed = asyncio.Condition()
-        self._lent: Counter[Mining] = Counter()  # how many leases of each round are out; no zeros
+        self._leased: Counter[Mining] = Counter()  # how many leases of each round are out; no zeros
         self._closed = False
-        self._news = 0  # counts announcements
         self.paused = False
         self.held: str | None = None
         self.mining: Mining | None = None
         self.checked_rate = RateWindow(clock)
         self.valid_rate = RateWindow(clock)
         self.refused_batches = 0
-        self.proofs_stored = asyncio.Event()  # set at each commit and at each change of round
+        self.batchable = Changes()
 
     @property
     def current(self) -> Mining | None:
@@ -91,7 +92,7 @@ class Miner:
     async def set_round(self, work: Work | None) -> None:
         """Replace the active round at once. The old one's proofs are delivered all the same."""
         if not self.works_on(work):
-            await self.take_up(work, await self._outbox(Outbox.begin_round, work, self._wall()) if work else None)
+            self.activate(work, await self._outbox(Outbox.begin_round, work, self._clock.wall()) if work else None)
 
     def works_on(self, work: Work | None) -> bool:
         """Tell whether the active round is that of `work`, on the same share of the nonces."""
@@ -99,73 +100,60 @@ class Miner:
             return self.mining is None and work is None
         return (self.mining.round, self.mining.node) == (work.round, work.node)
 
-    async def take_up(self, work: Work | None, done: RoundProgress | None) -> None:
+    def activate(self, work: Work | None, done: RoundProgress | None) -> None:
         """Make `work`, which was begun in the store, the active round at once; `done` is its earlier progress."""
         if not self.works_on(work):
             # A round that comes back while leases of it are out goes on with its ledger, which alone knows of them.
-            lent = (mining for mining in self._lent if work and (mining.round, mining.node) == (work.round, work.node))
-            self.mining = next(lent, None) or (self._mining(work, done) if work and done else None)
-        await self.announce()
+            leased = (
+                mining for mining in self._leased if work and (mining.round, mining.node) == (work.round, work.node)
+            )
+            self.mining = next(leased, None) or (self._mining(work, done) if work and done else None)
+        self._notify()
 
     def _mining(self, work: Work, done: RoundProgress) -> Mining:
         return Mining(
             round=work.round,
             node=work.node,
             ledger=Ledger(done.progress),
-            started_at=self._clock(),
+            started_at=self._clock.monotonic(),
             checked_before=done.checked,
             checked=done.checked,
             valid=done.valid,
         )
 
-    async def pause(self, paused: bool) -> None:  # noqa: FBT001 - it sets that very flag
+    def pause(self, paused: bool) -> None:  # noqa: FBT001 - it sets that very flag
         """Stop leasing, or go on with the active round. Nonces that are being checked are still committed."""
         self.paused = paused
-        await self.announce()
+        self._notify()
 
-    async def hold(self, reason: str | None) -> None:
+    def hold(self, reason: str | None) -> None:
         """Stop leasing for a reason; with None, go on."""
         self.held = reason
-        await self.announce()
+        self._notify()
 
     async def close(self, limit: float) -> None:
         """Stop leasing for good, and wait up to `limit` seconds for the leases that are out."""
         self._closed = True
-        await self.announce()
+        self._notify()
         with contextlib.suppress(TimeoutError):  # what is not committed will be checked again
-            async with asyncio.timeout(limit), self._changed:
-                await self._changed.wait_for(lambda: not self._lent)
-
-    async def announce(self) -> None:
-        """Wake everybody who waits for another round, for a pause or its end, or for a worker that can take leases."""
-        async with self._changed:
-            self._news += 1
-            self._changed.notify_all()
-        self.proofs_stored.set()
-
-    async def until_news(self, known: int) -> int:
-        """Wait for an announcement after the one with the number `known`, 0 at first; returns its number."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._news > known)
-            return self._news
+            async with asyncio.timeout(limit):
+                await self._changes.until(lambda: not self._leased)
 
     async def lease(self, count: int) -> Lease:
         """Lease the next nonces, at most `count`; waits while there is nothing to mine."""
         mining = await self.until_mining()
-        self._lent[mining] += 1
+        self._leased[mining] += 1
         return Lease(mining, mining.ledger.take(count))
 
     async def until_mining(self) -> Mining:
         """Wait until there is a round to work on, and return it."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self.current is not None)
-            assert self.current is not None
-            return self.current
+        await self._changes.until(lambda: self.current is not None)
+        assert self.current is not None
+        return self.current
 
     async def until_replaced(self, mining: Mining) -> None:
         """Wait until `mining` is no longer the round to work on."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self.current is not mining)
+        await self._changes.until(lambda: self.current is not mining)
 
     async def complete(self, lease: Lease, distances: Sequence[float], weights: Weights) -> None:
         """Commit a lease's result: the valid nonces are on disk when this returns, or mining is held.
@@ -182,10 +170,12 @@ class Miner:
             if distance < mining.round.r_target
         ]
         try:
-            await self._outbox(Outbox.commit_span, mining.round, mining.node, lease.span, proofs, weights, self._wall())
+            await self._outbox(
+                Outbox.commit_span, mining.round, mining.node, lease.span, proofs, weights, self._clock.wall()
+            )
         except StoreUnavailableError as error:
-            await self.hold(str(error))
-            await self.give_back(lease)
+            self.hold(str(error))
+            self.give_back(lease)
             return
         mining.checked += len(distances)
         mining.valid += len(proofs)
@@ -193,28 +183,33 @@ class Miner:
         self.checked_rate.add(len(distances))
         self.valid_rate.add(len(proofs))
         if proofs:
-            self.proofs_stored.set()
-        await self._returned(mining)
+            self.batchable.notify()
+        self._returned(mining)
 
-    async def give_back(self, lease: Lease) -> None:
+    def give_back(self, lease: Lease) -> None:
         """Take back a lease that its worker did not finish, for another worker."""
         lease.mining.ledger.give_back(lease.span)
-        await self._returned(lease.mining)
+        self._returned(lease.mining)
 
-    async def refuse(self, lease: Lease) -> None:
+    def refuse(self, lease: Lease) -> None:
         """Set a lease aside that has no result: its nonces do not count as checked."""
         lease.mining.ledger.set_aside(lease.span)
         self.refused_batches += 1
-        await self._returned(lease.mining)
+        self._returned(lease.mining)
 
     def retry_refused(self) -> None:
         """Lease the nonces once more that had no result: another worker may give one."""
         if self.mining is not None:
             self.mining.ledger.retry()
 
-    async def _returned(self, mining: Mining) -> None:
-        async with self._changed:
-            self._lent[mining] -= 1
-            if not self._lent[mining]:
-                del self._lent[mining]
-            self._changed.notify_all()
+    def _returned(self, mining: Mining) -> None:
+        self._leased[mining] -= 1
+        if not self._leased[mining]:
+            del self._leased[mining]
+        if not self._leased:
+            self._changes.notify()  # `close` may wait for that
+
+    def _notify(self) -> None:
+        """Have everybody look again who depends on what is mined."""
+        self._changes.notify()
+        self.batchable.notify()

@@ -6,10 +6,10 @@ A table and two pure functions; `control.py` acts on them.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, get_args
 
-State = Literal["IDLE", "LOADING", "GENERATING", "VALIDATING", "STOPPED"]
-STATES: tuple[State, ...] = ("IDLE", "LOADING", "GENERATING", "VALIDATING", "STOPPED")
+DaemonState = Literal["IDLE", "LOADING", "GENERATING", "VALIDATING", "STOPPED"]
+STATES: tuple[DaemonState, ...] = get_args(DaemonState)
 
 
 class Mode(StrEnum):
@@ -64,7 +64,7 @@ def mode_after(mode: Mode, call: Call) -> Mode | None:
     return TABLE.get((mode, call))
 
 
-def state_of(mode: Mode, *, ready: bool, mining: bool) -> State:
+def state_of(mode: Mode, *, ready: bool, mining: bool) -> DaemonState:
     """Return what `/status` shows (docs/protocol.md section 7).
 
     Args:

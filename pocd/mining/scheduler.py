@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from pocd.chain.source import Block, ChainSource, Head
+    from pocd.clock import Clock
     from pocd.mining.control import Control
     from pocd.protocol.proof import Round
     from pocd.protocol.rounds import RoundPolicy
@@ -49,7 +50,7 @@ class RoundScheduler:
         policy: Heights at which rounds start, and how long they live.
         make_round: Makes the round that a block starts.
         withdraw: Whether to withdraw the pending batches of a round whose block was replaced.
-        wall: Unix time in seconds.
+        clock: Dates what is stored by its wall clock.
         log: Gets a line when a round is replaced, and when the head goes back.
     """
 
@@ -62,7 +63,7 @@ class RoundScheduler:
         policy: RoundPolicy,
         make_round: Callable[[Block], Round],
         withdraw: bool,
-        wall: Callable[[], float],
+        clock: Clock,
         log: FilteringBoundLogger,
     ) -> None:
         self._source = source
@@ -71,9 +72,9 @@ class RoundScheduler:
         self._policy = policy
         self._make_round = make_round
         self._withdraw = withdraw
-        self._wall = wall
+        self._clock = clock
         self._log = log
-        known = outbox.outbox.chain
+        known = outbox.view.chain
         self._highest = known.height if known else 0
         self._went_back = False
 
@@ -115,7 +116,7 @@ class RoundScheduler:
         self._highest = max(self._highest, head.height)
 
     async def _remember(self, head: Block) -> None:
-        known = self._outbox.outbox.chain
+        known = self._outbox.view.chain
         if known is None or known.height < self._highest:
             await self._outbox(Outbox.remember_head, head.chain_id, self._highest)
 
@@ -161,7 +162,7 @@ class RoundScheduler:
 
     async def _replace(self, round_: Round, block: Block) -> None:
         reason = f"block {block.height} was replaced: {block.hash} took the place of {round_.block_hash}"
-        await self._outbox(Outbox.replace_round, round_, reason, withdraw=self._withdraw, now=self._wall())
+        await self._outbox(Outbox.replace_round, round_, reason, withdraw=self._withdraw, now=self._clock.wall())
         self._log.warning(
             "round replaced",
             action="round_replaced",

@@ -6,17 +6,18 @@ reads slower than the ring turns learns how many events it missed.
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
+
+from pocd.observe.changes import Changes
 
 if TYPE_CHECKING:
     from pocd.clock import Clock
 
 RING = 1024  # events that are kept
 
-Kind = Literal["block", "round", "state", "batch", "delivery", "worker", "validation", "chain", "reload"]
+EventKind = Literal["block", "round", "state", "batch", "delivery", "worker", "validation", "chain", "reload"]
 """Kind of an event, and its data:
 
 - block {height, hash, chain_id}: the chain's newest block is another one
@@ -43,7 +44,7 @@ class Event:
     """
 
     id: int
-    kind: Kind
+    kind: EventKind
     time: float
     data: dict[str, Any]
 
@@ -66,30 +67,31 @@ class Events:
     def __init__(self, clock: Clock, size: int = RING) -> None:
         self._clock = clock
         self._ring: deque[Event] = deque(maxlen=size)
-        self._news = asyncio.Event()
+        self._published = Changes()
         self.life = f"{int(clock.wall() * 1000):x}"
-        self.newest = 0
         self.listeners = 0
+
+    @property
+    def newest(self) -> int:
+        """Id of the latest event; 0 while there was none."""
+        return self._published.count
 
     @property
     def gone(self) -> int:
         """Id of the latest event that is not kept any more; 0 while all are."""
         return self.newest - len(self._ring)
 
-    def publish(self, kind: Kind, /, **data: Any) -> None:  # noqa: ANN401 - whatever JSON has
+    def publish(self, kind: EventKind, /, **data: Any) -> None:  # noqa: ANN401 - whatever JSON has
         """Append an event and wake who listens."""
-        self.newest += 1
-        self._ring.append(Event(self.newest, kind, self._clock.wall(), data))
-        self._news.set()
-        self._news = asyncio.Event()
+        self._ring.append(Event(self.newest + 1, kind, self._clock.wall(), data))
+        self._published.notify()
 
     async def after(self, cursor: int) -> list[Event] | Missed:
         """Return all events with ids above `cursor`, at least one; wait where there is none yet.
 
         Limit the wait by `asyncio.timeout`.
         """
-        while cursor >= self.newest:
-            await self._news.wait()
+        await self._published.after(cursor)
         if cursor < self.gone:
             return Missed(self.gone - cursor)
         return [event for event in self._ring if event.id > cursor]

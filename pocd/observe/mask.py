@@ -29,7 +29,7 @@ def mask_url(url: str) -> str:
         # Up to the last @, even after a slash: rather hide too much than half of a password that was not encoded.
         rest = "***@" + rest.rpartition("@")[2]
     masked = scheme + separator + rest + question_mark + "&".join(_mask_parameter(part) for part in query.split("&"))
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in masked)
+    return "".join(character if character.isprintable() else "\ufffd" for character in masked)
 
 
 def _mask_parameter(part: str) -> str:
@@ -80,7 +80,7 @@ def excerpt(data: bytes | str, limit: int = 80, *, secrets: Sequence[str] = (), 
     text = mask_credentials(text)
     if cut:
         text = _drop_begun(text, secrets)
-    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    line = " ".join("".join(character if character.isprintable() else " " for character in text).split())
     if cut or len(line) > limit:
         line = line[:limit] + "…"
     return line or "(nothing)"

@@ -94,7 +94,7 @@ class Feeder:
             for recomputation in self._recomputing.values():
                 recomputation.fail(WorkerLostError("the worker ended"))
             for lease in self._in_flight.values():
-                await self._miner.give_back(lease)
+                self._miner.give_back(lease)
             self._miner.retry_refused()
 
     async def _send(self) -> None:
@@ -155,7 +155,7 @@ class Feeder:
                 take_batch_size(message, self._state, self._log)
             elif isinstance(message, Cancelled):
                 self._slots.release()
-                await self._miner.give_back(self._in_flight.pop(message.id))
+                self._miner.give_back(self._in_flight.pop(message.id))
             elif isinstance(message, RoundBegun):
                 self._round_begun(message)
             else:
@@ -195,7 +195,7 @@ class Feeder:
         """Set aside a lease that has no result; too many of them end the worker's life."""
         self._log.error(f"batch refused: {reason}", action="batch_refused")
         self._state.last_refusal = reason
-        await self._miner.refuse(lease)
+        self._miner.refuse(lease)
         self._refused += 1
         self._refused_in_a_row += 1
         if self._refused_in_a_row == MOST_REFUSED_IN_A_ROW:

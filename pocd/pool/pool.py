@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from pocd.clock import Clock
     from pocd.mining.miner import Miner
+    from pocd.observe.changes import Changes
     from pocd.observe.events import Events
     from pocd.pool.limits import WorkerLimits
     from pocd.worker.messages import Load, Ready
@@ -44,12 +45,13 @@ class Pool:
         limits: WorkerLimits,
         *,
         cache: Path,
+        changes: Changes,
         clock: Clock,
         log: FilteringBoundLogger,
         events: Events,
     ) -> None:
         assert loads, "there is at least one worker"
-        self._miner = miner
+        self._changes = changes
         self._clock = clock
         self._log = log
         self._events = events
@@ -57,8 +59,7 @@ class Pool:
         self.ready = asyncio.Event()
         self.last_error: str | None = None
         self.workers = [
-            WorkerState(number, load.devices, load.batch_size, RateWindow(clock.monotonic))
-            for number, load in enumerate(loads)
+            WorkerState(number, load.devices, load.batch_size, RateWindow(clock)) for number, load in enumerate(loads)
         ]
         variables = environment(loads, cache)
         self._supervisors = [
@@ -116,10 +117,10 @@ class Pool:
                 delay = worker.fail(error, lived=lived, others_work=any(other.ready for other in self.workers))
                 if all(each.unusable for each in self.workers):
                     raise
-                await self._report(worker, error, delay)
+                self._report(worker, error, delay)
                 await asyncio.sleep(delay)
 
-    async def _report(self, worker: WorkerState, error: WorkerError, delay: float) -> None:
+    def _report(self, worker: WorkerState, error: WorkerError, delay: float) -> None:
         """Log and publish that a life of a worker ended, and when the next one begins."""
         self.last_error = str(error)
         text = "worker left out, as it fails again and again" if worker.left_out else "worker ended, restarting"
@@ -127,15 +128,15 @@ class Pool:
         why = {"cause": error.cause, "reason": str(error)}
         self._log.error(text, action="worker_restart", device=worker.device, after_s=delay, **why)
         self._events.publish("worker", what=what, worker=worker.number, **why)
-        await self._changed()
+        self._changed()
 
-    async def _changed(self) -> None:
-        """Set or clear `ready` after a worker changed its phase, and announce the change."""
+    def _changed(self) -> None:
+        """Set or clear `ready` after a worker changed its phase, and notify who waits for changes."""
         if any(worker.ready for worker in self.workers):
             self.ready.set()
         else:
             self.ready.clear()
-        await self._miner.announce()
+        self._changes.notify()
 
 
 def environment(loads: Sequence[Load], cache: Path) -> dict[str, str]:

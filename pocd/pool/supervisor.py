@@ -13,7 +13,7 @@ from pocd.tasks import run_forever
 from pocd.worker.messages import BatchShrunk, CardIdentity, Heartbeat, Ready, Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Callable, Mapping
 
     from structlog.typing import FilteringBoundLogger
 
@@ -39,7 +39,7 @@ class Supervisor:
         recomputations: Recomputations,
         *,
         environment: Mapping[str, str],
-        changed: Callable[[], Awaitable[None]],
+        changed: Callable[[], None],
         clock: Clock,
         log: FilteringBoundLogger,
         events: Events,
@@ -108,7 +108,7 @@ class Supervisor:
             message = f"worker did not load {self._load.model!r} within {self._limits.load:.0f} s, killed"
             raise WorkerError(Cause.LOADING, message) from None
         self.state.become_ready(info)
-        await self._changed()
+        self._changed()
         self._log.info("worker ready", action="worker_ready", pids=self.state.pids, **dataclasses.asdict(info))
         self._events.publish("worker", what="ready", worker=self.state.number)
         await Feeder(
@@ -125,7 +125,7 @@ class Supervisor:
             if isinstance(message, Stage):
                 if rank == 0:
                     self.state.load(message.text)
-                    await self._changed()
+                    self._changed()
                     self._log.info(f"worker: {message.text}", action="worker_stage")
             elif isinstance(message, CardIdentity):
                 self.state.cards[self.state.devices[rank]] = message

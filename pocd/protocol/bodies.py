@@ -7,11 +7,10 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from pocd.protocol.numbers import Index
 from pocd.protocol.proof import MOST_NONCES
 
-Index = Annotated[int, Field(ge=0, le=2**63 - 1)]
-Count = Annotated[int, Field(ge=1, le=2**63 - 1)]
-Name = Annotated[str, Field(min_length=1, max_length=256)]
+ShortName = Annotated[str, Field(min_length=1, max_length=256)]
 
 Values = TypeVar("Values", list[float], list[float | None])
 
@@ -22,11 +21,11 @@ class BatchBody(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
     public_key: Annotated[str, Field(min_length=1, max_length=1024)]
-    block_hash: Name
+    block_hash: ShortName
     block_height: Index
     nonces: Annotated[list[Index], FailFast(), Field(min_length=1, max_length=MOST_NONCES)]
     node_id: Index = 0
-    batch_id: Name | None = None
+    batch_id: ShortName | None = None
 
     # Fields are checked in order, so the nonces are known here unless they were refused themselves.
     @field_validator("dist", "received_dist", check_fields=False)

@@ -20,7 +20,8 @@ from pydantic import BaseModel, FailFast, Field, ValidationError
 
 from pocd.http.server import RefusalError, errors_as_json, json_answer, listening
 from pocd.http.webhooks import ID_HEADER, SignatureError, WebhookKeys, is_message_id
-from pocd.protocol.bodies import BatchBody, Index
+from pocd.protocol.bodies import BatchBody
+from pocd.protocol.numbers import Index
 from pocd.receiver.store import Arrival, ArrivalOutcome, BatchKind, ReceiverStoreError, Store, StoredBatch
 
 if TYPE_CHECKING:

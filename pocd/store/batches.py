@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from pocd.store.outbox import Outbox
 
 MOST_BATCHES = 64  # formed in one transaction, so that others get their turn
-MOST_NONCES = 100_000  # likewise
+MOST_NONCES = 100_000  # in them
 
 _OF_GROUP = "WHERE round = ? AND node_id = ? AND fingerprint IS ? AND dtype IS ?"
 _OLDEST = f"SELECT number, nonce, distance FROM proofs {_OF_GROUP} ORDER BY number LIMIT ?"  # noqa: S608 - made of constants
-_DELETE = f"DELETE FROM proofs {_OF_GROUP} AND number <= ?"  # noqa: S608 - likewise
+_DELETE = f"DELETE FROM proofs {_OF_GROUP} AND number <= ?"  # noqa: S608 - made of constants
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,3 +140,11 @@ def queue_for(
 def register_receivers(outbox: Outbox, names: Sequence[str]) -> None:
     """Add receivers to the store, unless they are known. Part of a transaction."""
     outbox.db.executemany("INSERT OR IGNORE INTO receivers (name) VALUES (?)", [(name,) for name in names])
+
+
+def register_callback(outbox: Outbox, name: str, url: str) -> None:
+    """Store the URL of a receiver that came with a callback URL."""
+    with outbox.transaction():
+        outbox.db.execute(
+            "INSERT INTO receivers (name, url) VALUES (?, ?) ON CONFLICT DO UPDATE SET url = excluded.url", (name, url)
+        )

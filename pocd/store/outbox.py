@@ -166,7 +166,7 @@ class Outbox:
         self.db.execute("BEGIN IMMEDIATE")
         try:
             yield
-            views = self._read_views()  # before the commit: what is committed must not be told as failed
+            views = self._read_views()  # before the commit: what is committed must not be reported as failed
             self._commit()
         except BaseException:
             if self.db.in_transaction:  # a full disk or an I/O error may have rolled back already

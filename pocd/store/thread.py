@@ -29,11 +29,6 @@ class OutboxThread(DatabaseThread[Outbox]):
         super().__init__(partial(Outbox.open, path), name="outbox", most_waiting=MOST_WAITING)
         self._path = path
 
-    @property
-    def outbox(self) -> Outbox:
-        """The open outbox, for its public attributes, which may be read anywhere; its methods are for the thread."""
-        return self.view
-
     async def __call__(self, method: Callable[Concatenate[Outbox, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `method(outbox, *args, **kwargs)` in the thread and return its result.
 

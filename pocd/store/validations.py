@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 KEPT = 100
 """Finished validations that are kept; each may hold megabytes."""
 
-State = Literal["pending", "done", "failed"]
+ValidationState = Literal["pending", "done", "failed"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Validation:
     """
 
     id: str
-    state: State
+    state: ValidationState
     reason: str | None
     answer: bytes | None
 

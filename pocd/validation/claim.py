@@ -7,8 +7,9 @@ from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator
 
-from pocd.protocol.bodies import BatchBody, Count, Name
-from pocd.validation.deciding import Named
+from pocd.protocol.bodies import BatchBody, ShortName
+from pocd.protocol.numbers import Count
+from pocd.validation.conditions import BodyConditions
 
 LARGEST_CLAIM = 8 * 2**20  # bytes; the longest numbers, one a line, are 5 MiB
 
@@ -29,7 +30,7 @@ class BodyError(Exception):
         self.field = field
 
 
-class Claim(BatchBody, Named):
+class Claim(BatchBody, BodyConditions):
     """A ProofBatch as a miner sends it (docs/protocol.md section 5).
 
     Fields that name how the batch was made must agree with what this daemon runs; other unknown fields are ignored.
@@ -60,7 +61,7 @@ class Claim(BatchBody, Named):
     ]
     node_count: Annotated[Count | None, Field(description="Number of nodes that share the nonces.")] = None
     r_target: Annotated[float | None, Field(gt=0, le=2, allow_inf_nan=False)] = None
-    batch_id: Annotated[Name | None, Field(description="Ignored: the verdict has an id of its own.")] = None
+    batch_id: Annotated[ShortName | None, Field(description="Ignored: the verdict has an id of its own.")] = None
 
     @field_validator("dist")
     @classmethod

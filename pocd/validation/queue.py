@@ -19,11 +19,10 @@ from pocd.validation.claim import Claim
 from pocd.validation.verdict import Terms, judge, round_of, sampled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from structlog.typing import FilteringBoundLogger
 
-    from pocd.delivery.dispatchers import Dispatchers
+    from pocd.clock import Clock
+    from pocd.delivery.receivers import Receivers
     from pocd.observe.events import Events
     from pocd.pool.pool import Pool
     from pocd.protocol.proof import Round
@@ -34,7 +33,7 @@ MOST_TRIES = 3  # of one part of a batch, each ended by the end of its worker
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ValidationRequest:
     """A request for validation: a batch, the terms to judge it by, and which of its nonces to recompute.
 
     Attributes:
@@ -66,7 +65,7 @@ class Request:
         return content_id(self._plain())
 
     @classmethod
-    def from_json(cls, encoded: bytes) -> Request:
+    def from_json(cls, encoded: bytes) -> ValidationRequest:
         """Return the request that `to_json` wrote."""
         fields = orjson.loads(encoded)
         claim, terms = Claim.model_validate(fields.pop("claim")), Terms(**fields.pop("terms"))
@@ -84,24 +83,24 @@ class Validator:
         self,
         outbox: OutboxThread,
         workers: Pool,
-        dispatchers: Dispatchers,
+        receivers: Receivers,
         *,
         most: int,
-        wall: Callable[[], float],
+        clock: Clock,
         log: FilteringBoundLogger,
         events: Events,
     ) -> None:
         self._outbox = outbox
         self._workers = workers
-        self._dispatchers = dispatchers
+        self._receivers = receivers
         self._most = most
-        self._wall = wall
+        self._clock = clock
         self._log = log
         self._events = events
         self._asked = asyncio.Event()
         self._finished = asyncio.Condition()
 
-    async def ask(self, request: Request) -> Validation:
+    async def ask(self, request: ValidationRequest) -> Validation:
         """Store a request and return its validation, which may be done if the same was requested before.
 
         Raises:
@@ -109,7 +108,7 @@ class Validator:
             StoreUnavailableError: The store cannot be written now; nothing was stored.
         """
         name = request.id
-        found = await self._outbox(validations.ask, name, request.to_json(), most=self._most, now=self._wall())
+        found = await self._outbox(validations.ask, name, request.to_json(), most=self._most, now=self._clock.wall())
         if found is None:
             raise QueueFullError(f"{self._most} validations are waiting, as many as validation.max_queued allows")
         if found.state == "pending":
@@ -141,11 +140,11 @@ class Validator:
                 await self._asked.wait()
 
     async def _validate(self, name: str) -> None:
-        request = Request.from_json(await self._outbox.persistently(validations.request_of, name))
+        request = ValidationRequest.from_json(await self._outbox.persistently(validations.request_of, name))
         try:
             distances = await self._recompute(request)
         except NoResultError as error:
-            await self._outbox.persistently(validations.fail, name, str(error), self._wall())
+            await self._outbox.persistently(validations.fail, name, str(error), self._clock.wall())
             self._log.error("validation has no result", action="validation_failed", id=name, cause=str(error))
             state = "failed"
         else:
@@ -153,9 +152,9 @@ class Validator:
             batch = await asyncio.to_thread(
                 judge, request.claim, request.terms, distances, request.sample, request.seed
             )
-            receivers = self._dispatchers.names(request.callback)
-            await self._outbox.persistently(validations.finish, name, batch, receivers, self._wall())
-            self._dispatchers.wake()
+            receivers = self._receivers.names(request.callback)
+            await self._outbox.persistently(validations.finish, name, batch, receivers, self._clock.wall())
+            self._receivers.wake()
             self._log.info(
                 "batch validated",
                 action="validated",
@@ -171,7 +170,7 @@ class Validator:
         async with self._finished:
             self._finished.notify_all()
 
-    async def _recompute(self, request: Request) -> dict[int, float]:
+    async def _recompute(self, request: ValidationRequest) -> dict[int, float]:
         """Let the workers compute the distances of a request, a batch at a time.
 
         Raises:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pocd.protocol.proof import Round, ValidatedBatch
-from pocd.validation.deciding import BY_NAME, BY_WEIGHTS, MismatchError, refuse_mismatch, running, said
+from pocd.validation.conditions import BY_NAME, BY_WEIGHTS, MismatchError, named, refuse_mismatch, running
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -68,7 +68,7 @@ def check(claim: Claim, terms: Terms) -> None:
         dtype=terms.dtype,
         seq_len=terms.seq_len,
     )
-    if BY_WEIGHTS & said(claim).keys():
+    if BY_WEIGHTS & named(claim).keys():
         runs = {name: value for name, value in runs.items() if name not in BY_NAME}
     phrase, done = "the batch says {asked}, but it is held to {runs}", "nothing was judged"
     refuse_mismatch(claim, runs, phrase, done)

@@ -147,7 +147,7 @@ async def delivering(outbox: OutboxThread, urls: dict[str, str], count: int) -> 
             Receiver(name, url, None),
             outbox,
             expire_after=7 * 86400,
-            wall=time.time,
+            clock=SYSTEM,
             jitter=lambda: 0.0,
             log=log,
             events=Events(SYSTEM),
@@ -157,7 +157,7 @@ async def delivering(outbox: OutboxThread, urls: dict[str, str], count: int) -> 
     tasks = [asyncio.create_task(dispatcher.run()) for dispatcher in dispatchers]
 
     async def until(least: int) -> tuple[int, float]:
-        while (delivered := outbox.outbox.queues[FAST].delivered_batches) < least:
+        while (delivered := outbox.view.queues[FAST].delivered_batches) < least:
             await asyncio.sleep(0.002)
             assert not any(task.done() for task in tasks)
         return delivered, time.perf_counter()
@@ -220,7 +220,7 @@ def opened(store: Path, url: str) -> dict[str, float]:
     outbox = OutboxThread(store)
     found["open ms"] = milliseconds(began)
     found["open MB"] = resident(os.getpid())
-    count = min(FIRST, outbox.outbox.queues[FAST].pending_batches)
+    count = min(FIRST, outbox.view.queues[FAST].pending_batches)
     with closing(outbox), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
 
         def timed(method: Callable[..., object], *args: object, **kwargs: object) -> float:

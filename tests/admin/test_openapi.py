@@ -26,7 +26,7 @@ from pocd.clock import SYSTEM
 from pocd.config.settings import AdminSettings
 from pocd.observe.events import Events
 from pocd.validation.claim import Claim
-from pocd.validation.deciding import Deciding
+from pocd.validation.conditions import Conditions
 from tests.support.processes import Chain, config, running
 from tests.support.waiting import PATIENCE
 
@@ -101,7 +101,7 @@ def test_what_is_parsed_knows_all_its_fields_and_gives_an_example(operation: Ope
 def test_bodies_show_everything_that_decides_a_result() -> None:
     shown = described()
     for name in ("InitBody", "Claim", "Params"):
-        assert set(Deciding.model_fields) <= set(shown["components"]["schemas"][name]["properties"])
+        assert set(Conditions.model_fields) <= set(shown["components"]["schemas"][name]["properties"])
     for call_ in ("init", "init/generate", "init/validate", "validate"):
         assert "`mismatch`" in shown["paths"][f"/api/v1/pow/{call_}"]["post"]["responses"]["409"]["description"]
 

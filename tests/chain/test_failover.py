@@ -18,6 +18,7 @@ from pocd.chain.failover import BACKOFF, FARTHEST_JUMP, KNOWN_HASHES, Failover
 from pocd.chain.rpc import Rpc
 from pocd.chain.source import Block, BlockUnavailableError, ChainError, ChainSource, Head
 from pocd.dev.chain import DevChain
+from tests.support.clocks import NOW, ManualClock
 from tests.support.processes import Chain, free_port
 
 if TYPE_CHECKING:
@@ -25,35 +26,21 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
-NOW = 1_700_000_000.0
-
-
-class Clock:
-    """The monotonic clock, set by the test."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
 
 def failover(
     sources: Sequence[ChainSource],
-    clock: Clock | None = None,
+    clock: ManualClock | None = None,
     *,
     chain_id: str | None = None,
     hashes: Mapping[int, str] | None = None,
     highest: int | None = None,
-    wall: float = NOW,
 ) -> Failover:
     return Failover(
         sources,
         chain_id=chain_id,
         hashes=hashes or {},
         highest=highest,
-        monotonic=clock or Clock(),
-        wall=lambda: wall,
+        clock=clock or ManualClock(),
         log=cast("FilteringBoundLogger", structlog.get_logger()),
     )
 
@@ -92,45 +79,45 @@ DOWN = ChainError("down")
 
 
 async def test_the_first_is_asked_again_as_soon_as_it_works() -> None:
-    clock = Clock()
+    clock = ManualClock()
     first, second, third = Fake("a", DOWN), Fake("b", block_at(5)), Fake("c", block_at(6))
     chain = failover([first, second, third], clock)
     assert (await chain.head()).block.height == 5
     first.answer = block_at(7)
     assert (await chain.head()).block.height == 5  # left alone
     assert (first.asked, second.asked, third.asked) == (1, 2, 0)
-    clock.now += BACKOFF[0]
+    clock.advance(BACKOFF[0])
     assert (await chain.head()).block.height == 7
     assert (await chain.head()).block.height == 7
     assert (first.asked, second.asked, third.asked) == (3, 2, 0)
 
 
 async def test_a_source_that_fails_is_left_alone_longer_and_longer() -> None:
-    clock = Clock()
+    clock = ManualClock()
     first, second = Fake("a", DOWN), Fake("b", block_at(5))
     chain = failover([first, second], clock)
     for times, seconds in enumerate([1, 2, 4, 8, 10, 10], start=1):
         await chain.head()
-        clock.now += seconds - 0.01
+        clock.advance(seconds - 0.01)
         await chain.head()
         assert first.asked == times
-        clock.now += 0.01
+        clock.advance(0.01)
     first.answer = block_at(6)
     await chain.head()
     first.answer = DOWN
     await chain.head()
-    clock.now += 1
+    clock.advance(1)
     await chain.head()
     assert first.asked == 9  # the count began anew
 
 
 async def test_all_left_alone_fail_at_once() -> None:
-    clock = Clock()
+    clock = ManualClock()
     sources = [Fake("a", ChainError("a: refused")), Fake("b", ChainError("b: timeout"))]
     chain = failover(sources, clock)
     with pytest.raises(ChainError, match=r"^a: refused; b: timeout$"):
         await chain.head()
-    clock.now += 0.5
+    clock.advance(0.5)
     with pytest.raises(
         ChainError, match=r"^a: refused \(left alone for 1 s more\); b: timeout \(left alone for 1 s more\)$"
     ) as caught:
@@ -161,14 +148,14 @@ async def test_a_block_that_no_source_holds() -> None:
 
 
 async def test_a_change_of_source_is_logged_once() -> None:
-    clock = Clock()
+    clock = ManualClock()
     first, second = Fake("a", DOWN), Fake("b", block_at(5))
     chain = failover([first, second], clock)
     with capture_logs() as records:
         await chain.head()
         await chain.head()
         first.answer = block_at(6)
-        clock.now += 1
+        clock.advance(1)
         await chain.head()
         await chain.head()
     assert [(record["action"], record["source"], record["because"]) for record in records] == [
@@ -234,7 +221,7 @@ async def test_a_chain_that_is_known_from_before(reorganises: bool) -> None:  # 
 
 
 async def test_another_hash_at_a_known_height_is_refused() -> None:
-    clock = Clock()
+    clock = ManualClock()
     source = Fake("a", block_at(5))
     chain = failover([source], clock)
     await chain.head()
@@ -242,7 +229,7 @@ async def test_another_hash_at_a_known_height_is_refused() -> None:
     with pytest.raises(ChainError, match=r"^a has hash OTHER at height 5, but HASH5 was seen before: check its URL"):
         await chain.block(5)
     source.answer = block_at(5)
-    clock.now += 1
+    clock.advance(1)
     assert await chain.block(5) == block_at(5)
 
 
@@ -272,22 +259,22 @@ async def test_where_blocks_are_replaced_another_hash_is_believed() -> None:
 
 
 async def test_an_absurd_height_is_refused() -> None:
-    clock = Clock()
+    clock = ManualClock()
     source, second = Fake("a", block_at(5 + FARTHEST_JUMP + 1)), Fake("b", block_at(6))
     chain = failover([source, second], clock, highest=5)
     assert (await chain.head()).block.height == 6
     source.answer = block_at(6 + FARTHEST_JUMP + 1)
     second.answer = DOWN
-    clock.now += 1
+    clock.advance(1)
     with pytest.raises(ChainError, match=r"^a says that its newest block is 100000007, more than 100000000 above 6, "):
         await chain.head()
     source.answer = block_at(6 + FARTHEST_JUMP)
-    clock.now += 2
+    clock.advance(2)
     assert (await chain.head()).block.height == 6 + FARTHEST_JUMP
 
 
 async def test_known_hashes_are_bounded_and_the_last_seen_stay() -> None:
-    clock = Clock()
+    clock = ManualClock()
     source = Fake("a", block_at(1))
     chain = failover([source], clock)
     await chain.head()
@@ -319,18 +306,18 @@ def chain_of(seed: str, chain_id: str = "pocd-dev") -> Chain:
 
 async def test_of_three_nodes_two_lie() -> None:
     other_chain, other_hash, honest = chain_of("test", "elsewhere"), chain_of("forged"), chain_of("test")
-    clock = Clock()
+    clock = ManualClock(time.time())
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(aiohttp.ClientSession())
         for node in (other_chain, other_hash, honest):
             await stack.enter_async_context(node.served())
         sources = [CometBFT(Rpc(session, node.url, attempts=1)) for node in (other_chain, other_hash, honest)]
         known = {7: honest.dev.block_hash(7)}
-        chain = failover(sources, clock, chain_id="pocd-dev", hashes=known, wall=time.time())
+        chain = failover(sources, clock, chain_id="pocd-dev", hashes=known)
         assert (await chain.head()).block.hash == honest.dev.block_hash(7)
         assert (await chain.block(6)).hash == honest.dev.block_hash(6)
         assert (other_chain.polls, other_hash.polls, honest.polls) == (1, 1, 1)
-        clock.now += BACKOFF[0]
+        clock.advance(BACKOFF[0])
         assert (await chain.head()).block.hash == honest.dev.block_hash(7)
         assert (other_chain.polls, other_hash.polls, honest.polls) == (2, 2, 2)
         honest.answer = lambda _request: web.Response(status=404)
@@ -343,12 +330,12 @@ async def test_of_three_nodes_two_lie() -> None:
 async def test_a_node_that_comes_back_is_preferred_again() -> None:
     first, second = chain_of("test"), chain_of("test")
     second.height = 8
-    clock, port = Clock(), free_port()
+    clock, port = ManualClock(time.time()), free_port()
     async with aiohttp.ClientSession() as session, second.served():
         urls = [f"http://127.0.0.1:{port}", second.url]
-        chain = failover([CometBFT(Rpc(session, url, attempts=1)) for url in urls], clock, wall=time.time())
+        chain = failover([CometBFT(Rpc(session, url, attempts=1)) for url in urls], clock)
         assert (await chain.head()).block.height == 8
         async with first.served(port):
             assert (await chain.head()).block.height == 8
-            clock.now += BACKOFF[0]
+            clock.advance(BACKOFF[0])
             assert (await chain.head()).block.height == 7

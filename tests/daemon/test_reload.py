@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from pocd.admin.client import call
 from pocd.config.settings import Settings
 from pocd.daemon.reload import AT_ONCE, R_TARGET_FOLLOWS, compare, diff, merge
-from pocd.delivery.dispatchers import CallbackError
 from pocd.delivery.posting import Receiver
+from pocd.delivery.receivers import CallbackError
 from pocd.http.webhooks import WebhookKeys
 from pocd.protocol.nonces import Span
 from pocd.protocol.proof import Proof
 from pocd.store.outbox import Outbox, Work
-from tests.support.delivering import NODE, NOW, ROUND, WEIGHTS, dispatchers, prepared, serving
+from tests.support.clocks import NOW, ROUND
+from tests.support.delivering import NODE, WEIGHTS, dispatchers, prepared, serving
 from tests.support.processes import Chain, Daemon, config, running
 from tests.support.waiting import PATIENCE
 
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from pocd.delivery.dispatchers import Dispatchers
+    from pocd.delivery.receivers import Receivers
 
 SECRET, OTHER_SECRET = "whsec_" + "QUFB" * 8, "whsec_" + "QkJC" * 8
 BASE = Settings.model_validate({"node": {"public_key": "key"}, "chain": {"urls": ["http://127.0.0.1:1"]}})
@@ -139,11 +140,11 @@ async def test_a_new_receiver_is_served_and_one_that_is_gone_is_not(tmp_path: Pa
                 with pytest.raises(CallbackError):
                     await each.callback(f"{old.url}/x", wanted=None)  # no longer an origin of a receiver
                 assert callback not in [dispatcher.receiver.name for dispatcher in each]
-                assert each.configured == ["a"]
+                assert each.names() == ["a"]
 
 
 @contextlib.asynccontextmanager
-async def delivering(each: Dispatchers) -> AsyncIterator[None]:
+async def delivering(each: Receivers) -> AsyncIterator[None]:
     task = asyncio.create_task(each.run(None))
     try:
         yield

@@ -1,7 +1,7 @@
 """Batches are formed when they are full, old enough, or their round is over: a real miner, store and receiver."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,13 @@ from pocd.delivery import batcher
 from pocd.delivery.batcher import Batcher
 from pocd.delivery.dispatcher import Dispatcher
 from pocd.mining.miner import Miner
-from pocd.protocol.proof import Round
+from pocd.observe.changes import Changes
 from pocd.store.batches import Formed, form_batches
 from pocd.store.deliveries import PendingDelivery
 from pocd.store.outbox import Outbox, Work
+from tests.support.clocks import NEXT, NOW, ROUND
 from tests.support.delivering import (
     NODE,
-    NOW,
-    ROUND,
     WEIGHTS,
     Bench,
     Request,
@@ -31,8 +30,6 @@ from tests.support.delivering import (
     serving,
 )
 from tests.support.waiting import soon
-
-NEXT = Round("CD", 20, "miner", 1.4, "poc2", "tiny", 16)
 
 
 @pytest.fixture
@@ -62,10 +59,10 @@ class Mine:
 
 
 def mine(bench: Bench, url: str, *, size: int, age: float, withdraw: bool = True) -> Mine:
-    miner = Miner(bench.outbox, clock=lambda: 0.0, wall=bench.wall)
+    miner = Miner(bench.outbox, Changes(), clock=bench.clock)
     dispatchers = bench.dispatchers(url)
     batcher = Batcher(
-        miner, bench.outbox, dispatchers, size=size, age=age, withdraw=withdraw, wall=bench.wall, events=events()
+        miner, bench.outbox, dispatchers, size=size, age=age, withdraw=withdraw, clock=bench.clock, events=events()
     )
     (dispatcher,) = dispatchers
     return Mine(miner, dispatcher, batcher)
@@ -86,7 +83,7 @@ async def test_a_batch_goes_out_when_it_is_full(bench: Bench, server: Server) ->
         assert [nonces(request) for request in await server.take(2)] == [[0, 1, 2], [3, 4, 5]]
         await soon(one.dispatcher.settled.wait())
     assert server.requests.empty()
-    assert bench.outbox.outbox.totals.stored == 6
+    assert bench.outbox.view.totals.stored == 6
 
 
 async def test_what_one_forming_leaves_is_formed_next(
@@ -104,16 +101,16 @@ async def test_a_batch_is_formed_when_it_is_old_enough(bench: Bench) -> None:
     one = mine(bench, "http://127.0.0.1:1", size=100, age=5.0)
     await one.miner.set_round(Work(ROUND, NODE))
     await one.find(2)
-    bench.wall.now += 4.5
+    bench.clock.now += 4.5
     assert await one.batcher.form() == NOW + 5
     assert await bench.head() is None
-    bench.wall.now += 0.5
+    bench.clock.now += 0.5
     assert await one.batcher.form() is None
     assert [nonces(batch) for batch in [await bench.head()] if batch] == [[0, 1]]
 
 
 async def test_a_batch_that_grows_old_goes_out_with_nobody_to_ask_for_it(bench: Bench, server: Server) -> None:
-    bench.wall.tick = 0.001
+    bench.clock.tick = 0.001
     one = mine(bench, server.url, size=100, age=0.02)
     await one.miner.set_round(Work(ROUND, NODE))
     async with running(one.dispatcher, one.batcher):
@@ -148,17 +145,16 @@ async def test_a_late_result_of_a_round_that_is_over_goes_out_at_once(bench: Ben
     assert nonces(request) == [0, 1]
 
 
-@pytest.mark.parametrize(
-    "stop", [lambda miner: miner.pause(paused=True), lambda miner: miner.close(1.0)], ids=["pause", "close"]
-)
-async def test_stopping_sends_what_is_left(
-    bench: Bench, server: Server, stop: Callable[[Miner], Awaitable[None]]
-) -> None:
+@pytest.mark.parametrize("how", ["pause", "close"])
+async def test_stopping_sends_what_is_left(bench: Bench, server: Server, how: str) -> None:
     one = mine(bench, server.url, size=100, age=1e6)
     await one.miner.set_round(Work(ROUND, NODE))
     async with running(one.dispatcher, one.batcher):
         await one.find(2)
-        await stop(one.miner)
+        if how == "close":
+            await one.miner.close(1.0)
+        else:
+            one.miner.pause(paused=True)
         (request,) = await server.take(1)
     assert nonces(request) == [0, 1]
 
@@ -174,11 +170,11 @@ async def test_while_the_store_takes_nothing_the_batcher_waits_and_tries_again(
         return form_batches(*arguments, **names)
 
     monkeypatch.setattr(batcher, "form_batches", watched)
-    bench.wall.tick = 0.001
+    bench.clock.tick = 0.001
     one = mine(bench, server.url, size=2, age=0.02)
     await one.miner.set_round(Work(ROUND, NODE))
     await one.find(2)
-    db = bench.outbox.outbox.db
+    db = bench.outbox.view.db
     await bench.outbox(lambda _: db.execute("PRAGMA query_only = ON"))
     async with running(one.dispatcher, one.batcher):
         for _ in range(3):

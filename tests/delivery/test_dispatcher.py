@@ -18,7 +18,8 @@ from pocd.delivery import policy, posting
 from pocd.http.client import open_session
 from pocd.http.webhooks import WebhookKeys
 from pocd.store.outbox import ReceiverState
-from tests.support.delivering import NOW, Bench, Server, expected, prepared, running, sent, serving, talking
+from tests.support.clocks import NOW
+from tests.support.delivering import Bench, Server, expected, prepared, running, sent, serving, talking
 from tests.support.waiting import soon
 
 OLD, NEW, OTHER = ("whsec_" + base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2, 3))
@@ -60,7 +61,7 @@ async def test_batches_arrive_in_order_as_they_were_stored(bench: Bench, server:
     assert await bench.head() is None
     assert server.requests.empty()
     assert dispatcher.state == ReceiverState()
-    assert bench.outbox.outbox.totals.delivered == 10
+    assert bench.outbox.view.totals.delivered == 10
 
 
 @pytest.mark.parametrize("ending", ["", "/"])
@@ -76,7 +77,7 @@ async def test_a_batch_is_posted_as_json_to_generated_below_the_url(bench: Bench
 
 @pytest.mark.usefixtures("at_once")
 async def test_while_a_key_is_rotated_both_verify_every_attempt_by_the_reference(bench: Bench, server: Server) -> None:
-    bench.wall.now = time.time()  # the reference looks at the real clock
+    bench.clock.now = time.time()  # the reference looks at the real clock
     (batch,) = await bench.store(1, "a")
     server.then(500)
     async with running(bench.dispatcher(server.url, keys=WebhookKeys.parse(f"{OLD}\n{NEW}"))):
@@ -188,7 +189,7 @@ async def test_a_retry_is_the_same_message_with_a_time_of_its_own(bench: Bench, 
         assert failed is not None
         assert (failed.attempts, failed.faults) == (1, 1)
 
-        bench.wall.now += 1.5
+        bench.clock.now += 1.5
         dispatcher.wake()
         second, third = await server.take(2)
         await soon(dispatcher.settled.wait())
@@ -204,7 +205,7 @@ async def test_nothing_is_sent_before_its_time(bench: Bench, server: Server) -> 
     async with running(dispatcher):
         await server.take(1)
         await soon(dispatcher.settled.wait())
-        bench.wall.now += 0.75
+        bench.clock.now += 0.75
         for _ in range(3):
             dispatcher.wake()
             await soon(dispatcher.settled.wait())
@@ -214,7 +215,7 @@ async def test_nothing_is_sent_before_its_time(bench: Bench, server: Server) -> 
 
 async def test_a_retry_needs_nobody_to_wake_it(bench: Bench, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "BACKOFF_SECONDS", (0.01,))
-    bench.wall.tick = 0.001
+    bench.clock.tick = 0.001
     batches = await bench.store(1, "a")
     server.then(500, 503, 429)
     async with running(bench.dispatcher(server.url)):
@@ -234,7 +235,7 @@ async def test_while_an_attempt_is_under_way_nothing_is_settled(bench: Bench, mo
             await reader.read()
 
     monkeypatch.setattr(policy, "BACKOFF_SECONDS", (0.01,))
-    bench.wall.tick = 0.001
+    bench.clock.tick = 0.001
     await bench.store(1, "a")
     async with talking(talk) as url:
         dispatcher = bench.dispatcher(url)
@@ -252,8 +253,8 @@ async def test_failures_in_a_row_wait_longer_and_longer(bench: Bench, server: Se
         for _ in range(9):
             await server.take(1)
             await soon(dispatcher.settled.wait())
-            waits.append(dispatcher.state.next_at - bench.wall.now)
-            bench.wall.now += waits[-1]
+            waits.append(dispatcher.state.next_at - bench.clock.now)
+            bench.clock.now += waits[-1]
             dispatcher.wake()
         await server.take(1)
     assert waits == [1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 60.0, 60.0, 60.0]
@@ -269,7 +270,7 @@ async def test_a_clock_that_was_set_back_does_not_hold_up_a_retry(
     async with running(dispatcher):
         await server.take(1)
         await soon(dispatcher.settled.wait())
-        bench.wall.now -= set_back
+        bench.clock.now -= set_back
         dispatcher.wake()
         assert sent(await server.take(1)) == expected(batches)
 
@@ -375,6 +376,6 @@ async def test_neither_logs_nor_reasons_tell_the_secret_or_the_url_s_credentials
             (request,) = await server.take(1)
             await soon(dispatcher.settled.wait())
     assert request.headers["authorization"] == "Basic " + base64.b64encode(b"user:hunter2").decode()
-    told = repr((logs, await bench.letters(), dispatcher.state, dispatcher.alarm, dispatcher.receiver.keys))
+    told = repr((logs, await bench.deliveries(), dispatcher.state, dispatcher.alarm, dispatcher.receiver.keys))
     for secret in ("hunter2", NEW.removeprefix("whsec_"), str(bytes([2]) * 32), request.headers["webhook-signature"]):
         assert secret not in told

@@ -14,7 +14,8 @@ from aiohttp import web
 
 from pocd.store.deliveries import record_delivered
 from pocd.store.outbox import Queue
-from tests.support.delivering import NOW, Bench, Server, expected, prepared, running, sent, serving, talking
+from tests.support.clocks import NOW
+from tests.support.delivering import Bench, Server, expected, prepared, running, sent, serving, talking
 from tests.support.waiting import PATIENCE, soon, until
 
 
@@ -51,10 +52,10 @@ async def test_a_dead_receiver_does_not_delay_another(bench: Bench, server: Serv
                 assert sent(await server.take(5)) == expected(batches)
                 await soon(alive.settled.wait())
             assert not dead.settled.is_set()
-    queues = bench.outbox.outbox.queues
+    queues = bench.outbox.view.queues
     assert queues["alive"] == Queue(delivered_batches=5, delivered_nonces=10)
     assert queues["dead"] == Queue(pending_batches=5, pending_nonces=10)
-    assert bench.outbox.outbox.totals.delivered == 0
+    assert bench.outbox.view.totals.delivered == 0
 
 
 async def test_a_retry_goes_on_after_a_restart_where_it_stood(path: Path, server: Server) -> None:
@@ -72,12 +73,12 @@ async def test_a_retry_goes_on_after_a_restart_where_it_stood(path: Path, server
         assert again.receiver().failures == 2
         assert again.receiver().next_at == NOW + 3
         assert await again.faults() == [2, 0]
-        again.wall.now = NOW + 2.9
+        again.clock.now = NOW + 2.9
         dispatcher = again.dispatcher(server.url)
         async with running(dispatcher):
             await soon(dispatcher.settled.wait())
             assert server.requests.empty(), "its time has not come"
-            again.wall.now = NOW + 3
+            again.clock.now = NOW + 3
             dispatcher.wake()
             assert sent(await server.take(2)) == expected(batches)
 
@@ -114,7 +115,7 @@ async def test_a_batch_is_not_sent_again_while_the_full_disk_does_not_take_that_
     monkeypatch.setattr("pocd.store.deliveries.record_delivered", watched)
     monkeypatch.setattr("pocd.store.thread.AGAIN_SECONDS", 0.001)
     batches = await bench.store(2, "a")
-    db = bench.outbox.outbox.db
+    db = bench.outbox.view.db
     (pages,) = await bench.outbox(lambda _: db.execute("PRAGMA page_count").fetchone())
     await bench.outbox(lambda _: db.execute(FULL))
     await bench.outbox(lambda _: db.execute(f"PRAGMA max_page_count = {pages}").fetchone())
@@ -165,7 +166,7 @@ async def test_an_answer_is_read_for_its_beginning_only(bench: Bench, server: Se
     dispatcher = bench.dispatcher(server.url)
     async with running(dispatcher):
         await soon(dispatcher.settled.wait())
-    (dead,) = await bench.letters()
+    (dead,) = await bench.deliveries()
     assert dead.reason == "refused: HTTP 400: " + "x" * 200 + "…"
 
 
@@ -197,8 +198,8 @@ async def test_a_receiver_that_sends_back_the_request_tells_nobody_its_credentia
             (request,) = await server.take(1)
             await soon(dispatcher.settled.wait())
     assert request.headers["authorization"] == f"Basic {sent_along}"
-    (letter,) = await bench.letters()
-    assert letter.reason == "refused: HTTP 400: you sent Basic ***, *** or ***"
+    (delivery,) = await bench.deliveries()
+    assert delivery.reason == "refused: HTTP 400: you sent Basic ***, *** or ***"
     assert not [secret for secret in ("hunter", sent_along) if secret in repr(logs)]
 
 

@@ -9,37 +9,24 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from pocd.clock import Clock, JumpDetector
-from pocd.delivery.keeper import MIB, Keeper, Limits, shortage
+from pocd.clock import JumpDetector
+from pocd.delivery.keeper import MIB, Keeper, StoreLimits, shortage
 from pocd.mining.miner import Miner
+from pocd.observe.changes import Changes
 from pocd.protocol.nonces import Node, Span
 from pocd.protocol.proof import Proof, Round
-from pocd.store import deliveries, letters, upkeep
+from pocd.store import deliveries, selections, upkeep
 from pocd.store.batches import form_batches
-from pocd.store.letters import Selection
 from pocd.store.outbox import Outbox, Totals, Weights, Work
+from pocd.store.selections import Selection
 from pocd.store.thread import OutboxThread
+from tests.support.clocks import NOW, ROUND, ManualClock
 from tests.support.delivering import dispatchers
 
 WEIGHTS = Weights("f00d", "float32")
-NOW = 1_700_000_000.0
 NODE = Node(0, 1)
-ROUND = Round("AB", 10, "miner", 1.4, "poc2", "tiny", 16)
 DAY, WEEK = 86_400.0, 604_800.0
-LIMITS = Limits(keep_delivered=DAY, expire_after=WEEK, size=100 * MIB, free=50 * MIB)
-
-
-class Times:
-    """Both clocks; `set_by` moves the wall clock alone."""
-
-    def __init__(self) -> None:
-        self.wall = NOW
-        self.monotonic = 5.0
-        self.clock = Clock(lambda: self.wall, lambda: self.monotonic)
-
-    def go_on(self, seconds: float) -> None:
-        self.wall += seconds
-        self.monotonic += seconds
+LIMITS = StoreLimits(keep_delivered=DAY, expire_after=WEEK, size=100 * MIB, free=50 * MIB)
 
 
 @pytest.fixture
@@ -54,8 +41,8 @@ def outbox(path: Path) -> Iterator[OutboxThread]:
 
 
 @pytest.fixture
-def times() -> Times:
-    return Times()
+def clock() -> ManualClock:
+    return ManualClock()
 
 
 class Room:
@@ -75,18 +62,20 @@ def room() -> Room:
 
 
 @pytest.fixture
-def miner(outbox: OutboxThread, times: Times) -> Miner:
-    return Miner(outbox, clock=times.clock.monotonic, wall=times.clock.wall)
+def miner(outbox: OutboxThread, clock: ManualClock) -> Miner:
+    return Miner(outbox, Changes(), clock=clock)
 
 
 @pytest.fixture
-def keeper(path: Path, outbox: OutboxThread, miner: Miner, times: Times, room: Room) -> Keeper:
-    return made(path, outbox, miner, times, room)
+def keeper(path: Path, outbox: OutboxThread, miner: Miner, clock: ManualClock, room: Room) -> Keeper:
+    return made(path, outbox, miner, clock, room)
 
 
-def made(path: Path, outbox: OutboxThread, miner: Miner, times: Times, room: Room, limits: Limits = LIMITS) -> Keeper:
+def made(
+    path: Path, outbox: OutboxThread, miner: Miner, clock: ManualClock, room: Room, limits: StoreLimits = LIMITS
+) -> Keeper:
     log = structlog.get_logger()
-    return Keeper(path, outbox, miner, dispatchers(outbox), limits=limits, clock=times.clock, log=log, free_bytes=room)
+    return Keeper(path, outbox, miner, dispatchers(outbox), limits=limits, clock=clock, log=log, free_bytes=room)
 
 
 async def store(outbox: OutboxThread, *receivers: str, now: float = NOW, nonces: int = 1) -> None:
@@ -110,62 +99,62 @@ async def states(outbox: OutboxThread) -> list[str]:
 
 
 async def test_what_was_delivered_is_pruned_a_day_after_its_last_receiver_had_it(
-    outbox: OutboxThread, keeper: Keeper, times: Times
+    outbox: OutboxThread, keeper: Keeper, clock: ManualClock
 ) -> None:
     await store(outbox, "a", "b")
     await outbox(deliveries.record_delivered, "a", 1, NOW)
-    times.go_on(3 * DAY)
+    clock.advance(3 * DAY)
     await keeper.look()
     assert await states(outbox) == ["delivered", "pending"]
-    await outbox(deliveries.record_delivered, "b", 1, times.wall)
-    times.go_on(DAY - 1)
+    await outbox(deliveries.record_delivered, "b", 1, clock.now)
+    clock.advance(DAY - 1)
     await keeper.look()
     assert await states(outbox) == ["delivered", "delivered"]
-    times.go_on(2)
+    clock.advance(2)
     await keeper.look()
     assert await states(outbox) == []
-    assert outbox.outbox.totals == Totals(checked=1, valid=1, stored=1, delivered=1)
-    assert outbox.outbox.queues["a"].delivered_batches == 1
+    assert outbox.view.totals == Totals(checked=1, valid=1, stored=1, delivered=1)
+    assert outbox.view.queues["a"].delivered_batches == 1
 
 
-async def test_what_was_set_aside_is_kept_for_ever(outbox: OutboxThread, keeper: Keeper, times: Times) -> None:
+async def test_what_was_set_aside_is_kept_for_ever(outbox: OutboxThread, keeper: Keeper, clock: ManualClock) -> None:
     await store(outbox, "a")
     await outbox(deliveries.record_set_aside, "a", 1, "refused", NOW)
-    times.go_on(1000 * DAY)
+    clock.advance(1000 * DAY)
     await keeper.look()
     assert await states(outbox) == ["dead"]
 
 
 async def test_queues_that_nobody_serves_expire_by_age_and_are_kept(
-    outbox: OutboxThread, keeper: Keeper, times: Times
+    outbox: OutboxThread, keeper: Keeper, clock: ManualClock
 ) -> None:
     await store(outbox, "gone")
-    times.go_on(WEEK - 1)
-    await store(outbox, "gone", now=times.wall)
+    clock.advance(WEEK - 1)
+    await store(outbox, "gone", now=clock.now)
     await keeper.look()
     assert await states(outbox) == ["pending", "pending"]
-    times.go_on(2)
+    clock.advance(2)
     with capture_logs() as logs:
         await keeper.look()
     assert await states(outbox) == ["expired", "pending"]
     assert [(entry["action"], entry["batches"]) for entry in logs] == [("expired", 1)]
-    (letter,) = await outbox(letters.listed, Selection(("expired",)), after=("", 0), limit=10)
-    assert letter.reason == "never sent"
+    (delivery,) = await outbox(selections.listed, Selection(("expired",)), after=("", 0), limit=10)
+    assert delivery.reason == "never sent"
 
 
 async def test_a_backlog_is_pruned_and_expired_whole(
-    outbox: OutboxThread, keeper: Keeper, times: Times, monkeypatch: pytest.MonkeyPatch
+    outbox: OutboxThread, keeper: Keeper, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deliveries, "CHUNK", 2)
     monkeypatch.setattr(upkeep, "PRUNED_BATCHES", 2)
     for _ in range(5):
         await store(outbox, "gone")
-    times.go_on(2 * WEEK)
+    clock.advance(2 * WEEK)
     await keeper.look()
     assert await states(outbox) == ["expired"] * 5
     for batch in range(1, 6):
-        await outbox(deliveries.record_delivered, "gone", batch, times.wall)
-    times.go_on(2 * DAY)
+        await outbox(deliveries.record_delivered, "gone", batch, clock.now)
+    clock.advance(2 * DAY)
     await keeper.look()
     assert await states(outbox) == []
 
@@ -187,29 +176,29 @@ async def test_rounds_long_past_are_forgotten_but_not_what_they_found(
 
 
 async def test_the_file_does_not_grow_for_ever(
-    path: Path, outbox: OutboxThread, keeper: Keeper, times: Times, monkeypatch: pytest.MonkeyPatch
+    path: Path, outbox: OutboxThread, keeper: Keeper, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upkeep, "KEPT_ROUNDS", 5)
 
     def write(opened: Outbox, height: int) -> None:
         """A round of its own, mined, batched and delivered."""
         round_ = Round("AB", height, "miner", 1.4, "poc2", "tiny", 16)
-        opened.begin_round(Work(round_, NODE), times.wall)
+        opened.begin_round(Work(round_, NODE), clock.now)
         span = Span(0, 3000)
-        opened.commit_span(round_, NODE, span, [Proof(nonce, 1.0) for nonce in NODE.nonces(span)], WEIGHTS, times.wall)
-        form_batches(opened, ["a", "b"], size=1000, age=0.0, now=times.wall, current=None)
+        opened.commit_span(round_, NODE, span, [Proof(nonce, 1.0) for nonce in NODE.nonces(span)], WEIGHTS, clock.now)
+        form_batches(opened, ["a", "b"], size=1000, age=0.0, now=clock.now, current=None)
         for name in ("a", "b"):
             while head := deliveries.next_pending(opened, name):
-                deliveries.record_delivered(opened, name, head.batch, times.wall)
+                deliveries.record_delivered(opened, name, head.batch, clock.now)
 
     sizes = []
     for height in range(1, 41):
         await outbox(write, height)
-        times.go_on(DAY / 2)
+        clock.advance(DAY / 2)
         await keeper.look()
         sizes.append(sum(file.stat().st_size for file in path.parent.iterdir()))
     assert max(sizes[20:]) <= 1.05 * max(sizes[:20])
-    assert outbox.outbox.totals == Totals(checked=120_000, valid=120_000, stored=120_000, delivered=120_000)
+    assert outbox.view.totals == Totals(checked=120_000, valid=120_000, stored=120_000, delivered=120_000)
 
 
 # Room
@@ -235,13 +224,13 @@ async def test_a_disk_that_runs_full_holds_mining_until_there_is_room_to_spare(
 
 
 async def test_a_full_store_gives_up_its_history_first_then_holds_mining(
-    path: Path, outbox: OutboxThread, miner: Miner, times: Times, room: Room
+    path: Path, outbox: OutboxThread, miner: Miner, clock: ManualClock, room: Room
 ) -> None:
     await store(outbox, "a", nonces=30_000)
     await store(outbox, "a", nonces=30_000)
     used = await outbox(upkeep.used_bytes)
-    limits = Limits(keep_delivered=DAY, expire_after=WEEK, size=used * 3 // 4, free=0)
-    keeper = made(path, outbox, miner, times, room, limits)
+    limits = StoreLimits(keep_delivered=DAY, expire_after=WEEK, size=used * 3 // 4, free=0)
+    keeper = made(path, outbox, miner, clock, room, limits)
     await miner.set_round(Work(ROUND, NODE))
     await keeper.look()
     assert miner.held is not None
@@ -271,11 +260,11 @@ async def test_a_store_that_takes_nothing_holds_mining_and_goes_on_by_itself(
     assert miner.held is not None
     assert "full" in miner.held
     assert miner.mining is not None
-    assert (miner.mining.checked, outbox.outbox.totals) == (0, Totals())
+    assert (miner.mining.checked, outbox.view.totals) == (0, Totals())
     await keeper.look()
     assert miner.held is not None, "a mebibyte does not fit either"
     await outbox(limit, 2**30)
-    await miner.hold("the disk is full")
+    miner.hold("the disk is full")
     with capture_logs() as logs:
         await keeper.look()
     assert miner.held is None
@@ -283,11 +272,11 @@ async def test_a_store_that_takes_nothing_holds_mining_and_goes_on_by_itself(
     again = await miner.lease(20_000)
     assert again.span == lease.span
     await miner.complete(again, [1.0] * 20_000, WEIGHTS)
-    assert outbox.outbox.totals == Totals(checked=20_000, valid=20_000)
+    assert outbox.view.totals == Totals(checked=20_000, valid=20_000)
 
 
 async def test_a_hold_that_is_over_at_the_next_look_is_told_all_the_same(keeper: Keeper, miner: Miner) -> None:
-    await miner.hold("the disk is full")
+    miner.hold("the disk is full")
     with capture_logs() as logs:
         await keeper.look()
     assert miner.held is None
@@ -318,22 +307,22 @@ def test_shortage(used: int, free: int, held: bool, waits: str | None) -> None: 
 
 
 async def test_a_clock_that_is_set_back_neither_keeps_things_for_ever_nor_loses_them(
-    outbox: OutboxThread, keeper: Keeper, times: Times
+    outbox: OutboxThread, keeper: Keeper, clock: ManualClock
 ) -> None:
-    times.go_on(1000 * DAY)  # a wrong clock, at which a batch is stored
+    clock.advance(1000 * DAY)  # a wrong clock, at which a batch is stored
     await keeper.look()
-    await store(outbox, "gone", now=times.wall)
-    times.wall = NOW
+    await store(outbox, "gone", now=clock.now)
+    clock.now = NOW
     with capture_logs() as logs:
         await keeper.look()
     assert [(entry["action"], entry["seconds"]) for entry in logs] == [("clock_jump", -1000 * DAY)]
-    times.go_on(WEEK + 1)
+    clock.advance(WEEK + 1)
     await keeper.look()
     assert await states(outbox) == ["expired"], "a week after the clock was set, not three years"
 
 
 async def test_a_clock_that_was_set_back_while_the_daemon_was_off_is_seen_at_the_start(
-    outbox: OutboxThread, keeper: Keeper, times: Times, monkeypatch: pytest.MonkeyPatch
+    outbox: OutboxThread, keeper: Keeper, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await store(outbox, "gone", now=NOW + 1000 * DAY)
     looked = asyncio.Event()
@@ -348,21 +337,21 @@ async def test_a_clock_that_was_set_back_while_the_daemon_was_off_is_seen_at_the
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
-    times.go_on(WEEK)
+    clock.advance(WEEK)
     await keeper.look()
     assert await states(outbox) == ["expired"]
 
 
 def test_a_jump_is_told_once_and_steering_is_none() -> None:
-    times = Times()
-    jumps = JumpDetector(times.clock)
-    times.go_on(100.0)
+    clock = ManualClock()
+    jumps = JumpDetector(clock)
+    clock.advance(100.0)
     assert jumps.jump() == 0
-    times.wall += 0.5
+    clock.now += 0.5
     assert jumps.jump() == 0
-    times.wall -= 3600
-    times.go_on(10.0)
+    clock.now -= 3600
+    clock.advance(10.0)
     assert jumps.jump() == -3600
     assert jumps.jump() == 0
-    times.wall += 7200
+    clock.now += 7200
     assert jumps.jump() == 7200

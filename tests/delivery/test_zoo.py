@@ -12,7 +12,8 @@ from pocd.delivery import policy, posting
 from pocd.http import client
 from pocd.http.client import ThreadResolver
 from tests.support.animals import ANIMALS
-from tests.support.delivering import NOW, Bench, expected, prepared, running, sent, serving
+from tests.support.clocks import NOW
+from tests.support.delivering import Bench, expected, prepared, running, sent, serving
 from tests.support.waiting import PATIENCE, soon
 from tests.support.zoo import HANGING, OK, Animal, System, Visit, answer, answer_too_late, certificate, flapping, opened
 
@@ -76,7 +77,7 @@ def limits(monkeypatch: pytest.MonkeyPatch) -> Limits:
 
 async def check(bench: Bench, animal: Animal, dispatcher: Dispatcher, fate: str, attempts: int) -> None:
     """Hold what the store says of an animal's head to what the animal says."""
-    head = (await bench.letters(animal.name))[0]
+    head = (await bench.deliveries(animal.name))[0]
     state = bench.receiver(animal.name)
     assert head.state == ("pending" if fate == "parked" else fate)
     assert head.attempts == attempts
@@ -179,7 +180,7 @@ async def test_whatever_a_receiver_does_by_turns_it_gets_each_batch_in_order(
     places = [expected(batches).index(each) for each in sent(flaps.requests)]
     assert places == sorted(places)
     assert set(places) == set(range(15))
-    attempts = [letter.attempts for letter in await bench.letters()]
+    attempts = [delivery.attempts for delivery in await bench.deliveries()]
     assert attempts == [places.count(place) for place in range(15)]
 
 

@@ -12,13 +12,12 @@ from structlog.testing import capture_logs
 from pocd.chain.source import Block, ChainError, Head
 from pocd.mining.follower import LAG, ChainHealth, follow
 from pocd.store.errors import StoreUnavailableError
+from tests.support.clocks import NOW, ManualClock
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from structlog.typing import FilteringBoundLogger
-
-START = 1_700_000_000.0
 
 
 class PlayedOutError(Exception):
@@ -30,27 +29,28 @@ class Play:
 
     reorganises = False
 
-    def __init__(self, script: Sequence[Head | Exception], *, seconds_per_poll: float = 0.0) -> None:
+    def __init__(
+        self, script: Sequence[Head | Exception], *, seconds_per_poll: float = 0.0, set_by: float = 0.0
+    ) -> None:
         self.script = list(script)
         self.seconds_per_poll = seconds_per_poll
-        self.now = START
+        self.set_by = set_by  # at each poll, the wall clock alone
+        self.clock = ManualClock()
         self.waits: list[float] = []
         self.heads: list[Head] = []
         self.refuse: Exception | None = None
         self.problems: list[str | None] = []
         self.health = ChainHealth()
 
-    def clock(self) -> float:
-        return self.now
-
     async def sleep(self, seconds: float) -> None:
         self.waits.append(seconds)
-        self.now += seconds
+        self.clock.advance(seconds)
         if not self.script:
             raise PlayedOutError
 
     async def head(self) -> Head:
-        self.now += self.seconds_per_poll
+        self.clock.advance(self.seconds_per_poll)
+        self.clock.now += self.set_by
         answer = self.script.pop(0)
         if isinstance(answer, Exception):
             raise answer
@@ -84,7 +84,7 @@ class Play:
 
 
 def head_at(height: int, *, age: float = 0.0, catching_up: bool = False) -> Head:
-    time = datetime.fromtimestamp(START - age, UTC)
+    time = datetime.fromtimestamp(NOW - age, UTC)
     return Head(Block("chain", height, f"HASH{height}", time), catching_up)
 
 
@@ -92,7 +92,7 @@ async def test_every_head_is_passed_on_changed_or_not() -> None:
     play = Play([head_at(1), head_at(1), head_at(2)])
     assert await play.run() == []
     assert play.heads == [head_at(1), head_at(1), head_at(2)]
-    assert play.health == ChainHealth(head_at(2), seen_at=START + 10, error=None, failures=0, highest=2)
+    assert play.health == ChainHealth(head_at(2), seen_at=NOW + 10, error=None, failures=0, highest=2)
 
 
 async def test_the_wait_is_the_interval_less_the_time_spent() -> None:
@@ -108,7 +108,7 @@ async def test_the_wait_is_never_negative() -> None:
 
 
 async def test_a_clock_set_back_does_not_stop_the_polls() -> None:
-    play = Play([head_at(1)], seconds_per_poll=-3600.0)
+    play = Play([head_at(1)], set_by=-3600.0)
     await play.run()
     assert play.waits == [5.0]
 
@@ -116,10 +116,10 @@ async def test_a_clock_set_back_does_not_stop_the_polls() -> None:
 async def test_a_failure_is_noted_and_forgotten() -> None:
     play = Play([head_at(1), ChainError("refused"), ChainError("timeout")])
     await play.run()
-    assert play.health == ChainHealth(head_at(1), seen_at=START, error="timeout", failures=2, highest=1)
+    assert play.health == ChainHealth(head_at(1), seen_at=NOW, error="timeout", failures=2, highest=1)
     play.script = [head_at(2)]
     await play.run()
-    assert play.health == ChainHealth(head_at(2), seen_at=START + 15, error=None, failures=0, highest=2)
+    assert play.health == ChainHealth(head_at(2), seen_at=NOW + 15, error=None, failures=0, highest=2)
 
 
 async def test_log_lines_down_at_most_one_a_minute_and_restored() -> None:
@@ -130,7 +130,7 @@ async def test_log_lines_down_at_most_one_a_minute_and_restored() -> None:
 
 
 async def test_log_goes_on_after_the_clock_was_set_back() -> None:
-    play = Play([ChainError("refused")] * 2, seconds_per_poll=-3600.0)
+    play = Play([ChainError("refused")] * 13, set_by=-3600.0)  # 5 s apart
     assert len(await play.run()) == 2
 
 
@@ -139,7 +139,7 @@ async def test_an_error_of_the_listener_is_a_failed_poll() -> None:
     play.refuse = ChainError("block 2 is pruned")
     assert await play.run() == [("warning", "chain_down")]
     assert play.health == ChainHealth(head_at(2), seen_at=None, error="block 2 is pruned", failures=2, highest=2)
-    assert play.health.problem(play.now, 5.0) == "no good answer from the chain yet: block 2 is pruned"
+    assert play.health.problem(play.clock.now, 5.0) == "no good answer from the chain yet: block 2 is pruned"
 
 
 async def test_a_store_that_is_full_is_a_failed_poll() -> None:
@@ -172,11 +172,11 @@ async def test_the_highest_head_is_remembered() -> None:
     play = Play([head_at(9), head_at(5)])
     await play.run()
     assert play.health.highest == 9
-    assert play.health.problem(play.now, 5.0) == (
+    assert play.health.problem(play.clock.now, 5.0) == (
         "the node's newest block, 5, is below 9, which was seen before: "
         "it lags, or the chain was reset (then use another store.path)"
     )
-    assert ChainHealth(head_at(5), START, highest=5 + LAG).problem(START, 5.0) is None
+    assert ChainHealth(head_at(5), NOW, highest=5 + LAG).problem(NOW, 5.0) is None
 
 
 async def test_a_head_that_is_catching_up_is_not_passed_on() -> None:
@@ -185,7 +185,7 @@ async def test_a_head_that_is_catching_up_is_not_passed_on() -> None:
     assert play.heads == [head_at(2)]
     play = Play([head_at(1, catching_up=True)])
     await play.run()
-    assert play.health.problem(START, 5.0) == "the node is catching up, at height 1"
+    assert play.health.problem(NOW, 5.0) == "the node is catching up, at height 1"
 
 
 async def test_a_bug_is_not_hidden() -> None:
@@ -199,25 +199,25 @@ async def test_a_bug_is_not_hidden() -> None:
     [
         (ChainHealth(), 0.0, "no good answer from the chain yet"),
         (ChainHealth(error="refused", failures=1), 0.0, "no good answer from the chain yet: refused"),
-        (ChainHealth(head_at(1), START), 5.0, None),
-        (ChainHealth(head_at(1), START, "timeout", 1), 30.0, None),
-        (ChainHealth(head_at(1), START, "timeout", 6), 31.0, "last good answer 31 s ago: timeout"),
-        (ChainHealth(head_at(1), START), 31.0, "last good answer 31 s ago"),
-        (ChainHealth(head_at(1, catching_up=True), START), 0.0, "the node is catching up, at height 1"),
-        (ChainHealth(head_at(1, age=600), START), 0.0, None),
+        (ChainHealth(head_at(1), NOW), 5.0, None),
+        (ChainHealth(head_at(1), NOW, "timeout", 1), 30.0, None),
+        (ChainHealth(head_at(1), NOW, "timeout", 6), 31.0, "last good answer 31 s ago: timeout"),
+        (ChainHealth(head_at(1), NOW), 31.0, "last good answer 31 s ago"),
+        (ChainHealth(head_at(1, catching_up=True), NOW), 0.0, "the node is catching up, at height 1"),
+        (ChainHealth(head_at(1, age=600), NOW), 0.0, None),
         (
-            ChainHealth(head_at(1, age=601), START),
+            ChainHealth(head_at(1, age=601), NOW),
             0.0,
             "the newest block, 1, is 601 s old: the node lags or the chain stands",
         ),
     ],
 )
 def test_problem(health: ChainHealth, after: float, problem: str | None) -> None:
-    assert health.problem(START + after, 5.0) == problem
+    assert health.problem(NOW + after, 5.0) == problem
 
 
 def test_the_interval_and_the_age_are_the_callers() -> None:
-    health = ChainHealth(head_at(1), START)
-    assert health.problem(START + 180, 60.0) is None
-    assert health.problem(START + 181, 60.0) == "last good answer 181 s ago"
-    assert health.problem(START + 11, 5.0, stale_after=10.0) is not None
+    health = ChainHealth(head_at(1), NOW)
+    assert health.problem(NOW + 180, 60.0) is None
+    assert health.problem(NOW + 181, 60.0) == "last good answer 181 s ago"
+    assert health.problem(NOW + 11, 5.0, stale_after=10.0) is not None

@@ -9,28 +9,17 @@ from pathlib import Path
 import pytest
 
 from pocd.mining.miner import LATEST, Lease, Miner
+from pocd.observe.changes import Changes
 from pocd.protocol.nonces import Node, Progress, Span
 from pocd.protocol.proof import Proof, Round
 from pocd.store.deliveries import next_pending
 from pocd.store.outbox import Outbox, Totals, Weights, Work
 from pocd.store.thread import OutboxThread
+from tests.support.clocks import NEXT, NOW, ROUND, ManualClock
 from tests.support.waiting import soon
 
 WEIGHTS = Weights("f00d", "float32")
-NOW = 1_700_000_000.0
 NODE = Node(1, 3)
-ROUND = Round("AB", 10, "miner", 1.4, "poc2", "tiny", 16)
-NEXT = Round("CD", 20, "miner", 1.4, "poc2", "tiny", 16)
-
-
-class Clock:
-    """The monotonic clock, set by the test."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -45,17 +34,17 @@ def outbox(path: Path) -> Iterator[OutboxThread]:
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> ManualClock:
+    return ManualClock()
 
 
 @pytest.fixture
-def miner(outbox: OutboxThread, clock: Clock) -> Miner:
+def miner(outbox: OutboxThread, clock: ManualClock) -> Miner:
     return open_miner(outbox, clock)
 
 
-def open_miner(outbox: OutboxThread, clock: Clock | None = None) -> Miner:
-    return Miner(outbox, clock=clock or Clock(), wall=lambda: NOW)
+def open_miner(outbox: OutboxThread, clock: ManualClock | None = None) -> Miner:
+    return Miner(outbox, Changes(), clock=clock or ManualClock())
 
 
 async def let_all_run(outbox: OutboxThread) -> None:
@@ -113,8 +102,8 @@ async def test_everybody_who_waits_for_a_round_gets_a_share_of_it(miner: Miner, 
 async def test_what_is_given_back_is_lent_again_first(miner: Miner) -> None:
     await miner.set_round(Work(ROUND, NODE))
     first, second = await miner.lease(4), await miner.lease(4)
-    await miner.give_back(second)
-    await miner.give_back(first)
+    miner.give_back(second)
+    miner.give_back(first)
     spans = [(await miner.lease(4)).span for _ in range(3)]
     assert spans == [first.span, second.span, Span(8, 12)]
 
@@ -143,7 +132,7 @@ async def test_valid_is_strictly_below_the_target(miner: Miner, outbox: OutboxTh
     below, above = math.nextafter(1.4, 0), math.nextafter(1.4, 2)
     await soon(miner.complete(lease, [1.4, below, above, 0.0, 2.0], WEIGHTS))
     assert await stored(outbox) == [Proof(4, below), Proof(10, 0.0)]
-    assert outbox.outbox.totals == Totals(checked=5, valid=2, stored=0, delivered=0)
+    assert outbox.view.totals == Totals(checked=5, valid=2, stored=0, delivered=0)
 
 
 async def test_a_completed_lease_is_on_disk(path: Path) -> None:
@@ -173,11 +162,11 @@ async def test_what_is_not_one_finite_distance_per_nonce_commits_nothing(
     await complete(miner, lease)  # it is still lent, and may be completed yet
 
 
-async def test_counts_and_rates_follow_what_is_committed(miner: Miner, clock: Clock) -> None:
+async def test_counts_and_rates_follow_what_is_committed(miner: Miner, clock: ManualClock) -> None:
     await miner.set_round(Work(ROUND, NODE))
     mining = miner.mining
     assert mining is not None
-    clock.now += 10
+    clock.advance(10)
     await soon(miner.complete(await miner.lease(4), [1.0, 1.0, 2.0, 1.5], WEIGHTS))
     assert (mining.checked_before, mining.checked, mining.valid) == (0, 4, 2)
     assert list(mining.latest) == [Proof(1, 1.0), Proof(4, 1.0)]
@@ -192,13 +181,13 @@ async def test_only_the_latest_proofs_are_held(miner: Miner) -> None:
     assert [proof.nonce for proof in miner.mining.latest] == [1 + 3 * x for x in range(5, LATEST + 5)]
 
 
-async def test_stored_proofs_are_announced(miner: Miner) -> None:
+async def test_a_batch_may_be_due_after_proofs_were_stored(miner: Miner) -> None:
     await miner.set_round(Work(ROUND, NODE))
-    miner.proofs_stored.clear()
+    seen = miner.batchable.count
     await complete(miner, await miner.lease(2), distance=1.9)
-    assert not miner.proofs_stored.is_set(), "nothing was found"
+    assert miner.batchable.count == seen, "nothing was found"
     await complete(miner, await miner.lease(2))
-    assert miner.proofs_stored.is_set()
+    assert miner.batchable.count == seen + 1
 
 
 # Rounds
@@ -208,10 +197,10 @@ async def test_a_new_round_replaces_the_old_one_at_once(miner: Miner) -> None:
     await miner.set_round(Work(ROUND, NODE))
     old = await miner.lease(5)
     replaced = asyncio.create_task(miner.until_replaced(old.mining))
-    miner.proofs_stored.clear()
+    seen = miner.batchable.count
     await miner.set_round(Work(NEXT, NODE))
     await soon(replaced)
-    assert miner.proofs_stored.is_set()
+    assert miner.batchable.count > seen
     new = await miner.lease(2)
     assert (new.mining.round, new.span) == (NEXT, Span(0, 2))
 
@@ -226,17 +215,17 @@ async def test_what_was_lent_under_the_old_round_still_commits_to_it(miner: Mine
     assert (await progress(outbox, ROUND), await progress(outbox, NEXT)) == (Progress(2), Progress(3))
     assert miner.mining is not None
     assert miner.mining.checked == 3
-    assert outbox.outbox.totals.checked == 5
+    assert outbox.view.totals.checked == 5
 
 
 async def test_the_same_round_again_changes_nothing(miner: Miner) -> None:
     await miner.set_round(Work(ROUND, NODE))
     lease = await miner.lease(2)
     await complete(miner, lease)
-    miner.proofs_stored.clear()
+    seen = miner.batchable.count
     await miner.set_round(Work(ROUND, NODE))
     assert miner.mining is lease.mining
-    assert not miner.proofs_stored.is_set()
+    assert miner.batchable.count == seen
     assert (await miner.lease(2)).span == Span(2, 4)
 
 
@@ -288,23 +277,23 @@ async def test_while_paused_nothing_is_lent_and_what_was_lent_still_commits(mine
     await miner.set_round(Work(ROUND, NODE))
     lease = await miner.lease(2)
     replaced = asyncio.create_task(miner.until_replaced(lease.mining))
-    await miner.pause(paused=True)
+    miner.pause(paused=True)
     await soon(replaced)
     assert miner.current is None
     waiting = asyncio.create_task(miner.lease(2))
     await complete(miner, lease)
     await let_all_run(outbox)
     assert not waiting.done()
-    await miner.pause(paused=False)
+    miner.pause(paused=False)
     assert (await soon(waiting)).span == Span(2, 4)
 
 
 async def test_a_round_that_begins_while_paused_is_taken_up_at_resume(miner: Miner) -> None:
     await miner.set_round(Work(ROUND, NODE))
-    await miner.pause(paused=True)
+    miner.pause(paused=True)
     await miner.set_round(Work(NEXT, NODE))
     assert miner.current is None
-    await miner.pause(paused=False)
+    miner.pause(paused=False)
     assert (await miner.lease(1)).mining.round == NEXT
 
 
@@ -319,7 +308,7 @@ async def test_close_waits_for_every_lease_and_lends_no_more(miner: Miner, outbo
     await complete(miner, first)
     await let_all_run(outbox)
     assert not closing_.done()
-    await miner.give_back(second)
+    miner.give_back(second)
     await soon(closing_)
     await let_all_run(outbox)
     assert not late.done()

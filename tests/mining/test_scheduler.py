@@ -1,4 +1,4 @@
-"""The conductor over a real store and a real miner: which round runs, held against a plain model."""
+"""The scheduler over a real store and a real miner: which round runs, held against a plain model."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from pocd.clock import SYSTEM
 from pocd.mining.control import Control
 from pocd.mining.miner import Miner
 from pocd.mining.scheduler import ALWAYS_HELD, RoundScheduler
+from pocd.observe.changes import Changes
 from pocd.observe.events import Events
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
@@ -33,13 +34,13 @@ from pocd.store.errors import StoreUnavailableError
 from pocd.store.outbox import KnownChain, Outbox, Weights
 from pocd.store.thread import OutboxThread
 from tests.support.anvil import needs_anvil, running_anvil
+from tests.support.clocks import NOW, ManualClock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from structlog.typing import FilteringBoundLogger
 
-NOW = 1_700_000_000.0
 POLICY = RoundPolicy(every=5, offset=0, duration=3)
 
 
@@ -85,7 +86,7 @@ def round_of(block: Block, public_key: str = "miner") -> Round:
     return Round(block.hash, block.height, public_key, 1.4, "poc2", "tiny", 16)
 
 
-class Conducted:
+class Scheduled:
     """A scheduler, its miner and its store, and how often what began."""
 
     def __init__(
@@ -93,10 +94,10 @@ class Conducted:
     ) -> None:
         self.chain = chain
         self.outbox = OutboxThread(path)
-        self.miner = Miner(self.outbox, clock=lambda: 0.0, wall=lambda: NOW)
+        self.miner = Miner(self.outbox, Changes(), clock=ManualClock())
         self.log = cast("FilteringBoundLogger", structlog.get_logger())
         self.control = Control(
-            self.miner, self.outbox, Node(0, 1), wall=lambda: NOW, log=self.log, events=Events(SYSTEM)
+            self.miner, self.outbox, Node(0, 1), clock=ManualClock(), log=self.log, events=Events(SYSTEM)
         )
         self.scheduler = RoundScheduler(
             chain,
@@ -105,7 +106,7 @@ class Conducted:
             policy=policy,
             make_round=lambda block: round_of(block, public_key),
             withdraw=withdraw,
-            wall=lambda: NOW,
+            clock=ManualClock(),
             log=self.log,
         )
 
@@ -131,10 +132,10 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "store.db"
 
 
-def conducted(
+def scheduled(
     path: Path, chain: ChainSource, policy: RoundPolicy = POLICY, *, withdraw: bool = True, public_key: str = "miner"
-) -> closing[Conducted]:
-    return closing(Conducted(path, chain, policy, withdraw=withdraw, public_key=public_key))
+) -> closing[Scheduled]:
+    return closing(Scheduled(path, chain, policy, withdraw=withdraw, public_key=public_key))
 
 
 def actions(records: Sequence[object]) -> list[str]:
@@ -146,11 +147,11 @@ def actions(records: Sequence[object]) -> list[str]:
 
 async def test_a_round_begins_at_its_start_lives_and_ends(path: Path) -> None:
     chain = Chain()
-    with conducted(path, chain) as conductor, capture_logs() as records:
+    with scheduled(path, chain) as one, capture_logs() as records:
         mined = []
         for height in range(4, 12):
             chain.grow(height)
-            round_ = await conductor.look()
+            round_ = await one.look()
             mined.append(round_ and round_.block_height)
     assert mined == [None, 5, 5, 5, None, None, 10, 10]
     assert chain.asked == []  # the head itself was the start
@@ -160,58 +161,58 @@ async def test_a_round_begins_at_its_start_lives_and_ends(path: Path) -> None:
 
 async def test_a_round_whose_start_was_missed_is_found(path: Path) -> None:
     chain = Chain(7)
-    with conducted(path, chain) as conductor:
-        assert await conductor.look() == round_of(chain.at(5))
+    with scheduled(path, chain) as one:
+        assert await one.look() == round_of(chain.at(5))
     assert chain.asked == [5]
 
 
 async def test_a_node_that_lags_ends_no_round_and_begins_none_that_is_over(path: Path) -> None:
     chain = Chain(11)
-    with conducted(path, chain) as conductor, capture_logs() as records:
-        current = await conductor.look()
+    with scheduled(path, chain) as one, capture_logs() as records:
+        current = await one.look()
         assert current == round_of(chain.at(10))
         for height in (7, 7, 9, 4):
-            assert await conductor.look(Head(chain.at(height), catching_up=False)) == current
-        assert conductor.outbox.outbox.chain == KnownChain("chain", 11)
+            assert await one.look(Head(chain.at(height), catching_up=False)) == current
+        assert one.outbox.view.chain == KnownChain("chain", 11)
     assert actions(records) == ["round_begin", "head_back"]
     assert (records[1]["height"], records[1]["highest"], records[1]["round"]) == (7, 11, 10)
 
 
 async def test_a_restart_behind_a_node_that_lags_begins_no_round_that_is_over(path: Path) -> None:
     chain = Chain(11)
-    with conducted(path, chain) as conductor:
-        await conductor.look()
+    with scheduled(path, chain) as one:
+        await one.look()
     behind = Chain(7)
-    with conducted(path, behind) as conductor:
-        assert await conductor.look() is None
+    with scheduled(path, behind) as one:
+        assert await one.look() is None
         assert behind.asked == []  # it cannot know block 10
         behind.grow(10)
-        assert await conductor.look() == round_of(chain.at(10))
+        assert await one.look() == round_of(chain.at(10))
 
 
 async def test_a_block_that_cannot_be_read_ends_what_is_over_and_begins_the_new_one_later(path: Path) -> None:
     chain = Chain(6)
-    with conducted(path, chain) as conductor:
-        assert await conductor.look()
+    with scheduled(path, chain) as one:
+        assert await one.look()
         chain.grow(11)
         chain.failing = True
         with pytest.raises(ChainError, match="refused"):
-            await conductor.look()
-        assert conductor.mined is None
+            await one.look()
+        assert one.mined is None
         chain.failing = False
-        assert await conductor.look() == round_of(chain.at(10))
+        assert await one.look() == round_of(chain.at(10))
 
 
 async def test_the_head_is_remembered_only_when_it_rises(path: Path) -> None:
     chain = Chain(6)
-    with conducted(path, chain) as conductor:
-        await conductor.look()
-        known = conductor.outbox.outbox.chain
-        await conductor.look()
-        assert conductor.outbox.outbox.chain is known
+    with scheduled(path, chain) as one:
+        await one.look()
+        known = one.outbox.view.chain
+        await one.look()
+        assert one.outbox.view.chain is known
         chain.grow(9)
-        assert await conductor.look() is None
-        assert conductor.outbox.outbox.chain == KnownChain("chain", 9)
+        assert await one.look() is None
+        assert one.outbox.view.chain == KnownChain("chain", 9)
 
 
 @contextlib.contextmanager
@@ -231,15 +232,15 @@ async def test_a_full_store_ends_what_is_over_and_loses_nothing(
     path: Path, method: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chain = Chain(6)
-    with conducted(path, chain) as conductor:
-        await conductor.look()
+    with scheduled(path, chain) as one:
+        await one.look()
         chain.grow(10)
         with full(method, monkeypatch), pytest.raises(StoreUnavailableError):
-            await conductor.look()
-        assert conductor.mined is None
+            await one.look()
+        assert one.mined is None
         # What could not be written down is known all the same.
-        assert await conductor.look(Head(chain.at(7), catching_up=False)) is None
-        assert await conductor.look() == round_of(chain.at(10))
+        assert await one.look(Head(chain.at(7), catching_up=False)) is None
+        assert await one.look() == round_of(chain.at(10))
 
 
 # Blocks that are replaced
@@ -247,128 +248,128 @@ async def test_a_full_store_ends_what_is_over_and_loses_nothing(
 
 async def test_a_replaced_block_takes_its_round_with_it(path: Path) -> None:
     chain = Chain(11, reorganises=True)
-    with conducted(path, chain) as conductor:
-        old = await conductor.look()
+    with scheduled(path, chain) as one:
+        old = await one.look()
         assert old == round_of(chain.at(10))
         chain.reorganise(3)
         with capture_logs() as records:
-            new = await conductor.look()
+            new = await one.look()
         assert new == round_of(chain.at(10)) != old
-        assert await conductor.on_chain() == [new]
+        assert await one.on_chain() == [new]
         assert actions(records) == ["round_replaced", "round_begin"]
         replaced = records[0]
         assert (replaced["height"], replaced["block_hash"], replaced["new_block_hash"]) == (10, "0:10", "1:10")
-        assert await conductor.look() == new  # and nothing more happens
-        assert await conductor.on_chain() == [new]
+        assert await one.look() == new  # and nothing more happens
+        assert await one.on_chain() == [new]
     with contextlib.closing(sqlite3.connect(path)) as db:
         assert db.execute("SELECT count(*) FROM rounds WHERE replaced IS NOT NULL").fetchone() == (1,)
 
 
 async def test_all_rounds_of_a_deep_reorganisation_are_replaced_also_those_that_are_over(path: Path) -> None:
     chain = Chain(reorganises=True)
-    with conducted(path, chain) as conductor:
+    with scheduled(path, chain) as one:
         for height in range(1, 27):
             chain.grow(height)
-            await conductor.look()
-        assert [round_.block_height for round_ in await conductor.on_chain()] == [25, 20, 15, 10, 5]
+            await one.look()
+        assert [round_.block_height for round_ in await one.on_chain()] == [25, 20, 15, 10, 5]
         chain.reorganise(9)
         chain.grow(31)  # the head is beyond the next round's start
         chain.asked.clear()
-        assert await conductor.look() == round_of(chain.at(30))
-        assert [round_.block_height for round_ in await conductor.on_chain()] == [30, 15, 10, 5]
+        assert await one.look() == round_of(chain.at(30))
+        assert [round_.block_height for round_ in await one.on_chain()] == [30, 15, 10, 5]
         assert chain.asked == [25, 20, 15, 30]  # 15 is on the chain, so 10 and 5 are
 
 
 async def test_a_block_that_comes_back_takes_up_its_round_again(path: Path) -> None:
     chain = Chain(11, reorganises=True)
-    with conducted(path, chain) as conductor:
-        first = await conductor.look()
+    with scheduled(path, chain) as one:
+        first = await one.look()
         hashes = list(chain.hashes)
         chain.reorganise(3)
-        second = await conductor.look()
+        second = await one.look()
         assert second != first
         chain.hashes = hashes
-        assert await conductor.look() == first
-        assert await conductor.on_chain() == [first]
+        assert await one.look() == first
+        assert await one.on_chain() == [first]
 
 
 async def test_a_block_that_comes_back_while_its_round_is_being_computed(path: Path) -> None:
     chain = Chain(11, reorganises=True)
-    with conducted(path, chain) as conductor:
-        first = await conductor.look()
-        lease = await conductor.miner.lease(1)
+    with scheduled(path, chain) as one:
+        first = await one.look()
+        lease = await one.miner.lease(1)
         hashes = list(chain.hashes)
         chain.reorganise(3)
-        await conductor.look()
+        await one.look()
         chain.hashes = hashes
-        assert await conductor.look() == first
-        assert await conductor.on_chain() == [first]
-        await conductor.miner.complete(lease, [1.0], Weights("f00d", "float32"))
-        assert (await conductor.miner.lease(1)).span.start == 1  # it goes on where it was
+        assert await one.look() == first
+        assert await one.on_chain() == [first]
+        await one.miner.complete(lease, [1.0], Weights("f00d", "float32"))
+        assert (await one.miner.lease(1)).span.start == 1  # it goes on where it was
 
 
 async def test_rounds_of_another_key_at_the_same_height_are_no_replacement(path: Path) -> None:
     chain = Chain(11, reorganises=True)
-    with conducted(path, chain) as conductor:
-        first = await conductor.look()
-    with conducted(path, chain, public_key="other") as conductor:
-        second = await conductor.look()
+    with scheduled(path, chain) as one:
+        first = await one.look()
+    with scheduled(path, chain, public_key="other") as one:
+        second = await one.look()
         assert second is not None
         assert second.public_key == "other"
-        assert await conductor.on_chain() == [second, first]
+        assert await one.on_chain() == [second, first]
         chain.reorganise(2)
-        third = await conductor.look()
-        assert await conductor.on_chain() == [third]
+        third = await one.look()
+        assert await one.on_chain() == [third]
 
 
 async def test_a_chain_that_does_not_reorganise_is_not_compared(path: Path) -> None:
     chain = Chain(11)
-    with conducted(path, chain) as conductor:
-        await conductor.look()
+    with scheduled(path, chain) as one:
+        await one.look()
         chain.asked.clear()
-        await conductor.look()
+        await one.look()
     assert chain.asked == []
 
 
 async def test_a_node_behind_the_round_says_nothing_about_it(path: Path) -> None:
     chain = Chain(11, reorganises=True)
-    with conducted(path, chain) as conductor:
-        mined = await conductor.look()
+    with scheduled(path, chain) as one:
+        mined = await one.look()
         chain.reorganise(3)
         chain.asked.clear()
-        assert await conductor.look(Head(chain.at(9), catching_up=False)) == mined
+        assert await one.look(Head(chain.at(9), catching_up=False)) == mined
         assert chain.asked == []
-        assert await conductor.on_chain() == [mined]
+        assert await one.on_chain() == [mined]
 
 
 async def test_blocks_that_are_pruned_are_believed_but_not_those_near_the_head(path: Path) -> None:
     chain = Chain(11, reorganises=True)
-    with conducted(path, chain) as conductor:
-        old = await conductor.look()
+    with scheduled(path, chain) as one:
+        old = await one.look()
         chain.pruned_below = 11
         with pytest.raises(BlockUnavailableError, match="no block 10"):
-            await conductor.look()
-        assert conductor.mined == old  # nothing is known against it
+            await one.look()
+        assert one.mined == old  # nothing is known against it
         chain.grow(10 + ALWAYS_HELD + 2)
-        new = await conductor.look()
+        new = await one.look()
         assert new == round_of(chain.at(140))
-        assert await conductor.on_chain() == [new, old]
+        assert await one.on_chain() == [new, old]
 
 
 async def test_older_rounds_are_compared_before_a_new_one_begins_or_it_does_not(path: Path) -> None:
     chain = Chain(11, reorganises=True)
-    with conducted(path, chain) as conductor:
-        old = await conductor.look()
+    with scheduled(path, chain) as one:
+        old = await one.look()
         chain.reorganise(3)
         chain.grow(15)
         chain.pruned_below = 11  # a node behind a balancer that has not got it yet
         with pytest.raises(BlockUnavailableError, match="no block 10"):
-            await conductor.look()
-        assert conductor.mined is None
+            await one.look()
+        assert one.mined is None
         chain.pruned_below = 1
-        new = await conductor.look()
+        new = await one.look()
         assert new == round_of(chain.at(15))
-        assert old not in await conductor.on_chain()
+        assert old not in await one.on_chain()
 
 
 @pytest.mark.parametrize("withdraw", [True, False])
@@ -377,13 +378,13 @@ async def test_what_a_replaced_round_found_is_withdrawn_where_that_is_wanted(
     withdraw: bool,  # noqa: FBT001 - a parameter
 ) -> None:
     chain = Chain(11, reorganises=True)
-    with conducted(path, chain, withdraw=withdraw) as conductor:
-        await conductor.look()
-        await conductor.miner.complete(await conductor.miner.lease(1), [1.0], Weights("f00d", "float32"))
-        await conductor.outbox(form_batches, ["one"], size=1, age=0.0, now=NOW, current=None)
+    with scheduled(path, chain, withdraw=withdraw) as one:
+        await one.look()
+        await one.miner.complete(await one.miner.lease(1), [1.0], Weights("f00d", "float32"))
+        await one.outbox(form_batches, ["one"], size=1, age=0.0, now=NOW, current=None)
         chain.reorganise(3)
-        await conductor.look()
-        queue = conductor.outbox.outbox.queues["one"]
+        await one.look()
+        queue = one.outbox.view.queues["one"]
     assert (queue.pending_batches, queue.withdrawn_batches) == ((0, 1) if withdraw else (1, 0))
 
 
@@ -391,16 +392,16 @@ async def test_a_store_that_is_full_in_the_middle_of_a_replacement_is_made_good_
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chain = Chain(11, reorganises=True)
-    with conducted(path, chain) as conductor:
-        old = await conductor.look()
+    with scheduled(path, chain) as one:
+        old = await one.look()
         chain.reorganise(3)
         with full(Outbox.begin_round, monkeypatch), pytest.raises(StoreUnavailableError):
-            await conductor.look()
-        assert conductor.mined is None
-        assert await conductor.on_chain() == []
-        new = await conductor.look()
+            await one.look()
+        assert one.mined is None
+        assert await one.on_chain() == []
+        new = await one.look()
         assert new not in {old, None}
-        assert await conductor.on_chain() == [new]
+        assert await one.on_chain() == [new]
 
 
 # Against a plain model
@@ -432,12 +433,12 @@ STEPS = st.lists(
 async def play(path: Path, policy: RoundPolicy, steps: Sequence[tuple[str, int]], *, reorganises: bool) -> None:
     chain = Chain(40, reorganises=reorganises)
     highest = 0
-    conductor = Conducted(path, chain, policy, withdraw=True)
+    one = Scheduled(path, chain, policy, withdraw=True)
     try:
         for step, number in steps:
             if step == "restart":
-                conductor.close()
-                conductor = Conducted(path, chain, policy, withdraw=True)
+                one.close()
+                one = Scheduled(path, chain, policy, withdraw=True)
                 continue
             if step == "reorganise":
                 if reorganises:
@@ -445,14 +446,14 @@ async def play(path: Path, policy: RoundPolicy, steps: Sequence[tuple[str, int]]
                 continue
             highest = max(highest, number)
             alive = alive_at(highest, policy)
-            before = conductor.mined
+            before = one.mined
             chain.failing = step == "unreadable"
             try:
-                mined = await conductor.look(Head(chain.at(number), catching_up=False))
+                mined = await one.look(Head(chain.at(number), catching_up=False))
             except ChainError:
                 # Nothing that is over goes on, and what is alive is not dropped.
                 keeps = before is not None and before.block_height == alive
-                assert conductor.mined == (before if keeps else None)
+                assert one.mined == (before if keeps else None)
                 continue
             if alive is None:
                 assert mined is None, "nothing is alive"
@@ -461,10 +462,10 @@ async def play(path: Path, policy: RoundPolicy, steps: Sequence[tuple[str, int]]
             else:
                 assert mined is None or (mined == before and mined.block_height == alive), "nothing else is"
             if reorganises:
-                for round_ in await conductor.on_chain():
+                for round_ in await one.on_chain():
                     assert round_.block_height > number or round_ == round_of(chain.at(round_.block_height))
     finally:
-        conductor.close()
+        one.close()
 
 
 @settings(max_examples=150)
@@ -485,15 +486,15 @@ def test_no_round_that_is_over_and_none_missed_that_is_alive(
 async def test_a_real_reorganisation(path: Path) -> None:
     async with running_anvil() as anvil:
         node = EVM(Rpc(anvil.session, anvil.url), confirmations=2)
-        with conducted(path, node) as conductor:
+        with scheduled(path, node) as one:
             await anvil.mine(13)
-            old = await conductor.look()
+            old = await one.look()
             assert old == round_of(await node.block(10))
             await anvil.reorganise(2)  # blocks 12 and 13
-            assert await conductor.look() == old
+            assert await one.look() == old
             await anvil.reorganise(5)
-            new = await conductor.look()
+            new = await one.look()
             assert new == round_of(await node.block(10)) != old
-            assert await conductor.on_chain() == [new]
+            assert await one.on_chain() == [new]
             await anvil.mine(3)
-            assert (await conductor.look()) is None
+            assert (await one.look()) is None

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-INFO = "ABCDEFGH:JKLMNOPQRSTUVW"  # of which no letter is in what tells of it, but for those that are masked
+INFO = "ABCDEFGH:JKLMNOPQRSTUVW"  # of which no delivery is in what tells of it, but for those that are masked
 SENT = base64.b64encode(INFO.encode()).decode()
 
 
@@ -119,7 +119,7 @@ async def test_a_receiver_that_sends_credentials_back_is_told_without_them(bench
                 await soon(dispatcher.settled.wait())
     assert dispatcher.state.error is not None
     assert dispatcher.state.error.startswith("HTTP 403: ")
-    assert not shows(repr((logs, await bench.letters(), dispatcher.state, dispatcher.alarm)))
+    assert not shows(repr((logs, await bench.deliveries(), dispatcher.state, dispatcher.alarm)))
 
 
 @pytest.mark.parametrize("body", ECHOES)

@@ -12,10 +12,11 @@ import structlog.testing
 from pocd.admin import status
 from pocd.admin.metrics import DaemonCollector
 from pocd.admin.text import card_text
-from pocd.clock import SYSTEM, Clock
+from pocd.clock import SYSTEM
 from pocd.pool import cards
 from pocd.pool.cards import PATIENCE_SECONDS, CardReading, Cards
 from pocd.worker.messages import CardIdentity
+from tests.support.clocks import ManualClock
 from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
@@ -33,8 +34,7 @@ class Driver:
     """Answers what it is told to, when it is told to."""
 
     def __init__(self) -> None:
-        self.now = 0.0
-        self.clock = Clock(wall=lambda: self.now, monotonic=lambda: self.now)
+        self.clock = ManualClock()
         self.answers: dict[str, CardReading] = {UUID: COOL}
         self.problem: str | None = None
         self.asked = threading.Semaphore(0)
@@ -63,7 +63,7 @@ def test_readings_come_go_and_hang_and_each_trouble_is_told_once(monkeypatch: py
         driver.turn()
         assert (watched.reading(UUID), watched.reading("GPU-2")) == (COOL, None)
         assert watched.problem is None
-        driver.now += PATIENCE_SECONDS + 1  # it was asked before, and says nothing
+        driver.clock.advance(PATIENCE_SECONDS + 1)  # it was asked before, and says nothing
         assert watched.reading(UUID) is None
         assert watched.problem == "the driver has not said for 30 s how the cards are"
         driver.answers, driver.problem = {}, "the driver does not say how card GPU-1 is: GPU is lost"

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import os
 import signal
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,6 +14,7 @@ import structlog
 
 from pocd.clock import SYSTEM
 from pocd.mining.miner import Miner
+from pocd.observe.changes import Changes
 from pocd.observe.events import Events
 from pocd.pool.causes import Cause, WorkerRefusedError
 from pocd.pool.limits import WorkerLimits
@@ -46,9 +46,10 @@ async def pooled(
 ) -> AsyncIterator[tuple[Pool, Miner]]:
     """Workers that run, over a miner with one round."""
     with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
-        miner = Miner(outbox, clock=time.monotonic, wall=time.time)
+        changes = Changes()
+        miner = Miner(outbox, changes, clock=SYSTEM)
         known, log, events = WorkerLimits(**{"batch": 60.0} | limits), structlog.get_logger(), Events(SYSTEM)
-        pool = Pool(loads, miner, known, cache=folder, clock=SYSTEM, log=log, events=events)
+        pool = Pool(loads, miner, known, cache=folder, changes=changes, clock=SYSTEM, log=log, events=events)
         await miner.set_round(Work(round_, NODE))
         task = asyncio.create_task(pool.run())
         try:
@@ -118,12 +119,14 @@ async def test_a_card_that_is_not_there_leaves_the_others_at_work(tmp_path: Path
 
 async def test_when_no_worker_can_work_the_pool_ends_with_the_reason(tmp_path: Path) -> None:
     with contextlib.closing(OutboxThread(tmp_path / "outbox.db")) as outbox:
-        miner = Miner(outbox, clock=time.monotonic, wall=time.time)
+        changes = Changes()
+        miner = Miner(outbox, changes, clock=SYSTEM)
         pool = Pool(
             [MISSING, MISSING],
             miner,
             WorkerLimits(batch=60.0),
             cache=tmp_path,
+            changes=changes,
             clock=SYSTEM,
             log=structlog.get_logger(),
             events=Events(SYSTEM),

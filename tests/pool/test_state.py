@@ -10,13 +10,14 @@ from pocd.observe.rates import RateWindow
 from pocd.pool.causes import Cause, WorkerError, WorkerRefusedError
 from pocd.pool.state import LEFT_OUT_SECONDS, LONGEST_BACKOFF, MOST_FAILURES, Phase, WorkerState
 from pocd.worker.messages import Ready
+from tests.support.clocks import ManualClock
 
 CRASH = WorkerError(Cause.CRASH, "gone")
 READY = Ready("m", "f00d", "float32", "cuda:0", 128, 4, "flat", "eager", "asked", 1.5, 0.0, 8, 4096, "2.13.0")
 
 
 def state() -> WorkerState:
-    return WorkerState(3, ("cuda:0",), 32, RateWindow(lambda: 0.0))
+    return WorkerState(3, ("cuda:0",), 32, RateWindow(ManualClock()))
 
 
 def live(

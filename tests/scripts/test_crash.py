@@ -19,6 +19,7 @@ from pocd.store.outbox import Outbox, Weights, Work
 from scripts.trials import crash
 from scripts.trials.crash_verdict import judge
 from scripts.trials.failpoints import Point
+from tests.support.clocks import NOW
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 WEIGHTS = Weights("f00d", "float32")
 NODE = Node(1, 3)
 ROUND = Round("AB", 10, "miner", 2.0, "poc2", "tiny", 16)
-NOW = 1_700_000_000.0
 # In these eight runs two kinds of kill are while mining, and the receiver is up, frozen and down.
 RUNS, SEED = 8, 194
 

@@ -14,26 +14,23 @@ from pathlib import Path
 import orjson
 import pytest
 
-from pocd.delivery.dispatchers import register_callback
 from pocd.mining.control import decode
 from pocd.mining.phases import Mode
 from pocd.protocol.nonces import Node, Progress, Span
 from pocd.protocol.proof import Proof, ProofBatch, Round
 from pocd.store import deliveries
 from pocd.store import thread as module
-from pocd.store.batches import form_batches
+from pocd.store.batches import form_batches, register_callback
 from pocd.store.deliveries import PendingDelivery, next_pending, record_delivered, record_failed
 from pocd.store.errors import StoreError, StoreUnavailableError
 from pocd.store.outbox import KnownChain, Outbox, Queue, ReceiverState, RoundProgress, Totals, Weights, Work
 from pocd.store.schema import APPLICATION_ID, VERSION
 from pocd.store.thread import OutboxThread
+from tests.support.clocks import NEXT, NOW, ROUND
 from tests.support.waiting import PATIENCE, soon
 
-NOW = 1_700_000_000.0
 WEIGHTS = Weights("f00d", "float32")
 NODE = Node(1, 3)
-ROUND = Round("AB", 10, "miner", 1.4, "poc2", "tiny", 16)
-NEXT = Round("CD", 20, "miner", 1.4, "poc2", "tiny", 16)
 
 
 @pytest.fixture

@@ -23,26 +23,26 @@ from pocd.delivery.policy import Outcome
 from pocd.delivery.posting import Receiver
 from pocd.protocol.nonces import Ledger, Node, Span
 from pocd.protocol.proof import Proof, Round
-from pocd.store import deliveries, letters, upkeep
+from pocd.store import deliveries, selections, upkeep
 from pocd.store.batches import form_batches
 from pocd.store.deliveries import PendingDelivery, next_pending
-from pocd.store.letters import Selection
 from pocd.store.outbox import Outbox, Queue, Totals, Weights, Work
+from pocd.store.selections import Selection
 from pocd.store.thread import OutboxThread
+from tests.support.clocks import ManualClock
 from tests.support.delivering import events
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 WEIGHTS = Weights("f00d", "float32")
-NOW = 1_700_000_000.0
 NODE = Node(1, 3)
 WEEK = 604_800.0
 MEMORY = Path("/dev/shm")  # thousands of transactions: their fsyncs are tested elsewhere
 ROUNDS = tuple(Round(name, height, "miner", 1.4, "poc2", "tiny", 16) for height, name in enumerate("XYZ", start=1))
 RECEIVERS = ("a", "b")
 QUIET = structlog.wrap_logger(structlog.PrintLogger(), wrapper_class=structlog.make_filtering_bound_logger(50))
-SET_ASIDE: tuple[letters.State, ...] = ("dead", "expired", "withdrawn")
+SET_ASIDE: tuple[selections.DeliveryState, ...] = ("dead", "expired", "withdrawn")
 
 OUTCOMES = st.sampled_from(
     [
@@ -91,7 +91,7 @@ class OutboxLife(RuleBasedStateMachine):
         super().__init__()
         self.folder = Path(tempfile.mkdtemp(prefix="pocd-outbox-", dir=MEMORY if MEMORY.is_dir() else None))
         self.generation = 0
-        self.now = NOW
+        self.clock = ManualClock()
         self.model = Model()
         self.loop = asyncio.new_event_loop()
         self.open()
@@ -102,7 +102,7 @@ class OutboxLife(RuleBasedStateMachine):
 
     @property
     def outbox(self) -> Outbox:
-        return self.thread.outbox
+        return self.thread.view
 
     def call(self, method: Callable[Concatenate[Outbox, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self.loop.run_until_complete(self.thread(method, *args, **kwargs))
@@ -118,7 +118,7 @@ class OutboxLife(RuleBasedStateMachine):
             Receiver(name, "http://127.0.0.1:1", None),
             self.thread,
             expire_after=WEEK,
-            wall=lambda: self.now,
+            clock=self.clock,
             jitter=lambda: 0.0,
             log=QUIET,
             events=events(),
@@ -135,7 +135,7 @@ class OutboxLife(RuleBasedStateMachine):
     @rule(round_=st.sampled_from(ROUNDS))
     def begin(self, round_: Round) -> None:
         """Take up a round as the miner does: from what the store says was done."""
-        done = self.call(Outbox.begin_round, Work(round_, NODE), self.now)
+        done = self.call(Outbox.begin_round, Work(round_, NODE), self.clock.now)
         mine = self.model.done.setdefault(round_, set())
         islands = [range(island.start, island.stop) for island in done.progress.islands]
         assert set(range(done.progress.cursor)).union(*islands) == mine
@@ -157,7 +157,7 @@ class OutboxLife(RuleBasedStateMachine):
         span = self.leased.pop(data.draw(st.integers(0, len(self.leased) - 1)))
         valid = data.draw(st.lists(st.sampled_from(NODE.nonces(span)), unique=True))
         proofs = [Proof(nonce, data.draw(st.floats(0, 1.4, exclude_max=True))) for nonce in sorted(valid)]
-        self.call(Outbox.commit_span, self.active, NODE, span, proofs, WEIGHTS, self.now)
+        self.call(Outbox.commit_span, self.active, NODE, span, proofs, WEIGHTS, self.clock.now)
         self.model.done[self.active] |= set(range(span.start, span.stop))
         self.model.found += [(self.active.id, proof.nonce, proof.distance) for proof in proofs]
 
@@ -168,7 +168,7 @@ class OutboxLife(RuleBasedStateMachine):
     )
     def form_batches(self, receivers: tuple[str, ...], size: int, over: bool) -> None:  # noqa: FBT001
         current = None if over else self.active
-        self.call(form_batches, receivers, size=size, age=100.0, now=self.now, current=current)
+        self.call(form_batches, receivers, size=size, age=100.0, now=self.clock.now, current=current)
         for number, name, body, nonces in self.rows("SELECT number, id, body, nonces FROM batches ORDER BY number"):
             if number not in self.model.batches:
                 self.model.batches[number] = (name, body, nonces, receivers)
@@ -186,7 +186,7 @@ class OutboxLife(RuleBasedStateMachine):
         assert self.active is not None
         span = self.ledger.take(count)
         proofs = [Proof(nonce, 1.0) for nonce in NODE.nonces(span)]
-        self.call(Outbox.commit_span, self.active, NODE, span, proofs, WEIGHTS, self.now)
+        self.call(Outbox.commit_span, self.active, NODE, span, proofs, WEIGHTS, self.clock.now)
         self.model.done[self.active] |= set(range(span.start, span.stop))
         self.model.found += [(self.active.id, proof.nonce, proof.distance) for proof in proofs]
         self.form_batches(receivers, size, over=True)
@@ -203,7 +203,7 @@ class OutboxLife(RuleBasedStateMachine):
         dispatcher = self.dispatchers[receiver]
         dispatcher.outcomes = list(outcomes)
         while dispatcher.outcomes and dispatcher.state.parked_at is None:
-            self.now += max(0.0, min(dispatcher.state.next_at - self.now, 1000.0))
+            self.clock.now += max(0.0, min(dispatcher.state.next_at - self.clock.now, 1000.0))
             head = self.call(next_pending, receiver)
             if head is None:
                 break
@@ -217,18 +217,18 @@ class OutboxLife(RuleBasedStateMachine):
     # Operators, chains, clocks
 
     @rule(receiver=st.sampled_from([None, *RECEIVERS]), states=st.sets(st.sampled_from(SET_ASIDE), min_size=1))
-    def send_again(self, receiver: str | None, states: set[letters.State]) -> None:
+    def send_again(self, receiver: str | None, states: set[selections.DeliveryState]) -> None:
         selection = Selection(tuple(sorted(states)), receiver)
-        queued = self.call(letters.send_again, selection, self.now)
-        assert not self.call(letters.send_again, selection, self.now)
+        queued = self.call(selections.send_again, selection, self.clock.now)
+        assert not self.call(selections.send_again, selection, self.clock.now)
         for name, batch in queued:
             assert (name, batch) not in self.model.accepted
         for name in {name for name, _ in queued} | ({receiver} if receiver else set()):
             self.call(deliveries.ask_again, name)
 
     @rule(receiver=st.sampled_from(RECEIVERS), state=st.sampled_from([*SET_ASIDE, "pending"]))
-    def purge(self, receiver: str, state: letters.State) -> None:
-        self.model.purged |= set(self.call(letters.purge, Selection((state,), receiver), self.now))
+    def purge(self, receiver: str, state: selections.DeliveryState) -> None:
+        self.model.purged |= set(self.call(selections.purge, Selection((state,), receiver), self.clock.now))
 
     @precondition(lambda self: self.active)
     @rule(found=st.integers(0, 3), comes_back=st.booleans())
@@ -238,7 +238,7 @@ class OutboxLife(RuleBasedStateMachine):
         if found:
             self.store(found, RECEIVERS, size=1)
         replaced = self.active
-        self.call(Outbox.replace_round, replaced, "block replaced", withdraw=True, now=self.now)
+        self.call(Outbox.replace_round, replaced, "block replaced", withdraw=True, now=self.clock.now)
         self.nothing_is_wrong()
         self.active, self.leased = None, []
         if comes_back:
@@ -246,18 +246,18 @@ class OutboxLife(RuleBasedStateMachine):
 
     @rule(receiver=st.sampled_from(RECEIVERS))
     def expire_unserved(self, receiver: str) -> None:
-        self.call(deliveries.expire, receiver, queued_before=self.now - WEEK, now=self.now)
+        self.call(deliveries.expire, receiver, queued_before=self.clock.now - WEEK, now=self.clock.now)
 
     @rule()
     def prune(self) -> None:
-        self.call(upkeep.prune_delivered, self.now - WEEK)
+        self.call(upkeep.prune_delivered, self.clock.now - WEEK)
         self.call(upkeep.prune_rounds)
 
     @rule(seconds=st.sampled_from([-1e9, -3600.0, 1.0, 60.0, WEEK]))
     def set_clock(self, seconds: float) -> None:
-        self.now = max(1e9, self.now + seconds)
+        self.clock.now = max(1e9, self.clock.now + seconds)
         if seconds < 0:
-            self.call(upkeep.clamp_times, self.now)
+            self.call(upkeep.clamp_times, self.clock.now)
 
     @rule()
     def reopen(self) -> None:
@@ -276,7 +276,7 @@ class OutboxLife(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """In the end every receiver is well: then it gets everything that nobody gave up."""
-        self.call(letters.send_again, Selection(SET_ASIDE), self.now)
+        self.call(selections.send_again, Selection(SET_ASIDE), self.clock.now)
         for name, dispatcher in self.dispatchers.items():
             self.call(deliveries.ask_again, name)
             while head := self.call(next_pending, name):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 from email.utils import formatdate
 
-from tests.support.delivering import NOW
+from tests.support.clocks import NOW
 from tests.support.zoo import (
     HANGING,
     OK,

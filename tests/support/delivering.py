@@ -1,4 +1,4 @@
-"""What tests of delivery share: a real store, real receivers on sockets, and a wall clock that the test sets."""
+"""What tests of delivery share: a real store, real receivers on sockets, and a clock that the test sets."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from aiohttp import web
 
 from pocd.clock import SYSTEM
 from pocd.delivery.dispatcher import Dispatcher
-from pocd.delivery.dispatchers import Dispatchers
 from pocd.delivery.posting import Receiver
+from pocd.delivery.receivers import Receivers
 from pocd.observe.events import Events
 from pocd.protocol.nonces import Node, Span
-from pocd.protocol.proof import Proof, Round
-from pocd.store import deliveries, letters
+from pocd.protocol.proof import Proof
+from pocd.store import deliveries, selections
 from pocd.store.batches import form_batches
 from pocd.store.outbox import Weights, Work
 from pocd.store.thread import OutboxThread
+from tests.support.clocks import ROUND, ManualClock
 from tests.support.waiting import soon
 
 if TYPE_CHECKING:
@@ -30,26 +31,12 @@ if TYPE_CHECKING:
 
     from pocd.http.webhooks import WebhookKeys
     from pocd.store.deliveries import PendingDelivery
-    from pocd.store.letters import Letter
     from pocd.store.outbox import Outbox, ReceiverState
+    from pocd.store.selections import Delivery
 
 WEIGHTS = Weights("f00d", "float32")
-NOW = 1_700_000_000.0
 WEEK = 7 * 86_400.0
 NODE = Node(0, 1)
-ROUND = Round("AB", 10, "miner", 1.4, "poc2", "tiny", 16)
-
-
-class Wall:
-    """The wall clock: stands still until the test sets it, or goes on by `tick` at each look."""
-
-    def __init__(self, tick: float = 0.0) -> None:
-        self.now = NOW
-        self.tick = tick
-
-    def __call__(self) -> float:
-        self.now += self.tick
-        return self.now
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +167,7 @@ def dispatchers(
     receivers: Sequence[Receiver] = (),
     make: Callable[[Receiver], Dispatcher] | None = None,
     origins: Sequence[str] = (),
-) -> Dispatchers:
+) -> Receivers:
     """Return the dispatchers of `receivers`; without `make` they are plain ones."""
 
     def plain(receiver: Receiver) -> Dispatcher:
@@ -188,13 +175,13 @@ def dispatchers(
             receiver,
             outbox,
             expire_after=WEEK,
-            wall=lambda: NOW,
+            clock=ManualClock(),
             jitter=lambda: 0.0,
             log=structlog.get_logger(),
             events=events(),
         )
 
-    return Dispatchers(receivers, make or plain, outbox, origins=origins, log=structlog.get_logger())
+    return Receivers(receivers, make or plain, outbox, origins=origins, log=structlog.get_logger())
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +189,7 @@ class Bench:
     """A store and a clock, and dispatchers on them."""
 
     outbox: OutboxThread
-    wall: Wall
+    clock: ManualClock
 
     def dispatcher(
         self, url: str, name: str = "a", keys: WebhookKeys | None = None, *, expire_after: float = WEEK
@@ -211,13 +198,13 @@ class Bench:
             Receiver(name, url, keys),
             self.outbox,
             expire_after=expire_after,
-            wall=self.wall,
+            clock=self.clock,
             jitter=lambda: 0.0,
             log=structlog.get_logger(),
             events=events(),
         )
 
-    def dispatchers(self, *urls: str) -> Dispatchers:
+    def dispatchers(self, *urls: str) -> Receivers:
         """Return all dispatchers, for receivers named a, b, …"""
         receivers = [Receiver(name, url, None) for name, url in zip("abc", urls, strict=False)]
         return dispatchers(self.outbox, receivers, lambda receiver: self.dispatcher(receiver.url, receiver.name))
@@ -227,11 +214,11 @@ class Bench:
 
         def write(outbox: Outbox) -> list[PendingDelivery]:
             (last,) = outbox.db.execute("SELECT coalesce(max(number), 0) FROM batches").fetchone()
-            done = outbox.begin_round(Work(ROUND, NODE), self.wall.now).progress.cursor
+            done = outbox.begin_round(Work(ROUND, NODE), self.clock.now).progress.cursor
             span = Span(done, done + batches * size)
             proofs = [Proof(nonce, 1 + nonce / 2**20) for nonce in NODE.nonces(span)]
-            outbox.commit_span(ROUND, NODE, span, proofs, WEIGHTS, self.wall.now)
-            form_batches(outbox, receivers, size=size, age=0.0, now=self.wall.now, current=ROUND)
+            outbox.commit_span(ROUND, NODE, span, proofs, WEIGHTS, self.clock.now)
+            form_batches(outbox, receivers, size=size, age=0.0, now=self.clock.now, current=ROUND)
             rows = outbox.db.execute(
                 "SELECT number, sequence, id, kind, body, created_at, 0, 0"
                 " FROM deliveries JOIN batches ON number = batch WHERE receiver = ? AND number > ? ORDER BY number",
@@ -244,13 +231,13 @@ class Bench:
     async def head(self, receiver: str = "a") -> PendingDelivery | None:
         return await self.outbox(deliveries.next_pending, receiver)
 
-    async def letters(self, receiver: str = "a") -> list[Letter]:
+    async def deliveries(self, receiver: str = "a") -> list[Delivery]:
         """Every batch of a receiver, in the order of its queue."""
-        everything = letters.Selection(("pending", "delivered", "dead", "expired", "withdrawn"), receiver)
-        return await self.outbox(letters.listed, everything, after=("", 0), limit=1000)
+        everything = selections.Selection(("pending", "delivered", "dead", "expired", "withdrawn"), receiver)
+        return await self.outbox(selections.listed, everything, after=("", 0), limit=1000)
 
     async def states(self, receiver: str = "a") -> list[str]:
-        return [letter.state for letter in await self.letters(receiver)]
+        return [delivery.state for delivery in await self.deliveries(receiver)]
 
     async def faults(self, receiver: str = "a") -> list[int]:
         """The faults of every batch, in the order of its queue."""
@@ -259,11 +246,11 @@ class Bench:
         return [faults for (faults,) in rows]
 
     def receiver(self, name: str = "a") -> ReceiverState:
-        return self.outbox.outbox.receivers[name]
+        return self.outbox.view.receivers[name]
 
     async def step(self, dispatcher: Dispatcher) -> None:
         """Wake a running dispatcher at the time of its next attempt, and wait until nothing can be sent again."""
-        self.wall.now = max(self.wall.now, dispatcher.state.next_at)
+        self.clock.now = max(self.clock.now, dispatcher.state.next_at)
         dispatcher.wake()
         await soon(dispatcher.settled.wait())
 
@@ -271,7 +258,7 @@ class Bench:
 @contextmanager
 def prepared(path: Path) -> Iterator[Bench]:
     with closing(OutboxThread(path)) as outbox:
-        yield Bench(outbox, Wall())
+        yield Bench(outbox, ManualClock())
 
 
 def sent(requests: list[Request]) -> list[tuple[str, bytes]]:

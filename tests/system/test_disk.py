@@ -21,10 +21,10 @@ import structlog
 from aiohttp import web
 
 from pocd.admin.client import AdminError, call
-from pocd.clock import Clock
-from pocd.delivery.keeper import Keeper, Limits
+from pocd.delivery.keeper import Keeper, StoreLimits
 from pocd.http.server import listening
 from pocd.mining.miner import Miner
+from pocd.observe.changes import Changes
 from pocd.protocol.nonces import Node, Span
 from pocd.protocol.proof import Proof, Round
 from pocd.receiver import app as receiver
@@ -36,6 +36,7 @@ from pocd.store.outbox import Outbox, Totals, Weights, Work
 from pocd.store.thread import OutboxThread
 from pocd.worker import messages
 from pocd.worker.messages import Heartbeat, Load
+from tests.support.clocks import NOW, ManualClock
 from tests.support.delivering import dispatchers
 from tests.support.processes import Chain, Daemon, config, fails, running
 from tests.support.waiting import PATIENCE
@@ -49,7 +50,6 @@ if TYPE_CHECKING:
 WEIGHTS = Weights("f00d", "float32")
 NODE = Node(1, 3)
 ROUND = Round("AB", 10, "miner", 2.0, "poc2", "tiny", 16)
-NOW = 1_700_000_000.0
 PAGE = 4096
 
 
@@ -188,10 +188,10 @@ def limit_pages(outbox: Outbox, more: int) -> None:
 
 async def test_what_a_full_disk_refused_is_lent_again_once_there_is_room(tmp_path: Path) -> None:
     path = tmp_path / "outbox.db"
-    clock = Clock(wall=lambda: NOW, monotonic=lambda: 0.0)
+    clock = ManualClock()
     with closing(OutboxThread(path)) as outbox:
-        miner = Miner(outbox, clock=clock.monotonic, wall=clock.wall)
-        limits = Limits(keep_delivered=1, expire_after=1, size=2**40, free=0)
+        miner = Miner(outbox, Changes(), clock=clock)
+        limits = StoreLimits(keep_delivered=1, expire_after=1, size=2**40, free=0)
         log = structlog.get_logger()
         keeper = Keeper(path, outbox, miner, dispatchers(outbox), limits=limits, clock=clock, log=log)
         await miner.set_round(Work(ROUND, NODE))
@@ -201,7 +201,7 @@ async def test_what_a_full_disk_refused_is_lent_again_once_there_is_room(tmp_pat
         await miner.complete(lease, [1.0] * 2000, WEIGHTS)
         assert miner.held is not None
         assert "SQLITE_FULL" in miner.held
-        assert outbox.outbox.totals == Totals()
+        assert outbox.view.totals == Totals()
         proofs = [Proof(nonce, 1.0) for nonce in lease.nonces]
         with pytest.raises(StoreUnavailableError, match="SQLITE_FULL"):
             await outbox(Outbox.commit_span, ROUND, NODE, lease.span, proofs, WEIGHTS, NOW)
@@ -214,10 +214,10 @@ async def test_what_a_full_disk_refused_is_lent_again_once_there_is_room(tmp_pat
         again = await miner.lease(2000)
         assert again.span == lease.span
         await miner.complete(again, [1.0] * 2000, WEIGHTS)
-        assert outbox.outbox.totals == Totals(checked=2000, valid=2000)
+        assert outbox.view.totals == Totals(checked=2000, valid=2000)
 
 
-# Limits of our own
+# StoreLimits of our own
 
 
 async def test_a_store_at_its_limit_holds_mining_until_the_receiver_takes_something(tmp_path: Path) -> None:

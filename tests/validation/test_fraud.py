@@ -18,7 +18,7 @@ from pocd.protocol.names import DTYPES, TOLERANCE
 from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH
 from pocd.protocol.schemes import SCHEMES
 from pocd.validation.claim import BodyError, Claim, parse_json
-from pocd.validation.deciding import MismatchError
+from pocd.validation.conditions import MismatchError
 from pocd.validation.verdict import Terms, check, judge, sampled
 
 if TYPE_CHECKING:

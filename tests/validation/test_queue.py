@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import os
 import signal
-import time
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -18,6 +17,7 @@ from pocd.clock import SYSTEM
 from pocd.delivery.posting import Receiver
 from pocd.lab import command
 from pocd.mining.miner import Miner
+from pocd.observe.changes import Changes
 from pocd.observe.events import Events
 from pocd.pool.limits import WorkerLimits
 from pocd.pool.pool import Pool
@@ -28,7 +28,7 @@ from pocd.store.deliveries import next_pending
 from pocd.store.outbox import Work
 from pocd.store.thread import OutboxThread
 from pocd.validation.claim import Claim
-from pocd.validation.queue import QueueFullError, Request, Validator
+from pocd.validation.queue import QueueFullError, ValidationRequest, Validator
 from pocd.validation.verdict import Terms
 from pocd.worker import messages
 from pocd.worker.messages import Load
@@ -98,7 +98,7 @@ class Bench:
     validator: Validator
     events: Events
 
-    async def verdict(self, request: Request) -> dict[str, Any]:
+    async def verdict(self, request: ValidationRequest) -> dict[str, Any]:
         """Ask, wait, and return the verdict."""
         name = (await self.validator.ask(request)).id
         found = await self.validator.until_finished(name, PATIENCE)
@@ -107,11 +107,11 @@ class Bench:
         verdict: dict[str, Any] = orjson.loads(found.answer)
         return verdict
 
-    async def request(self, claim: Claim, **changes: Any) -> Request:  # noqa: ANN401 - of the terms
+    async def request(self, claim: Claim, **changes: Any) -> ValidationRequest:  # noqa: ANN401 - of the terms
         async with asyncio.timeout(PATIENCE):
             await self.pool.ready.wait()
         assert self.pool.info is not None
-        return Request(claim, terms(self.pool.info.fingerprint, **changes), None, None, None)
+        return ValidationRequest(claim, terms(self.pool.info.fingerprint, **changes), None, None, None)
 
 
 @contextlib.contextmanager
@@ -119,11 +119,12 @@ def opened(folder: Path, load: Load = LOAD, *receivers: str, most: int = 4) -> I
     """A bench on which nothing runs yet."""
     with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
         log, events = structlog.get_logger(), Events(SYSTEM)
-        miner = Miner(outbox, clock=time.monotonic, wall=time.time)
+        changes = Changes()
+        miner = Miner(outbox, changes, clock=SYSTEM)
         limits = WorkerLimits(batch=60.0)
-        pool = Pool([load], miner, limits, cache=folder, clock=SYSTEM, log=log, events=events)
+        pool = Pool([load], miner, limits, cache=folder, changes=changes, clock=SYSTEM, log=log, events=events)
         served = dispatchers(outbox, [Receiver(name, "http://127.0.0.1:1", None) for name in receivers])
-        validator = Validator(outbox, pool, served, most=most, wall=time.time, log=log, events=events)
+        validator = Validator(outbox, pool, served, most=most, clock=SYSTEM, log=log, events=events)
         yield Bench(outbox, miner, pool, validator, events)
 
 
@@ -188,7 +189,7 @@ async def test_the_same_question_has_the_same_answer_and_is_computed_once(tmp_pa
         assert head is not None
         assert (head.kind, orjson.loads(head.body), head.id) == ("validated", first, first["batch_id"])
         assert await bench.outbox(next_pending, "one", head.sequence) is None
-        assert bench.outbox.outbox.totals.stored == 0, "the funnel counts what was mined"
+        assert bench.outbox.view.totals.stored == 0, "the funnel counts what was mined"
         os.kill(bench.pool.workers[0].pids[0], signal.SIGCONT)
 
 
@@ -200,7 +201,7 @@ async def test_a_verdict_also_goes_to_the_receiver_that_was_named(tmp_path: Path
         assert [head and head.kind for head in heads] == ["validated", "validated"]
         # Another question with the same answer: each receiver gets that once.
         await bench.verdict(dataclasses.replace(request, callback="callback-other"))
-        queues = bench.outbox.outbox.queues
+        queues = bench.outbox.view.queues
         assert {name: queue.pending_batches for name, queue in queues.items()} == {
             "one": 1,
             "callback-own": 1,
@@ -262,7 +263,8 @@ async def test_a_daemon_with_another_model_judges_nothing_that_was_asked_of_the_
 async def test_a_full_queue_takes_nothing_more_and_still_knows_what_it_has(tmp_path: Path) -> None:
     with opened(tmp_path, most=2) as bench:
         requests = [
-            Request(claim_of(THEIRS, {1: 1.0}), terms("f00d"), 1, seed, None) for seed in ("one", "two", "three")
+            ValidationRequest(claim_of(THEIRS, {1: 1.0}), terms("f00d"), 1, seed, None)
+            for seed in ("one", "two", "three")
         ]
         for request in requests[:2]:
             await bench.validator.ask(request)
@@ -281,8 +283,8 @@ def test_a_request_reads_back_as_it_was() -> None:
         b'{"public_key": "k", "block_hash": "b", "block_height": 1, "nonces": [1, 1], "dist": [NaN, 1], "more": 1, '
         b'"model": "m", "params": {"seq_len": 16, "batch_size": 8}}'
     )
-    request = Request(claim, terms("f00d"), 1, "seed", "callback-1")
-    again = Request.from_json(request.to_json())
+    request = ValidationRequest(claim, terms("f00d"), 1, "seed", "callback-1")
+    again = ValidationRequest.from_json(request.to_json())
     assert (again, again.id) == (request, request.id)
     others = [
         dataclasses.replace(request, sample=2),
@@ -296,7 +298,11 @@ def test_a_request_reads_back_as_it_was() -> None:
 async def test_finished_validations_are_kept_for_a_while_and_not_without_end(tmp_path: Path) -> None:
     with opened(tmp_path, most=200) as bench:
         names = [
-            (await bench.validator.ask(Request(claim_of(THEIRS, {1: 1.0}), terms("f00d"), 1, f"{number}", None))).id
+            (
+                await bench.validator.ask(
+                    ValidationRequest(claim_of(THEIRS, {1: 1.0}), terms("f00d"), 1, f"{number}", None)
+                )
+            ).id
             for number in range(validations.KEPT + 5)
         ]
         for now, name in enumerate(names[:-1]):

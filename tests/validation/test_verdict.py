@@ -17,7 +17,7 @@ from scipy.stats import binomtest
 
 from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH
 from pocd.validation.claim import Claim, parse_json
-from pocd.validation.deciding import MismatchError
+from pocd.validation.conditions import MismatchError
 from pocd.validation.verdict import Terms, check, judge, round_of, sampled
 
 if TYPE_CHECKING:

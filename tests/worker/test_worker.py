@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from pocd.clock import SYSTEM
 from pocd.mining.miner import Miner
+from pocd.observe.changes import Changes
 from pocd.observe.events import Events
 from pocd.pool import processes
 from pocd.pool.causes import Cause, WorkerRefusedError
@@ -53,9 +53,11 @@ ROUND = Round("block_alpha", 1, "node_A", 1.4142, "poc2", "bundled:tiny-llama", 
 def prepared(folder: Path, load: Load, **limits: float) -> Iterator[tuple[Pool, Miner]]:
     """Workers that do not run yet, and their miner, on a real store."""
     with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
-        miner = Miner(outbox, clock=time.monotonic, wall=time.time)
+        changes = Changes()
+        miner = Miner(outbox, changes, clock=SYSTEM)
         known, log, events = WorkerLimits(**{"batch": 60.0} | limits), structlog.get_logger(), Events(SYSTEM)
-        yield Pool([load], miner, known, cache=folder, clock=SYSTEM, log=log, events=events), miner
+        pool = Pool([load], miner, known, cache=folder, changes=changes, clock=SYSTEM, log=log, events=events)
+        yield pool, miner
 
 
 @contextlib.asynccontextmanager

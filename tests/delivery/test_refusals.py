@@ -9,9 +9,10 @@ import structlog
 from aiohttp import web
 
 from pocd.delivery import policy
-from pocd.store import deliveries, letters
+from pocd.store import deliveries, selections
 from pocd.store.outbox import Queue, ReceiverState
-from tests.support.delivering import NOW, WEEK, Bench, Server, expected, prepared, running, sent, serving
+from tests.support.clocks import NOW
+from tests.support.delivering import WEEK, Bench, Server, expected, prepared, running, sent, serving
 from tests.support.waiting import soon
 
 
@@ -52,13 +53,13 @@ async def test_a_refused_batch_is_a_dead_letter_at_once_and_the_queue_goes_on(
         async with running(dispatcher):
             assert sent(await server.take(3)) == expected(batches)
             await soon(dispatcher.settled.wait())
-    _, dead, _ = await bench.letters()
+    _, dead, _ = await bench.deliveries()
     assert await bench.states() == ["delivered", "dead", "delivered"]
     assert (dead.reason, dead.attempts) == (f"refused: HTTP {status}: nonces are not sorted", 1)
     assert dispatcher.state == ReceiverState()
     assert dispatcher.alarm is None
     assert actions(logs, "error") == ["dead_letter"]
-    assert bench.outbox.outbox.queues["a"] == Queue(
+    assert bench.outbox.view.queues["a"] == Queue(
         delivered_batches=2, delivered_nonces=4, dead_batches=1, dead_nonces=2
     )
 
@@ -72,7 +73,7 @@ async def test_a_dead_letter_that_is_sent_again_is_the_same_message_at_the_end_o
     async with running(dispatcher):
         await server.take(2)
         await soon(dispatcher.settled.wait())
-        await bench.outbox(letters.send_again, letters.Selection(("dead",), "a", (first.id,)), NOW)
+        await bench.outbox(selections.send_again, selections.Selection(("dead",), "a", (first.id,)), NOW)
         dispatcher.wake()
         (again,) = await server.take(1)
         await soon(dispatcher.settled.wait())
@@ -92,7 +93,7 @@ async def test_a_receiver_that_is_gone_is_parked_and_its_queue_kept(bench: Bench
         async with running(dispatcher):
             await server.take(2)
             await soon(dispatcher.settled.wait())
-            bench.wall.now += 30 * WEEK
+            bench.clock.now += 30 * WEEK
             dispatcher.wake()
             await soon(dispatcher.settled.wait())
     assert server.requests.empty(), "it is not asked again"
@@ -152,7 +153,7 @@ async def test_a_batch_that_alone_fails_eight_times_is_set_aside(bench: Bench, s
             await soon(dispatcher.settled.wait())
     assert sent(requests) == expected([poison] * 7 + [second, poison, third])
     assert await bench.states() == ["dead", "delivered", "delivered"]
-    (dead, *_) = await bench.letters()
+    (dead, *_) = await bench.deliveries()
     assert dead.reason == "poison: failed 8 times while a later batch was accepted: HTTP 500"
     assert dead.attempts == 8
     assert actions(logs, "error") == ["dead_letter"]
@@ -182,7 +183,7 @@ async def test_no_batch_is_poison_while_the_receiver_fails_at_all(bench: Bench, 
     # After seven of the first the second is tried, and the count begins anew; three times.
     assert sent(requests) == expected(([first] * 7 + [second]) * 3 + [first, second])
     assert await bench.states() == ["delivered", "delivered"]
-    assert [letter.attempts for letter in await bench.letters()] == [22, 4]
+    assert [delivery.attempts for delivery in await bench.deliveries()] == [22, 4]
 
 
 @pytest.mark.usefixtures("at_once")
@@ -197,7 +198,7 @@ async def test_a_next_batch_that_is_refused_does_not_show_that_the_first_is_pois
         await soon(dispatcher.settled.wait())
     assert sent(requests) == expected([first] * 7 + [second, first, third, first])
     assert await bench.states() == ["dead", "dead", "delivered"]
-    assert [letter.attempts for letter in await bench.letters()] == [9, 1, 1]
+    assert [delivery.attempts for delivery in await bench.deliveries()] == [9, 1, 1]
 
 
 @pytest.mark.usefixtures("at_once")
@@ -231,7 +232,7 @@ async def test_what_is_tried_beside_a_suspect_waits_as_long_as_any_failure(bench
         assert len(await server.take(8)) == 8
         assert server.requests.empty()
         assert dispatcher.state.failures == 8
-        assert dispatcher.state.next_at == bench.wall.now + 60
+        assert dispatcher.state.next_at == bench.clock.now + 60
         assert await bench.faults() == [0, 0]
 
 
@@ -256,7 +257,7 @@ async def test_suspicion_outlives_a_restart(bench: Bench, server: Server) -> Non
 
 async def test_what_is_too_old_expires_when_an_attempt_fails_and_is_kept(bench: Bench, server: Server) -> None:
     old = await bench.store(2, "a")
-    bench.wall.now += 50
+    bench.clock.now += 50
     await bench.store(1, "a")
     server.then(*[429] * 3)
     dispatcher = bench.dispatcher(server.url, expire_after=100.0)
@@ -264,28 +265,30 @@ async def test_what_is_too_old_expires_when_an_attempt_fails_and_is_kept(bench: 
         async with running(dispatcher):
             await soon(dispatcher.settled.wait())
             assert await bench.states() == ["pending"] * 3
-            bench.wall.now = NOW + 99.9
+            bench.clock.now = NOW + 99.9
             await bench.step(dispatcher)
             assert await bench.states() == ["pending"] * 3
-            bench.wall.now = NOW + 102
+            bench.clock.now = NOW + 102
             await bench.step(dispatcher)
             assert await bench.states() == ["expired", "expired", "pending"]
             await bench.step(dispatcher)
     assert await bench.states() == ["expired", "expired", "delivered"]
-    tried, untried, _ = await bench.letters()
+    tried, untried, _ = await bench.deliveries()
     assert (tried.reason, tried.attempts) == ("HTTP 429", 3)
     assert (untried.reason, untried.attempts) == ("never sent", 0)
-    assert [(letter.id, letter.changed_at) for letter in (tried, untried)] == [(each.id, NOW + 102) for each in old]
+    assert [(delivery.id, delivery.changed_at) for delivery in (tried, untried)] == [
+        (each.id, NOW + 102) for each in old
+    ]
     (told,) = [entry for entry in logs if entry["action"] == "expired"]
     assert told["batches"] == 2
-    shown = await bench.outbox(lambda outbox: letters.shown(outbox, tried.id))
+    shown = await bench.outbox(lambda outbox: selections.shown(outbox, tried.id))
     assert shown is not None
     assert shown[1] == old[0].body
 
 
 async def test_an_old_batch_is_delivered_to_a_receiver_that_is_well(bench: Bench, server: Server) -> None:
     batches = await bench.store(2, "a")
-    bench.wall.now += 10 * WEEK
+    bench.clock.now += 10 * WEEK
     dispatcher = bench.dispatcher(server.url)
     async with running(dispatcher):
         assert sent(await server.take(2)) == expected(batches)
@@ -296,20 +299,20 @@ async def test_an_old_batch_is_delivered_to_a_receiver_that_is_well(bench: Bench
 async def test_what_is_queued_again_has_a_life_of_its_own(bench: Bench, server: Server) -> None:
     await bench.store(1, "a")
     server.then(429, 429, 429)
-    bench.wall.now = NOW + WEEK
+    bench.clock.now = NOW + WEEK
     dispatcher = bench.dispatcher(server.url)
     async with running(dispatcher):
         await soon(dispatcher.settled.wait())
         assert await bench.states() == ["expired"]
 
-        again_at = bench.wall.now
-        await bench.outbox(letters.send_again, letters.Selection(("expired",)), again_at)
+        again_at = bench.clock.now
+        await bench.outbox(selections.send_again, selections.Selection(("expired",)), again_at)
         await bench.step(dispatcher)
         assert await bench.states() == ["pending"], "its old age is forgotten"
-        bench.wall.now = again_at + WEEK
+        bench.clock.now = again_at + WEEK
         await bench.step(dispatcher)
         assert await bench.states() == ["expired"]
-    assert (await bench.letters())[0].attempts == 3
+    assert (await bench.deliveries())[0].attempts == 3
 
 
 async def test_more_than_one_transaction_of_batches_expires(
@@ -317,7 +320,7 @@ async def test_more_than_one_transaction_of_batches_expires(
 ) -> None:
     monkeypatch.setattr(deliveries, "CHUNK", 3)
     await bench.store(10, "a")
-    bench.wall.now += WEEK
+    bench.clock.now += WEEK
     server.then(503)
     dispatcher = bench.dispatcher(server.url)
     with structlog.testing.capture_logs() as logs:
@@ -334,9 +337,9 @@ async def test_the_reason_of_what_was_withdrawn_during_an_attempt_stays(bench: B
     failed = partial(deliveries.record_failed, reason="HTTP 500", fault=True, next_at=NOW + 1)
     await bench.outbox(lambda outbox: failed(outbox, "a", batch.batch))
     await bench.outbox(deliveries.record_parked, "a", batch.batch, "HTTP 410", "http://a", NOW)
-    (letter,) = await bench.letters()
-    assert (letter.state, letter.reason) == ("withdrawn", "block replaced")
-    assert letter.attempts == 2
+    (delivery,) = await bench.deliveries()
+    assert (delivery.state, delivery.reason) == ("withdrawn", "block replaced")
+    assert delivery.attempts == 2
     assert bench.receiver().failures == 2
 
 
@@ -349,7 +352,7 @@ async def test_nothing_is_told_as_expired_when_what_failed_was_withdrawn_meanwhi
 
     server.handle = handle
     await bench.store(1, "a")
-    bench.wall.now += WEEK
+    bench.clock.now += WEEK
     dispatcher = bench.dispatcher(server.url)
     with structlog.testing.capture_logs() as logs:
         async with running(dispatcher):

@@ -8,15 +8,15 @@ import orjson
 import pytest
 from pydantic import ValidationError
 
-from pocd.validation.deciding import (
+from pocd.validation.conditions import (
     MOST_UNKNOWN,
-    Deciding,
+    BodyConditions,
+    Conditions,
     MismatchError,
-    Named,
     Params,
+    named,
     refuse_mismatch,
     running,
-    said,
 )
 
 RUNS = running(model="/models/tiny", revision="r1", fingerprint="f00d", scheme="poc2", dtype="float32", seq_len=16)
@@ -41,8 +41,8 @@ OTHERS: dict[str, object] = {
 """Of each name a value that is not run."""
 
 
-def parsed(body: object) -> Named:
-    return Named.model_validate_json(orjson.dumps(body))
+def parsed(body: object) -> BodyConditions:
+    return BodyConditions.model_validate_json(orjson.dumps(body))
 
 
 def refuse(body: object, runs: dict[str, object] = RUNS) -> None:
@@ -56,7 +56,7 @@ def refusal(body: object, runs: dict[str, object] = RUNS) -> MismatchError:
 
 
 def test_each_name_has_one_value_that_is_run_and_no_name_is_forgotten() -> None:
-    assert list(RUNS) == list(Deciding.model_fields) == list(OTHERS)
+    assert list(RUNS) == list(Conditions.model_fields) == list(OTHERS)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -92,7 +92,7 @@ def test_null_names_nothing() -> None:
     nothing = dict.fromkeys(OTHERS)
     refuse({**nothing, "params": nothing})
     refuse({"params": None})
-    assert said(parsed({**nothing, "params": nothing})) == {}
+    assert named(parsed({**nothing, "params": nothing})) == {}
 
 
 @pytest.mark.parametrize("name", ["k_dim", "max_tokens"])
@@ -153,4 +153,4 @@ def test_a_wrong_type_is_no_body(body: dict[str, Any]) -> None:
 
 
 def test_every_name_says_what_it_means() -> None:
-    assert all(field.description for field in (*Deciding.model_fields.values(), *Params.model_fields.values()))
+    assert all(field.description for field in (*Conditions.model_fields.values(), *Params.model_fields.values()))

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
     from pocd.store.outbox import Outbox
 
-State = Literal["pending", "delivered", "dead", "expired", "withdrawn"]
-SetAside = Literal["dead", "expired", "withdrawn"]
-Purgeable = Literal["pending", "dead", "expired", "withdrawn"]
+DeliveryState = Literal["pending", "delivered", "dead", "expired", "withdrawn"]
+SetAsideState = Literal["dead", "expired", "withdrawn"]
+PurgeableState = Literal["pending", "dead", "expired", "withdrawn"]
 
 
 @dataclass(frozen=True, slots=True)
-class Letter:
+class Delivery:
     """Delivery of one batch to one receiver. Times in seconds since the epoch.
 
     Attributes:
@@ -36,7 +36,7 @@ class Letter:
     sequence: int
     id: str
     kind: str
-    state: State | Literal["purged"]
+    state: DeliveryState | Literal["purged"]
     nonces: int
     attempts: int
     reason: str | None
@@ -48,7 +48,7 @@ class Letter:
 class Selection:
     """Selection of deliveries: all that match every given field."""
 
-    states: tuple[State, ...]
+    states: tuple[DeliveryState, ...]
     receiver: str | None = None
     ids: tuple[str, ...] | None = None
 
@@ -65,28 +65,30 @@ class Selection:
         return condition, parameters
 
 
-_LETTER = (
+_DELIVERY = (
     "SELECT receiver, sequence, id, kind, deliveries.state, nonces, attempts, reason, created_at, deliveries.changed_at"
     " FROM deliveries JOIN batches ON number = batch"
 )
 
 
-def listed(outbox: Outbox, selection: Selection, *, after: tuple[str, int], limit: int) -> list[Letter]:
+def listed(outbox: Outbox, selection: Selection, *, after: tuple[str, int], limit: int) -> list[Delivery]:
     """Return up to `limit` deliveries in the order of (receiver, sequence), after the pair `after`."""
     condition, parameters = selection.sql()
     rows = outbox.db.execute(
-        f"{_LETTER} WHERE {condition} AND (receiver, sequence) > (?, ?) ORDER BY receiver, sequence LIMIT ?",
+        f"{_DELIVERY} WHERE {condition} AND (receiver, sequence) > (?, ?) ORDER BY receiver, sequence LIMIT ?",
         (*parameters, *after, limit),
     )
-    return [Letter(*row) for row in rows]
+    return [Delivery(*row) for row in rows]
 
 
-def shown(outbox: Outbox, batch_id: str) -> tuple[list[Letter], bytes] | None:
+def shown(outbox: Outbox, batch_id: str) -> tuple[list[Delivery], bytes] | None:
     """Return a batch's deliveries, one for each receiver, and its bytes; None where there is no such batch."""
     row = outbox.db.execute("SELECT body FROM batches WHERE id = ?", (batch_id,)).fetchone()
     if row is None:
         return None
-    return [Letter(*row) for row in outbox.db.execute(f"{_LETTER} WHERE id = ? ORDER BY receiver", (batch_id,))], row[0]
+    return [
+        Delivery(*row) for row in outbox.db.execute(f"{_DELIVERY} WHERE id = ? ORDER BY receiver", (batch_id,))
+    ], row[0]
 
 
 def send_again(outbox: Outbox, selection: Selection, now: float) -> list[tuple[str, int]]:

@@ -10,6 +10,7 @@ from pocd.config.types import CALLBACK_PREFIX
 from pocd.delivery.posting import Receiver
 from pocd.http.addresses import allowed_origin
 from pocd.observe.mask import mask_url
+from pocd.store.batches import register_callback
 from pocd.tasks import start
 
 if TYPE_CHECKING:
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from pocd.delivery.dispatcher import Dispatcher
-    from pocd.store.outbox import Outbox
     from pocd.store.thread import OutboxThread
 
 MOST_CALLBACKS = 16
@@ -41,16 +41,8 @@ def callback_name(url: str) -> str:
     return CALLBACK_PREFIX + hashlib.sha256(url.encode()).hexdigest()[:12]
 
 
-def register_callback(outbox: Outbox, name: str, url: str) -> None:
-    """Store the URL of a receiver that came with a callback URL."""
-    with outbox.transaction():
-        outbox.db.execute(
-            "INSERT INTO receivers (name, url) VALUES (?, ?) ON CONFLICT DO UPDATE SET url = excluded.url", (name, url)
-        )
-
-
-class Dispatchers:
-    """One dispatcher for each receiver; those of callback URLs come and go.
+class Receivers:
+    """All receivers, each with its dispatcher; those of callback URLs come and go.
 
     Args:
         receivers: The configured receivers.
@@ -86,22 +78,17 @@ class Dispatchers:
 
     def names(self, callback: str | None = None) -> list[str]:
         """Return the names of the receivers of a round's batches: all configured ones, and the round's `callback`."""
-        names = [dispatcher.receiver.name for dispatcher in self._configured]
+        names = [receiver.name for receiver in self.configured]
         return names if callback is None or callback in names else [*names, callback]
 
     @property
-    def receivers(self) -> list[Receiver]:
-        """The configured receivers."""
+    def configured(self) -> list[Receiver]:
+        """The configured receivers, which get every batch."""
         return [dispatcher.receiver for dispatcher in self._configured]
-
-    @property
-    def configured(self) -> list[str]:
-        """Names of the configured receivers, which get every batch."""
-        return self.names()
 
     def wake(self) -> None:
         """Make every dispatcher look at its queue, also those of callback URLs that had got everything before."""
-        self._take_up_again(None)
+        self._serve_callbacks(None)
         for dispatcher in self:
             dispatcher.wake()
 
@@ -109,7 +96,7 @@ class Dispatchers:
         """Deliver until cancelled; `callback` is the receiver of the round that was asked for before."""
         try:
             async with asyncio.TaskGroup() as group:
-                self._take_up_again(callback)
+                self._serve_callbacks(callback)
                 self._tasks = {each.receiver.name: self._begin(group, each) for each in self}
                 self._group = group
                 await asyncio.Event().wait()  # until cancelled, so without a bound
@@ -136,11 +123,11 @@ class Dispatchers:
             for each in self._configured:
                 if each.receiver.name not in self._tasks:
                     self._tasks[each.receiver.name] = self._begin(self._group, each)
-        self._take_up_again(None)  # a callback URL may be allowed now, or is said to be no longer
+        self._serve_callbacks(None)  # a callback URL may be allowed now, or is said to be no longer
 
-    def _take_up_again(self, callback: str | None) -> None:
+    def _serve_callbacks(self, callback: str | None) -> None:
         """Serve earlier callback URLs whose queues are not empty."""
-        outbox = self._outbox.outbox
+        outbox = self._outbox.view
         for name, state in outbox.receivers.items():
             queue = outbox.queues.get(name)
             if state.url is None or name in self._callbacks:
@@ -201,7 +188,7 @@ class Dispatchers:
         if len(self._callbacks) < MOST_CALLBACKS:
             return
         for name in list(self._callbacks):
-            queue = self._outbox.outbox.queues.get(name)
+            queue = self._outbox.view.queues.get(name)
             if name != wanted and not (queue and queue.pending_batches):
                 self._tasks.pop(name).cancel()
                 del self._callbacks[name]

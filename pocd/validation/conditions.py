@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pocd.protocol.bodies import Count, Index, Name
+from pocd.protocol.bodies import ShortName
+from pocd.protocol.numbers import Count, Index
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -38,7 +39,7 @@ class MismatchError(Exception):
         self.field = field
 
 
-class Deciding(BaseModel):
+class Conditions(BaseModel):
     """All fields that decide a result. A field that is null or missing does not count.
 
     A body with a field that differs from what this daemon runs is refused.
@@ -46,16 +47,18 @@ class Deciding(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True)
 
-    model: Annotated[Name | None, Field(description="Name of the model, exactly as in `model.name`.")] = None
-    model_id: Annotated[Name | None, Field(description="Another name of the field `model`.")] = None
-    revision: Annotated[Name | None, Field(description="Revision of the model, exactly as in `model.revision`.")] = None
-    model_fingerprint: Annotated[
-        Name | None, Field(description="Fingerprint of the model's weights, as in the status.")
+    model: Annotated[ShortName | None, Field(description="Name of the model, exactly as in `model.name`.")] = None
+    model_id: Annotated[ShortName | None, Field(description="Another name of the field `model`.")] = None
+    revision: Annotated[
+        ShortName | None, Field(description="Revision of the model, exactly as in `model.revision`.")
     ] = None
-    fingerprint: Annotated[Name | None, Field(description="Another name of the field `model_fingerprint`.")] = None
-    scheme: Annotated[Name | None, Field(description="Name of the scheme: `round.scheme`.")] = None
-    poc_scheme: Annotated[Name | None, Field(description="Another name of the field `scheme`.")] = None
-    dtype: Annotated[Name | None, Field(description="Precision of the computation: `model.dtype`.")] = None
+    model_fingerprint: Annotated[
+        ShortName | None, Field(description="Fingerprint of the model's weights, as in the status.")
+    ] = None
+    fingerprint: Annotated[ShortName | None, Field(description="Another name of the field `model_fingerprint`.")] = None
+    scheme: Annotated[ShortName | None, Field(description="Name of the scheme: `round.scheme`.")] = None
+    poc_scheme: Annotated[ShortName | None, Field(description="Another name of the field `scheme`.")] = None
+    dtype: Annotated[ShortName | None, Field(description="Precision of the computation: `model.dtype`.")] = None
     seq_len: Annotated[
         Count | None,
         Field(description="Sequence length in positions. An init may ask for another one than `round.seq_len`."),
@@ -72,15 +75,15 @@ class Deciding(BaseModel):
         Index | None, Field(description="Number of tokens to decode: not supported, must be absent.")
     ] = None
     quantization: Annotated[
-        Name | None,
+        ShortName | None,
         Field(description="Quantisation of weights beyond the checkpoint's: not supported, must be absent."),
     ] = None
     kv_cache_dtype: Annotated[
-        Name | None, Field(description="Precision of the KV cache: not supported, must be absent.")
+        ShortName | None, Field(description="Precision of the KV cache: not supported, must be absent.")
     ] = None
 
 
-class Params(Deciding):
+class Params(Conditions):
     """The round's parameters. An unknown name is refused with 409, since it may decide a result."""
 
     model_config = ConfigDict(extra="allow")
@@ -88,7 +91,7 @@ class Params(Deciding):
     batch_size: Annotated[Count | None, Field(description="Ignored: no distance depends on it.")] = None
 
 
-class Named(Deciding):
+class BodyConditions(Conditions):
     """Fields that decide a result, at the top of a body and in its `params`, which may not contradict each other."""
 
     params: Annotated[
@@ -100,7 +103,7 @@ class Named(Deciding):
 def running(
     *, model: str, revision: str | None, fingerprint: str | None, scheme: str, dtype: str, seq_len: int
 ) -> dict[str, object]:
-    """Return the one value that each field of `Deciding` may have; None where the field must be absent."""
+    """Return the one value that each field of `Conditions` may have; None where the field must be absent."""
     return {
         "model": model,
         "model_id": model,
@@ -121,18 +124,18 @@ def running(
     }
 
 
-def said(body: Named) -> dict[str, dict[str, object]]:
+def named(body: BodyConditions) -> dict[str, dict[str, object]]:
     """Return the fields that a body has: values by field name, then by the place where they are given."""
     found: dict[str, dict[str, object]] = {}
     for prefix, part in (("", body), ("params.", body.params)):
-        for name in Deciding.model_fields:
+        for name in Conditions.model_fields:
             value = getattr(part, name, None)
             if value is not None:
                 found.setdefault(name, {})[prefix + name] = value
     return found
 
 
-def refuse_mismatch(body: Named, runs: Mapping[str, object], phrase: str, done: str) -> None:
+def refuse_mismatch(body: BodyConditions, runs: Mapping[str, object], phrase: str, done: str) -> None:
     """Refuse a body in which a field differs from what is computed.
 
     Args:
@@ -144,7 +147,7 @@ def refuse_mismatch(body: Named, runs: Mapping[str, object], phrase: str, done: 
     Raises:
         MismatchError: A field differs, contradicts itself, or is unknown.
     """
-    for name, places in said(body).items():
+    for name, places in named(body).items():
         first, *_ = places
         for place, value in places.items():
             if name in runs and value != runs[name]:

@@ -8,21 +8,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pocd.delivery.dispatchers import MOST_CALLBACKS, CallbackError, callback_name
 from pocd.delivery.posting import Receiver
+from pocd.delivery.receivers import MOST_CALLBACKS, CallbackError, callback_name
 from pocd.protocol.nonces import Span
 from pocd.protocol.proof import Proof
 from pocd.store import deliveries
 from pocd.store.batches import form_batches
 from pocd.store.outbox import Outbox, Work
-from tests.support.delivering import NODE, NOW, ROUND, WEIGHTS, Bench, Server, dispatchers, prepared, serving
+from tests.support.clocks import NOW, ROUND
+from tests.support.delivering import NODE, WEIGHTS, Bench, Server, dispatchers, prepared, serving
 from tests.support.waiting import soon
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
     from pathlib import Path
 
-    from pocd.delivery.dispatchers import Dispatchers
+    from pocd.delivery.receivers import Receivers
 
 
 @pytest.fixture
@@ -37,8 +38,8 @@ async def server() -> AsyncIterator[Server]:
         yield made
 
 
-def over(bench: Bench, *urls: str, origins: tuple[str, ...] = ()) -> Dispatchers:
-    """Dispatchers for receivers of the configuration, named a, b, …"""
+def over(bench: Bench, *urls: str, origins: tuple[str, ...] = ()) -> Receivers:
+    """Receivers for receivers of the configuration, named a, b, …"""
     receivers = [Receiver(name, url, None) for name, url in zip("abc", urls, strict=False)]
     return dispatchers(
         bench.outbox, receivers, lambda receiver: bench.dispatcher(receiver.url, receiver.name), origins=origins
@@ -46,7 +47,7 @@ def over(bench: Bench, *urls: str, origins: tuple[str, ...] = ()) -> Dispatchers
 
 
 @contextlib.asynccontextmanager
-async def running(each: Dispatchers, callback: str | None = None) -> AsyncIterator[None]:
+async def running(each: Receivers, callback: str | None = None) -> AsyncIterator[None]:
     task = asyncio.create_task(each.run(callback))
     try:
         yield
@@ -67,7 +68,7 @@ async def queue(bench: Bench, callback: str) -> None:
     await bench.outbox(write)
 
 
-def served(each: Dispatchers) -> list[str]:
+def served(each: Receivers) -> list[str]:
     return [dispatcher.receiver.name for dispatcher in each]
 
 
@@ -103,7 +104,7 @@ async def test_an_origin_that_nobody_configured_is_refused_and_nothing_is_rememb
                 await each.callback(url, wanted=None)
             assert not refused.value.full
         assert served(each) == ["a"]
-    assert set(bench.outbox.outbox.receivers) <= {"a"}
+    assert set(bench.outbox.view.receivers) <= {"a"}
 
 
 async def test_callback_urls_are_bounded_and_idle_ones_make_room(bench: Bench) -> None:
@@ -163,5 +164,5 @@ async def test_after_a_restart_an_origin_that_is_no_longer_allowed_is_not_called
     async with running(again, name):
         await soon(bench.outbox(deliveries.next_pending, name))
         assert served(again) == []
-    assert bench.outbox.outbox.queues[name].pending_batches == 1
+    assert bench.outbox.view.queues[name].pending_batches == 1
     assert server.requests.empty()
