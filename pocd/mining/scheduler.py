@@ -9,7 +9,8 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from pocd.chain.source import BlockUnavailableError, ChainError
+from pocd.chain.source import BlockUnavailableError, ChainError, same_hash
+from pocd.observe.levels import Level
 from pocd.protocol.rounds import active_start
 from pocd.store.errors import StoreUnavailableError
 from pocd.store.outbox import Outbox
@@ -50,8 +51,8 @@ class RoundScheduler:
         policy: Heights at which rounds start, and how long they live.
         make_round: Makes the round that a block starts.
         withdraw: Whether to withdraw the pending batches of a round whose block was replaced.
-        clock: Dates what is stored by its wall clock.
-        log: Gets a line when a round is replaced, and when the head goes back.
+        clock: Dates what is stored by its wall clock, and paces the log by its monotonic clock.
+        log: Gets a line when a round is replaced, when the head goes back, and when it is no longer back.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class RoundScheduler:
         self._log = log
         known = outbox.view.chain
         self._highest = known.height if known else 0
-        self._went_back = False
+        self._went_back = Level()
 
     async def on_head(self, head: Head) -> None:
         """Pass the round that should be active at `head` to `control`.
@@ -101,9 +102,9 @@ class RoundScheduler:
             raise
 
     def _note(self, head: Block) -> None:
-        """Raise the highest height seen, or log once that the head went back."""
-        went_back = head.height < self._highest
-        if went_back and not self._went_back:
+        """Raise the highest height seen; log when the head goes back, and when it is no longer back."""
+        turn = self._went_back.look(self._clock.monotonic(), bad=head.height < self._highest)
+        if turn == "worse":
             mined = self._control.chain_round
             self._log.warning(
                 "head went back",
@@ -112,7 +113,10 @@ class RoundScheduler:
                 highest=self._highest,
                 round=mined.block_height if mined else None,
             )
-        self._went_back = went_back
+        elif turn == "better":
+            self._log.info(
+                "head is where it was again", action="head_well", height=head.height, times=self._went_back.times
+            )
         self._highest = max(self._highest, head.height)
 
     async def _remember(self, head: Block) -> None:
@@ -132,7 +136,7 @@ class RoundScheduler:
         if start > head.height:
             return mined  # this node cannot say what is there
         block = await self._block(blocks, start)
-        if mined is not None and mined.block_hash == block.hash:
+        if mined is not None and same_hash(mined.block_hash, block.hash):
             return mined
         return self._make_round(block)
 
@@ -153,7 +157,7 @@ class RoundScheduler:
                 return  # pruned, and so are those before it
             on_chain = False
             for round_ in same_height:
-                if round_.block_hash == block.hash:
+                if same_hash(round_.block_hash, block.hash):
                     on_chain = True
                 else:
                     await self._replace(round_, block)
