@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from pocd.chain.source import (
@@ -81,8 +81,9 @@ class Failover:
     replaced. A node on another chain, or with another hash at a known height, is refused (docs/protocol.md section 8).
     Which of two nodes is right cannot be known from here: the first stays believed.
 
-    A head that is higher than the chain can have become since the last one is a leap. It is passed over, until a
-    second node confirms it, or no other node is well and the same one repeats it for a while.
+    A head that is higher than the chain can have become since the last one is a leap; so is one of now that is lower
+    than the chain can have been minutes ago, which proves that the highest was a lie. It is passed over, until a second
+    node confirms it, or no other node is well and the same one repeats it for a while.
 
     Args:
         sources: Sources of one kind, at least one; messages name each by `str(source)`.
@@ -147,7 +148,7 @@ class Failover:
             except ChainError as error:
                 errors.append(error)
                 continue
-            if (leap := self._leap(head.block.height)) is not None:
+            if (leap := self._leap(head)) is not None:
                 errors.append(ChainError(f"{node.source} {leap}"))
                 leaps.append((head, node))
                 continue
@@ -160,8 +161,12 @@ class Failover:
             behind.append((head, node.source))
         confirmed = self._confirmed(leaps)
         if confirmed is not None:
-            self._believe(confirmed[0])
-            return self._take(*confirmed, ["the nodes repeat it"])
+            head, source = confirmed
+            if self._highest is not None and head.block.height < self._highest:
+                self._highest = None
+                head = replace(head, corrects=True)
+            self._believe(head)
+            return self._take(head, source, ["the nodes repeat it"])
         if not behind:
             raise _joined(errors)
         head, source = max(behind, key=lambda pair: pair[0].block.height)  # the first of equals
@@ -220,15 +225,21 @@ class Failover:
             )
         self._check(head.block, source)
 
-    def _leap(self, height: int) -> str | None:
-        """Return what is wrong with a height that the chain cannot have reached since the last head."""
+    def _leap(self, head: Head) -> str | None:
+        """Return what is wrong with a height that cannot be if the highest seen before is right."""
         if self._highest is None:
             return None
+        rise = head.block.height - self._highest
         passed = 0.0 if self._rose_at is None else self._clock.monotonic() - self._rose_at
-        if height <= self._highest + LEAP + FASTEST * passed:
+        is_of_now = not head.catching_up and abs(self._age(head)) <= self._stale_after
+        if rise > LEAP + FASTEST * passed:
+            where = f"{rise} above"
+        elif is_of_now and -rise > LEAP + FASTEST * self._stale_after:
+            where = f"{-rise} below"
+        else:
             return None
         return (
-            f"says that its newest block is {height}, which is {height - self._highest} above the highest seen before: "
+            f"says that its newest block is {head.block.height}, which is {where} the highest seen before: "
             f"believed when a second node says so, or this one for {LEAP_SECONDS:.0f} s"
         )
 
@@ -282,8 +293,11 @@ class Failover:
     def _problem(self, head: Head) -> str | None:
         if head.catching_up:
             return "is catching up"
-        age = self._clock.wall() - head.block.time.timestamp()
+        age = self._age(head)
         return f"has a newest block that is {age:.0f} s old" if age > self._stale_after else None
+
+    def _age(self, head: Head) -> float:
+        return self._clock.wall() - head.block.time.timestamp()
 
     def _problems(self, behind: list[tuple[Head, ChainSource]]) -> list[str]:
         return [f"{source} {self._problem(head)}" for head, source in behind]

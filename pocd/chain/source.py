@@ -35,10 +35,17 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A node's newest block that counts, and whether the node is still catching up."""
+    """A node's newest block that counts.
+
+    Attributes:
+        block: The block.
+        catching_up: Whether the node is still catching up.
+        corrects: Whether a higher head that was believed before is proven to have been a lie by this one.
+    """
 
     block: Block
     catching_up: bool
+    corrects: bool = False
 
 
 class ChainError(Exception):

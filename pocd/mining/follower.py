@@ -37,7 +37,7 @@ class ChainHealth:
         seen_at: Unix time in seconds of the last poll that succeeded.
         error: Error of the last poll; None when it succeeded.
         failures: Number of polls that failed since the last good one.
-        highest: The highest head ever seen, also before this daemon's start.
+        highest: The highest head ever seen, also before this daemon's start, less those that were lies.
     """
 
     head: Head | None = None
@@ -134,7 +134,7 @@ async def _poll(
     try:
         head = await source.head()
         health.head = head
-        health.highest = max(health.highest, head.block.height)
+        health.highest = head.block.height if head.corrects else max(health.highest, head.block.height)
         if not head.catching_up:
             await on_head(head)
     except (ChainError, StoreUnavailableError) as error:

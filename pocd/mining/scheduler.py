@@ -37,9 +37,9 @@ ALWAYS_HELD = 128
 class RoundScheduler:
     """Decides which round runs, as far as the chain decides (see `pocd.mining.control`).
 
-    The height that counts is the highest ever seen, which the store remembers: a node that lags behind it, or a
-    restart, begins no round that is over and ends none that runs. Only the blocks that the head can vouch for are asked
-    of the chain, so a round whose start a lagging node has not seen yet begins when it has.
+    The height that counts is the highest ever seen, which the store remembers, until it is proven a lie: a node that
+    lags behind it, or a restart, begins no round that is over and ends none that runs. Only the blocks that the head
+    can vouch for are asked of the chain, so a round whose start a lagging node has not seen yet begins when it has.
 
     Where blocks may be replaced, the rounds in the store are compared with the chain before any other begins. A round
     whose block is gone is marked there, and its place is taken by the new block's.
@@ -86,7 +86,7 @@ class RoundScheduler:
             ChainError: A block that is needed could not be read.
             StoreUnavailableError: The store cannot remember now what it must.
         """
-        self._note(head.block)
+        self._note(head)
         start = active_start(self._highest, self._policy)
         mined = self._control.chain_round
         if mined is not None and mined.block_height != start:
@@ -101,8 +101,14 @@ class RoundScheduler:
                 await self._control.follow(None)
             raise
 
-    def _note(self, head: Block) -> None:
+    def _note(self, looked_at: Head) -> None:
         """Raise the highest height seen; log when the head goes back, and when it is no longer back."""
+        head = looked_at.block
+        if looked_at.corrects:
+            self._log.warning(
+                "the highest head was a lie", action="head_corrected", height=head.height, highest=self._highest
+            )
+            self._highest = head.height
         turn = self._went_back.look(self._clock.monotonic(), bad=head.height < self._highest)
         if turn == "worse":
             mined = self._control.chain_round
@@ -121,7 +127,7 @@ class RoundScheduler:
 
     async def _remember(self, head: Block) -> None:
         known = self._outbox.view.chain
-        if known is None or known.height < self._highest:
+        if known is None or known.height != self._highest:
             await self._outbox(Outbox.remember_head, head.chain_id, self._highest)
 
     async def _wanted(self, start: int | None, head: Block, mined: Round | None) -> Round | None:

@@ -339,6 +339,40 @@ async def test_two_nodes_that_leap_to_different_heights_confirm_nothing() -> Non
         await chain.head()
 
 
+async def test_a_lie_that_was_believed_is_corrected_by_heads_of_now() -> None:
+    clock = ManualClock()
+    source = Fake("a", block_at(6))
+    chain = failover([source], clock, highest=FAR)
+    for _ in range(LEAP_LOOKS - 1):
+        with pytest.raises(ChainError, match=r"which is 99999998 below the highest seen before: believed when"):
+            await chain.head()
+        clock.advance(LEAP_SECONDS)
+    assert await chain.head() == Head(block_at(6), catching_up=False, corrects=True)
+    source.answer = block_at(7)
+    assert await chain.head() == Head(block_at(7), catching_up=False)
+    source.answer = block_at(FAR)
+    with pytest.raises(ChainError, match="above the highest"):
+        await chain.head()
+
+
+async def test_a_lie_that_was_believed_is_corrected_at_once_by_two_nodes() -> None:
+    chain = failover([Fake("a", block_at(6)), Fake("b", block_at(5))], highest=FAR)
+    assert await chain.head() == Head(block_at(6), catching_up=False, corrects=True)
+
+
+@pytest.mark.parametrize("head", [Head(block_at(6, age=age), catching_up=False) for age in (601, -601)])
+async def test_a_head_that_is_not_of_now_proves_nothing(head: Head) -> None:
+    chain = failover([Fake("a", head.block), Fake("b", head.block)], highest=FAR)
+    for _ in range(2 * LEAP_LOOKS):
+        assert await chain.head() == head
+
+
+async def test_a_node_that_catches_up_proves_nothing() -> None:
+    source = Fake("a", block_at(6))
+    source.catching_up = True
+    assert await failover([source], highest=FAR).head() == Head(block_at(6), catching_up=True)
+
+
 async def test_what_the_chain_can_have_made_since_is_no_leap() -> None:
     clock = ManualClock()
     source = Fake("a", block_at(5))

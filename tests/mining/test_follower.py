@@ -189,6 +189,13 @@ async def test_the_highest_head_is_remembered() -> None:
     assert ChainHealth(head_at(5), NOW, highest=5 + LAG).problem(NOW, 5.0) is None
 
 
+async def test_a_head_that_corrects_a_lie_is_the_highest() -> None:
+    play = Play([head_at(10_000), Head(head_at(5).block, catching_up=False, corrects=True)])
+    await play.run()
+    assert play.health.highest == 5
+    assert play.health.problem(play.clock.now, 5.0) is None
+
+
 async def test_a_head_that_is_catching_up_is_not_passed_on() -> None:
     play = Play([head_at(1, catching_up=True), head_at(2)])
     await play.run()

@@ -202,6 +202,19 @@ async def test_two_spellings_of_one_hash_are_one_block(path: Path) -> None:
     assert actions(records) == ["round_begin", "round_begin"]
 
 
+async def test_a_head_that_corrects_a_lie_takes_its_place_also_across_a_restart(path: Path) -> None:
+    chain = Chain(11)
+    lie = Head(Block("chain", 10_000_003, "LIE", datetime.fromtimestamp(NOW, UTC)), catching_up=False)
+    with scheduled(path, chain) as one:
+        await one.look()
+        assert await one.look(lie) is None
+        assert await one.look() is None
+        assert await one.look(Head(chain.at(11), catching_up=False, corrects=True)) == round_of(chain.at(10))
+        assert one.outbox.view.chain == KnownChain("chain", 11)
+    with scheduled(path, chain) as one:
+        assert await one.look() == round_of(chain.at(10))
+
+
 async def test_a_restart_behind_a_node_that_lags_begins_no_round_that_is_over(path: Path) -> None:
     chain = Chain(11)
     with scheduled(path, chain) as one:
