@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
 """The longest answer that is read, unless a call allows for more. A block with 100,000 hashes of transactions fits."""
 
+MOST_COMMAS = 300_000
+"""Commas in an answer that is read. It takes the time of its values to read JSON, not of its bytes; a full block has
+200,000 transactions at most, and 10,000 signatures of the block before."""
+
 LIMIT_EXCEEDED = (-32005, -32007, 429)
 """JSON-RPC errors by which a node says that it is asked too often: EIP-1474's, and two of large providers."""
 
@@ -135,7 +139,8 @@ class Rpc:
     1/4, 1/2, 1, 1, … s between them. Only what may pass is tried again: a failing connection, a timeout, and HTTP 5xx
     unless it carries a JSON-RPC error, which is an answer. A node that asks to be left alone is not asked again.
 
-    An answer that is compressed although we do not ask for it is unpacked; its limit holds before and after.
+    An answer that is compressed although we do not ask for it is unpacked; its limit holds before and after. None holds
+    the event loop for long (`MOST_COMMAS`).
 
     Args:
         session: Sends the requests. User info in `url` is sent as basic authentication.
@@ -252,6 +257,9 @@ class Rpc:
         unpacked = _unpack(bytes(body), limit + 1)
         if len(unpacked) > limit:
             raise self._too_long(unpacked, where, limit)
+        if unpacked.count(b",") > MOST_COMMAS:
+            begin = excerpt(unpacked[:2048], secrets=self.secrets, cut=True)
+            raise ChainError(f"{where}: the answer has more than {MOST_COMMAS} commas: {begin}")
         return unpacked.removeprefix(_BYTE_ORDER_MARK)
 
     def _too_long(self, body: bytes, where: str, limit: int) -> ChainError:

@@ -29,7 +29,7 @@ class Level:
 
         Args:
             now: Monotonic time in seconds.
-            bad: Whether it is bad.
+            bad: Whether the state is bad.
         """
         worse, better = bad and not self._bad, self._bad and not bad
         self._bad = bad

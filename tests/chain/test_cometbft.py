@@ -464,7 +464,7 @@ async def test_a_node_that_lacks_the_block_in_either_call() -> None:
 
 
 async def test_a_block_as_large_as_the_protocol_allows() -> None:
-    transactions = ["A" * (1024 * 1024 * 4 // 3)] * 21
+    transactions = ["A" * 146] * 200_000  # 28 MiB
     async with node_of(answer(b"", 404), answer(changed(BLOCK, "result.block.data", {"txs": transactions}))) as (
         node,
         _,
@@ -582,6 +582,15 @@ async def test_an_answer_without_end_is_cut_off() -> None:
 
     async with node_of(endless) as (node, requests, _):
         with pytest.raises(ChainError, match=rf"longer than {rpc.MAX_ANSWER_BYTES} bytes: \[\[\["):
+            await node.head()
+        assert len(requests) == 1
+
+
+@pytest.mark.parametrize("value", [b"[]", b"{}", b"1"])
+async def test_an_answer_of_too_many_values_is_not_read(value: bytes) -> None:
+    body = b"[" + (value + b",") * (rpc.MOST_COMMAS + 1) + b"0]"
+    async with node_of(answer(body)) as (node, requests, _):
+        with pytest.raises(ChainError, match=f"has more than {rpc.MOST_COMMAS} commas: "):
             await node.head()
         assert len(requests) == 1
 

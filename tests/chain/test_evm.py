@@ -243,6 +243,12 @@ async def test_the_answer_to_another_call_is_not_believed(other: object) -> None
             await node.head()
 
 
+async def test_a_block_of_very_many_transactions() -> None:
+    block = BLOCK | {"number": "0xf", "transactions": ["0x" + "a" * 64] * 100_000}
+    async with node_of(HONEST | {"eth_getBlockByNumber": block}) as (node, _):
+        assert (await node.block(15)).hash == HASH.lower()
+
+
 async def test_each_call_has_an_id_of_its_own() -> None:
     async with node_of(HONEST, confirmations=2) as (node, calls):
         await node.head()
