@@ -167,7 +167,8 @@ async def test_a_chain_that_flaps_is_few_lines_of_log() -> None:
     play = Play([head_at(2), head_at(2, catching_up=True)] * 50 + [head_at(2)] * 14)
     assert await play.run() == [degraded, well, degraded, well]
     assert len(play.problems) == 4
-    play = Play([head_at(2), ChainError("refused")] * 6 + [head_at(2)] * 14)  # 60 s
+    flapping: list[Head | Exception] = [head_at(2), ChainError("refused")]
+    play = Play([*flapping * 6, *[head_at(2)] * 14])  # 60 s
     assert await play.run() == [down, restored, down, restored]
 
 
