@@ -215,7 +215,7 @@ async def test_the_chains_rounds_come_back_with_resume(api: Api) -> None:
     await api.daemon.until(lambda body: body["chain"]["height"] == api.chain.height)
     status = await api.daemon.status()
     assert (status["round"]["block_hash"], status["control"]["mode"]) == ("ours", "GENERATING")
-    await api.done("/resume")
+    answer = await api.done("/resume")
     assert api.chain.height == height + 1
     await api.daemon.until(lambda body: body["round"] and body["round"]["block_height"] == api.chain.height)
     assert answer["pow_status"]["control"] == {"mode": "FOLLOWING", "asked": None}
