@@ -84,10 +84,11 @@ class Poster:
         headers = {"Content-Type": "application/json", **place, **signed}
         url = f"{self._receiver.url.rstrip('/')}/{kind}"
         self._barred = None
+        unsent = io.BytesIO(body)
         try:
-            async with self._session.post(
-                url, data=io.BytesIO(body), headers=headers, allow_redirects=False
-            ) as response:
+            async with self._session.post(url, data=unsent, headers=headers, allow_redirects=False) as response:
+                if response.status < 300 and unsent.tell() < len(body):
+                    return Outcome(None, f"HTTP {response.status} before the batch was sent", broke=True)
                 return await self._outcome(response)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             # An address that is barred is the reason, whether or not the others of its name could be reached.

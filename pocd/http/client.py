@@ -14,11 +14,12 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
 
+from pocd.http.answers import TolerantParser
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from aiohttp import AddrInfoType, StreamReader
-    from aiohttp.http_parser import RawResponseMessage
+    from aiohttp import AddrInfoType
 
     Refuse = Callable[[str], str | None]
     Addresses = Sequence[tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]]  # the last for `getnameinfo`
@@ -31,6 +32,8 @@ def open_session(
     timeout: aiohttp.ClientTimeout, *, window: int | None = None, refuse: Refuse | None = None
 ) -> aiohttp.ClientSession:
     """Return a client for one peer, which shares nothing with those for others; the caller closes it.
+
+    Each request has a connection of its own, so that no answer is taken for another request's.
 
     Args:
         timeout: Limits of each call.
@@ -51,35 +54,28 @@ def open_session(
 
 
 class _Connector(aiohttp.TCPConnector):
-    """Aiohttp's connections, of which one that was kept serves another request only if the peer was silent since."""
+    """Aiohttp's connections, each for one request.
+
+    On a connection that is kept, an answer too many, by the peer or a proxy before it, would be believed about the next
+    request, and all later ones be off by one; and one that the peer closes just then costs that request.
+    """
 
     def __init__(self, *, resolver: AbstractResolver, socket_factory: Callable[[AddrInfoType], socket.socket]) -> None:
-        super().__init__(resolver=resolver, socket_factory=socket_factory)
+        super().__init__(resolver=resolver, socket_factory=socket_factory, force_close=True)
         self._factory = partial(_Connection, loop=self._loop)  # type: ignore[assignment] # a subclass will do
 
 
 class _Connection(ResponseHandler):
-    """Aiohttp's side of a connection, which is closed by an answer that no request asked for.
-
-    A peer, or a proxy before it, that answers once too often would be believed about the next request, and all its
-    later answers be off by one.
-    """
-
-    _answered = False
+    """Aiohttp's side of a connection, which is closed by an answer that comes before the request."""
 
     def set_response_params(self, **params: Any) -> None:  # noqa: ANN401 - aiohttp's own
-        """Expect the answer to a request that is about to be sent."""
-        self._answered = False
+        """Expect the answer to the request that is about to be sent."""
         super().set_response_params(**params)
-
-    def feed_data(self, data: tuple[RawResponseMessage, StreamReader], size: int = 0) -> None:
-        """Take the head of an answer; those of 1xx announce another one."""
-        self._answered = not 100 <= data[0].code < 200
-        super().feed_data(data, size)
+        self._parser = TolerantParser(self._parser, self, self._loop)  # type: ignore[assignment] # all that is asked
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes of the answer that is expected, or close the connection."""
-        if data and self._answered and (self._payload is None or self._payload.is_eof()):  # aiohttp calls it without
+        """Take bytes of the answer, or close the connection."""
+        if self._parser is None:
             self.abort()
         else:
             super().data_received(data)
