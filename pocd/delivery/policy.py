@@ -15,8 +15,9 @@ JITTER = 0.2  # of the backoff, either way, so that hosts do not come back in st
 LONGEST_RETRY_AFTER = 600.0  # seconds; a receiver that asks for more is asked again all the same
 LONGEST_WAIT = LONGEST_RETRY_AFTER * (1 + JITTER) + 1.0  # and room for rounding
 POISON_FAULTS = 8  # failures of one batch alone, until it is set aside
+ALARMING_REFUSALS = 3  # failures in a row, the last of them a refusal, that call a person
 
-REFUSED = frozenset({400, 409, 413, 422})  # the message will never do
+REFUSED = frozenset({400, 409, 413, 422})  # the message will never do, or a setting is wrong
 PASSING = frozenset({408, 425, 429})  # like 5xx: the receiver's state, which changes
 GONE = 410
 
@@ -48,6 +49,11 @@ class Outcome:
     def fault(self) -> bool:
         """Whether the batch itself may be what the receiver fails at."""
         return self.broke or (self.status is not None and self.status >= 500)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the receiver refuses the batch: for what it holds, or as it would refuse any."""
+        return self.status in REFUSED
 
     @property
     def alarm(self) -> bool:
@@ -84,7 +90,9 @@ class Park:
 Decision = Accept | Retry | SetAside | Park
 
 
-def decide(outcome: Outcome, *, failures: int, faults: int, overtaken: bool, jitter: float) -> Decision:
+def decide(
+    outcome: Outcome, *, failures: int, faults: int, overtaken: bool, others_pass: bool, jitter: float
+) -> Decision:
     """Return the decision after an attempt to deliver the head of a queue.
 
     Args:
@@ -92,11 +100,12 @@ def decide(outcome: Outcome, *, failures: int, faults: int, overtaken: bool, jit
         failures: How often the receiver has failed in a row, with this attempt.
         faults: How often the receiver may have failed because of this batch, with this attempt.
         overtaken: Whether the receiver has accepted a later batch.
+        others_pass: Whether the receiver has just accepted another batch, though it refused this one before.
         jitter: Uniformly random in [-1, 1].
     """
     if outcome.accepted:
         return Accept()
-    if outcome.status in REFUSED:
+    if outcome.refused and others_pass:
         return SetAside(f"refused: {outcome.detail}")
     if outcome.status == GONE:
         return Park()
@@ -107,6 +116,16 @@ def decide(outcome: Outcome, *, failures: int, faults: int, overtaken: bool, jit
         wait = min(max(outcome.retry_after, BACKOFF_SECONDS[0]), LONGEST_RETRY_AFTER)
         return Retry(wait * (1 + JITTER * abs(jitter)))
     return Retry(backoff(failures, jitter))
+
+
+def calls_a_person(outcome: Outcome, failures: int) -> bool:
+    """Tell whether a failure is likely to be a wrong setting, here or at the receiver.
+
+    Args:
+        outcome: Outcome of the last attempt.
+        failures: How often the receiver has failed in a row, with this attempt.
+    """
+    return outcome.alarm or (outcome.refused and failures >= ALARMING_REFUSALS)
 
 
 def may_be_poison(outcome: Outcome, faults: int) -> bool:
@@ -143,14 +162,14 @@ def remaining_wait(next_at: float, now: float) -> float:
 def parse_retry_after(text: str, now: float) -> float | None:
     """Return the seconds that a Retry-After header asks for, not below 0; None where it makes no sense.
 
-    Source: RFC 9110 section 10.2.3: seconds, or a date in one of three forms.
+    Source: RFC 9110 section 10.2.3: seconds, or a date in one of three forms. Some send fractions of a second.
 
     Args:
         text: The header's value.
         now: Wall time in seconds.
     """
     text = text.strip()
-    if re.fullmatch("[0-9]+", text):
+    if re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", text):
         return float(text)
     try:
         date = parsedate_to_datetime(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import ClientPayloadError, HttpVersion11, StreamReader
 from aiohttp.http import RawResponseMessage
@@ -36,9 +36,8 @@ class TolerantParser:
         loop: Its loop.
     """
 
-    def __init__(
-        self, parser: HttpParser[RawResponseMessage], protocol: BaseProtocol, loop: asyncio.AbstractEventLoop
-    ) -> None:
+    def __init__(self, parser: HttpParser[Any] | None, protocol: BaseProtocol, loop: asyncio.AbstractEventLoop) -> None:
+        assert parser is not None
         self._parser = parser
         self._protocol = protocol
         self._loop = loop

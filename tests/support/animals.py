@@ -349,7 +349,7 @@ ANIMALS = [
     Animal(
         "413 before the body",
         "answers 413 to the head of a large batch, and takes no body",
-        refusing_the_body(answer("413 Too Large", b"at most 1 kB", "Connection: close")),
+        refusing_the_body(answer("413 Too Large", b"at most 1 kB", "Connection: close"), most=10_000),
         "dead",
         "refused: HTTP 413: at most 1 kB",
         keeps=100_000,
@@ -358,7 +358,7 @@ ANIMALS = [
     Animal(
         "422",
         "finds the batch wrong",
-        saying(answer("422 Odd", b"dist is not a number"), OK),
+        saying(*[answer("422 Odd", b"dist is not a number"), OK] * 2),
         "dead",
         "refused: HTTP 422: dist is not a number",
         then="dead",
