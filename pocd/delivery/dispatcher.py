@@ -54,6 +54,7 @@ class Dispatcher:
         self._log = log.bind(receiver=receiver.name)
         self._events = events
         self._woken = asyncio.Event()
+        self._compared = 0  # sequence of the batch that was last sent beside one that was refused
         self.settled = asyncio.Event()
         self.alarm: str | None = None
 
@@ -117,16 +118,18 @@ class Dispatcher:
             await self._outbox.persistently(deliveries.forget_faults, self.receiver.name, batches)
 
     async def _accepts_another(self, poster: Poster, head: PendingDelivery) -> bool:
-        """Find out whether the receiver, which refuses `head`, accepts the batch after it, or the last of the queue.
+        """Find out whether the receiver, which refuses `head`, accepts one of the batches after it.
 
-        Where it refuses them too, it would refuse any: a secret, a clock or a proxy is at fault, and no batch.
+        Where it refuses them too, it would refuse any: a secret, a clock or a proxy is at fault, and no batch. The next
+        time others are tried, in the order of the queue, in case there are many that it refuses.
         """
-        tried = {head.batch}
-        for which in (deliveries.next_pending, deliveries.last_pending):
-            other = await self._outbox.persistently(which, self.receiver.name, head.sequence)
-            if other is None or other.batch in tried:
-                continue
-            tried.add(other.batch)
+        tried = {head.sequence}
+        for _ in range(policy.OTHERS_TRIED):
+            other = await self._next(max(head.sequence, self._compared)) or await self._next(head.sequence)
+            if other is None or other.sequence in tried:
+                return False
+            tried.add(other.sequence)
+            self._compared = other.sequence
             outcome = await self._attempt(poster, other)
             await self._record(other, outcome)
             if not outcome.refused:

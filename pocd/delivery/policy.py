@@ -15,6 +15,7 @@ JITTER = 0.2  # of the backoff, either way, so that hosts do not come back in st
 LONGEST_RETRY_AFTER = 600.0  # seconds; a receiver that asks for more is asked again all the same
 LONGEST_WAIT = LONGEST_RETRY_AFTER * (1 + JITTER) + 1.0  # and room for rounding
 POISON_FAULTS = 8  # failures of one batch alone, until it is set aside
+OTHERS_TRIED = 2  # batches that are sent beside one that is refused, to see which is at fault: it, or a setting
 ALARMING_REFUSALS = 3  # failures in a row, the last of them a refusal, that call a person
 
 REFUSED = frozenset({400, 409, 413, 422})  # the message will never do, or a setting is wrong

@@ -13,7 +13,7 @@ import aiohttp
 from pocd.delivery import policy
 from pocd.delivery.policy import Outcome
 from pocd.http import addresses, webhooks
-from pocd.http.client import open_session
+from pocd.http.client import as_written, open_session
 from pocd.observe.mask import excerpt, mask_url, url_secrets
 
 if TYPE_CHECKING:
@@ -82,10 +82,10 @@ class Poster:
         signed = keys.headers(message_id, timestamp, body) if keys else webhooks.unsigned_headers(message_id, timestamp)
         place = {} if sequence is None else {SEQUENCE_HEADER: str(sequence)}
         headers = {"Content-Type": "application/json", **place, **signed}
-        url = f"{self._receiver.url.rstrip('/')}/{kind}"
         self._barred = None
         unsent = io.BytesIO(body)
         try:
+            url = as_written(f"{self._receiver.url.rstrip('/')}/{kind}")
             async with self._session.post(url, data=unsent, headers=headers, allow_redirects=False) as response:
                 if response.status < 300 and unsent.tell() < len(body):
                     return Outcome(None, f"HTTP {response.status} before the batch was sent", broke=True)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import re
 import socket
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
+from yarl import URL
 
 from pocd.http.answers import TolerantParser
 
@@ -50,7 +53,29 @@ def open_session(
         trust_env=False,
         auto_decompress=False,
         headers={"Accept-Encoding": "identity"},
+        request_class=_Request,
     )
+
+
+def as_written(url: str) -> URL:
+    """Return `url` with its path and query as they are: whoever signs or compares them knows no other spelling.
+
+    Raises:
+        ValueError: It is no URL.
+    """
+    parts = urlsplit(url)
+    rest = parts._replace(scheme="", netloc="").geturl()
+    ascii_only = re.sub("[^!-~]+", lambda found: quote(found[0]), rest)  # what no request line can hold
+    return URL(str(URL(f"{parts.scheme}://{parts.netloc}")).rstrip("/") + ascii_only, encoded=True)
+
+
+class _Request(aiohttp.ClientRequest):
+    """Aiohttp's request, with user info in UTF-8 (RFC 7617 section 2.1); its own is Latin-1, and fails at the rest."""
+
+    def update_auth(self, auth: aiohttp.BasicAuth | None, trust_env: bool = False) -> None:  # noqa: FBT001, FBT002 - aiohttp's own
+        """Set the user info of the URL as Basic authentication."""
+        known = auth or self.auth
+        super().update_auth(known and known._replace(encoding="utf-8"), trust_env)
 
 
 class _Connector(aiohttp.TCPConnector):

@@ -41,21 +41,14 @@ class PendingDelivery:
     faults: int
 
 
-_PENDING = """
-SELECT number, sequence, id, kind, body, deliveries.changed_at, attempts, faults
-  FROM deliveries JOIN batches ON number = batch
-  WHERE receiver = ? AND deliveries.state = 'pending' AND sequence > ? ORDER BY sequence"""
-
-
 def next_pending(outbox: Outbox, receiver: str, after: int = 0) -> PendingDelivery | None:
     """Return the first pending batch of `receiver`'s queue after the sequence number `after`."""
-    row = outbox.db.execute(f"{_PENDING} LIMIT 1", (receiver, after)).fetchone()
-    return PendingDelivery(*row) if row else None
-
-
-def last_pending(outbox: Outbox, receiver: str, after: int) -> PendingDelivery | None:
-    """Return the last pending batch of `receiver`'s queue, if it is after the sequence number `after`."""
-    row = outbox.db.execute(f"{_PENDING} DESC LIMIT 1", (receiver, after)).fetchone()
+    row = outbox.db.execute(
+        "SELECT number, sequence, id, kind, body, deliveries.changed_at, attempts, faults"
+        " FROM deliveries JOIN batches ON number = batch"
+        " WHERE receiver = ? AND deliveries.state = 'pending' AND sequence > ? ORDER BY sequence LIMIT 1",
+        (receiver, after),
+    ).fetchone()
     return PendingDelivery(*row) if row else None
 
 

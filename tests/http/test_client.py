@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import gzip
 import io
 import socket
@@ -20,7 +21,7 @@ import pytest
 from aiohttp import web
 
 from pocd.http import client
-from pocd.http.client import ThreadResolver, open_session
+from pocd.http.client import ThreadResolver, as_written, open_session
 from tests.support.delivering import read_request, serving, talking
 from tests.support.waiting import PATIENCE, soon, until
 
@@ -266,6 +267,67 @@ async def test_each_request_has_a_connection_of_its_own_and_says_so() -> None:
                 assert (response.status, await response.read()) == (200, b"stored")
         requests = await server.take(3)
     assert [request.headers["connection"] for request in requests] == ["close"] * 3
+
+
+PATHS = [
+    *(
+        "/hook/a%3Db%3D",
+        "/hook/(x)%28y%29",
+        "/hook/u%40h",
+        "/hook/a%2Bb",
+        "/hook/a%2Fb",
+        "/hook/a%2fb",
+        "/hook/%7Etilde",
+    ),
+    *("/hook/a%27b", "/hook/a%25b", "/hook/a//b", "//a", "/hook/a;v=1", "/hook/./a/../b", "/a%2", "/?key=%3D&a=b+c"),
+]
+
+
+async def requested(url: str) -> tuple[str, str]:
+    """Ask for `url` at a server on a socket; return what is asked for, and the Authorization header."""
+    seen = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("ascii")
+        seen.append((head.split()[1], head.partition("Authorization: ")[2].partition("\r")[0]))
+        writer.write(TAKEN)
+        writer.close()
+
+    async with await asyncio.start_server(talk, "127.0.0.1", 0) as server, open_session(TIMEOUT) as session:
+        port = server.sockets[0].getsockname()[1]
+        async with session.get(as_written(url.replace("HOST", f"127.0.0.1:{port}"))) as response:
+            assert response.status == 200
+    return seen[0]
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_path_is_asked_for_as_it_is_written(path: str) -> None:
+    assert (await requested(f"http://HOST{path}"))[0] == path
+
+
+async def test_what_a_request_line_cannot_hold_is_encoded() -> None:
+    assert (await requested("http://HOST/\u043f/%D0%BF a"))[0] == "/%D0%BF/%D0%BF%20a"
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        ("u:p%40s%2Fs%3A", "u:p@s/s:"),
+        ("u:%D0%BF%D0%B0%D1%80", "u:\u043f\u0430\u0440"),
+        ("u:m\u00fcnchen", "u:m\u00fcnchen"),
+        ("token:", "token:"),
+        ("token", "token:"),
+    ],
+)
+async def test_user_info_is_sent_in_utf_8(info: str, expected: str) -> None:
+    _, authorization = await requested(f"http://{info}@HOST/")
+    assert base64.b64decode(authorization.removeprefix("Basic ")).decode() == expected
+
+
+@pytest.mark.parametrize("url", ["http://h:99999/", "http://[::1/", "http://[x]/"])
+def test_what_is_no_url_is_said_to_be_none(url: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        as_written(url)
 
 
 async def test_each_session_has_its_own_connections_and_resolver() -> None:
