@@ -26,9 +26,7 @@ class Moody:
     def __init__(self) -> None:
         self.url = ""
         self.status = 200
-        self.choosy = (
-            False  # answers so to every second batch that it is shown for the first time, and takes the others
-        )
+        self.choosy = False  # says `status` to the first, third, … batch that it is shown, and takes the others
         self.accepted: set[str] = set()
         self._shown: list[str] = []
         self.asked = 0
