@@ -62,6 +62,11 @@ def crash_logged(name: str, log: FilteringBoundLogger, *, foreseen: tuple[type[E
         raise EndedError(EXIT_CRASH, text) from error
 
 
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the error by which a TaskGroup ended: its first one, on which the group cancelled its other tasks."""
+    return group.exceptions[0]
+
+
 class LoopEndedError(Exception):
     """A loop that never ends returned, or was cancelled by nobody who may."""
 

@@ -84,7 +84,7 @@ async def test_a_part_that_returns_has_failed_too(tmp_path: Path) -> None:
     assert last.startswith("pocd: keeper failed: RuntimeError: it returned, and should run until it is cancelled")
 
 
-# `pocd run`, which stops at once, and whose miner cannot be closed.
+# `pocd run`, which stops at once, before a worker is ready; {fault} may keep it from that.
 STOPPING = """
 from asyncio import Event
 from signal import SIGTERM, raise_signal
@@ -96,13 +96,22 @@ async def stop(self):
     await Event().wait()
 async def broken(self, _):
     raise KeyError("what broke")
-Reports._log_funnel, Miner.close = stop, broken
+Reports._log_funnel = stop
+{fault}
 main()
 """
 
 
+async def test_a_daemon_that_is_stopped_before_it_is_ready_ends_well(tmp_path: Path) -> None:
+    code, entries, _ = await run(config(tmp_path, "http://127.0.0.1:1", {}), STOPPING.format(fault=""))
+    assert code == 0
+    assert not [entry for entry in entries if entry["action"] == "crash"]
+
+
 async def test_what_fails_while_the_daemon_stops_is_told_as_well(tmp_path: Path) -> None:
-    code, entries, _ = await run(config(tmp_path, "http://127.0.0.1:1", {}), STOPPING)
+    code, entries, _ = await run(
+        config(tmp_path, "http://127.0.0.1:1", {}), STOPPING.format(fault="Miner.close = broken")
+    )
     assert [entry["part"] for entry in entries if entry["action"] == "crash"] == ["stopping"]
     assert code == 1
 

@@ -25,7 +25,7 @@ from pocd.pool.causes import Cause, WorkerRefusedError
 from pocd.process import EXIT_CONFIG, EXIT_NO_DEVICE, EXIT_SIGNALLED, EndedError
 from pocd.store.errors import StoreError, StoreUnavailableError
 from pocd.store.thread import OutboxThread
-from pocd.tasks import crash_logged, start
+from pocd.tasks import crash_logged, first_error, start
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine
@@ -119,7 +119,7 @@ class Daemon:
                 with crash_logged("stopping", self._log):
                     await self._shut_down(tasks)
         except BaseExceptionGroup as errors:
-            raise _translate(errors.exceptions[0]) from None  # the first is the cause, the others were cancelled
+            raise _translate(first_error(errors)) from None
         finally:
             self._made.parts.cards.close()
             self._log.info("stopped", action="stopped", funnel=status.summary(self._made.parts))

@@ -26,9 +26,9 @@ from pocd.delivery.policy import (
     calls_a_person,
     decide,
     may_be_poison,
-    parse_retry_after,
     remaining_wait,
 )
+from pocd.http.retry_after import parse_retry_after
 
 NOW = datetime(2026, 7, 14, 9, 30, tzinfo=UTC)
 
