@@ -33,7 +33,7 @@ class TolerantParser:
     Args:
         parser: Aiohttp's parser.
         protocol: The connection.
-        loop: Its loop.
+        loop: The loop that the connection runs on.
     """
 
     def __init__(self, parser: HttpParser[Any] | None, protocol: BaseProtocol, loop: asyncio.AbstractEventLoop) -> None:

@@ -61,7 +61,7 @@ def as_written(url: str) -> URL:
     """Return `url` with its path and query as they are: whoever signs or compares them knows no other spelling.
 
     Raises:
-        ValueError: It is no URL.
+        ValueError: `url` is not a URL.
     """
     parts = urlsplit(url)
     rest = parts._replace(scheme="", netloc="").geturl()
