@@ -12,7 +12,7 @@ import aiohttp
 
 from pocd.delivery.policy import Outcome
 from pocd.http import addresses, webhooks
-from pocd.http.client import open_session
+from pocd.http.client import as_written, open_session
 from pocd.http.retry_after import parse_retry_after
 from pocd.observe.mask import excerpt, mask_url, url_secrets
 
@@ -82,12 +82,13 @@ class Poster:
         signed = keys.headers(message_id, timestamp, body) if keys else webhooks.unsigned_headers(message_id, timestamp)
         place = {} if sequence is None else {SEQUENCE_HEADER: str(sequence)}
         headers = {"Content-Type": "application/json", **place, **signed}
-        url = f"{self._receiver.url.rstrip('/')}/{kind}"
         self._barred = None
+        unsent = io.BytesIO(body)
         try:
-            async with self._session.post(
-                url, data=io.BytesIO(body), headers=headers, allow_redirects=False
-            ) as response:
+            url = as_written(f"{self._receiver.url.rstrip('/')}/{kind}")
+            async with self._session.post(url, data=unsent, headers=headers, allow_redirects=False) as response:
+                if response.status < 300 and unsent.tell() < len(body):
+                    return Outcome(None, f"HTTP {response.status} before the batch was sent", broke=True)
                 return await self._outcome(response)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             # An address that is barred is the reason, whether or not the others of its name could be reached.

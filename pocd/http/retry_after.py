@@ -17,7 +17,7 @@ def parse_retry_after(text: str, now: float) -> float | None:
         now: Wall time in seconds.
     """
     text = text.strip()
-    if re.fullmatch(r"[0-9]+(\.[0-9]+)?", text):
+    if re.fullmatch(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", text):
         return float(text)
     try:
         date = parsedate_to_datetime(text)
