@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from pocd.config.settings import load
+from pocd.observe.mask import clean
 from pocd.process import EXIT_CRASH, EndedError
 
 ConfigOption = Annotated[Path, typer.Option("--config", help="The configuration file.")]
@@ -22,10 +23,17 @@ TokenOption = Annotated[Path | None, typer.Option("--token-file", help="The API'
 AT_FAULT = {400, 409, 413, 422}  # HTTP statuses that say what the caller gave cannot be used
 
 
-def echo(text: str) -> None:
-    """Print a line; where the reader of a pipe has gone, end with status 0."""
+def echo(text: str, *, keep: str = "") -> None:
+    """Print lines; where the reader of a pipe has gone, end with status 0.
+
+    Whatever others wrote into `text` is cleaned, line by line.
+
+    Args:
+        text: One line or several.
+        keep: Characters that stay as they are besides, such as the escapes of our own colours.
+    """
     try:
-        typer.echo(text)
+        typer.echo(clean(text, keep=f"\n\t{keep}"))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes nowhere
         raise typer.Exit from None

@@ -23,7 +23,7 @@ from pocd.cli.outbox import app as outbox_app
 from pocd.cli.validate import validate
 from pocd.cli.watch import watch
 from pocd.config.settings import DEFAULT_PATH, ConfigError, check_model, load, to_toml
-from pocd.observe.mask import mask_credentials
+from pocd.observe.mask import clean, mask_credentials
 from pocd.process import EXIT_CONFIG, EXIT_CRASH, EndedError
 
 if TYPE_CHECKING:
@@ -71,13 +71,13 @@ def main() -> None:
         code = _fail(error.code, str(error))
     except Exception as error:  # noqa: BLE001 - the last place where an error can be told in one line
         if debug:
-            traceback.print_exc()
+            sys.stderr.write(clean(mask_credentials(traceback.format_exc()), keep="\n"))
         code = _fail(EXIT_CRASH, f"{type(error).__name__}: {error} (pocd --debug … shows where)")
     sys.exit(code)
 
 
 def _fail(code: int, message: str) -> int:
-    sys.stderr.write(f"pocd: {mask_credentials(message)}\n")
+    sys.stderr.write(f"pocd: {clean(mask_credentials(message.replace(chr(10), ' ')))}\n")
     return code
 
 
