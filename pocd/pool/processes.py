@@ -115,12 +115,10 @@ class Processes:
             load = dataclasses.replace(load, rendezvous=rendezvous.name)
         processes = cls([], rendezvous)
         with ExitStack() as theirs:
-            # A pair of sockets between the leader and each of the others.
-            pairs = [socket.socketpair() for _ in load.devices[1:]]
-            ends = [[leader for leader, _ in pairs], *([follower] for _, follower in pairs)]
-            for end in (end for pair in pairs for end in pair):
-                theirs.enter_context(end)
             try:
+                # A pair of sockets between the leader and each of the others.
+                pairs = [tuple(map(theirs.enter_context, socket.socketpair())) for _ in load.devices[1:]]
+                ends = [[leader for leader, _ in pairs], *([follower] for _, follower in pairs)]
                 for rank, peers in enumerate(ends):
                     processes._ranks.append(await _start(peers, environment))
                     await processes.links[rank].send(dataclasses.replace(load, rank=rank))

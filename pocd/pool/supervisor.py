@@ -135,8 +135,10 @@ class Supervisor:
 
     def _failure(self, error: FailedError, ended: Ended) -> WorkerError:
         """Return what follows from the failure that a worker reported, and from how its processes ended."""
-        if error.kind == "fault":  # a rank that was killed is why the others report a fault
-            return WorkerError(Cause.CRASH, ended.text) if ended.by_signal else WorkerError(Cause.FAULT, str(error))
+        if error.kind in {"fault", "crash"}:  # a rank that was killed is why the others report one
+            return (
+                WorkerError(Cause.CRASH, ended.text) if ended.by_signal else WorkerError(Cause(error.kind), str(error))
+            )
         if error.kind != "memory":
             return WorkerRefusedError(Cause(error.kind), str(error))
         state = self.state
