@@ -24,7 +24,7 @@ from pocd.cli.validate import validate
 from pocd.cli.watch import watch
 from pocd.config.settings import DEFAULT_PATH, ConfigError, check_model, load, to_toml
 from pocd.observe.mask import clean, mask_credentials
-from pocd.process import EXIT_CONFIG, EXIT_CRASH, EndedError
+from pocd.process import EXIT_CONFIG, EXIT_CRASH, EndedError, open_standard_streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -58,6 +58,7 @@ def root(
 
 def main() -> None:
     """Run the command line; every failure is one line on standard error and an exit status."""
+    open_standard_streams()
     debug = "--debug" in sys.argv[1:2]
     try:
         code = app(prog_name="pocd", standalone_mode=False)
@@ -110,6 +111,7 @@ def run(config: ConfigOption = DEFAULT_PATH) -> None:
     from pocd.observe.notify import Notifier
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the daemon heeds it: its default is a silent end
+    os.umask(os.umask(0) | 0o027)  # what is made here is nobody's but ours, whatever the caller allows
     settings = load(config)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # many callers leave files for everything else
