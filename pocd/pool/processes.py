@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from pocd.pool.causes import Cause, WorkerError
+from pocd.tasks import within
 from pocd.worker import messages
 from pocd.worker.messages import Failed
 
@@ -63,9 +64,7 @@ class RankLink:
             OSError: The process is gone.
         """
         try:
-            # Not asyncio.wait_for: before Python 3.12 it can swallow a cancellation.
-            async with asyncio.timeout(limit):
-                message = await messages.receive(self._reader)
+            message = await within(limit, messages.receive(self._reader))
         except TimeoutError:
             raise WorkerError(Cause.SILENT, f"worker gave no sign of life for {limit:.0f} s, killed") from None
         if isinstance(message, Failed):
