@@ -5,10 +5,7 @@ docs/protocol.md section 6 has these decisions as a table.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from datetime import UTC
-from email.utils import parsedate_to_datetime
 
 BACKOFF_SECONDS = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 60.0)
 JITTER = 0.2  # of the backoff, either way, so that hosts do not come back in step
@@ -138,23 +135,3 @@ def remaining_wait(next_at: float, now: float) -> float:
     """
     wait = next_at - now
     return wait if 0 < wait <= LONGEST_WAIT else 0.0
-
-
-def parse_retry_after(text: str, now: float) -> float | None:
-    """Return the seconds that a Retry-After header asks for, not below 0; None where it makes no sense.
-
-    Source: RFC 9110 section 10.2.3: seconds, or a date in one of three forms.
-
-    Args:
-        text: The header's value.
-        now: Wall time in seconds.
-    """
-    text = text.strip()
-    if re.fullmatch("[0-9]+", text):
-        return float(text)
-    try:
-        date = parsedate_to_datetime(text)
-        # A date without a zone is GMT, as all HTTP dates are.
-        return max(0.0, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now)
-    except (ValueError, OverflowError, TypeError, IndexError):
-        return None

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 
-from pocd.delivery import policy
 from pocd.delivery.policy import Outcome
 from pocd.http import addresses, webhooks
 from pocd.http.client import open_session
+from pocd.http.retry_after import parse_retry_after
 from pocd.observe.mask import excerpt, mask_url, url_secrets
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Poster:
         elif said:
             detail = f"{detail}: {self._shown(said, cut=not whole)}"
         asked = response.headers.get("Retry-After")
-        retry_after = None if asked is None else policy.parse_retry_after(asked, self._clock.wall())
+        retry_after = None if asked is None else parse_retry_after(asked, self._clock.wall())
         if asked is not None and retry_after is None:
             detail = f"{detail} (Retry-After makes no sense: {self._shown(asked, 40)})"
         return Outcome(response.status, detail, retry_after)
