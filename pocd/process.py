@@ -7,6 +7,7 @@ EXIT_CRASH = 1
 EXIT_UNUSABLE = 2  # of `pocd validate`: nothing was judged; also a mistyped command
 EXIT_FRAUD = 3  # of `pocd validate`
 EXIT_NO_DEVICE = 75  # EX_TEMPFAIL of sysexits.h: the device may come back
+EXIT_NO_STORE = 75  # EX_TEMPFAIL too: the store cannot be used just now
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
 EXIT_SIGNALLED = 128  # plus the number of the signal that ended the process at once, as shells have it
 

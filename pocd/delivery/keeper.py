@@ -111,6 +111,7 @@ class Keeper:
         if jump < 0:
             await self._clamp()
         try:
+            await self._outbox(lambda outbox: outbox.place.check())
             await self._prune(self._clock.wall() - self._limits.keep_delivered)
             await self._repeat(upkeep.prune_rounds)
             await self._outbox(validations.prune, self._clock.wall() - self._limits.keep_delivered)

@@ -2,37 +2,72 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import time
 from typing import TYPE_CHECKING
 
-from pocd.store.errors import StoreError, damaged, unusable
+from pocd.store.errors import StoreDamagedError, StoreError, StoreHeldError, damaged, unopened, unusable
 from pocd.store.schema import APPLICATION_ID, MIGRATIONS, SCHEMA, VERSION
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 LOOKED_THROUGH_BYTES = 256 * 2**20
 """A file up to this size is looked through for damage when it is opened (about a third of a second)."""
 
 WAL_BYTES = 64 * 2**20  # what the write-ahead log is cut back to
+HELD_SECONDS = 10.0  # that a start waits for another process: a predecessor still ending, a backup
+TRY_SECONDS = 0.1
+READ_BYTES = 2**20
 
 
-def open_store(path: Path) -> sqlite3.Connection:
+def open_store(
+    path: Path, *, thorough: bool = False, waiting: Callable[[str], None] = lambda _: None
+) -> sqlite3.Connection:
     """Open the store at `path`, making it and its folder where they are missing.
 
-    The connection holds the file alone, writes ahead (WAL) and fsyncs each transaction.
+    The connection holds the file alone, writes ahead (WAL) and fsyncs each transaction. A lock that another process
+    holds is waited for, some seconds. Damage is believed when it is found twice in a file that can be read.
+
+    Args:
+        path: The store's file.
+        thorough: Whether to look through a file of any size, and its indexes as well.
+        waiting: Told once why it waits.
 
     Raises:
         StoreError: The file cannot be written, is damaged, is held by another daemon, or is not ours.
     """
+    deadline, told, suspected = time.monotonic() + HELD_SECONDS, False, False
+    while True:
+        try:
+            return _open(path, thorough=thorough)
+        except StoreHeldError as error:
+            if time.monotonic() >= deadline:
+                raise
+            if not told:
+                waiting(str(error))
+                told = True
+            time.sleep(TRY_SECONDS)
+        except StoreDamagedError:
+            _read_through(path)
+            if suspected:
+                raise
+            suspected = True
+
+
+def _open(path: Path, *, thorough: bool) -> sqlite3.Connection:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(path, timeout=0, isolation_level=None)
-    except (OSError, sqlite3.Error) as error:
-        raise StoreError(f"store {path} cannot be opened: {error}; check store.path and its permissions") from error
+    except OSError as error:
+        raise unopened(path, error) from error
+    except sqlite3.Error as error:
+        raise _why_not(path, error) from error
     try:
         connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-        version = _check(connection, path)
+        version = _check(connection, path, thorough=thorough)
         connection.execute("PRAGMA journal_mode = WAL")  # not before the check: it rewrites the file's header
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
@@ -47,7 +82,39 @@ def open_store(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _check(connection: sqlite3.Connection, path: Path) -> int:
+def _why_not(path: Path, error: sqlite3.Error) -> StoreError:
+    """Ask the system why the file cannot be opened: SQLite does not say."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644))
+    except OSError as found:
+        return unopened(path, found)
+    return unusable(path, error)
+
+
+def _read_through(path: Path) -> None:
+    """Read the files of a store that seems damaged: SQLite takes some errors of a disk for damage.
+
+    No connection of this process may be open: to close a file gives up the locks that it has on it.
+
+    Raises:
+        StoreError: A file cannot be read.
+    """
+    try:
+        for each in (path, wal_of(path)):
+            if each.exists():
+                with each.open("rb", buffering=0) as stream:
+                    while stream.read(READ_BYTES):
+                        pass
+    except OSError as error:
+        raise unopened(path, error) from error
+
+
+def wal_of(path: Path) -> Path:
+    """Return the file of the write-ahead log of the store at `path`."""
+    return path.with_name(f"{path.name}-wal")
+
+
+def _check(connection: sqlite3.Connection, path: Path, *, thorough: bool) -> int:
     """Refuse a foreign, newer or damaged file, changing nothing; return its version, 0 for an empty file."""
     connection.execute("BEGIN IMMEDIATE")  # takes the lock that a second daemon will miss
     (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -61,10 +128,11 @@ def _check(connection: sqlite3.Connection, path: Path) -> int:
             "install that pocd again, the file was not touched"
         )
     # A larger file would hold up every start; what is damaged in it is found when it is read.
-    if path.stat().st_size <= LOOKED_THROUGH_BYTES:
-        (finding,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+    if thorough or path.stat().st_size <= LOOKED_THROUGH_BYTES:
+        check = "integrity_check" if thorough else "quick_check"
+        (finding,) = connection.execute(f"PRAGMA {check}(1)").fetchone()
         if finding != "ok":
-            raise StoreError(damaged(path, finding.splitlines()[-1]))
+            raise StoreDamagedError(damaged(path, finding.splitlines()[-1]))
     connection.execute("COMMIT")
     assert isinstance(version, int)
     return version if tables else 0

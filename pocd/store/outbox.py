@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Self
 
 import orjson
 
+from pocd.process import EXIT_NO_STORE
 from pocd.protocol.nonces import Node, Progress, Span
 from pocd.protocol.proof import Proof, Round
-from pocd.store.errors import unusable
+from pocd.store.errors import StoreError, StoreUnavailableError, unusable
 from pocd.store.opening import open_store
+from pocd.store.place import Place
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 _SET_META = "INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value"
@@ -134,27 +136,53 @@ class Outbox:
         receivers: Health of each receiver, by name.
         control: The admin API's last decision on mining (see `pocd.mining.control`); None while the chain decides.
         chain: The chain that the store belongs to, once one was seen.
+        place: The store's files.
+        suspect: Whether SQLite read what nobody wrote; then `look_again` comes before anything else.
     """
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, place: Place) -> None:
         self.db = connection
+        self.place = place
+        self.suspect = False
         self.totals, self.queues, self.receivers = self._read_views()
         self.control = self._read_meta("control")
         self.chain = self._read_chain()
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, waiting: Callable[[str], None] = lambda _: None) -> Self:
         """Open the store at `path`, making it where it is missing.
+
+        Args:
+            path: The store's file.
+            waiting: Told once why it waits, where another process holds the file.
 
         Raises:
             StoreError: The store cannot be used, see `open_store`.
         """
-        connection = open_store(path)
+        connection = open_store(path, waiting=waiting)
         try:
-            return cls(connection)
+            return cls(connection, Place(path))
         except sqlite3.Error as error:
             connection.close()
             raise unusable(path, error) from error
+
+    def look_again(self) -> None:
+        """Open the file anew and look through all of it, after SQLite read what nobody wrote.
+
+        Raises:
+            StoreUnavailableError: It cannot be read or opened now.
+            StoreError: It is damaged.
+        """
+        self.place.check()  # to close a file that was removed is to lose it
+        self.db.close()
+        try:
+            self.db = open_store(self.place.path, thorough=True)
+        except StoreError as error:
+            if error.code == EXIT_NO_STORE:
+                raise StoreUnavailableError(str(error)) from error
+            raise
+        self.place = Place(self.place.path)
+        self.suspect = False
 
     def close(self) -> None:
         """Close the file; its lock goes with it."""
@@ -162,7 +190,12 @@ class Outbox:
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Do all that happens in the context, or nothing of it."""
+        """Do all that happens in the context, or nothing of it.
+
+        Raises:
+            StoreUnavailableError: The open file is not the one at the store's path.
+        """
+        self.place.check()
         self.db.execute("BEGIN IMMEDIATE")
         try:
             yield
