@@ -365,6 +365,7 @@ class Queued(BaseModel):
     """Deliveries that were queued again."""
 
     queued: int = Field(description="Deliveries queued again, one per batch and receiver.")
+    complete: bool = Field(description="Whether none is left; else ask again for the rest.")
     receivers: list[str] = Field(description="Names of the receivers that are tried at once.")
 
 
@@ -372,4 +373,5 @@ class Purged(BaseModel):
     """Deliveries that were given up for good."""
 
     purged: int = Field(description="Deliveries given up, one per batch and receiver.")
+    complete: bool = Field(description="Whether none is left; else ask again for the rest.")
     receivers: list[str] = Field(description="Names of the receivers that will not get these batches.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path  # noqa: TC003 - typer reads it
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -71,10 +72,9 @@ def retry(
     token_file: TokenOption = None,
 ) -> None:
     """Send dead or expired batches again, and try their receivers at once, also parked ones."""
-    answer = call_api(
-        "POST", "/api/v1/outbox/retry", config, url, token_file, body=_selection(ids, receiver, state, every, "retry")
-    )
-    echo(f"{answer['queued']} batches queued again; asked at once: {', '.join(answer['receivers']) or 'nobody'}")
+    body = _selection(ids, receiver, state, every, "retry")
+    queued, asked = _to_the_end("/api/v1/outbox/retry", body, "queued", config, url, token_file)
+    echo(f"{queued} batches queued again; asked at once: {', '.join(sorted(asked)) or 'nobody'}")
 
 
 @app.command()
@@ -93,8 +93,22 @@ def purge(
     body = _selection(ids, receiver, state, every, "purge")
     if not yes:
         typer.confirm("These proofs will not be sent any more and are deleted. Go on?", abort=True)
-    answer = call_api("POST", "/api/v1/outbox/purge", config, url, token_file, body=body)
-    echo(f"{answer['purged']} batches given up")
+    purged, _ = _to_the_end("/api/v1/outbox/purge", body, "purged", config, url, token_file)
+    echo(f"{purged} batches given up")
+
+
+def _to_the_end(
+    path: str, body: dict[str, Any], count: str, config: Path, url: str | None, token_file: Path | None
+) -> tuple[int, set[str]]:
+    """Ask for an operation until none of its batches is left; returns their number, and their receivers."""
+    done, receivers = 0, set[str]()
+    while True:
+        answer = call_api("POST", path, config, url, token_file, body=body)
+        done += answer[count]
+        receivers |= set(answer["receivers"])
+        if answer["complete"] or not answer[count]:
+            return done, receivers
+        typer.echo(f"{done} batches so far", err=True)
 
 
 def _selection(
