@@ -369,6 +369,14 @@ class Queued(BaseModel):
     receivers: list[str] = Field(description="Names of the receivers that are tried at once.")
 
 
+class BackedUp(BaseModel):
+    """A copy of the store."""
+
+    file: str = Field(description="Path of the copy on the daemon's host.")
+    complete: bool = Field(description="Whether it is on disk; else ask again with the same path.")
+    bytes: int | None = Field(description="Size of the copy; null until it is complete.")
+
+
 class Purged(BaseModel):
     """Deliveries that were given up for good."""
 

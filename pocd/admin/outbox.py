@@ -6,7 +6,9 @@ Pydantic models at the edge, one bounded call to the store's thread after anothe
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import orjson
@@ -18,6 +20,7 @@ from pocd.admin.status import receivers
 from pocd.http.parsing import Input, parse_body, parse_query
 from pocd.http.server import RefusalError, json_answer
 from pocd.store import deliveries, selections
+from pocd.store.backup import BackupError, back_up
 from pocd.store.errors import StoreUnavailableError
 from pocd.store.selections import DeliveryState, PurgeableState, Selection, SetAsideState
 
@@ -93,11 +96,21 @@ class PurgeBody(_Which):
     )
 
 
+class BackupBody(Input):
+    """Where to write a copy of the store."""
+
+    file: Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=4096)] = Field(
+        description="Absolute path of a new file on the daemon's host, where the daemon may write.",
+        examples=["/var/lib/pocd/outbox-backup.db"],
+    )
+
+
 class OutboxApi:
     """The routes for the outbox."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
+        self._copying: tuple[str, asyncio.Task[int]] | None = None
 
     def operations(self) -> list[Operation]:
         """Return the operations of these routes."""
@@ -106,6 +119,14 @@ class OutboxApi:
         return [
             Operation("GET", "/api/v1/outbox", self.index, "outbox", query=ListQuery, answers={200: answers.Page}),
             Operation("GET", "/api/v1/outbox/{id}", self.show, "outbox", answers={200: answers.Shown, 404: unknown}),
+            Operation(
+                *("POST", "/api/v1/outbox/backup", self.backup, "outbox"),
+                body=BackupBody,
+                answers={
+                    200: answers.BackedUp,
+                    409: "The file cannot be written (`not_written`), or another is being written (`backup_runs`).",
+                },
+            ),
             Operation(
                 *("POST", "/api/v1/outbox/retry", self.retry, "outbox"),
                 body=RetryBody,
@@ -117,6 +138,37 @@ class OutboxApi:
                 answers={200: answers.Purged, 404: unknown, 409: served},
             ),
         ]
+
+    async def backup(self, request: web.Request) -> web.Response:
+        """Write a copy of the store into a new file, while all goes on; ask again until it is complete."""
+        file = (await parse_body(request, BackupBody)).file
+        if self._copying is None:
+            self._copying = file, asyncio.create_task(self._back_up(Path(file)), name="backup")
+        name, copying = self._copying
+        if name != file:
+            raise RefusalError(409, "backup_runs", f"a backup is being written to {name}; wait for it", "file")
+        await asyncio.wait({copying}, timeout=PIECES_SECONDS)
+        if not copying.done():
+            return answer(answers.BackedUp(file=file, complete=False, bytes=None))
+        self._copying = None
+        try:
+            size = copying.result()
+        except BackupError as error:
+            raise RefusalError(409, "not_written", str(error), "file") from error
+        self._parts.log.info("the store was backed up", action="outbox_backup", file=file, bytes=size)
+        return answer(answers.BackedUp(file=file, complete=True, bytes=size))
+
+    async def _back_up(self, file: Path) -> int:
+        ended = threading.Event()
+
+        def step() -> None:
+            if ended.is_set():
+                raise BackupError("the daemon stops")
+
+        try:
+            return await asyncio.to_thread(lambda: back_up(self._parts.outbox.view.db, file, step))
+        finally:
+            ended.set()  # a copy is not waited for when the daemon stops
 
     async def index(self, request: web.Request) -> web.Response:
         """Return every receiver's counts and a page of batches; without a state, all that are not delivered."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import time
+from contextlib import closing, suppress
 from typing import TYPE_CHECKING
 
 from pocd.store.errors import StoreDamagedError, StoreError, StoreHeldError, damaged, unopened, unusable
@@ -18,6 +20,9 @@ LOOKED_THROUGH_BYTES = 256 * 2**20
 """A file up to this size is looked through for damage when it is opened (about a third of a second)."""
 
 WAL_BYTES = 64 * 2**20  # what the write-ahead log is cut back to
+MARK = "INSERT INTO meta VALUES ('commits', '1') ON CONFLICT DO UPDATE SET value = value + 1"
+"""Part of every transaction: so the page with the epoch is in every write-ahead log."""
+
 HELD_SECONDS = 10.0  # that a start waits for another process: a predecessor still ending, a backup
 TRY_SECONDS = 0.1
 READ_BYTES = 2**20
@@ -60,7 +65,9 @@ def open_store(
 def _open(path: Path, *, thorough: bool) -> sqlite3.Connection:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(path, timeout=0, isolation_level=None)
+        _refuse_mixture(path)
+        # A backup runs in another thread: the library serialises calls.
+        connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
     except OSError as error:
         raise unopened(path, error) from error
     except sqlite3.Error as error:
@@ -73,6 +80,8 @@ def _open(path: Path, *, thorough: bool) -> sqlite3.Connection:
         connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
         connection.execute("PRAGMA foreign_keys = ON")
         _bring_up_to_date(connection, version)
+        with suppress(sqlite3.OperationalError):  # on a full disk the old one does
+            renew_epoch(connection)
     except sqlite3.Error as error:
         connection.close()
         raise unusable(path, error) from error
@@ -112,6 +121,44 @@ def _read_through(path: Path) -> None:
 def wal_of(path: Path) -> Path:
     """Return the file of the write-ahead log of the store at `path`."""
     return path.with_name(f"{path.name}-wal")
+
+
+def renew_epoch(connection: sqlite3.Connection) -> None:
+    """Give the file a name for its life from now on, which its write-ahead log has as well (see `MARK`)."""
+    connection.execute("INSERT OR REPLACE INTO meta VALUES ('renewing', '1')")
+    connection.execute("INSERT OR REPLACE INTO meta VALUES ('epoch', lower(hex(randomblob(16))))")
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()  # into the file; the log begins anew
+    connection.execute("DELETE FROM meta WHERE key = 'renewing'")
+
+
+def _refuse_mixture(path: Path) -> None:
+    """Refuse a file that was put back beside the write-ahead log of another time: SQLite would mix them.
+
+    Raises:
+        StoreError: The file's epoch is not the log's.
+    """
+    wal = wal_of(path)
+    if not (path.exists() and wal.exists() and wal.stat().st_size):
+        return
+    file, both = _epoch(path, "immutable=1"), _epoch(path, "cache=private")
+    # What was torn by a lost power is mended by the log; and while the epoch is renewed, the two may differ.
+    if file and both and "renewing" not in both and re.fullmatch("[0-9a-f]{32}", file.get("epoch", "")):
+        if file["epoch"] == both.get("epoch"):
+            return
+        raise StoreError(
+            f"store {path} was put back beside {wal.name}, the write-ahead log of another time; nothing was touched. "
+            f"Move both away, and put a copy back with `pocd outbox restore FILE`"
+        )
+
+
+def _epoch(path: Path, how: str) -> dict[str, str]:
+    """Return the store's marks without changing it: of the file alone, or of file and log."""
+    try:
+        uri = f"{path.resolve().as_uri()}?mode=ro&{how}"
+        with closing(sqlite3.connect(uri, uri=True, timeout=0)) as connection:
+            return dict(connection.execute("SELECT key, value FROM meta WHERE key IN ('epoch', 'renewing')").fetchall())
+    except sqlite3.Error:
+        return {}  # the opening finds out why
 
 
 def _check(connection: sqlite3.Connection, path: Path, *, thorough: bool) -> int:

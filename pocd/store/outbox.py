@@ -8,7 +8,7 @@ writes is one transaction, fsynced before it returns (WAL, synchronous FULL). Si
 from __future__ import annotations
 
 import sqlite3
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -17,8 +17,9 @@ import orjson
 from pocd.process import EXIT_NO_STORE
 from pocd.protocol.nonces import Node, Progress, Span
 from pocd.protocol.proof import Proof, Round
+from pocd.store.backup import BackupError, back_up
 from pocd.store.errors import StoreError, StoreUnavailableError, unusable
-from pocd.store.opening import open_store
+from pocd.store.opening import MARK, open_store, wal_of
 from pocd.store.place import Place
 
 if TYPE_CHECKING:
@@ -185,8 +186,20 @@ class Outbox:
         self.suspect = False
 
     def close(self) -> None:
-        """Close the file; its lock goes with it."""
+        """Close the file; its lock goes with it. Where it was removed, what it held is put back at its path."""
+        saved = self._save() if self.place.is_empty() else None
         self.db.close()
+        if saved:
+            wal_of(self.place.path).unlink(missing_ok=True)  # it would be taken for the log of what is put there
+            saved.rename(self.place.path)
+
+    def _save(self) -> Path | None:
+        """Write what the removed file holds beside its path, as far as that can be done."""
+        file = self.place.path.with_name(f"{self.place.path.name}.saved")
+        with suppress(BackupError):
+            back_up(self.db, file)
+            return file
+        return None
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -199,6 +212,7 @@ class Outbox:
         self.db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self.db.execute(MARK)
             views = self._read_views()  # before the commit: what is committed must not be reported as failed
             self._commit()
         except BaseException:

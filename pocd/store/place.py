@@ -16,7 +16,13 @@ class Place:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._device = path.parent.stat().st_dev
         self._files = {each: _identity(each) for each in (path, wal_of(path))}
+
+    def is_empty(self) -> bool:
+        """Tell whether the file was removed from its folder, which is still on the same disk."""
+        folder = _identity(self.path.parent)
+        return folder is not None and folder[0] == self._device and _identity(self.path) is None
 
     def check(self) -> None:
         """Make sure that the files which were opened are still those at their paths.
