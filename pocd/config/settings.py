@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -299,7 +299,7 @@ def load_admin(path: Path, token_file: Path | None) -> AdminSettings:
         return AdminSettings(**table | _Environment(Settings)().get("admin", {}) | given)
     except ValidationError as error:
         found = [item | {"loc": ("admin", *item["loc"])} for item in error.errors()]
-        raise ConfigError("; ".join(_describe(cast("ErrorDetails", item), path) for item in found)) from None
+        raise ConfigError("; ".join(_describe(item, path) for item in found)) from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

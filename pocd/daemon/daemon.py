@@ -14,7 +14,7 @@ from pocd.admin.server import AdminApi
 from pocd.chain.make import CHAIN_TIMEOUT
 from pocd.clock import SYSTEM
 from pocd.config.secrets import read_token
-from pocd.config.settings import ConfigError, check_model
+from pocd.config.settings import check_model
 from pocd.daemon.compose import compose, make_chain, make_loads, make_receivers
 from pocd.daemon.reload import Reloader
 from pocd.daemon.reports import Reports
@@ -23,7 +23,7 @@ from pocd.http.server import listening, listening_at
 from pocd.mining.follower import follow
 from pocd.pool.causes import Cause, WorkerRefusedError
 from pocd.process import EXIT_CONFIG, EXIT_NO_DEVICE, EXIT_SIGNALLED, EXIT_TEMPORARY, EndedError
-from pocd.store.errors import StoreError, StoreUnavailableError
+from pocd.store.errors import StoreUnavailableError
 from pocd.store.thread import OutboxThread
 from pocd.tasks import crash_logged, first_error, start
 
@@ -48,18 +48,18 @@ async def run(settings: Settings, path: Path, *, log: FilteringBoundLogger, noti
     """Run the daemon until SIGTERM, SIGINT or `POST /shutdown`; at SIGHUP `path` is read again.
 
     Raises:
-        ConfigError: A file, the store or the address that the settings name cannot be used.
-        EndedError: The worker cannot work on this machine, or as configured.
+        ConfigError: A file or the address that the settings name cannot be used.
+        EndedError: The store cannot be used, or the worker cannot work on this machine, or as configured.
     """
     check_model(settings)
     token = read_token(settings.admin.token_file)
     receivers = make_receivers(settings)
     loads = make_loads(settings)
-    try:
-        outbox = OutboxThread(settings.store.path)
-    except StoreError as error:
-        raise ConfigError(str(error)) from error
-    with contextlib.closing(outbox):
+    with contextlib.closing(
+        OutboxThread(
+            settings.store.path, lambda why: log.warning("the store is waited for", action="store_wait", cause=why)
+        )
+    ) as outbox:
         async with contextlib.AsyncExitStack() as stack:
             sessions = [await stack.enter_async_context(open_session(CHAIN_TIMEOUT)) for _ in settings.chain.urls]
             source = await make_chain(settings, outbox, sessions, log)
@@ -209,6 +209,4 @@ async def _cancel(*tasks: asyncio.Task[None]) -> None:
 def _translate(error: BaseException) -> BaseException:
     if isinstance(error, WorkerRefusedError):
         return EndedError(EXIT_NO_DEVICE if error.cause is Cause.DEVICE else EXIT_CONFIG, str(error))
-    if isinstance(error, StoreError):
-        return EndedError(EXIT_CONFIG, str(error))
     return error
