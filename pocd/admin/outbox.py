@@ -99,9 +99,10 @@ class PurgeBody(_Which):
 class BackupBody(Input):
     """Where to write a copy of the store."""
 
+    model_config = ConfigDict(json_schema_extra={"examples": [{"file": "/var/lib/pocd/outbox-backup.db"}]})
+
     file: Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=4096)] = Field(
-        description="Absolute path of a new file on the daemon's host, where the daemon may write.",
-        examples=["/var/lib/pocd/outbox-backup.db"],
+        description="Absolute path of a new file on the daemon's host, where the daemon may write."
     )
 
 

@@ -1,9 +1,11 @@
-"""Operations on more batches than the store changes at once: each answer says how far it went."""
+"""Operations on the whole store, which may take long: each answer says how far it went."""
 
 from __future__ import annotations
 
 import asyncio
 import sqlite3
+import sys
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -107,3 +109,30 @@ async def test_what_was_done_before_the_store_failed_is_told(
         assert response.status == 200
         assert await response.json() == {"purged": 3, "complete": False, "receivers": ["one"]}
     assert outbox.view.queues["one"].dead_batches == MANY - 3
+
+
+async def test_a_backup_is_made_by_the_daemon_and_replaces_nothing(
+    served: tuple[OutboxThread, str], tmp_path: Path
+) -> None:
+    _, url = served
+    copy = tmp_path / "copy.db"
+    result = await asyncio.to_thread(CliRunner().invoke, app, ["backup", str(copy), "--url", url])
+    assert result.exit_code == 0, result.output
+    assert f"{copy}: {copy.stat().st_size} bytes" in result.output
+    with closing(Outbox.open(copy)) as outbox:
+        assert outbox.queues["one"].dead_batches == MANY
+    result = await asyncio.to_thread(CliRunner().invoke, app, ["backup", str(copy), "--url", url])
+    assert "is there already" in str(result.exception)
+
+
+async def test_a_store_in_use_is_not_replaced(served: tuple[OutboxThread, str], tmp_path: Path) -> None:
+    _, url = served
+    await asyncio.to_thread(CliRunner().invoke, app, ["backup", str(tmp_path / "copy.db"), "--url", url])
+    code = "from pocd.cli.main import main; main()"
+    arguments = ["outbox", "restore", str(tmp_path / "copy.db"), "--config", str(tmp_path / "pocd.toml")]
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, *arguments, stderr=asyncio.subprocess.PIPE
+    )
+    _, err = await process.communicate()
+    assert process.returncode == 1
+    assert b"stop pocd first" in err
