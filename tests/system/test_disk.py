@@ -21,6 +21,7 @@ import structlog
 from aiohttp import web
 
 from pocd.admin.client import AdminError, call
+from pocd.clock import SteadyClock
 from pocd.delivery.keeper import Keeper, StoreLimits
 from pocd.http.server import listening
 from pocd.mining.miner import Miner
@@ -193,7 +194,7 @@ async def test_what_a_full_disk_refused_is_lent_again_once_there_is_room(tmp_pat
         miner = Miner(outbox, Changes(), clock=clock)
         limits = StoreLimits(keep_delivered=1, expire_after=1, size=2**40, free=0)
         log = structlog.get_logger()
-        keeper = Keeper(path, outbox, miner, dispatchers(outbox), limits=limits, clock=clock, log=log)
+        keeper = Keeper(path, outbox, miner, dispatchers(outbox), limits=limits, clock=SteadyClock(clock), log=log)
         await miner.set_round(Work(ROUND, NODE))
         await outbox(limit_pages, 0)
         lease = await miner.lease(2000)
