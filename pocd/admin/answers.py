@@ -373,7 +373,7 @@ class BackedUp(BaseModel):
     """A copy of the store."""
 
     file: str = Field(description="Path of the copy on the daemon's host.")
-    complete: bool = Field(description="Whether it is on disk; else ask again with the same path.")
+    complete: bool = Field(description="True once the copy is on disk; while false, ask again with the same path.")
     bytes: int | None = Field(description="Size of the copy; null until it is complete.")
 
 

@@ -11,16 +11,17 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from pocd.chain.rpc import RpcAnswer, read_message
-from pocd.chain.source import Block, BlockUnavailableError, ChainError, Head
+from pocd.chain.source import GREATEST_HEIGHT, Block, BlockUnavailableError, ChainError, Head, RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pocd.chain.rpc import Rpc
 
-# Ethereum's JSON-RPC specification, "hex encoding": no leading zeros, lower case. 64 bits are enough for all we read.
-_QUANTITY = re.compile(r"0x(0|[1-9a-f][0-9a-f]{0,15})")
-_HASH = re.compile(r"0x[0-9a-fA-F]{64}")
+# Ethereum's specification has no leading zeros and lower case only; some nodes pad, and some write upper case.
+_QUANTITY = re.compile(r"0[xX][0-9a-fA-F]{1,64}")
+_HASH = re.compile(r"0[xX][0-9a-fA-F]{64}")
+_MILLISECONDS = 10**11  # a Unix time from here on counts them: in seconds it would be after the year 5000
 # EIP-1474's "resource not found", and what nodes say of history that they have dropped (EIP-4444).
 _ABSENT_CODES = (-32001, 4444)
 
@@ -40,12 +41,20 @@ def parse_quantity(body: bytes, where: str, secrets: Sequence[str] = ()) -> int:
 
 
 def parse_syncing(body: bytes, where: str, secrets: Sequence[str] = ()) -> bool:
-    """Read the answer to `eth_syncing`: false, or an object that tells how far it is; errors as for a quantity."""
+    """Read the answer to `eth_syncing`: whether the node is behind the highest block it knows.
+
+    It is an object that tells how far the node is, which some send also when it is at the head; else false or null.
+    Errors are as for a quantity.
+    """
     answer = _answer(body, where, secrets)
     value = answer.field("result")
-    if value is not False and not isinstance(value, dict):
-        raise answer.wrong("result", "false or an object")
-    return value is not False
+    if value is None or value is False:
+        return False
+    if not isinstance(value, dict):
+        raise answer.wrong("result", "false, null or an object")
+    if "currentBlock" not in value or "highestBlock" not in value:
+        return True
+    return _quantity(answer, "result.currentBlock") < _quantity(answer, "result.highestBlock")
 
 
 def parse_block(body: bytes, height: int, chain_id: str, where: str, secrets: Sequence[str] = ()) -> Block:
@@ -71,7 +80,7 @@ def parse_block(body: bytes, height: int, chain_id: str, where: str, secrets: Se
     block_hash = answer.field("result.hash")
     if not isinstance(block_hash, str) or not _HASH.fullmatch(block_hash):
         raise answer.wrong("result.hash", "0x and 64 hex digits")
-    return Block(chain_id, number, block_hash, _time(answer, "result.timestamp"))
+    return Block(chain_id, number, block_hash.lower(), _time(answer, "result.timestamp"))
 
 
 def _answer(body: bytes, where: str, secrets: Sequence[str]) -> RpcAnswer:
@@ -82,14 +91,22 @@ def _answer(body: bytes, where: str, secrets: Sequence[str]) -> RpcAnswer:
 
 def _quantity(answer: RpcAnswer, path: str) -> int:
     value = answer.field(path)
-    if not isinstance(value, str) or not _QUANTITY.fullmatch(value):
+    number = -1
+    if isinstance(value, int) and not isinstance(value, bool):
+        number = value  # what some write, and nothing else it could be
+    elif isinstance(value, str) and _QUANTITY.fullmatch(value):
+        number = int(value, 16)
+    if number < 0:
         raise answer.wrong(path, "a whole number in hex")
-    return int(value, 16)
+    if number > GREATEST_HEIGHT:
+        raise answer.wrong(path, "below 2^63")
+    return number
 
 
 def _time(answer: RpcAnswer, path: str) -> datetime:
     try:
-        return datetime.fromtimestamp(_quantity(answer, path), UTC)
+        seconds = _quantity(answer, path)
+        return datetime.fromtimestamp(seconds / 1000 if seconds >= _MILLISECONDS else seconds, UTC)
     except (ValueError, OverflowError, OSError):  # a year after 9999
         raise answer.wrong(path, "a Unix time in hex") from None
 
@@ -119,7 +136,7 @@ class EVM:
         Raises:
             ChainError: The node cannot be reached, its answer makes no sense, or the chain has fewer blocks than that.
         """
-        catching_up = parse_syncing(*await self._ask("eth_syncing"))
+        catching_up = await self._catching_up()
         newest = parse_quantity(*await self._ask("eth_blockNumber"))
         height = newest - self._confirmations
         if height < 1:
@@ -134,6 +151,13 @@ class EVM:
         chain_id = str(parse_quantity(*await self._ask("eth_chainId")))
         body, where, secrets = await self._ask("eth_getBlockByNumber", hex(height), False)
         return parse_block(body, height, chain_id, f"{where} at height {height}", secrets)
+
+    async def _catching_up(self) -> bool:
+        """Tell whether the node says that it is catching up; the age of its newest block tells in any case."""
+        try:
+            return parse_syncing(*await self._ask("eth_syncing"))
+        except RefusedError:  # many public gateways do not offer this call
+            return False
 
     async def _ask(self, method: str, *params: object) -> tuple[bytes, str, Sequence[str]]:
         where = f"{self} {method}"

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 STALE_AFTER = 600.0
 """Seconds; a newest block older than this means a node that lags without saying so, or a chain that stands."""
 
+GREATEST_HEIGHT = 2**63 - 1
+"""Heights are 64-bit integers with a sign, by CometBFT and in the store."""
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -20,7 +23,7 @@ class Block:
     Attributes:
         chain_id: The network's name.
         height: Block number, at least 1.
-        hash: Block hash exactly as the node wrote it; never empty.
+        hash: Block hash in the one spelling of its kind of chain; never empty.
         time: Time of the block by the chain, in UTC.
     """
 
@@ -32,10 +35,17 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A node's newest block that counts, and whether the node is still catching up."""
+    """A node's newest block that counts.
+
+    Attributes:
+        block: The block.
+        catching_up: Whether the node is still catching up.
+        corrects: Whether a higher head that was believed before is proven to have been a lie by this one.
+    """
 
     block: Block
     catching_up: bool
+    corrects: bool = False
 
 
 class ChainError(Exception):
@@ -44,6 +54,31 @@ class ChainError(Exception):
 
 class BlockUnavailableError(ChainError):
     """The node has no block at the height: it is not there yet, pruned, or its data is lost."""
+
+
+class SlowDownError(ChainError):
+    """The node asks to be left alone.
+
+    Attributes:
+        seconds: For how long; None where it did not say.
+    """
+
+    def __init__(self, message: str, seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
+class RefusedError(ChainError):
+    """The node answered the call with a JSON-RPC error."""
+
+
+class UnreachableError(ChainError):
+    """The node did not answer at all."""
+
+
+def same_hash(one: str, other: str) -> bool:
+    """Tell whether two spellings are one block hash: hex is the same in either case."""
+    return one.lower() == other.lower()
 
 
 class ChainSource(Protocol):

@@ -22,6 +22,7 @@ from pocd.admin.client import AdminError, ServerEvent, call, events
 from pocd.cli.api import echo
 from pocd.cli.watch_view import Sample, Seen, View
 from pocd.process import EXIT_CRASH, EndedError
+from pocd.tasks import first_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -141,7 +142,7 @@ async def _once(viewer: Viewer, console: Console) -> None:
         raise EndedError(EXIT_CRASH, str(error)) from error
     with console.capture() as captured:
         console.print(View(replace(viewer.seen(), events=tuple(viewer.events)[-EVENTS_PRINTED:])))
-    echo(captured.get().rstrip("\n"))
+    echo(captured.get().rstrip("\n"), keep="\033")  # of colours that were asked for: the view itself is clean
 
 
 async def _live(viewer: Viewer, console: Console, interval: float) -> None:
@@ -163,7 +164,7 @@ async def _live(viewer: Viewer, console: Console, interval: float) -> None:
             for task in following:
                 task.cancel()
     except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None  # the first is the cause, the others were cancelled
+        raise first_error(errors) from None
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from pocd.admin.server import AdminApi
 from pocd.chain.make import CHAIN_TIMEOUT
 from pocd.clock import SYSTEM
 from pocd.config.secrets import read_token
-from pocd.config.settings import ConfigError, check_model
+from pocd.config.settings import check_model
 from pocd.daemon.compose import compose, make_chain, make_loads, make_receivers
 from pocd.daemon.reload import Reloader
 from pocd.daemon.reports import Reports
@@ -22,10 +22,10 @@ from pocd.http.client import open_session
 from pocd.http.server import listening, listening_at
 from pocd.mining.follower import follow
 from pocd.pool.causes import Cause, WorkerRefusedError
-from pocd.process import EXIT_CONFIG, EXIT_NO_DEVICE, EXIT_SIGNALLED, EndedError
+from pocd.process import EXIT_CONFIG, EXIT_NO_DEVICE, EXIT_SIGNALLED, EXIT_TEMPORARY, EndedError
 from pocd.store.errors import StoreUnavailableError
 from pocd.store.thread import OutboxThread
-from pocd.tasks import crash_logged, start
+from pocd.tasks import crash_logged, first_error, start
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Coroutine
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from pocd.observe.notify import Notifier
 
 FINISH_SECONDS = 5.0  # for the batches being computed, when stopping
+NEEDS_A_PERSON = (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError)  # to listen somewhere else
 DELIVER_SECONDS = 5.0  # for the last deliveries
 
 
@@ -82,13 +83,12 @@ async def _api(api: AdminApi, admin: AdminSettings, token: str | None) -> AsyncI
             )
             url = await stack.enter_async_context(server)
         except OSError as error:
-            if admin.socket:
-                message = f"admin API cannot listen on {admin.socket}: {error.strerror}; change admin.socket"
-                raise ConfigError(message) from None
-            hint = "another program has the port" if error.errno == errno.EADDRINUSE else error.strerror
-            raise ConfigError(
-                f"admin API cannot listen on {admin.host}:{admin.port}: {hint}; change admin.host or admin.port"
-            ) from None
+            where = str(admin.socket) if admin.socket else f"{admin.host}:{admin.port}"
+            hint = error.strerror if admin.socket or error.errno != errno.EADDRINUSE else "another program has the port"
+            keys = "admin.socket" if admin.socket else "admin.host or admin.port"
+            message = f"admin API cannot listen on {where}: {hint}; change {keys}"
+            # A port that is not allowed has to be changed, or a socket's path; an address or a name may come yet.
+            raise EndedError(EXIT_CONFIG if isinstance(error, NEEDS_A_PERSON) else EXIT_TEMPORARY, message) from None
         yield url
 
 
@@ -119,7 +119,7 @@ class Daemon:
                 with crash_logged("stopping", self._log):
                     await self._shut_down(tasks)
         except BaseExceptionGroup as errors:
-            raise _translate(errors.exceptions[0]) from None  # the first is the cause, the others were cancelled
+            raise _translate(first_error(errors)) from None
         finally:
             self._made.parts.cards.close()
             self._log.info("stopped", action="stopped", funnel=status.summary(self._made.parts))

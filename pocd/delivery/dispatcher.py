@@ -55,6 +55,7 @@ class Dispatcher:
         self._events = events
         self._woken = asyncio.Event()
         self._due = 0.0  # when the next attempt may be made, by the monotonic clock: the other may be set
+        self._compared = 0  # sequence of the batch that was last sent beside one that was refused
         self.settled = asyncio.Event()
         self.alarm: str | None = None
 
@@ -108,6 +109,11 @@ class Dispatcher:
     async def _deliver(self, poster: Poster, head: PendingDelivery) -> None:
         outcome = await self._attempt(poster, head)
         failed = await self._record(head, outcome)
+        if outcome.refused and await self._accepts_another(poster, head):
+            again = await self._next()
+            if again is not None and again.batch == head.batch:  # it is still wanted
+                outcome = await self._attempt(poster, again)
+                failed = await self._record(again, outcome, others_pass=True)
         if failed and policy.may_be_poison(outcome, head.faults + 1):
             await self._try_the_next(poster, head)
         if failed and self._clock.wall() - head.queued_at >= self._expire_after:
@@ -122,7 +128,26 @@ class Dispatcher:
             batches = [head.batch, following.batch]
             await self._outbox.persistently(deliveries.forget_faults, self.receiver.name, batches)
 
-    async def _record(self, delivery: PendingDelivery, outcome: Outcome) -> bool:
+    async def _accepts_another(self, poster: Poster, head: PendingDelivery) -> bool:
+        """Find out whether the receiver, which refuses `head`, accepts one of the batches after it.
+
+        Where it refuses them too, it would refuse any: a secret, a clock or a proxy is at fault, and no batch. The next
+        time others are tried, in the order of the queue, in case there are many that it refuses.
+        """
+        tried = {head.sequence}
+        for _ in range(policy.OTHERS_TRIED):
+            other = await self._next(max(head.sequence, self._compared)) or await self._next(head.sequence)
+            if other is None or other.sequence in tried:
+                return False
+            tried.add(other.sequence)
+            self._compared = other.sequence
+            outcome = await self._attempt(poster, other)
+            await self._record(other, outcome)
+            if not outcome.refused:
+                return outcome.accepted
+        return False
+
+    async def _record(self, delivery: PendingDelivery, outcome: Outcome, *, others_pass: bool = False) -> bool:
         """Store the outcome of an attempt; returns whether the receiver could not take the batch now."""
         name, faults = self.receiver.name, delivery.faults + outcome.fault
         overtaken = outcome.fault and await self._outbox.persistently(deliveries.is_overtaken, name, delivery.sequence)
@@ -132,6 +157,7 @@ class Dispatcher:
             failures=self.state.failures + 1,
             faults=faults,
             overtaken=overtaken,
+            others_pass=others_pass,
             jitter=self._jitter(),
         )
         self._log_decision(delivery, outcome, decision)
@@ -162,7 +188,7 @@ class Dispatcher:
     def _log_decision(self, delivery: PendingDelivery, outcome: Outcome, decision: policy.Decision) -> None:
         """Log a decision, and raise or lower the alarm."""
         log = self._log.bind(batch=delivery.id, sequence=delivery.sequence, attempts=delivery.attempts + 1)
-        alarm = _alarm(outcome) if outcome.alarm else None
+        alarm = _alarm(outcome) if policy.calls_a_person(outcome, self.state.failures + 1) else None
         match decision:
             case Accept():
                 if self.state.failures:
@@ -209,4 +235,9 @@ class Dispatcher:
 def _alarm(outcome: Outcome) -> str:
     if outcome.barred:
         return f"is not called: {outcome.detail}; check its URL and where its name leads"
+    if outcome.refused:
+        return (
+            f"accepts no batch, answers {outcome.detail}: check its URL and its secret, this host's clock, and what is "
+            f"between"
+        )
     return f"answers {outcome.detail}: check its URL and its secret"

@@ -5,18 +5,17 @@ docs/protocol.md section 6 has these decisions as a table.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from datetime import UTC
-from email.utils import parsedate_to_datetime
 
 BACKOFF_SECONDS = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 60.0)
 JITTER = 0.2  # of the backoff, either way, so that hosts do not come back in step
 LONGEST_RETRY_AFTER = 600.0  # seconds; a receiver that asks for more is asked again all the same
 LONGEST_WAIT = LONGEST_RETRY_AFTER * (1 + JITTER) + 1.0  # and room for rounding
 POISON_FAULTS = 8  # failures of one batch alone, until it is set aside
+OTHERS_TRIED = 2  # batches that are sent beside one that is refused, to see which is at fault: it, or a setting
+ALARMING_REFUSALS = 3  # failures in a row, the last of them a refusal, that call a person
 
-REFUSED = frozenset({400, 409, 413, 422})  # the message will never do
+REFUSED = frozenset({400, 409, 413, 422})  # the message will never do, or a setting is wrong
 PASSING = frozenset({408, 425, 429})  # like 5xx: the receiver's state, which changes
 GONE = 410
 
@@ -48,6 +47,11 @@ class Outcome:
     def fault(self) -> bool:
         """Whether the batch itself may be what the receiver fails at."""
         return self.broke or (self.status is not None and self.status >= 500)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the receiver refuses the batch: for what it holds, or as it would refuse any."""
+        return self.status in REFUSED
 
     @property
     def alarm(self) -> bool:
@@ -84,7 +88,9 @@ class Park:
 Decision = Accept | Retry | SetAside | Park
 
 
-def decide(outcome: Outcome, *, failures: int, faults: int, overtaken: bool, jitter: float) -> Decision:
+def decide(
+    outcome: Outcome, *, failures: int, faults: int, overtaken: bool, others_pass: bool, jitter: float
+) -> Decision:
     """Return the decision after an attempt to deliver the head of a queue.
 
     Args:
@@ -92,11 +98,12 @@ def decide(outcome: Outcome, *, failures: int, faults: int, overtaken: bool, jit
         failures: How often the receiver has failed in a row, with this attempt.
         faults: How often the receiver may have failed because of this batch, with this attempt.
         overtaken: Whether the receiver has accepted a later batch.
+        others_pass: Whether the receiver has just accepted another batch, though it refused this one before.
         jitter: Uniformly random in [-1, 1].
     """
     if outcome.accepted:
         return Accept()
-    if outcome.status in REFUSED:
+    if outcome.refused and others_pass:
         return SetAside(f"refused: {outcome.detail}")
     if outcome.status == GONE:
         return Park()
@@ -107,6 +114,16 @@ def decide(outcome: Outcome, *, failures: int, faults: int, overtaken: bool, jit
         wait = min(max(outcome.retry_after, BACKOFF_SECONDS[0]), LONGEST_RETRY_AFTER)
         return Retry(wait * (1 + JITTER * abs(jitter)))
     return Retry(backoff(failures, jitter))
+
+
+def calls_a_person(outcome: Outcome, failures: int) -> bool:
+    """Tell whether a failure is likely to be a wrong setting, here or at the receiver.
+
+    Args:
+        outcome: Outcome of the last attempt.
+        failures: How often the receiver has failed in a row, with this attempt.
+    """
+    return outcome.alarm or (outcome.refused and failures >= ALARMING_REFUSALS)
 
 
 def may_be_poison(outcome: Outcome, faults: int) -> bool:
@@ -138,23 +155,3 @@ def remaining_wait(next_at: float, now: float) -> float:
     """
     wait = next_at - now
     return wait if 0 < wait <= LONGEST_WAIT else 0.0
-
-
-def parse_retry_after(text: str, now: float) -> float | None:
-    """Return the seconds that a Retry-After header asks for, not below 0; None where it makes no sense.
-
-    Source: RFC 9110 section 10.2.3: seconds, or a date in one of three forms.
-
-    Args:
-        text: The header's value.
-        now: Wall time in seconds.
-    """
-    text = text.strip()
-    if re.fullmatch("[0-9]+", text):
-        return float(text)
-    try:
-        date = parsedate_to_datetime(text)
-        # A date without a zone is GMT, as all HTTP dates are.
-        return max(0.0, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now)
-    except (ValueError, OverflowError, TypeError, IndexError):
-        return None

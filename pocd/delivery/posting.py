@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import aiohttp
 
-from pocd.delivery import policy
 from pocd.delivery.policy import Outcome
 from pocd.http import addresses, webhooks
-from pocd.http.client import open_session
+from pocd.http.client import as_written, open_session
+from pocd.http.retry_after import parse_retry_after
 from pocd.observe.mask import excerpt, mask_url, url_secrets
 
 if TYPE_CHECKING:
@@ -82,12 +82,13 @@ class Poster:
         signed = keys.headers(message_id, timestamp, body) if keys else webhooks.unsigned_headers(message_id, timestamp)
         place = {} if sequence is None else {SEQUENCE_HEADER: str(sequence)}
         headers = {"Content-Type": "application/json", **place, **signed}
-        url = f"{self._receiver.url.rstrip('/')}/{kind}"
         self._barred = None
+        unsent = io.BytesIO(body)
         try:
-            async with self._session.post(
-                url, data=io.BytesIO(body), headers=headers, allow_redirects=False
-            ) as response:
+            url = as_written(f"{self._receiver.url.rstrip('/')}/{kind}")
+            async with self._session.post(url, data=unsent, headers=headers, allow_redirects=False) as response:
+                if response.status < 300 and unsent.tell() < len(body):
+                    return Outcome(None, f"HTTP {response.status} before the batch was sent", broke=True)
                 return await self._outcome(response)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             # An address that is barred is the reason, whether or not the others of its name could be reached.
@@ -113,7 +114,7 @@ class Poster:
         elif said:
             detail = f"{detail}: {self._shown(said, cut=not whole)}"
         asked = response.headers.get("Retry-After")
-        retry_after = None if asked is None else policy.parse_retry_after(asked, self._clock.wall())
+        retry_after = None if asked is None else parse_retry_after(asked, self._clock.wall())
         if asked is not None and retry_after is None:
             detail = f"{detail} (Retry-After makes no sense: {self._shown(asked, 40)})"
         return Outcome(response.status, detail, retry_after)

@@ -11,7 +11,7 @@ from pocd.delivery.posting import Receiver
 from pocd.http.addresses import allowed_origin
 from pocd.observe.mask import mask_url
 from pocd.store.batches import register_callback
-from pocd.tasks import start
+from pocd.tasks import first_error, start
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -101,7 +101,7 @@ class Receivers:
                 self._group = group
                 await asyncio.Event().wait()  # until cancelled, so without a bound
         except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None  # the first is the cause, the others were cancelled
+            raise first_error(errors) from None
 
     async def configure(self, receivers: Sequence[Receiver]) -> None:
         """Deliver to `receivers` from now on, as after a restart: the queue of one that is gone is kept.

@@ -76,8 +76,9 @@ class _RpcError(Exception):
 def application(chain: DevChain, clock: Callable[[], float] = time.time) -> web.Application:
     """Serve `chain` as docs/protocol.md section 8 describes a node.
 
-    `GET /status`, `GET /block?height=N` (the newest without a height), `GET /health`, and the first two as JSON-RPC at
-    `POST /`. Errors are HTTP 500 on GET and HTTP 200 on POST, as CometBFT answers them.
+    `GET /status`, `GET /block?height=N` (the newest without a height), `GET /blockchain?minHeight=N&maxHeight=N`,
+    `GET /health`, and all but the last as JSON-RPC at `POST /`.
+    Errors are HTTP 500 on GET and HTTP 200 on POST, as CometBFT answers them.
 
     Args:
         chain: The chain to serve.
@@ -85,9 +86,8 @@ def application(chain: DevChain, clock: Callable[[], float] = time.time) -> web.
     """
 
     async def get(request: web.Request) -> web.Response:
-        params: dict[str, Any] = dict(request.query)
         # CometBFT reads a number with or without quotes, and an empty one as if it were not there.
-        params["height"] = params.get("height", "").strip('"') or None
+        params = {name: value.strip('"') or None for name, value in request.query.items()}
         try:
             return _respond(_NO_ID, result=_call(chain, request.path.strip("/"), params, clock()))
         except _RpcError as error:
@@ -108,6 +108,7 @@ def application(chain: DevChain, clock: Callable[[], float] = time.time) -> web.
     app = web.Application()
     app.router.add_get("/status", get)
     app.router.add_get("/block", get)
+    app.router.add_get("/blockchain", get)
     app.router.add_get("/health", get)
     app.router.add_post("/", post)
     return app
@@ -142,11 +143,13 @@ def _call(chain: DevChain, method: object, params: object, now: float) -> dict[s
         return _status(chain, now)
     if method == "block":
         return _block(chain, _height_parameter(params), now)
+    if method == "blockchain":
+        return _blockchain(chain, _height_parameter(params, "minHeight"), _height_parameter(params, "maxHeight"), now)
     raise _RpcError(-32601, "Method not found")
 
 
-def _height_parameter(params: object) -> int | None:
-    height = params.get("height") if isinstance(params, dict) else params
+def _height_parameter(params: object, name: str = "height") -> int | None:
+    height = params.get(name) if isinstance(params, dict) else params
     if height is None:
         return None
     try:
@@ -154,7 +157,7 @@ def _height_parameter(params: object) -> int | None:
             return int(height)
     except ValueError:
         pass  # the same answer as for a list or a float
-    raise _RpcError(-32602, "Invalid params", f"height must be a number, but got {height!r}")
+    raise _RpcError(-32602, "Invalid params", f"{name} must be a number, but got {height!r}")
 
 
 def _status(chain: DevChain, now: float) -> dict[str, Any]:
@@ -192,17 +195,29 @@ def _block(chain: DevChain, height: int | None, now: float) -> dict[str, Any]:
     if height < chain.first_height:
         reason = f"height {height} is not available, lowest height is {chain.first_height}"
         raise _RpcError(-32603, "Internal error", reason)
+    meta = _meta(chain, height)
+    return {"block_id": meta["block_id"], "block": {"header": meta["header"], "data": {"txs": []}}}
+
+
+def _blockchain(chain: DevChain, least: int | None, most: int | None, now: float) -> dict[str, Any]:
+    """Describe blocks, the highest first; without a limit the 20 newest."""
+    head = chain.head_height(now)
+    most = min(most or head, head)
+    least = max(least or 1, chain.first_height, most - 19)
+    if least > most:
+        raise _RpcError(-32603, "Internal error", f"min height {least} can't be greater than max height {most}")
+    return {"last_height": str(head), "block_metas": [_meta(chain, height) for height in range(most, least - 1, -1)]}
+
+
+def _meta(chain: DevChain, height: int) -> dict[str, Any]:
     previous = chain.block_hash(height - 1) if height > chain.first_height else ""
     return {
         "block_id": {"hash": chain.block_hash(height), "parts": {"total": 1, "hash": chain.block_hash(height)}},
-        "block": {
-            "header": {
-                "chain_id": chain.chain_id,
-                "height": str(height),
-                "time": _rfc3339(chain.block_time(height)),
-                "last_block_id": {"hash": previous},
-            },
-            "data": {"txs": []},
+        "header": {
+            "chain_id": chain.chain_id,
+            "height": str(height),
+            "time": _rfc3339(chain.block_time(height)),
+            "last_block_id": {"hash": previous},
         },
     }
 

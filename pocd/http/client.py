@@ -5,20 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import re
 import socket
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
+from yarl import URL
+
+from pocd.http.answers import TolerantParser
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from aiohttp import AddrInfoType, StreamReader
-    from aiohttp.http_parser import RawResponseMessage
+    from aiohttp import AddrInfoType
 
     Refuse = Callable[[str], str | None]
     Addresses = Sequence[tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]]  # the last for `getnameinfo`
@@ -31,6 +35,8 @@ def open_session(
     timeout: aiohttp.ClientTimeout, *, window: int | None = None, refuse: Refuse | None = None
 ) -> aiohttp.ClientSession:
     """Return a client for one peer, which shares nothing with those for others; the caller closes it.
+
+    Each request has a connection of its own, so that no answer is taken for another request's.
 
     Args:
         timeout: Limits of each call.
@@ -47,39 +53,54 @@ def open_session(
         trust_env=False,
         auto_decompress=False,
         headers={"Accept-Encoding": "identity"},
+        request_class=_Request,
     )
 
 
+def as_written(url: str) -> URL:
+    """Return `url` with its path and query as they are: whoever signs or compares them knows no other spelling.
+
+    Raises:
+        ValueError: `url` is not a URL.
+    """
+    parts = urlsplit(url)
+    rest = parts._replace(scheme="", netloc="").geturl()
+    ascii_only = re.sub("[^!-~]+", lambda found: quote(found[0]), rest)  # what no request line can hold
+    return URL(str(URL(f"{parts.scheme}://{parts.netloc}")).rstrip("/") + ascii_only, encoded=True)
+
+
+class _Request(aiohttp.ClientRequest):
+    """Aiohttp's request, with user info in UTF-8 (RFC 7617 section 2.1); its own is Latin-1, and fails at the rest."""
+
+    def update_auth(self, auth: aiohttp.BasicAuth | None, trust_env: bool = False) -> None:  # noqa: FBT001, FBT002 - aiohttp's own
+        """Set the user info of the URL as Basic authentication."""
+        known = auth or self.auth
+        super().update_auth(known and known._replace(encoding="utf-8"), trust_env)
+
+
 class _Connector(aiohttp.TCPConnector):
-    """Aiohttp's connections, of which one that was kept serves another request only if the peer was silent since."""
+    """Aiohttp's connections, each for one request.
+
+    On a connection that is kept, an answer too many, by the peer or a proxy before it, would be believed about the next
+    request, and all later ones be off by one; and one that the peer closes just then costs that request.
+    """
 
     def __init__(self, *, resolver: AbstractResolver, socket_factory: Callable[[AddrInfoType], socket.socket]) -> None:
-        super().__init__(resolver=resolver, socket_factory=socket_factory)
+        super().__init__(resolver=resolver, socket_factory=socket_factory, force_close=True)
         self._factory = partial(_Connection, loop=self._loop)  # type: ignore[assignment] # a subclass will do
 
 
 class _Connection(ResponseHandler):
-    """Aiohttp's side of a connection, which is closed by an answer that no request asked for.
-
-    A peer, or a proxy before it, that answers once too often would be believed about the next request, and all its
-    later answers be off by one.
-    """
-
-    _answered = False
+    """Aiohttp's side of a connection, which is closed by an answer that comes before the request."""
 
     def set_response_params(self, **params: Any) -> None:  # noqa: ANN401 - aiohttp's own
-        """Expect the answer to a request that is about to be sent."""
-        self._answered = False
+        """Expect the answer to the request that is about to be sent."""
         super().set_response_params(**params)
-
-    def feed_data(self, data: tuple[RawResponseMessage, StreamReader], size: int = 0) -> None:
-        """Take the head of an answer; those of 1xx announce another one."""
-        self._answered = not 100 <= data[0].code < 200
-        super().feed_data(data, size)
+        self._parser = TolerantParser(self._parser, self, self._loop)  # type: ignore[assignment] # all that is asked
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes of the answer that is expected, or close the connection."""
-        if data and self._answered and (self._payload is None or self._payload.is_eof()):  # aiohttp calls it without
+        """Take bytes of the answer, or close the connection."""
+        if self._parser is None:
             self.abort()
         else:
             super().data_received(data)

@@ -32,7 +32,7 @@ async def parse_body(request: web.Request, model: type[Parsed]) -> Parsed:
     """
     try:
         raw = await request.read()
-    except web.RequestPayloadError as error:  # a Content-Encoding that the body does not have, or broken chunks
+    except web.RequestPayloadError as error:  # broken chunks
         raise RefusalError(400, "unreadable_body", f"the body is cut short or malformed: {error}") from None
     try:
         return model.model_validate_json(raw or b"{}", strict=True)

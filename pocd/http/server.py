@@ -171,7 +171,8 @@ class _Protocol(web.RequestHandler):
     """Aiohttp's protocol of one connection, which reports its begin and end, and whose errors have our form."""
 
     def __init__(self, server: web.Server, connections: _Connections) -> None:
-        super().__init__(server, loop=asyncio.get_running_loop(), access_log=None)  # type: ignore[arg-type] # None: no log
+        loop = asyncio.get_running_loop()
+        super().__init__(server, loop=loop, access_log=None, auto_decompress=False)  # type: ignore[arg-type] # None: no log
         self._connections = connections
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -203,6 +204,14 @@ class _Protocol(web.RequestHandler):
         answer = json_answer(error.body(), status)
         answer.force_close()
         return answer
+
+
+def _refuse_compressed(request: web.Request) -> None:
+    """Refuse what a few bytes would fill our memory with; no limit of ours is on what they unpack to."""
+    coding = request.headers.get("Content-Encoding", "identity")
+    if coding.strip().lower() != "identity":
+        message = "send the body as it is, without a Content-Encoding"
+        raise RefusalError(415, "compressed_body", message, "Content-Encoding", headers={"Accept-Encoding": "identity"})
 
 
 class _Connections:
@@ -258,6 +267,7 @@ class _Connections:
         Until it is here the client keeps us waiting, and not we the client.
         """
         if request.can_read_body:
+            _refuse_compressed(request)
             self._wait(request.protocol, None)
             try:
                 async with asyncio.timeout(self._bounds.body):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pocd.chain.source import STALE_AFTER, ChainError, ChainSource, Head
+from pocd.observe.levels import Level
 from pocd.store.errors import StoreUnavailableError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class ChainHealth:
         seen_at: Unix time in seconds of the last poll that succeeded.
         error: Error of the last poll; None when it succeeded.
         failures: Number of polls that failed since the last good one.
-        highest: The highest head ever seen, also before this daemon's start.
+        highest: The highest head ever seen, also before this daemon's start, less those that were lies.
     """
 
     head: Head | None = None
@@ -95,34 +96,31 @@ async def follow(
         on_head: Called after every good answer, also when the head is the same as before.
         health: Updated in place.
         log: Gets a line when the chain goes down, one a minute while it is, and one when it is restored; also one when
-            a chain that answers is degraded, and one when it is well again.
+            a chain that answers is degraded, and one when it is well again. What flaps is well again after a minute.
         clock: Paces the polls by its monotonic clock, and dates them by its wall clock.
         on_problem: Called with the text when `health` has a problem, and with None when it is well again.
         sleep: Waits that many seconds.
     """
-    logged_at: float | None = None  # when the chain was last said to be down; None while it is up
-    degraded = False
-    unwell = False  # as `on_problem` was called last
+    down, degraded, unwell = Level(), Level(), Level()
+    logged_at = 0.0  # when the chain was last said to be down
     while True:
         started = clock.monotonic()
-        failures_before = health.failures
         await _poll(source, on_head, health, clock)
         now = clock.monotonic()
         problem = health.problem(clock.wall(), poll_interval)
-        if health.error is None:
-            if logged_at is not None:
-                log.info("chain restored", action="chain_restored", failures=failures_before)
-            logged_at = None
-            if problem and not degraded:
-                log.warning("chain degraded", action="chain_degraded", problem=problem)
-            elif degraded and not problem:
-                log.info("chain well again", action="chain_well")
-            degraded = problem is not None
-        elif logged_at is None or now - logged_at >= LOG_EVERY:
+        turn = down.look(now, bad=health.error is not None)
+        if turn == "worse" or (health.error is not None and now - logged_at >= LOG_EVERY):
             log.warning("chain not followed", action="chain_down", error=health.error, failures=health.failures)
             logged_at = now
-        if unwell != (problem is not None):
-            unwell = not unwell
+        elif turn == "better":
+            log.info("chain restored", action="chain_restored", times=down.times)
+        if health.error is None:
+            turn = degraded.look(now, bad=problem is not None)
+            if turn == "worse":
+                log.warning("chain degraded", action="chain_degraded", problem=problem)
+            elif turn == "better":
+                log.info("chain well again", action="chain_well", times=degraded.times)
+        if unwell.look(now, bad=problem is not None):
             on_problem(problem)
         await sleep(max(poll_interval - (now - started), 0.0))
 
@@ -136,7 +134,7 @@ async def _poll(
     try:
         head = await source.head()
         health.head = head
-        health.highest = max(health.highest, head.block.height)
+        health.highest = head.block.height if head.corrects else max(health.highest, head.block.height)
         if not head.catching_up:
             await on_head(head)
     except (ChainError, StoreUnavailableError) as error:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from pocd.chain.source import BlockUnavailableError, ChainError
+from pocd.chain.source import BlockUnavailableError, ChainError, same_hash
+from pocd.observe.levels import Level
 from pocd.protocol.rounds import active_start
 from pocd.store.errors import StoreUnavailableError
 from pocd.store.outbox import Outbox
@@ -36,9 +37,9 @@ ALWAYS_HELD = 128
 class RoundScheduler:
     """Decides which round runs, as far as the chain decides (see `pocd.mining.control`).
 
-    The height that counts is the highest ever seen, which the store remembers: a node that lags behind it, or a
-    restart, begins no round that is over and ends none that runs. Only the blocks that the head can vouch for are asked
-    of the chain, so a round whose start a lagging node has not seen yet begins when it has.
+    The height that counts is the highest ever seen, which the store remembers, until it is proven a lie: a node that
+    lags behind it, or a restart, begins no round that is over and ends none that runs. Only the blocks that the head
+    can vouch for are asked of the chain, so a round whose start a lagging node has not seen yet begins when it has.
 
     Where blocks may be replaced, the rounds in the store are compared with the chain before any other begins. A round
     whose block is gone is marked there, and its place is taken by the new block's.
@@ -50,8 +51,8 @@ class RoundScheduler:
         policy: Heights at which rounds start, and how long they live.
         make_round: Makes the round that a block starts.
         withdraw: Whether to withdraw the pending batches of a round whose block was replaced.
-        clock: Dates what is stored by its wall clock.
-        log: Gets a line when a round is replaced, and when the head goes back.
+        clock: Dates what is stored by its wall clock, and paces the log by its monotonic clock.
+        log: Gets a line when a round is replaced, when the head goes back, and when it is no longer back.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class RoundScheduler:
         self._log = log
         known = outbox.view.chain
         self._highest = known.height if known else 0
-        self._went_back = False
+        self._went_back = Level()
 
     async def on_head(self, head: Head) -> None:
         """Pass the round that should be active at `head` to `control`.
@@ -85,7 +86,7 @@ class RoundScheduler:
             ChainError: A block that is needed could not be read.
             StoreUnavailableError: The store cannot remember now what it must.
         """
-        self._note(head.block)
+        self._note(head)
         start = active_start(self._highest, self._policy)
         mined = self._control.chain_round
         if mined is not None and mined.block_height != start:
@@ -100,10 +101,16 @@ class RoundScheduler:
                 await self._control.follow(None)
             raise
 
-    def _note(self, head: Block) -> None:
-        """Raise the highest height seen, or log once that the head went back."""
-        went_back = head.height < self._highest
-        if went_back and not self._went_back:
+    def _note(self, looked_at: Head) -> None:
+        """Raise the highest height seen; log when the head goes back, and when it is no longer back."""
+        head = looked_at.block
+        if looked_at.corrects:
+            self._log.warning(
+                "the highest head was a lie", action="head_corrected", height=head.height, highest=self._highest
+            )
+            self._highest = head.height
+        turn = self._went_back.look(self._clock.monotonic(), bad=head.height < self._highest)
+        if turn == "worse":
             mined = self._control.chain_round
             self._log.warning(
                 "head went back",
@@ -112,12 +119,15 @@ class RoundScheduler:
                 highest=self._highest,
                 round=mined.block_height if mined else None,
             )
-        self._went_back = went_back
+        elif turn == "better":
+            self._log.info(
+                "head is where it was again", action="head_well", height=head.height, times=self._went_back.times
+            )
         self._highest = max(self._highest, head.height)
 
     async def _remember(self, head: Block) -> None:
         known = self._outbox.view.chain
-        if known is None or known.height < self._highest:
+        if known is None or known.height != self._highest:
             await self._outbox(Outbox.remember_head, head.chain_id, self._highest)
 
     async def _wanted(self, start: int | None, head: Block, mined: Round | None) -> Round | None:
@@ -132,7 +142,7 @@ class RoundScheduler:
         if start > head.height:
             return mined  # this node cannot say what is there
         block = await self._block(blocks, start)
-        if mined is not None and mined.block_hash == block.hash:
+        if mined is not None and same_hash(mined.block_hash, block.hash):
             return mined
         return self._make_round(block)
 
@@ -153,7 +163,7 @@ class RoundScheduler:
                 return  # pruned, and so are those before it
             on_chain = False
             for round_ in same_height:
-                if round_.block_hash == block.hash:
+                if same_hash(round_.block_hash, block.hash):
                     on_chain = True
                 else:
                     await self._replace(round_, block)

@@ -22,6 +22,7 @@ from pocd.http.server import RefusalError, errors_as_json, json_answer, listenin
 from pocd.http.webhooks import ID_HEADER, SignatureError, WebhookKeys, is_message_id
 from pocd.protocol.bodies import BatchBody
 from pocd.protocol.numbers import Index
+from pocd.protocol.proof import MOST_NONCES
 from pocd.receiver.store import Arrival, ArrivalOutcome, BatchKind, ReceiverStoreError, Store, StoredBatch
 
 if TYPE_CHECKING:
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from aiohttp.typedefs import Handler
 
 MAX_BODY_BYTES = 16 * 1024 * 1024
-REJECTIONS = frozenset({400, 401, 408, 413})
+MOST_COMMAS = 5 * MOST_NONCES  # in a body: three lists as long as can be, and room for what is ignored
+REJECTIONS = frozenset({400, 401, 408, 413, 415})
 SHUTDOWN_TIMEOUT_S = 10.0
 """Seconds that requests under way have to end when the receiver stops."""
 
@@ -211,6 +213,8 @@ class _Routes:
 
 
 def _parse(kind: BatchKind, body: bytes) -> GeneratedBody:
+    if body.count(b",") > MOST_COMMAS:  # before it is unpacked: millions of values hold all others up for seconds
+        raise RefusalError(400, "too_many_values", f"the body has more than {MOST_COMMAS} commas")
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:

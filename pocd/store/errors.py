@@ -6,7 +6,7 @@ import errno
 import sqlite3
 from typing import TYPE_CHECKING
 
-from pocd.process import EXIT_CONFIG, EXIT_NO_STORE, EndedError
+from pocd.process import EXIT_CONFIG, EXIT_TEMPORARY, EndedError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -20,7 +20,7 @@ PASSING = frozenset(
 class StoreError(EndedError):
     """The store cannot be used; the message names the file and what to do.
 
-    The status is `EXIT_CONFIG` where a person has to change something, and `EXIT_NO_STORE` for what may pass.
+    The status is `EXIT_CONFIG` where a person has to change something, and `EXIT_TEMPORARY` for what may pass.
     """
 
     def __init__(self, reason: str, code: int = EXIT_CONFIG) -> None:
@@ -46,19 +46,19 @@ def unusable(path: Path, error: sqlite3.Error) -> StoreError:
         return StoreDamagedError(damaged(path, str(error)))
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         text = "another process holds it (is a second daemon running on it?); stop that one or choose another path"
-        return StoreHeldError(f"store {path} cannot be used: {text}", EXIT_NO_STORE)
+        return StoreHeldError(f"store {path} cannot be used: {text}", EXIT_TEMPORARY)
     if name == "SQLITE_NOTADB":
         text = "it is not a SQLite database; choose another store.path (the file was not touched)"
         return StoreError(f"store {path} cannot be used: {text}")
     if name.startswith(("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_NOMEM")):
-        return StoreError(f"store {path} cannot be used now: {error} ({name}); check its disk", EXIT_NO_STORE)
+        return StoreError(f"store {path} cannot be used now: {error} ({name}); check its disk", EXIT_TEMPORARY)
     return StoreError(f"store {path} cannot be opened: {error}; check store.path, its permissions and the free space")
 
 
 def unopened(path: Path, error: OSError) -> StoreError:
     """Return the error for the operator when the system does not let the store at `path` be opened."""
     if error.errno in PASSING:
-        return StoreError(f"store {path} cannot be opened now: {error.strerror}; check its disk", EXIT_NO_STORE)
+        return StoreError(f"store {path} cannot be opened now: {error.strerror}; check its disk", EXIT_TEMPORARY)
     return StoreError(f"store {path} cannot be opened: {error}; check store.path and its permissions")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Self
 
 import orjson
 
-from pocd.process import EXIT_NO_STORE
+from pocd.process import EXIT_TEMPORARY
 from pocd.protocol.nonces import Node, Progress, Span
 from pocd.protocol.proof import Proof, Round
 from pocd.store.backup import BackupError, back_up
@@ -171,15 +171,15 @@ class Outbox:
         """Open the file anew and look through all of it, after SQLite read what nobody wrote.
 
         Raises:
-            StoreUnavailableError: It cannot be read or opened now.
-            StoreError: It is damaged.
+            StoreUnavailableError: The file cannot be read or opened now.
+            StoreError: The file is damaged.
         """
         self.place.check()  # to close a file that was removed is to lose it
         self.db.close()
         try:
             self.db = open_store(self.place.path, thorough=True)
         except StoreError as error:
-            if error.code == EXIT_NO_STORE:
+            if error.code == EXIT_TEMPORARY:
                 raise StoreUnavailableError(str(error)) from error
             raise
         self.place = Place(self.place.path)
@@ -267,8 +267,8 @@ class Outbox:
         return progress
 
     def remember_head(self, chain_id: str, height: int) -> None:
-        """Store the chain's id, and the greatest height seen on it."""
-        assert self.chain is None or (chain_id == self.chain.chain_id and height >= self.chain.height)
+        """Store the chain's id, and the greatest height seen on it; a lower one than before if that was a lie."""
+        assert self.chain is None or chain_id == self.chain.chain_id
         with self.transaction():
             self.db.executemany(_SET_META, [("chain_id", chain_id), ("chain_height", str(height))])
         self.chain = KnownChain(chain_id, height)

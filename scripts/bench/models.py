@@ -1,4 +1,4 @@
-"""The models that `bench.py` and `agreement.py` measure: the bundled ones, and shapes of larger ones."""
+"""The models that `bench.engine` and `bench.agreement` measure: the bundled ones, and shapes of larger ones."""
 
 from __future__ import annotations
 

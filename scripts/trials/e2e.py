@@ -52,7 +52,7 @@ from pocd.protocol.errors import InputError, ModelError
 from pocd.protocol.names import DTYPES, check_device, resolve
 from pocd.protocol.schemes import SCHEMES
 from pocd.protocol.theory import r_target_for
-from scripts.trials.e2e_verdict import Line, RoundRequest, Said, StoredProgress, complaints, results_table, spread_table
+from scripts.trials.e2e_verdict import Line, Said, StoredProgress, TrialRound, complaints, results_table, spread_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,7 +109,7 @@ class Test:
     number: int
     label: str
     model: str
-    asked: RoundRequest
+    asked: TrialRound
 
     @property
     def name(self) -> str:
@@ -126,7 +126,7 @@ def tests_of(options: argparse.Namespace) -> list[Test]:
             number,
             label_of(model),
             MODELS.get(model, model),
-            RoundRequest(
+            TrialRound(
                 block_hash=block,
                 public_key=key,
                 r_target=options.r_targets[model],

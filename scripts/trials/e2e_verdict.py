@@ -22,7 +22,7 @@ NAMED = 3  # nonces that a complaint names; the others it counts
 
 
 @dataclass(frozen=True, slots=True)
-class RoundRequest:
+class TrialRound:
     """The round that the daemon was asked to generate, as its batches have to repeat it, and the node's share."""
 
     block_hash: str
@@ -93,7 +93,7 @@ class Line:
 # One test: is what the receiver holds what the daemon says?
 
 
-def complaints(asked: RoundRequest, said: Said, held: list[dict[str, Any]], stats: dict[str, Any]) -> list[str]:
+def complaints(asked: TrialRound, said: Said, held: list[dict[str, Any]], stats: dict[str, Any]) -> list[str]:
     """Name all that is not as it must be, one thing each; empty where the two sides agree.
 
     Args:
@@ -125,7 +125,7 @@ def complaints(asked: RoundRequest, said: Said, held: list[dict[str, Any]], stat
     return found
 
 
-def _of_daemon(asked: RoundRequest, said: Said, progress: StoredProgress) -> list[str]:
+def _of_daemon(asked: TrialRound, said: Said, progress: StoredProgress) -> list[str]:
     """Check that the daemon's status and store agree."""
     found = []
     if progress.checked == 0:
@@ -149,7 +149,7 @@ def _of_daemon(asked: RoundRequest, said: Said, progress: StoredProgress) -> lis
     return found
 
 
-def _of_receiver(asked: RoundRequest, held: list[dict[str, Any]], stats: dict[str, Any]) -> list[str]:
+def _of_receiver(asked: TrialRound, held: list[dict[str, Any]], stats: dict[str, Any]) -> list[str]:
     """Compare the receiver's batches with the requested round, and with the receiver's own counts."""
     terms = ("block_hash", "public_key", "r_target", "seq_len", "scheme", "node_id")
     others = {name: {body[name] for body in held} - {getattr(asked, name)} for name in terms}

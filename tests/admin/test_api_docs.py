@@ -78,7 +78,7 @@ async def documented(folder: Path) -> AsyncIterator[Daemon]:
             chain.height += 1
 
     async with Chain().served() as chain, Moody().served() as main, Moody().served() as old:
-        old.status = 422
+        old.status, old.choosy = 422, True
         path = config(folder, chain.url, {"main": main.url, "old": old.url})
         async with running(path) as daemon:
             await daemon.until(

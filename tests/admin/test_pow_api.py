@@ -216,7 +216,8 @@ async def test_the_chains_rounds_come_back_with_resume(api: Api) -> None:
     status = await api.daemon.status()
     assert (status["round"]["block_hash"], status["control"]["mode"]) == ("ours", "GENERATING")
     answer = await api.done("/resume")
-    assert answer["pow_status"]["round"]["block_height"] == api.chain.height == height + 1
+    assert api.chain.height == height + 1
+    await api.daemon.until(lambda body: body["round"] and body["round"]["block_height"] == api.chain.height)
     assert answer["pow_status"]["control"] == {"mode": "FOLLOWING", "asked": None}
 
 

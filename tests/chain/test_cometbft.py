@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gzip
+import zlib
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,9 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pocd.chain import rpc
-from pocd.chain.cometbft import CometBFT, parse_block, parse_status
+from pocd.chain.cometbft import CometBFT, parse_block, parse_meta, parse_status
 from pocd.chain.rpc import Rpc
-from pocd.chain.source import Block, BlockUnavailableError, ChainError, Head
+from pocd.chain.source import Block, BlockUnavailableError, ChainError, Head, RefusedError, SlowDownError
 from pocd.observe.mask import excerpt, mask_url
 from tests.support.processes import free_port
 
@@ -29,6 +31,16 @@ if TYPE_CHECKING:
 
 EXAMPLES: dict[str, Any] = orjson.loads((Path(__file__).parent.parent / "data/cometbft_examples.json").read_bytes())
 STATUS, BLOCK = EXAMPLES["StatusResponse"], EXAMPLES["BlockResponse"]
+META = orjson.dumps(
+    {
+        "result": {
+            "last_height": "1262196",
+            "block_metas": [
+                {"block_id": BLOCK["result"]["block_id"], "header": BLOCK["result"]["block"]["header"], "num_txs": "1"}
+            ],
+        }
+    }
+)
 WHERE = "http://node:26657/rpc"
 
 
@@ -87,9 +99,9 @@ def test_published_block() -> None:
     [
         ("GET /block?height=BEYOND", BlockUnavailableError, "height 999999999 must be less than or equal to"),
         ("GET /block?height=PRUNED", BlockUnavailableError, "height 1 is not available, lowest height is 1262000"),
-        ("GET /block?height=0", ChainError, "height must be greater than 0, but got 0"),
+        ("GET /block?height=0", RefusedError, "height must be greater than 0, but got 0"),
         ("POST block BEYOND", BlockUnavailableError, "current blockchain height 1262196"),
-        ("POST unknown method", ChainError, "Method not found"),
+        ("POST unknown method", RefusedError, "Method not found"),
         ("GET /block of a height whose meta is gone", BlockUnavailableError, "an empty block"),
     ],
 )
@@ -109,7 +121,7 @@ def test_old_wording_of_a_block_not_there_yet() -> None:
 def test_a_service_that_is_not_available_says_nothing_about_the_block() -> None:
     with pytest.raises(ChainError) as caught:
         parse_block(b'{"error": {"message": "upstream is not available"}}', 12, WHERE)
-    assert caught.type is ChainError
+    assert caught.type is RefusedError
 
 
 def test_empty_store() -> None:
@@ -129,23 +141,69 @@ def test_another_height_than_asked_for_is_refused() -> None:
         parse_block(orjson.dumps(BLOCK), 13, WHERE)
 
 
-def test_height_as_a_number() -> None:
-    head = parse_status(changed(STATUS, "result.sync_info.latest_block_height", 7), WHERE)
+@pytest.mark.parametrize("height", [7, 7.0, "7", "007"])
+def test_heights_as_others_write_them(height: object) -> None:
+    head = parse_status(changed(STATUS, "result.sync_info.latest_block_height", height), WHERE)
     assert head.block.height == 7
 
 
-def test_hash_is_kept_as_it_came() -> None:
-    head = parse_status(changed(STATUS, "result.sync_info.latest_block_hash", "0xaBc "), WHERE)
-    assert head.block.hash == "0xaBc "
+HEX = STATUS["result"]["sync_info"]["latest_block_hash"]
 
 
-def test_null_error_beside_a_result_is_no_error() -> None:
-    assert parse_status(orjson.dumps(STATUS | {"error": None}), WHERE).block.height == 1262196
+@pytest.mark.parametrize(("sent", "spelling"), [(HEX.lower(), HEX), (HEX, HEX), ("0xaBc ", "0xaBc "), ("abc", "abc")])
+def test_a_hash_in_hex_has_one_spelling_and_others_are_kept_as_they_came(sent: str, spelling: str) -> None:
+    assert parse_status(changed(STATUS, "result.sync_info.latest_block_hash", sent), WHERE).block.hash == spelling
 
 
-@pytest.mark.parametrize(
-    "height", [True, -1, "-1", "+1", "1.0", 1.0, "", " 1", "1_0", "\u0661", "0x1", "9" * 20, None, []]
-)
+def test_the_hash_of_a_block_has_the_spelling_of_the_head() -> None:
+    block = parse_block(changed(BLOCK, "result.block_id.hash", HEX.lower()), 12, WHERE)
+    assert block.hash == HEX
+    assert (
+        parse_meta(META.replace(BLOCK["result"]["block_id"]["hash"].encode(), HEX.lower().encode()), 12, WHERE) == block
+    )
+
+
+@pytest.mark.parametrize("error", [None, "", {}, [], {"code": 0, "message": "", "data": None}])
+def test_an_empty_error_beside_a_result_is_no_error(error: object) -> None:
+    assert parse_status(orjson.dumps(STATUS | {"error": error}), WHERE).block.height == 1262196
+
+
+def test_an_answer_without_the_envelope() -> None:
+    assert parse_status(orjson.dumps(STATUS["result"]), WHERE) == parse_status(orjson.dumps(STATUS), WHERE)
+    assert parse_block(orjson.dumps(BLOCK["result"]), 12, WHERE) == parse_block(orjson.dumps(BLOCK), 12, WHERE)
+
+
+def test_the_small_answer_says_the_same_as_the_whole_block() -> None:
+    assert parse_meta(META, 12, WHERE) == parse_block(orjson.dumps(BLOCK), 12, WHERE)
+
+
+@pytest.mark.parametrize("metas", [None, [], [None]])
+def test_no_meta_is_no_block(metas: object) -> None:
+    with pytest.raises(BlockUnavailableError, match="an empty block"):
+        parse_meta(orjson.dumps({"result": {"block_metas": metas}}), 12, WHERE)
+
+
+def test_the_small_answer_for_a_block_that_is_not_there() -> None:
+    data = "min height 13 can't be greater than max height 12"
+    with pytest.raises(BlockUnavailableError, match="min height 13"):
+        parse_meta(orjson.dumps({"error": {"code": -32603, "message": "Internal error", "data": data}}), 13, WHERE)
+
+
+@pytest.mark.parametrize("metas", ["x", {}, ["x"], [{}]])
+def test_nonsense_metas(metas: object) -> None:
+    with pytest.raises(ChainError, match=r"block_metas must be a list|the answer has no block_id") as caught:
+        parse_meta(orjson.dumps({"result": {"block_metas": metas}}), 12, WHERE)
+    assert caught.type is ChainError
+
+
+@pytest.mark.parametrize("height", ["9223372036854775808", "9" * 20, 2**63, 1e300])
+def test_a_height_beyond_63_bits(height: object) -> None:
+    with pytest.raises(ChainError, match=r"latest_block_height must be (below 2\^63|a whole number), but is"):
+        parse_status(changed(STATUS, "result.sync_info.latest_block_height", height), WHERE)
+    assert parse_status(changed(STATUS, "result.sync_info.latest_block_height", 2**63 - 1), WHERE).block.height > 2**62
+
+
+@pytest.mark.parametrize("height", [True, -1, "-1", "+1", "1.0", 1.5, "", " 1", "1_0", "\u0661", "0x1", None, []])
 def test_nonsense_height(height: object) -> None:
     with pytest.raises(ChainError, match="latest_block_height must be a whole number, but is"):
         parse_status(changed(STATUS, "result.sync_info.latest_block_height", height), WHERE)
@@ -159,7 +217,18 @@ def test_nonsense_text(path: str, value: object) -> None:
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("value", ["false", 0, None])
+@pytest.mark.parametrize(
+    ("value", "catching_up"), [(False, False), ("false", False), (None, False), (True, True), ("true", True)]
+)
+def test_catching_up(value: object, catching_up: bool) -> None:  # noqa: FBT001 - what is expected
+    assert parse_status(changed(STATUS, "result.sync_info.catching_up", value), WHERE).catching_up is catching_up
+
+
+def test_a_node_that_does_not_say_is_not_catching_up() -> None:
+    assert not parse_status(without(STATUS, "result.sync_info.catching_up"), WHERE).catching_up
+
+
+@pytest.mark.parametrize("value", ["no", 0, 1, 1.0, [], {}])
 def test_nonsense_catching_up(value: object) -> None:
     with pytest.raises(ChainError, match="catching_up must be true or false"):
         parse_status(changed(STATUS, "result.sync_info.catching_up", value), WHERE)
@@ -169,6 +238,7 @@ def test_nonsense_catching_up(value: object) -> None:
     ("text", "time"),
     [
         ("2024-02-29T23:59:59Z", datetime(2024, 2, 29, 23, 59, 59, tzinfo=UTC)),
+        ("2024-02-29t23:59:59.5z", datetime(2024, 2, 29, 23, 59, 59, 500000, tzinfo=UTC)),
         ("2024-01-01T00:00:00.9999999999Z", datetime(2024, 1, 1, 0, 0, 0, 999999, tzinfo=UTC)),
         ("2024-01-01T00:00:00.5+02:00", datetime(2023, 12, 31, 22, 0, 0, 500000, tzinfo=UTC)),
     ],
@@ -197,6 +267,7 @@ def test_nonsense_time(value: object) -> None:
         (b"[]", r"is not a JSON object: \[\]"),
         (b"null", "is not a JSON object: null"),
         (b"{}", "has no sync_info.latest_block_height: {}"),
+        (b'{"error": {}}', "has no sync_info.latest_block_height"),
         (b'{"result": []}', "has no sync_info.latest_block_height"),
         (b'{"result": {"sync_info": "x"}}', "has no sync_info.latest_block_height"),
         (b'{"error": "slow down"}', "the node says: slow down"),
@@ -212,7 +283,7 @@ def test_nonsense_answers(body: bytes, text: str) -> None:
     assert len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize("path", ["result.node_info.network", "result.sync_info.catching_up", "result.sync_info"])
+@pytest.mark.parametrize("path", ["result.node_info.network", "result.sync_info"])
 def test_missing_fields_of_status(path: str) -> None:
     with pytest.raises(ChainError, match="the answer has no"):
         parse_status(without(STATUS, path), WHERE)
@@ -357,18 +428,93 @@ async def hang_up(request: web.Request) -> web.StreamResponse:
 
 
 async def test_head_and_block() -> None:
-    async with node_of(answer(STATUS), answer(BLOCK)) as (node, requests, waits):
+    async with node_of(answer(STATUS), answer(META)) as (node, requests, waits):
         assert (await node.head()).block.height == 1262196
         assert (await node.block(12)).height == 12
-        assert [request.path_qs for request in requests] == ["/status", "/block?height=12"]
+        assert [request.path_qs for request in requests] == ["/status", "/blockchain?minHeight=12&maxHeight=12"]
+        assert waits.seconds == []
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        lambda: answer(b"404 page not found", 404),
+        lambda: answer(b"", 501),
+        lambda: answer(error_body("POST unknown method")),
+        lambda: answer(STATUS),
+        lambda: answer(b"<html>"),
+    ],
+)
+async def test_a_node_without_the_small_call_is_asked_for_the_whole_block_and_first_from_then_on(
+    refusal: Callable[[], Callable[[web.Request], Awaitable[web.StreamResponse]]],
+) -> None:
+    async with node_of(refusal(), answer(BLOCK)) as (node, requests, _):
+        assert await node.block(12) == await node.block(12)
+        assert [request.path for request in requests] == ["/blockchain", "/block", "/block"]
+
+
+async def test_a_node_that_lacks_the_block_in_either_call() -> None:
+    example = EXAMPLES["errors"]["GET /block?height=PRUNED"]
+    pruned = answer(example["body"], example["http_status"])
+    async with node_of(answer(b"", 404), pruned, pruned) as (node, requests, _):
+        for _ in range(2):
+            with pytest.raises(BlockUnavailableError, match="lowest height is 1262000"):
+                await node.block(12)
+        assert [request.path for request in requests] == ["/blockchain", "/block", "/block"]
+
+
+async def test_a_block_as_large_as_the_protocol_allows() -> None:
+    transactions = ["A" * 146] * 200_000  # 28 MiB
+    async with node_of(answer(b"", 404), answer(changed(BLOCK, "result.block.data", {"txs": transactions}))) as (
+        node,
+        _,
+        _,
+    ):
+        assert (await node.block(12)).height == 12
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zlib.compress, b"\xef\xbb\xbf".__add__])
+async def test_an_answer_that_is_packed_unasked(pack: Callable[[bytes], bytes]) -> None:
+    async with node_of(answer(pack(orjson.dumps(STATUS)))) as (node, _, _):
+        assert (await node.head()).block.height == 1262196
+
+
+async def test_the_limit_of_an_answer_holds_for_what_is_unpacked() -> None:
+    async with node_of(answer(gzip.compress(b"[" * (rpc.MAX_ANSWER_BYTES + 1)))) as (node, requests, _):
+        with pytest.raises(ChainError, match=rf"longer than {rpc.MAX_ANSWER_BYTES} bytes: \[\[\["):
+            await node.head()
+        assert len(requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "seconds"),
+    [
+        (answer(b"", 429), None),
+        (answer({"error": {"message": "slow down"}}, 429, **{"Retry-After": "37"}), 37.0),
+        (answer(b"", 429, **{"Retry-After": "1.5"}), 1.5),
+        (answer(b"", 503, **{"Retry-After": "Thu, 01 Jan 1970 00:01:00 GMT"}), 0.0),
+        (answer(b"", 429, **{"Retry-After": "soon"}), None),
+        (answer({"error": {"code": -32005, "message": "limit exceeded"}}), None),
+        (answer({"error": {"code": 429, "message": "compute units"}}), None),
+    ],
+)
+async def test_who_says_slow_down_is_not_asked_again(
+    reply: Callable[[web.Request], Awaitable[web.StreamResponse]], seconds: float | None
+) -> None:
+    async with node_of(reply) as (node, requests, waits):
+        for ask in (node.head, lambda: node.block(5)):
+            with pytest.raises(SlowDownError) as caught:
+                await ask()
+            assert caught.value.seconds == seconds
+        assert len(requests) == 2
         assert waits.seconds == []
 
 
 async def test_path_and_query_of_the_url_are_kept() -> None:
-    async with node_of(answer(BLOCK), path="rpc/?key=a%26b") as (node, requests, _):
+    async with node_of(answer(META), path="rpc/?key=a%26b") as (node, requests, _):
         await node.block(12)
-        assert requests[0].path == "/rpc/block"
-        assert dict(requests[0].query) == {"key": "a&b", "height": "12"}
+        assert requests[0].path == "/rpc/blockchain"
+        assert dict(requests[0].query) == {"key": "a&b", "minHeight": "12", "maxHeight": "12"}
 
 
 async def test_a_rpc_error_of_http_500_is_an_answer_and_not_tried_again() -> None:
@@ -379,7 +525,7 @@ async def test_a_rpc_error_of_http_500_is_an_answer_and_not_tried_again() -> Non
         assert len(requests) == 1
 
 
-@pytest.mark.parametrize("status", [429, 500, 502, 503])
+@pytest.mark.parametrize("status", [500, 502, 503])
 async def test_what_may_pass_is_tried_again(status: int) -> None:
     async with node_of(*[answer(b"<h1>busy</h1>", status)] * 2, answer(STATUS)) as (node, requests, waits):
         assert (await node.head()).block.height == 1262196
@@ -393,12 +539,6 @@ async def test_a_lost_connection_is_tried_again() -> None:
     async with node_of(hang_up, hang_up, answer(STATUS)) as (node, _, waits):
         assert (await node.head()).block.height == 1262196
         assert waits.seconds
-
-
-async def test_a_rate_limit_in_json_is_tried_again() -> None:
-    async with node_of(answer({"error": {"message": "slow down"}}, 429), answer(STATUS)) as (node, requests, _):
-        await node.head()
-        assert len(requests) == 2
 
 
 async def test_attempts_end() -> None:
@@ -432,18 +572,25 @@ async def test_redirects_are_not_followed() -> None:
         assert len(requests) == 1
 
 
-async def test_an_answer_without_end_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rpc, "MAX_ANSWER_BYTES", 100_000)
-
+async def test_an_answer_without_end_is_cut_off() -> None:
     async def endless(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
         while request.transport is not None:
-            await response.write(b"[" * 10_000)
+            await response.write(b"[" * 1_000_000)
         return response
 
     async with node_of(endless) as (node, requests, _):
-        with pytest.raises(ChainError, match=r"longer than 100000 bytes: \[\[\["):
+        with pytest.raises(ChainError, match=rf"longer than {rpc.MAX_ANSWER_BYTES} bytes: \[\[\["):
+            await node.head()
+        assert len(requests) == 1
+
+
+@pytest.mark.parametrize("value", [b"[]", b"{}", b"1"])
+async def test_an_answer_of_too_many_values_is_not_read(value: bytes) -> None:
+    body = b"[" + (value + b",") * (rpc.MOST_COMMAS + 1) + b"0]"
+    async with node_of(answer(body)) as (node, requests, _):
+        with pytest.raises(ChainError, match=f"has more than {rpc.MOST_COMMAS} commas: "):
             await node.head()
         assert len(requests) == 1
 
@@ -501,7 +648,7 @@ async def test_connection_refused() -> None:
     waits, port = Waits(), free_port()
     async with aiohttp.ClientSession() as session:
         node = CometBFT(Rpc(session, f"http://me:secret@127.0.0.1:{port}", sleep=waits))
-        with pytest.raises(ChainError, match=r"^http://\*\*\*@127\.0\.0\.1:\d+/block at height 5: Cannot connect"):
+        with pytest.raises(ChainError, match=r"^http://\*\*\*@127\.0\.0\.1:\d+/blockchain at height 5: Cannot connect"):
             await node.block(5)
         assert len(waits.seconds) == 2
         assert str(node) == f"http://***@127.0.0.1:{port}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
+from math import inf
 from typing import TYPE_CHECKING, cast
 
 import aiohttp
@@ -14,9 +15,19 @@ from aiohttp import web
 from structlog.testing import capture_logs
 
 from pocd.chain.cometbft import CometBFT
-from pocd.chain.failover import BACKOFF, FARTHEST_JUMP, KNOWN_HASHES, Failover
+from pocd.chain.failover import (
+    BACKOFF,
+    FARTHEST_JUMP,
+    FASTEST,
+    KNOWN_HASHES,
+    LEAP,
+    LEAP_LOOKS,
+    LEAP_SECONDS,
+    LONGEST_REST,
+    Failover,
+)
 from pocd.chain.rpc import Rpc
-from pocd.chain.source import Block, BlockUnavailableError, ChainError, ChainSource, Head
+from pocd.chain.source import Block, BlockUnavailableError, ChainError, ChainSource, Head, SlowDownError
 from pocd.dev.chain import DevChain
 from tests.support.clocks import NOW, ManualClock
 from tests.support.processes import Chain, free_port
@@ -259,18 +270,176 @@ async def test_where_blocks_are_replaced_another_hash_is_believed() -> None:
 
 
 async def test_an_absurd_height_is_refused() -> None:
-    clock = ManualClock()
     source, second = Fake("a", block_at(5 + FARTHEST_JUMP + 1)), Fake("b", block_at(6))
-    chain = failover([source, second], clock, highest=5)
+    chain = failover([source, second], highest=5)
     assert (await chain.head()).block.height == 6
-    source.answer = block_at(6 + FARTHEST_JUMP + 1)
     second.answer = DOWN
-    clock.advance(1)
-    with pytest.raises(ChainError, match=r"^a says that its newest block is 100000007, more than 100000000 above 6, "):
+    with pytest.raises(ChainError, match=r"^a says that its newest block is 100000006, more than 100000000 above 5, "):
         await chain.head()
-    source.answer = block_at(6 + FARTHEST_JUMP)
-    clock.advance(2)
-    assert (await chain.head()).block.height == 6 + FARTHEST_JUMP
+
+
+FAR = 5 + FARTHEST_JUMP - 1
+
+
+async def test_a_leap_of_one_node_is_passed_over_while_another_is_well() -> None:
+    clock = ManualClock()
+    liar, honest = Fake("a", block_at(FAR)), Fake("b", block_at(6))
+    chain = failover([liar, honest], clock, highest=5)
+    for _ in range(100):
+        assert (await chain.head()).block.height == 6
+        clock.advance(LEAP_SECONDS)
+        liar.answer = block_at(FAR + int(clock.elapsed))
+    assert honest.asked == 100
+
+
+async def test_one_lie_of_a_lone_node_is_not_believed() -> None:
+    source = Fake("a", block_at(5))
+    chain = failover([source])
+    await chain.head()
+    source.answer = block_at(FAR)
+    with pytest.raises(ChainError, match=r"^a says that its newest block is 100000004, which is 99999999 above the h"):
+        await chain.head()
+    source.answer = block_at(6)
+    assert (await chain.head()).block.height == 6
+
+
+async def test_a_leap_that_a_lone_node_repeats_is_believed() -> None:
+    clock = ManualClock()
+    source = Fake("a", block_at(500))
+    chain = failover([source], clock, highest=5)
+    for height in (500, 502, 499, 501):  # a balanced address differs by a few
+        source.answer = block_at(height)
+        with pytest.raises(ChainError, match="above the highest"):
+            await chain.head()
+        clock.advance(LEAP_SECONDS / 4)
+    assert (await chain.head()).block.height == 501
+
+
+async def test_a_leap_is_not_believed_after_few_looks_or_to_another_height() -> None:
+    clock = ManualClock()
+    source = Fake("a", block_at(500))
+    chain = failover([source], clock, highest=5)
+    for height in (500, 500, FAR, FAR, 500, 500):
+        source.answer = block_at(height)
+        with pytest.raises(ChainError, match="above the highest"):
+            await chain.head()
+        clock.advance(LEAP_SECONDS)
+    assert LEAP_LOOKS == 3
+    assert (await chain.head()).block.height == 500
+
+
+async def test_a_leap_that_two_nodes_confirm_is_believed_at_once() -> None:
+    chain = failover([Fake("a", block_at(500)), Fake("b", block_at(499))], highest=5)
+    assert (await chain.head()).block.height == 500
+
+
+async def test_two_nodes_that_leap_to_different_heights_confirm_nothing() -> None:
+    chain = failover([Fake("a", block_at(FAR)), Fake("b", block_at(500))], highest=5)
+    with pytest.raises(ChainError, match=r"a says that .*; b says that "):
+        await chain.head()
+
+
+async def test_a_lie_that_was_believed_is_corrected_by_heads_of_now() -> None:
+    clock = ManualClock()
+    source = Fake("a", block_at(6))
+    chain = failover([source], clock, highest=FAR)
+    for _ in range(LEAP_LOOKS - 1):
+        with pytest.raises(ChainError, match=r"which is 99999998 below the highest seen before: believed when"):
+            await chain.head()
+        clock.advance(LEAP_SECONDS)
+    assert await chain.head() == Head(block_at(6), catching_up=False, corrects=True)
+    source.answer = block_at(7)
+    assert await chain.head() == Head(block_at(7), catching_up=False)
+    source.answer = block_at(FAR)
+    with pytest.raises(ChainError, match="above the highest"):
+        await chain.head()
+
+
+async def test_a_lie_that_was_believed_is_corrected_at_once_by_two_nodes() -> None:
+    chain = failover([Fake("a", block_at(6)), Fake("b", block_at(5))], highest=FAR)
+    assert await chain.head() == Head(block_at(6), catching_up=False, corrects=True)
+
+
+@pytest.mark.parametrize("head", [Head(block_at(6, age=age), catching_up=False) for age in (601, -601)])
+async def test_a_head_that_is_not_of_now_proves_nothing(head: Head) -> None:
+    chain = failover([Fake("a", head.block), Fake("b", head.block)], highest=FAR)
+    for _ in range(2 * LEAP_LOOKS):
+        assert await chain.head() == head
+
+
+async def test_a_node_that_catches_up_proves_nothing() -> None:
+    source = Fake("a", block_at(6))
+    source.catching_up = True
+    assert await failover([source], highest=FAR).head() == Head(block_at(6), catching_up=True)
+
+
+async def test_what_the_chain_can_have_made_since_is_no_leap() -> None:
+    clock = ManualClock()
+    source = Fake("a", block_at(5))
+    chain = failover([source], clock)
+    await chain.head()
+    clock.advance(60)
+    source.answer = block_at(5 + LEAP + int(60 * FASTEST))
+    assert (await chain.head()).block == source.answer
+
+
+async def test_the_hash_of_a_leap_that_is_not_believed_is_not_remembered() -> None:
+    source = Fake("a", block_at(5))
+    chain = failover([source])
+    await chain.head()
+    source.answer = block_at(500, block_hash="LIE")
+    with pytest.raises(ChainError, match="above the highest"):
+        await chain.head()
+    source.answer = block_at(500)
+    assert await chain.block(500) == block_at(500)
+
+
+async def test_a_hash_in_another_spelling_is_the_same() -> None:
+    source = Fake("a", block_at(5, block_hash="aBc"))
+    chain = failover([source], hashes={5: "AbC"})
+    assert (await chain.block(5)).hash == "aBc"
+
+
+# Who asks to be left alone
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rest"), [(None, BACKOFF[0]), (0.0, BACKOFF[0]), (37.5, 37.5), (1e9, LONGEST_REST), (inf, LONGEST_REST)]
+)
+async def test_a_lone_node_that_asks_to_be_left_alone_is(seconds: float | None, rest: float) -> None:
+    clock = ManualClock()
+    source = Fake("a", SlowDownError("a: HTTP 429", seconds))
+    chain = failover([source], clock)
+    with pytest.raises(ChainError, match=r"^a: HTTP 429$"):
+        await chain.head()
+    source.answer = block_at(5)
+    clock.advance(rest - 0.01)
+    with pytest.raises(ChainError, match=r"^a: HTTP 429 \(left alone for 1 s more\)$"):
+        await chain.block(5)
+    clock.advance(0.01)
+    assert (await chain.head()).block.height == 5
+    assert source.asked == 2
+
+
+async def test_a_lone_node_that_fails_is_asked_again_at_once() -> None:
+    source = Fake("a", DOWN)
+    chain = failover([source])
+    with pytest.raises(ChainError):
+        await chain.head()
+    source.answer = block_at(5)
+    assert (await chain.head()).block.height == 5
+
+
+async def test_nodes_that_flap_are_few_lines_of_log() -> None:
+    clock = ManualClock()
+    first, second, third = Fake("a", block_at(5)), Fake("b", block_at(5)), Fake("c", block_at(5))
+    chain = failover([first, second, third], clock)
+    with capture_logs() as records:
+        for look in range(100):
+            first.catching_up, second.catching_up = look % 2 == 0, look % 4 == 0
+            await chain.head()
+            clock.advance(0.5)
+    assert len(records) <= 4
 
 
 async def test_known_hashes_are_bounded_and_the_last_seen_stay() -> None:

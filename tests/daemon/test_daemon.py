@@ -37,6 +37,12 @@ async def test_a_second_signal_ends_the_daemon_at_once(tmp_path: Path) -> None:
     assert "stopped" not in actions
 
 
+async def test_a_daemon_that_is_stopped_before_its_model_is_ready_ends(tmp_path: Path) -> None:
+    async with Chain().served() as chain, running(config(tmp_path, chain.url, {})) as daemon:
+        assert await daemon.end() == 0  # a worker takes seconds to load torch
+    assert "worker_ready" not in [entry["action"] for entry in daemon.entries()]
+
+
 async def test_a_signal_after_a_shutdown_by_the_api_changes_nothing(tmp_path: Path) -> None:
     async with Chain().served() as chain, serving() as server:
         server.then(*[503] * 1000)

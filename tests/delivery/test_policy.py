@@ -23,11 +23,12 @@ from pocd.delivery.policy import (
     Retry,
     SetAside,
     backoff,
+    calls_a_person,
     decide,
     may_be_poison,
-    parse_retry_after,
     remaining_wait,
 )
+from pocd.http.retry_after import parse_retry_after
 
 NOW = datetime(2026, 7, 14, 9, 30, tzinfo=UTC)
 
@@ -38,8 +39,10 @@ statuses = st.none() | st.integers(100, 599)
 EVERY_STATUS = [None, *range(100, 600)]
 
 
-def decided(outcome: Outcome, *, failures: int = 1, faults: int = 1, overtaken: bool = False) -> Decision:
-    return decide(outcome, failures=failures, faults=faults, overtaken=overtaken, jitter=0.0)
+def decided(
+    outcome: Outcome, *, failures: int = 1, faults: int = 1, overtaken: bool = False, others_pass: bool = False
+) -> Decision:
+    return decide(outcome, failures=failures, faults=faults, overtaken=overtaken, others_pass=others_pass, jitter=0.0)
 
 
 def group(status: int | None) -> str:
@@ -50,7 +53,7 @@ def group(status: int | None) -> str:
         case 410:
             return "parks"
         case 400 | 409 | 413 | 422:
-            return "sets aside"
+            return "refuses"
         case _:
             return "accepts" if status // 100 == 2 else "waits"
 
@@ -58,7 +61,7 @@ def group(status: int | None) -> str:
 EXPECTED = {
     "accepts": Accept(),
     "waits": Retry(1.0),
-    "sets aside": SetAside("refused: said so"),
+    "refuses": Retry(1.0),
     "parks": Park(),
 }
 
@@ -68,6 +71,32 @@ def test_every_status_has_one_consequence() -> None:
         outcome = Outcome(status, "said so")
         assert decided(outcome) == EXPECTED[group(status)], status
         assert outcome.accepted == (group(status) == "accepts"), status
+
+
+def test_only_a_batch_that_is_refused_while_others_pass_is_set_aside() -> None:
+    for status in EVERY_STATUS:
+        outcome = Outcome(status, "said so")
+        assert outcome.refused == (group(status) == "refuses"), status
+        expected = SetAside("refused: said so") if outcome.refused else EXPECTED[group(status)]
+        assert decided(outcome, others_pass=True) == expected, status
+
+
+@given(status=statuses, failures=st.integers(1, 100))
+def test_a_run_of_refusals_calls_a_person(status: int | None, failures: int) -> None:
+    outcome = Outcome(status, "")
+    assert calls_a_person(outcome, failures) == (outcome.alarm or (group(status) == "refuses" and failures >= 3))
+
+
+@given(
+    answers=st.lists(st.sampled_from([200, 400, 409, 413, 422, 401, 503, None]), min_size=1, max_size=30),
+    jitter=jitters,
+)
+def test_no_answers_make_a_batch_dead_while_no_other_is_accepted(answers: list[int | None], jitter: float) -> None:
+    for failures, status in enumerate(answers, start=1):
+        found = decide(
+            Outcome(status, ""), failures=failures, faults=failures, overtaken=False, others_pass=False, jitter=jitter
+        )
+        assert not isinstance(found, SetAside)
 
 
 def test_only_5xx_and_answers_that_never_came_whole_may_be_the_batch_s_fault() -> None:
@@ -140,7 +169,7 @@ def test_a_retry_waits_at_least_a_little_and_never_longer_than_the_longest_wait(
     failures: int, jitter: float, retry_after: float | None
 ) -> None:
     outcome = Outcome(429, "", retry_after)
-    found = decide(outcome, failures=failures, faults=0, overtaken=False, jitter=jitter)
+    found = decide(outcome, failures=failures, faults=0, overtaken=False, others_pass=False, jitter=jitter)
     assert isinstance(found, Retry)
     assert 0.8 <= found.seconds < LONGEST_WAIT
 
@@ -149,7 +178,9 @@ def test_a_retry_waits_at_least_a_little_and_never_longer_than_the_longest_wait(
 def test_jitter_never_comes_earlier_than_retry_after_asked_for(
     jitter: float, retry_after: float, failures: int
 ) -> None:
-    found = decide(Outcome(503, "", retry_after), failures=failures, faults=1, overtaken=False, jitter=jitter)
+    found = decide(
+        Outcome(503, "", retry_after), failures=failures, faults=1, overtaken=False, others_pass=False, jitter=jitter
+    )
     assert isinstance(found, Retry)
     assert max(retry_after, 1.0) <= found.seconds <= max(retry_after, 1.0) * 1.2
 
@@ -181,7 +212,9 @@ def test_what_is_due_goes_at_once(next_at: float, now: float) -> None:
 def test_a_wait_is_waited_out_while_the_clock_goes_on(
     failed_at: float, asked: float | None, failures: int, jitter: float, part: float
 ) -> None:
-    found = decide(Outcome(503, "", asked), failures=failures, faults=1, overtaken=False, jitter=jitter)
+    found = decide(
+        Outcome(503, "", asked), failures=failures, faults=1, overtaken=False, others_pass=False, jitter=jitter
+    )
     assert isinstance(found, Retry)
     now = failed_at + part * found.seconds
     assert remaining_wait(failed_at + found.seconds, now) == pytest.approx(found.seconds * (1 - part), abs=1e-5)
@@ -236,12 +269,15 @@ def test_a_date_that_names_another_zone_is_taken_at_its_word() -> None:
     assert parse_retry_after(format_datetime(zone), NOW.timestamp()) == 5.0
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("0", 0.0), ("120", 120.0), (" 7 ", 7.0), ("007", 7.0)])
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("0", 0.0), ("120", 120.0), (" 7 ", 7.0), ("007", 7.0), ("1.5", 1.5), ("30.", 30.0), (".5", 0.5)],
+)
 def test_seconds_are_understood(text: str, seconds: float) -> None:
     assert parse_retry_after(text, NOW.timestamp()) == seconds
 
 
-@pytest.mark.parametrize("text", ["9" * 30, "9" * 400, "9" * 10_000, "Fri, 31 Dec 9999 23:59:59 GMT"])
+@pytest.mark.parametrize("text", ["9" * 30, "9" * 400, "9" * 10_000, "9" * 400 + ".5", "Fri, 31 Dec 9999 23:59:59 GMT"])
 def test_absurd_numbers_are_clamped(text: str) -> None:
     seconds = parse_retry_after(text, NOW.timestamp())
     assert seconds is not None
@@ -249,7 +285,25 @@ def test_absurd_numbers_are_clamped(text: str) -> None:
 
 
 NONSENSE = [
-    *("", " ", "soon", "-5", "+5", "1.5", "1e3", "0x10", "1 2", "٣", "²", "NaN", "inf", "12 seconds"),
+    *(
+        "",
+        " ",
+        "soon",
+        "-5",
+        "+5",
+        "1,5",
+        ".",
+        "1.5.0",
+        "-1.5",
+        "1e3",
+        "0x10",
+        "1 2",
+        "٣",
+        "²",
+        "NaN",
+        "inf",
+        "12 seconds",
+    ),
     *("Sun, 99 Nov 1994 08:49:37 GMT", "Sun, 06 Nov 1994 25:61:61 GMT", "Sun, 06 Nov", "06 Nov 99999 08:49:37 GMT"),
     "Fri, 31 Dec 9999 23:59:59 -9999",
 ]

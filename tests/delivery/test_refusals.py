@@ -41,37 +41,147 @@ def actions(logs: list[structlog.typing.EventDict], level: str) -> list[str]:
 # Dead letters
 
 
-@pytest.mark.parametrize("status", [400, 409, 413, 422])
-async def test_a_refused_batch_is_a_dead_letter_at_once_and_the_queue_goes_on(
+REFUSALS = [400, 409, 413, 422]
+
+
+@pytest.mark.parametrize("status", REFUSALS)
+async def test_a_batch_that_is_refused_while_another_passes_is_a_dead_letter(
     bench: Bench, server: Server, status: int
 ) -> None:
-    batches = await bench.store(3, "a")
-    server.answers.append(web.Response)
-    server.answers.append(partial(web.Response, status=status, text="nonces are\nnot sorted"))
+    first, second, third, fourth = await bench.store(4, "a")
+    refusal = partial(web.Response, status=status, text="nonces are\nnot sorted")
+    server.answers += [web.Response, refusal, web.Response, refusal]
     dispatcher = bench.dispatcher(server.url)
     with structlog.testing.capture_logs() as logs:
         async with running(dispatcher):
-            assert sent(await server.take(3)) == expected(batches)
+            assert sent(await server.take(5)) == expected([first, second, third, second, fourth])
             await soon(dispatcher.settled.wait())
-    _, dead, _ = await bench.deliveries()
-    assert await bench.states() == ["delivered", "dead", "delivered"]
-    assert (dead.reason, dead.attempts) == (f"refused: HTTP {status}: nonces are not sorted", 1)
+    _, dead, *_ = await bench.deliveries()
+    assert await bench.states() == ["delivered", "dead", "delivered", "delivered"]
+    assert (dead.reason, dead.attempts) == (f"refused: HTTP {status}: nonces are not sorted", 2)
     assert dispatcher.state == ReceiverState()
     assert dispatcher.alarm is None
     assert actions(logs, "error") == ["dead_letter"]
     assert bench.outbox.view.queues["a"] == Queue(
-        delivered_batches=2, delivered_nonces=4, dead_batches=1, dead_nonces=2
+        delivered_batches=3, delivered_nonces=6, dead_batches=1, dead_nonces=2
     )
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_one_that_passes_when_another_did_is_no_dead_letter(bench: Bench, server: Server) -> None:
+    """The receiver was at fault, and no more."""
+    first, second = await bench.store(2, "a")
+    server.then(400)
+    dispatcher = bench.dispatcher(server.url)
+    async with running(dispatcher):
+        assert sent(await server.take(3)) == expected([first, second, first])
+        await soon(dispatcher.settled.wait())
+    assert await bench.states() == ["delivered"] * 2
+
+
+@pytest.mark.parametrize("status", REFUSALS)
+async def test_a_receiver_that_refuses_whatever_comes_is_waited_for_with_an_alarm(
+    bench: Bench, server: Server, status: int
+) -> None:
+    """A wrong secret or clock, plain HTTP on the port of https, a proxy's page: no batch is to blame."""
+    batches = await bench.store(24, "a")
+    server.then(*[status] * 9)
+    dispatcher = bench.dispatcher(server.url)
+    with structlog.testing.capture_logs() as logs:
+        async with running(dispatcher):
+            await soon(dispatcher.settled.wait())
+            assert dispatcher.state.failures == 3
+            assert dispatcher.state.next_at == NOW + policy.BACKOFF_SECONDS[2]
+            for _ in range(2):
+                await bench.step(dispatcher)
+            assert await bench.states() == ["pending"] * 24
+            assert dispatcher.alarm is not None
+            assert dispatcher.alarm.startswith(f"accepts no batch, answers HTTP {status}: check its URL and its secret")
+            shown = [batches[place] for place in (0, 1, 2, 0, 3, 4, 0, 5, 6)]
+            assert sent(await server.take(9)) == expected(shown), "others each time, in the order of the queue"
+            await bench.step(dispatcher)
+            assert sent(await server.take(24)) == expected(batches)
+            await soon(dispatcher.settled.wait())
+    assert await bench.states() == ["delivered"] * 24
+    assert dispatcher.alarm is None
+    assert actions(logs, "error") == ["receiver_alarm"]
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_of_many_that_are_refused_each_is_dead_once_another_passes(bench: Bench, server: Server) -> None:
+    """A receiver that refuses a whole round's batches, and takes the next round's."""
+    batches = await bench.store(8, "a")
+    refused = {batch.id for batch in batches[:4]}
+
+    async def handle(request: web.Request) -> web.Response:
+        return web.Response(status=422 if request.headers["webhook-id"] in refused else 200)
+
+    server.handle = handle
+    dispatcher = bench.dispatcher(server.url)
+    async with running(dispatcher):
+        await soon(dispatcher.settled.wait())
+    assert await bench.states() == ["dead"] * 4 + ["delivered"] * 4
+
+
+async def test_the_only_batch_of_a_queue_is_not_dead_until_another_passes(bench: Bench, server: Server) -> None:
+    (first,) = await bench.store(1, "a")
+    server.then(422, 422, 422, 422, 200, 422)
+    before = bench.dispatcher(server.url)
+    async with running(before):
+        await soon(before.settled.wait())
+        assert before.alarm is None, "it may well be the batch"
+        for _ in range(2):
+            await bench.step(before)
+        assert before.alarm is not None
+    assert await bench.states() == ["pending"]
+    (second,) = await bench.store(1, "a")
+    after = bench.dispatcher(server.url)  # as after a restart
+    async with running(after):
+        await bench.step(after)
+    assert sent(await server.take(6)) == expected([first] * 4 + [second, first])
+    assert await bench.states() == ["dead", "delivered"]
+    assert after.alarm is None
+
+
+async def test_a_receiver_that_fails_at_the_other_one_shows_nothing(bench: Bench, server: Server) -> None:
+    first, second, _ = await bench.store(3, "a")
+    server.then(422, 503)
+    dispatcher = bench.dispatcher(server.url)
+    async with running(dispatcher):
+        await soon(dispatcher.settled.wait())
+        assert sent(await server.take(2)) == expected([first, second])
+    assert server.requests.empty()
+    assert await bench.states() == ["pending"] * 3
+    assert dispatcher.state.error == "HTTP 503"
+
+
+async def test_a_refused_batch_that_is_withdrawn_meanwhile_is_not_sent_again(bench: Bench, server: Server) -> None:
+    first, second = await bench.store(2, "a")
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        if request.headers["webhook-id"] == second.id:
+            withdraw = "UPDATE deliveries SET state = 'withdrawn' WHERE batch = ?"
+            await bench.outbox(lambda outbox: outbox.db.execute(withdraw, (first.batch,)))
+        return await server.answer(request)
+
+    server.handle = handle
+    server.then(422)
+    dispatcher = bench.dispatcher(server.url)
+    async with running(dispatcher):
+        assert sent(await server.take(2)) == expected([first, second])
+        await soon(dispatcher.settled.wait())
+    assert server.requests.empty()
+    assert await bench.states() == ["withdrawn", "delivered"]
 
 
 async def test_a_dead_letter_that_is_sent_again_is_the_same_message_at_the_end_of_the_queue(
     bench: Bench, server: Server
 ) -> None:
     first, second = await bench.store(2, "a")
-    server.then(422)
+    server.then(422, 200, 422)
     dispatcher = bench.dispatcher(server.url)
     async with running(dispatcher):
-        await server.take(2)
+        await server.take(3)
         await soon(dispatcher.settled.wait())
         await bench.outbox(selections.send_again, selections.Selection(("dead",), "a", (first.id,)), NOW)
         dispatcher.wake()
@@ -191,14 +301,14 @@ async def test_a_next_batch_that_is_refused_does_not_show_that_the_first_is_pois
     bench: Bench, server: Server
 ) -> None:
     first, second, third = await bench.store(3, "a")
-    server.then(*[500] * 7, 400, 500, 200, 500)
+    server.then(*[500] * 7, 400, 200, 400, 200, 400)
     dispatcher = bench.dispatcher(server.url)
     async with running(dispatcher):
-        requests = await server.take(11)
+        requests = await server.take(12)
         await soon(dispatcher.settled.wait())
-    assert sent(requests) == expected([first] * 7 + [second, first, third, first])
-    assert await bench.states() == ["dead", "dead", "delivered"]
-    assert [delivery.attempts for delivery in await bench.deliveries()] == [9, 1, 1]
+    assert sent(requests) == expected([first] * 7 + [second, first, second, third, second])
+    assert await bench.states() == ["delivered", "dead", "delivered"]
+    assert [delivery.attempts for delivery in await bench.deliveries()] == [8, 3, 1]
 
 
 @pytest.mark.usefixtures("at_once")

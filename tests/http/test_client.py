@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import base64
 import gzip
 import io
 import socket
@@ -21,7 +21,7 @@ import pytest
 from aiohttp import web
 
 from pocd.http import client
-from pocd.http.client import ThreadResolver, open_session
+from pocd.http.client import ThreadResolver, as_written, open_session
 from tests.support.delivering import read_request, serving, talking
 from tests.support.waiting import PATIENCE, soon, until
 
@@ -219,58 +219,115 @@ async def test_a_session_asks_for_nothing_compressed_and_unpacks_nothing() -> No
     assert request.headers["accept-encoding"] == "identity"
 
 
-async def test_an_answer_that_nobody_asked_for_is_not_taken_for_the_next_one() -> None:
+FULL = b"HTTP/1.1 503 Full\r\nContent-Length: 0\r\n\r\n"
+TAKEN = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+STRAYS = {
+    "a whole one in the same segment": (TAKEN + TAKEN, b""),
+    "its beginning in the same segment": (TAKEN + TAKEN[:9], TAKEN[9:]),
+    "a byte in the same segment": (TAKEN + b"\n", b""),
+    "a whole one later": (TAKEN, TAKEN),
+    "none, and the connection closed at the next request": (TAKEN, None),
+}
+
+
+@pytest.mark.parametrize(("first", "later"), STRAYS.values(), ids=STRAYS)
+async def test_an_answer_that_nobody_asked_for_is_not_taken_for_the_next_one(first: bytes, later: bytes | None) -> None:
     """A proxy that answers twice: with the answers off by one, what was refused would count as accepted."""
-    kept, idle = asyncio.Event(), asyncio.Event()
-    statuses = [b"200 OK", b"503 Full"]
+    answers = [first, FULL]
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(b"HTTP/1.1 " + statuses.pop(0) + b"\r\nContent-Length: 2\r\n\r\n")
-        await kept.wait()
-        writer.write(b"ok")
-        if statuses:
-            await idle.wait()
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
-            await talk_again(reader, writer)
-
-    async def talk_again(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answers.pop(0))
+        if answers and later is not None:
+            writer.write(later)
+            await read_request(reader)
+            writer.write(answers.pop(0))
         await read_request(reader)
-        await talk(reader, writer)
 
     async with talking(talk) as url, open_session(TIMEOUT) as session:
         async with session.post(url, data=b"{}") as response:
-            assert response.connection is not None
-            link = response.connection.protocol
-            assert link is not None
-            kept.set()
             assert (response.status, await response.read()) == (200, b"ok")
-        idle.set()
-        await until(lambda: link._buffer or not link.is_connected())  # the stray answer is here
         async with session.post(url, data=b"{}") as response:
             assert response.status == 503
 
 
-async def test_a_connection_whose_peer_was_silent_is_used_again_also_after_100_continue() -> None:
-    connections = 0
+async def test_an_answer_before_the_request_ends_the_connection() -> None:
+    here, there = socket.socketpair()
+    loop = asyncio.get_running_loop()
+    with there:
+        _, link = await loop.create_connection(lambda: client._Connection(loop), sock=here)
+        there.sendall(TAKEN)
+        await until(lambda: not link.is_connected())
+        assert not link._tail
+
+
+async def test_each_request_has_a_connection_of_its_own_and_says_so() -> None:
+    async with serving() as server, open_session(TIMEOUT) as session:
+        for _ in range(3):
+            async with session.post(server.url, data=b"{}") as response:
+                assert (response.status, await response.read()) == (200, b"stored")
+        requests = await server.take(3)
+    assert [request.headers["connection"] for request in requests] == ["close"] * 3
+
+
+PATHS = [
+    *(
+        "/hook/a%3Db%3D",
+        "/hook/(x)%28y%29",
+        "/hook/u%40h",
+        "/hook/a%2Bb",
+        "/hook/a%2Fb",
+        "/hook/a%2fb",
+        "/hook/%7Etilde",
+    ),
+    *("/hook/a%27b", "/hook/a%25b", "/hook/a//b", "//a", "/hook/a;v=1", "/hook/./a/../b", "/a%2", "/?key=%3D&a=b+c"),
+]
+
+
+async def requested(url: str) -> tuple[str, str]:
+    """Ask for `url` at a server on a socket; return what is asked for, and the Authorization header."""
+    seen = []
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal connections
-        connections += 1
-        with contextlib.suppress(EOFError):
-            while True:
-                await reader.readuntil(b"\r\n\r\n")
-                writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-                await reader.readexactly(2)  # which come when that is here
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("ascii")
+        seen.append((head.split()[1], head.partition("Authorization: ")[2].partition("\r")[0]))
+        writer.write(TAKEN)
         writer.close()
 
-    async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        async with open_session(TIMEOUT) as session:
-            for _ in range(3):
-                async with session.post(url, data=b"{}", expect100=True) as response:
-                    assert (response.status, await response.read()) == (200, b"ok")
-    assert connections == 1
+    async with await asyncio.start_server(talk, "127.0.0.1", 0) as server, open_session(TIMEOUT) as session:
+        port = server.sockets[0].getsockname()[1]
+        async with session.get(as_written(url.replace("HOST", f"127.0.0.1:{port}"))) as response:
+            assert response.status == 200
+    return seen[0]
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_a_path_is_asked_for_as_it_is_written(path: str) -> None:
+    assert (await requested(f"http://HOST{path}"))[0] == path
+
+
+async def test_what_a_request_line_cannot_hold_is_encoded() -> None:
+    assert (await requested("http://HOST/\u043f/%D0%BF a"))[0] == "/%D0%BF/%D0%BF%20a"
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        ("u:p%40s%2Fs%3A", "u:p@s/s:"),
+        ("u:%D0%BF%D0%B0%D1%80", "u:\u043f\u0430\u0440"),
+        ("u:m\u00fcnchen", "u:m\u00fcnchen"),
+        ("token:", "token:"),
+        ("token", "token:"),
+    ],
+)
+async def test_user_info_is_sent_in_utf_8(info: str, expected: str) -> None:
+    _, authorization = await requested(f"http://{info}@HOST/")
+    assert base64.b64decode(authorization.removeprefix("Basic ")).decode() == expected
+
+
+@pytest.mark.parametrize("url", ["http://h:99999/", "http://[::1/", "http://[x]/"])
+def test_what_is_no_url_is_said_to_be_none(url: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        as_written(url)
 
 
 async def test_each_session_has_its_own_connections_and_resolver() -> None:

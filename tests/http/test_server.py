@@ -272,6 +272,22 @@ async def test_a_body_that_is_too_large_is_a_413(announced: bytes) -> None:
         assert (status, body["error"]["code"]) == (413, "request_entity_too_large")
 
 
+@pytest.mark.parametrize("length", [b"Content-Length: 1000000", b"Transfer-Encoding: chunked"])
+async def test_a_compressed_body_is_a_415_before_it_has_come(length: bytes) -> None:
+    async with Server().served() as server:
+        client = await server.connect()
+        await client.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Encoding: GZip\r\n" + length + b"\r\n\r\n")
+        status, body = await client.answer()
+        assert (status, body["error"]["code"], body["error"]["field"]) == (415, "compressed_body", "Content-Encoding")
+
+
+async def test_a_body_that_says_it_is_as_it_is_is_taken() -> None:
+    async with Server().served() as server:
+        client = await server.connect()
+        await client.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Encoding: identity\r\nContent-Length: 2\r\n\r\nok")
+        assert await client.answer() == (200, 2)
+
+
 async def test_who_does_not_take_an_answer_is_cut_off() -> None:
     async with Server().served(replace(PATIENT, answer=0.05, connections=1)) as server:
         client = await server.connect(buffer=4096)

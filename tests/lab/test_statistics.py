@@ -201,7 +201,7 @@ def test_the_probability_of_honesty_by_default() -> None:
 
 @pytest.mark.parametrize(("n_invalid", "n", "mismatch"), [(-1, 5, 0.1), (6, 5, 0.1), (1, 5, 1.5), (1, 5, math.nan)])
 def test_impossible_counts_are_refused(n_invalid: int, n: int, mismatch: float) -> None:
-    with pytest.raises(ValueError, match="give"):
+    with pytest.raises(ValueError, match="must be"):
         probability_honest(n_invalid, n, mismatch)
 
 

@@ -156,9 +156,20 @@ async def test_log_lines_degraded_and_well_again_once_each() -> None:
     degraded, well, down = ("warning", "chain_degraded"), ("info", "chain_well"), ("warning", "chain_down")
     behind, stale = head_at(2, catching_up=True), head_at(2, age=900)
     play = Play([head_at(1), behind, behind, stale, head_at(9), head_at(6), head_at(5), head_at(9)])
-    assert await play.run() == [degraded, well, degraded, well]
+    assert await play.run() == [degraded, well, degraded]  # for how long it is well has to be seen
     play = Play([behind, ChainError("refused"), behind, head_at(3)])
     assert await play.run() == [degraded, down, ("info", "chain_restored"), well]
+
+
+async def test_a_chain_that_flaps_is_few_lines_of_log() -> None:
+    degraded, well = ("warning", "chain_degraded"), ("info", "chain_well")
+    down, restored = ("warning", "chain_down"), ("info", "chain_restored")
+    play = Play([head_at(2), head_at(2, catching_up=True)] * 50 + [head_at(2)] * 14)
+    assert await play.run() == [degraded, well, degraded, well]
+    assert len(play.problems) == 4
+    flapping: list[Head | Exception] = [head_at(2), ChainError("refused")]
+    play = Play([*flapping * 6, *[head_at(2)] * 14])  # 60 s
+    assert await play.run() == [down, restored, down, restored]
 
 
 async def test_a_problem_is_told_when_it_begins_and_when_it_ends() -> None:
@@ -177,6 +188,13 @@ async def test_the_highest_head_is_remembered() -> None:
         "it lags, or the chain was reset (then use another store.path)"
     )
     assert ChainHealth(head_at(5), NOW, highest=5 + LAG).problem(NOW, 5.0) is None
+
+
+async def test_a_head_that_corrects_a_lie_is_the_highest() -> None:
+    play = Play([head_at(10_000), Head(head_at(5).block, catching_up=False, corrects=True)])
+    await play.run()
+    assert play.health.highest == 5
+    assert play.health.problem(play.clock.now, 5.0) is None
 
 
 async def test_a_head_that_is_catching_up_is_not_passed_on() -> None:

@@ -178,6 +178,43 @@ async def test_a_node_that_lags_ends_no_round_and_begins_none_that_is_over(path:
     assert (records[1]["height"], records[1]["highest"], records[1]["round"]) == (7, 11, 10)
 
 
+async def test_heights_that_go_back_and_forth_are_few_lines_of_log(path: Path) -> None:
+    chain = Chain(11)
+    with scheduled(path, chain) as one, capture_logs() as records:
+        for _ in range(50):
+            await one.look()
+            await one.look(Head(chain.at(10), catching_up=False))
+    assert actions(records) == ["round_begin", "head_back", "head_well", "head_back"]
+
+
+async def test_two_spellings_of_one_hash_are_one_block(path: Path) -> None:
+    chain = Chain(11, reorganises=True)
+    chain.hashes[9] = "0xab"
+    with scheduled(path, chain) as one, capture_logs() as records:
+        mined = await one.look()
+        chain.hashes[9] = "0xAB"
+        assert await one.look() == mined
+        chain.grow(15)
+        await one.look()
+    with scheduled(path, chain) as one:
+        await one.look()
+        assert mined in await one.on_chain()
+    assert actions(records) == ["round_begin", "round_begin"]
+
+
+async def test_a_head_that_corrects_a_lie_takes_its_place_also_across_a_restart(path: Path) -> None:
+    chain = Chain(11)
+    lie = Head(Block("chain", 10_000_003, "LIE", datetime.fromtimestamp(NOW, UTC)), catching_up=False)
+    with scheduled(path, chain) as one:
+        await one.look()
+        assert await one.look(lie) is None
+        assert await one.look() is None
+        assert await one.look(Head(chain.at(11), catching_up=False, corrects=True)) == round_of(chain.at(10))
+        assert one.outbox.view.chain == KnownChain("chain", 11)
+    with scheduled(path, chain) as one:
+        assert await one.look() == round_of(chain.at(10))
+
+
 async def test_a_restart_behind_a_node_that_lags_begins_no_round_that_is_over(path: Path) -> None:
     chain = Chain(11)
     with scheduled(path, chain) as one:

@@ -1,6 +1,7 @@
 """The reference receiver over real sockets and a real SQLite file."""
 
 import asyncio
+import gzip
 import hashlib
 import sqlite3
 import threading
@@ -19,7 +20,7 @@ from pocd.http.server import DEFAULT_BOUNDS, Bounds, listening
 from pocd.http.webhooks import WebhookKeys, unsigned_headers
 from pocd.protocol.proof import Proof, ProofBatch, Round
 from pocd.receiver import store as receiver_store
-from pocd.receiver.app import MAX_BODY_BYTES, application, serve
+from pocd.receiver.app import MAX_BODY_BYTES, MOST_COMMAS, application, serve
 from pocd.receiver.store import Arrival, ReceiverStoreBusyError, ReceiverStoreError, Store
 from pocd.validation.claim import Claim, parse_json
 from pocd.validation.verdict import Terms, judge
@@ -399,9 +400,21 @@ async def test_a_bad_webhook_id_is_refused(client: Client, message_id: str) -> N
     assert (answer.status, answer.body["error"]["field"]) == (400, "webhook-id")
 
 
-async def test_an_unreadable_encoding_is_refused(client: Client) -> None:
-    answer = await client.call("POST", "/generated", b"no gzip", {"Content-Encoding": "gzip"})
-    assert answer.status == 400
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd", "identity, gzip"])
+async def test_a_compressed_body_is_refused_and_never_unpacked(client: Client, coding: str) -> None:
+    packed = gzip.compress(orjson.dumps(GENERATED))
+    answer = await client.call("POST", "/generated", packed, {"Content-Encoding": coding})
+    assert (answer.status, answer.body["error"]["code"]) == (415, "compressed_body")
+    assert await client.totals() == {"rejected": 1}
+
+
+async def test_a_body_of_more_values_than_a_batch_can_have_is_not_parsed(client: Client) -> None:
+    start, *_, end = orjson.dumps(GENERATED | {"unknown": []}).partition(b"]}")
+    values = MOST_COMMAS - start.count(b",")
+    answer = await client.post(start + b",".join([b"{}"] * (values + 2)) + b"]}" + end, "a")
+    assert (answer.status, answer.body["error"]["code"]) == (400, "too_many_values")
+    assert await client.totals() == {"rejected": 1}
+    assert (await client.post(start + b",".join([b"{}"] * (values + 1)) + b"]}" + end, "a")).status == 200
 
 
 async def test_a_body_of_16_mib_and_no_more(client: Client) -> None:

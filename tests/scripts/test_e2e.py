@@ -19,7 +19,7 @@ from rich.console import Console
 
 from pocd.protocol.theory import expected_valid_rate
 from scripts.trials.e2e import R_TARGET, r_target_of
-from scripts.trials.e2e_verdict import Line, RoundRequest, Said, StoredProgress, complaints, spread_table
+from scripts.trials.e2e_verdict import Line, Said, StoredProgress, TrialRound, complaints, spread_table
 from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ def test_what_cannot_work_is_refused_before_anything_starts(
 
 # The verdict
 
-ASKED = RoundRequest("block", "key", 1.41, 16, "poc2", node_id=1, node_count=3)
+ASKED = TrialRound("block", "key", 1.41, 16, "poc2", node_id=1, node_count=3)
 TERMS = {"block_hash": "block", "public_key": "key", "r_target": 1.41, "seq_len": 16, "scheme": "poc2", "node_id": 1}
 HELD: list[dict[str, Any]] = [
     TERMS | {"nonces": [1, 7], "dist": [1.40, 1.39]},

@@ -12,7 +12,7 @@ from typing import IO
 
 import pytest
 
-from pocd.process import EXIT_CONFIG, EXIT_NO_STORE
+from pocd.process import EXIT_CONFIG, EXIT_TEMPORARY
 from pocd.protocol.nonces import Node, Span
 from pocd.store import opening
 from pocd.store.errors import StoreError, StoreHeldError, StoreUnavailableError, unopened, unusable
@@ -76,7 +76,7 @@ def test_a_store_that_stays_held_may_be_free_at_the_next_start(path: Path, monke
     Outbox.open(path).close()
     with reader(path), pytest.raises(StoreHeldError) as caught:
         Outbox.open(path)
-    assert caught.value.code == EXIT_NO_STORE
+    assert caught.value.code == EXIT_TEMPORARY
 
 
 # How an error ends
@@ -85,10 +85,10 @@ def test_a_store_that_stays_held_may_be_free_at_the_next_start(path: Path, monke
 @pytest.mark.parametrize(
     ("name", "code"),
     [
-        ("SQLITE_BUSY", EXIT_NO_STORE),
-        ("SQLITE_BUSY_RECOVERY", EXIT_NO_STORE),
-        ("SQLITE_FULL", EXIT_NO_STORE),
-        ("SQLITE_IOERR_READ", EXIT_NO_STORE),
+        ("SQLITE_BUSY", EXIT_TEMPORARY),
+        ("SQLITE_BUSY_RECOVERY", EXIT_TEMPORARY),
+        ("SQLITE_FULL", EXIT_TEMPORARY),
+        ("SQLITE_IOERR_READ", EXIT_TEMPORARY),
         ("SQLITE_NOTADB", EXIT_CONFIG),
         ("SQLITE_CORRUPT", EXIT_CONFIG),
         ("SQLITE_CANTOPEN", EXIT_CONFIG),
@@ -108,9 +108,9 @@ def test_only_what_a_person_must_change_keeps_the_daemon_from_being_started_agai
 @pytest.mark.parametrize(
     ("number", "code"),
     [
-        (errno.ENOSPC, EXIT_NO_STORE),
-        (errno.EIO, EXIT_NO_STORE),
-        (errno.EMFILE, EXIT_NO_STORE),
+        (errno.ENOSPC, EXIT_TEMPORARY),
+        (errno.EIO, EXIT_TEMPORARY),
+        (errno.EMFILE, EXIT_TEMPORARY),
         (errno.EACCES, EXIT_CONFIG),
         (errno.ENOTDIR, EXIT_CONFIG),
         (errno.EROFS, EXIT_CONFIG),
@@ -192,7 +192,7 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(path: Path, monkeypatc
     monkeypatch.setattr(opening, "_read_through", unreadable)
     with pytest.raises(StoreError, match="cannot be opened now: Input/output error") as caught:
         open_store(path)
-    assert caught.value.code == EXIT_NO_STORE
+    assert caught.value.code == EXIT_TEMPORARY
 
 
 # Another file at its path

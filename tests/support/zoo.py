@@ -215,11 +215,16 @@ async def answer_too_late(visit: Visit) -> None:
         request = await visit.request()
 
 
-def refusing_the_body(said: bytes) -> Talk:
-    """Answer when the head of the request has come, and take nothing of its body."""
+def refusing_the_body(said: bytes, most: int = 0) -> Talk:
+    """Answer when the head of the request has come, and take no body of more than `most` bytes."""
 
     async def talk(visit: Visit) -> None:
-        await visit.reader.readuntil(b"\r\n\r\n")
+        head = await visit.reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r")[0])
+        if length <= most:
+            await visit.reader.readexactly(length)
+            await visit.say(OK)
+            return
         await visit.say(said)
         visit.writer.write_eof()
         await visit.left()

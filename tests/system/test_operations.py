@@ -97,7 +97,7 @@ async def test_every_command_is_run_and_prints_what_is_shown(tmp_path: Path) -> 
         return re.sub(takes, rf"pocd \1 --config {etc / 'pocd.toml'}", command)
 
     async with Chain().served() as chain, Moody().served() as main, Moody().served() as old:
-        old.status = 422
+        old.status, old.choosy = 422, True
         path = config(etc, chain.url, {"main": main.url, "old": old.url}, admin__port=port)
         path.write_text(path.read_text().replace(str(etc / "outbox.db"), str(lib / "outbox.db")))
         environment = {
