@@ -54,6 +54,7 @@ class Dispatcher:
         self._log = log.bind(receiver=receiver.name)
         self._events = events
         self._woken = asyncio.Event()
+        self._due = 0.0  # when the next attempt may be made, by the monotonic clock: the other may be set
         self._compared = 0  # sequence of the batch that was last sent beside one that was refused
         self.settled = asyncio.Event()
         self.alarm: str | None = None
@@ -66,11 +67,12 @@ class Dispatcher:
     async def run(self) -> None:
         """Deliver until cancelled."""
         await self._unpark_elsewhere()
+        self._rest(policy.remaining_wait(self.state.next_at, self._clock.wall()))
         limits = {"connect": posting.CONNECT_SECONDS, "total": posting.ATTEMPT_SECONDS}
         async with Poster(self.receiver, clock=self._clock, **limits) as poster:
             while True:
                 self._woken.clear()
-                wait = None if self.state.parked_at else policy.remaining_wait(self.state.next_at, self._clock.wall())
+                wait = self._wait()
                 head = await self._next() if wait == 0 else None
                 if head is not None:
                     await self._deliver(poster, head)
@@ -80,6 +82,15 @@ class Dispatcher:
                     async with asyncio.timeout(wait or None):  # with an empty queue there is nothing to wait for
                         await self._woken.wait()
                 self.settled.clear()
+
+    def _rest(self, seconds: float) -> None:
+        self._due = self._clock.monotonic() + seconds
+
+    def _wait(self) -> float | None:
+        """Return the seconds until the next attempt; None while the receiver is parked."""
+        if self.state.parked_at:
+            return None
+        return max(0.0, self._due - self._clock.monotonic()) if self.state.next_at else 0.0
 
     def wake(self) -> None:
         """Look at the queue again: something may have been stored."""
@@ -170,6 +181,7 @@ class Dispatcher:
                     fault=outcome.fault,
                     next_at=now + seconds,
                 )
+                self._rest(seconds)
                 return True
         return False
 

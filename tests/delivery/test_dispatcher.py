@@ -189,7 +189,7 @@ async def test_a_retry_is_the_same_message_with_a_time_of_its_own(bench: Bench, 
         assert failed is not None
         assert (failed.attempts, failed.faults) == (1, 1)
 
-        bench.clock.now += 1.5
+        bench.clock.advance(1.5)
         dispatcher.wake()
         second, third = await server.take(2)
         await soon(dispatcher.settled.wait())
@@ -205,7 +205,7 @@ async def test_nothing_is_sent_before_its_time(bench: Bench, server: Server) -> 
     async with running(dispatcher):
         await server.take(1)
         await soon(dispatcher.settled.wait())
-        bench.clock.now += 0.75
+        bench.clock.advance(0.75)
         for _ in range(3):
             dispatcher.wake()
             await soon(dispatcher.settled.wait())
@@ -254,7 +254,7 @@ async def test_failures_in_a_row_wait_longer_and_longer(bench: Bench, server: Se
             await server.take(1)
             await soon(dispatcher.settled.wait())
             waits.append(dispatcher.state.next_at - bench.clock.now)
-            bench.clock.now += waits[-1]
+            bench.clock.advance(waits[-1])
             dispatcher.wake()
         await server.take(1)
     assert waits == [1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 60.0, 60.0, 60.0]
@@ -271,6 +271,24 @@ async def test_a_clock_that_was_set_back_does_not_hold_up_a_retry(
         await server.take(1)
         await soon(dispatcher.settled.wait())
         bench.clock.now -= set_back
+        bench.clock.advance(1.5)
+        dispatcher.wake()
+        assert sent(await server.take(1)) == expected(batches)
+
+
+@pytest.mark.parametrize("jump", [3600.0, 1e9, -3600.0])
+async def test_a_clock_that_is_set_does_not_shorten_a_wait(bench: Bench, server: Server, jump: float) -> None:
+    batches = await bench.store(1, "a")
+    server.then(500)
+    dispatcher = bench.dispatcher(server.url)
+    async with running(dispatcher):
+        await server.take(1)
+        await soon(dispatcher.settled.wait())
+        bench.clock.now += jump
+        dispatcher.wake()
+        await soon(dispatcher.settled.wait())
+        assert server.requests.empty(), "its time has not come"
+        bench.clock.advance(1.5)
         dispatcher.wake()
         assert sent(await server.take(1)) == expected(batches)
 

@@ -203,7 +203,7 @@ async def test_a_receiver_that_is_gone_is_parked_and_its_queue_kept(bench: Bench
         async with running(dispatcher):
             await server.take(2)
             await soon(dispatcher.settled.wait())
-            bench.clock.now += 30 * WEEK
+            bench.clock.advance(30 * WEEK)
             dispatcher.wake()
             await soon(dispatcher.settled.wait())
     assert server.requests.empty(), "it is not asked again"
@@ -367,7 +367,7 @@ async def test_suspicion_outlives_a_restart(bench: Bench, server: Server) -> Non
 
 async def test_what_is_too_old_expires_when_an_attempt_fails_and_is_kept(bench: Bench, server: Server) -> None:
     old = await bench.store(2, "a")
-    bench.clock.now += 50
+    bench.clock.advance(50)
     await bench.store(1, "a")
     server.then(*[429] * 3)
     dispatcher = bench.dispatcher(server.url, expire_after=100.0)
@@ -375,10 +375,10 @@ async def test_what_is_too_old_expires_when_an_attempt_fails_and_is_kept(bench: 
         async with running(dispatcher):
             await soon(dispatcher.settled.wait())
             assert await bench.states() == ["pending"] * 3
-            bench.clock.now = NOW + 99.9
+            bench.clock.advance(NOW + 99.9 - bench.clock.now)
             await bench.step(dispatcher)
             assert await bench.states() == ["pending"] * 3
-            bench.clock.now = NOW + 102
+            bench.clock.advance(NOW + 102 - bench.clock.now)
             await bench.step(dispatcher)
             assert await bench.states() == ["expired", "expired", "pending"]
             await bench.step(dispatcher)
@@ -398,7 +398,7 @@ async def test_what_is_too_old_expires_when_an_attempt_fails_and_is_kept(bench: 
 
 async def test_an_old_batch_is_delivered_to_a_receiver_that_is_well(bench: Bench, server: Server) -> None:
     batches = await bench.store(2, "a")
-    bench.clock.now += 10 * WEEK
+    bench.clock.advance(10 * WEEK)
     dispatcher = bench.dispatcher(server.url)
     async with running(dispatcher):
         assert sent(await server.take(2)) == expected(batches)
@@ -409,7 +409,7 @@ async def test_an_old_batch_is_delivered_to_a_receiver_that_is_well(bench: Bench
 async def test_what_is_queued_again_has_a_life_of_its_own(bench: Bench, server: Server) -> None:
     await bench.store(1, "a")
     server.then(429, 429, 429)
-    bench.clock.now = NOW + WEEK
+    bench.clock.advance(NOW + WEEK - bench.clock.now)
     dispatcher = bench.dispatcher(server.url)
     async with running(dispatcher):
         await soon(dispatcher.settled.wait())
@@ -419,7 +419,7 @@ async def test_what_is_queued_again_has_a_life_of_its_own(bench: Bench, server: 
         await bench.outbox(selections.send_again, selections.Selection(("expired",)), again_at)
         await bench.step(dispatcher)
         assert await bench.states() == ["pending"], "its old age is forgotten"
-        bench.clock.now = again_at + WEEK
+        bench.clock.advance(again_at + WEEK - bench.clock.now)
         await bench.step(dispatcher)
         assert await bench.states() == ["expired"]
     assert (await bench.deliveries())[0].attempts == 3
@@ -430,7 +430,7 @@ async def test_more_than_one_transaction_of_batches_expires(
 ) -> None:
     monkeypatch.setattr(deliveries, "CHUNK", 3)
     await bench.store(10, "a")
-    bench.clock.now += WEEK
+    bench.clock.advance(WEEK)
     server.then(503)
     dispatcher = bench.dispatcher(server.url)
     with structlog.testing.capture_logs() as logs:
@@ -462,7 +462,7 @@ async def test_nothing_is_told_as_expired_when_what_failed_was_withdrawn_meanwhi
 
     server.handle = handle
     await bench.store(1, "a")
-    bench.clock.now += WEEK
+    bench.clock.advance(WEEK)
     dispatcher = bench.dispatcher(server.url)
     with structlog.testing.capture_logs() as logs:
         async with running(dispatcher):

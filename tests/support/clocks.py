@@ -11,7 +11,7 @@ NEXT = Round("CD", 20, "miner", 1.4, "poc2", "tiny", 16)
 
 
 class ManualClock(Clock):
-    """A clock that stands still until the test moves it, or goes on by `tick` whenever its wall time is read.
+    """A clock that stands still until the test moves it, or goes on by `tick` whenever it is read.
 
     Attributes:
         now: Wall time; to set it alone is to set the wall clock.
@@ -20,7 +20,7 @@ class ManualClock(Clock):
     """
 
     def __init__(self, now: float = NOW, elapsed: float = 100.0) -> None:
-        super().__init__(wall=self._read_wall, monotonic=lambda: self.elapsed)
+        super().__init__(wall=self._read_wall, monotonic=self._read_monotonic)
         self.now = now
         self.elapsed = elapsed
         self.tick = 0.0
@@ -33,3 +33,7 @@ class ManualClock(Clock):
     def _read_wall(self) -> float:
         self.advance(self.tick)
         return self.now
+
+    def _read_monotonic(self) -> float:
+        self.advance(self.tick)
+        return self.elapsed

@@ -250,7 +250,7 @@ class Bench:
 
     async def step(self, dispatcher: Dispatcher) -> None:
         """Wake a running dispatcher at the time of its next attempt, and wait until nothing can be sent again."""
-        self.clock.now = max(self.clock.now, dispatcher.state.next_at)
+        self.clock.advance(max(0.0, dispatcher.state.next_at - self.clock.now))
         dispatcher.wake()
         await soon(dispatcher.settled.wait())
 
