@@ -28,15 +28,27 @@ class Clock:
 SYSTEM = Clock(wall=time.time, monotonic=time.monotonic)
 
 
-class JumpDetector:
-    """Tells how far the wall clock was set since the last look."""
+class SteadyClock(Clock):
+    """A wall clock that goes on as time really passes, and follows one that was set when it is told to.
 
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._offset = clock.wall() - clock.monotonic()
+    So ages and waits that are measured by it are never longer or shorter than what passed: whoever keeps its times
+    elsewhere moves them by the jump, in the same step as `follow`.
 
-    def jump(self) -> float:
-        """Return the seconds that the wall clock was set forward (or, negative, back); 0 where it was not."""
-        offset = self._clock.wall() - self._clock.monotonic()
+    Args:
+        source: Clock that may be set at any moment.
+    """
+
+    def __init__(self, source: Clock) -> None:
+        super().__init__(wall=lambda: source.monotonic() + self._offset, monotonic=source.monotonic)
+        self._source = source
+        self._offset = source.wall() - source.monotonic()
+
+    def follow(self) -> float:
+        """Go by the source's wall clock from now on.
+
+        Returns:
+            The seconds that it was set forward (or, negative, back) since the last time; 0 where it was not.
+        """
+        offset = self._source.wall() - self._source.monotonic()
         jump, self._offset = offset - self._offset, offset
         return jump if abs(jump) > JUMP_SECONDS else 0.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import sqlite3
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from pocd.process import EXIT_CRASH, EndedError, ForeseenError
 
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 
     from structlog.typing import FilteringBoundLogger
+
+T = TypeVar("T")
 
 
 def start(
@@ -124,6 +126,31 @@ async def cancel(tasks: Iterable[asyncio.Task[object]]) -> None:
             cancelled = True
     if cancelled:
         raise asyncio.CancelledError
+
+
+LOOK_SECONDS = 0.5  # from look to look, of which a pause of the whole process takes one
+
+
+async def within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
+    """Wait for `work`, but only so many seconds in which this process ran.
+
+    A process that was stopped, or whose machine was moved, finds that much time has passed, and what came meanwhile
+    unread: that nothing was heard in that time is nobody's fault.
+
+    Raises:
+        TimeoutError: The work took longer.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        while not task.done():
+            if seconds <= 0:
+                raise TimeoutError
+            await asyncio.wait([task], timeout=min(LOOK_SECONDS, seconds))
+            seconds -= LOOK_SECONDS
+        return task.result()
+    finally:
+        if not task.done():
+            await cancel([task])
 
 
 def _error(name: str, task: asyncio.Task[object]) -> BaseException:

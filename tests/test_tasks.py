@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -15,7 +16,7 @@ from structlog.testing import capture_logs
 from pocd.pool.causes import Cause, WorkerRefusedError
 from pocd.process import EndedError
 from pocd.store.errors import StoreError
-from pocd.tasks import start
+from pocd.tasks import LOOK_SECONDS, start, within
 from tests.support.processes import Chain, config
 from tests.support.waiting import PATIENCE
 
@@ -175,3 +176,26 @@ async def test_a_task_that_is_cancelled_before_it_begins_leaves_nothing_behind()
     async with asyncio.TaskGroup() as group:
         start(group, "part", work, structlog.get_logger()).cancel()
     assert inspect.getcoroutinestate(work) == inspect.CORO_CLOSED
+
+
+async def test_a_pause_of_the_process_is_not_time_in_which_others_were_silent() -> None:
+    async def answer() -> str:
+        await asyncio.sleep(2 * LOOK_SECONDS)
+        return "here"
+
+    asyncio.get_running_loop().call_later(LOOK_SECONDS / 2, time.sleep, 6 * LOOK_SECONDS)
+    assert await within(4 * LOOK_SECONDS, answer()) == "here"
+
+
+async def test_silence_while_the_process_runs_has_an_end() -> None:
+    ended = asyncio.Event()
+
+    async def silent() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    with pytest.raises(TimeoutError):
+        await within(0.01, silent())
+    assert ended.is_set()

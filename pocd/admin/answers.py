@@ -365,11 +365,21 @@ class Queued(BaseModel):
     """Deliveries that were queued again."""
 
     queued: int = Field(description="Deliveries queued again, one per batch and receiver.")
+    complete: bool = Field(description="Whether none is left; else ask again for the rest.")
     receivers: list[str] = Field(description="Names of the receivers that are tried at once.")
+
+
+class BackedUp(BaseModel):
+    """A copy of the store."""
+
+    file: str = Field(description="Path of the copy on the daemon's host.")
+    complete: bool = Field(description="True once the copy is on disk; while false, ask again with the same path.")
+    bytes: int | None = Field(description="Size of the copy; null until it is complete.")
 
 
 class Purged(BaseModel):
     """Deliveries that were given up for good."""
 
     purged: int = Field(description="Deliveries given up, one per batch and receiver.")
+    complete: bool = Field(description="Whether none is left; else ask again for the rest.")
     receivers: list[str] = Field(description="Names of the receivers that will not get these batches.")

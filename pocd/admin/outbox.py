@@ -6,7 +6,9 @@ Pydantic models at the edge, one bounded call to the store's thread after anothe
 from __future__ import annotations
 
 import asyncio
+import threading
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import orjson
@@ -18,6 +20,8 @@ from pocd.admin.status import receivers
 from pocd.http.parsing import Input, parse_body, parse_query
 from pocd.http.server import RefusalError, json_answer
 from pocd.store import deliveries, selections
+from pocd.store.backup import BackupError, back_up
+from pocd.store.errors import StoreUnavailableError
 from pocd.store.selections import DeliveryState, PurgeableState, Selection, SetAsideState
 
 if TYPE_CHECKING:
@@ -27,7 +31,8 @@ if TYPE_CHECKING:
 
     from pocd.admin.parts import Parts
 
-STORE_SECONDS = 30.0  # for all store work of one call; a hung disk must not keep callers
+STORE_SECONDS = 15.0  # for each piece of store work; a hung disk must not keep callers
+PIECES_SECONDS = 5.0  # until no further piece of one call is begun: callers see how far it went, and ask again
 MOST_IDS = 1000
 AFTER = r"^[A-Za-z0-9._-]{1,64}:[0-9]{1,18}$"
 
@@ -91,11 +96,22 @@ class PurgeBody(_Which):
     )
 
 
+class BackupBody(Input):
+    """Where to write a copy of the store."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"file": "/var/lib/pocd/outbox-backup.db"}]})
+
+    file: Annotated[str, Field(pattern=r"^/[^\x00]*$", max_length=4096)] = Field(
+        description="Absolute path of a new file on the daemon's host, where the daemon may write."
+    )
+
+
 class OutboxApi:
     """The routes for the outbox."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
+        self._copying: tuple[str, asyncio.Task[int]] | None = None
 
     def operations(self) -> list[Operation]:
         """Return the operations of these routes."""
@@ -104,6 +120,14 @@ class OutboxApi:
         return [
             Operation("GET", "/api/v1/outbox", self.index, "outbox", query=ListQuery, answers={200: answers.Page}),
             Operation("GET", "/api/v1/outbox/{id}", self.show, "outbox", answers={200: answers.Shown, 404: unknown}),
+            Operation(
+                *("POST", "/api/v1/outbox/backup", self.backup, "outbox"),
+                body=BackupBody,
+                answers={
+                    200: answers.BackedUp,
+                    409: "The file cannot be written (`not_written`), or another is being written (`backup_runs`).",
+                },
+            ),
             Operation(
                 *("POST", "/api/v1/outbox/retry", self.retry, "outbox"),
                 body=RetryBody,
@@ -115,6 +139,37 @@ class OutboxApi:
                 answers={200: answers.Purged, 404: unknown, 409: served},
             ),
         ]
+
+    async def backup(self, request: web.Request) -> web.Response:
+        """Write a copy of the store into a new file, while all goes on; ask again until it is complete."""
+        file = (await parse_body(request, BackupBody)).file
+        if self._copying is None:
+            self._copying = file, asyncio.create_task(self._back_up(Path(file)), name="backup")
+        name, copying = self._copying
+        if name != file:
+            raise RefusalError(409, "backup_runs", f"a backup is being written to {name}; wait for it", "file")
+        await asyncio.wait({copying}, timeout=PIECES_SECONDS)
+        if not copying.done():
+            return answer(answers.BackedUp(file=file, complete=False, bytes=None))
+        self._copying = None
+        try:
+            size = copying.result()
+        except BackupError as error:
+            raise RefusalError(409, "not_written", str(error), "file") from error
+        self._parts.log.info("the store was backed up", action="outbox_backup", file=file, bytes=size)
+        return answer(answers.BackedUp(file=file, complete=True, bytes=size))
+
+    async def _back_up(self, file: Path) -> int:
+        ended = threading.Event()
+
+        def step() -> None:
+            if ended.is_set():
+                raise BackupError("the daemon stops")
+
+        try:
+            return await asyncio.to_thread(lambda: back_up(self._parts.outbox.view.db, file, step))
+        finally:
+            ended.set()  # a copy is not waited for when the daemon stops
 
     async def index(self, request: web.Request) -> web.Response:
         """Return every receiver's counts and a page of batches; without a state, all that are not delivered."""
@@ -150,16 +205,14 @@ class OutboxApi:
         self._check(body)
         default: tuple[DeliveryState, ...] = ("dead", "expired", "withdrawn") if body.ids else ("dead", "expired")
         selection = Selection(body.states or default, body.receiver, body.ids)
-        queued, names = await self._repeat(selections.send_again, selection)
+        queued, names, complete = await self._repeat(selections.send_again, selection)
         if body.ids and not queued:
             raise RefusalError(404, "not_found", "none of these batches is set aside", "ids")
         names |= {body.receiver} if body.receiver else set()
-        async with _limit():
-            for name in sorted(names):
-                await self._parts.outbox(deliveries.ask_again, name)
+        complete &= await self._ask_again(names)
         self._parts.receivers.wake()
         self._parts.log.info("batches are sent again", action="outbox_retry", batches=queued, receivers=sorted(names))
-        return answer(answers.Queued(queued=queued, receivers=sorted(names)))
+        return answer(answers.Queued(queued=queued, complete=complete, receivers=sorted(names)))
 
     async def purge(self, request: web.Request) -> web.Response:
         """Give up batches that are no longer sent, for good."""
@@ -170,11 +223,11 @@ class OutboxApi:
             message = "pending batches are given up only of one receiver, named, that is no longer configured"
             raise RefusalError(409, "still_served", message, "states")
         states = body.states or ("dead", "expired", "withdrawn")
-        purged, names = await self._repeat(selections.purge, Selection(states, body.receiver, body.ids))
+        purged, names, complete = await self._repeat(selections.purge, Selection(states, body.receiver, body.ids))
         if body.ids and not purged:
             raise RefusalError(404, "not_found", "none of these batches is set aside", "ids")
         self._parts.log.warning("batches given up", action="outbox_purge", batches=purged, receivers=sorted(names))
-        return answer(answers.Purged(purged=purged, receivers=sorted(names)))
+        return answer(answers.Purged(purged=purged, complete=complete, receivers=sorted(names)))
 
     def _check(self, body: _Which) -> None:
         """Refuse a receiver that was never known."""
@@ -182,16 +235,44 @@ class OutboxApi:
         if body.receiver is not None and body.receiver not in known:
             raise RefusalError(404, "not_found", f"no receiver {body.receiver}; known are {sorted(known)}", "receiver")
 
-    async def _repeat(self, method: Callable[..., list[tuple[str, int]]], selection: Selection) -> tuple[int, set[str]]:
-        """Repeat a bounded piece of work until none is left; returns the number of deliveries, and their receivers."""
-        total, names = 0, set[str]()
-        async with _limit():
-            while True:
-                done = await self._parts.outbox(method, selection, self._parts.clock.wall())
-                total += len(done)
-                names |= {receiver for receiver, _ in done}
-                if len(done) < deliveries.CHUNK:
-                    return total, names
+    async def _repeat(
+        self, method: Callable[..., list[tuple[str, int]]], selection: Selection
+    ) -> tuple[int, set[str], bool]:
+        """Repeat a bounded piece of work until none is left or the time is up.
+
+        Returns:
+            The number of deliveries, their receivers, and whether none is left.
+
+        Raises:
+            StoreUnavailableError: The store cannot do the first piece.
+            TimeoutError: The first piece took too long.
+        """
+        total, names, clock = 0, set[str](), self._parts.clock
+        end = clock.monotonic() + PIECES_SECONDS
+        while True:
+            try:
+                async with _limit():  # what has not begun by then never will
+                    done = await self._parts.outbox(method, selection, clock.wall())
+            except (StoreUnavailableError, TimeoutError):
+                if not total:
+                    raise
+                return total, names, False  # what was done is told
+            total += len(done)
+            names |= {receiver for receiver, _ in done}
+            if len(done) < deliveries.CHUNK:
+                return total, names, True
+            if clock.monotonic() >= end:
+                return total, names, False
+
+    async def _ask_again(self, names: set[str]) -> bool:
+        """Have receivers tried at once; returns whether the store took that."""
+        try:
+            async with _limit():
+                for name in sorted(names):
+                    await self._parts.outbox(deliveries.ask_again, name)
+        except (StoreUnavailableError, TimeoutError):
+            return False
+        return True
 
     def _status(self, delivery: selections.Delivery) -> answers.DeliveryStatus:
         age = max(0.0, self._parts.clock.wall() - delivery.created_at)

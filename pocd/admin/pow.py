@@ -18,7 +18,7 @@ from pocd.mining.control import NoRoundError, RoundRequest
 from pocd.mining.phases import Call
 from pocd.protocol.names import default_tolerance
 from pocd.protocol.nonces import Node
-from pocd.protocol.numbers import Index
+from pocd.protocol.numbers import MOST_NODES, Index
 from pocd.protocol.proof import FRAUD_THRESHOLD, MOST_NONCES, Round
 from pocd.protocol.schemes import SCHEMES
 from pocd.validation.claim import LARGEST_CLAIM, Claim
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 STORE_SECONDS = 30.0  # for all store work of one call; a hung disk must not keep callers
 WAIT_SECONDS = 30.0  # that a call waits for a verdict, below what clients and proxies wait; then it gets an id
 AGAIN = {"Retry-After": "5"}  # for callers that find a queue full, or the model loading; in seconds
-MOST_NODES = 1_000_000  # so that a node's nonces stay below 2**63 for as long as anybody mines
 
 CALLBACK_URL = r"^https?://[^\s?#@\\]+$"  # paths are appended to it, and it may carry no credentials
 

@@ -25,15 +25,18 @@ if TYPE_CHECKING:
     from pocd.admin.parts import Parts
 
 
+BUSY = "the store did not answer in time; what it had begun may be done yet: look, and try again later"
+
+
 @web.middleware
 async def _store_failures(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Answer 503 while the store cannot do its part; nothing was changed."""
+    """Answer 503 while the store cannot do its part."""
     try:
         return await handler(request)
     except StoreUnavailableError as error:
         raise RefusalError(503, "store_unavailable", f"{error}; nothing was changed, try again later") from error
     except TimeoutError as error:
-        raise RefusalError(503, "store_busy", "the store did not answer in time; try again later") from error
+        raise RefusalError(503, "store_busy", BUSY) from error
 
 
 class AdminApi:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+from pocd.observe.mask import clean
+
 
 def percent(rate: float | None) -> str:
     """Return a share as a percentage, or a dash while it is unknown."""
@@ -42,11 +44,6 @@ def valid_rate_text(round_: dict[str, Any]) -> str:
     return f"{observed} observed, {expected} expected ({round_['valid']:,} of {round_['checked']:,})"
 
 
-def clean(text: str) -> str:
-    """Return text from outside with characters replaced that a terminal would not print."""
-    return "".join(each if each.isprintable() else "�" for each in text)
-
-
 def card_text(card: dict[str, Any]) -> str:
     """Return a GPU's sensor values, as far as they are known, and its name."""
     reading = card["reading"] or {}
@@ -70,5 +67,11 @@ def age(seconds: float) -> str:
 
 
 def local_time(seconds: float, form: str = "%H:%M:%S") -> str:
-    """Return a time, in seconds since the epoch, as the reader's clock shows it; data stay in UTC."""
-    return datetime.fromtimestamp(seconds, UTC).astimezone().strftime(form)
+    """Return a time, in seconds since the epoch, as the reader's clock shows it; data stay in UTC.
+
+    A time that no calendar here has, as a chain may name one, is told in seconds.
+    """
+    try:
+        return datetime.fromtimestamp(seconds, UTC).astimezone().strftime(form)
+    except (OverflowError, ValueError, OSError):
+        return f"{seconds:.0f} s after 1970"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from pocd.check.finding import Level
+from pocd.observe.mask import clean, escape_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,10 +31,10 @@ def as_text(findings: Sequence[Finding], *, width: int | None, colour: bool) -> 
     lines: list[str] = []
     for finding in findings:
         level = f"{finding.level:<8}"
-        told = _wrap(f"{level}{finding.name}: {finding.text}", width)
+        told = _wrap(clean(f"{level}{finding.name}: {finding.text}"), width)
         lines.append(told.replace(level, f"\033[{ANSI[finding.level]}m{level}\033[0m", 1) if colour else told)
         if finding.remedy:
-            lines.append(_wrap(f"{INDENT}remedy: {finding.remedy}", width))
+            lines.append(_wrap(clean(f"{INDENT}remedy: {finding.remedy}"), width))
     counts = Counter(finding.level for finding in findings)
     lines.append(", ".join(f"{counts[level]} {level}" for level in Level))
     return "\n".join(lines)
@@ -51,4 +52,4 @@ def _wrap(line: str, width: int | None) -> str:
 
 def as_json(findings: Sequence[Finding]) -> str:
     """Return a JSON list of {name, level, text, remedy}."""
-    return orjson.dumps(findings, option=orjson.OPT_INDENT_2).decode()
+    return escape_json(orjson.dumps(findings, option=orjson.OPT_INDENT_2).decode())

@@ -10,22 +10,32 @@ from typing import Annotated, Any
 
 import typer
 
-from pocd.config.settings import load
+from pocd.config.settings import load_admin
+from pocd.observe.mask import clean
 from pocd.process import EXIT_CRASH, EndedError
 
-ConfigOption = Annotated[Path, typer.Option("--config", help="The configuration file.")]
+ConfigOption = Annotated[Path, typer.Option("--config", help="The configuration file.", readable=False)]
 UrlOption = Annotated[
     str | None, typer.Option("--url", help="The admin API: http://HOST:PORT, or unix://PATH. Default: as configured.")
 ]
-TokenOption = Annotated[Path | None, typer.Option("--token-file", help="The API's token. Default: as configured.")]
+TokenOption = Annotated[
+    Path | None, typer.Option("--token-file", help="The API's token. Default: as configured.", readable=False)
+]
 
 AT_FAULT = {400, 409, 413, 422}  # HTTP statuses that say what the caller gave cannot be used
 
 
-def echo(text: str) -> None:
-    """Print a line; where the reader of a pipe has gone, end with status 0."""
+def echo(text: str, *, keep: str = "") -> None:
+    """Print lines; where the reader of a pipe has gone, end with status 0.
+
+    Whatever others wrote into `text` is cleaned, line by line.
+
+    Args:
+        text: One line or several.
+        keep: Characters that stay as they are besides, such as the escapes of our own colours.
+    """
     try:
-        typer.echo(text)
+        typer.echo(clean(text, keep=f"\n\t{keep}"))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is buffered goes nowhere
         raise typer.Exit from None
@@ -39,11 +49,11 @@ def address(config: Path, url: str | None, token_file: Path | None) -> tuple[str
     """
     from pocd.config.secrets import read_token
 
-    if url is None and config.exists():
-        admin = load(config).admin
+    if url is None and (os.path.lexists(config) or not os.access(config.parent, os.X_OK)):
+        admin = load_admin(config, token_file)
         host = f"[{admin.host}]" if ":" in admin.host else admin.host
         url = f"unix://{admin.socket}" if admin.socket else f"http://{host}:{admin.port}"
-        token_file = token_file or admin.token_file
+        token_file = admin.token_file
     return url or "http://127.0.0.1:8460", read_token(token_file)
 
 

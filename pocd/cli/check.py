@@ -43,5 +43,8 @@ def check(
     terminal = sys.stdout.isatty()
     width = shutil.get_terminal_size().columns if terminal else None
     colour = terminal and "NO_COLOR" not in os.environ
-    echo(report.as_json(findings) if as_json else report.as_text(findings, width=width, colour=colour))
+    if as_json:
+        echo(report.as_json(findings))
+    else:
+        echo(report.as_text(findings, width=width, colour=colour), keep="\033" if colour else "")
     raise typer.Exit(status)

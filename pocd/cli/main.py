@@ -23,8 +23,8 @@ from pocd.cli.outbox import app as outbox_app
 from pocd.cli.validate import validate
 from pocd.cli.watch import watch
 from pocd.config.settings import DEFAULT_PATH, ConfigError, check_model, load, to_toml
-from pocd.observe.mask import mask_credentials
-from pocd.process import EXIT_CONFIG, EXIT_CRASH, EndedError
+from pocd.observe.mask import clean, mask_credentials
+from pocd.process import EXIT_CONFIG, EXIT_CRASH, EndedError, open_standard_streams
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -58,6 +58,7 @@ def root(
 
 def main() -> None:
     """Run the command line; every failure is one line on standard error and an exit status."""
+    open_standard_streams()
     debug = "--debug" in sys.argv[1:2]
     try:
         code = app(prog_name="pocd", standalone_mode=False)
@@ -71,13 +72,13 @@ def main() -> None:
         code = _fail(error.code, str(error))
     except Exception as error:  # noqa: BLE001 - the last place where an error can be told in one line
         if debug:
-            traceback.print_exc()
+            sys.stderr.write(clean(mask_credentials(traceback.format_exc()), keep="\n"))
         code = _fail(EXIT_CRASH, f"{type(error).__name__}: {error} (pocd --debug … shows where)")
     sys.exit(code)
 
 
 def _fail(code: int, message: str) -> int:
-    sys.stderr.write(f"pocd: {mask_credentials(message)}\n")
+    sys.stderr.write(f"pocd: {clean(mask_credentials(message.replace(chr(10), ' ')))}\n")
     return code
 
 
@@ -110,6 +111,7 @@ def run(config: ConfigOption = DEFAULT_PATH) -> None:
     from pocd.observe.notify import Notifier
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the daemon heeds it: its default is a silent end
+    os.umask(os.umask(0) | 0o027)  # what is made here is nobody's but ours, whatever the caller allows
     settings = load(config)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # many callers leave files for everything else

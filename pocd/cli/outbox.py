@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+from pathlib import Path  # noqa: TC003 - typer reads it
 from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
 
+from pocd.check.store import holder
 from pocd.cli import report
 from pocd.cli.api import ConfigOption, TokenOption, UrlOption, call_api, echo
-from pocd.config.settings import DEFAULT_PATH
+from pocd.config.settings import DEFAULT_PATH, load
+from pocd.process import EXIT_CRASH, EndedError
+from pocd.store.backup import back_up_closed
+from pocd.store.backup import restore as put_back
 
 app = typer.Typer(no_args_is_help=True, help="Look at batches, send them again, give them up.")
 
@@ -71,10 +77,9 @@ def retry(
     token_file: TokenOption = None,
 ) -> None:
     """Send dead or expired batches again, and try their receivers at once, also parked ones."""
-    answer = call_api(
-        "POST", "/api/v1/outbox/retry", config, url, token_file, body=_selection(ids, receiver, state, every, "retry")
-    )
-    echo(f"{answer['queued']} batches queued again; asked at once: {', '.join(answer['receivers']) or 'nobody'}")
+    body = _selection(ids, receiver, state, every, "retry")
+    queued, asked = _to_the_end("/api/v1/outbox/retry", body, "queued", config, url, token_file)
+    echo(f"{queued} batches queued again; asked at once: {', '.join(sorted(asked)) or 'nobody'}")
 
 
 @app.command()
@@ -93,8 +98,57 @@ def purge(
     body = _selection(ids, receiver, state, every, "purge")
     if not yes:
         typer.confirm("These proofs will not be sent any more and are deleted. Go on?", abort=True)
-    answer = call_api("POST", "/api/v1/outbox/purge", config, url, token_file, body=body)
-    echo(f"{answer['purged']} batches given up")
+    purged, _ = _to_the_end("/api/v1/outbox/purge", body, "purged", config, url, token_file)
+    echo(f"{purged} batches given up")
+
+
+@app.command()
+def backup(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A new file; with a daemon, where that may write.")],
+    *,
+    config: ConfigOption = DEFAULT_PATH,
+    url: UrlOption = None,
+    token_file: TokenOption = None,
+) -> None:
+    """Copy the store into a new file, of a running daemon without a stop, or where none runs."""
+    file = file.absolute()
+    path = None if url else load(config).store.path
+    if path is not None and holder(path) is None:
+        size = back_up_closed(path, file)
+    else:
+        answer: dict[str, Any] = {"complete": False}
+        while not answer["complete"]:
+            answer = call_api("POST", "/api/v1/outbox/backup", config, url, token_file, body={"file": str(file)})
+        size = answer["bytes"]
+    echo(f"{file}: {size} bytes")
+
+
+@app.command()
+def restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A copy that `pocd outbox backup` made.")],
+    *,
+    config: ConfigOption = DEFAULT_PATH,
+) -> None:
+    """Put a copy in the store's place; the daemon has to be stopped. The store that was there is moved aside."""
+    path = load(config).store.path
+    if (process := holder(path)) is not None:
+        raise EndedError(EXIT_CRASH, f"process {process} holds {path}: stop pocd first")
+    aside = put_back(path, file, datetime.now(UTC).strftime("before-restore-%Y%m%dT%H%M%SZ"))
+    echo(f"{path} is the copy {file} now" + (f"; what was there is {aside}" if aside else ""))
+
+
+def _to_the_end(
+    path: str, body: dict[str, Any], count: str, config: Path, url: str | None, token_file: Path | None
+) -> tuple[int, set[str]]:
+    """Ask for an operation until none of its batches is left; returns their number, and their receivers."""
+    done, receivers = 0, set[str]()
+    while True:
+        answer = call_api("POST", path, config, url, token_file, body=body)
+        done += answer[count]
+        receivers |= set(answer["receivers"])
+        if answer["complete"] or not answer[count]:
+            return done, receivers
+        typer.echo(f"{done} batches so far", err=True)
 
 
 def _selection(

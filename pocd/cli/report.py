@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from pocd.admin.text import age, card_text, clean, funnel_text, local_time, rates_text, speed, valid_rate_text
+from pocd.admin.text import age, card_text, funnel_text, local_time, rates_text, speed, valid_rate_text
+from pocd.observe.mask import clean, escape_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 def as_json(body: dict[str, Any]) -> str:
-    """Return the whole status as indented JSON."""
-    return orjson.dumps(body, option=orjson.OPT_INDENT_2).decode()
+    """Return an answer of the API as indented JSON."""
+    return escape_json(orjson.dumps(body, option=orjson.OPT_INDENT_2).decode())
+
+
+def _lines(rows: Iterable[tuple[str, str]]) -> str:
+    """Return a line for each label and its text."""
+    return "\n".join(f"{label:10} {clean(text)}" for label, text in rows)
 
 
 def _receiver(receiver: dict[str, Any]) -> str:
@@ -23,11 +32,11 @@ def _receiver(receiver: dict[str, Any]) -> str:
         for state in ("dead", "expired", "withdrawn", "purged")
         if receiver[f"{state}_batches"]
     ]
-    text = f"{receiver['name']}: {', '.join(counts)}"
+    text = f"{clean(receiver['name'])}: {', '.join(counts)}"
     if receiver["url"] is None:
         return f"{text}; no longer configured, its queue is kept"
     if receiver["last_error"]:
-        text += f"; last error: {receiver['last_error']}"
+        text += f"; last error: {clean(receiver['last_error'])}"
     if receiver["next_attempt_seconds"] is not None and not receiver["parked"]:
         text += f", asked again in {receiver['next_attempt_seconds']:.0f} s"
     return text
@@ -48,7 +57,7 @@ _LETTER = "{:12} {:>6} {:32} {:9} {:>6} {:>8} {:>6}  {}"
 
 
 def _letter(letter: dict[str, Any]) -> str:
-    return _LETTER.format(
+    line = _LETTER.format(
         letter["receiver"],
         letter["sequence"],
         letter["id"],
@@ -57,7 +66,8 @@ def _letter(letter: dict[str, Any]) -> str:
         letter["attempts"],
         age(letter["age_seconds"]),
         letter["reason"] or "",
-    ).rstrip()
+    )
+    return clean(line).rstrip()
 
 
 def batch_as_text(body: dict[str, Any]) -> str:
@@ -105,12 +115,12 @@ def verdict_as_text(body: dict[str, Any]) -> str:
         ("chance", f"{chance} that an honest miner has so many bad nonces, or more, at {body['mismatch']:g} each"),
         ("verdict", verdict),
     ]
-    return "\n".join(f"{name:10} {text}" for name, text in rows)
+    return _lines(rows)
 
 
 def _quoted(text: str) -> str:
-    """Return text from outside, cleaned and cut to fit a line."""
-    return f"{clean(text[:64])}…" if len(text) > 64 else clean(text)
+    """Return text from outside, cut to fit a line."""
+    return f"{text[:64]}…" if len(text) > 64 else text
 
 
 def _block_time(chain: dict[str, Any]) -> str:
@@ -150,4 +160,4 @@ def as_text(body: dict[str, Any]) -> str:
     rows += [("receiver", _receiver(receiver)) for receiver in body["receivers"]]
     rows += [("alarm", f"{alarm['part']}: {alarm['reason']}") for alarm in body["alarms"]]
     rows += [("problem", f"{problem['part']}: {problem['reason']}") for problem in body["problems"]]
-    return "\n".join(f"{name:10} {text}" for name, text in rows)
+    return _lines(rows)

@@ -142,7 +142,7 @@ async def _once(viewer: Viewer, console: Console) -> None:
         raise EndedError(EXIT_CRASH, str(error)) from error
     with console.capture() as captured:
         console.print(View(replace(viewer.seen(), events=tuple(viewer.events)[-EVENTS_PRINTED:])))
-    echo(captured.get().rstrip("\n"))
+    echo(captured.get().rstrip("\n"), keep="\033")  # of colours that were asked for: the view itself is clean
 
 
 async def _live(viewer: Viewer, console: Console, interval: float) -> None:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from pocd.admin.text import MAIN_STAGES, age, card_text, clean, funnel_text, local_time, percent
+from pocd.admin.text import MAIN_STAGES, age, card_text, funnel_text, local_time, percent
+from pocd.observe.mask import clean
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -87,6 +88,7 @@ class View:
 
 def _wrapped(label: str, text: Text, console: Console, width: int) -> list[Text]:
     """Return a row's lines: beside its label, or behind it where there is little room."""
+    text.plain = clean(text.plain)
     if width < NARROW:
         return list(Text.assemble((f"{label} " if label else "", "dim"), text).wrap(console, width))
     lines = text.wrap(console, width - LABEL_WIDTH)
@@ -97,7 +99,9 @@ def _wrapped(label: str, text: Text, console: Console, width: int) -> list[Text]
 def _event_line(event: ServerEvent, width: int, *, is_first: bool) -> Text:
     label = f"{'events' if is_first else '':{LABEL_WIDTH}}" if width >= NARROW else ""
     when = local_time(event.data["time"]) if "time" in event.data else ""
-    return Text.assemble((f"{label}{when:8}  ", "dim"), event_text(event))
+    text = event_text(event)
+    text.plain = clean(text.plain)
+    return Text.assemble((f"{label}{when:8}  ", "dim"), text)
 
 
 def _rows(seen: Seen) -> Iterator[tuple[str, Text]]:
@@ -110,9 +114,9 @@ def _rows(seen: Seen) -> Iterator[tuple[str, Text]]:
         return
     status = seen.status
     for alarm in status["alarms"]:
-        yield "ALARM", Text(clean(f"{alarm['part']}: {alarm['reason']}"), "bold red")
+        yield "ALARM", Text(f"{alarm['part']}: {alarm['reason']}", "bold red")
     for problem in status["problems"]:
-        yield "PROBLEM", Text(clean(f"{problem['part']}: {problem['reason']}"), "bold yellow")
+        yield "PROBLEM", Text(f"{problem['part']}: {problem['reason']}", "bold yellow")
     yield "state", _state(status)
     yield "funnel", _funnel(status["funnel"])
     yield "rate", _rate(status["rates"], seen.samples)
@@ -188,19 +192,19 @@ def _valid(round_: dict[str, Any]) -> Text:
 
 
 def _round(round_: dict[str, Any]) -> Text:
-    block = f"block {round_['block_height']:,} {clean(round_['block_hash'][:12])}…"
-    return Text.assemble(block, (f"  {round_['scheme']} on {clean(round_['model'])}", "dim"))
+    block = f"block {round_['block_height']:,} {round_['block_hash'][:12]}…"
+    return Text.assemble(block, (f"  {round_['scheme']} on {round_['model']}", "dim"))
 
 
 def _chain(chain: dict[str, Any], now: float) -> Text:
     if chain["height"] is None:
-        return Text(clean(f"no block yet{': ' + chain['problem'] if chain['problem'] else ''}"), "yellow")
+        return Text(f"no block yet{': ' + chain['problem'] if chain['problem'] else ''}", "yellow")
     old = max(now - datetime.fromisoformat(chain["block_time"]).timestamp(), 0)
     text = Text.assemble(
-        f"{clean(chain['chain_id'] or '–')}, block {chain['height']:,} {clean(chain['hash'][:12])}…",
+        f"{chain['chain_id'] or '–'}, block {chain['height']:,} {chain['hash'][:12]}…",
         (f", {age(old)} old", "yellow" if chain["problem"] else "dim"),
     )
-    return text.append(clean(f"; {chain['problem']}"), "yellow") if chain["problem"] else text
+    return text.append(f"; {chain['problem']}", "yellow") if chain["problem"] else text
 
 
 def _worker(worker: dict[str, Any]) -> list[Text]:
@@ -210,7 +214,7 @@ def _worker(worker: dict[str, Any]) -> list[Text]:
         text.append(f"  {worker['execution'] or ''}  ", "dim")
         text.append(f"{worker['computed_per_second_1m']:,.1f}", "bold").append("/s", "dim")
     else:
-        text.append(f"  {clean(worker['stage'] or 'not ready')}", "yellow")
+        text.append(f"  {worker['stage'] or 'not ready'}", "yellow")
     if worker["restarts"]:
         text.append(f"  {worker['restarts']} restarts", "yellow")
     cards = list(map(card_text, worker["cards"]))
@@ -219,14 +223,14 @@ def _worker(worker: dict[str, Any]) -> list[Text]:
 
 def _receiver(receiver: dict[str, Any]) -> Text:
     waiting = receiver["pending_batches"]
-    text = Text.assemble((clean(receiver["name"]), "bold"), ("  delivered ", "dim"))
+    text = Text.assemble((receiver["name"], "bold"), ("  delivered ", "dim"))
     text.append(f"{receiver['delivered_batches']:,}").append(", waiting ", "dim")
     text.append(f"{waiting:,}", "bold yellow" if receiver["failures_in_a_row"] else "")
     for kind in ("dead", "expired", "withdrawn"):
         if receiver[f"{kind}_batches"]:
             text.append(f", {kind} {receiver[f'{kind}_batches']:,}", "red")
     words, style = last_answer(receiver)
-    return text.append(f"  {clean(words)}", style)
+    return text.append(f"  {words}", style)
 
 
 def last_answer(receiver: dict[str, Any]) -> tuple[str, str]:
@@ -243,8 +247,7 @@ def last_answer(receiver: dict[str, Any]) -> tuple[str, str]:
 
 def event_text(event: ServerEvent) -> Text:  # noqa: C901 - one case for each kind
     """Return an event as one line."""
-    told = {key: value for key, value in event.data.items() if value is not None}
-    data = {key: clean(value) if isinstance(value, str) else value for key, value in told.items()}
+    data = {key: value for key, value in event.data.items() if value is not None}
     style = "yellow"
     match event.kind, data:
         case "block", {"height": height, "hash": hash_}:

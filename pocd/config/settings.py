@@ -30,7 +30,7 @@ from pocd.config.types import (
 from pocd.observe.mask import mask_url
 from pocd.protocol.errors import ModelError
 from pocd.protocol.names import Compile, Dtype, resolve
-from pocd.protocol.numbers import Count, Index
+from pocd.protocol.numbers import MOST_NODES, Count, Index
 from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH, MOST_NONCES
 from pocd.protocol.schemes import SCHEMES
 
@@ -58,7 +58,7 @@ class NodeSettings(_Section):
 
     public_key: PublicKey
     node_id: Index = 0
-    node_count: Count = 1
+    node_count: int = Field(default=1, ge=1, le=MOST_NODES)
 
     @model_validator(mode="after")
     def _id_below_count(self) -> Self:
@@ -281,11 +281,37 @@ def load(path: Path) -> Settings:
         raise ConfigError("; ".join(_describe(item, path) for item in error.errors())) from None
 
 
+def load_admin(path: Path, token_file: Path | None) -> AdminSettings:
+    """Read where the admin API is: all that a client of it needs, so that nothing else in the file can stop one.
+
+    Args:
+        path: File of the configuration.
+        token_file: The API's token, instead of the configured one, which only the service may have.
+
+    Raises:
+        ConfigError: The file cannot be read, or its [admin] cannot be used.
+    """
+    table = _read_toml(path).get("admin", {})
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path}: admin: must be a table of keys")
+    given = {} if token_file is None else {"token_file": token_file}
+    try:
+        return AdminSettings(**table | _Environment(Settings)().get("admin", {}) | given)
+    except ValidationError as error:
+        found = [item | {"loc": ("admin", *item["loc"])} for item in error.errors()]
+        raise ConfigError("; ".join(_describe(item, path) for item in found)) from None
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give --config FILE (config/pocd.toml shows every key)") from None
+    except PermissionError:
+        raise ConfigError(
+            f"{path} cannot be read by user {os.geteuid()}: give it to the group pocd (chgrp pocd, chmod 0640) and "
+            "join that group, or for a command that asks a running daemon, give --url and --token-file"
+        ) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -337,6 +363,11 @@ def check_model(settings: Settings) -> None:
         resolve(settings.model.name, settings.model.revision)
     except ModelError as error:
         raise ConfigError(f"model.name: {error}") from None
+    except PermissionError as error:
+        raise ConfigError(
+            f"model.name: {error.filename} cannot be read by user {os.geteuid()}: a service sees nothing under /home "
+            "and /root (ProtectHome=); put the model's folder elsewhere, such as in /srv, readable by that user"
+        ) from None
 
 
 def to_toml(settings: Settings) -> str:

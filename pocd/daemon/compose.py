@@ -13,7 +13,7 @@ from pocd.admin.parts import Parts
 from pocd.chain.failover import Failover
 from pocd.chain.make import confirmations_of, make_sources
 from pocd.chain.rpc import Rpc
-from pocd.clock import SYSTEM
+from pocd.clock import SYSTEM, SteadyClock
 from pocd.config.settings import ConfigError
 from pocd.delivery.batcher import Batcher
 from pocd.delivery.dispatcher import Dispatcher
@@ -93,20 +93,21 @@ def compose(
         source: The chain.
         receivers: Receivers of the configuration, see `make_receivers`.
         loads: One for each worker, see `make_loads`.
-        clock: The time, for all parts.
+        clock: The time, for all parts; they see a jump of its wall clock when the store's times are moved.
         log: The logger, for all parts.
     """
-    events = Events(clock)
+    steady = SteadyClock(clock)
+    events = Events(steady)
     node = Node(settings.node.node_id, settings.node.node_count)
     changes = Changes()
-    miner = Miner(outbox, changes, clock=clock)
-    control = Control(miner, outbox, node, runs=runs(settings), clock=clock, log=log, events=events)
+    miner = Miner(outbox, changes, clock=steady)
+    control = Control(miner, outbox, node, runs=runs(settings), clock=steady, log=log, events=events)
     limits = WorkerLimits(batch=settings.worker.batch_timeout)
     cache = cache_folder(settings)
-    workers = Pool(loads, miner, limits, cache=cache, changes=changes, clock=clock, log=log, events=events)
-    served = make_delivery(settings, receivers, outbox, clock=clock, log=log, events=events)
+    workers = Pool(loads, miner, limits, cache=cache, changes=changes, clock=steady, log=log, events=events)
+    served = make_delivery(settings, receivers, outbox, clock=steady, log=log, events=events)
     most = settings.validation.max_queued
-    validator = Validator(outbox, workers, served, most=most, clock=clock, log=log, events=events)
+    validator = Validator(outbox, workers, served, most=most, clock=steady, log=log, events=events)
     known = outbox.view.chain
     parts = Parts(
         settings=settings,
@@ -114,16 +115,18 @@ def compose(
         miner=miner,
         control=control,
         workers=workers,
-        cards=Cards(workers.card_uuids, clock=clock, log=log),
+        cards=Cards(workers.card_uuids, clock=steady, log=log),
         validator=validator,
         chain=ChainHealth(highest=known.height if known else 0),
         receivers=served,
-        clock=clock,
-        started_at=clock.monotonic(),
+        clock=steady,
+        started_at=steady.monotonic(),
         log=log,
         events=events,
     )
-    return Composition(parts, changes, source, make_scheduler(parts, source), make_batcher(parts), make_keeper(parts))
+    return Composition(
+        parts, changes, source, make_scheduler(parts, source), make_batcher(parts), make_keeper(parts, steady)
+    )
 
 
 def make_scheduler(parts: Parts, source: ChainSource) -> RoundScheduler:
@@ -184,7 +187,7 @@ def make_batcher(parts: Parts) -> Batcher:
     )
 
 
-def make_keeper(parts: Parts) -> Keeper:
+def make_keeper(parts: Parts, clock: SteadyClock) -> Keeper:
     """Return what keeps the store within its limits."""
     store, delivery = parts.settings.store, parts.settings.delivery
     limits = StoreLimits(
@@ -193,8 +196,7 @@ def make_keeper(parts: Parts) -> Keeper:
         size=store.size_limit_mib * MIB,
         free=store.free_space_mib * MIB,
     )
-    clock, log = parts.clock, parts.log
-    return Keeper(store.path, parts.outbox, parts.miner, parts.receivers, limits=limits, clock=clock, log=log)
+    return Keeper(store.path, parts.outbox, parts.miner, parts.receivers, limits=limits, clock=clock, log=parts.log)
 
 
 def make_delivery(

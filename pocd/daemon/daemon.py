@@ -14,7 +14,7 @@ from pocd.admin.server import AdminApi
 from pocd.chain.make import CHAIN_TIMEOUT
 from pocd.clock import SYSTEM
 from pocd.config.secrets import read_token
-from pocd.config.settings import ConfigError, check_model
+from pocd.config.settings import check_model
 from pocd.daemon.compose import compose, make_chain, make_loads, make_receivers
 from pocd.daemon.reload import Reloader
 from pocd.daemon.reports import Reports
@@ -22,8 +22,8 @@ from pocd.http.client import open_session
 from pocd.http.server import listening, listening_at
 from pocd.mining.follower import follow
 from pocd.pool.causes import Cause, WorkerRefusedError
-from pocd.process import EXIT_CONFIG, EXIT_NO_DEVICE, EXIT_SIGNALLED, EndedError
-from pocd.store.errors import StoreError, StoreUnavailableError
+from pocd.process import EXIT_CONFIG, EXIT_NO_DEVICE, EXIT_SIGNALLED, EXIT_TEMPORARY, EndedError
+from pocd.store.errors import StoreUnavailableError
 from pocd.store.thread import OutboxThread
 from pocd.tasks import crash_logged, first_error, start
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from pocd.observe.notify import Notifier
 
 FINISH_SECONDS = 5.0  # for the batches being computed, when stopping
+NEEDS_A_PERSON = (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError)  # to listen somewhere else
 DELIVER_SECONDS = 5.0  # for the last deliveries
 
 
@@ -47,18 +48,18 @@ async def run(settings: Settings, path: Path, *, log: FilteringBoundLogger, noti
     """Run the daemon until SIGTERM, SIGINT or `POST /shutdown`; at SIGHUP `path` is read again.
 
     Raises:
-        ConfigError: A file, the store or the address that the settings name cannot be used.
-        EndedError: The worker cannot work on this machine, or as configured.
+        ConfigError: A file or the address that the settings name cannot be used.
+        EndedError: The store cannot be used, or the worker cannot work on this machine, or as configured.
     """
     check_model(settings)
     token = read_token(settings.admin.token_file)
     receivers = make_receivers(settings)
     loads = make_loads(settings)
-    try:
-        outbox = OutboxThread(settings.store.path)
-    except StoreError as error:
-        raise ConfigError(str(error)) from error
-    with contextlib.closing(outbox):
+    with contextlib.closing(
+        OutboxThread(
+            settings.store.path, lambda why: log.warning("the store is waited for", action="store_wait", cause=why)
+        )
+    ) as outbox:
         async with contextlib.AsyncExitStack() as stack:
             sessions = [await stack.enter_async_context(open_session(CHAIN_TIMEOUT)) for _ in settings.chain.urls]
             source = await make_chain(settings, outbox, sessions, log)
@@ -82,13 +83,12 @@ async def _api(api: AdminApi, admin: AdminSettings, token: str | None) -> AsyncI
             )
             url = await stack.enter_async_context(server)
         except OSError as error:
-            if admin.socket:
-                message = f"admin API cannot listen on {admin.socket}: {error.strerror}; change admin.socket"
-                raise ConfigError(message) from None
-            hint = "another program has the port" if error.errno == errno.EADDRINUSE else error.strerror
-            raise ConfigError(
-                f"admin API cannot listen on {admin.host}:{admin.port}: {hint}; change admin.host or admin.port"
-            ) from None
+            where = str(admin.socket) if admin.socket else f"{admin.host}:{admin.port}"
+            hint = error.strerror if admin.socket or error.errno != errno.EADDRINUSE else "another program has the port"
+            keys = "admin.socket" if admin.socket else "admin.host or admin.port"
+            message = f"admin API cannot listen on {where}: {hint}; change {keys}"
+            # A port that is not allowed has to be changed, or a socket's path; an address or a name may come yet.
+            raise EndedError(EXIT_CONFIG if isinstance(error, NEEDS_A_PERSON) else EXIT_TEMPORARY, message) from None
         yield url
 
 
@@ -209,6 +209,4 @@ async def _cancel(*tasks: asyncio.Task[None]) -> None:
 def _translate(error: BaseException) -> BaseException:
     if isinstance(error, WorkerRefusedError):
         return EndedError(EXIT_NO_DEVICE if error.cause is Cause.DEVICE else EXIT_CONFIG, str(error))
-    if isinstance(error, StoreError):
-        return EndedError(EXIT_CONFIG, str(error))
     return error

@@ -138,8 +138,9 @@ class Dispatcher:
 
     async def _record(self, delivery: PendingDelivery, outcome: Outcome, *, others_pass: bool = False) -> bool:
         """Store the outcome of an attempt; returns whether the receiver could not take the batch now."""
-        name, faults, now = self.receiver.name, delivery.faults + outcome.fault, self._clock.wall()
+        name, faults = self.receiver.name, delivery.faults + outcome.fault
         overtaken = outcome.fault and await self._outbox.persistently(deliveries.is_overtaken, name, delivery.sequence)
+        now = self._clock.wall()
         decision = policy.decide(
             outcome,
             failures=self.state.failures + 1,
@@ -197,9 +198,12 @@ class Dispatcher:
 
     async def _expire(self) -> None:
         """Expire batches that are too old, after the receiver has failed once more."""
-        now, expired = self._clock.wall(), 0
+        expired = 0
         while count := await self._outbox.persistently(
-            deliveries.expire, self.receiver.name, queued_before=now - self._expire_after, now=now
+            deliveries.expire,
+            self.receiver.name,
+            queued_before=self._clock.wall() - self._expire_after,
+            now=self._clock.wall(),
         ):
             expired += count
         if expired:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from pocd.clock import Clock, JumpDetector
 from pocd.store import deliveries, upkeep, validations
 from pocd.store.errors import StoreUnavailableError
 
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
     from structlog.typing import FilteringBoundLogger
 
+    from pocd.clock import SteadyClock
     from pocd.delivery.receivers import Receivers
     from pocd.mining.miner import Miner
     from pocd.store.thread import OutboxThread
@@ -79,7 +79,7 @@ class Keeper:
         receivers: Receivers,
         *,
         limits: StoreLimits,
-        clock: Clock,
+        clock: SteadyClock,
         log: FilteringBoundLogger,
         free_bytes: Callable[[Path], int] = lambda folder: shutil.disk_usage(folder).free,
     ) -> None:
@@ -89,7 +89,6 @@ class Keeper:
         self._receivers = receivers
         self._limits = limits
         self._clock = clock
-        self._jumps = JumpDetector(clock)
         self._log = log
         self._free_bytes = free_bytes
         self._logged: str | None = None  # the reason that was logged last
@@ -105,12 +104,9 @@ class Keeper:
         """Prune and expire batches that are due, and hold mining or let it go on."""
         held = self._miner.held
         self._log_hold(held)  # a commit that failed may have held it since the last look
-        jump = self._jumps.jump()
-        if jump:
-            self._log.warning("the wall clock was set", action="clock_jump", seconds=round(jump, 1))
-        if jump < 0:
-            await self._clamp()
+        await self._follow_clock()
         try:
+            await self._outbox(lambda outbox: outbox.place.check())
             await self._prune(self._clock.wall() - self._limits.keep_delivered)
             await self._repeat(upkeep.prune_rounds)
             await self._outbox(validations.prune, self._clock.wall() - self._limits.keep_delivered)
@@ -132,6 +128,17 @@ class Keeper:
         elif self._logged and not reason:
             self._log.info("the store takes proofs again, mining goes on", action="store_released")
         self._logged = reason
+
+    async def _follow_clock(self) -> None:
+        """Where the wall clock was set, move what waits with it: its age is the time that really passed."""
+        jump = self._clock.follow()
+        if not jump:
+            return
+        # Asked for before anything else can run: what was asked before has earlier times, what comes later has later.
+        await self._outbox.persistently(upkeep.shift_times, jump)
+        self._log.warning("the wall clock was set", action="clock_jump", seconds=round(jump, 1))
+        if jump < 0:
+            await self._clamp()
 
     async def _clamp(self) -> None:
         await self._outbox.persistently(upkeep.clamp_times, self._clock.wall())
@@ -165,10 +172,10 @@ class Keeper:
     async def _expire_unserved(self) -> None:
         """Expire old batches in queues that no dispatcher sends from; in the others they expire at a failed attempt."""
         served = {each.receiver.name for each in self._receivers if each.state.parked_at is None}
-        now = self._clock.wall()
         for name, queue in self._outbox.view.queues.items():
             if name in served or not queue.pending_batches:
                 continue
+            now = self._clock.wall()
             expired = await self._repeat(
                 partial(deliveries.expire, receiver=name, queued_before=now - self._limits.expire_after, now=now)
             )

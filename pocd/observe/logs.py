@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import atexit
+import io
 import json
 import logging
 import os
 import sys
+from functools import partial
 from typing import TYPE_CHECKING, Literal, TextIO, cast
 
 import orjson
 import structlog
 
-from pocd.observe.mask import mask_credentials
+from pocd.observe.lines import LineWriter, write_whole
+from pocd.observe.mask import clean, escape_json, mask_credentials
 
 if TYPE_CHECKING:
-    from structlog.typing import EventDict, FilteringBoundLogger, Processor, WrappedLogger
+    from structlog.typing import EventDict, ExcInfo, FilteringBoundLogger, Processor, WrappedLogger
 
 # Syslog severities (RFC 5424 section 6.2.1), as the journal uses them.
 PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
+
+FLUSH_SECONDS = 2.0  # at the end of the process, for the last lines
 
 _LEVEL = logging.getLogger("pocd")  # its level is the one that lines must have, so that it can be changed
 
@@ -43,9 +49,21 @@ class _JournalPrefix:
 
 def _render_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
     try:
-        return orjson.dumps(event, default=str).decode()
+        return escape_json(orjson.dumps(event, default=str).decode())
     except orjson.JSONEncodeError:  # text that is not Unicode, an integer beyond 64 bits: rather slow than lost
         return json.dumps(event, default=str)
+
+
+def _clean_values(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    """Replace what a terminal obeys in every text that others may have written; other values are shown as Python's."""
+    return {key: clean(value) if isinstance(value, str) else value for key, value in event.items()}
+
+
+def _plain_traceback(sink: TextIO, failure: ExcInfo) -> None:
+    """Write a traceback without what a terminal obeys in the exception's text."""
+    text = io.StringIO()
+    structlog.dev.plain_traceback(text, failure)
+    sink.write(clean(text.getvalue(), keep="\n"))
 
 
 def _mask_credentials(_logger: WrappedLogger, _method: str, line: EventDict | str) -> str:
@@ -63,31 +81,46 @@ def _goes_to_journal() -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
 
 
-class _Lossy:
-    """A stream that never fails: when a full disk takes no log lines, the daemon has to go on all the same.
+class _Lines:
+    """The stream that structlog writes to: each line goes to the writer's queue."""
 
-    How many lines were lost is said as soon as one can be written again.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._lost = 0
+    def __init__(self, writer: LineWriter, encoding: str) -> None:
+        self._writer = writer
+        self._encoding = encoding
 
     def write(self, text: str) -> int:
-        """Write a line, or count it as lost."""
-        try:
-            if self._lost:
-                self._stream.write(f"pocd: {self._lost} log lines could not be written\n")
-                self._stream.flush()
-                self._lost = 0
-            self._stream.write(text)
-            self._stream.flush()
-        except OSError:
-            self._lost += 1
+        """Queue a line."""
+        self._writer.put(text.encode(self._encoding, "backslashreplace"))
         return len(text)
 
     def flush(self) -> None:
-        """Do nothing: each line is flushed as it is written."""
+        """Do nothing: the writer's thread writes each line as it comes."""
+
+
+_writers: list[LineWriter] = []  # of this process, whose last lines are written at its end
+
+
+def _writer_to(stream: TextIO) -> _Lines:
+    """Return what writes to standard error: by its descriptor, so that no lock of Python's is held meanwhile."""
+    encoding = stream.encoding or "utf-8"
+    try:
+        write = partial(write_whole, stream.fileno())
+    except (OSError, ValueError):  # a stream in memory
+        write = partial(_write_text, stream, encoding)
+    writer = LineWriter(write)
+    _writers[:] = [writer]
+    return _Lines(writer, encoding)
+
+
+def _write_text(stream: TextIO, encoding: str, data: bytes) -> None:
+    stream.write(data.decode(encoding))
+    stream.flush()
+
+
+def flush(limit: float = FLUSH_SECONDS) -> None:
+    """Wait until the lines logged so far are written, but `limit` seconds at most: their reader may have stalled."""
+    for writer in _writers:
+        writer.flush(limit)
 
 
 class _LibraryHandler(logging.Handler):
@@ -117,8 +150,9 @@ def configure(level: str, style: Literal["auto", "console", "json"]) -> Filterin
     renderers: list[Processor]
     if console:
         renderers = [
+            _clean_values,
             structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty(), pad_event_to=32, exception_formatter=structlog.dev.plain_traceback
+                colors=sys.stderr.isatty(), pad_event_to=32, exception_formatter=_plain_traceback
             ),
             _mask_credentials,
         ]
@@ -130,12 +164,13 @@ def configure(level: str, style: Literal["auto", "console", "json"]) -> Filterin
     structlog.configure(
         processors=[*shared, *renderers],
         wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG),  # all of them; the level may change
-        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _Lossy(sys.stderr))),
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", _writer_to(sys.stderr))),
         cache_logger_on_first_use=True,
     )
     log: FilteringBoundLogger = structlog.get_logger()
     logging.basicConfig(handlers=[_LibraryHandler(log)])
     set_level(level)
+    atexit.register(flush)
     return log
 
 

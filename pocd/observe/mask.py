@@ -1,8 +1,9 @@
-"""Text from outside made fit for a log line or an error message: no secrets, no control characters, one line."""
+"""Text from outside made fit for people: no secrets, no character that a terminal obeys, one line."""
 
 from __future__ import annotations
 
 import base64
+import json
 import re
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
@@ -14,6 +15,28 @@ SHORTEST_SECRET = 4  # characters; to hide a shorter one would garble every text
 
 _CREDENTIALS = re.compile(r"""://[^\s/"'?#]*@""")
 _BEGUN = re.compile(r"""://[^\s/"'?#]*\Z""")
+
+
+def clean(text: str, *, keep: str = "") -> str:
+    """Return text from outside with each character replaced that a terminal would not print but obey.
+
+    These are control characters, format characters such as those that turn the direction of writing, and what is no
+    character at all. A line end is one of them: text from outside is not to look like a line of ours.
+
+    Args:
+        text: From anybody.
+        keep: Characters that stay all the same.
+    """
+    return text if text.isprintable() else "".join(c if c.isprintable() or c in keep else "\ufffd" for c in text)
+
+
+def escape_json(text: str) -> str:
+    """Return JSON that means the same, with each character escaped that a terminal would not print but obey."""
+    return text if text.isprintable() else "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return json.dumps(character)[1:-1]
 
 
 def mask_url(url: str) -> str:
@@ -29,7 +52,7 @@ def mask_url(url: str) -> str:
         # Up to the last @, even after a slash: rather hide too much than half of a password that was not encoded.
         rest = "***@" + rest.rpartition("@")[2]
     masked = scheme + separator + rest + question_mark + "&".join(_mask_parameter(part) for part in query.split("&"))
-    return "".join(character if character.isprintable() else "\ufffd" for character in masked)
+    return clean(masked)
 
 
 def _mask_parameter(part: str) -> str:

@@ -7,6 +7,8 @@ import os
 import socket
 from typing import TYPE_CHECKING, Self
 
+from pocd.observe.mask import clean
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -42,7 +44,7 @@ class Notifier:
 
     def status(self, text: str) -> None:
         """Send one line for `systemctl status`: STATUS=…."""
-        self._send(f"STATUS={text.replace(chr(10), ' ')}")
+        self._send(f"STATUS={clean(text.replace(chr(10), ' '))}")
 
     def alive(self) -> None:
         """Send WATCHDOG=1: the event loop turns."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from pocd.pool.causes import Cause, WorkerError
+from pocd.tasks import within
 from pocd.worker import messages
 from pocd.worker.messages import Failed
 
@@ -63,9 +64,7 @@ class RankLink:
             OSError: The process is gone.
         """
         try:
-            # Not asyncio.wait_for: before Python 3.12 it can swallow a cancellation.
-            async with asyncio.timeout(limit):
-                message = await messages.receive(self._reader)
+            message = await within(limit, messages.receive(self._reader))
         except TimeoutError:
             raise WorkerError(Cause.SILENT, f"worker gave no sign of life for {limit:.0f} s, killed") from None
         if isinstance(message, Failed):
@@ -115,12 +114,10 @@ class Processes:
             load = dataclasses.replace(load, rendezvous=rendezvous.name)
         processes = cls([], rendezvous)
         with ExitStack() as theirs:
-            # A pair of sockets between the leader and each of the others.
-            pairs = [socket.socketpair() for _ in load.devices[1:]]
-            ends = [[leader for leader, _ in pairs], *([follower] for _, follower in pairs)]
-            for end in (end for pair in pairs for end in pair):
-                theirs.enter_context(end)
             try:
+                # A pair of sockets between the leader and each of the others.
+                pairs = [tuple(map(theirs.enter_context, socket.socketpair())) for _ in load.devices[1:]]
+                ends = [[leader for leader, _ in pairs], *([follower] for _, follower in pairs)]
                 for rank, peers in enumerate(ends):
                     processes._ranks.append(await _start(peers, environment))
                     await processes.links[rank].send(dataclasses.replace(load, rank=rank))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 from typing import TYPE_CHECKING, NoReturn
 
 from pocd.pool.causes import Cause, WorkerError, WorkerRefusedError
 from pocd.pool.feeder import Feeder, take_batch_size
 from pocd.pool.processes import FailedError, Processes
-from pocd.tasks import run_forever
+from pocd.tasks import run_forever, within
 from pocd.worker.messages import BatchShrunk, CardIdentity, Heartbeat, Ready, Stage
 
 if TYPE_CHECKING:
@@ -102,8 +101,7 @@ class Supervisor:
 
     async def _feed(self, leader: RankLink) -> NoReturn:
         try:
-            async with asyncio.timeout(self._limits.load):
-                info = await self._until_ready(leader, rank=0)
+            info = await within(self._limits.load, self._until_ready(leader, rank=0))
         except TimeoutError:
             message = f"worker did not load {self._load.model!r} within {self._limits.load:.0f} s, killed"
             raise WorkerError(Cause.LOADING, message) from None
@@ -135,8 +133,10 @@ class Supervisor:
 
     def _failure(self, error: FailedError, ended: Ended) -> WorkerError:
         """Return what follows from the failure that a worker reported, and from how its processes ended."""
-        if error.kind == "fault":  # a rank that was killed is why the others report a fault
-            return WorkerError(Cause.CRASH, ended.text) if ended.by_signal else WorkerError(Cause.FAULT, str(error))
+        if error.kind in {"fault", "crash"}:  # a rank that was killed is why the others report one
+            return (
+                WorkerError(Cause.CRASH, ended.text) if ended.by_signal else WorkerError(Cause(error.kind), str(error))
+            )
         if error.kind != "memory":
             return WorkerRefusedError(Cause(error.kind), str(error))
         state = self.state

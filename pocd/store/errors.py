@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 from typing import TYPE_CHECKING
 
-from pocd.process import ForeseenError
+from pocd.process import EXIT_CONFIG, EXIT_TEMPORARY, EndedError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+PASSING = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
+)
+"""Errors of the system that pass, or are mended without a change to the configuration."""
 
-class StoreError(ForeseenError):
-    """The store cannot be used; the message names the file and what to do."""
+
+class StoreError(EndedError):
+    """The store cannot be used; the message names the file and what to do.
+
+    The status is `EXIT_CONFIG` where a person has to change something, and `EXIT_TEMPORARY` for what may pass.
+    """
+
+    def __init__(self, reason: str, code: int = EXIT_CONFIG) -> None:
+        super().__init__(code, reason)
+
+
+class StoreHeldError(StoreError):
+    """Another process holds the store's lock: a daemon that is just ending, a backup, a shell."""
+
+
+class StoreDamagedError(StoreError):
+    """What is on disk is not what was written, or could not be read at this look."""
 
 
 class StoreUnavailableError(Exception):
@@ -21,35 +41,42 @@ class StoreUnavailableError(Exception):
 
 def unusable(path: Path, error: sqlite3.Error) -> StoreError:
     """Return the error for the operator when SQLite's `error` keeps the store at `path` from being opened."""
-    if isdamaged(error):
-        return StoreError(damaged(path, str(error)))
-    text = str(error)
-    if "locked" in text:
+    name = getattr(error, "sqlite_errorname", "")
+    if name.startswith("SQLITE_CORRUPT"):
+        return StoreDamagedError(damaged(path, str(error)))
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         text = "another process holds it (is a second daemon running on it?); stop that one or choose another path"
-    elif "not a database" in text:
+        return StoreHeldError(f"store {path} cannot be used: {text}", EXIT_TEMPORARY)
+    if name == "SQLITE_NOTADB":
         text = "it is not a SQLite database; choose another store.path (the file was not touched)"
-    else:
-        text = f"{text}; check store.path, its permissions and the free space"
-    return StoreError(f"store {path} cannot be used: {text}")
+        return StoreError(f"store {path} cannot be used: {text}")
+    if name.startswith(("SQLITE_FULL", "SQLITE_IOERR", "SQLITE_NOMEM")):
+        return StoreError(f"store {path} cannot be used now: {error} ({name}); check its disk", EXIT_TEMPORARY)
+    return StoreError(f"store {path} cannot be opened: {error}; check store.path, its permissions and the free space")
 
 
-def isdamaged(error: sqlite3.Error) -> bool:
-    """Tell whether `error` means that what is on disk is not what was written."""
-    return getattr(error, "sqlite_errorname", "").startswith("SQLITE_CORRUPT")
+def unopened(path: Path, error: OSError) -> StoreError:
+    """Return the error for the operator when the system does not let the store at `path` be opened."""
+    if error.errno in PASSING:
+        return StoreError(f"store {path} cannot be opened now: {error.strerror}; check its disk", EXIT_TEMPORARY)
+    return StoreError(f"store {path} cannot be opened: {error}; check store.path and its permissions")
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Tell whether SQLite read what nobody wrote: a damaged file, or a disk that could not be read."""
+    return getattr(error, "sqlite_errorname", "").startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB"))
 
 
 def failure_of(path: Path, error: sqlite3.Error) -> Exception:
     """Return the exception for SQLite's `error` in the store at `path` while it is in use.
 
-    A `StoreError` for a damaged file, a `StoreUnavailableError` for what may pass, and the error itself where the
-    fault is ours.
+    A `StoreUnavailableError` for what may pass, and the error itself where the fault is ours.
     """
-    if isdamaged(error):
-        return StoreError(damaged(path, str(error)))
-    if isinstance(error, sqlite3.OperationalError) and not isinstance(error, sqlite3.ProgrammingError):
-        name = getattr(error, "sqlite_errorname", "")
-        if name and name != "SQLITE_ERROR":  # that one is a wrong statement
-            return StoreUnavailableError(f"the store {path} cannot be written: {error} ({name})")
+    name = getattr(error, "sqlite_errorname", "")
+    if is_damage(error):
+        return StoreUnavailableError(f"the store {path} cannot be read: {error} ({name}); it is looked at again")
+    if isinstance(error, sqlite3.OperationalError) and name and name != "SQLITE_ERROR":  # that one: a wrong statement
+        return StoreUnavailableError(f"the store {path} cannot be written: {error} ({name})")
     return error
 
 

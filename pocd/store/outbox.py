@@ -8,19 +8,22 @@ writes is one transaction, fsynced before it returns (WAL, synchronous FULL). Si
 from __future__ import annotations
 
 import sqlite3
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Self
 
 import orjson
 
+from pocd.process import EXIT_TEMPORARY
 from pocd.protocol.nonces import Node, Progress, Span
 from pocd.protocol.proof import Proof, Round
-from pocd.store.errors import unusable
-from pocd.store.opening import open_store
+from pocd.store.backup import BackupError, back_up
+from pocd.store.errors import StoreError, StoreUnavailableError, unusable
+from pocd.store.opening import MARK, open_store, wal_of
+from pocd.store.place import Place
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
 _SET_META = "INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value"
@@ -134,38 +137,82 @@ class Outbox:
         receivers: Health of each receiver, by name.
         control: The admin API's last decision on mining (see `pocd.mining.control`); None while the chain decides.
         chain: The chain that the store belongs to, once one was seen.
+        place: The store's files.
+        suspect: Whether SQLite read what nobody wrote; then `look_again` comes before anything else.
     """
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, place: Place) -> None:
         self.db = connection
+        self.place = place
+        self.suspect = False
         self.totals, self.queues, self.receivers = self._read_views()
         self.control = self._read_meta("control")
         self.chain = self._read_chain()
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, waiting: Callable[[str], None] = lambda _: None) -> Self:
         """Open the store at `path`, making it where it is missing.
+
+        Args:
+            path: The store's file.
+            waiting: Told once why it waits, where another process holds the file.
 
         Raises:
             StoreError: The store cannot be used, see `open_store`.
         """
-        connection = open_store(path)
+        connection = open_store(path, waiting=waiting)
         try:
-            return cls(connection)
+            return cls(connection, Place(path))
         except sqlite3.Error as error:
             connection.close()
             raise unusable(path, error) from error
 
-    def close(self) -> None:
-        """Close the file; its lock goes with it."""
+    def look_again(self) -> None:
+        """Open the file anew and look through all of it, after SQLite read what nobody wrote.
+
+        Raises:
+            StoreUnavailableError: The file cannot be read or opened now.
+            StoreError: The file is damaged.
+        """
+        self.place.check()  # to close a file that was removed is to lose it
         self.db.close()
+        try:
+            self.db = open_store(self.place.path, thorough=True)
+        except StoreError as error:
+            if error.code == EXIT_TEMPORARY:
+                raise StoreUnavailableError(str(error)) from error
+            raise
+        self.place = Place(self.place.path)
+        self.suspect = False
+
+    def close(self) -> None:
+        """Close the file; its lock goes with it. Where it was removed, what it held is put back at its path."""
+        saved = self._save() if self.place.is_empty() else None
+        self.db.close()
+        if saved:
+            wal_of(self.place.path).unlink(missing_ok=True)  # it would be taken for the log of what is put there
+            saved.rename(self.place.path)
+
+    def _save(self) -> Path | None:
+        """Write what the removed file holds beside its path, as far as that can be done."""
+        file = self.place.path.with_name(f"{self.place.path.name}.saved")
+        with suppress(BackupError):
+            back_up(self.db, file)
+            return file
+        return None
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Do all that happens in the context, or nothing of it."""
+        """Do all that happens in the context, or nothing of it.
+
+        Raises:
+            StoreUnavailableError: The open file is not the one at the store's path.
+        """
+        self.place.check()
         self.db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self.db.execute(MARK)
             views = self._read_views()  # before the commit: what is committed must not be reported as failed
             self._commit()
         except BaseException:

@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from pocd.store.database import DatabaseThread, ThreadBusyError
-from pocd.store.errors import StoreUnavailableError, failure_of
+from pocd.store.errors import StoreUnavailableError, failure_of, is_damage
 from pocd.store.outbox import Outbox
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ AGAIN_SECONDS = 1.0  # between two tries to write what has to be recorded
 class OutboxThread(DatabaseThread[Outbox]):
     """The one thread that an `Outbox` lives in."""
 
-    def __init__(self, path: Path) -> None:
-        super().__init__(partial(Outbox.open, path), name="outbox", most_waiting=MOST_WAITING)
+    def __init__(self, path: Path, waiting: Callable[[str], None] = lambda _: None) -> None:
+        super().__init__(partial(Outbox.open, path, waiting), name="outbox", most_waiting=MOST_WAITING)
         self._path = path
 
     async def __call__(self, method: Callable[Concatenate[Outbox, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -34,10 +34,10 @@ class OutboxThread(DatabaseThread[Outbox]):
 
         Raises:
             StoreUnavailableError: The disk is full, fails, or is too slow; nothing was changed, and it may go on later.
-            StoreError: The file is damaged.
+            StoreError: The file is damaged: a second look found it so as well.
         """
         try:
-            return await super().__call__(method, *args, **kwargs)
+            return await super().__call__(_trusting, method, *args, **kwargs)
         except ThreadBusyError as error:
             raise StoreUnavailableError(f"the store {self._path} is too slow: {error}") from error
         except sqlite3.Error as error:
@@ -52,3 +52,14 @@ class OutboxThread(DatabaseThread[Outbox]):
                 return await self(method, *args, **kwargs)
             except StoreUnavailableError:
                 await asyncio.sleep(AGAIN_SECONDS)
+
+
+def _trusting(outbox: Outbox, method: Callable[Concatenate[Outbox, P], T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run `method`; where the store reads as damaged, it is looked at again before the next."""
+    if outbox.suspect:
+        outbox.look_again()
+    try:
+        return method(outbox, *args, **kwargs)
+    except sqlite3.Error as error:
+        outbox.suspect = is_damage(error)
+        raise

@@ -1,4 +1,4 @@
-"""Upkeep of the store: pruning, and correcting times after the clock was set back.
+"""Upkeep of the store: pruning, and correcting times after the clock was set.
 
 Functions over the open `Outbox`, called in its thread; each that writes is one transaction.
 """
@@ -53,6 +53,21 @@ def prune_rounds(outbox: Outbox) -> int:
             outbox.db.executemany("DELETE FROM progress WHERE round = ?", old)
             outbox.db.executemany("DELETE FROM rounds WHERE number = ?", old)
     return len(old)
+
+
+def shift_times(outbox: Outbox, seconds: float) -> None:
+    """Move the times of what waits by as much as the wall clock was set: it is not older or younger for that."""
+    with outbox.transaction():
+        for statement in (
+            # By their index, and without the batches: to change one is to write its body again.
+            """
+UPDATE deliveries SET changed_at = changed_at + ?
+  WHERE receiver IN (SELECT name FROM receivers) AND state = 'pending'""",
+            "UPDATE proofs SET found_at = found_at + ?",
+            "UPDATE receivers SET next_at = next_at + ? WHERE next_at > 0",
+            "UPDATE receivers SET parked_at = parked_at + ?",
+        ):
+            outbox.db.execute(statement, (seconds,))
 
 
 def clamp_times(outbox: Outbox, now: float) -> None:

@@ -267,6 +267,10 @@ def main() -> None:
         else:
             link.send(Failed("fault", f"{load.device} failed: {type(error).__name__}: {first_line(error)}"))
         os._exit(1)  # a device in this state may keep the interpreter from ending
+    except Exception as error:
+        with contextlib.suppress(OSError):  # the daemon itself may be what is gone
+            link.send(Failed("crash", f"worker failed: {type(error).__name__}: {first_line(error)}"))
+        raise
 
 
 def first_line(error: BaseException) -> str:

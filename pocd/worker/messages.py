@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from pocd.protocol.names import Compile, Dtype
 
-FailureKind = Literal["configuration", "device", "memory", "fault"]
+FailureKind = Literal["configuration", "device", "memory", "fault", "crash"]
 LARGEST_FRAME = 16 * 2**20  # bytes
 _LENGTH = struct.Struct(">I")
 
@@ -153,6 +153,7 @@ class Failed:
     Attributes:
         kind: "configuration": the worker cannot work as configured. "device": its device is not there. "memory": a
             batch does not fit into the device's memory. "fault": the device, its driver or another rank failed.
+            "crash": something else did, such as a file that could not be made, which may pass.
         message: The reason, for people.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -147,6 +148,41 @@ def test_an_unreadable_token_file_names_its_key(config: Path, tmp_path: Path) ->
     config.write_text(f"{config.read_text()}[admin]\ntoken_file = '{tmp_path / 'token'}'\n")
     reason = refusal(pocd("status", "--config", config), EXIT_CONFIG)
     assert reason.startswith(f"admin.token_file {tmp_path / 'token'} cannot be read")
+
+
+def test_a_client_reads_no_more_than_where_the_api_is(config: Path, tmp_path: Path, silent: int) -> None:
+    """Only the service has the credentials that the file names."""
+    token = tmp_path / "token"
+    token.write_text("secret")
+    config.write_text(
+        f"{config.read_text()}[admin]\nport = {silent}\ntoken_file = 'credential:token'\n"
+        "[[delivery.receivers]]\nname = 'a'\nurl = 'http://a.example'\nsecret_file = 'credential:secret'\n"
+    )
+    known = refusal(pocd("status", "--config", config, "--token-file", token), EXIT_CRASH)
+    assert f"nothing listens on http://127.0.0.1:{silent};" in known
+    assert "admin.token_file" in refusal(pocd("status", "--config", config), EXIT_CONFIG)
+    config.write_text("not TOML")
+    reason = refusal(pocd("status", "--config", config, "--url", f"http://127.0.0.1:{silent}"), EXIT_CRASH)
+    assert "nothing listens" in reason
+
+
+@pytest.mark.parametrize("command", ["status", "run", "watch"])
+def test_a_configuration_that_may_not_be_read_is_a_line_with_the_remedy(config: Path, command: str) -> None:
+    config.chmod(0)
+    me = [] if os.geteuid() else ["setpriv", "--bounding-set=-all", "--inh-caps=-all", "--reuid=0", "--no-new-privs"]
+    if me and (shutil.which("setpriv") is None or run(*me, "cat", str(config)).returncode == 0):
+        pytest.skip("root reads every file here")
+    reason = refusal(run(*me, *POCD, command, "--config", str(config)), EXIT_CONFIG)
+    assert reason.startswith(f"{config} cannot be read by user ")
+    assert "the group pocd" in reason
+    assert "--token-file" in reason
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_streams_do_no_harm(config: Path, closed: str) -> None:
+    assert (
+        run("sh", "-c", f'"$0" "$@" {closed}', *POCD, "config", "check", "--config", str(config)).returncode == EXIT_OK
+    )
 
 
 # The development programs.

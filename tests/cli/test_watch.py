@@ -135,7 +135,7 @@ def test_strangers_do_not_drive_the_terminal() -> None:
     text = "\n".join(drawn(seen(body, events=hostile)))
     assert "\x1b" not in text
     assert "\x07" not in text
-    assert "�[2J�gone" in text
+    assert "�[2Jgone" in text
 
 
 @pytest.fixture

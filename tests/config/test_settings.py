@@ -287,6 +287,7 @@ def test_a_wrong_url_is_refused_without_its_credentials(tmp_path: Path, url: str
     [
         ("public_key = ''", "node.public_key: String should have at least 1 character"),
         ("public_key = ' key'", "node.public_key: must not begin or end with white space"),
+        ("public_key = 'key'\nnode_count = 1000001", "node.node_count: Input should be less than or equal to 1000000"),
         ("public_key = 'key'\nnode_id = 2\nnode_count = 2", "node: node_id 2 must be below node_count 2"),
         ("node_id = 1", "node.public_key is missing"),
     ],

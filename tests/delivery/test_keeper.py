@@ -9,7 +9,7 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from pocd.clock import JumpDetector
+from pocd.clock import SteadyClock
 from pocd.delivery.keeper import MIB, Keeper, StoreLimits, shortage
 from pocd.mining.miner import Miner
 from pocd.observe.changes import Changes
@@ -75,7 +75,9 @@ def made(
     path: Path, outbox: OutboxThread, miner: Miner, clock: ManualClock, room: Room, limits: StoreLimits = LIMITS
 ) -> Keeper:
     log = structlog.get_logger()
-    return Keeper(path, outbox, miner, dispatchers(outbox), limits=limits, clock=clock, log=log, free_bytes=room)
+    return Keeper(
+        path, outbox, miner, dispatchers(outbox), limits=limits, clock=SteadyClock(clock), log=log, free_bytes=room
+    )
 
 
 async def store(outbox: OutboxThread, *receivers: str, now: float = NOW, nonces: int = 1) -> None:
@@ -342,16 +344,55 @@ async def test_a_clock_that_was_set_back_while_the_daemon_was_off_is_seen_at_the
     assert await states(outbox) == ["expired"]
 
 
+@pytest.mark.parametrize("jump", [50 * 365 * DAY, 9 * DAY, -DAY])
+async def test_what_waits_is_no_older_and_no_younger_when_the_clock_is_set(
+    outbox: OutboxThread, keeper: Keeper, clock: ManualClock, jump: float
+) -> None:
+    await store(outbox, "gone")
+    await outbox(deliveries.record_failed, "gone", 1, "HTTP 429", fault=False, next_at=NOW + 25.0)
+    clock.advance(WEEK - 10)
+    clock.now += jump
+    await keeper.look()
+    assert await states(outbox) == ["pending"], "a week has not passed"
+    assert outbox.view.receivers["gone"].next_at == pytest.approx(NOW + jump + 25.0)
+    clock.advance(11)
+    await keeper.look()
+    assert await states(outbox) == ["expired"]
+
+
+async def test_a_clock_that_is_wrong_for_some_seconds_changes_nothing(
+    outbox: OutboxThread, keeper: Keeper, clock: ManualClock
+) -> None:
+    await store(outbox, "gone")
+    for jump in (8 * DAY, -8 * DAY):
+        clock.now += jump
+        await keeper.look()
+        clock.advance(6.0)
+    (delivery,) = await outbox(selections.listed, Selection(("pending",)), after=("", 0), limit=2)
+    assert delivery.changed_at == pytest.approx(NOW)
+
+
+def test_a_steady_clock_passes_as_time_does_until_it_follows() -> None:
+    source = ManualClock()
+    clock = SteadyClock(source)
+    source.advance(10.0)
+    source.now += 3600
+    assert (clock.wall(), clock.monotonic()) == (NOW + 10, 110.0)
+    assert clock.follow() == 3600
+    assert clock.wall() == NOW + 3610
+
+
 def test_a_jump_is_told_once_and_steering_is_none() -> None:
-    clock = ManualClock()
-    jumps = JumpDetector(clock)
-    clock.advance(100.0)
-    assert jumps.jump() == 0
-    clock.now += 0.5
-    assert jumps.jump() == 0
-    clock.now -= 3600
-    clock.advance(10.0)
-    assert jumps.jump() == -3600
-    assert jumps.jump() == 0
-    clock.now += 7200
-    assert jumps.jump() == 7200
+    source = ManualClock()
+    clock = SteadyClock(source)
+    source.advance(100.0)
+    assert clock.follow() == 0
+    source.now += 0.5
+    assert clock.follow() == 0
+    assert clock.wall() == source.now, "it is steered as well"
+    source.now -= 3600
+    source.advance(10.0)
+    assert clock.follow() == -3600
+    assert clock.follow() == 0
+    source.now += 7200
+    assert clock.follow() == 7200

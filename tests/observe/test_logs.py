@@ -165,10 +165,11 @@ def test_a_full_disk_costs_lines_and_says_how_many_but_ends_nobody(tmp_path: Pat
     script = """
 import resource
 soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-log.info("before")
+from pocd.observe.logs import flush
+log.info("before"), flush()
 resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
 log.info("lost")
-log.info("lost")
+log.info("lost"), flush()
 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 log.info("after")
 """
@@ -184,3 +185,41 @@ def test_standard_error_may_be_full_for_ever() -> None:
     with open("/dev/full", "wb") as full:  # noqa: PTH123 - a device
         done = subprocess.run([sys.executable, "-c", script], stderr=full, stdout=subprocess.PIPE, check=False)
     assert done.stdout == b"alive\n"
+
+
+def test_a_reader_that_stalls_holds_up_nobody_and_is_told_what_was_lost() -> None:
+    script = """
+import sys
+from pocd.observe.logs import configure, flush
+log = configure("info", "json")
+for number in range(200):
+    log.info("x" * 65536, number=number)
+print("goes on", flush=True)
+sys.stdin.read()
+flush(60.0)
+log.info("after")
+flush(60.0)
+"""
+    program = (sys.executable, "-W", "error", "-c", script)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(program, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None  # noqa: PT018 - for mypy
+        assert process.stdout.readline() == "goes on\n"  # while nobody reads standard error
+        _, errors = process.communicate("")
+    told = [line for line in errors.splitlines() if not line.startswith("{")]
+    written = entries([line for line in errors.splitlines() if line.startswith("{")])
+    lost = 201 - len(written)
+    assert written[-1]["event"] == "after"
+    assert sum(int(line.split()[1]) for line in told) == lost > 0
+    assert [entry["number"] for entry in written[:-1]] == list(range(len(written) - 1))
+
+
+def test_a_reader_that_never_comes_back_does_not_hold_the_end() -> None:
+    script = """
+from pocd.observe import logs
+log = logs.configure("info", "json")
+for number in range(200):
+    log.info("x" * 65536, number=number)
+"""
+    with subprocess.Popen((sys.executable, "-c", script), stderr=subprocess.PIPE) as process:
+        assert process.wait(60) == 0

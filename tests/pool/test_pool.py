@@ -137,6 +137,20 @@ async def test_when_no_worker_can_work_the_pool_ends_with_the_reason(tmp_path: P
     assert refused.value.cause is Cause.DEVICE
 
 
+async def test_why_a_worker_failed_is_told_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here no temporary folder can be had, which torch needs."""
+    for name in ("TMPDIR", "TEMP", "TMP"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import tempfile\ntempfile._candidate_tempdir_list = lambda: ['/none']\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    async with pooled(tmp_path, [LOAD], exit=PATIENCE) as (pool, _):
+        (worker,) = pool.workers
+        await until(lambda: worker.causes[Cause.CRASH])
+        assert "worker failed: FileNotFoundError: [Errno 2] No usable temporary directory" in str(worker.last_error)
+
+
 async def test_one_worker_does_a_whole_recomputation_and_the_next_one_is_anothers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from pocd.mining.control import decode
 from pocd.mining.phases import Mode
 from pocd.protocol.nonces import Node, Progress, Span
 from pocd.protocol.proof import Proof, ProofBatch, Round
-from pocd.store import deliveries
+from pocd.store import deliveries, opening
 from pocd.store import thread as module
 from pocd.store.batches import form_batches, register_callback
 from pocd.store.deliveries import PendingDelivery, next_pending, record_delivered, record_failed
@@ -148,10 +148,14 @@ def test_writes_are_fsynced_and_the_file_is_ours_alone(outbox: Outbox) -> None:
     assert pragma("user_version") == VERSION
 
 
-def test_a_second_open_names_the_file_and_the_other_process(path: Path, outbox: Outbox) -> None:
+def test_a_second_open_names_the_file_and_the_other_process(
+    path: Path, outbox: Outbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opening, "HELD_SECONDS", 0.0)
     with pytest.raises(StoreError, match="another process holds it") as caught:
         Outbox.open(path)
     assert str(path) in str(caught.value)
+    assert caught.value.code == 75, "the other may end"
     commit(outbox, 0, 1)  # and the first goes on unharmed
 
 
@@ -161,6 +165,8 @@ def test_another_process_cannot_open_a_store_that_is_held(path: Path, outbox: Ou
         "import sys, pathlib\n"
         "from pocd.store.outbox import Outbox\n"
         "from pocd.store.errors import StoreError\n"
+        "from pocd.store import opening\n"
+        "opening.HELD_SECONDS = 0\n"
         "try:\n"
         "    Outbox.open(pathlib.Path(sys.argv[1]))\n"
         "except StoreError as error:\n"
