@@ -140,11 +140,11 @@ class Dispatcher:
             if other is None or other.sequence in tried:
                 return False
             tried.add(other.sequence)
-            self._compared = other.sequence
             outcome = await self._attempt(poster, other)
             await self._record(other, outcome)
             if not outcome.refused:
                 return outcome.accepted
+            self._compared = other.sequence
         return False
 
     async def _record(self, delivery: PendingDelivery, outcome: Outcome, *, others_pass: bool = False) -> bool:

@@ -144,15 +144,17 @@ async def test_the_only_batch_of_a_queue_is_not_dead_until_another_passes(bench:
 
 
 async def test_a_receiver_that_fails_at_the_other_one_shows_nothing(bench: Bench, server: Server) -> None:
-    first, second, _ = await bench.store(3, "a")
-    server.then(422, 503)
+    first, second, third = await bench.store(3, "a")
+    server.then(422, 503, 422, 422, 503)
     dispatcher = bench.dispatcher(server.url)
     async with running(dispatcher):
         await soon(dispatcher.settled.wait())
         assert sent(await server.take(2)) == expected([first, second])
+        assert await bench.states() == ["pending"] * 3
+        assert dispatcher.state.error == "HTTP 503"
+        await bench.step(dispatcher)
+        assert sent(await server.take(3)) == expected([first, second, third]), "none is left out"
     assert server.requests.empty()
-    assert await bench.states() == ["pending"] * 3
-    assert dispatcher.state.error == "HTTP 503"
 
 
 async def test_a_refused_batch_that_is_withdrawn_meanwhile_is_not_sent_again(bench: Bench, server: Server) -> None:
