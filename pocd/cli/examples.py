@@ -38,6 +38,8 @@ EXAMPLES = {
     "outbox list": ["pocd outbox list", "pocd outbox list --state dead --receiver main", "pocd outbox list --json"],
     "outbox show": ["pocd outbox show 5f1c0c6e", "pocd outbox show 5f1c0c6e --json"],
     "outbox retry": ["pocd outbox retry --all", "pocd outbox retry --receiver main --state expired"],
+    "outbox backup": ["pocd outbox backup /var/lib/pocd/outbox-backup.db"],
+    "outbox restore": ["pocd outbox restore /var/lib/pocd/outbox-backup.db"],
     "outbox purge": ["pocd outbox purge 5f1c0c6e", "pocd outbox purge --state withdrawn --yes"],
 }
 

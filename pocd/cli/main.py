@@ -78,6 +78,8 @@ def main() -> None:
 
 
 def _fail(code: int, message: str) -> int:
+    if (logs := sys.modules.get("pocd.observe.logs")) is not None:
+        logs.flush()  # what was logged comes before the line that says why it ended
     sys.stderr.write(f"pocd: {clean(mask_credentials(message.replace(chr(10), ' ')))}\n")
     return code
 

@@ -21,6 +21,7 @@ from pocd.daemon.reports import Reports
 from pocd.http.client import open_session
 from pocd.http.server import listening, listening_at
 from pocd.mining.follower import follow
+from pocd.observe import logs
 from pocd.pool.causes import Cause, WorkerRefusedError
 from pocd.process import EXIT_CONFIG, EXIT_NO_DEVICE, EXIT_SIGNALLED, EXIT_TEMPORARY, EndedError
 from pocd.store.errors import StoreUnavailableError
@@ -169,6 +170,7 @@ class Daemon:
         """Stop in order at the first signal, and at once at the second: what is stored outlives that too."""
         if self._signalled:
             self._log.warning("ended at once by a second signal", action="forced", signal=number.name)
+            logs.flush()
             os._exit(EXIT_SIGNALLED + number)  # workers end when their sockets close
         self._signalled = True
         self.stop()

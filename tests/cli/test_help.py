@@ -59,7 +59,7 @@ def completing(**environment: str) -> str:
 
 
 def test_a_shell_is_told_what_can_follow() -> None:
-    assert completing(_POCD_COMPLETE="complete_bash", COMP_WORDS="pocd outbox re", COMP_CWORD="2").split() == ["retry"]
+    assert completing(_POCD_COMPLETE="complete_bash", COMP_WORDS="pocd outbox ret", COMP_CWORD="2").split() == ["retry"]
     assert "--interval" in completing(_POCD_COMPLETE="complete_zsh", _TYPER_COMPLETE_ARGS="pocd watch --")
 
 

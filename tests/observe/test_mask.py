@@ -137,7 +137,6 @@ async def test_so_is_one_that_is_checked(body: bytes) -> None:
         f"HTTP/1.1 302 Found\r\nLocation: /{'x' * 190}{INFO}\r\n",
         f"HTTP/1.1 503 Busy\r\nRetry-After: {'x' * 32}{INFO}\r\n",
         f"HTTP/1.1 {'x' * 9}{INFO}\r\n",
-        f"HTTP/1.1 200 OK\r\n{'x' * 150}{SENT}\r\n",
     ],
 )
 async def test_nor_does_the_head_of_an_answer(bench: Bench, head: str) -> None:

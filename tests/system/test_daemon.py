@@ -328,10 +328,10 @@ async def test_bad_starts_are_told_in_one_line(tmp_path: Path) -> None:
         port = free_port()
         async with running(config(tmp_path, chain.url, {}, admin__port=port)):
             code, line = await fails(config(tmp_path, chain.url, {}))
-            assert (code, "second daemon" in line, "outbox.db" in line) == (78, True, True)
+            assert (code, "second daemon" in line, "outbox.db" in line) == (75, True, True)
             other = tmp_path / "other.db"
             code, line = await fails(config(tmp_path, chain.url, {}, admin__port=port, store__path=str(other)))
-            assert (code, f"127.0.0.1:{port}" in line) == (78, True)
+            assert (code, f"127.0.0.1:{port}" in line) == (75, True)
         code, line = await fails(config(tmp_path, chain.url, {}, store__path=str(tmp_path / "pocd.toml" / "x.db")))
         assert (code, "store" in line) == (78, True)
         code, line = await fails(config(tmp_path, chain.url, {}, model__name="bundled:nosuch"))

@@ -36,7 +36,7 @@ from pocd.store.errors import StoreError, StoreUnavailableError
 from pocd.store.outbox import Outbox, Totals, Weights, Work
 from pocd.store.thread import OutboxThread
 from pocd.worker import messages
-from pocd.worker.messages import Heartbeat, Load
+from pocd.worker.messages import Failed, Load
 from tests.support.clocks import NOW, ManualClock
 from tests.support.delivering import dispatchers
 from tests.support.processes import Chain, Daemon, config, fails, running
@@ -178,7 +178,8 @@ def test_a_worker_on_a_full_disk_crashes_and_does_not_blame_the_configuration() 
             said = list(iter(lambda: messages.read(stream), None))
     assert worker.returncode == 1, err
     assert b"No usable temporary directory" in err
-    assert all(isinstance(message, Heartbeat) for message in said), said
+    ends = [message.kind for message in said if isinstance(message, Failed)]
+    assert ends == ["crash"], said
 
 
 def limit_pages(outbox: Outbox, more: int) -> None:

@@ -114,7 +114,7 @@ async def test_every_command_is_run_and_prints_what_is_shown(tmp_path: Path) -> 
         assert re.fullmatch(pattern(here(expected).rstrip("\n")), got.rstrip("\n")), (
             f"$ {command}\n{got}\ninstead of\n{expected}"
         )
-    assert (lib / "outbox.db.backup").stat().st_size > 0
+    assert (lib / "outbox-backup.db").stat().st_size > 0
     assert len((etc / "receiver-secret").read_text().splitlines()) == 1
 
 
