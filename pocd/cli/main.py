@@ -78,8 +78,6 @@ def main() -> None:
 
 
 def _fail(code: int, message: str) -> int:
-    if (logs := sys.modules.get("pocd.observe.logs")) is not None:
-        logs.flush()  # what was logged comes before the line that says why it ended
     sys.stderr.write(f"pocd: {clean(mask_credentials(message.replace(chr(10), ' ')))}\n")
     return code
 
@@ -119,8 +117,11 @@ def run(config: ConfigOption = DEFAULT_PATH) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # many callers leave files for everything else
     log = logs.configure(settings.log.level, settings.log.format)
     log.info("pocd starts", action="start", version=__version__, config=str(config), pid=os.getpid())
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(daemon.run(settings, config, log=log, notifier=Notifier.from_environment(os.environ)))
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(daemon.run(settings, config, log=log, notifier=Notifier.from_environment(os.environ)))
+    finally:
+        logs.flush()  # what was logged comes before the line that says why it ended
 
 
 @app.command()

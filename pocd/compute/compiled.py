@@ -244,7 +244,7 @@ def _missing_tool(device: str) -> str | None:
 def _build(run: BlockRun, rows: int, mode: Compile) -> tuple[Program, Execution]:
     """Compile, capture on a GPU, and check either against the eager path."""
     import torch._dynamo.config  # noqa: PLC0415 - the compiler takes seconds to import
-    import torch._inductor.config  # noqa: PLC0415
+    import torch._inductor.config  # noqa: PLC0415 - the compiler takes seconds to import
 
     expected = torch.tensor(run.distances(range(rows), batch_size=rows))
     seeds = run.host_seeds(range(rows))

@@ -99,7 +99,7 @@ async def test_what_was_done_before_the_store_failed_is_told(
             error = sqlite3.OperationalError("database or disk is full")
             error.sqlite_errorname = "SQLITE_FULL"
             raise error
-        return full(*arguments)  # type: ignore[arg-type]
+        return full(*arguments)
 
     monkeypatch.setattr(selections, "purge", fails_then)
     async with (
