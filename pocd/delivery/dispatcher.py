@@ -226,8 +226,7 @@ class Dispatcher:
     async def _attempt(self, poster: Poster, delivery: PendingDelivery) -> Outcome:
         try:
             return await poster.post(delivery.kind, delivery.id, delivery.body, sequence=delivery.sequence)
-        except Exception as error:  # noqa: BLE001 - as said below
-            # Whatever a receiver makes the client library do, it must not end the daemon.
+        except Exception as error:  # noqa: BLE001 - what a receiver makes the library do must not end the daemon
             self._log.exception("an attempt failed in a way that nobody foresaw", action="delivery_bug")
             return Outcome(None, f"unforeseen {poster.describe(error)}", broke=True)
 

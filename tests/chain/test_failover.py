@@ -73,7 +73,7 @@ class Fake:
     def __str__(self) -> str:
         return self.name
 
-    async def block(self, height: int) -> Block:  # noqa: ARG002  # the answer is fixed
+    async def block(self, height: int) -> Block:  # noqa: ARG002 - the answer is fixed
         self.asked += 1
         if isinstance(self.answer, ChainError):
             raise self.answer

@@ -60,11 +60,11 @@ class Products(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Any,  # noqa: ANN401
-        types: Any,  # noqa: ANN401
+        func: Any,  # noqa: ANN401 - torch's own signature
+        types: Any,  # noqa: ANN401 - torch's own signature
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401 - torch's own signature
         if func is functional.linear:
             self.positions[args[1].data_ptr()] = args[0].shape[1]
         elif func is torch.addmm:  # GPT-2's products, of two sequences

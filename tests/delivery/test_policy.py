@@ -116,7 +116,7 @@ def test_a_batch_is_poison_only_after_eight_faults_and_if_a_later_one_passed(
     status: int | None,
     faults: int,
     overtaken: bool,  # noqa: FBT001 - hypothesis passes it by name
-    broke: bool,  # noqa: FBT001
+    broke: bool,  # noqa: FBT001 - hypothesis passes it by name
 ) -> None:
     outcome = Outcome(status, "said so", broke=broke)
     poison = group(status) == "waits" and outcome.fault and faults >= POISON_FAULTS and overtaken
@@ -133,7 +133,7 @@ def test_poison_is_set_aside_whatever_retry_after_says() -> None:
 
 
 @pytest.mark.parametrize(("faults", "expected"), [(1, False), (6, False), (7, True), (8, True), (100, True)])
-def test_the_next_batch_is_tried_from_the_seventh_fault_on(faults: int, expected: bool) -> None:  # noqa: FBT001
+def test_the_next_batch_is_tried_from_the_seventh_fault_on(faults: int, expected: bool) -> None:  # noqa: FBT001 - a case
     assert may_be_poison(Outcome(500, ""), faults) == expected
     assert may_be_poison(Outcome(None, "", broke=True), faults) == expected
     assert not may_be_poison(Outcome(429, ""), faults)

@@ -147,7 +147,7 @@ def test_the_protocol_names_every_field_of_a_verdict() -> None:
     ],
 )
 def test_another_value_of_any_field_is_another_round_and_another_batch(field: str, other: str | float) -> None:
-    changed = dataclasses.replace(ROUND, **{field: other})  # type: ignore[arg-type]
+    changed = dataclasses.replace(ROUND, **{field: other})  # type: ignore[arg-type] # any field by its name
     assert changed.id != ROUND.id
     assert dataclasses.replace(BATCH, round=changed).id != BATCH.id
 
@@ -201,6 +201,6 @@ def test_nonces_and_distances_come_out_of_the_bytes_bit_for_bit(distance: float,
 
 def test_rounds_and_batches_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
-        ROUND.r_target = 2.0  # type: ignore[misc]
+        ROUND.r_target = 2.0  # type: ignore[misc] # that is what is refused
     with pytest.raises(dataclasses.FrozenInstanceError):
-        BATCH.node_id = 0  # type: ignore[misc]
+        BATCH.node_id = 0  # type: ignore[misc] # that is what is refused

@@ -166,7 +166,7 @@ class OutboxLife(RuleBasedStateMachine):
         size=st.integers(1, 3),
         over=st.booleans(),
     )
-    def form_batches(self, receivers: tuple[str, ...], size: int, over: bool) -> None:  # noqa: FBT001
+    def form_batches(self, receivers: tuple[str, ...], size: int, over: bool) -> None:  # noqa: FBT001 - drawn by name
         current = None if over else self.active
         self.call(form_batches, receivers, size=size, age=100.0, now=self.clock.now, current=current)
         for number, name, body, nonces in self.rows("SELECT number, id, body, nonces FROM batches ORDER BY number"):
@@ -232,7 +232,7 @@ class OutboxLife(RuleBasedStateMachine):
 
     @precondition(lambda self: self.active)
     @rule(found=st.integers(0, 3), comes_back=st.booleans())
-    def replace_round(self, found: int, comes_back: bool) -> None:  # noqa: FBT001
+    def replace_round(self, found: int, comes_back: bool) -> None:  # noqa: FBT001 - drawn by name
         """The active round's block is replaced, with something of it unsent; perhaps it is the chain's again later."""
         assert self.active is not None
         if found:

@@ -111,7 +111,7 @@ class Browser:
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._tabs: dict[str, Tab] = {}
 
-    async def send(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:  # noqa: ANN401
+    async def send(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
         number = next(self._numbers)
         answer = self._answers[number] = asyncio.get_running_loop().create_future()
         to = {"sessionId": session} if session else {}

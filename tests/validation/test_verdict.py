@@ -361,6 +361,6 @@ def test_a_verdict_belongs_to_the_miners_own_round() -> None:
 
 def test_terms_and_verdicts_cannot_be_changed() -> None:
     with pytest.raises(AttributeError):
-        TERMS.r_target = 2.0  # type: ignore[misc]
+        TERMS.r_target = 2.0  # type: ignore[misc] # that is what is refused
     with pytest.raises(AttributeError):
-        verdict([7], [1.3]).fraud_detected = True  # type: ignore[misc]
+        verdict([7], [1.3]).fraud_detected = True  # type: ignore[misc] # that is what is refused
