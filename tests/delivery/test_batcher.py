@@ -1,9 +1,7 @@
 """Batches are formed when they are full, old enough, or their round is over: a real miner, store and receiver."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import orjson
@@ -25,23 +23,9 @@ from tests.support.delivering import (
     Request,
     Server,
     events,
-    prepared,
     running,
-    serving,
 )
 from tests.support.waiting import soon
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving() as one:
-        yield one
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    with prepared(tmp_path / "store.db") as one:
-        yield one
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,8 @@
 import asyncio
 import base64
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import aiohttp
 import orjson
@@ -19,27 +18,10 @@ from pocd.http.client import open_session
 from pocd.http.webhooks import WebhookKeys
 from pocd.store.outbox import ReceiverState
 from tests.support.clocks import NOW
-from tests.support.delivering import Bench, Server, expected, prepared, running, sent, serving, talking
+from tests.support.delivering import Bench, Server, expected, running, sent, serving, talking
 from tests.support.waiting import soon
 
 OLD, NEW, OTHER = ("whsec_" + base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2, 3))
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving() as one:
-        yield one
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "store.db"
-
-
-@pytest.fixture
-def bench(path: Path) -> Iterator[Bench]:
-    with prepared(path) as one:
-        yield one
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import asyncio
 import base64
 import threading
-from collections.abc import AsyncIterator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,25 +14,8 @@ from aiohttp import web
 from pocd.store.deliveries import record_delivered
 from pocd.store.outbox import Queue
 from tests.support.clocks import NOW
-from tests.support.delivering import Bench, Server, expected, prepared, running, sent, serving, talking
+from tests.support.delivering import Bench, Server, expected, prepared, running, sent, talking
 from tests.support.waiting import PATIENCE, soon, until
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving() as one:
-        yield one
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "store.db"
-
-
-@pytest.fixture
-def bench(path: Path) -> Iterator[Bench]:
-    with prepared(path) as one:
-        yield one
 
 
 async def test_a_dead_receiver_does_not_delay_another(bench: Bench, server: Server) -> None:

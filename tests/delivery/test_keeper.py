@@ -30,11 +30,6 @@ LIMITS = StoreLimits(keep_delivered=DAY, expire_after=WEEK, size=100 * MIB, free
 
 
 @pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "store.db"
-
-
-@pytest.fixture
 def outbox(path: Path) -> Iterator[OutboxThread]:
     with closing(OutboxThread(path)) as thread:
         yield thread

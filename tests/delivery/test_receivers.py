@@ -16,26 +16,13 @@ from pocd.store import deliveries
 from pocd.store.batches import form_batches
 from pocd.store.outbox import Outbox, Work
 from tests.support.clocks import NOW, ROUND
-from tests.support.delivering import NODE, WEIGHTS, Bench, Server, dispatchers, prepared, serving
+from tests.support.delivering import NODE, WEIGHTS, Bench, Server, dispatchers
 from tests.support.waiting import soon
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
-    from pathlib import Path
+    from collections.abc import AsyncIterator
 
     from pocd.delivery.receivers import Receivers
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    with prepared(tmp_path / "outbox.db") as made:
-        yield made
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving() as made:
-        yield made
 
 
 def over(bench: Bench, *urls: str, origins: tuple[str, ...] = ()) -> Receivers:

@@ -1,8 +1,6 @@
 """What is not simply tried again: dead letters, parked receivers, poison, expiry, and the alarms for people."""
 
-from collections.abc import AsyncIterator, Iterator
 from functools import partial
-from pathlib import Path
 
 import pytest
 import structlog
@@ -12,20 +10,8 @@ from pocd.delivery import policy
 from pocd.store import deliveries, selections
 from pocd.store.outbox import Queue, ReceiverState
 from tests.support.clocks import NOW
-from tests.support.delivering import WEEK, Bench, Server, expected, prepared, running, sent, serving
+from tests.support.delivering import WEEK, Bench, Server, expected, running, sent
 from tests.support.waiting import soon
-
-
-@pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    async with serving() as one:
-        yield one
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    with prepared(tmp_path / "store.db") as one:
-        yield one
 
 
 @pytest.fixture

@@ -13,23 +13,16 @@ from pocd.http import client
 from pocd.http.client import ThreadResolver
 from tests.support.animals import ANIMALS
 from tests.support.clocks import NOW
-from tests.support.delivering import Bench, expected, prepared, running, sent, serving
+from tests.support.delivering import Bench, expected, running, sent, serving
 from tests.support.waiting import PATIENCE, soon
 from tests.support.zoo import HANGING, OK, Animal, System, Visit, answer, answer_too_late, certificate, flapping, opened
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Iterator
-    from pathlib import Path
 
     from pocd.delivery.dispatcher import Dispatcher
     from tests.support.zoo import Fate
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    with prepared(tmp_path / "store.db") as one:
-        yield one
 
 
 @pytest.fixture(scope="module")
