@@ -24,7 +24,8 @@ COMPONENTS = "#/components/schemas/"
 TITLE = "pocd's admin API"
 ABOUT = (
     "Look at a Proof-of-Compute daemon and drive it. Every error has one form: "
-    '`{"error": {"code", "message", "field"}}`; nothing was changed then. '
+    '`{"error": {"code", "message", "field"}}`; nothing was changed then, but after `store_busy`, '
+    "when what was begun may be done yet. "
     "Every call refuses malformed HTTP and bodies that do not arrive (400, 408, 413)."
 )
 

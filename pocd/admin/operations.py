@@ -32,7 +32,7 @@ class ErrorDetail(BaseModel):
 
 
 class Error(BaseModel):
-    """Body of every error answer; nothing was changed."""
+    """Body of every error answer; nothing was changed, but after `store_busy`, when what was begun may be done yet."""
 
     error: ErrorDetail
 
