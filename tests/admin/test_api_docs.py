@@ -70,7 +70,7 @@ async def replay(commands: list[str], url: str, folder: Path) -> list[str]:
 
 @contextlib.asynccontextmanager
 async def documented(folder: Path) -> AsyncIterator[Daemon]:
-    """The daemon that the document speaks of: blocks come, one receiver takes everything, the other refuses every second batch."""
+    """The daemon of the document: blocks come, one receiver takes everything, the other refuses every second batch."""
 
     async def blocks(chain: Chain) -> None:
         while True:
