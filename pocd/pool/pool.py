@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pocd.observe.rates import RateWindow
@@ -16,16 +17,19 @@ from pocd.tasks import run_forever
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from structlog.typing import FilteringBoundLogger
 
     from pocd.clock import Clock
+    from pocd.config.settings import Settings
     from pocd.mining.miner import Miner
     from pocd.observe.changes import Changes
     from pocd.observe.events import Events
     from pocd.pool.limits import WorkerLimits
     from pocd.worker.messages import Load, Ready
+
+
+ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # the second one before torch 2.9
 
 
 class Pool:
@@ -59,9 +63,9 @@ class Pool:
         self.ready = asyncio.Event()
         self.last_error: str | None = None
         self.workers = [
-            WorkerState(number, load.devices, load.batch_size, RateWindow(clock)) for number, load in enumerate(loads)
+            WorkerState(number, load.devices, load.batch_size, RateWindow(clock), is_compiling=load.compile != "never")
+            for number, load in enumerate(loads)
         ]
-        variables = environment(loads, cache)
         self._supervisors = [
             Supervisor(
                 worker,
@@ -69,7 +73,7 @@ class Pool:
                 miner,
                 limits,
                 self.recomputations,
-                environment=variables,
+                environment=environment(load, loads, cache),
                 changed=self._changed,
                 clock=clock,
                 log=log.bind(worker=worker.number) if len(loads) > 1 else log,
@@ -139,10 +143,11 @@ class Pool:
         self._changes.notify()
 
 
-def environment(loads: Sequence[Load], cache: Path) -> dict[str, str]:
-    """Return the environment of the workers' processes. What the daemon's own environment sets stays.
+def environment(load: Load, loads: Sequence[Load], cache: Path) -> dict[str, str]:
+    """Return the environment of a worker's processes. What the daemon's own environment sets stays, but for its cards.
 
     Args:
+        load: What the worker loads.
         loads: What each of the workers loads.
         cache: The folder for what compilers make, which outlives the workers.
     """
@@ -153,10 +158,21 @@ def environment(loads: Sequence[Load], cache: Path) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",  # ranks of one host need no network
         "NCCL_SOCKET_IFNAME": "lo",
     }
-    on_cpu = sum(load.devices.count("cpu") for load in loads)
-    if on_cpu:
-        variables["CUDA_VISIBLE_DEVICES"] = ""  # no library is to take a GPU that is not asked for
+    if not ALLOCATOR & os.environ.keys():
+        # Else blocks that batches of several shapes leave behind do not serve one another.
+        variables |= dict.fromkeys(ALLOCATOR, "expandable_segments:True")
+    on_cpu = sum(each.devices.count("cpu") for each in loads)
     if on_cpu > 1:  # they share the cores, and each would start a thread for every core
         variables["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // on_cpu))
-    kept = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES" or not on_cpu}
-    return variables | kept
+    variables |= os.environ
+    if load.cards or "cpu" in load.devices:  # no library is to take a GPU that is not the worker's
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(load.cards)
+    return variables
+
+
+def cache_folder(settings: Settings) -> Path:
+    """Return the folder for compiled code: as configured, systemd's CacheDirectory=, or beside the store."""
+    if settings.worker.cache is not None:
+        return settings.worker.cache
+    given = os.environ.get("CACHE_DIRECTORY", "").partition(":")[0]
+    return Path(given) if given else settings.store.path.parent / "cache"
