@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pocd.compute import stages
+from pocd.compute.arithmetic import fix_arithmetic
 from pocd.compute.memory import is_out_of_memory
 from pocd.compute.model import Execution, check_seq_len
 from pocd.compute.random import fill_normal, seeds_tensor, to_device, unit_normal
@@ -322,20 +323,9 @@ def block_run(model: Model, scheme: Scheme, *, block_hash: str, public_key: str,
         raise InputError(f"seq_len {seq_len} is too short for scheme {scheme.name!r}: {scheme.least_seq_len} or more")
     if scheme.weights != "trained" and torch.distributed.is_initialized():
         raise InputError(f"scheme {scheme.name!r} draws weights, which a model that is split over devices cannot have")
-    _fix_arithmetic()
+    fix_arithmetic()
     with drawn_weights(model.causal, scheme.weights, block_hash):
         yield _prepare(model, scheme, block_hash, public_key, seq_len)
-
-
-def _fix_arithmetic() -> None:
-    """Have all GPUs compute in the same way: no TF32, no sums in half precision, the same attention kernels."""
-    # The head's product counts as float32 (section 3).
-    torch.backends.cuda.matmul.allow_tf32 = False
-    # Else how a product is cut, which depends on its shape, decides what is rounded.
-    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    # torch takes cuDNN's attention on some kinds of GPU only, and its own on all others.
-    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 @torch.inference_mode()  # as batches run: compiled code is made anew for tensors of the other kind

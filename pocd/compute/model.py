@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
+from pocd.compute.arithmetic import fix_arithmetic
 from pocd.compute.fingerprint import checkpoint_fingerprint, module_fingerprint
 from pocd.compute.flat import FLAT_CLASSES, FlatDecoder, flatten
 from pocd.compute.layers import NORMS, LayerDecoder, find_forms
@@ -246,6 +247,7 @@ def adapt(causal: Any, *, name: str, fingerprint: str | None = None) -> Model:  
     Raises:
         ModelError: The layers cannot be transformed; the message names the class and what was missing.
     """
+    fix_arithmetic()
     owner = f"model {name!r} ({type(causal).__name__})"
     causal.requires_grad_(requires_grad=False).eval()
     decoder = causal.get_decoder()

@@ -159,8 +159,10 @@ def take_card(load: Load) -> CardIdentity:
     try:
         device = pick_device(load.own_device)
     except DeviceError as error:
-        shown = f" (CUDA_VISIBLE_DEVICES={','.join(load.cards)})" if load.cards else ""
-        raise DeviceError(f"{load.device}{shown} cannot be used: {error}") from error
+        if not load.cards:
+            raise
+        shown = ",".join(load.cards)
+        raise DeviceError(f"device {load.device!r} is not there (CUDA_VISIBLE_DEVICES={shown}): {error}") from error
     torch.cuda.set_device(device)  # else pinned memory would take some of the first card's
     # What torch does not know of takes memory as well: cuBLAS, the driver, graphs.
     torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE, device)
