@@ -232,7 +232,9 @@ def limited(load: Load, megabytes: int) -> str:
         "torch.set_num_threads(1)\n"
         "from pocd.compute.model import load_model\n"
         "from pocd.worker.self_test import fit\n"
+        "from pocd.worker import batch_size\n"
         "from pocd.worker.messages import Load\n"
+        "batch_size.LONGEST_SECONDS = float('inf')\n"  # memory alone decides
         "load = Load(**orjson.loads(sys.argv[1]))\n"
         "model = load_model(load.model, dtype=load.dtype, device=load.device)\n"
         "mapped = int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
