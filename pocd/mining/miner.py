@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pocd.clock import Clock
     from pocd.protocol.nonces import Node
     from pocd.protocol.proof import Round
-    from pocd.store.rounds import RoundProgress
+    from pocd.store.progress import RoundProgress
     from pocd.store.thread import OutboxThread
 
 LATEST = 20  # proofs that status shows

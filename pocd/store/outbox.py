@@ -20,7 +20,7 @@ from pocd.store.backup import BackupError, back_up
 from pocd.store.errors import StoreError, StoreUnavailableError, unusable
 from pocd.store.opening import MARK, open_store, wal_of
 from pocd.store.place import Place
-from pocd.store.rounds import progress_in, reinstate
+from pocd.store.progress import progress_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from pocd.protocol.nonces import Node, Span
     from pocd.protocol.proof import Proof, Round
-    from pocd.store.rounds import RoundProgress
+    from pocd.store.progress import RoundProgress
 
 _SET_META = "INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value"
 
@@ -290,8 +290,18 @@ class Outbox:
         else:
             self.db.execute("UPDATE rounds SET callback = ? WHERE number = ?", (work.callback, number))
         self.db.execute("INSERT OR IGNORE INTO progress VALUES (?, ?, ?, 0, '[]', 0, 0)", (number, node.id, node.count))
-        reinstate(self, number, now)
-        return progress_in(self, number, node)
+        self.reinstate(number, now)
+        return progress_in(self.db, number, node)
+
+    def reinstate(self, number: int, now: float) -> None:
+        """Undo that a round's block was replaced: what was withdrawn is queued again. Part of a transaction."""
+        self.db.execute("UPDATE rounds SET replaced = NULL WHERE number = ? AND replaced IS NOT NULL", (number,))
+        withdrawn = self.db.execute(
+            "SELECT receiver, batch FROM deliveries WHERE state = 'withdrawn'"
+            " AND batch IN (SELECT number FROM batches WHERE round = ?) ORDER BY receiver, sequence",
+            (number,),
+        ).fetchall()
+        self.queue_again(withdrawn, now)
 
     def round_number(self, round_: Round) -> int:
         """Return the number in the store of a round that was begun."""
@@ -311,7 +321,7 @@ class Outbox:
         """
         with self.transaction():
             number = self.round_number(round_)
-            done = progress_in(self, number, node)
+            done = progress_in(self.db, number, node)
             progress, checked = done.progress.add(span), len(unskipped(span, done.skipped))
             stored = [
                 proof

@@ -306,6 +306,21 @@ async def test_what_was_under_way_when_the_share_changed_is_counted_once(miner: 
     assert [proof.nonce for proof in await stored(outbox)] == [0, 1, 2, 3]
 
 
+async def test_a_share_that_comes_back_leaves_out_what_the_other_did_meanwhile(miner: Miner) -> None:
+    await miner.set_round(Work(ROUND, Node(0, 1)))
+    old = await miner.lease(2)
+    await miner.set_round(Work(ROUND, Node(0, 2)))
+    await complete(miner, await miner.lease(3))
+    await miner.set_round(Work(ROUND, Node(0, 1)))
+    assert miner.mining is old.mining, "it alone knows of its lease"
+    assert miner.mining.checked == 3
+    lease = await miner.lease(3)
+    assert lease.nonces == [3, 5, 6]
+    await complete(miner, lease)
+    await complete(miner, old)
+    assert miner.mining.checked == 7
+
+
 SHARES = [Node(0, 1), Node(0, 2), Node(1, 2), Node(0, 3), Node(1, 3), Node(3, 4), Node(2, 5)]
 STEPS = st.one_of(
     st.tuples(st.just("lease"), st.integers(1, 9)),

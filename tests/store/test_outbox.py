@@ -24,7 +24,8 @@ from pocd.store.batches import form_batches, register_callback
 from pocd.store.deliveries import PendingDelivery, next_pending, record_delivered, record_failed
 from pocd.store.errors import StoreError, StoreUnavailableError
 from pocd.store.outbox import KnownChain, Outbox, Queue, ReceiverState, Totals, Weights, Work
-from pocd.store.rounds import RoundProgress, recent_rounds, replace_round
+from pocd.store.progress import RoundProgress
+from pocd.store.rounds import recent_rounds, replace_round
 from pocd.store.schema import APPLICATION_ID, VERSION
 from pocd.store.thread import OutboxThread
 from tests.support.clocks import NEXT, NOW, ROUND
