@@ -306,6 +306,8 @@ def test_a_store_of_version_3_is_brought_up_to_date_and_mining_stays_stopped(pat
         assert last.body == ProofBatch(ROUND, 1, "f00d", None, (Proof(25, 1.25),)).to_json()
         drain(store, "other")
         assert store.totals == recount(store) == Totals(checked=9, valid=5, stored=5, delivered=5)
+        # A share of another size leaves out what the old version checked.
+        assert store.begin_round(Work(ROUND, Node(0, 1)), NOW).skipped == (range(1, 26, 3),)
     assert_schema_is_as_made_anew(path)
 
 
