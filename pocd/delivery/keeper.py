@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pocd.store import deliveries, upkeep, validations
 from pocd.store.errors import StoreUnavailableError
+from pocd.store.outbox import Outbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -106,7 +107,7 @@ class Keeper:
         self._log_hold(held)  # a commit that failed may have held it since the last look
         await self._follow_clock()
         try:
-            await self._outbox(lambda outbox: outbox.place.check())
+            await self._outbox(Outbox.keep_place)
             await self._prune(self._clock.wall() - self._limits.keep_delivered)
             await self._repeat(upkeep.prune_rounds)
             await self._outbox(validations.prune, self._clock.wall() - self._limits.keep_delivered)

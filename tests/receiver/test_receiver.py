@@ -525,6 +525,16 @@ async def test_what_cannot_be_stored_is_not_acknowledged(path: Path, monkeypatch
         assert (await client.post(GENERATED, "a")).body["status"] == "stored"
 
 
+async def test_nothing_is_acknowledged_that_goes_into_a_file_nobody_would_find(client: Client, path: Path) -> None:
+    away = path.with_name("away")
+    path.rename(away)
+    answer = await client.post(GENERATED, "a")
+    assert (answer.status, answer.body["error"]["code"]) == (503, "store_failed")
+    away.rename(path)
+    assert (await client.post(GENERATED, "a")).body["status"] == "stored"
+    assert rows(path) == 1
+
+
 async def test_a_failure_inside_a_transaction_leaves_nothing(client: Client, path: Path) -> None:
     run = client.store._run
     await run(lambda database: database._db.execute("ALTER TABLE totals RENAME TO hidden"))
