@@ -403,8 +403,11 @@ async def test_what_is_in_use_is_copied_when_its_file_is_taken_away_until_it_is_
     await store(outbox, "a")
     away = path.with_name("away.db")
     path.rename(away)
-    await keeper.look()
+    miner.hold("a commit failed, before the keeper looked")
+    with capture_logs() as logs:
+        await keeper.look()
     (copy,) = copies(path)
+    assert f"pocd outbox restore {copy}" in logs[0]["cause"]
     assert f"pocd outbox restore {copy}" in (miner.held or "")
     away.rename(path)
     await keeper.look()

@@ -72,6 +72,27 @@ class File:
         return bytes(content)
 
 
+@dataclass(frozen=True, slots=True)
+class NameChange:
+    """A change of a folder's names: one is taken away, one is given to a file (None for a folder), or both."""
+
+    removed: str | None = None
+    given: str | None = None
+    file: File | None = None
+
+    @property
+    def folder(self) -> str:
+        """The folder whose names change."""
+        return (self.given or self.removed or "").rpartition("/")[0]
+
+    def apply(self, names: dict[str, File | None]) -> None:
+        """Change `names` so."""
+        if self.removed is not None:
+            names.pop(self.removed, None)
+        if self.given is not None:
+            names[self.given] = self.file
+
+
 class Disk:
     """Files by their names, as a program made them, and what is certain of both.
 
@@ -80,11 +101,10 @@ class Disk:
     """
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
-        self._names: dict[str, File | None] = {name: File(bytearray(content)) for name, content in files.items()}
-        self._names |= {folder: None for name in files for folder in _folders(name)}
+        self._names: dict[str, File | None] = {folder: None for name in files for folder in _folders(name)}
+        self._names |= {name: File(bytearray(content)) for name, content in files.items()}
         self._synced = dict(self._names)
-        self._pending: list[Operation] = []  # changes of names
-        self._made: dict[int, File | None] = {}  # what a pending creation made, by its operation
+        self._pending: list[NameChange] = []
 
     def do(self, operation: Operation) -> None:
         """Follow one operation of the program."""
@@ -98,36 +118,32 @@ class Disk:
                     file.sync()
                 else:
                     self._sync_folder(name)
-            case _:
-                if operation.kind in {"create", "folder"}:
-                    self._made[id(operation)] = File() if operation.kind == "create" else None
-                self._pending.append(operation)
-                self._rename(self._names, operation)
+            case "create":
+                self._change(NameChange(given=name, file=File()))
+            case "folder":
+                self._change(NameChange(given=name))
+            case "unlink":
+                self._change(NameChange(removed=name))
+            case "rename":
+                self._change(NameChange(name, operation.data.decode(), self._names.get(name)))
+
+    def _change(self, change: NameChange) -> None:
+        self._pending.append(change)
+        change.apply(self._names)
 
     def _sync_folder(self, folder: str) -> None:
-        for operation in self._pending:
-            if operation.name.rpartition("/")[0] == folder:
-                self._rename(self._synced, operation)
-        self._pending = [each for each in self._pending if each.name.rpartition("/")[0] != folder]
-
-    def _rename(self, names: dict[str, File | None], operation: Operation) -> None:
-        """Change `names` as a creation, an unlinking or a renaming does."""
-        match operation.kind:
-            case "create" | "folder":
-                names[operation.name] = self._made[id(operation)]
-            case "unlink":
-                names.pop(operation.name, None)
-            case "rename":
-                if operation.name in names:
-                    names[operation.data.decode()] = names.pop(operation.name)
+        for change in self._pending:
+            if change.folder == folder:
+                change.apply(self._synced)
+        self._pending = [change for change in self._pending if change.folder != folder]
 
     def left(self, how: Left, chance: random.Random) -> dict[str, bytes]:
         """Return the files that a power cut leaves now, by name."""
         names = dict(self._synced)
         count = len(self._pending)
         last = {"nothing": 0, "all": count}.get(how, chance.choice((0, count, chance.randint(0, count))))
-        for operation in self._pending[:last]:
-            self._rename(names, operation)
+        for change in self._pending[:last]:
+            change.apply(names)
         return {
             name: file.left(how, chance)
             for name, file in names.items()
