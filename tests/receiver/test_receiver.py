@@ -456,9 +456,9 @@ async def test_a_sender_that_dies_is_refused(
     assert not caplog.records
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nowhere", 404), ("GET", "/generated", 405)])
-async def test_other_errors_are_json_too(client: Client, method: str, path: str, status: int) -> None:
-    answer = await client.call(method, path)
+@pytest.mark.parametrize(("method", "route", "status"), [("GET", "/nowhere", 404), ("GET", "/generated", 405)])
+async def test_other_errors_are_json_too(client: Client, method: str, route: str, status: int) -> None:
+    answer = await client.call(method, route)
     assert answer.status == status
     assert set(answer.body["error"]) == {"code", "message", "field"}
 

@@ -31,12 +31,12 @@ SELECT state, sum(nonces) FROM batches WHERE state IN {WAITING} AND kind = 'gene
 
 @dataclass(slots=True)
 class Promise:
-    """What the store has told its callers, at one moment of a recording.
+    """What the store's callers rely on, at one moment of a recording.
 
     Attributes:
-        acknowledged: What it holds for certain, as `content` tells it.
-        intended: What it holds as well if the commit under way succeeds; None where there is none.
-        copies: What the finished copies of it hold, by their names.
+        acknowledged: Hash of what the store holds for certain, see `content`.
+        intended: Hash of what the store holds if the commit under way succeeds; None where there is none.
+        copies: Hashes of what the finished copies hold, by their names.
     """
 
     acknowledged: str

@@ -22,7 +22,7 @@ from pocd.store import deliveries, selections, upkeep, validations
 from pocd.store.backup import back_up
 from pocd.store.batches import form_batches, register_callback
 from pocd.store.outbox import Outbox, Weights, Work
-from pocd.store.selections import Selection
+from pocd.store.selections import Selection, SetAsideState
 from scripts.trials.powercut.verdict import MARKS, STORE, content
 
 NODE = Node(1, 3)
@@ -138,7 +138,7 @@ class Life:
         self._outbox.replace_round(self._round, "replaced", withdraw=True, now=self._now)
 
     def _operate(self) -> None:
-        state = self._chance.choice(("dead", "expired", "withdrawn"))
+        state: SetAsideState = self._chance.choice(("dead", "expired", "withdrawn"))
         match self._chance.choice(("again", "purge", "control", "ask", "callback")):
             case "again":
                 selections.send_again(self._outbox, Selection((state,)), self._now)
