@@ -13,6 +13,7 @@ import os
 import random
 import sys
 from pathlib import Path
+from typing import get_args
 
 import orjson
 
@@ -28,6 +29,7 @@ from scripts.trials.powercut.verdict import MARKS, STORE, content
 NODE = Node(1, 3)
 WEIGHTS = Weights("f00d", "float32")
 RECEIVERS = ("first", "second")
+SET_ASIDE: tuple[SetAsideState, ...] = get_args(SetAsideState)
 NOW = 1_700_000_000.0
 # Far below what a daemon has: so the log is brought into the file, and is cut, many times.
 CHECKPOINT_PAGES, LOG_BYTES = 40, 64 * 1024
@@ -138,7 +140,7 @@ class Life:
         self._outbox.replace_round(self._round, "replaced", withdraw=True, now=self._now)
 
     def _operate(self) -> None:
-        state: SetAsideState = self._chance.choice(("dead", "expired", "withdrawn"))
+        state = self._chance.choice(SET_ASIDE)
         match self._chance.choice(("again", "purge", "control", "ask", "callback")):
             case "again":
                 selections.send_again(self._outbox, Selection((state,)), self._now)
