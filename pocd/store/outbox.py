@@ -8,7 +8,7 @@ writes is one transaction, fsynced before it returns (WAL, synchronous FULL). Si
 from __future__ import annotations
 
 import sqlite3
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -16,9 +16,8 @@ import orjson
 
 from pocd.process import EXIT_TEMPORARY
 from pocd.protocol.nonces import unskipped
-from pocd.store.backup import BackupError, back_up
 from pocd.store.errors import StoreError, StoreUnavailableError, unusable
-from pocd.store.opening import MARK, open_store, wal_of
+from pocd.store.opening import MARK, open_store
 from pocd.store.place import Place
 from pocd.store.progress import progress_in
 
@@ -180,21 +179,20 @@ class Outbox:
         self.place = Place(self.place.path)
         self.suspect = False
 
+    def keep_place(self) -> None:
+        """Make sure that the open file is the one at the store's path, as `Place.check` does; save it aside if not.
+
+        Raises:
+            StoreUnavailableError: The open file is not the one at the store's path.
+        """
+        self.place.save(self.db)
+        self.place.check()
+
     def close(self) -> None:
         """Close the file; its lock goes with it. Where it was removed, what it held is put back at its path."""
-        saved = self._save() if self.place.is_empty() else None
+        self.place.save(self.db)
         self.db.close()
-        if saved:
-            wal_of(self.place.path).unlink(missing_ok=True)  # it would be taken for the log of what is put there
-            saved.rename(self.place.path)
-
-    def _save(self) -> Path | None:
-        """Write what the removed file holds beside its path, as far as that can be done."""
-        file = self.place.path.with_name(f"{self.place.path.name}.saved")
-        with suppress(BackupError):
-            back_up(self.db, file)
-            return file
-        return None
+        self.place.leave()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:

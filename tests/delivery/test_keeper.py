@@ -18,6 +18,7 @@ from pocd.protocol.proof import Proof, Round
 from pocd.store import deliveries, selections, upkeep
 from pocd.store.batches import form_batches
 from pocd.store.outbox import Outbox, Totals, Weights, Work
+from pocd.store.place import copies
 from pocd.store.rounds import recent_rounds
 from pocd.store.selections import Selection
 from pocd.store.thread import OutboxThread
@@ -392,3 +393,24 @@ def test_a_jump_is_told_once_and_steering_is_none() -> None:
     assert clock.follow() == 0
     source.now += 7200
     assert clock.follow() == 7200
+
+
+# A store that is taken away
+
+
+async def test_what_is_in_use_is_copied_when_its_file_is_taken_away_until_it_is_back(
+    path: Path, outbox: OutboxThread, keeper: Keeper, miner: Miner
+) -> None:
+    await store(outbox, "a")
+    away = path.with_name("away.db")
+    path.rename(away)
+    miner.hold("a commit failed, before the keeper looked")
+    with capture_logs() as logs:
+        await keeper.look()
+    (copy,) = copies(path)
+    assert f"pocd outbox restore {copy}" in logs[0]["cause"]
+    assert f"pocd outbox restore {copy}" in (miner.held or "")
+    away.rename(path)
+    await keeper.look()
+    assert miner.held is None
+    assert copies(path) == []
