@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -27,7 +28,7 @@ from pocd.protocol.proof import Round
 from pocd.store.outbox import Outbox, Work
 from pocd.store.thread import OutboxThread
 from pocd.worker.messages import Load, Message, Recompute
-from tests.support.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE, soon, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -176,6 +177,45 @@ async def test_one_worker_does_a_whole_recomputation_and_the_next_one_is_another
         first, second = took[0], took[3]
         assert took == [first, first, first, second]
         assert first is not second
+
+
+# The daemon of a host that is short of files, in a process of its own: the limit is the whole process's.
+SHORT_OF_FILES = """
+import asyncio, contextlib, os, resource, signal, sys
+from pathlib import Path
+from pocd.pool.causes import Cause
+from tests.pool.test_pool import LOAD, pooled
+from tests.support.waiting import until
+
+async def main() -> None:
+    async with pooled(Path(sys.argv[1]), [LOAD], exit=0.2) as (pool, _):
+        (worker,) = pool.workers
+        await until(lambda: worker.computed)
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        (pid,) = worker.pids
+        lowest = os.open("/dev/null", os.O_RDONLY)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, most))
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: worker.failures == 2)
+        print(worker.last_error)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        before = worker.computed
+        await until(lambda: worker.computed > before)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_worker_for_which_there_are_no_files_just_now_is_started_later(tmp_path: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-W", "error", "-c", SHORT_OF_FILES, str(tmp_path)), stdout=asyncio.subprocess.PIPE
+    )
+    out, _ = await soon(process.communicate())
+    assert (process.returncode, out.decode()) == (
+        0,
+        "worker could not be started: [Errno 24] Too many open files\n",
+    )
 
 
 def test_workers_on_the_cpu_share_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
