@@ -31,6 +31,8 @@ PASSING = frozenset(
 )
 """Errors of the system that pass, or are mended without a change to the configuration."""
 
+SQLITE_PASSING = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_NOMEM")
+
 
 def may_pass(error: BaseException | None) -> bool:
     """Tell whether what failed may work at another try, though nobody changes the configuration.
@@ -41,6 +43,8 @@ def may_pass(error: BaseException | None) -> bool:
         if isinstance(error, (TimeoutError, socket.gaierror)):
             return True
         if isinstance(error, OSError) and error.errno in PASSING:
+            return True
+        if getattr(error, "sqlite_errorname", "").startswith(SQLITE_PASSING):
             return True
         error = error.__cause__
     return False

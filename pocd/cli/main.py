@@ -25,7 +25,7 @@ from pocd.cli.watch import watch
 from pocd.config.settings import DEFAULT_PATH, ConfigError, check_model, load, to_toml
 from pocd.observe.lines import writer_to
 from pocd.observe.mask import clean, mask_credentials
-from pocd.process import EXIT_CONFIG, EXIT_CRASH, EndedError, exit_status, release_signals
+from pocd.process import EXIT_CRASH, EndedError, exit_status, release_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -71,7 +71,7 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         code = 130
     except ConfigError as error:
-        code = _fail(EXIT_CONFIG, str(error))
+        code = _fail(exit_status(error), str(error))
     except EndedError as error:
         code = _fail(error.code, str(error))
     except Exception as error:  # noqa: BLE001 - the last place where an error can be told in one line
