@@ -215,8 +215,8 @@ async def _start(peers: list[socket.socket], environment: Mapping[str, str], log
             env=environment,
             pass_fds=fds,
             stdin=asyncio.subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
+            stdout=output.fileno(),
+            stderr=output.fileno(),
         )
         undo.pop_all()
     return _Rank(process, RankLink(messages_in, messages_out), Output(lines, unused, log))
