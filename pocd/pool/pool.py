@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -73,7 +75,7 @@ class Pool:
                 miner,
                 limits,
                 self.recomputations,
-                environment=environment(load, loads, cache),
+                environment=partial(environment, load, loads, cache),
                 changed=self._changed,
                 clock=clock,
                 log=log.bind(worker=worker.number) if len(loads) > 1 else log,
@@ -146,13 +148,19 @@ class Pool:
 def environment(load: Load, loads: Sequence[Load], cache: Path) -> dict[str, str]:
     """Return the environment of a worker's processes. What the daemon's own environment sets stays, but for its cards.
 
+    All but PYTHONOPTIMIZE: transformers reads its own docstrings, which Python leaves out with -OO.
+
     Args:
         load: What the worker loads.
         loads: What each of the workers loads.
         cache: The folder for what compilers make, which outlives the workers.
+
+    Raises:
+        OSError: The system has no folder for temporary files, and none can be made in the cache.
     """
     variables = {
         **WAITING,
+        "TMPDIR": str(_temporary_folder(cache / "tmp")),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "TRITON_CACHE_DIR": str(cache / "triton"),
         "GLOO_SOCKET_IFNAME": "lo",  # ranks of one host need no network
@@ -164,10 +172,20 @@ def environment(load: Load, loads: Sequence[Load], cache: Path) -> dict[str, str
     on_cpu = sum(each.devices.count("cpu") for each in loads)
     if on_cpu > 1:  # they share the cores, and each would start a thread for every core
         variables["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // on_cpu))
-    variables |= os.environ
+    dropped = {"TMPDIR", "PYTHONOPTIMIZE"}
+    variables |= {name: value for name, value in os.environ.items() if name not in dropped}
     if load.cards or "cpu" in load.devices:  # no library is to take a GPU that is not the worker's
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(load.cards)
     return variables
+
+
+def _temporary_folder(otherwise: Path) -> Path:
+    """Return the folder for temporary files: the system's, or where that has none that can be written, another one."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        otherwise.mkdir(parents=True, exist_ok=True)
+        return otherwise
 
 
 def cache_folder(settings: Settings) -> Path:

@@ -33,6 +33,7 @@ from pocd.protocol.errors import (
     DeviceError,
     InputError,
     MemoryShortError,
+    ModelAwayError,
     NonFiniteError,
 )
 from pocd.protocol.schemes import SCHEMES
@@ -283,6 +284,8 @@ def main() -> None:
     except CaptureError as error:
         link.send(Failed("capture", str(error)))
         os._exit(1)  # what the capture left behind may keep the interpreter from ending
+    except ModelAwayError as error:
+        link.send(Failed("crash", str(error)))
     except ComputeError as error:
         link.send(Failed("configuration", str(error)))
     except RuntimeError as error:  # torch's, of which only some have classes of their own

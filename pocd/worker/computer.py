@@ -88,8 +88,7 @@ class DistanceComputer:
                 run.execution(self._rows(run, round_)),
             )
             self._report(RoundBegun(round_.id, rate, execution.path, execution.reason))
-        nonces = range(message.first, message.first + message.step * message.count, message.step)
-        return self._start(self._mined.begin(round_), round_, nonces, other=self._recomputed)
+        return self._start(self._mined.begin(round_), round_, message.nonces, other=self._recomputed)
 
     def _recompute(self, message: Recompute) -> Callable[[], list[float]]:
         """Start to compute a message of another round, in the shape in which it would be mined."""
