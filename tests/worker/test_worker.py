@@ -446,12 +446,12 @@ def test_rounds_in_another_shape_find_their_own_batch_size(monkeypatch: pytest.M
     computed = computer.DistanceComputer(cast("Any", None), AUTO, 8, sent.append)
     longer = dataclasses.replace(ROUND, seq_len=17)  # so that seven rows have as many tokens
     for number, round_ in enumerate((longer, ROUND, dataclasses.replace(longer, block_hash="next"))):
-        assert computed.start(Compute(number, round_, 0, 1, 8))() == [1.0] * 8
+        assert computed.start(Compute(number, round_, list(range(8))))() == [1.0] * 8
     assert sizes == [7, 3, 1, 8, 1]
     assert {type(message) for message in sent} == {messages.RoundBegun}, "the size of leases stays"
     fitting = 0
     with pytest.raises(MemoryShortError, match="not even one nonce fits"):
-        computed.start(Compute(9, longer, 0, 1, 8))
+        computed.start(Compute(9, longer, list(range(8))))
 
 
 async def test_memory_that_another_takes_from_a_worker_restarts_it(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ CUresult cuGetErrorString(CUresult result, const char **text)
         SET(text, "CUDA_ERROR")
 
             CUresult cuModuleLoadData(CUmodule *module, const void *image) {
-    if (is_capturing_globally()) note("NOTE a module is loaded while capturing");
+    if (breaks_capture()) note("NOTE a module is loaded while capturing");
     SET(module, MODULE_HANDLE)
 }
 CUresult cuModuleLoadDataEx(CUmodule *module, const void *image, unsigned n, CUjit_option *options, void **values) {

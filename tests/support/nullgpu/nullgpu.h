@@ -1,4 +1,4 @@
-// A GPU that computes nothing: what the CUDA runtime, the driver and cuBLAS share. README: docs/performance.md.
+// A GPU that computes nothing: what the CUDA runtime, the driver and cuBLAS share. docs/performance.md says how it is used.
 #pragma once
 #define _GNU_SOURCE
 #include <stddef.h>
@@ -20,8 +20,8 @@ Stream *stream_of(const void *handle);
 void launched(const char *name, unsigned x, unsigned y, unsigned z, unsigned block, Stream *stream);
 // Gives an attribute of the card.
 int attribute(int which);
-// Tells whether a capture is under way that other threads' calls would break.
-int is_capturing_globally(void);
+// Tells whether an unsafe call of this thread breaks the capture that is under way.
+int breaks_capture(void);
 int memory_info(size_t *free, size_t *total);
 int synchronize(const void *stream);
 // Finds a function of this library; one that does nothing where there is none.

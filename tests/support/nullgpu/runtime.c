@@ -44,11 +44,13 @@ static int joined_count, is_violated;
 static unsigned long long capture_id;
 static __thread enum cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
 static enum cudaStreamCaptureMode capture_mode;
+static pthread_t capturing_thread;
 
 Stream *stream_of(const void *handle) { return (uintptr_t)handle < 16 ? &legacy : (Stream *)handle; }
 
-int is_capturing_globally(void) {
-    return captured && capture_mode == cudaStreamCaptureModeGlobal && mode == cudaStreamCaptureModeGlobal;
+int breaks_capture(void) {
+    if (!captured || mode == cudaStreamCaptureModeRelaxed) return 0;
+    return capture_mode == cudaStreamCaptureModeGlobal || pthread_equal(capturing_thread, pthread_self());
 }
 
 static int violation(const char *what) {
@@ -57,10 +59,7 @@ static int violation(const char *what) {
     return cudaErrorStreamCaptureUnsupported;
 }
 
-// What may not be called while this thread's calls count for a capture.
-static int unless_captured(const char *what) {
-    return captured && mode != cudaStreamCaptureModeRelaxed ? violation(what) : 0;
-}
+static int unless_captured(const char *what) { return breaks_capture() ? violation(what) : 0; }
 
 static cudaError_t make_stream(cudaStream_t *handle) {
     static uint64_t last = 16;
@@ -78,7 +77,7 @@ cudaError_t cudaStreamGetPriority(cudaStream_t s, int *priority) { return *prior
 int synchronize(const void *handle) {
     Stream *stream = stream_of(handle);
     if (stream->is_capturing) return violation("synchronisation of a captured stream");
-    if (is_capturing_globally()) return violation("synchronisation of a stream");
+    if (breaks_capture()) return violation("synchronisation of a stream");
     note("SYNC stream %llu", (unsigned long long)stream->id);
     return 0;
 }
@@ -108,11 +107,11 @@ cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned flags) { return cudaEventRecord(e, s); }
 cudaError_t cudaEventQuery(cudaEvent_t e) {
     if (((Event *)e)->is_captured) return violation("query of a captured event");
-    return is_capturing_globally() ? violation("query of an event") : 0;
+    return breaks_capture() ? violation("query of an event") : 0;
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t e) {
     if (((Event *)e)->is_captured) return violation("wait for a captured event");
-    if (is_capturing_globally()) return violation("wait for an event");
+    if (breaks_capture()) return violation("wait for an event");
     note("SYNC event");
     return 0;
 }
@@ -165,6 +164,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t s, enum cudaStreamCaptureMode m)
     captured->is_capturing = 1;
     captured->nodes = 0;
     capture_mode = m;
+    capturing_thread = pthread_self();
     is_violated = joined_count = 0;
     capture_id++;
     return 0;
