@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from pocd.compute import toolchain
 from pocd.compute.toolchain import find_lack
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def test_pythons_headers_are_needed_too(tmp_path: Path) -> None:
 def test_a_cache_from_which_nothing_may_be_executed_is_told(include: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with_triton(monkeypatch)
     real = os.statvfs(include)
-    monkeypatch.setattr(toolchain.os, "statvfs", lambda _: os.statvfs_result((*real[:8], os.ST_NOEXEC, *real[9:])))
+    monkeypatch.setattr(os, "statvfs", lambda _: os.statvfs_result((*real[:8], os.ST_NOEXEC, *real[9:])))
     lack = find_lack("cuda", with_compilers(include, "gcc"), include=include, cache=include / "not" / "made")
     assert lack is not None
     assert lack.text == f"nothing in {include / 'not' / 'made'} may be executed: it is mounted noexec"

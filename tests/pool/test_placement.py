@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pynvml
@@ -130,7 +131,7 @@ def test_the_cards_of_a_host_are_those_that_may_be_opened_and_each_slice_is_one(
         raise PermissionError if path == "/dev/nvidia0" else FileNotFoundError
 
     monkeypatch.setattr(cards, "pynvml", DRIVER)
-    monkeypatch.setattr(cards.os, "open", open_)
+    monkeypatch.setattr(os, "open", open_)
     assert list_cards(None) == ["MIG-1-0", "MIG-1-1", "GPU-2", "GPU-3"]
     assert list_cards("3,MIG-1-1,4,0") == ["3", "MIG-1-1"]
 
