@@ -22,7 +22,7 @@ from pocd.cli.examples import add_examples
 from pocd.cli.outbox import app as outbox_app
 from pocd.cli.validate import validate
 from pocd.cli.watch import watch
-from pocd.config.settings import DEFAULT_PATH, ConfigError, check_model, load, to_toml
+from pocd.config.settings import DEFAULT_PATH, ConfigError, check_model, foreign_variables, load, to_toml
 from pocd.observe.mask import clean, mask_credentials
 from pocd.process import EXIT_CONFIG, EXIT_CRASH, EndedError, open_standard_streams
 
@@ -117,6 +117,8 @@ def run(config: ConfigOption = DEFAULT_PATH) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # many callers leave files for everything else
     log = logs.configure(settings.log.level, settings.log.format)
     log.info("pocd starts", action="start", version=__version__, config=str(config), pid=os.getpid())
+    if others := foreign_variables(os.environ):
+        log.warning("these variables set nothing, ours are POCD_SECTION__KEY", action="environment", names=others)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(daemon.run(settings, config, log=log, notifier=Notifier.from_environment(os.environ)))

@@ -214,7 +214,14 @@ class LogSettings(_Section):
 
 
 class _Environment(EnvSettingsSource):
-    """Leaves a list that is not JSON as it is, so that validation names its key and variable."""
+    """The variables POCD_SECTION__KEY, and no others that begin so.
+
+    A list that is not JSON stays as it is, so that validation names its key and variable.
+    """
+
+    def __init__(self, settings_cls: type[BaseSettings]) -> None:
+        super().__init__(settings_cls)
+        self.env_vars = {name: value for name, value in self.env_vars.items() if "__" in name}
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:  # noqa: ANN401 - as overridden
         try:
@@ -318,9 +325,17 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not TOML: {error}") from None
 
 
+def foreign_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return the variables that begin like ours but do not have the form POCD_SECTION__KEY.
+
+    They are others': Kubernetes gives every pod POCD_PORT=tcp://… and more where a Service is called pocd.
+    """
+    return sorted(name for name in environment if name.upper().startswith(ENV_PREFIX) and "__" not in name)
+
+
 def _refuse_unknown_environment(environment: Mapping[str, str]) -> None:
     for name in environment:
-        if not name.upper().startswith(ENV_PREFIX):
+        if not name.upper().startswith(ENV_PREFIX) or "__" not in name:
             continue
         section, _, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
         if name != name.upper() or section not in Settings.model_fields or not key:

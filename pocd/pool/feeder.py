@@ -103,8 +103,7 @@ class Feeder:
             lease = await self._miner.lease(self._state.batch_size)
             number = self._begin()
             self._in_flight[number] = lease
-            nonces = lease.nonces
-            await self._link.send(Compute(number, lease.mining.round, nonces.start, nonces.step, len(nonces)))
+            await self._link.send(Compute(number, lease.mining.round, lease.nonces))
 
     async def _send_recomputations(self) -> None:
         """Send recomputations, one at a time, so that between two of them there is a batch of what is mined."""

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from pocd.config.settings import ConfigError, Settings, load, to_toml
+from pocd.config.settings import ConfigError, Settings, foreign_variables, load, load_admin, to_toml
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -204,9 +204,9 @@ def test_the_shipped_file_loads_with_everything_set(tmp_path: Path) -> None:
             id="two receivers of one name",
         ),
         pytest.param(
-            f"[[delivery.receivers]]\nname = 'a'\nurl = 'http://h/?token={SECRET}'",
-            "delivery.receivers.0.url: must have no query",
-            id="query",
+            f"[[delivery.receivers]]\nname = 'a'\nurl = 'http://h/#{SECRET}'",
+            "delivery.receivers.0.url: must have no fragment",
+            id="fragment",
         ),
     ],
 )
@@ -383,9 +383,20 @@ def test_a_rule_between_file_and_variable_names_both(tmp_path: Path, monkeypatch
     assert refusal(path) == expected
 
 
-@pytest.mark.parametrize(
-    "name", ["POCD_", "POCD_LEVEL", "POCD_LOG", "POCD_LOG__", "POCD_LOGS__LEVEL", "pocd_log__level"]
-)
+def test_others_variables_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubernetes' of a Service called pocd, docker's, and any that are no section and key."""
+    path = written(tmp_path, GOOD)
+    expected = load(path)
+    names = ["POCD_", "POCD_LOG", "POCD_PORT", "POCD_PORT_8460_TCP_ADDR", "POCD_SERVICE_HOST", "pocd_chain"]
+    for name in names:
+        monkeypatch.setenv(name, "tcp://10.96.7.9:8460")
+    monkeypatch.setenv("POCD_LOG__LEVEL", "info")
+    assert load(path) == expected
+    assert load_admin(path, None) == expected.admin
+    assert foreign_variables(os.environ) == names
+
+
+@pytest.mark.parametrize("name", ["POCD_LOG__", "POCD_LOGS__LEVEL", "pocd_log__level", "POCD___LEVEL"])
 def test_a_variable_that_names_no_key_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, SECRET)
     expected = f"environment: {name} names no key; variables are called POCD_SECTION__KEY"

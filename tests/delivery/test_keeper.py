@@ -19,6 +19,7 @@ from pocd.store import deliveries, selections, upkeep
 from pocd.store.batches import form_batches
 from pocd.store.outbox import Outbox, Totals, Weights, Work
 from pocd.store.place import copies
+from pocd.store.rounds import recent_rounds
 from pocd.store.selections import Selection
 from pocd.store.thread import OutboxThread
 from tests.support.clocks import NOW, ROUND, ManualClock
@@ -169,7 +170,7 @@ async def test_rounds_long_past_are_forgotten_but_not_what_they_found(
         round_ = Round("AB", height, "miner", 1.4, "poc2", "tiny", 16)
         await outbox(Outbox.begin_round, Work(round_, NODE), NOW)
     await keeper.look()
-    found = await outbox(Outbox.recent_rounds, 100)
+    found = await outbox(recent_rounds, 100)
     assert [round_.block_height for round_ in found] == [15, 14, 10, 9]
 
 
