@@ -28,7 +28,8 @@ from pocd.config.types import (
     SocketPath,
 )
 from pocd.observe.mask import mask_url
-from pocd.protocol.errors import ModelError
+from pocd.process import EXIT_TEMPORARY, EndedError
+from pocd.protocol.errors import ModelAwayError, ModelError
 from pocd.protocol.names import Compile, Dtype, resolve
 from pocd.protocol.numbers import MOST_NODES, Count, Index
 from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH, MOST_NONCES
@@ -320,7 +321,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
             "join that group, or for a command that asks a running daemon, give --url and --token-file"
         ) from None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
 
@@ -372,10 +373,13 @@ def check_model(settings: Settings) -> None:
     """Check that the model exists, where that needs no loading: bundled, or a local folder.
 
     Raises:
-        ConfigError: The model is not there.
+        ConfigError: The model cannot be used.
+        EndedError: There is nothing yet where the model should be.
     """
     try:
         resolve(settings.model.name, settings.model.revision)
+    except ModelAwayError as error:
+        raise EndedError(EXIT_TEMPORARY, f"model.name: {error}") from None
     except ModelError as error:
         raise ConfigError(f"model.name: {error}") from None
     except PermissionError as error:
@@ -383,6 +387,8 @@ def check_model(settings: Settings) -> None:
             f"model.name: {error.filename} cannot be read by user {os.geteuid()}: a service sees nothing under /home "
             "and /root (ProtectHome=); put the model's folder elsewhere, such as in /srv, readable by that user"
         ) from None
+    except OSError as error:
+        raise ConfigError(f"model.name: {error.filename} cannot be read: {error.strerror}") from error
 
 
 def to_toml(settings: Settings) -> str:

@@ -236,7 +236,7 @@ def make_receivers(settings: Settings) -> list[Receiver]:
         try:
             keys = WebhookKeys.from_file(receiver.secret_file) if receiver.secret_file else None
         except SecretError as error:
-            raise ConfigError(f"delivery.receivers, {receiver.name}: {error}") from None
+            raise ConfigError(f"delivery.receivers, {receiver.name}: {error}") from error
         made.append(Receiver(receiver.name, receiver.url, keys))
     return made
 

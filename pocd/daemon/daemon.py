@@ -23,7 +23,7 @@ from pocd.http.server import listening, listening_at
 from pocd.mining.follower import follow
 from pocd.observe import logs
 from pocd.pool.causes import Cause, WorkerRefusedError
-from pocd.process import EXIT_CONFIG, EXIT_NO_DEVICE, EXIT_SIGNALLED, EXIT_TEMPORARY, EndedError
+from pocd.process import EXIT_CONFIG, EXIT_NO_DEVICE, EXIT_SIGNALLED, EndedError, exit_status
 from pocd.store.errors import StoreUnavailableError
 from pocd.store.place import copies, exposure
 from pocd.store.thread import OutboxThread
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from pocd.observe.notify import Notifier
 
 FINISH_SECONDS = 5.0  # for the batches being computed, when stopping
-NEEDS_A_PERSON = (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError)  # to listen somewhere else
 DELIVER_SECONDS = 5.0  # for the last deliveries
 
 
@@ -106,8 +105,7 @@ async def _api(api: AdminApi, admin: AdminSettings, token: str | None) -> AsyncI
             hint = error.strerror if admin.socket or error.errno != errno.EADDRINUSE else "another program has the port"
             keys = "admin.socket" if admin.socket else "admin.host or admin.port"
             message = f"admin API cannot listen on {where}: {hint}; change {keys}"
-            # A port that is not allowed has to be changed, or a socket's path; an address or a name may come yet.
-            raise EndedError(EXIT_CONFIG if isinstance(error, NEEDS_A_PERSON) else EXIT_TEMPORARY, message) from None
+            raise EndedError(exit_status(error), message) from None
         yield url
 
 

@@ -241,8 +241,8 @@ async def _bounded(path: Path, call: Awaitable[T]) -> T:
     try:
         async with asyncio.timeout(CALL_TIMEOUT_S):
             return await call
-    except TimeoutError:
-        raise ReceiverStoreBusyError(f"{path}: no answer within {CALL_TIMEOUT_S:g} s") from None
+    except TimeoutError as error:
+        raise ReceiverStoreBusyError(f"{path}: no answer within {CALL_TIMEOUT_S:g} s") from error
     except ThreadBusyError as error:
         raise ReceiverStoreBusyError(f"{path}: {error}") from None
     except sqlite3.Error as error:

@@ -15,7 +15,7 @@ import orjson
 import pytest
 
 from pocd import __version__
-from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_NO_DEVICE, EXIT_OK
+from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_NO_DEVICE, EXIT_OK, EXIT_TEMPORARY
 from tests.support.command_line import pocd_here
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def test_closed_standard_streams_do_no_harm(config: Path, closed: str) -> None:
 @pytest.mark.parametrize("command", ["devchain", "receiver"])
 def test_a_taken_port_is_a_clear_line(tmp_path: Path, taken: int, command: str) -> None:
     store: list[str | Path] = ["--store", tmp_path / "receiver.db"] if command == "receiver" else []
-    reason = refusal(pocd(command, "--port", str(taken), *store), EXIT_CONFIG)
+    reason = refusal(pocd(command, "--port", str(taken), *store), EXIT_TEMPORARY)
     assert reason.startswith(f"cannot listen on 127.0.0.1:{taken}: ")
     assert "already in use" in reason
 

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from pocd.config.settings import ConfigError, Settings, foreign_variables, load, load_admin, to_toml
+from pocd.config.settings import ConfigError, Settings, check_model, foreign_variables, load, load_admin, to_toml
+from pocd.process import EXIT_TEMPORARY, EndedError
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -481,3 +482,21 @@ def test_what_only_one_kind_of_chain_has_is_refused_for_another(tmp_path: Path, 
     assert f'{line.partition(" ")[0]} can be set for kind "evm" only' in text
     settings = load(written(tmp_path, f'{GOOD}kind = "evm"\n{line}\n'))
     assert settings.chain.kind == "evm"
+
+
+def test_a_models_folder_that_is_not_mounted_yet_may_come_and_one_that_holds_something_else_does_not(
+    tmp_path: Path,
+) -> None:
+    mount = tmp_path / "models"
+    settings = load(written(tmp_path, f"{GOOD}[model]\nname = '{mount}'\n"))
+    with pytest.raises(
+        EndedError, match=r"model\.name: .*models/config\.json, nor anything beside it; mount"
+    ) as missing:
+        check_model(settings)
+    mount.mkdir()
+    with pytest.raises(EndedError, match=r"nor anything beside it") as empty:
+        check_model(settings)
+    assert missing.value.code == empty.value.code == EXIT_TEMPORARY
+    (mount / "README").touch()
+    with pytest.raises(ConfigError, match="give a model's folder"):
+        check_model(settings)

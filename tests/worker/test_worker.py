@@ -490,7 +490,8 @@ async def test_a_process_that_its_driver_holds_is_given_up(monkeypatch: pytest.M
     """No process here can be made so; the kernel gives a GPU's one no end while its driver hangs."""
     monkeypatch.setattr(processes, "KILL_SECONDS", 0.0)
     held = SimpleNamespace(pid=7, returncode=None, kill=lambda: None, wait=asyncio.Event().wait)
-    rank = cast("Any", SimpleNamespace(process=held, link=SimpleNamespace(close=lambda: None)))
+    link, output = SimpleNamespace(close=lambda: None), SimpleNamespace(close=lambda: asyncio.sleep(0))
+    rank = cast("Any", SimpleNamespace(process=held, link=link, output=output))
     ended = await processes.Processes([rank], None).end(0.0)
     assert ended == Ended("worker process 7 does not end even when it is killed: its driver holds it (nvidia-smi)")
 
@@ -498,12 +499,12 @@ async def test_a_process_that_its_driver_holds_is_given_up(monkeypatch: pytest.M
 async def test_a_process_that_cannot_be_started_is_told_as_that() -> None:
     too_long = {"LONG": "x" * 2**24}  # for execve(2)
     with pytest.raises(OSError, match="Argument list too long"):
-        await processes.Processes.start(LOAD, too_long)
+        await processes.Processes.start(LOAD, too_long, structlog.get_logger())
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])
 async def test_a_start_may_be_cancelled(turns: int) -> None:
-    start = asyncio.create_task(processes.Processes.start(LOAD, dict(os.environ)))
+    start = asyncio.create_task(processes.Processes.start(LOAD, os.environ, structlog.get_logger()))
     for _ in range(turns):  # so that it is at one await or another
         await asyncio.sleep(0)
     start.cancel()
