@@ -22,7 +22,7 @@ from pocd.cli.examples import add_examples
 from pocd.cli.outbox import app as outbox_app
 from pocd.cli.validate import validate
 from pocd.cli.watch import watch
-from pocd.config.settings import DEFAULT_PATH, ConfigError, check_model, load, to_toml
+from pocd.config.settings import DEFAULT_PATH, ConfigError, check_model, load
 from pocd.observe.mask import clean, mask_credentials
 from pocd.process import EXIT_CONFIG, EXIT_CRASH, EndedError, open_standard_streams
 
@@ -225,14 +225,22 @@ def _port_errors(host: str, port: int) -> Iterator[None]:
 
 @config_app.command("check")
 def config_check(config: ConfigOption = DEFAULT_PATH) -> None:
-    """Check the configuration, without starting anything."""
-    check_model(load(config))
-    echo(f"{config}: good")
+    """Check the configuration and the files that it names, as a reload does, without starting anything."""
+    from pocd.config.secrets import check_secrets, unit_of
+
+    settings = load(config)
+    check_model(settings)
+    unseen = check_secrets(settings, config)
+    echo(
+        f"{config}: good" + (f", but for {', '.join(unseen)}, which only {unit_of(config)} can read" if unseen else "")
+    )
 
 
 @config_app.command("show")
 def config_show(config: ConfigOption = DEFAULT_PATH) -> None:
     """Print the configuration in effect, as TOML: file, environment and defaults together."""
+    from pocd.config.shown import to_toml
+
     echo(to_toml(load(config)).rstrip("\n"))
 
 

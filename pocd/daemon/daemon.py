@@ -53,8 +53,8 @@ async def run(settings: Settings, path: Path, *, log: FilteringBoundLogger, noti
         EndedError: The store cannot be used, or the worker cannot work on this machine, or as configured.
     """
     check_model(settings)
-    token = read_token(settings.admin.token_file)
-    receivers = make_receivers(settings)
+    token = read_token(settings.admin.token_file, path)
+    receivers = make_receivers(settings, path)
     loads = make_loads(settings)
     with contextlib.closing(
         OutboxThread(

@@ -133,7 +133,7 @@ class Reloader:
         parts = self._parts
         new = load(self._path)
         check_model(new)
-        receivers = make_receivers(new)
+        receivers = make_receivers(new, self._path)
         difference = diff(parts.settings, new)
         others = compare(parts.receivers.configured, receivers)
         if others and RECEIVERS not in difference.apply:  # a file of secrets holds others under the same name

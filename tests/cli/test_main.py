@@ -161,6 +161,10 @@ def test_a_client_reads_no_more_than_where_the_api_is(config: Path, tmp_path: Pa
     known = refusal(pocd("status", "--config", config, "--token-file", token), EXIT_CRASH)
     assert f"nothing listens on http://127.0.0.1:{silent};" in known
     assert "admin.token_file" in refusal(pocd("status", "--config", config), EXIT_CONFIG)
+    good = pocd("config", "check", "--config", config).stdout
+    assert good == f"{config}: good, but for credential:token, credential:secret, which only pocd.service can read\n"
+    shown = pocd("config", "show", "--config", config).stdout
+    assert 'token_file = "credential:token"' in shown
     config.write_text("not TOML")
     reason = refusal(pocd("status", "--config", config, "--url", f"http://127.0.0.1:{silent}"), EXIT_CRASH)
     assert "nothing listens" in reason

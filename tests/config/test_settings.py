@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from pocd.config.settings import ConfigError, Settings, load, to_toml
+from pocd.config.settings import ConfigError, Settings, load
+from pocd.config.shown import to_toml
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -437,29 +438,8 @@ def test_credentials_are_never_shown(tmp_path: Path) -> None:
 # Secrets by credential, and keys of one kind of chain.
 
 
-def test_a_credential_is_the_file_that_systemd_made_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = written(tmp_path, GOOD + '[admin]\ntoken_file = "credential:token"\n')
-    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials/pocd.service")
-    assert load(path).admin.token_file == Path("/run/credentials/pocd.service/token")
-    path = written(
-        tmp_path,
-        f'{GOOD}[delivery]\nreceivers = [{{ name = "a", url = "http://a", secret_file = "credential:key.1" }}]\n',
-    )
-    assert load(path).delivery.receivers[0].secret_file == Path("/run/credentials/pocd.service/key.1")
-
-
-def test_a_credential_outside_of_systemd_is_refused_with_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
-    text = refusal(written(tmp_path, GOOD + '[admin]\ntoken_file = "credential:token"\n'))
-    assert "admin.token_file" in text
-    assert "LoadCredential=token:FILE" in text
-
-
 @pytest.mark.parametrize("name", ["", "..", "a/b", "a b"])
-def test_a_credentials_name_leads_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials/pocd.service")
+def test_a_credentials_name_leads_nowhere_else(tmp_path: Path, name: str) -> None:
     text = refusal(written(tmp_path, f'{GOOD}[admin]\ntoken_file = "credential:{name}"\n'))
     assert "takes a name of letters" in text
 
