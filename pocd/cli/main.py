@@ -23,6 +23,7 @@ from pocd.cli.outbox import app as outbox_app
 from pocd.cli.validate import validate
 from pocd.cli.watch import watch
 from pocd.config.settings import DEFAULT_PATH, ConfigError, check_model, load
+from pocd.observe.journal import goes_to_journal, marked
 from pocd.observe.mask import clean, mask_credentials
 from pocd.process import EXIT_CONFIG, EXIT_CRASH, EndedError, open_standard_streams
 
@@ -78,7 +79,8 @@ def main() -> None:
 
 
 def _fail(code: int, message: str) -> int:
-    sys.stderr.write(f"pocd: {clean(mask_credentials(message.replace(chr(10), ' ')))}\n")
+    line = f"pocd: {clean(mask_credentials(message.replace(chr(10), ' ')))}"
+    sys.stderr.write(f"{marked(line, 'error') if goes_to_journal(2) else line}\n")
     return code
 
 

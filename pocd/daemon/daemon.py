@@ -25,6 +25,7 @@ from pocd.observe import logs
 from pocd.pool.causes import Cause, WorkerRefusedError
 from pocd.process import EXIT_CONFIG, EXIT_NO_DEVICE, EXIT_SIGNALLED, EXIT_TEMPORARY, EndedError
 from pocd.store.errors import StoreUnavailableError
+from pocd.store.place import exposure
 from pocd.store.thread import OutboxThread
 from pocd.tasks import crash_logged, first_error, start
 
@@ -41,7 +42,13 @@ if TYPE_CHECKING:
     from pocd.observe.notify import Notifier
 
 FINISH_SECONDS = 5.0  # for the batches being computed, when stopping
-NEEDS_A_PERSON = (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError)  # to listen somewhere else
+NEEDS_A_PERSON = frozenset(
+    {
+        *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST),
+        *(errno.ELOOP, errno.ENAMETOOLONG),
+    }
+)
+"""Errors of the system that last until the API is to listen somewhere else."""
 DELIVER_SECONDS = 5.0  # for the last deliveries
 
 
@@ -61,6 +68,8 @@ async def run(settings: Settings, path: Path, *, log: FilteringBoundLogger, noti
             settings.store.path, lambda why: log.warning("the store is waited for", action="store_wait", cause=why)
         )
     ) as outbox:
+        if told := exposure(settings.store.path):
+            log.warning(told, action="store_exposed")
         async with contextlib.AsyncExitStack() as stack:
             sessions = [await stack.enter_async_context(open_session(CHAIN_TIMEOUT)) for _ in settings.chain.urls]
             source = await make_chain(settings, outbox, sessions, log)
@@ -89,7 +98,7 @@ async def _api(api: AdminApi, admin: AdminSettings, token: str | None) -> AsyncI
             keys = "admin.socket" if admin.socket else "admin.host or admin.port"
             message = f"admin API cannot listen on {where}: {hint}; change {keys}"
             # A port that is not allowed has to be changed, or a socket's path; an address or a name may come yet.
-            raise EndedError(EXIT_CONFIG if isinstance(error, NEEDS_A_PERSON) else EXIT_TEMPORARY, message) from None
+            raise EndedError(EXIT_CONFIG if error.errno in NEEDS_A_PERSON else EXIT_TEMPORARY, message) from None
         yield url
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import stat
 from typing import TYPE_CHECKING
 
 from pocd.store.errors import StoreUnavailableError
@@ -38,6 +40,16 @@ class Place:
                     f"the store's file {each} {what}: nothing more is stored. Put it back where it was, or save what "
                     "is in use with `pocd outbox backup FILE`; then restart pocd, which takes what is at store.path"
                 )
+
+
+def exposure(path: Path) -> str | None:
+    """Return how other users of this host can change the store at `path`, and the remedy; None where they cannot."""
+    for each in (path.parent, path):
+        with contextlib.suppress(OSError):  # what is not there yet is made for its owner
+            mode = each.stat().st_mode
+            if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+                return f"every user of this host can write {each} (mode {stat.S_IMODE(mode):04o}): chmod o-w {each}"
+    return None
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

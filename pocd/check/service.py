@@ -1,0 +1,78 @@
+"""A check that is made as the service is: by its user, with its environment, and in its view of files and devices."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pocd.config.secrets import unit_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+BOOTED = Path("/run/systemd/system")  # is there while systemd runs this host: sd_booted(3)
+MOST_SECONDS = 120  # of the check, which ends by itself much sooner
+ASK_SECONDS = 10.0  # for an answer of the service manager
+NOT_STARTED = frozenset({200, 201, 203, 217, 226})  # systemd's own statuses: folder, priority, program, user, namespace
+# What decides what a process may read, write and see; the rest of the unit does not change what a check finds.
+TAKEN_OVER = (
+    *("User", "Group", "SupplementaryGroups", "UMask", "Environment", "EnvironmentFiles", "LoadCredential"),
+    *("ProtectHome", "ProtectSystem", "ReadWritePaths", "ReadOnlyPaths", "InaccessiblePaths", "PrivateTmp"),
+    *("BindPaths", "BindReadOnlyPaths", "DevicePolicy", "DeviceAllow"),
+)
+FOLDERS = {"StateDirectory": "/var/lib", "CacheDirectory": "/var/cache", "RuntimeDirectory": "/run"}
+ASKED = ("LoadState", *TAKEN_OVER, *FOLDERS)
+
+
+def as_service(config: Path, command: Sequence[str]) -> tuple[int | None, str | None]:
+    """Run a command as the service of a configuration would; only root can.
+
+    Returns:
+        The command's exit status, or None where it was not run; then why, or None where there is no such service.
+    """
+    unit = unit_of(config)
+    if not BOOTED.is_dir():
+        return None, None
+    try:
+        shown = subprocess.run(
+            ["systemctl", "show", f"--property={','.join(ASKED)}", unit],  # noqa: S607 - root's own PATH
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=ASK_SECONDS,
+        ).stdout
+        if "LoadState=loaded\n" not in shown:
+            return None, None
+        program = ["systemd-run", "--quiet", "--pipe", "--wait", "--collect", f"--description=check of {unit}"]
+        options = [f"--property={each}" for each in properties(shown.splitlines())]
+        status = subprocess.run([*program, *options, *command], check=False, timeout=2 * MOST_SECONDS).returncode
+    except (OSError, subprocess.SubprocessError) as error:
+        return None, f"{type(error).__name__}: {error}"
+    if status in NOT_STARTED:
+        return None, f"the check cannot be started as {unit}, systemd's status {status}; journalctl has the reason"
+    return status, None
+
+
+def properties(shown: Iterable[str]) -> Iterator[str]:
+    """Yield what a transient unit needs to see what a service sees.
+
+    Args:
+        shown: Lines of `systemctl show` for the service.
+    """
+    yield f"RuntimeMaxSec={MOST_SECONDS}"
+    for line in shown:
+        name, _, value = line.partition("=")
+        if not value:
+            continue
+        if name in FOLDERS:  # they are the service's: a transient unit would remove some at its end
+            paths = " ".join(f"-{FOLDERS[name]}/{each.partition(':')[0]}" for each in value.split())
+            yield f"ReadWritePaths={paths}"
+        elif name == "EnvironmentFiles":
+            path, _, ignored = value.rpartition(" (ignore_errors=")
+            yield f"EnvironmentFile={'-' if ignored.startswith('yes') else ''}{path}"
+        elif name == "LoadCredential":
+            yield from (f"{name}={each}" for each in re.split(r"\s+", value))
+        elif name in TAKEN_OVER:
+            yield line
