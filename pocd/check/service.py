@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 BOOTED = Path("/run/systemd/system")  # is there while systemd runs this host: sd_booted(3)
 MOST_SECONDS = 120  # of the check, which ends by itself much sooner
 ASK_SECONDS = 10.0  # for an answer of the service manager
-NOT_STARTED = frozenset({200, 201, 203, 217, 226})  # systemd's own statuses: folder, priority, program, user, namespace
+NOT_STARTED = 200  # and above: systemd's own statuses, such as 203 for a program that cannot be run (systemd.exec(5))
 # What decides what a process may read, write and see; the rest of the unit does not change what a check finds.
 TAKEN_OVER = (
     *("User", "Group", "SupplementaryGroups", "UMask", "Environment", "EnvironmentFiles", "LoadCredential"),
@@ -23,7 +23,7 @@ TAKEN_OVER = (
     *("BindPaths", "BindReadOnlyPaths", "DevicePolicy", "DeviceAllow"),
 )
 FOLDERS = {"StateDirectory": "/var/lib", "CacheDirectory": "/var/cache", "RuntimeDirectory": "/run"}
-ASKED = ("LoadState", *TAKEN_OVER, *FOLDERS)
+ASKED = ("LoadState", "ExecStart", *TAKEN_OVER, *FOLDERS)
 
 
 def as_service(config: Path, command: Sequence[str]) -> tuple[int | None, str | None]:
@@ -36,21 +36,16 @@ def as_service(config: Path, command: Sequence[str]) -> tuple[int | None, str | 
     if not BOOTED.is_dir():
         return None, None
     try:
-        shown = subprocess.run(
-            ["systemctl", "show", f"--property={','.join(ASKED)}", unit],  # noqa: S607 - root's own PATH
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=ASK_SECONDS,
-        ).stdout
-        if "LoadState=loaded\n" not in shown:
+        ask = ["systemctl", "show", f"--property={','.join(ASKED)}", unit]
+        shown = subprocess.run(ask, capture_output=True, text=True, check=True, timeout=ASK_SECONDS).stdout  # noqa: S603 - no shell, root's own PATH
+        if "LoadState=loaded\n" not in shown or f" --config {config.absolute()} " not in shown:
             return None, None
         program = ["systemd-run", "--quiet", "--pipe", "--wait", "--collect", f"--description=check of {unit}"]
         options = [f"--property={each}" for each in properties(shown.splitlines())]
-        status = subprocess.run([*program, *options, *command], check=False, timeout=2 * MOST_SECONDS).returncode
+        status = subprocess.run([*program, *options, *command], check=False, timeout=2 * MOST_SECONDS).returncode  # noqa: S603 - no shell
     except (OSError, subprocess.SubprocessError) as error:
         return None, f"{type(error).__name__}: {error}"
-    if status in NOT_STARTED:
+    if status >= NOT_STARTED:
         return None, f"the check cannot be started as {unit}, systemd's status {status}; journalctl has the reason"
     return status, None
 

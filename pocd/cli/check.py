@@ -27,8 +27,8 @@ def check(
     """Look for what keeps this host from mining and delivering; each red line comes with its remedy.
 
     It changes nothing, and may be run beside the daemon. Run by root it checks as the systemd service of this
-    configuration, with its user, environment and view of files; else as the caller. Exit status: 0 where nothing is red,
-    1 where something is, 78 where the configuration cannot be used at all.
+    configuration, with its user, environment and view of files; else as the caller. Exit status: 0 where nothing is
+    red, 1 where something is, 78 where the configuration cannot be used at all.
     """
     from pocd.check import report
     from pocd.check.finding import Level, red, yellow
