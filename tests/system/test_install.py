@@ -17,7 +17,6 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,6 +26,7 @@ import pytest
 from pocd.config.settings import load
 from tests.support.delivering import serving
 from tests.support.processes import Chain, running
+from tests.support.wheels import rebuild
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,16 +53,6 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "PIP_NO_INDEX": "1",
         "PIP_FIND_LINKS": str(wheels),
     }
-
-
-def rebuild(name: str, folder: Path) -> None:
-    """Make the wheel of an installed package of plain Python again."""
-    package = metadata.distribution(name)
-    made = folder / f"{name.replace('-', '_')}-{package.version}-py3-none-any.whl"
-    with zipfile.ZipFile(made, "w") as archive:
-        for file in package.files or []:
-            if file.suffix != ".pyc":
-                archive.write(str(file.locate()), str(file))
 
 
 @pytest.fixture(scope="module")
