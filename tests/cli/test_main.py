@@ -182,6 +182,17 @@ def test_a_configuration_that_may_not_be_read_is_a_line_with_the_remedy(config: 
     assert "--token-file" in reason
 
 
+def test_the_last_line_is_an_error_in_the_journal(tmp_path: Path) -> None:
+    sink = tmp_path / "stderr"
+    with sink.open("wb") as stream:
+        found = os.fstat(stream.fileno())
+        journal = {"JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino}"}
+        subprocess.run(
+            [*POCD, "run", "--config", tmp_path / "no"], stderr=stream, env=ENVIRONMENT | journal, check=False
+        )
+    assert sink.read_text().startswith(f"<3>pocd: {tmp_path / 'no'} does not exist")
+
+
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_standard_streams_do_no_harm(config: Path, closed: str) -> None:
     assert (

@@ -107,7 +107,7 @@ def configure(host: Container) -> None:
     write(host, "/etc/systemd/system/pocd@bad.service.d/test.conf", DROP_IN + OF_MISTAKES)
     host.shell(f"""
 chmod 0600 /etc/pocd/token /etc/pocd/receiver-secret
-useradd --no-create-home --groups pocd operator
+useradd --no-create-home --groups pocd alice
 systemctl daemon-reload
 run() {{ systemd-run --quiet --unit="$1" --setenv=PYTHONPATH={LENT} /opt/pocd/bin/pocd "${{@:2}}"; }}
 run chain devchain --block-seconds 60
@@ -153,19 +153,19 @@ def test_the_service_starts_with_the_host_and_delivers(host: Container) -> None:
 
 def test_who_is_in_the_group_types_commands_as_they_are(host: Container) -> None:
     write(host, "/run/token", "a-token")
-    host.shell("chown operator /run/token")
-    done = host.run("pocd", "status", "--token-file", "/run/token", user="operator")
+    host.shell("chown alice /run/token")
+    done = host.run("pocd", "status", "--token-file", "/run/token", user="alice")
     assert (done.returncode, done.stderr) == (0, "")
-    done = host.run("pocd", "config", "check", user="operator")
+    done = host.run("pocd", "config", "check", user="alice")
     expected = "credential:token, credential:receiver-secret, which only pocd.service can read"
     assert done.stdout == f"/etc/pocd/pocd.toml: good, but for {expected}\n", done.stderr
     # The store is not theirs to read: the daemon copies it.
     copy = ("pocd", "outbox", "backup", "--token-file", "/run/token", "/var/lib/pocd/copy.db")
-    assert host.run(*copy, user="operator").stdout.startswith("/var/lib/pocd/copy.db: ")
+    assert host.run(*copy, user="alice").stdout.startswith("/var/lib/pocd/copy.db: ")
 
 
 @pytest.mark.parametrize(
-    ("user", "hint"), [("operator", "a command needs sudo, or --token-file FILE"), ("nobody", "join the group pocd")]
+    ("user", "hint"), [("alice", "a command needs sudo, or --token-file FILE"), ("nobody", "join the group pocd")]
 )
 def test_who_may_not_is_told_in_one_line_what_to_do(host: Container, user: str, hint: str) -> None:
     done = host.run("pocd", "status", user=user)
