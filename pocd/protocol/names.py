@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import re
+import stat
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -46,11 +48,22 @@ def check_device(name: str) -> None:
         raise InputError(f"device {name!r} is unknown; allowed are: cpu, cuda, cuda:N")
 
 
+def _is_file(path: Path) -> bool:
+    """Tell whether a file is there; a folder that may not be looked into raises, in every version of Python."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except OSError as error:
+        if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}:
+            return False
+        raise
+
+
 def resolve(name: str, revision: str | None = None) -> str:
     """Turn a configured name into what transformers loads: a local path or a hub id.
 
     Raises:
         ModelError: The bundled model or local path does not exist, or has a revision.
+        OSError: The local path cannot be looked at.
     """
     is_local = name.startswith(("bundled:", "/", "./", "../", "~"))
     if is_local and revision is not None:
@@ -63,7 +76,7 @@ def resolve(name: str, revision: str | None = None) -> str:
         return str(path)
     if is_local:
         path = Path(name).expanduser()
-        if not (path / "config.json").is_file():
+        if not _is_file(path / "config.json"):
             raise ModelError(f"model {name!r}: there is no {path / 'config.json'}; give a model's folder")
         return str(path)
     return name

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from pocd.config.settings import ConfigError, Settings, load
+from pocd.config.settings import ConfigError, Settings, check_model, load
 from pocd.config.shown import to_toml
 
 if TYPE_CHECKING:
@@ -433,6 +433,15 @@ def test_credentials_are_never_shown(tmp_path: Path) -> None:
     assert SECRET not in shown
     assert 'urls = ["http://***@chain.example:26657/rpc"]' in shown
     assert 'url = "https://***@receiver.example"' in shown
+
+
+@pytest.mark.parametrize("name", ["no", "loop/model", "x" * 300, "file/model"])
+def test_a_models_folder_that_cannot_be_one_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "file").touch()
+    settings = load(written(tmp_path, f"{GOOD}[model]\nname = '{tmp_path / name}'\n"))
+    with pytest.raises(ConfigError, match=r"^model\.name: "):
+        check_model(settings)
 
 
 # Secrets by credential, and keys of one kind of chain.
