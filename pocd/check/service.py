@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ ASK_SECONDS = 10.0  # for an answer of the service manager
 NOT_STARTED = 200  # and above: systemd's own statuses, such as 203 for a program that cannot be run (systemd.exec(5))
 # What decides what a process may read, write and see; the rest of the unit does not change what a check finds.
 TAKEN_OVER = (
-    *("User", "Group", "SupplementaryGroups", "UMask", "Environment", "EnvironmentFiles", "LoadCredential"),
+    *("User", "Group", "SupplementaryGroups", "UMask", "Environment", "EnvironmentFiles"),
     *("ProtectHome", "ProtectSystem", "ReadWritePaths", "ReadOnlyPaths", "InaccessiblePaths", "PrivateTmp"),
     *("BindPaths", "BindReadOnlyPaths", "DevicePolicy", "DeviceAllow"),
 )
@@ -36,18 +35,24 @@ def as_service(config: Path, command: Sequence[str]) -> tuple[int | None, str | 
     if not BOOTED.is_dir():
         return None, None
     try:
-        ask = ["systemctl", "show", f"--property={','.join(ASKED)}", unit]
-        shown = subprocess.run(ask, capture_output=True, text=True, check=True, timeout=ASK_SECONDS).stdout  # noqa: S603 - no shell, root's own PATH
+        shown = _ask("show", f"--property={','.join(ASKED)}", unit)
         if "LoadState=loaded\n" not in shown or f" --config {config.absolute()} " not in shown:
             return None, None
+        found = [*properties(shown.splitlines()), *credentials(_ask("cat", unit).splitlines(), unit)]
         program = ["systemd-run", "--quiet", "--pipe", "--wait", "--collect", f"--description=check of {unit}"]
-        options = [f"--property={each}" for each in properties(shown.splitlines())]
+        options = [f"--property={each}" for each in found]
         status = subprocess.run([*program, *options, *command], check=False, timeout=2 * MOST_SECONDS).returncode  # noqa: S603 - no shell
     except (OSError, subprocess.SubprocessError) as error:
         return None, f"{type(error).__name__}: {error}"
     if status >= NOT_STARTED:
         return None, f"the check cannot be started as {unit}, systemd's status {status}; journalctl has the reason"
     return status, None
+
+
+def _ask(*question: str) -> str:
+    """Return what the service manager answers."""
+    command = ["systemctl", *question]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=ASK_SECONDS).stdout  # noqa: S603 - no shell, root's own PATH
 
 
 def properties(shown: Iterable[str]) -> Iterator[str]:
@@ -67,7 +72,21 @@ def properties(shown: Iterable[str]) -> Iterator[str]:
         elif name == "EnvironmentFiles":
             path, _, ignored = value.rpartition(" (ignore_errors=")
             yield f"EnvironmentFile={'-' if ignored.startswith('yes') else ''}{path}"
-        elif name == "LoadCredential":
-            yield from (f"{name}={each}" for each in re.split(r"\s+", value))
         elif name in TAKEN_OVER:
             yield line
+
+
+def credentials(written: Iterable[str], unit: str) -> list[str]:
+    """Return a service's LoadCredential= settings, which `systemctl show` cannot print.
+
+    Args:
+        written: Lines of the unit's files, in their order.
+        unit: The service's name.
+    """
+    instance = unit.partition("@")[2].removesuffix(".service")
+    found: list[str] = []
+    for line in written:
+        name, _, value = line.partition("=")
+        if name == "LoadCredential":
+            found = [*found, f"{name}={value.replace('%i', instance)}"] if value else []
+    return found

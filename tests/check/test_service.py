@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pocd.check.service import BOOTED, as_service, properties
+from pocd.check.service import BOOTED, as_service, credentials, properties
 
 # As `systemctl show` of systemd 252 prints them, for an instance with drop-ins.
 SHOWN = """\
@@ -17,7 +17,6 @@ UMask=0077
 Environment=HF_HOME=/var/cache/pocd/huggingface "POCD_MODEL__NAME=/srv/a model"
 EnvironmentFiles=/etc/pocd/env (ignore_errors=no)
 EnvironmentFiles=/etc/pocd/more (ignore_errors=yes)
-LoadCredential=token:/etc/pocd/token receiver-secret:/etc/pocd/secret
 ProtectHome=yes
 ProtectSystem=strict
 ReadWritePaths=/srv/store
@@ -38,8 +37,6 @@ def test_a_check_sees_what_the_service_sees_and_owns_none_of_its_folders() -> No
         'Environment=HF_HOME=/var/cache/pocd/huggingface "POCD_MODEL__NAME=/srv/a model"',
         "EnvironmentFile=/etc/pocd/env",
         "EnvironmentFile=-/etc/pocd/more",
-        "LoadCredential=token:/etc/pocd/token",
-        "LoadCredential=receiver-secret:/etc/pocd/secret",
         "ProtectHome=yes",
         "ProtectSystem=strict",
         "ReadWritePaths=/srv/store",
@@ -48,6 +45,13 @@ def test_a_check_sees_what_the_service_sees_and_owns_none_of_its_folders() -> No
         "ReadWritePaths=-/var/cache/pocd",
         "ReadWritePaths=-/run/pocd-a",
     ]
+
+
+def test_its_credentials_are_those_of_the_last_files_for_this_instance() -> None:
+    written = ["[Service]", "#LoadCredential=no:/no", "LoadCredential=old:/old", "LoadCredential="]
+    written += ["LoadCredential=token:/etc/pocd/%i.token", "LoadCredential=secret:/etc/pocd/secret"]
+    expected = ["LoadCredential=token:/etc/pocd/a.token", "LoadCredential=secret:/etc/pocd/secret"]
+    assert credentials(written, "pocd@a.service") == expected
 
 
 @pytest.mark.skipif(BOOTED.is_dir(), reason="systemd runs here")

@@ -18,16 +18,17 @@ if TYPE_CHECKING:
 
 PROGRAMS = ("systemd-nspawn", "unshare", "nsenter", "mount")
 BOOT_SECONDS = 120.0
-# The root is this machine's, with what is written above it; no service of this machine is started in it.
+# The root is this machine's, with what is written above it. Of this machine's services it starts none: its target is
+# below those that they belong to.
 SCRIPT = """
 mount -t tmpfs -o mode=755 tmpfs "$FOLDER"
 mkdir "$FOLDER/upper" "$FOLDER/work" "$ROOT"
 mount -t overlay overlay -o "lowerdir=/,upperdir=$FOLDER/upper,workdir=$FOLDER/work" "$ROOT"
-rm -rf "$ROOT"/etc/systemd/system/*.wants "$ROOT"/etc/fstab "$ROOT"/etc/machine-id
+rm -rf "$ROOT"/etc/systemd/system/*.wants "$ROOT"/etc/fstab "$ROOT"/etc/machine-id  # sockets and timers too
 rm -rf "$ROOT"/opt/pocd "$ROOT"/etc/pocd "$ROOT"/var/lib/pocd "$ROOT"/var/cache/pocd
 for group in $GROUPS_OF_ITS_OWN; do mkdir "$group"; echo $$ >"$group/cgroup.procs"; done
 exec systemd-nspawn --boot --quiet --directory="$ROOT" --register=no --keep-unit --private-network --console=pipe \
-  --machine=pocd-test --link-journal=no "$@"
+  --machine=pocd-test --link-journal=no "$@" systemd.unit=basic.target
 """
 
 
