@@ -56,8 +56,12 @@ def read_token(file: Path | None, config: Path) -> str | None:
         token = path.read_text().strip()
     except CredentialError as error:
         raise CredentialError(f"admin.token_file: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"admin.token_file {path} cannot be read: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"admin.token_file {path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"admin.token_file {path} cannot be read: {error}"
+        ) from None  # the cause has the file's bytes
     if not token or not token.isascii():
         raise ConfigError(f"admin.token_file {path} must hold one token of ASCII characters")
     return token
@@ -76,7 +80,7 @@ def read_keys(file: Path | None, config: Path, receiver: str) -> WebhookKeys | N
     except CredentialError as error:
         raise CredentialError(f"delivery.receivers, {receiver}: {error}") from None
     except SecretError as error:
-        raise ConfigError(f"delivery.receivers, {receiver}: {error}") from None
+        raise ConfigError(f"delivery.receivers, {receiver}: {error}") from error
 
 
 def check_secrets(settings: Settings, config: Path) -> list[str]:

@@ -10,9 +10,11 @@ import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pocd.config.settings import ConfigError, Settings, check_model, load
+from pocd.config.model import check_model
+from pocd.config.settings import ConfigError, Settings, load
 from pocd.daemon.compose import make_receivers
 from pocd.observe import logs
+from pocd.process import EndedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -113,7 +115,7 @@ class Reloader:
         difference, problem = Difference((), ()), None
         try:
             difference = await self._apply()
-        except ConfigError as error:
+        except (ConfigError, EndedError) as error:
             problem = str(error)
         if problem is not None:
             parts.log.error("configuration is not good, nothing was changed", action="reload_refused", cause=problem)
@@ -126,6 +128,7 @@ class Reloader:
 
         Raises:
             ConfigError: The configuration, or a file that it names, is not good; nothing was changed.
+            EndedError: There is nothing yet where the model should be; nothing was changed.
         """
         parts = self._parts
         new = load(self._path)

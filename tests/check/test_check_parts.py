@@ -230,7 +230,7 @@ def test_a_read_only_folder_and_files_of_another_user(open_folder: Path) -> None
     path.chmod(0o666)
     exposed = store.check_store(path, None)
     assert (exposed.level, exposed.remedy) == (Level.YELLOW, f"chmod o-w {open_folder}")
-    assert "every user of this host can write" in exposed.text
+    assert "every user of this host may write" in exposed.text
     wal = secret_file(open_folder / "outbox.db-wal", "", 0o444)
     with unprivileged():
         finding = store.check_store(path, None)
