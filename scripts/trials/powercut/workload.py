@@ -23,6 +23,7 @@ from pocd.store import deliveries, selections, upkeep, validations
 from pocd.store.backup import back_up
 from pocd.store.batches import form_batches, register_callback
 from pocd.store.outbox import Outbox, Weights, Work
+from pocd.store.rounds import recent_rounds, reinstate_round, replace_round
 from pocd.store.selections import Selection, SetAsideState
 from scripts.trials.powercut.verdict import MARKS, STORE, content
 
@@ -66,7 +67,7 @@ class Life:
         self._marks = marks
         self._now = NOW
         self._outbox = self._opened()
-        self._height = max((known.block_height for known in self._outbox.recent_rounds(1)), default=100)
+        self._height = max((known.block_height for known in recent_rounds(self._outbox, 1)), default=100)
         self._round = self._next_round()
 
     def _opened(self) -> Outbox:
@@ -137,7 +138,9 @@ class Life:
         self._round = self._next_round()
 
     def _reorganise(self) -> None:
-        self._outbox.replace_round(self._round, "replaced", withdraw=True, now=self._now)
+        replace_round(self._outbox, self._round, "replaced", withdraw=True, now=self._now)
+        if self._chance.random() < 0.5:
+            reinstate_round(self._outbox, self._round, self._now)
 
     def _operate(self) -> None:
         state = self._chance.choice(SET_ASIDE)
