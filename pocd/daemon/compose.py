@@ -41,6 +41,7 @@ from pocd.worker.messages import Load
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     import aiohttp
     from structlog.typing import FilteringBoundLogger
