@@ -102,13 +102,13 @@ class _Connector(aiohttp.TCPConnector):
         certificate: Callable[[float], None] | None,
     ) -> None:
         super().__init__(resolver=resolver, socket_factory=socket_factory, force_close=True)
-        self._factory = partial(_Connection, certificate, loop=self._loop)  # type: ignore[assignment] # a subclass will do
+        self._factory = partial(_Connection, loop=self._loop, certificate=certificate)  # type: ignore[assignment] # a subclass will do
 
 
 class _Connection(ResponseHandler):
     """Aiohttp's side of a connection, which is closed by an answer that comes before the request."""
 
-    def __init__(self, certificate: Callable[[float], None] | None, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, certificate: Callable[[float], None] | None = None) -> None:
         super().__init__(loop)
         self._certificate = certificate
 

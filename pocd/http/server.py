@@ -40,6 +40,7 @@ class Bounds:
         body: Seconds for a request's body.
         answer: Seconds in which a client has to take an answer, unless its handler streams it.
         bodies: Bytes of all large bodies that are being received or worked on.
+        body_grace: Seconds after which a large body that has not arrived yet makes room for another one.
     """
 
     connections: int = 256
@@ -48,6 +49,7 @@ class Bounds:
     body: float = 30.0
     answer: float = 30.0
     bodies: int = 128 * 2**20
+    body_grace: float = 5.0
 
 
 DEFAULT_BOUNDS = Bounds()
@@ -210,6 +212,8 @@ class _Protocol(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Answer malformed HTTP, which reaches no middleware and no log, and failures on our side."""
+        if isinstance(exc, ConnectionError):
+            return web.Response(status=400)  # nobody gets it: the client has gone before it was told to continue
         if status < 500:
             error = RefusalError(status, "malformed_request", (message or "this is not HTTP").partition("\n")[0])
         else:
@@ -235,7 +239,7 @@ class _Connections:
         self._bounds = bounds
         self._open: dict[asyncio.Protocol, asyncio.Transport] = {}
         self._waiting: dict[asyncio.Protocol, asyncio.TimerHandle | None] = {}  # the one that waits longest is first
-        self._bodies: dict[asyncio.Protocol, int] = {}  # bytes of large bodies, as announced
+        self._bodies: dict[asyncio.Protocol, tuple[int, float]] = {}  # bytes of large bodies, and when they began
 
     def made(self, http: asyncio.Protocol, transport: asyncio.Transport) -> bool:
         """Accept a new connection, if need be in place of the one that waits longest; False where none waits."""
@@ -301,18 +305,19 @@ class _Connections:
         return await handler(request)
 
     def _make_room(self, request: web.Request) -> None:
-        """Count a large body, if need be in place of the one whose client has kept us waiting longest for it."""
+        """Count a large body, if need be in place of one whose client has kept us waiting for it too long."""
         most = request.client_max_size
         size = most if request.content_length is None else min(request.content_length, most)
         if size <= LARGE_BODY:
             return
-        while sum(self._bodies.values()) + size > self._bounds.bodies:
-            longest = next((http for http in self._waiting if http in self._bodies), None)
-            if longest is None:
+        now = asyncio.get_running_loop().time()
+        while sum(each for each, _ in self._bodies.values()) + size > self._bounds.bodies:
+            longest = next((http for http in self._bodies if http in self._waiting), None)  # the first began first
+            if longest is None or now - self._bodies[longest][1] < self._bounds.body_grace:
                 message = f"large bodies of {self._bounds.bodies} bytes in all are being worked on; try again later"
                 raise RefusalError(503, "too_many_bodies", message, headers={"Retry-After": "1"})
             self._drop(longest)
-        self._bodies[request.protocol] = size
+        self._bodies[request.protocol] = size, now
 
     async def _write(self, request: web.Request, response: web.Response) -> None:
         """Write an answer, and end a connection whose client does not take it."""

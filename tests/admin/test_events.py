@@ -248,7 +248,7 @@ async def test_one_address_leaves_places_for_others() -> None:
 async def test_a_client_that_resets_its_stream_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
     async with Served().running() as served:
         where = ("127.0.0.1", int(served.url.split(":")[2].partition("/")[0]))
-        for _ in range(10):
+        for _ in range(3):
             served.events.publish("state", state="IDLE")
             with socket.create_connection(where) as client:
                 client.sendall(b"GET /api/v1/pow/events?latest=1024 HTTP/1.1\r\nHost: x\r\n\r\n")

@@ -210,7 +210,7 @@ async def test_bodies_that_do_not_come_keep_nobody_out() -> None:
         assert await client.answer() == (200, 0)
 
 
-async def test_large_bodies_are_bounded_in_all_and_the_one_that_waits_longest_goes() -> None:
+async def test_large_bodies_are_bounded_in_all_and_one_that_does_not_come_makes_room() -> None:
     began, release = asyncio.Queue[None](), asyncio.Event()
 
     async def take(request: web.Request) -> web.Response:
@@ -223,27 +223,37 @@ async def test_large_bodies_are_bounded_in_all_and_the_one_that_waits_longest_go
     body = b"x" * 100_000
     head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n"
     server = Server()
-    bounds = replace(PATIENT, bodies=250_000)
+    bounds = replace(PATIENT, bodies=250_000, body_grace=0.0)
     with server._clients:
         async with listening(app, "127.0.0.1", 0, shutdown_timeout=0.1, bounds=bounds) as url:
             server.port = int(url.rpartition(":")[2])
-            busy, stalled, second, small, refused = [await server.connect() for _ in range(5)]
-            await busy.send(head + body)
-            await soon(began.get())
-            await stalled.send(head + b"half")  # is waited for, until its place is another's
-            await second.send(head + body)
-            await soon(began.get())
+            stalled, busy, second, small, refused = [await server.connect() for _ in range(5)]
+            await stalled.send(head + b"half")
+            for each in (busy, second):
+                await each.send(head + body)
+                await soon(began.get())
             await small.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
             await soon(began.get())  # small ones are not counted
-            await refused.send(head + body)
-            assert (await refused.answer())[1]["error"]["code"] == "too_many_bodies"
+            await refused.send(head)
+            status, answer = await refused.answer()
+            assert (status, answer["error"]["code"]) == (503, "too_many_bodies")
             release.set()
             for each, size in ((busy, 100_000), (second, 100_000), (small, 2)):
                 assert await each.answer() == (200, size)
-            assert await stalled.rest() == b""
+            assert await stalled.rest() == b""  # it made room for the second
             again = await server.connect()
             await again.send(head + body)
             assert await again.answer() == (200, 100_000)
+
+
+async def test_a_client_that_goes_before_it_is_told_to_continue_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    async with Server().served() as server:
+        for _ in range(30):
+            client = await server.connect()
+            await client.send(b"POST / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n")
+            client.opened.shutdown(socket.SHUT_WR)
+            await client.rest()
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 # How long.
