@@ -17,10 +17,11 @@ from pocd.check.model import Place
 from pocd.check.probe import Probe, probe
 from pocd.check.receivers import check_receiver
 from pocd.clock import SYSTEM, Clock
+from pocd.config.secrets import read_keys
+from pocd.config.settings import ConfigError
 from pocd.delivery.policy import certificate_problem
 from pocd.delivery.posting import Receiver
 from pocd.http.client import open_session
-from pocd.http.webhooks import SecretError, WebhookKeys
 from pocd.observe.mask import mask_url
 from pocd.pool import cards
 from pocd.pool.cards import NoDriverError
@@ -77,7 +78,7 @@ async def check_host(
             "disk space": (_space(settings), local),
             "chain": (_chain(held, settings, clock, limits.call), 3 * limits.call),
             **{
-                f"receiver {each.name}": (_receiver(each, clock, limits.call), 2 * limits.call)
+                f"receiver {each.name}": (_receiver(each, config, clock, limits.call), 2 * limits.call)
                 for each in settings.delivery.receivers
             },
             "admin API": (_api(held, settings, limits.call), local + limits.call),
@@ -176,10 +177,10 @@ async def _chain(held: asyncio.Task[int | None], settings: Settings, clock: Cloc
     return found + [yellow("chain", f"{mask_url(url)}: {text}", remedy) for url, text in expiring.items() if text]
 
 
-async def _receiver(configured: ReceiverSettings, clock: Clock, limit: float) -> list[Finding]:
+async def _receiver(configured: ReceiverSettings, config: Path, clock: Clock, limit: float) -> list[Finding]:
     try:
-        keys = WebhookKeys.from_file(configured.secret_file) if configured.secret_file else None
-    except SecretError:
+        keys = read_keys(configured.secret_file, config, configured.name)
+    except ConfigError:
         text = "not asked: its secret_file cannot be used"
         return [yellow(f"receiver {configured.name}", text, "mend the secret first, see above")]
     receiver = Receiver(configured.name, configured.url, keys)

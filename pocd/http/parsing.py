@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,16 +22,19 @@ Parsed = TypeVar("Parsed", bound=BaseModel)
 T = TypeVar("T")
 
 MOST_NAMES = 4096  # of fields, and as many lists and objects, in a large body: no body of ours has more than dozens
-_apart = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bodies")
+_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bodies")
+_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
 
 
 async def apart(work: Callable[[], T]) -> T:
     """Run work on a large body in the one thread for that, and return its result.
 
-    One piece at a time, in the order in which they came: the loop gets a turn between any two of them, and during one
-    wherever it lets go of the interpreter's lock.
+    One piece at a time, in the order in which they came, each begun by the loop: so the loop gets a turn between any
+    two of them, though each may keep the interpreter's lock from its begin to its end.
     """
-    return await asyncio.get_running_loop().run_in_executor(_apart, work)
+    loop = asyncio.get_running_loop()
+    async with _turns.setdefault(loop, asyncio.Lock()):
+        return await loop.run_in_executor(_thread, work)
 
 
 def refuse_shape(raw: bytes, most_values: int) -> None:
