@@ -162,6 +162,14 @@ class DaemonCollector(Collector):
         alarm = GaugeMetricFamily(
             "pocd_receiver_alarm", "1 while the receiver has a problem that only a person can solve.", labels=labels
         )
+        certificate = GaugeMetricFamily(
+            "pocd_receiver_certificate_expiry_timestamp_seconds",
+            "When the receiver's certificate expires, where it has one.",
+            labels=labels,
+        )
+        for dispatcher in self._parts.receivers:
+            if dispatcher.certificate_expires is not None:
+                certificate.add_metric([dispatcher.receiver.name], dispatcher.certificate_expires)
         for each in status.receivers(self._parts):
             for state in ("pending", "dead", "expired", "withdrawn"):
                 held.add_metric([each.name, state], getattr(each, f"{state}_batches"))
@@ -169,7 +177,7 @@ class DaemonCollector(Collector):
             accepted.add_metric([each.name], each.delivered_batches)
             failures.add_metric([each.name], each.failures_in_a_row)
             alarm.add_metric([each.name], int(each.alarm is not None))
-        yield from (held, waiting, accepted, failures, alarm)
+        yield from (held, waiting, accepted, failures, alarm, certificate)
 
 
 def registry(parts: Parts) -> CollectorRegistry:
