@@ -121,7 +121,7 @@ class DaemonCollector(Collector):
             ready.add_metric(name, int(worker.ready))
             for cause in Cause:
                 restarts.add_metric([*name, cause], worker.causes[cause])
-            alarm.add_metric(name, int(worker.alarm is not None))
+            alarm.add_metric(name, int(worker.alarm is not None and not worker.ready))
             size.add_metric(name, worker.batch_size)
             computed.add_metric(name, worker.computed)
             if worker.info is not None:

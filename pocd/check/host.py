@@ -7,6 +7,7 @@ import contextlib
 import os
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from pocd.chain.make import CHAIN_TIMEOUT, confirmations_of, make_sources
@@ -17,6 +18,7 @@ from pocd.check.model import Place
 from pocd.check.probe import Probe, probe
 from pocd.check.receivers import check_receiver
 from pocd.clock import SYSTEM, Clock
+from pocd.compute.toolchain import find_lack
 from pocd.config.secrets import read_keys
 from pocd.config.settings import ConfigError
 from pocd.delivery.policy import certificate_problem
@@ -25,10 +27,10 @@ from pocd.http.client import open_session
 from pocd.observe.mask import mask_url
 from pocd.pool import cards
 from pocd.pool.cards import NoDriverError
+from pocd.pool.pool import cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
-    from pathlib import Path
 
     from pocd.config.settings import ReceiverSettings, Settings
 
@@ -70,6 +72,7 @@ async def check_host(
         checks = {
             "secrets": (in_thread(partial(files.check_secrets, settings, config)), local),
             "torch": (_torch(seen, settings), long),
+            "compiler": (_compiler(settings), local),
             "driver": (_driver(settings), local),
             "gpu memory": (_cards(seen, held, settings), long),
             "model": (_model(place, seen, settings), long),
@@ -118,6 +121,14 @@ async def _torch(seen: asyncio.Task[Probe], settings: Settings) -> list[Finding]
 
 async def _model(place: asyncio.Task[Place], seen: asyncio.Task[Probe], settings: Settings) -> list[Finding]:
     return [model.check(await place, await seen, settings.model)]
+
+
+async def _compiler(settings: Settings) -> list[Finding]:
+    device = "cuda" if devices.needs_cuda(settings.model) else "cpu"
+    cache = os.environ.get("TRITON_CACHE_DIR") or cache_folder(settings)
+    lack = await in_thread(partial(find_lack, device, os.environ, cache=Path(cache)))
+    finding = devices.check_compiler(lack, settings.model, settings.worker.compile)
+    return [finding] if finding else []
 
 
 async def _driver(settings: Settings) -> list[Finding]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from pocd.protocol.names import Compile, Dtype
 
-FailureKind = Literal["configuration", "device", "memory", "fault", "crash"]
+FailureKind = Literal["configuration", "device", "memory", "fault", "capture", "crash"]
 LARGEST_FRAME = 16 * 2**20  # bytes
 _LENGTH = struct.Struct(">I")
 
@@ -31,10 +31,12 @@ class Load:
         devices: The devices of the worker, one for each of its ranks.
         scheme: Name of the scheme that is mined.
         seq_len: Length of a sequence, in tokens.
-        batch_size: Nonces per batch; where `shrink` is set, at most.
-        shrink: Whether the batch size is halved until it fits into memory.
+        batch_size: Nonces per batch; where `is_auto` is set, at most.
+        is_auto: Whether the worker finds the batch size, by time and memory.
         revision: The model's revision on its hub; None for the newest.
         compile: Whether the model is compiled: "auto", "always" or "never".
+        capture: Whether what was compiled is captured as a CUDA graph; a life in which that failed is the last to try.
+        cards: The names by which CUDA is shown the cards of `devices` alone; empty on the CPU.
         rank: Which of the worker's processes the receiver is; rank 0 leads.
         rendezvous: The folder in which the ranks of a split model find one another.
     """
@@ -45,9 +47,11 @@ class Load:
     scheme: str
     seq_len: int
     batch_size: int
-    shrink: bool = False
+    is_auto: bool = False
     revision: str | None = None
     compile: Compile = "auto"
+    capture: bool = True
+    cards: tuple[str, ...] = ()
     rank: int = 0
     rendezvous: str | None = None
 
@@ -55,6 +59,11 @@ class Load:
     def device(self) -> str:
         """The device of this rank."""
         return self.devices[self.rank]
+
+    @property
+    def own_device(self) -> str:
+        """The device of this rank as its own process names it: that sees no cards but the worker's."""
+        return f"cuda:{self.rank}" if self.cards else self.device
 
     @property
     def is_split(self) -> bool:
@@ -108,7 +117,7 @@ class Ready:
         execution_reason: Why a batch is run so.
         load_seconds: How long it took to load the model.
         compile_seconds: How long it took to compile the model.
-        batch_size: Nonces per batch, as many as fit into memory.
+        batch_size: Nonces per batch, as configured or found.
         longest_seq_len: The longest sequence that the model's positions allow, in tokens.
         torch: Version of torch.
     """
@@ -151,7 +160,8 @@ class Failed:
     Attributes:
         kind: "configuration": the worker cannot work as configured. "device": its device is not there. "memory": a
             batch does not fit into the device's memory. "fault": the device, its driver or another rank failed.
-            "crash": something else did, such as a file that could not be made, which may pass.
+            "capture": a batch could not be captured as a CUDA graph, which the next process is to leave out. "crash":
+            something else did, such as a file that could not be made, which may pass.
         message: The reason, for people.
     """
 
@@ -245,7 +255,7 @@ def _decode(body: bytes) -> Message:
     if kind in {Compute, Recompute}:
         fields["round"] = Round(**fields["round"])
     if kind is Load:
-        fields["devices"] = tuple(fields["devices"])
+        fields |= {name: tuple(fields[name]) for name in ("devices", "cards")}
     message: Message = kind(**fields)
     return message
 

@@ -12,7 +12,7 @@ from pocd.protocol.errors import ComputeError, DeviceError
 from pocd.protocol.names import DTYPES, Dtype
 from pocd.protocol.schemes import SCHEMES
 from pocd.worker.messages import Load
-from pocd.worker.self_test import check_known, check_shape, read_known
+from pocd.worker.self_test import check_known, fit, read_known
 from tests.reference import plain, plain_families
 
 LOAD = Load("bundled:tiny-llama", "float32", ("cpu",), "poc2", 16, 8)
@@ -63,5 +63,5 @@ def test_a_batch_whose_rows_do_not_agree_with_one_alone_is_refused(monkeypatch: 
 
     monkeypatch.setattr(BlockRun, "distances", drifting)
     with pytest.raises(ComputeError, match=r"nonce 7 has distance .* in a batch and .* alone"):
-        check_shape(load_model(LOAD.model, dtype="float32", device="cpu"), LOAD, 8)
+        fit(load_model(LOAD.model, dtype="float32", device="cpu"), LOAD)
     assert asked == [8, 1]
