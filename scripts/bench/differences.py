@@ -14,7 +14,7 @@ counting nonces that are invalid (`Verdict` in docs/protocol.md section 5). `?` 
 With `--layers` it measures random weights of that many layers instead, hidden size 256: how far depth enlarges the
 validator's own error of the unit vector.
 
-It needs torch, transformers, numpy, scipy and rich, and a checkout: no installation.
+It needs torch, transformers, numpy, scipy, orjson and rich, and a checkout: no installation.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from pocd.protocol.schemes import Scheme
 
     Floats = NDArray[np.float64]
+    Indices = NDArray[np.int64]
     Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 RATE = 0.1
@@ -122,7 +123,8 @@ def reference_of(run: BlockRun) -> BlockRun:
 def rounded(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Round each row to whole multiples of its largest element / (2^(bits−1) − 1)."""
     step = values.abs().amax(dim=-1, keepdim=True).float() / (2 ** (bits - 1) - 1)
-    return ((values.float() / step.clamp_min(1e-30)).round() * step).to(values.dtype)
+    nearest: torch.Tensor = (values.float() / step.clamp_min(1e-30)).round() * step
+    return nearest.to(values.dtype)
 
 
 PRODUCTS: dict[str, Product] = {
@@ -137,13 +139,12 @@ PRODUCTS: dict[str, Product] = {
 def products(model: Model, product: Product) -> Iterator[Model]:
     """Let the layers' matrices multiply in another way while the context lasts."""
     matrices = [m for layer in model.by_layers.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
-    for matrix in matrices:
-        matrix.forward = lambda x, matrix=matrix: product(x, matrix.weight)
+    hooks = [m.register_forward_hook(lambda m, inputs, _output: product(inputs[0], m.weight)) for m in matrices]
     try:
         yield replace(model, decoder=model.by_layers)
     finally:
-        for matrix in matrices:
-            del matrix.forward
+        for hook in hooks:
+            hook.remove()
 
 
 def ways(run: BlockRun, count: int) -> Iterator[tuple[str, Results]]:
@@ -173,7 +174,7 @@ def ways(run: BlockRun, count: int) -> Iterator[tuple[str, Results]]:
 # Judging.
 
 
-def share(accused: Callable[[Floats], bool | None], among: Floats, size: int) -> float | None:
+def share(accused: Callable[[Indices], bool | None], among: Indices, size: int) -> float | None:
     """Return the share of random batches of `size` that are accused; None where there are too few, or undecidable."""
     generator = np.random.default_rng(size)
     if len(among) < size:
@@ -183,13 +184,13 @@ def share(accused: Callable[[Floats], bool | None], among: Floats, size: int) ->
     return sum(decided) / len(decided) if len(decided) > BATCHES / 2 else None
 
 
-def by_differences(claims: Floats, reference: Floats, own_errors: Floats) -> Callable[[Floats], bool | None]:
+def by_differences(claims: Floats, reference: Floats, own_errors: Floats) -> Callable[[Indices], bool | None]:
     """Return what tells whether a batch of some nonces is fraud, None where that is undecidable."""
     whole = judge_differences(claims.tolist(), reference, own_errors)
     law, allowed = honest_law(whole.numbers), whole.allowance**2 * own_errors
     claimed, blank = (np.array(errors) / allowed for errors in (whole.claimed_errors, whole.blank_errors))
 
-    def accused(some: Floats) -> bool | None:
+    def accused(some: Indices) -> bool | None:
         if compare(blank[some], law).probability >= whole.threshold:
             return None
         return compare(claimed[some], law).probability < whole.threshold
@@ -209,7 +210,7 @@ def judged(run: BlockRun, way: str, miner: Results, own: Results, reference: Res
     by_distances = by_differences(miner.distances[:, None], reference.distances[:, None], per_distance)
     by_projections = by_differences(claims, expected, mine)
 
-    def by_flips(some: Floats) -> bool:
+    def by_flips(some: Indices) -> bool:
         invalid = int((own.distances[some] >= r_target + tolerance).sum())
         return probability_honest(invalid, len(some), MISMATCH) < FRAUD_THRESHOLD
 

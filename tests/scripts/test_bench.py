@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,21 @@ def test_the_agreement_table_shows_that_all_within_a_dtype_keeps_its_tolerance()
     rough = rows["bfloat16", "bfloat16 and float32"]
     assert 1e-5 < rough["percentile_99"] <= rough["largest"] < 0.01
     assert 0.001 < rough["flipped"] < 0.1
+
+
+def test_ways_of_computing_lie_as_far_from_the_reference_as_they_are_cheap() -> None:
+    import torch
+
+    from pocd.protocol.schemes import SCHEMES
+    from scripts.bench.differences import compared
+    from scripts.bench.models import build
+
+    options = Namespace(nonces=32, seq_len=8, compiled=False)
+    model = build("bundled:tiny-qwen3", torch.bfloat16, torch.device("cpu"))
+    head, *rows = compared(model, SCHEMES["poc3"], options)
+    assert str(head).startswith("bundled:tiny-qwen3, poc3: own error")
+    found = {row.way: row for row in rows if not isinstance(row, str)}
+    assert found["another number of threads"].error == 1
+    assert 0.5 < found["transformers' layers"].error < 2
+    assert found["4-bit weights"].error > 5
+    assert [found[way].by_projections[0] for way in ("transformers' layers", "4-bit weights")] == [0, 1]
