@@ -9,7 +9,7 @@ miner's error of the vector that is compared with the target (or goes into the h
 *Spread*: the standard deviation of ln(miner's squared error / validator's) over nonces. *Accused*: of 1,000 batches
 drawn from the nonces, the share that is called fraud, by differences of distances (k = 1, only nonces that the miner
 finds valid at a rate of 10%), by differences of 12 random projections of the vector (k = 12, all nonces), and by
-counting nonces that are invalid (`Verdict` in docs/protocol.md section 5). `?` is undecidable.
+counting nonces that are invalid (`Verdict` in docs/protocol.md section 5). `?`: undecidable, or too few.
 
 With `--layers` it measures random weights of that many layers instead, hidden size 256: how far depth enlarges the
 validator's own error of the unit vector.
