@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -27,9 +26,7 @@ from pocd.config.types import (
     SecretFile,
     SocketPath,
 )
-from pocd.observe.mask import mask_url
-from pocd.protocol.errors import ModelError
-from pocd.protocol.names import Compile, Dtype, resolve
+from pocd.protocol.names import Compile, Dtype
 from pocd.protocol.numbers import MOST_NODES, Count, Index
 from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH, MOST_NONCES
 from pocd.protocol.schemes import SCHEMES
@@ -51,6 +48,9 @@ class ConfigError(Exception):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=_Section)
 
 
 class NodeSettings(_Section):
@@ -214,7 +214,14 @@ class LogSettings(_Section):
 
 
 class _Environment(EnvSettingsSource):
-    """Leaves a list that is not JSON as it is, so that validation names its key and variable."""
+    """The variables POCD_SECTION__KEY, and no others that begin so.
+
+    A list that is not JSON stays as it is, so that validation names its key and variable.
+    """
+
+    def __init__(self, settings_cls: type[BaseSettings]) -> None:
+        super().__init__(settings_cls)
+        self.env_vars = {name: value for name, value in self.env_vars.items() if "__" in name}
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:  # noqa: ANN401 - as overridden
         try:
@@ -291,14 +298,26 @@ def load_admin(path: Path, token_file: Path | None) -> AdminSettings:
     Raises:
         ConfigError: The file cannot be read, or its [admin] cannot be used.
     """
-    table = _read_toml(path).get("admin", {})
+    return _load_section(path, "admin", AdminSettings, {} if token_file is None else {"token_file": token_file})
+
+
+def load_store(path: Path) -> StoreSettings:
+    """Read where the store is: all that a command needs that copies it.
+
+    Raises:
+        ConfigError: The file cannot be read, or its [store] cannot be used.
+    """
+    return _load_section(path, "store", StoreSettings, {})
+
+
+def _load_section(path: Path, name: str, section: type[S], given: dict[str, Any]) -> S:
+    table = _read_toml(path).get(name, {})
     if not isinstance(table, dict):
-        raise ConfigError(f"{path}: admin: must be a table of keys")
-    given = {} if token_file is None else {"token_file": token_file}
+        raise ConfigError(f"{path}: {name}: must be a table of keys")
     try:
-        return AdminSettings(**table | _Environment(Settings)().get("admin", {}) | given)
+        return section(**table | _Environment(Settings)().get(name, {}) | given)
     except ValidationError as error:
-        found = [item | {"loc": ("admin", *item["loc"])} for item in error.errors()]
+        found = [item | {"loc": (name, *item["loc"])} for item in error.errors()]
         raise ConfigError("; ".join(_describe(item, path) for item in found)) from None
 
 
@@ -309,18 +328,27 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} does not exist; give --config FILE (config/pocd.toml shows every key)") from None
     except PermissionError:
         raise ConfigError(
-            f"{path} cannot be read by user {os.geteuid()}: give it to the group pocd (chgrp pocd, chmod 0640) and "
-            "join that group, or for a command that asks a running daemon, give --url and --token-file"
+            f"{path} cannot be read by user {os.geteuid()}: join the group pocd (usermod -aG pocd NAME, log in anew), "
+            "and let it read the file (chgrp pocd, chmod 0640); or where the command asks a running daemon, give --url "
+            "and --token-file"
         ) from None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
 
 
+def foreign_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return the variables that begin like ours but do not have the form POCD_SECTION__KEY.
+
+    They are others': Kubernetes gives every pod POCD_PORT=tcp://… and more where a Service is called pocd.
+    """
+    return sorted(name for name in environment if name.upper().startswith(ENV_PREFIX) and "__" not in name)
+
+
 def _refuse_unknown_environment(environment: Mapping[str, str]) -> None:
     for name in environment:
-        if not name.upper().startswith(ENV_PREFIX):
+        if not name.upper().startswith(ENV_PREFIX) or "__" not in name:
             continue
         section, _, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
         if name != name.upper() or section not in Settings.model_fields or not key:
@@ -351,45 +379,3 @@ def _source(location: tuple[int | str, ...], path: Path) -> str:
         return str(path)
     environment = f"environment {', '.join(variables)}"
     return environment if len(location) > 1 else f"{path} and {environment}"
-
-
-def check_model(settings: Settings) -> None:
-    """Check that the model exists, where that needs no loading: bundled, or a local folder.
-
-    Raises:
-        ConfigError: The model is not there.
-    """
-    try:
-        resolve(settings.model.name, settings.model.revision)
-    except ModelError as error:
-        raise ConfigError(f"model.name: {error}") from None
-    except PermissionError as error:
-        raise ConfigError(
-            f"model.name: {error.filename} cannot be read by user {os.geteuid()}: a service sees nothing under /home "
-            "and /root (ProtectHome=); put the model's folder elsewhere, such as in /srv, readable by that user"
-        ) from None
-
-
-def to_toml(settings: Settings) -> str:
-    """Return the configuration as TOML, credentials in URLs masked; unset keys are comments."""
-    lines: list[str] = []
-    for section, values in settings.model_dump(mode="json").items():
-        lines.append(f"[{section}]")
-        lines += [_toml_line(key, value) for key, value in values.items()]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _toml_line(key: str, value: object) -> str:
-    return f"# {key} is not set" if value is None else f"{key} = {_toml_value(value)}"
-
-
-def _toml_value(value: object) -> str:
-    if isinstance(value, dict):
-        pairs = (f"{key} = {_toml_value(item)}" for key, item in value.items() if item is not None)
-        return f"{{ {', '.join(pairs)} }}"
-    if isinstance(value, list):
-        return f"[{', '.join(_toml_value(item) for item in value)}]"
-    # JSON's strings, numbers and booleans are TOML's.
-    text = orjson.dumps(mask_url(value) if isinstance(value, str) and "://" in value else value).decode()
-    return text.replace("\x7f", "\\u007f")  # the one character that only TOML wants escaped

@@ -10,9 +10,11 @@ import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pocd.config.settings import ConfigError, Settings, check_model, load
+from pocd.config.model import check_model
+from pocd.config.settings import ConfigError, Settings, load
 from pocd.daemon.compose import make_receivers
 from pocd.observe import logs
+from pocd.process import EndedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -89,7 +91,7 @@ class Reloader:
         path: File of the configuration.
         parts: The daemon's parts, whose `settings` are replaced and which are changed accordingly.
         batcher: Woken when other receivers are configured.
-        notifier: Gets RELOADING=1 and READY=1, once the service is ready.
+        notifier: Gets RELOADING=1, and READY=1 when it is done.
     """
 
     def __init__(self, path: Path, parts: Parts, batcher: Batcher, notifier: Notifier) -> None:
@@ -109,31 +111,29 @@ class Reloader:
 
     async def _reload(self) -> None:
         parts = self._parts
-        announced = parts.workers.ready.is_set()  # before READY=1 the manager waits for just that
-        if announced:
-            self._notifier.reloading(parts.clock.monotonic())
+        self._notifier.reloading(parts.clock.monotonic())
         difference, problem = Difference((), ()), None
         try:
             difference = await self._apply()
-        except ConfigError as error:
+        except (ConfigError, EndedError) as error:
             problem = str(error)
         if problem is not None:
             parts.log.error("configuration is not good, nothing was changed", action="reload_refused", cause=problem)
         applied, restart = list(difference.apply), list(difference.restart)
         parts.events.publish("reload", applied=applied, restart=restart, problem=problem)
-        if announced:
-            self._notifier.ready()
+        self._notifier.ready()
 
     async def _apply(self) -> Difference:
         """Read all, then change what can be changed.
 
         Raises:
             ConfigError: The configuration, or a file that it names, is not good; nothing was changed.
+            EndedError: There is nothing yet where the model should be; nothing was changed.
         """
         parts = self._parts
         new = load(self._path)
         check_model(new)
-        receivers = make_receivers(new)
+        receivers = make_receivers(new, self._path)
         difference = diff(parts.settings, new)
         others = compare(parts.receivers.configured, receivers)
         if others and RECEIVERS not in difference.apply:  # a file of secrets holds others under the same name

@@ -6,22 +6,18 @@ import atexit
 import io
 import json
 import logging
-import os
 import sys
-from functools import partial
 from typing import TYPE_CHECKING, Literal, TextIO, cast
 
 import orjson
 import structlog
 
-from pocd.observe.lines import LineWriter, write_whole
+from pocd.observe.journal import PRIORITIES, goes_to_journal, marked
+from pocd.observe.lines import LineWriter, writer_to
 from pocd.observe.mask import clean, escape_json, mask_credentials
 
 if TYPE_CHECKING:
     from structlog.typing import EventDict, ExcInfo, FilteringBoundLogger, Processor, WrappedLogger
-
-# Syslog severities (RFC 5424 section 6.2.1), as the journal uses them.
-PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
 FLUSH_SECONDS = 2.0  # at the end of the process, for the last lines
 
@@ -44,7 +40,7 @@ class _JournalPrefix:
 
     def __call__(self, _logger: WrappedLogger, method: str, line: EventDict | str) -> str:
         assert isinstance(line, str), "the renderer comes first"
-        return f"<{PRIORITIES[method]}>{line}"
+        return marked(line, method)
 
 
 def _render_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
@@ -72,15 +68,6 @@ def _mask_credentials(_logger: WrappedLogger, _method: str, line: EventDict | st
     return mask_credentials(line)
 
 
-def _goes_to_journal() -> bool:
-    """Tell whether standard error is the journal's stream: JOURNAL_STREAM, "device:inode" (systemd.exec(5)).
-
-    A program that was started by a service and has standard error elsewhere inherits the variable too.
-    """
-    stream = os.fstat(2)
-    return os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
-
-
 class _Lines:
     """The stream that structlog writes to: each line goes to the writer's queue."""
 
@@ -101,20 +88,10 @@ _writers: list[LineWriter] = []  # of this process, whose last lines are written
 
 
 def _writer_to(stream: TextIO) -> _Lines:
-    """Return what writes to standard error: by its descriptor, so that no lock of Python's is held meanwhile."""
-    encoding = stream.encoding or "utf-8"
-    try:
-        write = partial(write_whole, stream.fileno())
-    except (OSError, ValueError):  # a stream in memory
-        write = partial(_write_text, stream, encoding)
-    writer = LineWriter(write)
+    """Return what writes to standard error."""
+    writer = writer_to(stream)
     _writers[:] = [writer]
-    return _Lines(writer, encoding)
-
-
-def _write_text(stream: TextIO, encoding: str, data: bytes) -> None:
-    stream.write(data.decode(encoding))
-    stream.flush()
+    return _Lines(writer, stream.encoding or "utf-8")
 
 
 def flush(limit: float = FLUSH_SECONDS) -> None:
@@ -159,7 +136,7 @@ def configure(level: str, style: Literal["auto", "console", "json"]) -> Filterin
     else:
         tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
         renderers = [structlog.processors.ExceptionRenderer(tracebacks), _add_priority, _render_json, _mask_credentials]
-        if _goes_to_journal():
+        if goes_to_journal(2):
             renderers.append(_JournalPrefix())
     structlog.configure(
         processors=[*shared, *renderers],

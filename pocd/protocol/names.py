@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+import stat
 from pathlib import Path
 from typing import Literal, get_args
 
-from pocd.protocol.errors import InputError, ModelError
+from pocd.protocol.errors import InputError, ModelAwayError, ModelError
 from pocd.protocol.schemes import RANDOM_HEAD_DIM, Scheme
 
 BUNDLED = Path(__file__).resolve().parent.parent / "models"
@@ -46,11 +47,21 @@ def check_device(name: str) -> None:
         raise InputError(f"device {name!r} is unknown; allowed are: cpu, cuda, cuda:N")
 
 
+def _is_file(path: Path) -> bool:
+    """Tell whether a file is there; a folder that may not be looked into raises, in every version of Python."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def resolve(name: str, revision: str | None = None) -> str:
     """Turn a configured name into what transformers loads: a local path or a hub id.
 
     Raises:
-        ModelError: The bundled model or local path does not exist, or has a revision.
+        ModelAwayError: The local folder does not exist, or is empty.
+        ModelError: The bundled model does not exist, the folder holds none, or it has a revision.
+        OSError: The local folder cannot be looked at.
     """
     is_local = name.startswith(("bundled:", "/", "./", "../", "~"))
     if is_local and revision is not None:
@@ -63,7 +74,12 @@ def resolve(name: str, revision: str | None = None) -> str:
         return str(path)
     if is_local:
         path = Path(name).expanduser()
-        if not (path / "config.json").is_file():
-            raise ModelError(f"model {name!r}: there is no {path / 'config.json'}; give a model's folder")
+        if not _is_file(path / "config.json"):
+            missing = f"model {name!r}: there is no {path / 'config.json'}"
+            if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+                raise ModelAwayError(
+                    f"{missing}, nor anything beside it; mount what holds it, or give a model's folder"
+                )
+            raise ModelError(f"{missing}; give a model's folder")
         return str(path)
     return name

@@ -86,8 +86,7 @@ class DistanceComputer:
             run = self._begin(self._mined, round_, other=self._recomputed)
             rate, execution = expected_valid_rate(round_.r_target, run.dimension), run.execution(self._rows(run))
             self._report(RoundBegun(round_.id, rate, execution.path, execution.reason))
-        nonces = range(message.first, message.first + message.step * message.count, message.step)
-        return self._start(self._mined.begin(round_), nonces, other=self._recomputed)
+        return self._start(self._mined.begin(round_), message.nonces, other=self._recomputed)
 
     def _recompute(self, message: Recompute) -> Callable[[], list[float]]:
         """Start to compute a message of another round, in the shape in which it would be mined."""

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +15,8 @@ from pocd.compute.model import Model, load_model
 from pocd.protocol.schemes import SCHEMES
 from tests.reference import plain, plain_families, plain_torch
 from tests.support import vector_models
+from tests.support.command_line import pocd_here
 from tests.support.family_models import FAMILIES
-from tests.support.waiting import PATIENCE
 
 BUNDLED = ("bundled:tiny-qwen3", "bundled:tiny-llama")
 VECTORS: dict[str, Any] = orjson.loads((Path(__file__).parent.parent / "data" / "poc2.json").read_bytes())
@@ -73,7 +69,8 @@ def test_schemes_differ_but_for_the_length_before_the_head() -> None:
     assert min(after - before for before, after in itertools.pairwise(values)) > 10 * TOLERANCE
 
 
-def command(scheme: str) -> subprocess.CompletedProcess[str]:
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_command_computes_every_scheme(scheme: str) -> None:
     options = {
         "model": BUNDLED[0],
         "scheme": scheme,
@@ -85,26 +82,11 @@ def command(scheme: str) -> subprocess.CompletedProcess[str]:
         "dtype": "float32",
         "device": "cpu",
     }
-    arguments = ["compute", "--json", *(f"--{key}={value}" for key, value in options.items())]
-    return subprocess.run(
-        [sys.executable, "-m", "pocd", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
-def test_the_command_computes_every_scheme() -> None:
-    with ThreadPoolExecutor(2) as pool:  # a process spends seconds on its imports
-        ended = dict(zip(SCHEMES, pool.map(command, SCHEMES), strict=True))
-    for scheme, process in ended.items():
-        assert (process.returncode, process.stderr) == (0, ""), scheme
-        lines = [orjson.loads(line) for line in process.stdout.splitlines()]
-        assert [line["nonce"] for line in lines] == NONCES
-        expected = plain_distances(BUNDLED[0], scheme)
-        assert [line["distance"] for line in lines] == pytest.approx(expected, abs=TOLERANCE), scheme
+    ended = pocd_here("compute", "--json", *(f"--{key}={value}" for key, value in options.items()))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    lines = [orjson.loads(line) for line in ended.stdout.splitlines()]
+    assert [line["nonce"] for line in lines] == NONCES
+    assert [line["distance"] for line in lines] == pytest.approx(plain_distances(BUNDLED[0], scheme), abs=TOLERANCE)
 
 
 # The implementation in plain torch, which knows poc2 alone.

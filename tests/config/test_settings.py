@@ -15,7 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from pocd.config.settings import ConfigError, Settings, load, to_toml
+from pocd.config.model import check_model
+from pocd.config.settings import ConfigError, Settings, foreign_variables, load, load_admin
+from pocd.config.shown import to_toml
+from pocd.process import EXIT_TEMPORARY, EndedError
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -204,9 +207,9 @@ def test_the_shipped_file_loads_with_everything_set(tmp_path: Path) -> None:
             id="two receivers of one name",
         ),
         pytest.param(
-            f"[[delivery.receivers]]\nname = 'a'\nurl = 'http://h/?token={SECRET}'",
-            "delivery.receivers.0.url: must have no query",
-            id="query",
+            f"[[delivery.receivers]]\nname = 'a'\nurl = 'http://h/#{SECRET}'",
+            "delivery.receivers.0.url: must have no fragment",
+            id="fragment",
         ),
     ],
 )
@@ -383,9 +386,20 @@ def test_a_rule_between_file_and_variable_names_both(tmp_path: Path, monkeypatch
     assert refusal(path) == expected
 
 
-@pytest.mark.parametrize(
-    "name", ["POCD_", "POCD_LEVEL", "POCD_LOG", "POCD_LOG__", "POCD_LOGS__LEVEL", "pocd_log__level"]
-)
+def test_others_variables_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubernetes' of a Service called pocd, docker's, and any that are no section and key."""
+    path = written(tmp_path, GOOD)
+    expected = load(path)
+    names = ["POCD_", "POCD_LOG", "POCD_PORT", "POCD_PORT_8460_TCP_ADDR", "POCD_SERVICE_HOST", "pocd_chain"]
+    for name in names:
+        monkeypatch.setenv(name, "tcp://10.96.7.9:8460")
+    monkeypatch.setenv("POCD_LOG__LEVEL", "info")
+    assert load(path) == expected
+    assert load_admin(path, None) == expected.admin
+    assert foreign_variables(os.environ) == names
+
+
+@pytest.mark.parametrize("name", ["POCD_LOG__", "POCD_LOGS__LEVEL", "pocd_log__level", "POCD___LEVEL"])
 def test_a_variable_that_names_no_key_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, SECRET)
     expected = f"environment: {name} names no key; variables are called POCD_SECTION__KEY"
@@ -434,32 +448,19 @@ def test_credentials_are_never_shown(tmp_path: Path) -> None:
     assert 'url = "https://***@receiver.example"' in shown
 
 
+@pytest.mark.parametrize("name", ["loop/model", "x" * 300])
+def test_a_models_folder_that_cannot_be_one_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    settings = load(written(tmp_path, f"{GOOD}[model]\nname = '{tmp_path / name}'\n"))
+    with pytest.raises(ConfigError, match=r"^model\.name: "):
+        check_model(settings)
+
+
 # Secrets by credential, and keys of one kind of chain.
 
 
-def test_a_credential_is_the_file_that_systemd_made_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = written(tmp_path, GOOD + '[admin]\ntoken_file = "credential:token"\n')
-    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials/pocd.service")
-    assert load(path).admin.token_file == Path("/run/credentials/pocd.service/token")
-    path = written(
-        tmp_path,
-        f'{GOOD}[delivery]\nreceivers = [{{ name = "a", url = "http://a", secret_file = "credential:key.1" }}]\n',
-    )
-    assert load(path).delivery.receivers[0].secret_file == Path("/run/credentials/pocd.service/key.1")
-
-
-def test_a_credential_outside_of_systemd_is_refused_with_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
-    text = refusal(written(tmp_path, GOOD + '[admin]\ntoken_file = "credential:token"\n'))
-    assert "admin.token_file" in text
-    assert "LoadCredential=token:FILE" in text
-
-
 @pytest.mark.parametrize("name", ["", "..", "a/b", "a b"])
-def test_a_credentials_name_leads_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials/pocd.service")
+def test_a_credentials_name_leads_nowhere_else(tmp_path: Path, name: str) -> None:
     text = refusal(written(tmp_path, f'{GOOD}[admin]\ntoken_file = "credential:{name}"\n'))
     assert "takes a name of letters" in text
 
@@ -470,3 +471,21 @@ def test_what_only_one_kind_of_chain_has_is_refused_for_another(tmp_path: Path, 
     assert f'{line.partition(" ")[0]} can be set for kind "evm" only' in text
     settings = load(written(tmp_path, f'{GOOD}kind = "evm"\n{line}\n'))
     assert settings.chain.kind == "evm"
+
+
+def test_a_models_folder_that_is_not_mounted_yet_may_come_and_one_that_holds_something_else_does_not(
+    tmp_path: Path,
+) -> None:
+    mount = tmp_path / "models"
+    settings = load(written(tmp_path, f"{GOOD}[model]\nname = '{mount}'\n"))
+    with pytest.raises(
+        EndedError, match=r"model\.name: .*models/config\.json, nor anything beside it; mount"
+    ) as missing:
+        check_model(settings)
+    mount.mkdir()
+    with pytest.raises(EndedError, match=r"nor anything beside it") as empty:
+        check_model(settings)
+    assert missing.value.code == empty.value.code == EXIT_TEMPORARY
+    (mount / "README").touch()
+    with pytest.raises(ConfigError, match="give a model's folder"):
+        check_model(settings)
