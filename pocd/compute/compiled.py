@@ -26,7 +26,7 @@ from pocd.compute.model import NOT_COMPILED, Execution
 from pocd.compute.random import to_device
 from pocd.compute.segments import Standard
 from pocd.compute.stages import BlockTensors
-from pocd.compute.transforms import JOIN
+from pocd.compute.transforms import join_of
 from pocd.protocol.errors import ComputeError, OutOfMemoryError
 from pocd.protocol.names import default_tolerance
 
@@ -61,8 +61,8 @@ class Compiled:
         model, decoder = run.model, run.model.decoder
         assert isinstance(decoder, FlatDecoder), "only flat decoders are compiled"
         self._shape = run.scheme, run.seq_len, rows
-        self._join = JOIN[run.scheme.layer_step]
-        self._all_positions = run.scheme.reads == "segments"
+        self._join = join_of(run.scheme.layer_step, model.layers)
+        self._all_positions = run.scheme.reads_all
         self._decoder = replace(decoder, layer=_compile(decoder.layer))
         self.measure = _compile(functools.partial(stages.measure_states, scheme=run.scheme))
         # One kernel on a GPU; on the CPU the compiler's logarithms and sines are slower than torch's own.
@@ -76,14 +76,14 @@ class Compiled:
         return (scheme, seq_len, rows) == self._shape
 
     def __call__(self, seeds: torch.Tensor, block: BlockTensors) -> torch.Tensor:
-        """Compute distances, float32 [B] on the device, from seeds on the host."""
+        """Compute distances, float32 [B] on the device, or vectors [B, VECTOR_SIZE], from seeds on the host."""
         inputs = self.new_inputs()
         there = to_device(seeds, inputs.device)
         self.fill(inputs, there)
         return self.decode(inputs, there, block)
 
     def decode(self, inputs: torch.Tensor, seeds: torch.Tensor, block: BlockTensors) -> torch.Tensor:
-        """Compute distances [B] from inputs [B, S, H]; all on the device."""
+        """Compute distances [B], or vectors [B, VECTOR_SIZE], from inputs [B, S, H]; all on the device."""
         return self.measure(self.run_layers(inputs, block), seeds, block)
 
     def run_layers(self, inputs: torch.Tensor, block: BlockTensors) -> torch.Tensor:
@@ -246,7 +246,7 @@ def _build(run: BlockRun, rows: int, mode: Compile) -> tuple[Program, Execution]
     import torch._dynamo.config  # noqa: PLC0415 - the compiler takes seconds to import
     import torch._inductor.config  # noqa: PLC0415 - the compiler takes seconds to import
 
-    expected = torch.tensor(run.distances(range(rows), batch_size=rows))
+    expected = run.values(range(rows), batch_size=rows)
     seeds = run.host_seeds(range(rows))
     with (
         torch.cuda.device(run.model.device if run.model.device.type == "cuda" else -1),  # -1 changes nothing
@@ -271,7 +271,7 @@ def _build(run: BlockRun, rows: int, mode: Compile) -> tuple[Program, Execution]
 
 
 def _check(run: BlockRun, found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Compare a batch's distances with the eager ones; raise WrongDistancesError where they differ too much."""
+    """Compare a batch's results with the eager ones; raise WrongDistancesError where they differ too much."""
     dtype = str(run.model.dtype).removeprefix("torch.")
     tolerance = default_tolerance(dtype, run.scheme, run.model.hidden_size)
     difference = (found.cpu() - expected).abs()
