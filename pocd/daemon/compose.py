@@ -292,6 +292,7 @@ def make_loads(settings: Settings) -> list[Load]:
             shrink=worker.batch_size == "auto",
             revision=model.revision,
             compile=worker.compile,
+            conditioning=worker.conditioning,
         )
         for devices in placed
     ]

@@ -103,6 +103,11 @@ class WorkerState:
         tried = f"left out, and tried every {LEFT_OUT_SECONDS / 60:.0f} min" if self.left_out else "still tried"
         return f"failed {self.failures} times in a row, {tried}; the last time: {self.last_error}"
 
+    @property
+    def rounding_alarm(self) -> str | None:
+        """Alarm text for people where the worker's results depend too much on rounding; None otherwise."""
+        return self.info.conditioning.alarm if self.info and self.info.conditioning else None
+
     def start(self) -> None:
         """Begin a life."""
         self._enter(Phase.STARTING, stage="starting")

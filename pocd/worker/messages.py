@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import orjson
 
+from pocd.protocol.conditioning import Conditioning
 from pocd.protocol.proof import Round
 
 if TYPE_CHECKING:
     import asyncio
     from typing import BinaryIO
 
-    from pocd.protocol.names import Compile, Dtype
+    from pocd.protocol.names import Compile, Dtype, OnRounding
 
 FailureKind = Literal["configuration", "device", "memory", "fault", "crash"]
 LARGEST_FRAME = 16 * 2**20  # bytes
@@ -35,6 +36,7 @@ class Load:
         shrink: Whether the batch size is halved until it fits into memory.
         revision: The model's revision on its hub; None for the newest.
         compile: Whether the model is compiled: "auto", "always" or "never".
+        conditioning: What follows where rounding decides too much: "warn" or "refuse".
         rank: Which of the worker's processes the receiver is; rank 0 leads.
         rendezvous: The folder in which the ranks of a split model find one another.
     """
@@ -48,6 +50,7 @@ class Load:
     shrink: bool = False
     revision: str | None = None
     compile: Compile = "auto"
+    conditioning: OnRounding = "warn"
     rank: int = 0
     rendezvous: str | None = None
 
@@ -113,6 +116,7 @@ class Ready:
         batch_size: Nonces per batch, as many as fit into memory.
         longest_seq_len: The longest sequence that the model's positions allow, in tokens.
         torch: Version of torch.
+        conditioning: How far rounding decides the results; None where there was no memory to measure it.
     """
 
     model: str
@@ -129,6 +133,7 @@ class Ready:
     batch_size: int
     longest_seq_len: int
     torch: str
+    conditioning: Conditioning | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +191,18 @@ class Distances:
 
 
 @dataclass(frozen=True, slots=True)
+class Vectors:
+    """From the worker: the result of a Compute or a Recompute of a scheme of vectors.
+
+    Attributes:
+        vectors: All vectors in the order of the nonces, one after the other, as `pocd.protocol.vectors` encodes them.
+    """
+
+    id: int
+    vectors: str
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     """From the worker: a Compute or a Recompute has no result: the model gave NaN or infinity, or cannot take it."""
 
@@ -224,6 +241,7 @@ Message = (
     | Failed
     | RoundBegun
     | Distances
+    | Vectors
     | Refused
     | BatchShrunk
     | Cancelled
@@ -245,6 +263,8 @@ def _decode(body: bytes) -> Message:
     kind = _TYPES[fields.pop("type")]
     if kind in {Compute, Recompute}:
         fields["round"] = Round(**fields["round"])
+    if kind is Ready and fields["conditioning"] is not None:
+        fields["conditioning"] = Conditioning(**fields["conditioning"])
     if kind is Load:
         fields["devices"] = tuple(fields["devices"])
     message: Message = kind(**fields)

@@ -18,6 +18,7 @@ from pocd.mining.control import RoundRequest
 from pocd.mining.phases import Call
 from pocd.pool.cards import CardReading
 from pocd.pool.causes import Cause
+from pocd.protocol.conditioning import Conditioning
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.store.outbox import Weights
@@ -51,6 +52,7 @@ READY = Ready(
     batch_size=8,
     longest_seq_len=128,
     torch="2.9.1",
+    conditioning=Conditioning(error=0.015625, flipped=0.0),
 )
 READING = CardReading(temperature=61.0, power=None, memory_used=2**30, memory_total=2**36, utilization=0.5)
 
