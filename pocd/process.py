@@ -1,8 +1,11 @@
-"""Shared by all our processes: exit statuses, the exception that carries one, and how torch's threads wait."""
+"""Shared by all our processes: exit statuses and what decides them, how each begins, and how torch's threads wait."""
 
 from __future__ import annotations
 
+import errno
 import os
+import signal
+import socket
 import sys
 
 EXIT_OK = 0
@@ -13,6 +16,43 @@ EXIT_NO_DEVICE = 75  # EX_TEMPFAIL of sysexits.h: the device may come back
 EXIT_TEMPORARY = 75  # the same: what fails now may pass, and is worth another try
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h
 EXIT_SIGNALLED = 128  # plus the number of the signal that ended the process at once, as shells have it
+
+PASSING = frozenset(
+    {
+        # Short of something just now: room, files, memory, processes.
+        *(errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR),
+        # A disk, a mount or a device that fails, hangs, or is not there yet.
+        *(errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO, errno.EBUSY, errno.ETXTBSY),
+        *(errno.ENODEV, errno.ENXIO, errno.EHOSTDOWN),
+        # An address that another program has, that just ended, or that this host does not have yet.
+        *(errno.EADDRINUSE, errno.EADDRNOTAVAIL, errno.ENETDOWN, errno.ENETUNREACH),
+        *(errno.EHOSTUNREACH, errno.ECONNREFUSED, errno.ECONNRESET),
+    }
+)
+"""Errors of the system that pass, or are mended without a change to the configuration."""
+
+SQLITE_PASSING = ("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_FULL", "SQLITE_IOERR", "SQLITE_NOMEM")
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Tell whether what failed may work at another try, though nobody changes the configuration.
+
+    Names are looked up on the network, so an unknown one may be known later. An error may have been raised from others.
+    """
+    while error is not None:
+        if isinstance(error, (TimeoutError, socket.gaierror)):
+            return True
+        if isinstance(error, OSError) and error.errno in PASSING:
+            return True
+        if getattr(error, "sqlite_errorname", "").startswith(SQLITE_PASSING):
+            return True
+        error = error.__cause__
+    return False
+
+
+def exit_status(error: BaseException) -> int:
+    """Return the status of a process that ends by `error`: whether it may pass, or a person has to change something."""
+    return EXIT_TEMPORARY if may_pass(error) else EXIT_CONFIG
 
 
 class ForeseenError(Exception):
@@ -41,6 +81,65 @@ def open_standard_streams() -> None:
         if getattr(sys, name) is None:
             mode = "w" if descriptor else "r"
             setattr(sys, name, open(descriptor, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 - for good
+
+
+HELD = frozenset({signal.SIGHUP, signal.SIGINT, signal.SIGTERM})
+
+
+def hold_signals() -> None:
+    """Let signals that end a process wait until `release_signals`: in the middle of an import they give a traceback."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
+
+
+def release_signals() -> None:
+    """Heed signals, also those that came since `hold_signals`."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
+
+
+PASSED_ON = HELD | {signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
+
+
+def begin() -> None:
+    """Make the process one like any other, however it was started, before anything slow is imported.
+
+    Its standard streams are open, signals wait, and as process 1, which containers have, it leaves the work to a child.
+    """
+    open_standard_streams()
+    if os.getpid() == 1:
+        stand_by()
+    hold_signals()
+
+
+def stand_by() -> None:
+    """Return in a child; this process passes signals on to it, reaps all others, and ends as the child does.
+
+    The kernel gives process 1 no signal that it does not handle, and makes it the parent of every process that lost its
+    own. A terminal's signals reach the child by themselves, so only those are passed on that a process sent.
+    """
+    heeded = PASSED_ON | {signal.SIGCHLD}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, heeded)
+    child = os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return
+    while True:
+        received = signal.sigwaitinfo(heeded)
+        if received.si_signo == signal.SIGCHLD:
+            code = _reap(child)
+            if code is not None:
+                os._exit(code if code >= 0 else EXIT_SIGNALLED - code)
+        elif received.si_code <= 0:
+            os.kill(child, received.si_signo)
+
+
+def _reap(child: int) -> int | None:
+    """Reap the children that ended; returns how `child` did, as `os.waitstatus_to_exitcode`, or None where it runs."""
+    while True:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            return None
+        if pid == child:
+            return os.waitstatus_to_exitcode(status)
 
 
 # GNU OpenMP's threads spin while they wait for each other, by default for so long that one other busy

@@ -1,10 +1,11 @@
-"""What every test process needs before torch and numpy are imported."""
+"""What every test process needs before torch and numpy are imported, and the order in which they take the tests."""
 
 from __future__ import annotations
 
 import os
 import resource
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 # Tests run beside worker processes: threads that wait have to sleep, not to spin on a core that another one needs.
@@ -18,3 +19,22 @@ resource.setrlimit(resource.RLIMIT_NOFILE, (_most, _most))
 # How long an example takes, or takes to be drawn, says how busy the machine is.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
+
+# Folders whose files take longest: they begin first, so that no process is left alone with one at the end.
+LONG = ("worker", "compute", "system", "admin", "lab", "scripts", "pool", "cli")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sort the folders by how long they take, longest first."""
+
+    def place(item: pytest.Item) -> int:
+        folder = item.path.parent.name
+        return LONG.index(folder) if folder in LONG else len(LONG)
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Take two processes per core, as tests wait for other processes half of their time; at most sixteen."""
+    return min(2 * len(os.sched_getaffinity(0)), 16)

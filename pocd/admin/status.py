@@ -44,6 +44,9 @@ if TYPE_CHECKING:
     from pocd.worker.messages import CardIdentity, Ready
 
 
+STALLED_SECONDS = 60.0  # without a nonce, after which a daemon that mines is not ready
+
+
 def state(parts: Parts) -> DaemonState:
     """Return what the daemon is doing, in one word."""
     ready, mining = parts.workers.ready.is_set(), parts.miner.current is not None
@@ -63,10 +66,26 @@ def problems(parts: Parts) -> list[Problem]:
         ]
     if parts.miner.held:
         found.append(Problem(part="store", reason=parts.miner.held))
+    if _is_stalled(parts):
+        reason = (
+            f"no nonce was computed for {STALLED_SECONDS:.0f} s or more; the worker's device hangs or is far too slow"
+        )
+        found.append(Problem(part="miner", reason=reason))
     chain = parts.chain.problem(parts.clock.wall(), parts.settings.chain.poll_interval)
     if chain and parts.control.mode is Mode.FOLLOWING:  # else nothing waits for the chain
         found.append(Problem(part="chain", reason=chain))
     return found
+
+
+def _is_stalled(parts: Parts) -> bool:
+    """Tell whether a round is mined with a model that is ready, and yet nothing was computed for a while."""
+    mining = parts.miner.mining
+    return (
+        state(parts) == "GENERATING"
+        and mining is not None
+        and parts.clock.monotonic() - mining.started_at >= STALLED_SECONDS
+        and parts.miner.checked_rate.per_second(STALLED_SECONDS) == 0
+    )
 
 
 def alarms(parts: Parts) -> list[Problem]:

@@ -208,13 +208,11 @@ class CometBFT:
             return block
 
     async def _meta(self, height: int) -> Block:
-        url = self._rpc.url("blockchain")
-        where = f"{mask_url(str(url))} at height {height}"
-        body = await self._rpc.get(url.update_query(minHeight=height, maxHeight=height), where)
+        where = f"{mask_url(str(self._rpc.url('blockchain')))} at height {height}"
+        body = await self._rpc.get(self._rpc.url("blockchain", f"minHeight={height}&maxHeight={height}"), where)
         return parse_meta(body, height, where, self._rpc.secrets)
 
     async def _whole(self, height: int) -> Block:
-        url = self._rpc.url("block")
-        where = f"{mask_url(str(url))} at height {height}"
-        body = await self._rpc.get(url.update_query(height=height), where, MAX_BLOCK_BYTES)
+        where = f"{mask_url(str(self._rpc.url('block')))} at height {height}"
+        body = await self._rpc.get(self._rpc.url("block", f"height={height}"), where, MAX_BLOCK_BYTES)
         return parse_block(body, height, where, self._rpc.secrets)

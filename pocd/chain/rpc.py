@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import orjson
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
-from yarl import URL
 
 from pocd.chain.source import (
     BlockUnavailableError,
@@ -25,10 +24,13 @@ from pocd.chain.source import (
 )
 from pocd.clock import SYSTEM
 from pocd.http.retry_after import parse_retry_after
+from pocd.http.urls import as_written, below, unusable
 from pocd.observe.mask import excerpt, mask_url, url_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+    from yarl import URL
 
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
 """The longest answer that is read, unless a call allows for more. A block with 100,000 hashes of transactions fits."""
@@ -151,7 +153,7 @@ class Rpc:
         wall: Wall time in seconds, which dates in Retry-After are counted from.
 
     Raises:
-        ValueError: `url` is not an http(s) address.
+        ValueError: No request can be sent to `url` as it is written.
     """
 
     def __init__(
@@ -164,12 +166,9 @@ class Rpc:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         wall: Callable[[], float] = SYSTEM.wall,
     ) -> None:
-        try:
-            self._base = URL(url)
-        except ValueError:
-            raise ValueError(f"{mask_url(url)} is not a URL") from None  # the cause quotes the password
-        if self._base.scheme not in {"http", "https"} or not self._base.host:
-            raise ValueError(f"{mask_url(url)} is not an http:// or https:// URL with a host")
+        if wrong := unusable(url):
+            raise ValueError(f"{mask_url(url)} {wrong}")
+        self._base = url
         self.secrets = url_secrets(url)  # which a node may send back
         self._session = session
         self._attempts = attempts
@@ -180,11 +179,11 @@ class Rpc:
 
     def __str__(self) -> str:
         """Return the node's address with secrets masked, as messages name the node."""
-        return mask_url(str(self._base))
+        return mask_url(self._base)
 
-    def url(self, path: str) -> URL:
-        """Return the address of `path` below the base, with the base's query."""
-        return (self._base / path).with_query(self._base.query)
+    def url(self, path: str, query: str = "") -> URL:
+        """Return the address of `path` below the base, with the base's query before `query`."""
+        return below(self._base, path, query)
 
     async def get(self, url: URL, where: str, limit: int = MAX_ANSWER_BYTES) -> bytes:
         """Return the body of the answer to `GET url`, of at most `limit` bytes.
@@ -203,7 +202,7 @@ class Rpc:
         """
         number = next(self._ids)
         call = {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
-        body = await self._call("POST", self._base, orjson.dumps(call), where, MAX_ANSWER_BYTES)
+        body = await self._call("POST", as_written(self._base), orjson.dumps(call), where, MAX_ANSWER_BYTES)
         named = _id_of_result(body)
         if named not in {None, str(number)}:
             shown = excerpt(named or "", secrets=self.secrets)
@@ -242,9 +241,6 @@ class Rpc:
         except aiohttp.ClientError as error:
             text = excerpt(str(error) or type(error).__name__, 160, secrets=self.secrets)
             raise _NoAnswerError(f"{where}: {text}") from None
-        except UnicodeError as error:  # a host with an empty or too long label, or user info outside Latin-1
-            text = excerpt(str(error), secrets=self.secrets)
-            raise UnreachableError(f"{where}: this address cannot be used: {text}") from None
         self._check_http(response.status, response.headers, body, where)
         return body
 

@@ -22,9 +22,10 @@ from pocd.cli.examples import add_examples
 from pocd.cli.outbox import app as outbox_app
 from pocd.cli.validate import validate
 from pocd.cli.watch import watch
-from pocd.config.settings import DEFAULT_PATH, ConfigError, check_model, load, to_toml
+from pocd.config.settings import DEFAULT_PATH, ConfigError, check_model, foreign_variables, load, to_toml
+from pocd.observe.lines import writer_to
 from pocd.observe.mask import clean, mask_credentials
-from pocd.process import EXIT_CONFIG, EXIT_CRASH, EndedError, open_standard_streams
+from pocd.process import EXIT_CRASH, EndedError, exit_status, release_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -37,6 +38,8 @@ app.add_typer(config_app, name="config")
 app.add_typer(outbox_app, name="outbox")
 for command in (check, watch, compute, calibrate, audit, validate):
     app.command()(command)
+
+TELL_SECONDS = 2.0  # for the reader of standard error to take why a command ends
 
 HostOption = Annotated[str, typer.Option(help="Address to listen on.")]
 PortOption = Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.", min=0, max=65535)]
@@ -51,6 +54,8 @@ def root(
 ) -> None:
     """Mine proofs of compute, and deliver every one of them."""
     context.obj = debug
+    if context.invoked_subcommand != "run":  # which has more to import, and says itself what a signal does
+        release_signals()
     if version:
         echo(f"pocd {__version__}")
         raise typer.Exit
@@ -58,7 +63,6 @@ def root(
 
 def main() -> None:
     """Run the command line; every failure is one line on standard error and an exit status."""
-    open_standard_streams()
     debug = "--debug" in sys.argv[1:2]
     try:
         code = app(prog_name="pocd", standalone_mode=False)
@@ -67,19 +71,26 @@ def main() -> None:
     except (typer.Abort, KeyboardInterrupt):
         code = 130
     except ConfigError as error:
-        code = _fail(EXIT_CONFIG, str(error))
+        code = _fail(exit_status(error), str(error))
     except EndedError as error:
         code = _fail(error.code, str(error))
     except Exception as error:  # noqa: BLE001 - the last place where an error can be told in one line
         if debug:
-            sys.stderr.write(clean(mask_credentials(traceback.format_exc()), keep="\n"))
+            _tell(clean(mask_credentials(traceback.format_exc()), keep="\n"))
         code = _fail(EXIT_CRASH, f"{type(error).__name__}: {error} (pocd --debug … shows where)")
     sys.exit(code)
 
 
 def _fail(code: int, message: str) -> int:
-    sys.stderr.write(f"pocd: {clean(mask_credentials(message.replace(chr(10), ' ')))}\n")
+    _tell(f"pocd: {clean(mask_credentials(message.replace(chr(10), ' ')))}\n")
     return code
+
+
+def _tell(text: str) -> None:
+    """Write to standard error, whose reader may have stalled or gone: that keeps no process from its end."""
+    writer = writer_to(sys.stderr)
+    writer.put(text.encode(sys.stderr.encoding or "utf-8", "backslashreplace"))
+    writer.flush(TELL_SECONDS)
 
 
 def _run_until_signal(service: Coroutine[Any, Any, None]) -> None:
@@ -111,12 +122,15 @@ def run(config: ConfigOption = DEFAULT_PATH) -> None:
     from pocd.observe.notify import Notifier
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the daemon heeds it: its default is a silent end
+    release_signals()
     os.umask(os.umask(0) | 0o027)  # what is made here is nobody's but ours, whatever the caller allows
     settings = load(config)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # many callers leave files for everything else
     log = logs.configure(settings.log.level, settings.log.format)
     log.info("pocd starts", action="start", version=__version__, config=str(config), pid=os.getpid())
+    if others := foreign_variables(os.environ):
+        log.warning("these variables set nothing, ours are POCD_SECTION__KEY", action="environment", names=others)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(daemon.run(settings, config, log=log, notifier=Notifier.from_environment(os.environ)))
@@ -220,7 +234,8 @@ def _port_errors(host: str, port: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+        message = f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --host or --port"
+        raise EndedError(exit_status(error), message) from error
 
 
 @config_app.command("check")

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
+
+from pocd.protocol.errors import ModelError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -45,7 +48,22 @@ def _checkpoint_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file() or not index.is_file():
         return [folder / "model.safetensors"]
-    return [folder / name for name in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+    return [folder / name for name in named_files(index)]
+
+
+def named_files(index: Path) -> list[str]:
+    """Return the files that the index of a checkpoint names, each a path from the model's folder.
+
+    Raises:
+        ModelError: One is no safetensors file in that folder. A pickle is a program. A link in the folder may lead
+            out of it, as in a hub's cache, but no path in a file that others wrote.
+    """
+    names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    for name in names:
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
+            raise ModelError(f"{index} names {name!r}, which is no safetensors file in its folder")
+    return names
 
 
 def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:

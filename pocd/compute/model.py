@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -12,21 +15,25 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from pocd.compute.fingerprint import checkpoint_fingerprint, module_fingerprint
+from pocd.compute.fingerprint import checkpoint_fingerprint, module_fingerprint, named_files
 from pocd.compute.flat import FLAT_CLASSES, FlatDecoder, flatten
 from pocd.compute.layers import NORMS, LayerDecoder, find_forms
 from pocd.compute.memory import is_fault, is_out_of_memory
 from pocd.compute.random import normal, seeds_tensor
 from pocd.compute.ranks import check_split, split_as_planned
 from pocd.compute.transforms import join_of
-from pocd.protocol.errors import DeviceError, InputError, MemoryShortError, ModelError
+from pocd.process import may_pass
+from pocd.protocol.errors import ComputeError, DeviceError, InputError, MemoryShortError, ModelError
 from pocd.protocol.names import check_device, check_dtype, resolve
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pocd.compute.conditioning import WideDecoder
     from pocd.compute.stages import BlockTensors
     from pocd.protocol.schemes import Scheme
 
+WEIGHTS = "model.safetensors"
 LARGEST_SEQ_LEN = 2**20  # of a model that has no limit
 PROBE_LENGTH = 5  # positions that a model is tried out with when it is loaded
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}  # of ‖h‖
@@ -124,11 +131,76 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _read_config(name: str, source: str, revision: str | None) -> Any:  # noqa: ANN401 - each family has its own class
+def _is_models_fault(error: Exception) -> bool:
+    """Tell whether loading failed for what the model's files say, and would fail again.
+
+    Otherwise this host, the hub or a disk failed, or a library that is being upgraded has lost files.
+    """
+    if isinstance(error, MemoryError) or is_fault(error) or may_pass(error):
+        return False
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ImportError) and (cause.name or "").partition(".")[0] in sys.modules:
+            return False
+        status = getattr(getattr(cause, "response", None), "status_code", 0)  # what the hub answered
+        if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            return False
+        cause = cause.__cause__
+    return True
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Make a ModelError of whatever is the fault of the model `name`; what may pass is raised as it is."""
     try:
-        return AutoConfig.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+        yield
+    except ComputeError:
+        raise
+    except Exception as error:
+        if not _is_models_fault(error):
+            raise
+        told = isinstance(error, (OSError, ValueError, ImportError, SafetensorError))
+        text = _first_line(error) if told else f"{type(error).__name__}: {_first_line(error)}"
+        raise ModelError(f"model {name!r} cannot be loaded: {text}") from error
+
+
+def _read_config(source: str, revision: str) -> Any:  # noqa: ANN401 - each family has its own class
+    """Read the configuration, which may name no kernel of a hub: that is code."""
+    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+        attention = getattr(part, "_attn_implementation", None)
+        if "/" in str(attention or ""):
+            raise ModelError(
+                f"{source}: config.json names the kernel {attention!r} of a hub, and no code of others is run"
+            )
+    return config
+
+
+def _check_files(source: str, revision: str, config: Any) -> None:  # noqa: ANN401 - as above
+    """Check that only safetensors in the model's folder would be read.
+
+    Raises:
+        ModelError: A file names others.
+    """
+    if getattr(config, "transformers_weights", None) is not None:
+        raise ModelError(f"{source}: config.json names its weights (transformers_weights); call them {WEIGHTS}")
+    if _optional_file(source, revision, "adapter_config.json"):
+        raise ModelError(f"{source} holds an adapter (adapter_config.json): merge it into the weights of its model")
+    index = _optional_file(source, revision, f"{WEIGHTS}.index.json")
+    if index:
+        named_files(Path(index))
+
+
+def _optional_file(source: str, revision: str, file: str) -> str | None:
+    """Return the path of a model's file, which is downloaded where it is a hub's; None where there is none."""
+    found: str | None = cached_file(
+        source,
+        file,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,  # of a file that the cache may lack for good
+    )
+    return found
 
 
 def longest_seq_len(config: Any) -> int:  # noqa: ANN401 - as above
@@ -164,40 +236,45 @@ def load_model(
         MemoryShortError: The model does not fit into the device's memory.
         RuntimeError: The device failed, or another rank is gone.
     """
+    if sys.flags.optimize > 1:
+        raise ModelError(
+            "transformers reads docstrings, which Python leaves out with -OO (PYTHONOPTIMIZE=2): go without it"
+        )
     check_dtype(dtype)
     target = pick_device(device)
-    source = resolve(name, revision)
+    source, revision = resolve(name, revision), revision or "main"
     transformers_logging.disable_progress_bar()
-    config = _read_config(name, source, revision)
+    with _loading(name):
+        config = _read_config(source, revision)
+        _check_files(source, revision, config)
     check_seq_len(seq_len, config, name)
     placed: dict[str, Any] = {"device_map": {"": target}}
     if ranks > 1:
         check_split(config, name, ranks)
         placed = split_as_planned(ranks, target)
+    loader: Any = AutoModelForCausalLM  # its annotation knows nothing of output_loading_info
     try:
-        loader: Any = AutoModelForCausalLM  # its annotation knows nothing of output_loading_info
-        causal, loading = loader.from_pretrained(
-            source,
-            config=config,
-            revision=revision or "main",
-            dtype=getattr(torch, dtype),
-            **placed,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        weights = checkpoint_fingerprint(
-            Path(str(cached_file(source, "config.json", revision=revision or "main"))).parent
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        if is_out_of_memory(error):
-            raise MemoryShortError(
-                f"model {name!r} does not fit into the memory of {device} in {dtype}: split it over several devices "
-                "(model.parallel), or take a smaller model or dtype"
-            ) from error
-        if is_fault(error):
+        with _loading(name):
+            causal, loading = loader.from_pretrained(
+                source,
+                config=config,
+                revision=revision,
+                dtype=getattr(torch, dtype),
+                **placed,
+                attn_implementation=None,  # whatever the configuration says: transformers chooses
+                experts_implementation=None,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+            weights = checkpoint_fingerprint(Path(str(cached_file(source, "config.json", revision=revision))).parent)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
             raise
-        raise ModelError(f"model {name!r} cannot be loaded: {_first_line(error)}") from error
+        raise MemoryShortError(
+            f"model {name!r} does not fit into the memory of {device} in {dtype}: split it over several devices "
+            "(model.parallel), or take a smaller model or dtype"
+        ) from error
     # transformers only warns, and draws at random what a checkpoint lacks: distances nobody else would get.
     if lacking := sorted(loading["missing_keys"]):
         raise ModelError(f"model {name!r} lacks weights: {', '.join(lacking[:3])}{', …' if len(lacking) > 3 else ''}")

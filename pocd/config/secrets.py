@@ -20,8 +20,12 @@ def read_token(path: Path | None) -> str | None:
         return None
     try:
         token = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"admin.token_file {path} cannot be read: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"admin.token_file {path} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"admin.token_file {path} cannot be read: {error}"
+        ) from None  # the cause has the file's bytes
     if not token or not token.isascii():
         raise ConfigError(f"admin.token_file {path} must hold one token of ASCII characters")
     return token

@@ -28,7 +28,8 @@ from pocd.config.types import (
     SocketPath,
 )
 from pocd.observe.mask import mask_url
-from pocd.protocol.errors import ModelError
+from pocd.process import EXIT_TEMPORARY, EndedError
+from pocd.protocol.errors import ModelAwayError, ModelError
 from pocd.protocol.names import Compile, Dtype, OnRounding, resolve
 from pocd.protocol.numbers import MOST_NODES, Count, Index
 from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH, MOST_NONCES
@@ -215,7 +216,14 @@ class LogSettings(_Section):
 
 
 class _Environment(EnvSettingsSource):
-    """Leaves a list that is not JSON as it is, so that validation names its key and variable."""
+    """The variables POCD_SECTION__KEY, and no others that begin so.
+
+    A list that is not JSON stays as it is, so that validation names its key and variable.
+    """
+
+    def __init__(self, settings_cls: type[BaseSettings]) -> None:
+        super().__init__(settings_cls)
+        self.env_vars = {name: value for name, value in self.env_vars.items() if "__" in name}
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:  # noqa: ANN401 - as overridden
         try:
@@ -314,14 +322,22 @@ def _read_toml(path: Path) -> dict[str, Any]:
             "join that group, or for a command that asks a running daemon, give --url and --token-file"
         ) from None
     except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
 
 
+def foreign_variables(environment: Mapping[str, str]) -> list[str]:
+    """Return the variables that begin like ours but do not have the form POCD_SECTION__KEY.
+
+    They are others': Kubernetes gives every pod POCD_PORT=tcp://… and more where a Service is called pocd.
+    """
+    return sorted(name for name in environment if name.upper().startswith(ENV_PREFIX) and "__" not in name)
+
+
 def _refuse_unknown_environment(environment: Mapping[str, str]) -> None:
     for name in environment:
-        if not name.upper().startswith(ENV_PREFIX):
+        if not name.upper().startswith(ENV_PREFIX) or "__" not in name:
             continue
         section, _, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
         if name != name.upper() or section not in Settings.model_fields or not key:
@@ -358,10 +374,13 @@ def check_model(settings: Settings) -> None:
     """Check that the model exists, where that needs no loading: bundled, or a local folder.
 
     Raises:
-        ConfigError: The model is not there.
+        ConfigError: The model cannot be used.
+        EndedError: There is nothing yet where the model should be.
     """
     try:
         resolve(settings.model.name, settings.model.revision)
+    except ModelAwayError as error:
+        raise EndedError(EXIT_TEMPORARY, f"model.name: {error}") from None
     except ModelError as error:
         raise ConfigError(f"model.name: {error}") from None
     except PermissionError as error:
@@ -369,6 +388,8 @@ def check_model(settings: Settings) -> None:
             f"model.name: {error.filename} cannot be read by user {os.geteuid()}: a service sees nothing under /home "
             "and /root (ProtectHome=); put the model's folder elsewhere, such as in /srv, readable by that user"
         ) from None
+    except OSError as error:
+        raise ConfigError(f"model.name: {error.filename} cannot be read: {error.strerror}") from error
 
 
 def to_toml(settings: Settings) -> str:

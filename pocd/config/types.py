@@ -6,11 +6,11 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from pocd.http.addresses import origin
+from pocd.http.urls import unusable
 from pocd.protocol.names import DEVICE_PATTERN
 from pocd.protocol.schemes import DISTANCE_SCHEMES, SCHEMES
 
@@ -22,15 +22,8 @@ LONGEST_SOCKET_PATH = 107  # bytes: unix(7)
 
 
 def _check_http_url(url: str) -> str:
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # its text would show the credentials
-        good = False
-    if not good or " " in url or not url.isprintable():
-        raise ValueError("must be an http:// or https:// URL with a host, a port of 1 to 65535 or none, and no blanks")
-    if parts.query or parts.fragment:
-        raise ValueError("must have no query and no fragment: paths are appended to it")
+    if wrong := unusable(url):
+        raise ValueError(wrong)
     return url
 
 

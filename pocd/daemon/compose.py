@@ -36,7 +36,7 @@ from pocd.protocol.names import AUTO_BATCH_SIZE
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.protocol.rounds import RoundPolicy
-from pocd.store.outbox import Outbox
+from pocd.store.rounds import recent_rounds
 from pocd.validation.queue import Validator
 from pocd.worker.messages import Load
 
@@ -139,6 +139,7 @@ def make_scheduler(parts: Parts, source: ChainSource) -> RoundScheduler:
         policy=RoundPolicy(settings.round.every, settings.round.offset, settings.round.duration),
         make_round=partial(make_round, parts),
         withdraw=withdraws(settings),
+        queued=parts.miner.batchable,
         clock=parts.clock,
         log=parts.log,
     )
@@ -235,7 +236,7 @@ def make_receivers(settings: Settings) -> list[Receiver]:
         try:
             keys = WebhookKeys.from_file(receiver.secret_file) if receiver.secret_file else None
         except SecretError as error:
-            raise ConfigError(f"delivery.receivers, {receiver.name}: {error}") from None
+            raise ConfigError(f"delivery.receivers, {receiver.name}: {error}") from error
         made.append(Receiver(receiver.name, receiver.url, keys))
     return made
 
@@ -256,11 +257,11 @@ async def make_chain(
         )
     attempts = 1 if len(sessions) > 1 else 3  # with several nodes the next one is the second attempt
     nodes = [Rpc(session, url, attempts=attempts) for session, url in zip(sessions, chain.urls, strict=True)]
-    rounds = await outbox(Outbox.recent_rounds, KNOWN_ROUNDS)
+    rounds = await outbox(recent_rounds, KNOWN_ROUNDS)
     return Failover(
         make_sources(chain.kind, nodes, confirmations=confirmations_of(chain.kind, chain.confirmations)),
         chain_id=known.chain_id if known else chain.id,
-        hashes={round_.block_height: round_.block_hash for round_ in rounds},
+        hashes={round_.block_height: round_.block_hash for round_, replaced in rounds.items() if not replaced},
         highest=known.height if known else None,
         clock=SYSTEM,
         log=log,

@@ -23,13 +23,14 @@ from pocd.http.server import listening, listening_at
 from pocd.mining.follower import follow
 from pocd.observe import logs
 from pocd.pool.causes import Cause, WorkerRefusedError
-from pocd.process import EXIT_CONFIG, EXIT_NO_DEVICE, EXIT_SIGNALLED, EXIT_TEMPORARY, EndedError
+from pocd.process import EXIT_CONFIG, EXIT_NO_DEVICE, EXIT_SIGNALLED, EndedError, exit_status
 from pocd.store.errors import StoreUnavailableError
+from pocd.store.place import copies, exposure
 from pocd.store.thread import OutboxThread
 from pocd.tasks import crash_logged, first_error, start
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine
+    from collections.abc import AsyncIterator, Coroutine, Iterator
     from pathlib import Path
     from typing import Any
 
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from pocd.observe.notify import Notifier
 
 FINISH_SECONDS = 5.0  # for the batches being computed, when stopping
-NEEDS_A_PERSON = (PermissionError, FileNotFoundError, NotADirectoryError, FileExistsError)  # to listen somewhere else
 DELIVER_SECONDS = 5.0  # for the last deliveries
 
 
@@ -56,11 +56,7 @@ async def run(settings: Settings, path: Path, *, log: FilteringBoundLogger, noti
     token = read_token(settings.admin.token_file)
     receivers = make_receivers(settings)
     loads = make_loads(settings)
-    with contextlib.closing(
-        OutboxThread(
-            settings.store.path, lambda why: log.warning("the store is waited for", action="store_wait", cause=why)
-        )
-    ) as outbox:
+    with _open_outbox(settings.store.path, log) as outbox:
         async with contextlib.AsyncExitStack() as stack:
             sessions = [await stack.enter_async_context(open_session(CHAIN_TIMEOUT)) for _ in settings.chain.urls]
             source = await make_chain(settings, outbox, sessions, log)
@@ -69,6 +65,27 @@ async def run(settings: Settings, path: Path, *, log: FilteringBoundLogger, noti
             async with _api(AdminApi(made.parts, daemon.stop), settings.admin, token) as url:
                 log.info("admin API listens", action="listening", url=url)
                 await daemon.run()
+
+
+@contextlib.contextmanager
+def _open_outbox(path: Path, log: FilteringBoundLogger) -> Iterator[OutboxThread]:
+    """Open the store while the context lasts, and say what a person has to know of its files."""
+    outbox = OutboxThread(path, lambda why: log.warning("the store is waited for", action="store_wait", cause=why))
+    if exposed := exposure(path):
+        log.warning("the store is open to every user", action="store_exposed", cause=exposed)
+    for copy in copies(path):
+        log.warning(
+            "a store that was saved aside lies here: take it up with `pocd outbox restore`, or remove it",
+            action="store_aside",
+            file=str(copy),
+        )
+    try:
+        yield outbox
+    finally:
+        outbox.close()
+        place = outbox.view.place
+        if place.saved:
+            log.error("the store was not at its path and is saved aside", action="store_saved", remedy=place.remedy)
 
 
 @contextlib.asynccontextmanager
@@ -88,8 +105,7 @@ async def _api(api: AdminApi, admin: AdminSettings, token: str | None) -> AsyncI
             hint = error.strerror if admin.socket or error.errno != errno.EADDRINUSE else "another program has the port"
             keys = "admin.socket" if admin.socket else "admin.host or admin.port"
             message = f"admin API cannot listen on {where}: {hint}; change {keys}"
-            # A port that is not allowed has to be changed, or a socket's path; an address or a name may come yet.
-            raise EndedError(EXIT_CONFIG if isinstance(error, NEEDS_A_PERSON) else EXIT_TEMPORARY, message) from None
+            raise EndedError(exit_status(error), message) from None
         yield url
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from pocd.config.settings import ConfigError, Settings, check_model, load
 from pocd.daemon.compose import make_receivers
 from pocd.observe import logs
+from pocd.process import EndedError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -115,7 +116,7 @@ class Reloader:
         difference, problem = Difference((), ()), None
         try:
             difference = await self._apply()
-        except ConfigError as error:
+        except (ConfigError, EndedError) as error:
             problem = str(error)
         if problem is not None:
             parts.log.error("configuration is not good, nothing was changed", action="reload_refused", cause=problem)
@@ -129,6 +130,7 @@ class Reloader:
 
         Raises:
             ConfigError: The configuration, or a file that it names, is not good; nothing was changed.
+            EndedError: There is nothing yet where the model should be; nothing was changed.
         """
         parts = self._parts
         new = load(self._path)

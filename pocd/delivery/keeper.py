@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from pocd.store import deliveries, upkeep, validations
 from pocd.store.errors import StoreUnavailableError
+from pocd.store.outbox import Outbox
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -102,11 +103,15 @@ class Keeper:
 
     async def look(self) -> None:
         """Prune and expire batches that are due, and hold mining or let it go on."""
+        try:
+            await self._outbox(Outbox.keep_place)
+        except StoreUnavailableError as error:
+            self._hold(str(error))
+            return
         held = self._miner.held
         self._log_hold(held)  # a commit that failed may have held it since the last look
         await self._follow_clock()
         try:
-            await self._outbox(lambda outbox: outbox.place.check())
             await self._prune(self._clock.wall() - self._limits.keep_delivered)
             await self._repeat(upkeep.prune_rounds)
             await self._outbox(validations.prune, self._clock.wall() - self._limits.keep_delivered)
@@ -118,7 +123,10 @@ class Keeper:
             reason = str(error)
         if reason is None and self._miner.held != held:
             return  # a commit failed meanwhile: the next look finds out whether it can be made
-        if reason != held:
+        self._hold(reason)
+
+    def _hold(self, reason: str | None) -> None:
+        if reason != self._miner.held:
             self._miner.hold(reason)
         self._log_hold(reason)
 

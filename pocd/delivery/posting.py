@@ -12,8 +12,9 @@ import aiohttp
 
 from pocd.delivery.policy import Outcome
 from pocd.http import addresses, webhooks
-from pocd.http.client import as_written, open_session
+from pocd.http.client import open_session
 from pocd.http.retry_after import parse_retry_after
+from pocd.http.urls import below
 from pocd.observe.mask import excerpt, mask_url, url_secrets
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ class Poster:
         self._barred = None
         unsent = io.BytesIO(body)
         try:
-            url = as_written(f"{self._receiver.url.rstrip('/')}/{kind}")
+            url = below(self._receiver.url, kind)
             async with self._session.post(url, data=unsent, headers=headers, allow_redirects=False) as response:
                 if response.status < 300 and unsent.tell() < len(body):
                     return Outcome(None, f"HTTP {response.status} before the batch was sent", broke=True)

@@ -55,6 +55,7 @@ _EMBEDDING = tuple(
 _ONLY_IPV6 = {ipaddress.IPv6Address("::"), ipaddress.IPv6Address("::1")}  # and nothing compatible
 
 _ORIGIN = re.compile(r"(https?)://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::([1-9][0-9]{0,4}))?", re.ASCII | re.IGNORECASE)
+NUMERIC = re.compile("0x[0-9a-f]*|[0-9]+")  # the last part of a host that some take for an address
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
@@ -121,7 +122,7 @@ def _host(host: str) -> str | None:
     try:
         if host.startswith("["):
             return f"[{ipaddress.IPv6Address(host[1:-1])}]"
-        if re.fullmatch("0x[0-9a-f]*|[0-9]+", host.rpartition(".")[2]):
+        if NUMERIC.fullmatch(host.rpartition(".")[2]):
             return str(ipaddress.IPv4Address(host))
     except ValueError:
         return None

@@ -5,17 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import re
 import socket
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.client_proto import ResponseHandler
-from yarl import URL
 
 from pocd.http.answers import TolerantParser
 
@@ -28,6 +25,7 @@ if TYPE_CHECKING:
     Addresses = Sequence[tuple[socket.AddressFamily, socket.SocketKind, int, str, Any]]  # the last for `getnameinfo`
 
 
+NO_ADDRESS = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}  # the second is not everywhere
 STUCK_SECONDS = 30.0  # after which the kernel ends a connection whose other side takes nothing
 
 
@@ -55,18 +53,6 @@ def open_session(
         headers={"Accept-Encoding": "identity"},
         request_class=_Request,
     )
-
-
-def as_written(url: str) -> URL:
-    """Return `url` with its path and query as they are: whoever signs or compares them knows no other spelling.
-
-    Raises:
-        ValueError: `url` is not a URL.
-    """
-    parts = urlsplit(url)
-    rest = parts._replace(scheme="", netloc="").geturl()
-    ascii_only = re.sub("[^!-~]+", lambda found: quote(found[0]), rest)  # what no request line can hold
-    return URL(str(URL(f"{parts.scheme}://{parts.netloc}")).rstrip("/") + ascii_only, encoded=True)
 
 
 class _Request(aiohttp.ClientRequest):
@@ -173,9 +159,7 @@ class ThreadResolver(AbstractResolver):
         def look_up() -> None:
             found: Addresses | OSError
             try:
-                found = self._getaddrinfo(
-                    host, port, type=socket.SOCK_STREAM, family=family, flags=socket.AI_ADDRCONFIG
-                )
+                found = self._look_up(host, port, family)
             except OSError as error:
                 found = error
             except UnicodeError as error:
@@ -194,6 +178,15 @@ class ThreadResolver(AbstractResolver):
         except RuntimeError as error:  # too many threads
             report(OSError(f"{host!r} cannot be looked up: {error}"))
         return lookup
+
+    def _look_up(self, host: str, port: int, family: socket.AddressFamily) -> Addresses:
+        """Ask for addresses of the kinds that this host has; where there is none, for any: loopback is of no kind."""
+        try:
+            return self._getaddrinfo(host, port, type=socket.SOCK_STREAM, family=family, flags=socket.AI_ADDRCONFIG)
+        except socket.gaierror as error:
+            if error.errno not in NO_ADDRESS:
+                raise
+        return self._getaddrinfo(host, port, type=socket.SOCK_STREAM, family=family, flags=0)
 
     def _finished(self, key: tuple[str, int, socket.AddressFamily], lookup: asyncio.Future[Addresses]) -> None:
         del self._lookups[key]

@@ -7,6 +7,8 @@ are too many connections, the one that we wait for longest goes. What is being a
 from __future__ import annotations
 
 import asyncio
+import errno
+import socket
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -106,7 +108,7 @@ async def listening(
 
     Args:
         app: The application to serve; it gets two more middlewares, and can be served once.
-        host: Address to bind.
+        host: Address to bind, or a name: of its addresses those that this host has, as `localhost` without IPv6.
         port: TCP port; 0 takes a free one.
         shutdown_timeout: Seconds that requests under way have to end, when the context ends.
         bounds: Limits on what clients may cost.
@@ -115,12 +117,26 @@ async def listening(
         OSError: The address cannot be bound.
     """
     async with _protocols(app, bounds, shutdown_timeout) as protocols:
-        server = await asyncio.get_running_loop().create_server(protocols, host, port, backlog=BACKLOG)
+        loop = asyncio.get_running_loop()
+        found = await loop.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        addresses = list(dict.fromkeys(str(address[0]) for *_, address in found))
+        here = [address for address in addresses if _is_here(address)]
+        server = await loop.create_server(protocols, here or addresses, port, backlog=BACKLOG)
         try:
             address, bound = server.sockets[0].getsockname()[:2]
             yield f"http://[{address}]:{bound}" if ":" in address else f"http://{address}:{bound}"
         finally:
             server.close()
+
+
+def _is_here(address: str) -> bool:
+    """Tell whether this host has an IP address to bind."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+            probe.bind((address, 0))
+    except OSError as error:
+        return error.errno not in {errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT}
+    return True
 
 
 @asynccontextmanager

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 from pocd.observe.changes import Changes
 from pocd.observe.rates import RateWindow
-from pocd.protocol.nonces import Ledger, Span
+from pocd.protocol.nonces import Ledger, Span, unskipped
 from pocd.protocol.proof import Proof
 from pocd.store.errors import StoreUnavailableError
-from pocd.store.outbox import Outbox, RoundProgress, Weights, Work
+from pocd.store.outbox import Outbox, Weights, Work
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pocd.clock import Clock
     from pocd.protocol.nonces import Node
     from pocd.protocol.proof import Round
+    from pocd.store.progress import RoundProgress
     from pocd.store.thread import OutboxThread
 
 LATEST = 20  # proofs that status shows
@@ -29,20 +30,21 @@ LATEST = 20  # proofs that status shows
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A span of one round's nonces, leased to one worker."""
+    """Nonces of one round, leased to one worker.
+
+    Attributes:
+        span: The positions that are settled with the lease.
+        nonces: The nonces at them, without those that were checked as another node's.
+    """
 
     mining: Mining
     span: Span
-
-    @property
-    def nonces(self) -> range:
-        """The nonces of the span."""
-        return self.mining.node.nonces(self.span)
+    nonces: list[int]
 
 
 @dataclass(eq=False, slots=True)
 class Mining:
-    """A round while it is being mined. Counts include those of earlier runs of the daemon.
+    """A round while it is being mined. Counts include earlier runs of the daemon, and other shares of the nonces.
 
     Attributes:
         started_at: Monotonic time in seconds at which this process began the round.
@@ -108,13 +110,16 @@ class Miner:
                 mining for mining in self._leased if work and (mining.round, mining.node) == (work.round, work.node)
             )
             self.mining = next(leased, None) or (self._mining(work, done) if work and done else None)
+            if self.mining and done:  # it may have been mined as another node meanwhile
+                self.mining.ledger.skipped = done.skipped
+                self.mining.checked, self.mining.valid = done.checked, done.valid
         self._notify()
 
     def _mining(self, work: Work, done: RoundProgress) -> Mining:
         return Mining(
             round=work.round,
             node=work.node,
-            ledger=Ledger(done.progress),
+            ledger=Ledger(done.progress, done.skipped),
             started_at=self._clock.monotonic(),
             checked_before=done.checked,
             checked=done.checked,
@@ -143,7 +148,9 @@ class Miner:
         """Lease the next nonces, at most `count`; waits while there is nothing to mine."""
         mining = await self.until_mining()
         self._leased[mining] += 1
-        return Lease(mining, mining.ledger.take(count))
+        span = mining.ledger.take(count)
+        nonces = [mining.node.id + mining.node.count * x for x in unskipped(span, mining.ledger.skipped)]
+        return Lease(mining, span, nonces)
 
     async def until_mining(self) -> Mining:
         """Wait until there is a round to work on, and return it."""
@@ -162,7 +169,7 @@ class Miner:
         again.
         """
         mining = lease.mining
-        assert len(distances) == len(lease.span), "one distance per nonce"
+        assert len(distances) == len(lease.nonces), "one distance per nonce"
         assert all(math.isfinite(distance) for distance in distances), "workers refuse NaN and infinity"
         proofs = [
             Proof(nonce, distance)
@@ -170,21 +177,29 @@ class Miner:
             if distance < mining.round.r_target
         ]
         try:
-            await self._outbox(
+            checked, stored = await self._outbox(
                 Outbox.commit_span, mining.round, mining.node, lease.span, proofs, weights, self._clock.wall()
             )
         except StoreUnavailableError as error:
             self.hold(str(error))
             self.give_back(lease)
             return
-        mining.checked += len(distances)
-        mining.valid += len(proofs)
-        mining.latest.extend(proofs)
-        self.checked_rate.add(len(distances))
-        self.valid_rate.add(len(proofs))
-        if proofs:
+        self._count(mining, checked, stored)
+        if self.mining is not None and self.mining is not mining and self.mining.round == mining.round:
+            # It is mined as another node now, to which this comes too late to be in what the store told it.
+            self._count(self.mining, checked, stored)
+            ledger = self.mining.ledger
+            ledger.skipped = (*ledger.skipped, self.mining.node.positions(mining.node.nonces(lease.span)))
+        self.checked_rate.add(checked)
+        self.valid_rate.add(len(stored))
+        if stored:
             self.batchable.notify()
         self._returned(mining)
+
+    def _count(self, mining: Mining, checked: int, stored: Sequence[Proof]) -> None:
+        mining.checked += checked
+        mining.valid += len(stored)
+        mining.latest.extend(stored)
 
     def give_back(self, lease: Lease) -> None:
         """Take back a lease that its worker did not finish, for another worker."""

@@ -8,10 +8,12 @@ import select
 import threading
 import time
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import TextIO
 
 MOST_WAITING = 4 * 2**20  # bytes of lines that wait for their reader
 
@@ -89,3 +91,16 @@ def write_whole(descriptor: int, data: bytes) -> None:
             view = view[os.write(descriptor, view) :]
         except BlockingIOError:
             select.select([], [descriptor], [])
+
+
+def writer_to(stream: TextIO) -> LineWriter:
+    """Return what writes to a stream: by its descriptor, so that no lock of Python's is held meanwhile."""
+    try:
+        return LineWriter(partial(write_whole, stream.fileno()))
+    except (OSError, ValueError):  # a stream in memory
+        return LineWriter(partial(_write_text, stream))
+
+
+def _write_text(stream: TextIO, data: bytes) -> None:
+    stream.write(data.decode(stream.encoding or "utf-8"))
+    stream.flush()

@@ -8,13 +8,12 @@ import json
 import logging
 import os
 import sys
-from functools import partial
 from typing import TYPE_CHECKING, Literal, TextIO, cast
 
 import orjson
 import structlog
 
-from pocd.observe.lines import LineWriter, write_whole
+from pocd.observe.lines import LineWriter, writer_to
 from pocd.observe.mask import clean, escape_json, mask_credentials
 
 if TYPE_CHECKING:
@@ -101,20 +100,10 @@ _writers: list[LineWriter] = []  # of this process, whose last lines are written
 
 
 def _writer_to(stream: TextIO) -> _Lines:
-    """Return what writes to standard error: by its descriptor, so that no lock of Python's is held meanwhile."""
-    encoding = stream.encoding or "utf-8"
-    try:
-        write = partial(write_whole, stream.fileno())
-    except (OSError, ValueError):  # a stream in memory
-        write = partial(_write_text, stream, encoding)
-    writer = LineWriter(write)
+    """Return what writes to standard error."""
+    writer = writer_to(stream)
     _writers[:] = [writer]
-    return _Lines(writer, encoding)
-
-
-def _write_text(stream: TextIO, encoding: str, data: bytes) -> None:
-    stream.write(data.decode(encoding))
-    stream.flush()
+    return _Lines(writer, stream.encoding or "utf-8")
 
 
 def flush(limit: float = FLUSH_SECONDS) -> None:

@@ -63,17 +63,19 @@ def _mask_parameter(part: str) -> str:
 
 
 def url_secrets(url: str) -> tuple[str, ...]:
-    """Return the forms in which the user info of `url` may come back from its host: as text, or as it was sent.
+    """Return the forms in which user info and query of `url` may come back from its host: as text, or as it was sent.
 
     The longest first, so that replacing them one after another leaves no piece of one.
     """
-    info, at, _ = url.partition("://")[2].partition("/")[0].rpartition("@")
-    if not at:
-        return ()
-    user, _, password = info.partition(":")
-    plain = f"{unquote(user)}:{unquote(password)}"
-    sent = {base64.b64encode(plain.encode(encoding, "replace")).decode() for encoding in ("utf-8", "latin-1")}
-    forms = {info, plain, password, unquote(password)} | sent
+    address, _, query = url.partition("#")[0].partition("?")
+    values = {parameter.partition("=")[2] or parameter for parameter in query.split("&")}
+    forms = values | {unquote(value) for value in values}
+    info, at, _ = address.partition("://")[2].partition("/")[0].rpartition("@")
+    if at:
+        user, _, password = info.partition(":")
+        plain = f"{unquote(user)}:{unquote(password)}"
+        forms |= {info, plain, password, unquote(password)}
+        forms |= {base64.b64encode(plain.encode(encoding, "replace")).decode() for encoding in ("utf-8", "latin-1")}
     return tuple(sorted((form for form in forms if len(form.strip(":")) >= SHORTEST_SECRET), key=len, reverse=True))
 
 

@@ -10,7 +10,7 @@ from pocd.pool.causes import Cause, WorkerError
 from pocd.pool.processes import FailedError
 from pocd.pool.recomputations import NoResultError, WorkerLostError
 from pocd.store.outbox import Weights
-from pocd.tasks import run_forever
+from pocd.tasks import run_forever, within
 from pocd.worker.messages import (
     BatchShrunk,
     Cancel,
@@ -26,7 +26,6 @@ from pocd.worker.messages import (
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
-    from pocd.clock import Clock
     from pocd.mining.miner import Lease, Miner
     from pocd.pool.limits import WorkerLimits
     from pocd.pool.processes import RankLink
@@ -51,7 +50,6 @@ class Feeder:
         recomputations: Recomputations,
         limits: WorkerLimits,
         *,
-        clock: Clock,
         log: FilteringBoundLogger,
     ) -> None:
         self._link = link
@@ -59,7 +57,6 @@ class Feeder:
         self._miner = miner
         self._recomputations = recomputations
         self._limits = limits
-        self._clock = clock
         self._log = log
         self._ids = itertools.count()
         self._refused_in_a_row = 0
@@ -67,7 +64,8 @@ class Feeder:
         self._slots = asyncio.Semaphore(IN_FLIGHT[state.devices[0].partition(":")[0]])
         self._in_flight: dict[int, Lease] = {}
         self._recomputing: dict[int, Recomputation] = {}
-        self._progress_at = clock.monotonic()
+        self._busy = asyncio.Event()
+        self._progress = asyncio.Event()
 
     async def run(self) -> NoReturn:
         """Feed the worker; the leases and recomputations that it holds go back when this ends.
@@ -86,6 +84,7 @@ class Feeder:
                     f"{name}: recomputations": self._send_recomputations(),
                     f"{name}: results": self._receive(),
                     f"{name}: cancelling": self._cancel_replaced(),
+                    f"{name}: progress": self._watch(),
                 },
                 self._log,
                 foreseen=(OSError, EOFError, FailedError),
@@ -101,10 +100,10 @@ class Feeder:
         while True:
             await self._slots.acquire()
             lease = await self._miner.lease(self._state.batch_size)
-            number = self._begin()
+            number = next(self._ids)
             self._in_flight[number] = lease
-            nonces = lease.nonces
-            await self._link.send(Compute(number, lease.mining.round, nonces.start, nonces.step, len(nonces)))
+            self._busy.set()
+            await self._link.send(Compute(number, lease.mining.round, lease.nonces))
 
     async def _send_recomputations(self) -> None:
         """Send recomputations, one at a time, so that between two of them there is a batch of what is mined."""
@@ -115,18 +114,30 @@ class Feeder:
 
     async def _recompute(self, recomputation: Recomputation) -> bool:
         """Have the worker do one recomputation; returns whether it is the last of its round."""
-        number = self._begin()
+        number = next(self._ids)
         self._recomputing[number] = recomputation
+        self._busy.set()
         nonces = list(recomputation.nonces)
         await self._link.send(Recompute(number, recomputation.round, nonces, recomputation.last))
         await asyncio.wait([recomputation.distances])
         return recomputation.last
 
-    def _begin(self) -> int:
-        """Return an id for what the worker is sent next; if the worker was idle, the time for a batch begins now."""
+    async def _watch(self) -> NoReturn:
+        """End the worker's life when it has something to do, and finishes nothing while this process runs."""
+        while True:
+            await self._busy.wait()
+            self._progress.clear()
+            try:
+                await within(self._limits.batch, self._progress.wait())
+            except TimeoutError:
+                message = f"worker finished no batch within {self._limits.batch:.0f} s, killed"
+                raise WorkerError(Cause.HUNG, message) from None
+
+    def _progressed(self) -> None:
+        """Note that the worker finished something, which is no longer under way."""
+        self._progress.set()
         if not self._in_flight and not self._recomputing:
-            self._progress_at = self._clock.monotonic()
-        return next(self._ids)
+            self._busy.clear()
 
     async def _cancel_replaced(self) -> None:
         """Take back the leases that wait at the worker for a round that is no longer mined."""
@@ -154,15 +165,11 @@ class Feeder:
             elif isinstance(message, BatchShrunk):
                 take_batch_size(message, self._state, self._log)
             elif isinstance(message, Cancelled):
-                self._slots.release()
-                self._miner.give_back(self._in_flight.pop(message.id))
+                self._miner.give_back(self._finished(message.id))
             elif isinstance(message, RoundBegun):
                 self._round_begun(message)
             else:
                 assert isinstance(message, Heartbeat), f"unexpected {message}"
-            busy = self._in_flight or self._recomputing
-            if busy and self._clock.monotonic() - self._progress_at > self._limits.batch:
-                raise WorkerError(Cause.HUNG, f"worker finished no batch within {self._limits.batch:.0f} s, killed")
 
     def _round_begun(self, message: RoundBegun) -> None:
         """Record the rate that theory expects of a round, and log where the round runs in another way than usual."""
@@ -179,17 +186,18 @@ class Feeder:
                 lease.mining.expected_valid_rate = message.expected_valid_rate
 
     def _recomputed(self, message: Distances | Refused) -> None:
-        self._progress_at = self._clock.monotonic()
         recomputation = self._recomputing.pop(message.id)
+        self._progressed()
         if isinstance(message, Refused):
             recomputation.fail(NoResultError(message.reason))
         elif not recomputation.distances.done():
             recomputation.distances.set_result(message.distances)
 
     def _finished(self, number: int) -> Lease:
-        self._progress_at = self._clock.monotonic()
+        lease = self._in_flight.pop(number)
         self._slots.release()
-        return self._in_flight.pop(number)
+        self._progressed()
+        return lease
 
     async def _refuse(self, lease: Lease, reason: str) -> None:
         """Set aside a lease that has no result; too many of them end the worker's life."""

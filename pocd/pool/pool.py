@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pocd.observe.rates import RateWindow
@@ -16,7 +19,6 @@ from pocd.tasks import run_forever
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from structlog.typing import FilteringBoundLogger
 
@@ -61,7 +63,6 @@ class Pool:
         self.workers = [
             WorkerState(number, load.devices, load.batch_size, RateWindow(clock)) for number, load in enumerate(loads)
         ]
-        variables = environment(loads, cache)
         self._supervisors = [
             Supervisor(
                 worker,
@@ -69,7 +70,7 @@ class Pool:
                 miner,
                 limits,
                 self.recomputations,
-                environment=variables,
+                environment=partial(environment, loads, cache),
                 changed=self._changed,
                 clock=clock,
                 log=log.bind(worker=worker.number) if len(loads) > 1 else log,
@@ -142,12 +143,18 @@ class Pool:
 def environment(loads: Sequence[Load], cache: Path) -> dict[str, str]:
     """Return the environment of the workers' processes. What the daemon's own environment sets stays.
 
+    All but PYTHONOPTIMIZE: transformers reads its own docstrings, which Python leaves out with -OO.
+
     Args:
         loads: What each of the workers loads.
         cache: The folder for what compilers make, which outlives the workers.
+
+    Raises:
+        OSError: The system has no folder for temporary files, and none can be made in the cache.
     """
     variables = {
         **WAITING,
+        "TMPDIR": str(_temporary_folder(cache / "tmp")),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "TRITON_CACHE_DIR": str(cache / "triton"),
         "GLOO_SOCKET_IFNAME": "lo",  # ranks of one host need no network
@@ -158,5 +165,14 @@ def environment(loads: Sequence[Load], cache: Path) -> dict[str, str]:
         variables["CUDA_VISIBLE_DEVICES"] = ""  # no library is to take a GPU that is not asked for
     if on_cpu > 1:  # they share the cores, and each would start a thread for every core
         variables["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // on_cpu))
-    kept = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES" or not on_cpu}
-    return variables | kept
+    dropped = {"TMPDIR", "PYTHONOPTIMIZE", *(["CUDA_VISIBLE_DEVICES"] if on_cpu else [])}
+    return variables | {name: value for name, value in os.environ.items() if name not in dropped}
+
+
+def _temporary_folder(otherwise: Path) -> Path:
+    """Return the folder for temporary files: the system's, or where that has none that can be written, another one."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        otherwise.mkdir(parents=True, exist_ok=True)
+        return otherwise

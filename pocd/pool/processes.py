@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import signal
 import socket
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from pocd.pool.causes import Cause, WorkerError
+from pocd.pool.output import Output
 from pocd.tasks import within
 from pocd.worker import messages
 from pocd.worker.messages import Failed
@@ -19,6 +21,8 @@ from pocd.worker.messages import Failed
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
     from collections.abc import Mapping
+
+    from structlog.typing import FilteringBoundLogger
 
     from pocd.worker.messages import FailureKind, Load
 
@@ -93,6 +97,7 @@ class Ended:
 class _Rank:
     process: Process
     link: RankLink
+    output: Output
 
 
 class Processes:
@@ -103,14 +108,21 @@ class Processes:
         self._rendezvous = rendezvous
 
     @classmethod
-    async def start(cls, load: Load, environment: Mapping[str, str]) -> Self:
+    async def start(cls, load: Load, environment: Mapping[str, str], log: FilteringBoundLogger) -> Self:
         """Start a process for each rank, and send each what to load.
 
+        Args:
+            load: What to load.
+            environment: The environment of the processes; TMPDIR is the folder in which the ranks find one another.
+            log: Receives what the processes write.
+
         Raises:
-            OSError: A process could not be started, or was gone at once.
+            OSError: A process could not be started.
         """
-        rendezvous = tempfile.TemporaryDirectory(prefix="pocd-") if load.is_split else None
-        if rendezvous:
+        rendezvous = None
+        if load.is_split:
+            folder = environment["TMPDIR"]
+            rendezvous = tempfile.TemporaryDirectory(prefix="pocd-", dir=folder, ignore_cleanup_errors=True)
             load = dataclasses.replace(load, rendezvous=rendezvous.name)
         processes = cls([], rendezvous)
         with ExitStack() as theirs:
@@ -119,8 +131,9 @@ class Processes:
                 pairs = [tuple(map(theirs.enter_context, socket.socketpair())) for _ in load.devices[1:]]
                 ends = [[leader for leader, _ in pairs], *([follower] for _, follower in pairs)]
                 for rank, peers in enumerate(ends):
-                    processes._ranks.append(await _start(peers, environment))
-                    await processes.links[rank].send(dataclasses.replace(load, rank=rank))
+                    processes._ranks.append(await _start(peers, environment, log))
+                    with suppress(ConnectionError):  # it ended at once; whoever waits for its messages finds out why
+                        await processes.links[rank].send(dataclasses.replace(load, rank=rank))
             except BaseException:
                 await processes.end(0.0)
                 raise
@@ -141,11 +154,7 @@ class Processes:
         for rank in self._ranks:
             rank.link.close()
         try:
-            async with asyncio.timeout(limit):
-                for rank in self._ranks:
-                    await rank.process.wait()
-        except TimeoutError:
-            pass
+            await self._wait(limit)
         finally:
             ended = [(rank.process.returncode, number) for number, rank in enumerate(self._ranks)]
             for rank in self._ranks:
@@ -153,18 +162,24 @@ class Processes:
                     rank.process.kill()
             if self._rendezvous:
                 self._rendezvous.cleanup()
-        try:
-            async with asyncio.timeout(KILL_SECONDS):
-                for rank in self._ranks:
-                    await rank.process.wait()
-        except TimeoutError:
-            stuck = next(number for number, rank in enumerate(self._ranks) if rank.process.returncode is None)
-            return Ended(f"{self._name(stuck)} does not end even when it is killed: its driver holds it (nvidia-smi)")
+        await self._wait(KILL_SECONDS)
+        await asyncio.gather(*(rank.output.close() for rank in self._ranks))
+        stuck = [number for number, rank in enumerate(self._ranks) if rank.process.returncode is None]
+        if stuck:
+            name = self._name(stuck[0])
+            return Ended(f"{name} does not end even when it is killed: its driver holds it (nvidia-smi)")
         # A signal before a failure before a good end: the others end because that one did.
         by_itself = [(code >= 0, code == 0, number) for code, number in ended if code is not None]
         if by_itself:
             return self._ended(min(by_itself)[2])
         return Ended(f"{self._name(0)} was killed, as it did not end" if self._ranks else "none was started")
+
+    async def _wait(self, limit: float) -> None:
+        """Wait until all processes have ended, at most `limit` seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit):
+                for rank in self._ranks:
+                    await rank.process.wait()
 
     def _name(self, number: int) -> str:
         name = f"worker process {self._ranks[number].process.pid}"
@@ -174,25 +189,45 @@ class Processes:
         code = self._ranks[number].process.returncode
         assert code is not None, "it has ended"
         how = f"was killed by signal {-code}" if code < 0 else f"exited with status {code}"
+        last = self._ranks[number].output.last
+        if last and code not in {0, -signal.SIGKILL, -signal.SIGTERM}:  # by which others end it, whatever it does
+            how = f"{how}: {last}"
         return Ended(f"{self._name(number)} {how}", by_signal=code < 0)
 
 
-async def _start(peers: list[socket.socket], environment: Mapping[str, str]) -> _Rank:
-    ours, theirs = socket.socketpair()
-    with theirs:
-        link = RankLink(*await asyncio.open_connection(sock=ours))  # before there is a process, which nobody would end
-        fds = [end.fileno() for end in (theirs, *peers)]
-        try:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "pocd.worker",
-                *map(str, fds),
-                env=environment,
-                pass_fds=fds,
-                stdin=asyncio.subprocess.DEVNULL,
-            )
-        except BaseException:
-            link.close()
-            raise
-    return _Rank(process, link)
+async def _start(peers: list[socket.socket], environment: Mapping[str, str], log: FilteringBoundLogger) -> _Rank:
+    """Start a process, with sockets to the daemon and to its peers.
+
+    Raises:
+        OSError: The system lacks what a process needs, or has no Python any more.
+    """
+    with ExitStack() as theirs, ExitStack() as undo:  # all streams before there is a process, which nobody would end
+        messages_in, messages_out, inbox = await _connected(theirs)
+        undo.callback(messages_out.close)
+        lines, unused, output = await _connected(theirs)
+        undo.callback(unused.close)
+        fds = [end.fileno() for end in (inbox, *peers)]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "pocd.worker",
+            *map(str, fds),
+            env=environment,
+            pass_fds=fds,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output.fileno(),
+            stderr=output.fileno(),
+        )
+        undo.pop_all()
+    return _Rank(process, RankLink(messages_in, messages_out), Output(lines, unused, log))
+
+
+async def _connected(theirs: ExitStack) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, socket.socket]:
+    """Return streams over a new pair of sockets, and the other end, which is a process's and which `theirs` closes."""
+    ours, other = socket.socketpair()
+    theirs.enter_context(other)
+    try:
+        return (*await asyncio.open_connection(sock=ours), other)
+    except BaseException:
+        ours.close()
+        raise

@@ -37,7 +37,7 @@ class Supervisor:
         limits: WorkerLimits,
         recomputations: Recomputations,
         *,
-        environment: Mapping[str, str],
+        environment: Callable[[], Mapping[str, str]],
         changed: Callable[[], None],
         clock: Clock,
         log: FilteringBoundLogger,
@@ -73,7 +73,7 @@ class Supervisor:
 
     async def _live(self) -> NoReturn:
         try:
-            processes = await Processes.start(self.load, self._environment)
+            processes = await Processes.start(self.load, self._environment(), self._log)
         except OSError as error:
             raise WorkerError(Cause.CRASH, f"worker could not be started: {error}") from error
         self.state.pids = processes.pids
@@ -111,9 +111,7 @@ class Supervisor:
         if self.state.rounding_alarm:
             self._log.warning(self.state.rounding_alarm, action="rounding")
         self._events.publish("worker", what="ready", worker=self.state.number)
-        await Feeder(
-            leader, self.state, self._miner, self._recomputations, self._limits, clock=self._clock, log=self._log
-        ).run()
+        await Feeder(leader, self.state, self._miner, self._recomputations, self._limits, log=self._log).run()
 
     async def _until_ready(self, link: RankLink, rank: int) -> Ready:
         """Receive a rank's messages until it reports that it is ready, which only the leading one ever does."""

@@ -15,6 +15,10 @@ class ModelError(ComputeError):
     """The model cannot be found, read, or transformed."""
 
 
+class ModelAwayError(ModelError):
+    """There is nothing where the model should be: its disk may not be mounted yet."""
+
+
 class InputError(ComputeError):
     """A nonce, a sequence length or another input is outside what can be computed."""
 

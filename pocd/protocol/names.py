@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Literal, get_args
 
-from pocd.protocol.errors import InputError, ModelError
+from pocd.protocol.errors import InputError, ModelAwayError, ModelError
 from pocd.protocol.schemes import RANDOM_HEAD_DIM, Scheme
 
 BUNDLED = Path(__file__).resolve().parent.parent / "models"
@@ -55,7 +55,8 @@ def resolve(name: str, revision: str | None = None) -> str:
     """Turn a configured name into what transformers loads: a local path or a hub id.
 
     Raises:
-        ModelError: The bundled model or local path does not exist, or has a revision.
+        ModelAwayError: The local folder does not exist, or is empty.
+        ModelError: The bundled model does not exist, the folder holds none, or it has a revision.
     """
     is_local = name.startswith(("bundled:", "/", "./", "../", "~"))
     if is_local and revision is not None:
@@ -69,6 +70,11 @@ def resolve(name: str, revision: str | None = None) -> str:
     if is_local:
         path = Path(name).expanduser()
         if not (path / "config.json").is_file():
-            raise ModelError(f"model {name!r}: there is no {path / 'config.json'}; give a model's folder")
+            missing = f"model {name!r}: there is no {path / 'config.json'}"
+            if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+                raise ModelAwayError(
+                    f"{missing}, nor anything beside it; mount what holds it, or give a model's folder"
+                )
+            raise ModelError(f"{missing}; give a model's folder")
         return str(path)
     return name

@@ -7,7 +7,12 @@ Positions x = 0, 1, 2, … count this node's nonces; position x is nonce `node_i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from itertools import islice
+from math import gcd
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 LARGEST_NONCE = 2**63 - 1
 
@@ -52,6 +57,11 @@ class Progress:
         """The first position above everything that is done."""
         return self.islands[-1].stop if self.islands else self.cursor
 
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        """All that is done, ascending and apart."""
+        return (Span(0, self.cursor), *self.islands) if self.cursor else self.islands
+
     def gaps(self) -> list[Span]:
         """The spans below `end` that are not done, ascending."""
         starts = [self.cursor, *(island.stop for island in self.islands)]
@@ -70,30 +80,72 @@ class Node:
         first = self.id + self.count * span.start
         return range(first, first + self.count * len(span), self.count)
 
+    def positions(self, nonces: range) -> range:
+        """The positions of this node's nonces that are among `nonces`, which ascend."""
+        common = gcd(self.count, nonces.step)
+        if not nonces or (nonces.start - self.id) % common:
+            return range(0)
+        step = nonces.step // common
+        residue = (nonces.start - self.id) // common * pow(self.count // common, -1, step)
+        lowest = max(0, -((self.id - nonces.start) // self.count))
+        return range(lowest + (residue - lowest) % step, (nonces[-1] - self.id) // self.count + 1, step)
+
+
+def unskipped(span: Span, skipped: Sequence[range]) -> Sequence[int]:
+    """Return the positions of `span` that are in none of the ranges `skipped`."""
+    if not skipped:
+        return range(span.start, span.stop)
+    positions = _unskipped_from(span.start, skipped)
+    found = []
+    while (position := next(positions)) < span.stop:
+        found.append(position)
+    return found
+
+
+def _unskipped_from(position: int, skipped: Sequence[range]) -> Iterator[int]:
+    while True:
+        inside = next((positions for positions in skipped if position in positions), None)
+        if inside is None:
+            yield position
+        position = inside.stop if inside and inside.step == 1 else position + 1
+
 
 class Ledger:
     """Hands out every position once, lowest first, and takes back what was not finished.
 
     What could not be checked is handed out once more after `retry`, and then no more by this ledger.
+
+    Attributes:
+        skipped: Positions that are passed over: their nonces were checked as another node's.
     """
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, skipped: Sequence[range] = ()) -> None:
+        self.skipped = skipped
         self._aside: list[Span] = []
         self._retried: list[Span] = []
         self._free = progress.gaps()
         self._next = progress.end
 
     def take(self, count: int) -> Span:
-        """Lease the lowest free positions: `count` of them, or fewer where a gap is smaller."""
-        if not self._free:
-            span = Span(self._next, self._next + count)
-            self._next = span.stop
-            return span
-        gap = self._free.pop(0)
-        if len(gap) <= count:
-            return gap
-        self._free.insert(0, Span(gap.start + count, gap.stop))
-        return Span(gap.start, gap.start + count)
+        """Lease the lowest free positions: `count`, and those skipped between, or fewer where a gap is smaller."""
+        while self._free:
+            gap = self._free.pop(0)
+            stop = self._stop(gap.start, count)
+            if stop < gap.stop:
+                self._free.insert(0, Span(stop, gap.stop))
+                return Span(gap.start, stop)
+            if unskipped(gap, self.skipped):
+                return gap
+        span = Span(self._next, self._stop(self._next, count))
+        self._next = span.stop
+        return span
+
+    def _stop(self, start: int, count: int) -> int:
+        """Return the position after the next `count` that are not skipped."""
+        if not self.skipped:
+            return start + count
+        *_, last = islice(_unskipped_from(start, self.skipped), count)
+        return last + 1
 
     def give_back(self, span: Span) -> None:
         """Free a leased span again."""

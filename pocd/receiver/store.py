@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, TypeVar
 
 from pocd.store.database import DatabaseThread, ThreadBusyError
+from pocd.store.place import Place
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -240,8 +241,8 @@ async def _bounded(path: Path, call: Awaitable[T]) -> T:
     try:
         async with asyncio.timeout(CALL_TIMEOUT_S):
             return await call
-    except TimeoutError:
-        raise ReceiverStoreBusyError(f"{path}: no answer within {CALL_TIMEOUT_S:g} s") from None
+    except TimeoutError as error:
+        raise ReceiverStoreBusyError(f"{path}: no answer within {CALL_TIMEOUT_S:g} s") from error
     except ThreadBusyError as error:
         raise ReceiverStoreBusyError(f"{path}: {error}") from None
     except sqlite3.Error as error:
@@ -255,6 +256,7 @@ class _Database:
         self._db = sqlite3.connect(path, timeout=BUSY_TIMEOUT_S, isolation_level=None)
         try:
             self._prepare(path)
+            self._place = Place(path)
         except BaseException:
             self._db.close()
             raise
@@ -268,12 +270,15 @@ class _Database:
             raise ReceiverStoreError(f"{path}: is a database, but not a receiver's")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
+        self._db.execute("SELECT * FROM totals").fetchone()  # makes the log's file, if it was not there
 
     def close(self) -> None:
         self._db.close()
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
+        if change := self._place.change():  # what is stored elsewhere nobody would find
+            raise ReceiverStoreError(f"{change}: nothing more is stored; put it back, or restart the receiver")
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield

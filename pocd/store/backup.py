@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pocd.process import EXIT_CRASH
 from pocd.store.errors import StoreError, damaged, unusable
-from pocd.store.opening import renew_epoch, wal_of
+from pocd.store.opening import renew_epoch, sync, wal_of
 from pocd.store.schema import APPLICATION_ID, VERSION
 
 if TYPE_CHECKING:
@@ -137,9 +137,5 @@ def _check_copy(file: Path) -> None:
 
 def _sync(file: Path) -> None:
     """Bring a file and its name to the disk."""
-    for each in (file, file.parent):
-        descriptor = os.open(each, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    sync(file)
+    sync(file.parent)

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import errno
 import sqlite3
 from typing import TYPE_CHECKING
 
-from pocd.process import EXIT_CONFIG, EXIT_TEMPORARY, EndedError
+from pocd.process import EXIT_CONFIG, EXIT_TEMPORARY, EndedError, may_pass
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-PASSING = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
-)
-"""Errors of the system that pass, or are mended without a change to the configuration."""
 
 
 class StoreError(EndedError):
@@ -57,7 +51,7 @@ def unusable(path: Path, error: sqlite3.Error) -> StoreError:
 
 def unopened(path: Path, error: OSError) -> StoreError:
     """Return the error for the operator when the system does not let the store at `path` be opened."""
-    if error.errno in PASSING:
+    if may_pass(error):
         return StoreError(f"store {path} cannot be opened now: {error.strerror}; check its disk", EXIT_TEMPORARY)
     return StoreError(f"store {path} cannot be opened: {error}; check store.path and its permissions")
 

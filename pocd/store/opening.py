@@ -64,7 +64,7 @@ def open_store(
 
 def _open(path: Path, *, thorough: bool) -> sqlite3.Connection:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         _refuse_mixture(path)
         # A backup runs in another thread: the library serialises calls.
         connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
@@ -89,6 +89,24 @@ def _open(path: Path, *, thorough: bool) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _make_folder(folder: Path) -> None:
+    """Make a folder that only its user may enter, and those above it where they are missing; their names are synced."""
+    for each in reversed([folder, *folder.parents]):
+        if not each.is_dir():
+            each.mkdir(mode=0o700, exist_ok=True)
+            with suppress(OSError):  # some file systems sync no folder
+                sync(each.parent)
+
+
+def sync(path: Path) -> None:
+    """Bring what is written to a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _why_not(path: Path, error: sqlite3.Error) -> StoreError:

@@ -8,23 +8,26 @@ writes is one transaction, fsynced before it returns (WAL, synchronous FULL). Si
 from __future__ import annotations
 
 import sqlite3
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Self
 
 import orjson
 
 from pocd.process import EXIT_TEMPORARY
-from pocd.protocol.nonces import Node, Progress, Span
-from pocd.protocol.proof import Proof, Round
-from pocd.store.backup import BackupError, back_up
+from pocd.protocol.nonces import unskipped
 from pocd.store.errors import StoreError, StoreUnavailableError, unusable
-from pocd.store.opening import MARK, open_store, wal_of
+from pocd.store.opening import MARK, open_store
 from pocd.store.place import Place
+from pocd.store.progress import progress_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+    from pocd.protocol.nonces import Node, Span
+    from pocd.protocol.proof import Proof, Round
+    from pocd.store.progress import RoundProgress
 
 _SET_META = "INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value"
 
@@ -69,15 +72,6 @@ class Weights:
 
     fingerprint: str
     dtype: str
-
-
-@dataclass(frozen=True, slots=True)
-class RoundProgress:
-    """Progress of one node in one round: the positions done, and the nonces checked and valid."""
-
-    progress: Progress
-    checked: int
-    valid: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,21 +179,20 @@ class Outbox:
         self.place = Place(self.place.path)
         self.suspect = False
 
+    def keep_place(self) -> None:
+        """Make sure that the open file is the one at the store's path, as `Place.check` does; save it aside if not.
+
+        Raises:
+            StoreUnavailableError: The open file is not the one at the store's path.
+        """
+        self.place.save(self.db)
+        self.place.check()
+
     def close(self) -> None:
         """Close the file; its lock goes with it. Where it was removed, what it held is put back at its path."""
-        saved = self._save() if self.place.is_empty() else None
+        self.place.save(self.db)
         self.db.close()
-        if saved:
-            wal_of(self.place.path).unlink(missing_ok=True)  # it would be taken for the log of what is put there
-            saved.rename(self.place.path)
-
-    def _save(self) -> Path | None:
-        """Write what the removed file holds beside its path, as far as that can be done."""
-        file = self.place.path.with_name(f"{self.place.path.name}.saved")
-        with suppress(BackupError):
-            back_up(self.db, file)
-            return file
-        return None
+        self.place.leave()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -289,12 +282,17 @@ class Outbox:
             "INSERT OR IGNORE INTO rounds (id, round, seen_at, by_chain) VALUES (?, ?, ?, ?)",
             (round_.id, orjson.dumps(asdict(round_)).decode(), now, work.by_chain),
         )
-        number = self._round_number(round_)
+        number = self.round_number(round_)
         if work.by_chain:
             self.db.execute("UPDATE rounds SET by_chain = 1 WHERE number = ?", (number,))
         else:
             self.db.execute("UPDATE rounds SET callback = ? WHERE number = ?", (work.callback, number))
         self.db.execute("INSERT OR IGNORE INTO progress VALUES (?, ?, ?, 0, '[]', 0, 0)", (number, node.id, node.count))
+        self.reinstate(number, now)
+        return progress_in(self.db, number, node)
+
+    def reinstate(self, number: int, now: float) -> None:
+        """Undo that a round's block was replaced: what was withdrawn is queued again. Part of a transaction."""
         self.db.execute("UPDATE rounds SET replaced = NULL WHERE number = ? AND replaced IS NOT NULL", (number,))
         withdrawn = self.db.execute(
             "SELECT receiver, batch FROM deliveries WHERE state = 'withdrawn'"
@@ -302,64 +300,40 @@ class Outbox:
             (number,),
         ).fetchall()
         self.queue_again(withdrawn, now)
-        return self._round_progress(number, node)
 
-    def recent_rounds(self, limit: int) -> list[Round]:
-        """Return the chain's `limit` rounds with the greatest heights whose blocks were not replaced, highest first."""
-        rows = self.db.execute(
-            "SELECT round FROM rounds WHERE replaced IS NULL AND by_chain"
-            " ORDER BY json_extract(round, '$.block_height') DESC, number DESC LIMIT ?",
-            (limit,),
-        )
-        return [Round(**orjson.loads(encoded)) for (encoded,) in rows]
-
-    def replace_round(self, round_: Round, reason: str, *, withdraw: bool, now: float) -> None:
-        """Mark a round whose block is no longer the chain's.
-
-        Args:
-            round_: A round that was begun.
-            reason: Reason shown with the round's withdrawn batches.
-            withdraw: Whether to withdraw the round's batches that are still pending.
-            now: Seconds since the epoch.
-        """
-        with self.transaction():
-            number = self._round_number(round_)
-            self.db.execute("UPDATE rounds SET replaced = ? WHERE number = ?", (reason, number))
-            if withdraw:
-                self.db.execute(
-                    "UPDATE deliveries SET state = 'withdrawn', reason = ?, changed_at = ?"
-                    " WHERE state = 'pending' AND batch IN (SELECT number FROM batches WHERE round = ?)",
-                    (reason, now, number),
-                )
-
-    def _round_number(self, round_: Round) -> int:
+    def round_number(self, round_: Round) -> int:
+        """Return the number in the store of a round that was begun."""
         (number,) = self.db.execute("SELECT number FROM rounds WHERE id = ?", (round_.id,)).fetchone()
         assert isinstance(number, int)
         return number
 
-    def _round_progress(self, number: int, node: Node) -> RoundProgress:
-        cursor, islands, checked, valid = self.db.execute(
-            "SELECT cursor, islands, checked, valid FROM progress WHERE (round, node_id, node_count) = (?, ?, ?)",
-            (number, node.id, node.count),
-        ).fetchone()
-        spans = tuple(Span(start, stop) for start, stop in orjson.loads(islands))
-        return RoundProgress(Progress(cursor, spans), checked, valid)
-
     def commit_span(
         self, round_: Round, node: Node, span: Span, proofs: Sequence[Proof], weights: Weights, now: float
-    ) -> None:
-        """Store that `span` was checked with `weights`, and the proofs found in it, in one transaction."""
+    ) -> tuple[int, list[Proof]]:
+        """Store that `span` was checked with `weights`, and the proofs found in it, in one transaction.
+
+        What was committed as another node's before is not counted and not stored again.
+
+        Returns:
+            Number of nonces counted, and the proofs stored.
+        """
         with self.transaction():
-            number = self._round_number(round_)
-            progress = self._round_progress(number, node).progress.add(span)
+            number = self.round_number(round_)
+            done = progress_in(self.db, number, node)
+            progress, checked = done.progress.add(span), len(unskipped(span, done.skipped))
+            stored = [
+                proof
+                for proof in proofs
+                if not any((proof.nonce - node.id) // node.count in positions for positions in done.skipped)
+            ]
             self.db.execute(
                 "UPDATE progress SET cursor = ?, islands = ?, checked = checked + ?, valid = valid + ?"
                 " WHERE (round, node_id, node_count) = (?, ?, ?)",
                 (
                     progress.cursor,
                     orjson.dumps([(island.start, island.stop) for island in progress.islands]).decode(),
-                    len(span),
-                    len(proofs),
+                    checked,
+                    len(stored),
                     number,
                     node.id,
                     node.count,
@@ -370,10 +344,11 @@ class Outbox:
                 " VALUES (?, ?, ?, ?, ?, ?, ?)",
                 [
                     (number, node.id, proof.nonce, proof.distance, now, weights.fingerprint, weights.dtype)
-                    for proof in proofs
+                    for proof in stored
                 ],
             )
-            self.db.execute("UPDATE totals SET checked = checked + ?, valid = valid + ?", (len(span), len(proofs)))
+            self.db.execute("UPDATE totals SET checked = checked + ?, valid = valid + ?", (checked, len(stored)))
+        return checked, stored
 
     # Queues
 

@@ -27,7 +27,7 @@ import torch
 from pocd.compute.memory import is_out_of_memory
 from pocd.compute.model import load_model, longest_seq_len, pick_device
 from pocd.compute.ranks import joined
-from pocd.protocol.errors import ComputeError, DeviceError, InputError, MemoryShortError, NonFiniteError
+from pocd.protocol.errors import ComputeError, DeviceError, InputError, MemoryShortError, ModelAwayError, NonFiniteError
 from pocd.protocol.schemes import SCHEMES
 from pocd.worker import messages
 from pocd.worker.computer import DistanceComputer, fit, result
@@ -262,6 +262,8 @@ def main() -> None:
         link.send(Failed("device", str(error)))
     except MemoryShortError as error:
         link.send(Failed("memory", str(error)))
+    except ModelAwayError as error:
+        link.send(Failed("crash", str(error)))
     except ComputeError as error:
         link.send(Failed("configuration", str(error)))
     except RuntimeError as error:  # torch's, of which only some have classes of their own

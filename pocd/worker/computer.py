@@ -88,8 +88,7 @@ class DistanceComputer:
             execution, has_target = run.execution(self._rows(run)), run.scheme.output == "distance"
             rate = expected_valid_rate(round_.r_target, run.dimension) if has_target else 1.0  # every nonce counts
             self._report(RoundBegun(round_.id, rate, execution.path, execution.reason))
-        nonces = range(message.first, message.first + message.step * message.count, message.step)
-        return self._start(self._mined.begin(round_), nonces, other=self._recomputed)
+        return self._start(self._mined.begin(round_), message.nonces, other=self._recomputed)
 
     def _recompute(self, message: Recompute) -> Callable[[], torch.Tensor]:
         """Start to compute a message of another round, in the shape in which it would be mined."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import orjson
@@ -67,13 +67,11 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Compute:
-    """To the worker: compute the distances of the nonces first, first + step, … (`count` of them)."""
+    """To the worker: compute the distances of these nonces of the round that is mined."""
 
     id: int
     round: Round
-    first: int
-    step: int
-    count: int
+    nonces: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,7 +251,8 @@ _TYPES: dict[str, type[Any]] = {kind.__name__: kind for kind in get_args(Message
 
 def encode(message: Message) -> bytes:
     """Return the frame of `message`."""
-    body = orjson.dumps({"type": type(message).__name__, **asdict(message)})
+    values = {field.name: getattr(message, field.name) for field in fields(message)}  # not copied as `asdict` does
+    body = orjson.dumps({"type": type(message).__name__, **values})
     assert len(body) <= LARGEST_FRAME, f"frame of {len(body)} bytes"
     return _LENGTH.pack(len(body)) + body
 

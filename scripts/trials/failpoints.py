@@ -12,13 +12,16 @@ import os
 import signal
 import sys
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pocd.cli import main as cli
 from pocd.delivery import batcher
 from pocd.store import deliveries
 from pocd.store.batches import Formed, form_batches
 from pocd.store.outbox import Outbox
+
+if TYPE_CHECKING:
+    from pocd.protocol.proof import Proof
 
 MINING = "mining has begun\n"  # on standard error, once the first nonces are to be committed
 
@@ -64,11 +67,11 @@ def arm(countdown: Countdown) -> None:
         commit(outbox)
         countdown.passes(Point.AFTER_COMMIT)
 
-    def committing_span(outbox: Outbox, *args: Any) -> None:  # noqa: ANN401 - passed on
+    def committing_span(outbox: Outbox, *args: Any) -> tuple[int, list[Proof]]:  # noqa: ANN401 - passed on
         if not countdown.mining:
             countdown.mining = countdown.begun = True
             sys.stderr.write(MINING)
-        commit_span(outbox, *args)
+        return commit_span(outbox, *args)
 
     def forming(outbox: Outbox, *args: Any, **kwargs: Any) -> Formed:  # noqa: ANN401 - passed on
         formed = form_batches(outbox, *args, **kwargs)

@@ -187,7 +187,7 @@ async def schemathesis(folder: Path, url: str, token: str) -> str:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "schemathesis.cli", "--config-file", str(settings), "run", f"{url}/openapi.json"),
         *("--exclude-path", "/shutdown", "--exclude-path", "/api/v1/pow/events"),
-        *("--phases", "examples,coverage,fuzzing", "--generation-deterministic", "--max-examples", "50"),
+        *("--phases", "examples,coverage,fuzzing", "--generation-deterministic", "--max-examples", "20"),
         *("--header", f"Authorization: Bearer {token}", "--request-timeout", f"{PATIENCE:.0f}", "--no-color"),
         cwd=folder,
         stdout=asyncio.subprocess.PIPE,

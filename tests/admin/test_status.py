@@ -102,3 +102,22 @@ async def test_the_bytes_are_those_that_callers_know(tmp_path: Path, monkeypatch
         assert answer(status.view(parts)).body == at_start
         await mine(parts, clock)
         assert answer(status.view(parts)).body == mining
+
+
+async def test_a_daemon_that_mines_and_computes_nothing_is_not_ready(tmp_path: Path) -> None:
+    clock = ManualClock()
+    with made(tmp_path, clock) as parts:
+        await mine(parts, clock)
+        first, second = await parts.miner.lease(1), await parts.miner.lease(1)
+        weights = Weights("f00d", "float32")
+        clock.advance(status.STALLED_SECONDS - 1)
+        assert "miner" not in {problem.part for problem in status.problems(parts)}
+        clock.advance(1)
+        told = {problem.part: problem.reason for problem in status.problems(parts)}
+        assert "no nonce was computed for 60 s" in told["miner"]
+        await parts.miner.complete(first, [1.25], weights)
+        assert "miner" not in {problem.part for problem in status.problems(parts)}
+        clock.advance(status.STALLED_SECONDS + 1)
+        parts.miner.hold("the disk is full")
+        assert "miner" not in {problem.part for problem in status.problems(parts)}, "the store is why"
+        parts.miner.give_back(second)

@@ -1,4 +1,4 @@
-"""The command line, by real processes: what it prints, and how it ends."""
+"""The command line: what it prints, and how it ends; by processes of its own where these have a part in it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ import orjson
 import pytest
 
 from pocd import __version__
-from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_NO_DEVICE, EXIT_OK
+from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_NO_DEVICE, EXIT_OK, EXIT_TEMPORARY
 from pocd.protocol.vectors import decode_vectors
+from tests.support.command_line import pocd_here
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tests.support.command_line import Ended
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 USAGE = 2
@@ -30,8 +33,6 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.upp
     "CUDA_VISIBLE_DEVICES": "",
     "HF_HUB_OFFLINE": "1",
 }
-
-Ended = subprocess.CompletedProcess[str]
 
 
 def run(*command: str) -> Ended:
@@ -90,7 +91,7 @@ def test_the_version() -> None:
     ],
 )
 def test_a_mistyped_command_is_refused_in_a_line(arguments: list[str], reason: str) -> None:
-    assert reason in refusal(pocd(*arguments), USAGE)
+    assert reason in refusal(pocd_here(*arguments), USAGE)
 
 
 # The configuration.
@@ -104,7 +105,8 @@ def test_a_good_configuration(config: Path) -> None:
 @pytest.mark.parametrize("command", [["config", "check"], ["config", "show"], ["run"], ["status"]])
 def test_a_bad_configuration_names_file_and_key(config: Path, command: list[str]) -> None:
     config.write_text(config.read_text() + "[admin]\nport = 'http'\n")
-    reason = refusal(pocd(*command, "--config", config), EXIT_CONFIG)
+    started = pocd if command == ["run"] else pocd_here
+    reason = refusal(started(*command, "--config", config), EXIT_CONFIG)
     assert reason.startswith(f"{config}: admin.port: ")
     assert SECRET not in reason
 
@@ -136,18 +138,20 @@ def test_a_reader_that_has_gone_is_no_failure(config: Path) -> None:
 
 @pytest.mark.parametrize("command", ["status", "stop", "resume"])
 def test_no_daemon_is_a_clear_line(silent: int, command: str) -> None:
-    reason = refusal(pocd(command, "--url", f"http://127.0.0.1:{silent}"), EXIT_CRASH)
+    reason = refusal(pocd_here(command, "--url", f"http://127.0.0.1:{silent}"), EXIT_CRASH)
     assert reason.startswith(f"nothing listens on http://127.0.0.1:{silent}; is the daemon running")
 
 
 def test_the_daemons_address_is_read_from_the_configuration(config: Path, silent: int) -> None:
     config.write_text(f"{config.read_text()}[admin]\nport = {silent}\n")
-    assert f"nothing listens on http://127.0.0.1:{silent};" in refusal(pocd("status", "--config", config), EXIT_CRASH)
+    assert f"nothing listens on http://127.0.0.1:{silent};" in refusal(
+        pocd_here("status", "--config", config), EXIT_CRASH
+    )
 
 
 def test_an_unreadable_token_file_names_its_key(config: Path, tmp_path: Path) -> None:
     config.write_text(f"{config.read_text()}[admin]\ntoken_file = '{tmp_path / 'token'}'\n")
-    reason = refusal(pocd("status", "--config", config), EXIT_CONFIG)
+    reason = refusal(pocd_here("status", "--config", config), EXIT_CONFIG)
     assert reason.startswith(f"admin.token_file {tmp_path / 'token'} cannot be read")
 
 
@@ -159,11 +163,11 @@ def test_a_client_reads_no_more_than_where_the_api_is(config: Path, tmp_path: Pa
         f"{config.read_text()}[admin]\nport = {silent}\ntoken_file = 'credential:token'\n"
         "[[delivery.receivers]]\nname = 'a'\nurl = 'http://a.example'\nsecret_file = 'credential:secret'\n"
     )
-    known = refusal(pocd("status", "--config", config, "--token-file", token), EXIT_CRASH)
+    known = refusal(pocd_here("status", "--config", config, "--token-file", token), EXIT_CRASH)
     assert f"nothing listens on http://127.0.0.1:{silent};" in known
-    assert "admin.token_file" in refusal(pocd("status", "--config", config), EXIT_CONFIG)
+    assert "admin.token_file" in refusal(pocd_here("status", "--config", config), EXIT_CONFIG)
     config.write_text("not TOML")
-    reason = refusal(pocd("status", "--config", config, "--url", f"http://127.0.0.1:{silent}"), EXIT_CRASH)
+    reason = refusal(pocd_here("status", "--config", config, "--url", f"http://127.0.0.1:{silent}"), EXIT_CRASH)
     assert "nothing listens" in reason
 
 
@@ -192,7 +196,7 @@ def test_closed_standard_streams_do_no_harm(config: Path, closed: str) -> None:
 @pytest.mark.parametrize("command", ["devchain", "receiver"])
 def test_a_taken_port_is_a_clear_line(tmp_path: Path, taken: int, command: str) -> None:
     store: list[str | Path] = ["--store", tmp_path / "receiver.db"] if command == "receiver" else []
-    reason = refusal(pocd(command, "--port", str(taken), *store), EXIT_CONFIG)
+    reason = refusal(pocd(command, "--port", str(taken), *store), EXIT_TEMPORARY)
     assert reason.startswith(f"cannot listen on 127.0.0.1:{taken}: ")
     assert "already in use" in reason
 
@@ -264,7 +268,7 @@ def compute(*, nonces: str = "0", **options: str) -> list[str]:
     ],
 )
 def test_what_cannot_be_computed_is_refused_in_a_line(options: dict[str, str], reason: str) -> None:
-    assert refusal(pocd(*compute(**options)), EXIT_CONFIG).startswith(reason)
+    assert refusal(pocd_here(*compute(**options)), EXIT_CONFIG).startswith(reason)
 
 
 def test_a_missing_gpu_is_its_own_exit_status() -> None:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
+import socket
 import struct
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub.constants
+import orjson
 import pytest
 import torch
 from transformers import (
@@ -23,7 +26,7 @@ from transformers import (
 from transformers.utils import hub
 
 from pocd.compute.fingerprint import checkpoint_fingerprint, fingerprint
-from pocd.compute.model import adapt, load_model, pick_device
+from pocd.compute.model import _is_models_fault, adapt, load_model, pick_device
 from pocd.protocol.errors import DeviceError, InputError, MemoryShortError, ModelError
 from pocd.protocol.names import BUNDLED, DTYPES
 
@@ -92,6 +95,85 @@ def test_broken_weights_are_an_error_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="cannot be loaded") as error:
         load_model(str(tmp_path), dtype="float32", device="cpu")
     assert "\n" not in str(error.value)
+
+
+def index(file: object) -> bytes:
+    return orjson.dumps({"metadata": {}, "weight_map": {"model.embed_tokens.weight": file}})
+
+
+INDEX = "model.safetensors.index.json"
+KERNEL = {"attn_implementation": "someone/kernel"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "file", "content", "reason"),
+    [
+        ({}, INDEX, index("weights.bin"), "'weights.bin', which is no safetensors file"),
+        ({}, INDEX, index("../../elsewhere/model.safetensors"), "'../../elsewhere/model.safetensors', which is no"),
+        ({}, INDEX, index("/etc/model.safetensors"), "'/etc/model.safetensors', which is no"),
+        ({}, INDEX, index(7), "cannot be loaded"),
+        ({}, INDEX, b"[]", "cannot be loaded"),
+        ({}, "adapter_config.json", b"{}", "holds an adapter"),
+        ({}, "config.json", b"[" * 100_000, "cannot be loaded: RecursionError"),
+        ({}, "config.json", b"7", "cannot be loaded"),
+        (KERNEL, "", b"", "names the kernel 'someone/kernel' of a hub"),
+        ({"transformers_weights": "../x.safetensors"}, "", b"", "names its weights"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "", b"", "cannot be loaded"),
+    ],
+)
+def test_a_folder_that_leads_elsewhere_or_cannot_be_read_is_refused_in_one_line(
+    tmp_path: Path, changed: dict[str, object], file: str, content: bytes, reason: str
+) -> None:
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_bytes(orjson.dumps(orjson.loads(config.read_bytes()) | changed))
+    if file:
+        (tmp_path / file).write_bytes(content)
+    with pytest.raises(ModelError, match=re.escape(reason)) as error:
+        load_model(str(tmp_path), dtype="float32", device="cpu")
+    assert "\n" not in str(error.value)
+
+
+def test_an_attention_that_the_configuration_names_is_not_taken(tmp_path: Path) -> None:
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(tmp_path)
+    ours = load_model(str(tmp_path), dtype="float32", device="cpu").causal.config._attn_implementation
+    config = tmp_path / "config.json"
+    config.write_bytes(orjson.dumps(orjson.loads(config.read_bytes()) | {"attn_implementation": "flex_attention"}))
+    assert load_model(str(tmp_path), dtype="float32", device="cpu").causal.config._attn_implementation == ours
+
+
+def test_links_of_a_hubs_cache_are_followed(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "a"
+    snapshot.mkdir(parents=True)
+    LlamaForCausalLM(LlamaConfig(**SMALL)).save_pretrained(blobs, max_shard_size="4KB")
+    for number, file in enumerate(sorted(blobs.iterdir())):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    assert load_model(str(snapshot), dtype="float32", device="cpu").hidden_size == 16
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError(errno.EIO, "a disk"), False),
+        (OSError(errno.EMFILE, "no files"), False),
+        (MemoryError(), False),
+        (caused(OSError("the hub is away"), ConnectionRefusedError(errno.ECONNREFUSED, "refused")), False),
+        (caused(OSError("the hub is away"), socket.gaierror(socket.EAI_AGAIN, "no name")), False),
+        (ModuleNotFoundError("No module named 'transformers.models.llama'", name="transformers.models.llama"), False),
+        (ModuleNotFoundError("No module named 'gptqmodel'", name="gptqmodel"), True),
+        (ImportError("needs a package"), True),
+        (FileNotFoundError(errno.ENOENT, "no shard"), True),
+        (KeyError("weight_map"), True),
+    ],
+)
+def test_only_what_the_files_say_is_the_models_fault(error: Exception, *, expected: bool) -> None:
+    assert _is_models_fault(error) is expected
 
 
 def test_weights_that_do_not_fill_the_model_are_refused(tmp_path: Path) -> None:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +18,8 @@ from pocd.protocol.schemes import DISTANCE_SCHEMES, SCHEMES
 from pocd.protocol.vectors import decode_vectors
 from tests.reference import plain, plain_families, plain_torch
 from tests.support import vector_models
+from tests.support.command_line import pocd_here
 from tests.support.family_models import FAMILIES
-from tests.support.waiting import PATIENCE
 
 BUNDLED = ("bundled:tiny-qwen3", "bundled:tiny-llama")
 VECTORS: dict[str, Any] = orjson.loads((Path(__file__).parent.parent / "data" / "poc2.json").read_bytes())
@@ -80,7 +76,8 @@ def test_schemes_differ_but_for_the_length_before_the_head() -> None:
     assert min(after - before for before, after in itertools.pairwise(values)) > 10 * TOLERANCE
 
 
-def command(scheme: str) -> subprocess.CompletedProcess[str]:
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_the_command_computes_every_scheme(scheme: str) -> None:
     options = {
         "model": BUNDLED[0],
         "scheme": scheme,
@@ -92,30 +89,16 @@ def command(scheme: str) -> subprocess.CompletedProcess[str]:
         "dtype": "float32",
         "device": "cpu",
     }
-    arguments = ["compute", "--json", *(f"--{key}={value}" for key, value in options.items())]
-    return subprocess.run(
-        [sys.executable, "-m", "pocd", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
-def test_the_command_computes_every_scheme() -> None:
-    with ThreadPoolExecutor(2) as pool:  # a process spends seconds on its imports
-        ended = dict(zip(SCHEMES, pool.map(command, SCHEMES), strict=True))
-    for scheme, process in ended.items():
-        assert (process.returncode, process.stderr) == (0, ""), scheme
-        lines = [orjson.loads(line) for line in process.stdout.splitlines()]
-        assert [line["nonce"] for line in lines] == NONCES
-        expected = plain_results(BUNDLED[0], scheme)
-        if SCHEMES[scheme].output == "vector":
-            found = np.concatenate([decode_vectors(line["vector_b64"]) for line in lines])
-            assert found == pytest.approx(expected, abs=TOLERANCE, rel=2**-11), scheme  # of float16
-        else:
-            assert [line["distance"] for line in lines] == pytest.approx(expected, abs=TOLERANCE), scheme
+    ended = pocd_here("compute", "--json", *(f"--{key}={value}" for key, value in options.items()))
+    assert (ended.returncode, ended.stderr) == (0, "")
+    lines = [orjson.loads(line) for line in ended.stdout.splitlines()]
+    assert [line["nonce"] for line in lines] == NONCES
+    expected = plain_results(BUNDLED[0], scheme)
+    if SCHEMES[scheme].output == "vector":
+        found = np.concatenate([decode_vectors(line["vector_b64"]) for line in lines])
+        assert found == pytest.approx(expected, abs=TOLERANCE, rel=2**-11)  # of float16
+    else:
+        assert [line["distance"] for line in lines] == pytest.approx(expected, abs=TOLERANCE)
 
 
 # The implementation in plain torch, which knows poc2 alone.

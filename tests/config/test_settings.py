@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from pocd.config.settings import ConfigError, Settings, load, to_toml
+from pocd.config.settings import ConfigError, Settings, check_model, foreign_variables, load, load_admin, to_toml
+from pocd.process import EXIT_TEMPORARY, EndedError
 
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
@@ -209,9 +210,9 @@ def test_the_shipped_file_loads_with_everything_set(tmp_path: Path) -> None:
             id="two receivers of one name",
         ),
         pytest.param(
-            f"[[delivery.receivers]]\nname = 'a'\nurl = 'http://h/?token={SECRET}'",
-            "delivery.receivers.0.url: must have no query",
-            id="query",
+            f"[[delivery.receivers]]\nname = 'a'\nurl = 'http://h/#{SECRET}'",
+            "delivery.receivers.0.url: must have no fragment",
+            id="fragment",
         ),
     ],
 )
@@ -388,9 +389,20 @@ def test_a_rule_between_file_and_variable_names_both(tmp_path: Path, monkeypatch
     assert refusal(path) == expected
 
 
-@pytest.mark.parametrize(
-    "name", ["POCD_", "POCD_LEVEL", "POCD_LOG", "POCD_LOG__", "POCD_LOGS__LEVEL", "pocd_log__level"]
-)
+def test_others_variables_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubernetes' of a Service called pocd, docker's, and any that are no section and key."""
+    path = written(tmp_path, GOOD)
+    expected = load(path)
+    names = ["POCD_", "POCD_LOG", "POCD_PORT", "POCD_PORT_8460_TCP_ADDR", "POCD_SERVICE_HOST", "pocd_chain"]
+    for name in names:
+        monkeypatch.setenv(name, "tcp://10.96.7.9:8460")
+    monkeypatch.setenv("POCD_LOG__LEVEL", "info")
+    assert load(path) == expected
+    assert load_admin(path, None) == expected.admin
+    assert foreign_variables(os.environ) == names
+
+
+@pytest.mark.parametrize("name", ["POCD_LOG__", "POCD_LOGS__LEVEL", "pocd_log__level", "POCD___LEVEL"])
 def test_a_variable_that_names_no_key_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, SECRET)
     expected = f"environment: {name} names no key; variables are called POCD_SECTION__KEY"
@@ -475,3 +487,21 @@ def test_what_only_one_kind_of_chain_has_is_refused_for_another(tmp_path: Path, 
     assert f'{line.partition(" ")[0]} can be set for kind "evm" only' in text
     settings = load(written(tmp_path, f'{GOOD}kind = "evm"\n{line}\n'))
     assert settings.chain.kind == "evm"
+
+
+def test_a_models_folder_that_is_not_mounted_yet_may_come_and_one_that_holds_something_else_does_not(
+    tmp_path: Path,
+) -> None:
+    mount = tmp_path / "models"
+    settings = load(written(tmp_path, f"{GOOD}[model]\nname = '{mount}'\n"))
+    with pytest.raises(
+        EndedError, match=r"model\.name: .*models/config\.json, nor anything beside it; mount"
+    ) as missing:
+        check_model(settings)
+    mount.mkdir()
+    with pytest.raises(EndedError, match=r"nor anything beside it") as empty:
+        check_model(settings)
+    assert missing.value.code == empty.value.code == EXIT_TEMPORARY
+    (mount / "README").touch()
+    with pytest.raises(ConfigError, match="give a model's folder"):
+        check_model(settings)

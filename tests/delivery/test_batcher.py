@@ -14,7 +14,8 @@ from pocd.mining.miner import Miner
 from pocd.observe.changes import Changes
 from pocd.store.batches import Formed, form_batches
 from pocd.store.deliveries import PendingDelivery
-from pocd.store.outbox import Outbox, Work
+from pocd.store.outbox import Work
+from pocd.store.rounds import replace_round
 from tests.support.clocks import NEXT, NOW, ROUND
 from tests.support.delivering import (
     NODE,
@@ -178,7 +179,7 @@ async def test_what_a_replaced_round_found_is_withdrawn_as_soon_as_it_is_formed(
     one = mine(bench, server.url, size=2, age=1e6, withdraw=withdraw)
     await one.miner.set_round(Work(ROUND, NODE))
     await one.find(2)
-    await bench.outbox(Outbox.replace_round, ROUND, "reorganised", withdraw=withdraw, now=NOW)
+    await bench.outbox(replace_round, ROUND, "reorganised", withdraw=withdraw, now=NOW)
     async with running(one.dispatcher):
         await one.batcher.form()
         await soon(one.dispatcher.settled.wait())

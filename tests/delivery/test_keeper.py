@@ -18,6 +18,8 @@ from pocd.protocol.proof import Proof, Round
 from pocd.store import deliveries, selections, upkeep
 from pocd.store.batches import form_batches
 from pocd.store.outbox import Outbox, Totals, Weights, Work
+from pocd.store.place import copies
+from pocd.store.rounds import recent_rounds
 from pocd.store.selections import Selection
 from pocd.store.thread import OutboxThread
 from tests.support.clocks import NOW, ROUND, ManualClock
@@ -168,7 +170,7 @@ async def test_rounds_long_past_are_forgotten_but_not_what_they_found(
         round_ = Round("AB", height, "miner", 1.4, "poc2", "tiny", 16)
         await outbox(Outbox.begin_round, Work(round_, NODE), NOW)
     await keeper.look()
-    found = await outbox(Outbox.recent_rounds, 100)
+    found = await outbox(recent_rounds, 100)
     assert [round_.block_height for round_ in found] == [15, 14, 10, 9]
 
 
@@ -391,3 +393,24 @@ def test_a_jump_is_told_once_and_steering_is_none() -> None:
     assert clock.follow() == 0
     source.now += 7200
     assert clock.follow() == 7200
+
+
+# A store that is taken away
+
+
+async def test_what_is_in_use_is_copied_when_its_file_is_taken_away_until_it_is_back(
+    path: Path, outbox: OutboxThread, keeper: Keeper, miner: Miner
+) -> None:
+    await store(outbox, "a")
+    away = path.with_name("away.db")
+    path.rename(away)
+    miner.hold("a commit failed, before the keeper looked")
+    with capture_logs() as logs:
+        await keeper.look()
+    (copy,) = copies(path)
+    assert f"pocd outbox restore {copy}" in logs[0]["cause"]
+    assert f"pocd outbox restore {copy}" in (miner.held or "")
+    away.rename(path)
+    await keeper.look()
+    assert miner.held is None
+    assert copies(path) == []

@@ -19,14 +19,19 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pocd.http import client
-from pocd.http.client import ThreadResolver, as_written, open_session
+from pocd.http.client import ThreadResolver, open_session
+from pocd.http.urls import as_written, below, unusable
 from tests.support.delivering import read_request, serving, talking
 from tests.support.waiting import PATIENCE, soon, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from pocd.http.client import Addresses
 
 TIMEOUT = aiohttp.ClientTimeout(total=PATIENCE)
 
@@ -98,7 +103,7 @@ async def test_a_name_is_looked_up_anew_when_it_was_answered() -> None:
             await soon(resolver.resolve("well.test", 80))
             with pytest.raises(OSError, match="not known"):
                 await soon(resolver.resolve("unknown.test", 80))
-        assert system.asked == {"well.test": 2, "unknown.test": 2}
+        assert system.asked == {"well.test": 2, "unknown.test": 4}  # the latter for addresses of either kind too
 
 
 @pytest.mark.parametrize("host", ["a..b", "x" * 64 + ".test", "\udcff"])
@@ -328,6 +333,74 @@ async def test_user_info_is_sent_in_utf_8(info: str, expected: str) -> None:
 def test_what_is_no_url_is_said_to_be_none(url: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         as_written(url)
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://h", "http://h/x"),
+        ("http://h/a%3D/", "http://h/a%3D/x"),
+        ("http://h/cb///", "http://h/cb/x"),
+        ("http://h?key=%3D", "http://h/x?key=%3D"),
+        ("http://h/a?b=c/&d", "http://h/a/x?b=c/&d"),
+        ("http://h/a?", "http://h/a/x"),
+    ],
+)
+def test_what_is_below_a_url_comes_before_its_query(url: str, expected: str) -> None:
+    assert unusable(url) is None
+    assert str(below(url, "x")) == expected
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "[::1]", "[0:0:0:0:0:0:0:1]", "[::ffff:127.0.0.1]", "LocalHost"])
+async def test_hosts_in_their_forms_can_be_called(host: str) -> None:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(TAKEN)
+        writer.close()
+
+    local = "::1" if "1]" in host and "127" not in host else "127.0.0.1"
+    async with await asyncio.start_server(talk, local, 0) as server, open_session(TIMEOUT) as session:
+        url = f"http://{host}:{server.sockets[0].getsockname()[1]}"
+        assert unusable(url) is None
+        async with session.get(below(url, "x")) as response:
+            assert response.status == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [
+        *((host, "four decimal numbers") for host in ("127.1", "0177.0.0.1", "2130706433", "0x7f.1", "256.1.1.1")),
+        *((host, "four decimal numbers") for host in ("1.2.3.4.5", "127.0.0.1.", "\uff11\uff12\uff17.1")),
+        *((host, "IPv6 address") for host in ("[::1%25lo]", "[fe80::1%eth0]", "[v1.a]")),
+        *((host, "letters, digits") for host in ("a\\b", "%61", "a,b", "a|b")),
+        *((host, "1 to 63 characters") for host in ("a..b", f"{'a' * 64}.test", ".")),
+        *((host, "port of 1 to 65535") for host in ("h:0", "h:99999", "h:-1", "h:x", "[::1", "[]", "", "h b", "h\tb")),
+        ("h/#key", "no fragment"),
+    ],
+)
+def test_what_could_never_be_called_is_refused_with_the_reason(host: str, reason: str) -> None:
+    assert reason in str(unusable(f"http://user:pass@{host}"))
+
+
+PIECES = [*"abx01.-_:[]%@/?&=~!$ ", "\u00fc", "\uff12", "\u3002", "\u0130", "xn--", "::1"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=9).map("".join))
+def test_what_is_not_refused_can_be_asked_for(text: str) -> None:
+    if unusable(f"http://{text}") is None:
+        assert below(f"http://{text}", "x").host
+
+
+async def test_a_name_that_only_loopback_has_is_found() -> None:
+    """Where an interface has one kind of addresses, AI_ADDRCONFIG leaves out the other kind's loopback too."""
+
+    def getaddrinfo(_host: str, port: int, *, flags: int, **_: object) -> Addresses:
+        if flags & socket.AI_ADDRCONFIG:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return socket.getaddrinfo("::1", port, type=socket.SOCK_STREAM)
+
+    found = await ThreadResolver(getaddrinfo).resolve("localhost6", 80)
+    assert [each["host"] for each in found] == ["::1"]
 
 
 async def test_each_session_has_its_own_connections_and_resolver() -> None:

@@ -460,3 +460,17 @@ async def test_a_socket_that_another_one_made_meanwhile_is_not_removed(tmp_path:
         path.unlink()
         path.touch()
     assert path.exists()
+
+
+@pytest.mark.parametrize("lacking", ["192.0.2.1", "2001:db8::1"])
+async def test_of_a_names_addresses_those_are_served_that_this_host_has(
+    monkeypatch: pytest.MonkeyPatch, lacking: str
+) -> None:
+    """As `localhost` where IPv6 is switched off, and /etc/hosts still names ::1."""
+
+    async def found(*_: object, **__: object) -> list[object]:
+        return [(0, 0, 0, "", (address, 0)) for address in (lacking, "127.0.0.1")]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", found)
+    async with listening(web.Application(), "both", 0, shutdown_timeout=0.1) as url:
+        assert url.startswith("http://127.0.0.1:")

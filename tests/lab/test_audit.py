@@ -123,7 +123,7 @@ def tried(run: BlockRun, honest: Honest) -> dict[str, Shortcut]:
 def test_a_model_that_ignores_half_its_layers_is_found_out(scheme: str) -> None:
     model = idle(small_model(), range(2, LAYERS))
     with prepared(model, scheme=scheme) as run:
-        found = rows(attacked(model, run, 1500))
+        found = rows(attacked(model, run, 800))
     hole = found["stop at layer 2"]
     assert hole.r_squared.low > 0.99
     assert hole.winners.value > 0.9
@@ -151,12 +151,12 @@ class Hashed(BlockRun):
 def test_independent_random_vectors_have_no_hole(small: Model) -> None:
     with prepared(small) as run:
         hashed = Hashed(**{field.name: getattr(run, field.name) for field in fields(run)})
-        report = attacked(small, hashed, 2000)
+        report = attacked(small, hashed, 1000)
     # Half of the nonces are judged. Keeping a suffix or rounding changes every state, so nothing is left to know.
     by_layers, by_positions, by_weights = (LAYERS - 1) + LAYERS + 1 + 2, 4 * 2 + 2, 5
     assert len(report.rows) == 3 + by_layers + by_positions + by_weights + 1
     for row in report.rows:
-        assert row.r_squared.value <= 0.02, row.name
+        assert row.r_squared.value <= 0.04, row.name
         assert row.gain.low <= 1, row.name
     assert "No shortcut gains" in as_text(report)
 

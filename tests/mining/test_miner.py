@@ -2,11 +2,15 @@
 
 import asyncio
 import math
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pocd.mining.miner import LATEST, Lease, Miner
 from pocd.observe.changes import Changes
@@ -268,6 +272,135 @@ async def test_a_round_that_comes_back_does_not_lend_again_what_is_still_lent(
     assert await progress(outbox) == Progress(4)
     assert miner.mining is not None
     assert miner.mining.checked == 4
+
+
+# Other shares of the same round
+
+
+async def test_a_share_that_changes_goes_on_with_what_was_not_checked(miner: Miner) -> None:
+    await miner.set_round(Work(ROUND, Node(0, 1)))
+    await complete(miner, await miner.lease(6))
+    await miner.set_round(Work(ROUND, Node(0, 2)))
+    lease = await miner.lease(3)
+    assert lease.nonces == [6, 8, 10]
+    await complete(miner, lease)
+    await miner.set_round(Work(ROUND, Node(0, 1)))
+    lease = await miner.lease(5)
+    assert lease.nonces == [7, 9, 11, 12, 13]
+    assert miner.mining is not None
+    assert (miner.mining.checked_before, miner.mining.checked, miner.mining.valid) == (9, 9, 9)
+
+
+async def test_what_was_under_way_when_the_share_changed_is_counted_once(miner: Miner, outbox: OutboxThread) -> None:
+    await miner.set_round(Work(ROUND, Node(0, 1)))
+    first, second = await miner.lease(4), await miner.lease(4)
+    await miner.set_round(Work(ROUND, Node(0, 2)))
+    again = await miner.lease(2)
+    assert again.nonces == [0, 2]
+    await complete(miner, first)
+    await complete(miner, again)
+    assert miner.mining is not None
+    assert (miner.mining.checked, miner.mining.valid, outbox.view.totals.checked) == (4, 4, 4)
+    miner.give_back(second)
+    assert (await miner.lease(2)).nonces == [4, 6]
+    assert [proof.nonce for proof in await stored(outbox)] == [0, 1, 2, 3]
+
+
+async def test_a_share_that_comes_back_leaves_out_what_the_other_did_meanwhile(miner: Miner) -> None:
+    await miner.set_round(Work(ROUND, Node(0, 1)))
+    old = await miner.lease(2)
+    await miner.set_round(Work(ROUND, Node(0, 2)))
+    await complete(miner, await miner.lease(3))
+    await miner.set_round(Work(ROUND, Node(0, 1)))
+    assert miner.mining is old.mining, "it alone knows of its lease"
+    assert miner.mining.checked == 3
+    lease = await miner.lease(3)
+    assert lease.nonces == [3, 5, 6]
+    await complete(miner, lease)
+    await complete(miner, old)
+    assert miner.mining.checked == 7
+
+
+SHARES = [Node(0, 1), Node(0, 2), Node(1, 2), Node(0, 3), Node(1, 3), Node(3, 4), Node(2, 5)]
+STEPS = st.one_of(
+    st.tuples(st.just("lease"), st.integers(1, 9)),
+    st.tuples(st.sampled_from(["complete", "give_back"]), st.integers(0, 9)),
+    st.tuples(st.just("share"), st.sampled_from(SHARES)),
+    st.tuples(st.just("restart"), st.none()),
+)
+
+
+@given(steps=st.lists(STEPS, max_size=40))
+@settings(max_examples=40, deadline=None)
+def test_however_shares_change_no_nonce_is_counted_twice_and_none_is_left_out(
+    steps: list[tuple[str, Any]],
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        asyncio.run(change_shares(Path(folder) / "store.db", steps))
+
+
+async def change_shares(path: Path, steps: list[tuple[str, Any]]) -> None:
+    """Do the steps on one round, and hold what is stored against what was computed."""
+    bench = Sharing(path)
+    with closing(bench):
+        await bench.share(SHARES[0])
+        for step, what in steps:
+            await getattr(bench, step)(what)
+        await bench.finish_share()
+        assert bench.miner.mining is not None
+        nonces = [proof.nonce for proof in await stored(bench.outbox)]
+        assert sorted(nonces) == sorted(bench.committed), "a nonce was stored twice, or not at all"
+        counts = bench.outbox.view.totals.checked, bench.miner.mining.checked, bench.miner.mining.valid
+        assert set(counts) == {len(bench.committed)}
+
+
+class Sharing:
+    """One round, mined in shares that change; every nonce is valid."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.outbox = OutboxThread(path)
+        self.miner = open_miner(self.outbox)
+        self.node = SHARES[0]
+        self.leases: list[Lease] = []
+        self.committed: set[int] = set()
+
+    def close(self) -> None:
+        self.outbox.close()
+
+    async def share(self, node: Node) -> None:
+        self.node = node
+        await self.miner.set_round(Work(ROUND, node))
+
+    async def restart(self, _: None) -> None:
+        self.close()
+        self.outbox, self.leases = OutboxThread(self.path), []
+        self.miner = open_miner(self.outbox)
+        await self.share(self.node)
+
+    async def lease(self, count: int) -> None:
+        lease = await soon(self.miner.lease(count))
+        assert self.committed.isdisjoint(lease.nonces), "mined again"
+        self.leases.append(lease)
+
+    async def complete(self, which: int) -> None:
+        if self.leases:
+            lease = self.leases.pop(which % len(self.leases))
+            await complete(self.miner, lease)
+            self.committed.update(lease.nonces)
+
+    async def give_back(self, which: int) -> None:
+        if self.leases:
+            self.miner.give_back(self.leases.pop(which % len(self.leases)))
+
+    async def finish_share(self) -> None:
+        """Complete what is leased, and the present share up to the greatest nonce."""
+        while self.leases:
+            await self.complete(0)
+        due = set(self.node.nonces(Span(0, 1 + max(self.committed, default=0))))
+        while not due <= self.committed:
+            await self.lease(50)
+            await self.complete(0)
 
 
 # Stopping by hand

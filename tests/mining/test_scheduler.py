@@ -23,7 +23,7 @@ from pocd.chain.source import Block, BlockUnavailableError, ChainError, ChainSou
 from pocd.clock import SYSTEM
 from pocd.mining.control import Control
 from pocd.mining.miner import Miner
-from pocd.mining.scheduler import ALWAYS_HELD, RoundScheduler
+from pocd.mining.scheduler import ALWAYS_HELD, DEEPEST, RoundScheduler
 from pocd.observe.changes import Changes
 from pocd.observe.events import Events
 from pocd.protocol.nonces import Node
@@ -32,6 +32,7 @@ from pocd.protocol.rounds import RoundPolicy
 from pocd.store.batches import form_batches
 from pocd.store.errors import StoreUnavailableError
 from pocd.store.outbox import KnownChain, Outbox, Weights
+from pocd.store.rounds import recent_rounds
 from pocd.store.thread import OutboxThread
 from tests.support.anvil import needs_anvil, running_anvil
 from tests.support.clocks import NOW, ManualClock
@@ -106,6 +107,7 @@ class Scheduled:
             policy=policy,
             make_round=lambda block: round_of(block, public_key),
             withdraw=withdraw,
+            queued=self.miner.batchable,
             clock=ManualClock(),
             log=self.log,
         )
@@ -124,7 +126,7 @@ class Scheduled:
 
     async def on_chain(self) -> list[Round]:
         """The rounds in the store that are not replaced."""
-        return await self.outbox(Outbox.recent_rounds, 1000)
+        return [round_ for round_, replaced in (await self.outbox(recent_rounds, 1000)).items() if not replaced]
 
 
 @pytest.fixture
@@ -343,6 +345,71 @@ async def test_a_block_that_comes_back_while_its_round_is_being_computed(path: P
         assert await one.on_chain() == [first]
         await one.miner.complete(lease, [1.0], Weights("f00d", "float32"))
         assert (await one.miner.lease(1)).span.start == 1  # it goes on where it was
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_a_block_that_comes_back_after_its_round_gives_back_what_was_withdrawn(
+    path: Path,
+    restarted: bool,  # noqa: FBT001 - a parameter
+) -> None:
+    chain = Chain(11, reorganises=True)
+    with scheduled(path, chain) as one:
+        first = await one.look()
+        await one.miner.complete(await one.miner.lease(1), [1.0], Weights("f00d", "float32"))
+        await one.outbox(form_batches, ["one"], size=1, age=0.0, now=NOW, current=None)
+        hashes = list(chain.hashes)
+        chain.reorganise(3)
+        second = await one.look()
+        assert one.outbox.view.queues["one"].withdrawn_batches == 1
+        chain.hashes = hashes
+        chain.grow(14)  # between two rounds
+        if not restarted:
+            seen = one.miner.batchable.count
+            with capture_logs() as records:
+                assert await one.look() is None
+            assert actions(records) == ["round_replaced", "round_reinstated", "round_end"]
+            assert one.miner.batchable.count > seen, "whoever delivers is told"
+    with scheduled(path, chain) as one:
+        chain.grow(13 + (DEEPEST + 10 if restarted else 0))
+        await one.look()
+        assert first in await one.on_chain()
+        assert second not in await one.on_chain()
+        assert one.outbox.view.queues["one"].withdrawn_batches == 0
+        assert one.outbox.view.queues["one"].pending_batches == 1
+
+
+async def test_a_block_that_comes_back_below_a_round_that_stayed_is_found(path: Path) -> None:
+    """A node on another fork has a lower head: the round above it is not compared with that fork."""
+    chain = Chain(reorganises=True)
+    with scheduled(path, chain) as one:
+        for height in (6, 11, 16):
+            chain.grow(height)
+            await one.look()
+        before = await one.on_chain()
+        fork = Chain(reorganises=True)
+        fork.forks = 7
+        fork.grow(13)
+        chain.hashes, hashes = fork.hashes, chain.hashes
+        await one.look()
+        assert [round_.block_height for round_ in await one.on_chain()] == [15]
+        chain.hashes = hashes
+        await one.look()
+        assert await one.on_chain() == before
+
+
+async def test_a_replaced_block_is_asked_for_until_it_cannot_come_back(path: Path) -> None:
+    chain = Chain(11, reorganises=True)
+    with scheduled(path, chain) as one:
+        await one.look()
+        chain.reorganise(3)
+        await one.look()
+        asked = []
+        for height in (15, 10 + DEEPEST - 1, 10 + DEEPEST, 10 + DEEPEST + 1):
+            chain.grow(height)
+            chain.asked.clear()
+            await one.look()
+            asked.append(list(chain.asked))
+    assert asked == [[10], [15, 10], [265, 10], [265]]
 
 
 async def test_rounds_of_another_key_at_the_same_height_are_no_replacement(path: Path) -> None:

@@ -90,6 +90,13 @@ def test_user_info_that_is_not_ascii_may_come_back_as_it_was_sent() -> None:
         assert base64.b64encode("user:pässword".encode(encoding)).decode() in known
 
 
+def test_a_key_in_the_query_may_come_back_as_it_is_written_or_as_it_is_meant() -> None:
+    known = url_secrets("https://host/path@x?apikey=k%2Fey&secret-word&v=1#frag")
+    assert excerpt("no k%2Fey, no k/ey and no secret-word, of 1 and host", secrets=known) == (
+        "no ***, no *** and no ***, of 1 and host"
+    )
+
+
 # Of receivers, over real sockets
 
 ECHOES = [

@@ -7,7 +7,10 @@ import contextlib
 import dataclasses
 import os
 import signal
-from typing import TYPE_CHECKING
+import sys
+import tempfile
+import time
+from typing import TYPE_CHECKING, cast
 
 import pytest
 import structlog
@@ -16,18 +19,21 @@ from pocd.clock import SYSTEM
 from pocd.mining.miner import Miner
 from pocd.observe.changes import Changes
 from pocd.observe.events import Events
-from pocd.pool.causes import Cause, WorkerRefusedError
+from pocd.observe.rates import RateWindow
+from pocd.pool.causes import Cause, WorkerError, WorkerRefusedError
+from pocd.pool.feeder import Feeder
 from pocd.pool.limits import WorkerLimits
 from pocd.pool.pool import Pool, environment
 from pocd.pool.processes import RankLink
-from pocd.pool.recomputations import Recomputation
-from pocd.pool.state import Phase
+from pocd.pool.recomputations import Recomputation, Recomputations
+from pocd.pool.state import Phase, WorkerState
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.store.outbox import Outbox, Work
 from pocd.store.thread import OutboxThread
+from pocd.tasks import LOOK_SECONDS
 from pocd.worker.messages import Load, Message, Recompute
-from tests.support.waiting import PATIENCE, until
+from tests.support.waiting import PATIENCE, soon, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -151,6 +157,35 @@ async def test_why_a_worker_failed_is_told_by_itself(tmp_path: Path, monkeypatch
         assert "worker failed: FileNotFoundError: [Errno 2] No usable temporary directory" in str(worker.last_error)
 
 
+async def test_why_a_worker_could_not_even_begin_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that it imports is gone, as in the middle of an upgrade: that ends no daemon, and no other worker."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    async with pooled(tmp_path, [LOAD], exit=PATIENCE) as (pool, _):
+        (worker,) = pool.workers
+        await until(lambda: worker.causes[Cause.CRASH] == 2)
+        assert "exited with status 1: ModuleNotFoundError: import of torch halted" in str(worker.last_error)
+        assert not worker.unusable
+
+
+async def test_a_paused_daemon_finds_no_worker_hung(tmp_path: Path) -> None:
+    limits = WorkerLimits(batch=4 * LOOK_SECONDS)
+    with contextlib.closing(OutboxThread(tmp_path / "outbox.db")) as outbox:
+        miner = Miner(outbox, Changes(), clock=SYSTEM)
+        state = WorkerState(0, ("cpu",), 8, RateWindow(SYSTEM))
+        nobody = cast("RankLink", None)  # nothing is sent
+        feeder = Feeder(nobody, state, miner, Recomputations(), limits, log=structlog.get_logger())
+        feeder._busy.set()
+        watching = asyncio.create_task(feeder._watch())
+        asyncio.get_running_loop().call_later(LOOK_SECONDS / 2, time.sleep, 6 * LOOK_SECONDS)
+        await asyncio.sleep(LOOK_SECONDS)
+        await asyncio.sleep(LOOK_SECONDS)  # so that whoever takes the pause for silence has said so
+        assert not watching.done()
+        with pytest.raises(WorkerError, match="finished no batch within 2 s") as hung:
+            await soon(watching)
+        assert hung.value.cause is Cause.HUNG
+
+
 async def test_one_worker_does_a_whole_recomputation_and_the_next_one_is_anothers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,11 +213,49 @@ async def test_one_worker_does_a_whole_recomputation_and_the_next_one_is_another
         assert first is not second
 
 
+# The daemon of a host that is short of files, in a process of its own: the limit is the whole process's.
+SHORT_OF_FILES = """
+import asyncio, os, resource, signal, sys, uvloop
+from pathlib import Path
+from tests.pool.test_pool import LOAD, pooled
+from tests.support.waiting import until
+
+async def main() -> None:
+    async with pooled(Path(sys.argv[1]), [LOAD], exit=0.2) as (pool, _):
+        (worker,) = pool.workers
+        await until(lambda: worker.computed)
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        (pid,) = worker.pids
+        lowest = os.open("/dev/null", os.O_RDONLY)
+        os.close(lowest)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, most))
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: worker.failures == 2)
+        assert "could not be started: [Errno 24] Too many open files" in worker.last_error, worker.last_error
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+        before = worker.computed
+        await until(lambda: worker.computed > before)
+
+with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # as the daemon
+    runner.run(main())
+"""
+
+
+async def test_a_worker_for_which_there_are_no_files_just_now_is_started_later(tmp_path: Path) -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-W", "error", "-c", SHORT_OF_FILES, str(tmp_path)), stderr=asyncio.subprocess.PIPE
+    )
+    _, err = await soon(process.communicate())
+    assert process.returncode == 0, err.decode()
+
+
 def test_workers_on_the_cpu_share_its_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
     cores = len(os.sched_getaffinity(0))
     assert "OMP_NUM_THREADS" not in environment([LOAD], tmp_path)
+    monkeypatch.setenv("PYTHONOPTIMIZE", "2")
+    assert "PYTHONOPTIMIZE" not in environment([LOAD], tmp_path)
     two = environment([LOAD, dataclasses.replace(LOAD, devices=("cpu", "cpu"))], tmp_path)
     assert two["OMP_NUM_THREADS"] == str(max(1, cores // 3))
     assert two["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
@@ -190,3 +263,13 @@ def test_workers_on_the_cpu_share_its_cores(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
     set_by_hand = environment([LOAD, LOAD], tmp_path)
     assert (set_by_hand["OMP_NUM_THREADS"], set_by_hand["TRITON_CACHE_DIR"]) == ("7", "/elsewhere")
+
+
+def test_where_no_temporary_folder_can_be_written_workers_have_one_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert environment([LOAD], tmp_path)["TMPDIR"] == tempfile.gettempdir()
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/none"])
+    assert environment([LOAD], tmp_path)["TMPDIR"] == str(tmp_path / "tmp")
+    assert (tmp_path / "tmp").is_dir()

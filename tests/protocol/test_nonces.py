@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from pocd.protocol.nonces import Ledger, Node, Progress, Span
+from pocd.protocol.nonces import Ledger, Node, Progress, Span, unskipped
 
 sizes = st.lists(st.integers(1, 5), min_size=1, max_size=12)
 
@@ -65,6 +65,37 @@ def test_position_x_is_nonce_id_plus_count_times_x(node_id: int, extra: int, sta
     node = Node(node_id, node_id + extra)
     expected = [node.id + node.count * x for x in range(start, start + length)]
     assert list(node.nonces(Span(start, start + length))) == expected
+
+
+shares = st.integers(1, 12).flatmap(lambda count: st.builds(Node, st.integers(0, count - 1), st.just(count)))
+spans = st.builds(lambda start, length: Span(start, start + length), st.integers(0, 30), st.integers(1, 30))
+
+
+@given(one=shares, other=shares, span=spans)
+def test_the_positions_of_nonces_are_those_at_which_a_node_has_them(one: Node, other: Node, span: Span) -> None:
+    nonces = other.nonces(span)
+    assert list(one.positions(nonces)) == [x for x in range(nonces.stop) if one.id + one.count * x in nonces]
+
+
+@given(
+    skipped=st.lists(st.builds(range, st.integers(0, 40), st.integers(0, 40), st.integers(1, 4)), max_size=4),
+    progress=st.builds(Progress, st.integers(0, 3), st.sampled_from([(), (Span(5, 9),), (Span(5, 6), Span(20, 30))])),
+    count=st.integers(1, 7),
+)
+def test_what_is_skipped_is_leased_with_what_is_not_and_nothing_else_is_left_out(
+    skipped: list[range], progress: Progress, count: int
+) -> None:
+    ledger = Ledger(progress, skipped)
+    due = [x for x in range(80) if x not in positions(progress) and not any(x in each for each in skipped)]
+    leased, done = list[int](), progress
+    while len(leased) < len(due):
+        span = ledger.take(count)
+        done = done.add(span)
+        taken = list(unskipped(span, skipped))
+        assert 1 <= len(taken) <= count
+        assert len(taken) == count or span.stop in positions(progress), "full, but where a gap ends"
+        leased += taken
+    assert leased[: len(due)] == due
 
 
 @given(count=st.integers(1, 9), length=st.integers(1, 20))

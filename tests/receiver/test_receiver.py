@@ -456,9 +456,9 @@ async def test_a_sender_that_dies_is_refused(
     assert not caplog.records
 
 
-@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nowhere", 404), ("GET", "/generated", 405)])
-async def test_other_errors_are_json_too(client: Client, method: str, path: str, status: int) -> None:
-    answer = await client.call(method, path)
+@pytest.mark.parametrize(("method", "route", "status"), [("GET", "/nowhere", 404), ("GET", "/generated", 405)])
+async def test_other_errors_are_json_too(client: Client, method: str, route: str, status: int) -> None:
+    answer = await client.call(method, route)
     assert answer.status == status
     assert set(answer.body["error"]) == {"code", "message", "field"}
 
@@ -523,6 +523,16 @@ async def test_what_cannot_be_stored_is_not_acknowledged(path: Path, monkeypatch
             answer = await client.post(GENERATED, "a")
             assert (answer.status, answer.body["error"]["code"]) == (503, "store_failed")
         assert (await client.post(GENERATED, "a")).body["status"] == "stored"
+
+
+async def test_nothing_is_acknowledged_that_goes_into_a_file_nobody_would_find(client: Client, path: Path) -> None:
+    away = path.with_name("away")
+    path.rename(away)
+    answer = await client.post(GENERATED, "a")
+    assert (answer.status, answer.body["error"]["code"]) == (503, "store_failed")
+    away.rename(path)
+    assert (await client.post(GENERATED, "a")).body["status"] == "stored"
+    assert rows(path) == 1
 
 
 async def test_a_failure_inside_a_transaction_leaves_nothing(client: Client, path: Path) -> None:

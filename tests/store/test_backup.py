@@ -7,11 +7,16 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
+import orjson
 import pytest
 
 from pocd.process import EXIT_CONFIG
 from pocd.protocol.nonces import Node, Span
+from pocd.protocol.proof import Proof
+from pocd.receiver.store import Arrival, Store
 from pocd.store.backup import BackupError, back_up, back_up_closed, restore
+from pocd.store.batches import form_batches
+from pocd.store.deliveries import next_pending, record_delivered
 from pocd.store.errors import StoreError
 from pocd.store.opening import wal_of
 from pocd.store.outbox import Outbox, Weights, Work
@@ -146,9 +151,38 @@ def checked_apart(folder: Path) -> int:
     return checked(apart / "outbox.db")
 
 
-def test_what_was_in_a_removed_file_is_at_its_path_after_a_stop(path: Path) -> None:
+async def test_a_receiver_knows_what_a_restored_store_sends_again_by_its_id_or_its_nonces(tmp_path: Path) -> None:
+    path, copy = tmp_path / "outbox.db", tmp_path / "copy.db"
+    receiver = await Store.open(tmp_path / "receiver.db")
+
+    def mine(outbox: Outbox, start: int, stop: int) -> None:
+        proofs = [Proof(nonce, 1.0) for nonce in NODE.nonces(Span(start, stop))]
+        outbox.commit_span(ROUND, NODE, Span(start, stop), proofs, Weights("f00d", "float32"), NOW)
+
+    async def deliver(outbox: Outbox, size: int) -> list[str]:
+        """Send all that was found, and return how it was taken."""
+        taken = []
+        form_batches(outbox, ["one"], size=size, age=0.0, now=NOW, current=None)
+        while head := next_pending(outbox, "one"):
+            nonces = tuple(orjson.loads(head.body)["nonces"])
+            arrival = Arrival(head.id, "generated", "2023-11-14T22:13:20Z", head.body, "AB", 10, "miner", nonces)
+            taken.append((await receiver.add(arrival)).value)
+            record_delivered(outbox, "one", head.batch, NOW)
+        return taken
+
     with closing(Outbox.open(path)) as outbox:
         outbox.begin_round(Work(ROUND, NODE), NOW)
-        commit(outbox, 0, 5)
-        path.unlink()
-    assert checked(path) == 5
+        mine(outbox, 0, 6)
+        form_batches(outbox, ["one"], size=3, age=0.0, now=NOW, current=None)
+        mine(outbox, 6, 10)
+        back_up(outbox.db, copy)  # two batches are pending in it, and four proofs wait for one
+        assert await deliver(outbox, 4) == ["stored"] * 3
+        mine(outbox, 10, 16)
+        assert await deliver(outbox, 4) == ["stored"] * 2
+    restore(path, copy, "before")
+    with closing(Outbox.open(path)) as outbox:
+        mine(outbox, outbox.begin_round(Work(ROUND, NODE), NOW).progress.cursor, 18)
+        assert await deliver(outbox, 4) == ["duplicate"] * 4 + ["stored"]  # cut alike as far as it was sent
+        totals, _ = await receiver.stats()
+    assert (totals.conflicts, totals.duplicates, totals.distinct_nonces) == (0, 4, 18)
+    await receiver.close()

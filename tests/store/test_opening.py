@@ -16,7 +16,7 @@ from pocd.process import EXIT_CONFIG, EXIT_TEMPORARY
 from pocd.protocol.nonces import Node, Span
 from pocd.store import opening
 from pocd.store.errors import StoreError, StoreHeldError, StoreUnavailableError, unopened, unusable
-from pocd.store.opening import open_store, wal_of
+from pocd.store.opening import open_store
 from pocd.store.outbox import Outbox, Weights, Work
 from pocd.store.thread import OutboxThread
 from tests.support.clocks import NOW, ROUND
@@ -193,26 +193,3 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(path: Path, monkeypatc
     with pytest.raises(StoreError, match="cannot be opened now: Input/output error") as caught:
         open_store(path)
     assert caught.value.code == EXIT_TEMPORARY
-
-
-# Another file at its path
-
-
-@pytest.mark.parametrize("which", ["file", "log"])
-@pytest.mark.parametrize("how", ["removed", "replaced"])
-async def test_nothing_is_written_into_a_file_that_is_no_longer_at_its_path(path: Path, which: str, how: str) -> None:
-    with closing(OutboxThread(path)) as thread:
-        await thread(Outbox.begin_round, Work(ROUND, NODE), NOW)
-        file = path if which == "file" else wal_of(path)
-        aside = path.with_name("aside")
-        file.rename(aside)
-        if how == "replaced":
-            file.write_bytes(aside.read_bytes())
-        with pytest.raises(StoreUnavailableError, match=f"{file} is") as caught:
-            await thread(commit, 0, 5)
-        assert "pocd outbox backup FILE" in str(caught.value)
-        assert thread.view.totals.checked == 0, "nothing is counted that nobody would find"
-        aside.rename(file)
-        await thread(commit, 0, 5)  # it is where it was
-    with closing(Outbox.open(path)) as outbox:
-        assert outbox.totals.checked == 5

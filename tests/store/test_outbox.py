@@ -23,7 +23,9 @@ from pocd.store import thread as module
 from pocd.store.batches import form_batches, register_callback
 from pocd.store.deliveries import PendingDelivery, next_pending, record_delivered, record_failed
 from pocd.store.errors import StoreError, StoreUnavailableError
-from pocd.store.outbox import KnownChain, Outbox, Queue, ReceiverState, RoundProgress, Totals, Weights, Work
+from pocd.store.outbox import KnownChain, Outbox, Queue, ReceiverState, Totals, Weights, Work
+from pocd.store.progress import RoundProgress
+from pocd.store.rounds import recent_rounds, replace_round
 from pocd.store.schema import APPLICATION_ID, VERSION
 from pocd.store.thread import OutboxThread
 from tests.support.clocks import NEXT, NOW, ROUND
@@ -61,6 +63,11 @@ def commit(outbox: Outbox, start: int, stop: int, *, round_: Round = ROUND, now:
     proofs = proofs_of(Span(start, stop))
     outbox.commit_span(round_, NODE, Span(start, stop), proofs, WEIGHTS, now)
     return proofs
+
+
+def on_chain(outbox: Outbox, limit: int = 10) -> list[Round]:
+    """The rounds whose blocks were not replaced, among the `limit` highest."""
+    return [round_ for round_, replaced in recent_rounds(outbox, limit).items() if not replaced]
 
 
 def form(
@@ -291,7 +298,7 @@ def test_a_store_of_version_3_is_brought_up_to_date_and_mining_stays_stopped(pat
     with opened(path) as store:
         assert store.totals == recount(store) == Totals(checked=9, valid=5, stored=4)
         assert decode(store.control) == (Mode.STOPPED, None)
-        assert store.recent_rounds(9) == [ROUND]
+        assert on_chain(store) == [ROUND]
         assert store.begin_round(Work(ROUND, NODE), NOW) == RoundProgress(Progress(9), checked=9, valid=5)
         form(store, "main", "other", size=1)
         last = drain(store, "main")[-1]
@@ -299,6 +306,8 @@ def test_a_store_of_version_3_is_brought_up_to_date_and_mining_stays_stopped(pat
         assert last.body == ProofBatch(ROUND, 1, "f00d", None, (Proof(25, 1.25),)).to_json()
         drain(store, "other")
         assert store.totals == recount(store) == Totals(checked=9, valid=5, stored=5, delivered=5)
+        # A share of another size leaves out what the old version checked.
+        assert store.begin_round(Work(ROUND, Node(0, 1)), NOW).skipped == (range(1, 26, 3),)
     assert_schema_is_as_made_anew(path)
 
 
@@ -450,15 +459,38 @@ def test_a_batch_keeps_its_bytes_and_id_across_failures_and_restarts(path: Path,
 # Checking nonces
 
 
-def test_another_round_or_share_has_progress_of_its_own(outbox: Outbox) -> None:
+def test_another_round_has_progress_of_its_own(outbox: Outbox) -> None:
     commit(outbox, 0, 5)
-    fresh = RoundProgress(Progress(), 0, 0)
-    assert outbox.begin_round(Work(NEXT, NODE), NOW) == fresh
-    assert outbox.begin_round(Work(ROUND, Node(2, 3)), NOW) == fresh
-    assert outbox.begin_round(Work(ROUND, Node(1, 4)), NOW) == fresh
-    commit(outbox, 5, 6)
-    assert outbox.begin_round(Work(ROUND, Node(1, 4)), NOW) == fresh
-    assert outbox.begin_round(Work(ROUND, NODE), NOW) == RoundProgress(Progress(6), 6, 6)
+    assert outbox.begin_round(Work(NEXT, NODE), NOW) == RoundProgress(Progress(), 0, 0)
+    assert outbox.begin_round(Work(ROUND, NODE), NOW) == RoundProgress(Progress(5), 5, 5)
+
+
+def test_another_share_of_a_round_skips_what_was_checked_before(outbox: Outbox) -> None:
+    """The nonces 1, 4, 7, 10 and 13 are checked."""
+    commit(outbox, 0, 5)
+    assert outbox.begin_round(Work(ROUND, Node(2, 3)), NOW) == RoundProgress(Progress(), 5, 5)
+    assert outbox.begin_round(Work(ROUND, Node(1, 6)), NOW) == RoundProgress(Progress(), 5, 5, (range(3),))
+    assert outbox.begin_round(Work(ROUND, Node(1, 4)), NOW) == RoundProgress(Progress(), 5, 5, (range(0, 4, 3),))
+    assert outbox.begin_round(Work(ROUND, Node(0, 1)), NOW) == RoundProgress(Progress(), 5, 5, (range(1, 14, 3),))
+
+
+def test_what_was_checked_as_another_node_is_neither_counted_nor_stored_again(outbox: Outbox) -> None:
+    """Leases of the share before were under way when it changed: 1, 4, 7 and 10."""
+    all_ = Node(0, 1)
+    outbox.begin_round(Work(ROUND, all_), NOW)
+    outbox.commit_span(ROUND, all_, Span(2, 6), proofs_of(Span(2, 6), all_), WEIGHTS, NOW)
+    assert outbox.commit_span(ROUND, NODE, Span(0, 4), proofs_of(Span(0, 4)), WEIGHTS, NOW) == (
+        3,
+        [proof for proof in proofs_of(Span(0, 4)) if proof.nonce != 4],
+    )
+    assert outbox.totals == recount(outbox) == Totals(checked=7, valid=7)
+    form(outbox, "a", current=None)
+    assert sorted(nonce for delivery in drain(outbox, "a") for nonce in nonces_of(delivery.body)) == [
+        *range(1, 6),
+        7,
+        10,
+    ]
+    assert outbox.begin_round(Work(ROUND, NODE), NOW).checked == 7
 
 
 def test_a_span_cannot_be_committed_twice(outbox: Outbox) -> None:
@@ -535,11 +567,11 @@ def test_a_round_that_is_asked_for_begins_with_what_was_decided_or_not_at_all(pa
 
 def test_only_rounds_that_the_chain_began_say_what_its_hashes_are(outbox: Outbox) -> None:
     outbox.begin_round(Work(NEXT, NODE, by_chain=False), NOW)
-    assert outbox.recent_rounds(10) == [ROUND]
+    assert on_chain(outbox) == [ROUND]
     outbox.begin_round(Work(NEXT, NODE), NOW)
-    assert outbox.recent_rounds(10) == [NEXT, ROUND]
+    assert on_chain(outbox) == [NEXT, ROUND]
     outbox.begin_round(Work(ROUND, NODE, by_chain=False), NOW)
-    assert outbox.recent_rounds(10) == [NEXT, ROUND]
+    assert on_chain(outbox) == [NEXT, ROUND]
 
 
 def test_a_rounds_own_receiver_gets_its_batches_beside_the_others_or_alone(outbox: Outbox) -> None:
@@ -755,15 +787,15 @@ def test_what_a_replaced_round_found_is_withdrawn_and_comes_back_with_its_block(
     assert sent is not None
     record_delivered(outbox, "a", sent.batch, NOW)
     commit(outbox, 3, 4)  # in no batch yet
-    outbox.replace_round(ROUND, "block replaced", withdraw=True, now=NOW)
-    assert outbox.recent_rounds(10) == []
+    replace_round(outbox, ROUND, "block replaced", withdraw=True, now=NOW)
+    assert on_chain(outbox) == []
     assert next_pending(outbox, "a") is next_pending(outbox, "b") is None
     form(outbox, "a", "b", current=None)
     assert next_pending(outbox, "a") is None, "a late find is withdrawn too"
     assert outbox.totals == recount(outbox) == Totals(4, 4, 4, withdrawn=4)
 
     outbox.begin_round(Work(ROUND, NODE), NOW)
-    assert outbox.recent_rounds(10) == [ROUND]
+    assert on_chain(outbox) == [ROUND]
     assert [nonces_of(delivery.body) for delivery in drain(outbox, "a")] == [[4], [7], [10]]
     assert [nonces_of(delivery.body) for delivery in drain(outbox, "b")] == [[1], [4], [7], [10]]
     assert outbox.totals == recount(outbox) == Totals(4, 4, 4, delivered=4)
@@ -774,7 +806,7 @@ def test_a_refusal_of_what_was_withdrawn_meanwhile_is_no_dead_letter(outbox: Out
     form(outbox, "a", size=1)
     under_way = next_pending(outbox, "a")
     assert under_way is not None
-    outbox.replace_round(ROUND, "block replaced", withdraw=True, now=NOW)
+    replace_round(outbox, ROUND, "block replaced", withdraw=True, now=NOW)
     deliveries.record_set_aside(outbox, "a", under_way.batch, "refused", NOW)
     assert outbox.totals == recount(outbox) == Totals(1, 1, 1, withdrawn=1)
     outbox.begin_round(Work(ROUND, NODE), NOW)
@@ -786,17 +818,17 @@ def test_what_a_replaced_round_found_is_sent_where_that_is_wanted(outbox: Outbox
     commit(outbox, 0, 1)
     form(outbox, "a", size=1)
     commit(outbox, 1, 2)
-    outbox.replace_round(ROUND, "block replaced", withdraw=False, now=NOW)
+    replace_round(outbox, ROUND, "block replaced", withdraw=False, now=NOW)
     form_batches(outbox, ["a"], size=9, age=1.0, now=NOW, current=None, withdraw=False)
     assert [nonces_of(delivery.body) for delivery in drain(outbox, "a")] == [[1], [4]]
 
 
 def test_rounds_are_told_from_the_greatest_height_down(outbox: Outbox) -> None:
     outbox.begin_round(Work(NEXT, NODE), NOW)
-    assert outbox.recent_rounds(10) == [NEXT, ROUND]
-    assert outbox.recent_rounds(1) == [NEXT]
-    outbox.replace_round(NEXT, "block replaced", withdraw=True, now=NOW)
-    assert outbox.recent_rounds(10) == [ROUND]
+    assert on_chain(outbox) == [NEXT, ROUND]
+    assert on_chain(outbox, 1) == [NEXT]
+    replace_round(outbox, NEXT, "block replaced", withdraw=True, now=NOW)
+    assert on_chain(outbox) == [ROUND]
 
 
 # The thread

@@ -27,6 +27,7 @@ from pocd.store import deliveries, selections, upkeep
 from pocd.store.batches import form_batches
 from pocd.store.deliveries import PendingDelivery, next_pending
 from pocd.store.outbox import Outbox, Queue, Totals, Weights, Work
+from pocd.store.rounds import replace_round
 from pocd.store.selections import Selection
 from pocd.store.thread import OutboxThread
 from tests.support.clocks import ManualClock
@@ -238,7 +239,7 @@ class OutboxLife(RuleBasedStateMachine):
         if found:
             self.store(found, RECEIVERS, size=1)
         replaced = self.active
-        self.call(Outbox.replace_round, replaced, "block replaced", withdraw=True, now=self.clock.now)
+        self.call(replace_round, replaced, "block replaced", withdraw=True, now=self.clock.now)
         self.nothing_is_wrong()
         self.active, self.leased = None, []
         if comes_back:

@@ -29,7 +29,7 @@ from pocd.worker.messages import (
 ROUND = Round("AB", 7, "key", 1.4042, "poc2", "bundled:tiny-qwen3", 64)
 EVERY: list[Message] = [
     Load("m", "float32", ("cpu",), "poc2", 64, 8),
-    Compute(3, ROUND, 2**63 - 4, 3, 1),
+    Compute(3, ROUND, [2**63 - 4, 2**63 - 1]),
     Cancel(9),
     Load("m", "float16", ("cuda:0", "cuda:1"), "trained", 64, 8, shrink=True, revision="v1", rank=1, rendezvous="/x"),
     Stage("loading m"),

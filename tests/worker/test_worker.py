@@ -50,6 +50,11 @@ NODE = Node(0, 1)
 ROUND = Round("block_alpha", 1, "node_A", 1.4142, "poc2", "bundled:tiny-llama", 16)
 
 
+def compute(number: int, first: int, count: int) -> Compute:
+    """A batch of `count` nonces from `first` on."""
+    return Compute(number, ROUND, list(range(first, first + count)))
+
+
 @contextlib.contextmanager
 def prepared(folder: Path, load: Load, **limits: float) -> Iterator[tuple[Pool, Miner]]:
     """Workers that do not run yet, and their miner, on a real store."""
@@ -152,7 +157,7 @@ def test_a_worker_leaves_out_what_was_cancelled_before_it_began() -> None:
     from pocd.worker.__main__ import Inbox
 
     inbox = Inbox()
-    for message in (Compute(1, ROUND, 0, 1, 8), Compute(2, ROUND, 8, 1, 8), Cancel(2), Compute(3, ROUND, 16, 1, 8)):
+    for message in (compute(1, 0, 8), compute(2, 8, 8), Cancel(2), compute(3, 16, 8)):
         inbox.put(message)
     reported: list[Cancelled] = []
     assert inbox.get(reported.append).id == 3
@@ -303,7 +308,7 @@ def test_a_worker_ends_when_its_daemon_is_killed_with_messages_unread() -> None:
 def test_a_recomputation_waits_for_one_batch_at_most() -> None:
     other = dataclasses.replace(ROUND, block_hash="block_beta")
     with ready_worker() as (_, ours, stream):
-        asked: list[Message] = [Compute(number, ROUND, 64 * number, 1, 64) for number in range(4)]
+        asked: list[Message] = [compute(number, 64 * number, 64) for number in range(4)]
         asked.append(Recompute(9, other, [5, 3, 8], last=True))
         asked.append(Recompute(10, other, [3], last=True))
         ours.sendall(b"".join(messages.encode(message) for message in asked))
@@ -354,14 +359,14 @@ def test_memory_that_is_short_for_two_rounds_is_left_to_the_one_that_is_computed
     computed = computer.DistanceComputer(cast("Any", None), LOAD, 8, sent.append)
     other = dataclasses.replace(ROUND, block_hash="block_beta")
     for _ in range(2):
-        assert computed.start(Compute(1, ROUND, 0, 1, 2))() == [1.0, 1.0]
+        assert computed.start(compute(1, 0, 2))() == [1.0, 1.0]
         assert computed.start(Recompute(2, other, [5], last=False))() == [1.0]
         assert prepared == ["block_beta"]
-    assert computed.start(Compute(3, ROUND, 0, 1, 1))() == [1.0]
+    assert computed.start(compute(3, 0, 1))() == [1.0]
     assert computed.start(Recompute(4, other, [5], last=True))() == [1.0]
     assert not prepared
     heads = 1  # not even the second head fits
-    computed.start(Compute(5, ROUND, 0, 1, 1))()
+    computed.start(compute(5, 0, 1))()
     assert computed.start(Recompute(6, other, [5], last=True))() == [1.0]
     assert {type(message) for message in sent} == {messages.RoundBegun}
 
@@ -370,12 +375,12 @@ def test_a_recomputation_goes_before_what_is_not_begun() -> None:
     from pocd.worker.__main__ import Inbox
 
     inbox = Inbox()
-    for message in (Compute(1, ROUND, 0, 1, 8), Compute(2, ROUND, 8, 1, 8), Recompute(3, ROUND, [7], last=True)):
+    for message in (compute(1, 0, 8), compute(2, 8, 8), Recompute(3, ROUND, [7], last=True)):
         inbox.put(message)
     inbox.put(Cancel(2))
     reported: list[Cancelled] = []
     assert inbox.get(reported.append).id == 3
-    inbox.put(Compute(4, ROUND, 16, 1, 8))
+    inbox.put(compute(4, 16, 8))
     assert inbox.get(reported.append).id == 4
     assert reported == [Cancelled(1), Cancelled(2)]
 
@@ -404,9 +409,9 @@ def test_rounds_that_draw_weights_are_never_prepared_side_by_side(monkeypatch: p
     mined = dataclasses.replace(ROUND, scheme="random-weights", block_hash="1")
     other = dataclasses.replace(mined, block_hash="2")
     for last in (False, False, True):
-        assert computed.start(Compute(1, mined, 0, 1, 1))() == [1.0]
+        assert computed.start(Compute(1, mined, [0]))() == [1.0]
         assert computed.start(Recompute(2, other, [5], last=last))() == [2.0]
-    assert computed.start(Compute(3, mined, 0, 1, 1))() == [1.0]
+    assert computed.start(Compute(3, mined, [0]))() == [1.0]
 
 
 async def test_memory_that_another_takes_from_a_worker_restarts_it(tmp_path: Path) -> None:
@@ -437,7 +442,7 @@ program.main()
 
 def test_a_worker_whose_device_fails_says_so_and_ends() -> None:
     with ready_worker("-c", FAULTY) as (worker, ours, stream):
-        ours.sendall(messages.encode(Compute(1, ROUND, 0, 1, 8)))
+        ours.sendall(messages.encode(compute(1, 0, 8)))
         said = list(iter(lambda: messages.read(stream), None))
         assert said[-1] == messages.Failed(
             "fault", "cpu failed: AcceleratorError: CUDA error: an illegal memory access was encountered"
@@ -487,7 +492,8 @@ async def test_a_process_that_its_driver_holds_is_given_up(monkeypatch: pytest.M
     """No process here can be made so; the kernel gives a GPU's one no end while its driver hangs."""
     monkeypatch.setattr(processes, "KILL_SECONDS", 0.0)
     held = SimpleNamespace(pid=7, returncode=None, kill=lambda: None, wait=asyncio.Event().wait)
-    rank = cast("Any", SimpleNamespace(process=held, link=SimpleNamespace(close=lambda: None)))
+    link, output = SimpleNamespace(close=lambda: None), SimpleNamespace(close=lambda: asyncio.sleep(0))
+    rank = cast("Any", SimpleNamespace(process=held, link=link, output=output))
     ended = await processes.Processes([rank], None).end(0.0)
     assert ended == Ended("worker process 7 does not end even when it is killed: its driver holds it (nvidia-smi)")
 
@@ -495,12 +501,12 @@ async def test_a_process_that_its_driver_holds_is_given_up(monkeypatch: pytest.M
 async def test_a_process_that_cannot_be_started_is_told_as_that() -> None:
     too_long = {"LONG": "x" * 2**24}  # for execve(2)
     with pytest.raises(OSError, match="Argument list too long"):
-        await processes.Processes.start(LOAD, too_long)
+        await processes.Processes.start(LOAD, too_long, structlog.get_logger())
 
 
 @pytest.mark.parametrize("turns", [1, 2, 3])
 async def test_a_start_may_be_cancelled(turns: int) -> None:
-    start = asyncio.create_task(processes.Processes.start(LOAD, dict(os.environ)))
+    start = asyncio.create_task(processes.Processes.start(LOAD, os.environ, structlog.get_logger()))
     for _ in range(turns):  # so that it is at one await or another
         await asyncio.sleep(0)
     start.cancel()
