@@ -29,8 +29,8 @@ from pocd.protocol.names import check_device, check_dtype, resolve
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from pocd.compute.conditioning import WideDecoder
     from pocd.compute.stages import BlockTensors
+    from pocd.compute.wide import WideDecoder
     from pocd.protocol.schemes import Scheme
 
 WEIGHTS = "model.safetensors"

@@ -9,10 +9,11 @@ import pytest
 import torch
 from scipy import stats
 
-from pocd.compute.conditioning import WideDecoder, measure_conditioning, reference_of
+from pocd.compute.conditioning import measure_conditioning, reference_of
 from pocd.compute.engine import block_run
 from pocd.compute.model import Model, adapt, load_model
 from pocd.compute.transforms import join_of
+from pocd.compute.wide import WideDecoder
 from pocd.protocol.conditioning import LARGEST_ERROR, RATE, Conditioning, flipped_share
 from pocd.protocol.proof import MISMATCH
 from pocd.protocol.schemes import SCHEMES
