@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import structlog
+from prometheus_client import generate_latest
 
-from pocd.admin import status
+from pocd.admin import metrics, status
 from pocd.admin.operations import answer
 from pocd.chain.source import Block, Head
 from pocd.config.settings import load
@@ -121,3 +123,20 @@ async def test_a_daemon_that_mines_and_computes_nothing_is_not_ready(tmp_path: P
         parts.miner.hold("the disk is full")
         assert "miner" not in {problem.part for problem in status.problems(parts)}, "the store is why"
         parts.miner.give_back(second)
+
+
+async def test_a_worker_whose_results_depend_on_rounding_is_an_alarm(tmp_path: Path) -> None:
+    with made(tmp_path, ManualClock()) as parts:
+        first, second = parts.workers.workers
+        for worker, flipped in ((first, 0.0), (second, 0.25)):
+            worker.start()
+            worker.load("loading the model")
+            worker.become_ready(dataclasses.replace(READY, conditioning=Conditioning(0.5, flipped)))
+        (alarm,) = status.alarms(parts)
+        assert alarm.part == "worker 1 (cpu)"
+        assert "25.00% of honest nonces would be found invalid" in alarm.reason
+        text = generate_latest(metrics.registry(parts)).decode()
+    assert 'pocd_worker_rounding_alarm{worker="0"} 0.0' in text
+    assert 'pocd_worker_rounding_alarm{worker="1"} 1.0' in text
+    assert 'pocd_worker_flipped_ratio{worker="1"} 0.25' in text
+    assert 'pocd_worker_rounding_error_ratio{worker="0"} 0.5' in text
