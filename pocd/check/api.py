@@ -16,6 +16,8 @@ from pocd.http.unix_socket import left_behind
 from pocd.observe.mask import excerpt
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pocd.config.settings import AdminSettings
 
 NAME = "admin API"
@@ -51,11 +53,12 @@ async def check_api(admin: AdminSettings, *, runs: bool, limit: float) -> Findin
     return green(NAME, f"{where} is answered by pocd, which runs")
 
 
-async def check_rounding(admin: AdminSettings, *, runs: bool, limit: float) -> Finding:
+async def check_rounding(admin: AdminSettings, config: Path, *, runs: bool, limit: float) -> Finding:
     """Report how far rounding decides results, as the workers of the daemon that runs have measured it.
 
     Args:
         admin: Settings with the API's address and token.
+        config: File of the configuration, beside which the token may be.
         runs: Whether a daemon holds the configured store.
         limit: Seconds for the daemon to answer.
     """
@@ -64,7 +67,7 @@ async def check_rounding(admin: AdminSettings, *, runs: bool, limit: float) -> F
         return green(name, "each worker measures it when it starts, for the model, the scheme and the dtype")
     try:
         async with asyncio.timeout(limit):
-            status = await call(_url(admin), "GET", "/api/v1/pow/status", token=read_token(admin.token_file))
+            status = await call(_url(admin), "GET", "/api/v1/pow/status", token=read_token(admin.token_file, config))
     except (AdminError, ConfigError, TimeoutError) as error:
         return yellow(name, f"the daemon does not tell: {excerpt(str(error) or 'no answer', 160)}", again)
     measured = [worker["rounding"] for worker in status["workers"] if worker.get("rounding")]

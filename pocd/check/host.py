@@ -17,9 +17,10 @@ from pocd.check.model import Place
 from pocd.check.probe import Probe, probe
 from pocd.check.receivers import check_receiver
 from pocd.clock import SYSTEM, Clock
+from pocd.config.secrets import read_keys
+from pocd.config.settings import ConfigError
 from pocd.delivery.posting import Receiver
 from pocd.http.client import open_session
-from pocd.http.webhooks import SecretError, WebhookKeys
 from pocd.pool import cards
 from pocd.pool.cards import NoDriverError
 
@@ -75,11 +76,11 @@ async def check_host(
             "disk space": (_space(settings), local),
             "chain": (_chain(held, settings, clock, limits.call), 3 * limits.call),
             **{
-                f"receiver {each.name}": (_receiver(each, clock, limits.call), 2 * limits.call)
+                f"receiver {each.name}": (_receiver(each, config, clock, limits.call), 2 * limits.call)
                 for each in settings.delivery.receivers
             },
             "admin API": (_api(held, settings, limits.call), local + limits.call),
-            "rounding": (_rounding(held, settings, limits.call), local + limits.call),
+            "rounding": (_rounding(held, settings, config, limits.call), local + limits.call),
         }
         found = [group.create_task(bounded(name, check, limit)) for name, (check, limit) in checks.items()]
     return [*check_configuration(config, settings), *(finding for task in found for finding in task.result())]
@@ -168,10 +169,10 @@ async def _chain(held: asyncio.Task[int | None], settings: Settings, clock: Cloc
         return await chain.check_chain(sources, wanted, confirmations=behind, wall=clock.wall, limit=limit)
 
 
-async def _receiver(configured: ReceiverSettings, clock: Clock, limit: float) -> list[Finding]:
+async def _receiver(configured: ReceiverSettings, config: Path, clock: Clock, limit: float) -> list[Finding]:
     try:
-        keys = WebhookKeys.from_file(configured.secret_file) if configured.secret_file else None
-    except SecretError:
+        keys = read_keys(configured.secret_file, config, configured.name)
+    except ConfigError:
         text = "not asked: its secret_file cannot be used"
         return [yellow(f"receiver {configured.name}", text, "mend the secret first, see above")]
     receiver = Receiver(configured.name, configured.url, keys)
@@ -182,5 +183,5 @@ async def _api(held: asyncio.Task[int | None], settings: Settings, limit: float)
     return [await api.check_api(settings.admin, runs=await held is not None, limit=limit)]
 
 
-async def _rounding(held: asyncio.Task[int | None], settings: Settings, limit: float) -> list[Finding]:
-    return [await api.check_rounding(settings.admin, runs=await held is not None, limit=limit)]
+async def _rounding(held: asyncio.Task[int | None], settings: Settings, config: Path, limit: float) -> list[Finding]:
+    return [await api.check_rounding(settings.admin, config, runs=await held is not None, limit=limit)]

@@ -14,13 +14,13 @@ from pocd.chain.failover import Failover
 from pocd.chain.make import confirmations_of, make_sources
 from pocd.chain.rpc import Rpc
 from pocd.clock import SYSTEM, SteadyClock
+from pocd.config.secrets import read_keys
 from pocd.config.settings import ConfigError
 from pocd.delivery.batcher import Batcher
 from pocd.delivery.dispatcher import Dispatcher
 from pocd.delivery.keeper import MIB, Keeper, StoreLimits
 from pocd.delivery.posting import Receiver
 from pocd.delivery.receivers import Receivers
-from pocd.http.webhooks import SecretError, WebhookKeys
 from pocd.mining.control import Control
 from pocd.mining.follower import ChainHealth
 from pocd.mining.miner import Miner
@@ -225,20 +225,16 @@ def make_delivery(
     return Receivers(receivers, make, outbox, origins=settings.admin.callback_origins, log=log)
 
 
-def make_receivers(settings: Settings) -> list[Receiver]:
-    """Return the configured receivers with their keys.
+def make_receivers(settings: Settings, config: Path) -> list[Receiver]:
+    """Return the receivers of the configuration in the file `config`, with their keys.
 
     Raises:
         ConfigError: A file of secrets cannot be used.
     """
-    made = []
-    for receiver in settings.delivery.receivers:
-        try:
-            keys = WebhookKeys.from_file(receiver.secret_file) if receiver.secret_file else None
-        except SecretError as error:
-            raise ConfigError(f"delivery.receivers, {receiver.name}: {error}") from error
-        made.append(Receiver(receiver.name, receiver.url, keys))
-    return made
+    return [
+        Receiver(each.name, each.url, read_keys(each.secret_file, config, each.name))
+        for each in settings.delivery.receivers
+    ]
 
 
 async def make_chain(

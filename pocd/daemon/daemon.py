@@ -13,8 +13,8 @@ from pocd.admin import status
 from pocd.admin.server import AdminApi
 from pocd.chain.make import CHAIN_TIMEOUT
 from pocd.clock import SYSTEM
+from pocd.config.model import check_model
 from pocd.config.secrets import read_token
-from pocd.config.settings import check_model
 from pocd.daemon.compose import compose, make_chain, make_loads, make_receivers
 from pocd.daemon.reload import Reloader
 from pocd.daemon.reports import Reports
@@ -53,8 +53,8 @@ async def run(settings: Settings, path: Path, *, log: FilteringBoundLogger, noti
         EndedError: The store cannot be used, or the worker cannot work on this machine, or as configured.
     """
     check_model(settings)
-    token = read_token(settings.admin.token_file)
-    receivers = make_receivers(settings)
+    token = read_token(settings.admin.token_file, path)
+    receivers = make_receivers(settings, path)
     loads = make_loads(settings)
     with _open_outbox(settings.store.path, log) as outbox:
         async with contextlib.AsyncExitStack() as stack:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import stat
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -51,12 +52,21 @@ def check_device(name: str) -> None:
         raise InputError(f"device {name!r} is unknown; allowed are: cpu, cuda, cuda:N")
 
 
+def _is_file(path: Path) -> bool:
+    """Tell whether a file is there; a folder that may not be looked into raises, in every version of Python."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def resolve(name: str, revision: str | None = None) -> str:
     """Turn a configured name into what transformers loads: a local path or a hub id.
 
     Raises:
         ModelAwayError: The local folder does not exist, or is empty.
         ModelError: The bundled model does not exist, the folder holds none, or it has a revision.
+        OSError: The local folder cannot be looked at.
     """
     is_local = name.startswith(("bundled:", "/", "./", "../", "~"))
     if is_local and revision is not None:
@@ -69,7 +79,7 @@ def resolve(name: str, revision: str | None = None) -> str:
         return str(path)
     if is_local:
         path = Path(name).expanduser()
-        if not (path / "config.json").is_file():
+        if not _is_file(path / "config.json"):
             missing = f"model {name!r}: there is no {path / 'config.json'}"
             if not path.exists() or (path.is_dir() and not any(path.iterdir())):
                 raise ModelAwayError(

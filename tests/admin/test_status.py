@@ -65,7 +65,7 @@ def made(folder: Path, clock: ManualClock) -> Iterator[Parts]:
     urls = {"one": "http://user:secret@127.0.0.1:9/pow", "two": "http://127.0.0.1:9"}
     settings = load(config(folder, "http://127.0.0.1:9", urls, model__device=["cpu", "cpu"]))
     nowhere = cast("ChainSource", None)  # nothing is asked of it
-    receivers, loads, log = make_receivers(settings), make_loads(settings), structlog.get_logger()
+    receivers, loads, log = make_receivers(settings, folder), make_loads(settings), structlog.get_logger()
     with contextlib.closing(OutboxThread(settings.store.path)) as outbox:
         yield compose(settings, outbox, nowhere, receivers, loads, clock=clock, log=log).parts
 

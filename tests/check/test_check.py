@@ -315,6 +315,8 @@ def test_the_report_fits_its_terminal() -> None:
     assert len(report.as_text(findings, width=None, colour=False).splitlines()) == 6
     coloured = report.as_text(findings, width=80, colour=True)
     assert "\033[31mred     \033[0mchain: short" in coloured
+    logged = report.as_text(findings, width=None, colour=False, journal=True).splitlines()
+    assert [line[:3] for line in logged] == ["<6>", "<4>", "<4>", "<3>", "<3>", "1 g"]
     assert orjson.loads(report.as_json(findings))[0] == {
         "name": "store",
         "level": "green",

@@ -69,7 +69,7 @@ GIB = 2**30
     ],
 )
 async def test_rounding_is_what_the_workers_of_the_running_daemon_measured(
-    rounding: dict[str, object] | None, level: str, text: str
+    tmp_path: Path, rounding: dict[str, object] | None, level: str, text: str
 ) -> None:
     async def answer(_: web.Request) -> web.Response:
         return web.json_response({"workers": [{"rounding": None}, {"rounding": rounding}]})
@@ -78,12 +78,12 @@ async def test_rounding_is_what_the_workers_of_the_running_daemon_measured(
     app.router.add_get("/api/v1/pow/status", answer)
     async with listening(app, "127.0.0.1", 0, shutdown_timeout=1) as url:
         admin = AdminSettings(port=int(url.rpartition(":")[2]))
-        found = await api.check_rounding(admin, runs=True, limit=PATIENCE)
+        found = await api.check_rounding(admin, tmp_path, runs=True, limit=PATIENCE)
         assert (found.level, found.text) == (level, text)
-    found = await api.check_rounding(admin, runs=True, limit=PATIENCE)
+    found = await api.check_rounding(admin, tmp_path, runs=True, limit=PATIENCE)
     assert found.level is Level.YELLOW
     assert found.text.startswith("the daemon does not tell: ")
-    assert (await api.check_rounding(admin, runs=False, limit=PATIENCE)).level is Level.GREEN
+    assert (await api.check_rounding(admin, tmp_path, runs=False, limit=PATIENCE)).level is Level.GREEN
 
 
 # The chain and the clock
@@ -254,13 +254,16 @@ def test_a_read_only_folder_and_files_of_another_user(open_folder: Path) -> None
         with unprivileged():
             closed = store.check_store(open_folder / "a" / "outbox.db", None)
             assert f"may not look at {open_folder / 'a'}" in closed.text
-            assert (closed.level, "sudo -u pocd" in (closed.remedy or "")) == (Level.RED, True)
+            assert (closed.level, "sudo pocd check" in (closed.remedy or "")) == (Level.RED, True)
             assert store.check_syncs(path, time.monotonic) is None
             hidden = CPU.model_copy(update={"name": str(open_folder / "model")})
             assert "Permission denied" in model.check(model.find(hidden), Probe(), hidden).text
     open_folder.chmod(0o777)
     Outbox.open(path).close()
     path.chmod(0o666)
+    exposed = store.check_store(path, None)
+    assert (exposed.level, exposed.remedy) == (Level.YELLOW, f"chmod o-w {open_folder}")
+    assert "every user of this host may write" in exposed.text
     wal = secret_file(open_folder / "outbox.db-wal", "", 0o444)
     with unprivileged():
         finding = store.check_store(path, None)
@@ -346,7 +349,7 @@ def test_a_secret_of_another_user_a_bad_one_and_a_password_in_the_configuration(
     path.chmod(0o644)
     found = files.check_secrets(load(path), path)
     assert [each.level for each in found] == ["red", "yellow"]
-    assert "main's secret_file" in found[0].text
+    assert found[0].text.startswith("delivery.receivers, main: ")
     assert f"{path} holds a URL with a password" in found[1].text
     assert "hunter22" not in str(found)
     assert stat.S_IMODE(path.stat().st_mode) == 0o644

@@ -166,6 +166,10 @@ def test_a_client_reads_no_more_than_where_the_api_is(config: Path, tmp_path: Pa
     known = refusal(pocd_here("status", "--config", config, "--token-file", token), EXIT_CRASH)
     assert f"nothing listens on http://127.0.0.1:{silent};" in known
     assert "admin.token_file" in refusal(pocd_here("status", "--config", config), EXIT_CONFIG)
+    good = pocd_here("config", "check", "--config", config).stdout
+    assert good == f"{config}: good, but for credential:token, credential:secret, which only pocd.service can read\n"
+    shown = pocd_here("config", "show", "--config", config).stdout
+    assert 'token_file = "credential:token"' in shown
     config.write_text("not TOML")
     reason = refusal(pocd_here("status", "--config", config, "--url", f"http://127.0.0.1:{silent}"), EXIT_CRASH)
     assert "nothing listens" in reason
@@ -181,6 +185,17 @@ def test_a_configuration_that_may_not_be_read_is_a_line_with_the_remedy(config: 
     assert reason.startswith(f"{config} cannot be read by user ")
     assert "the group pocd" in reason
     assert "--token-file" in reason
+
+
+def test_the_last_line_is_an_error_in_the_journal(tmp_path: Path) -> None:
+    sink = tmp_path / "stderr"
+    with sink.open("wb") as stream:
+        found = os.fstat(stream.fileno())
+        journal = {"JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino}"}
+        subprocess.run(
+            [*POCD, "run", "--config", tmp_path / "no"], stderr=stream, env=ENVIRONMENT | journal, check=False
+        )
+    assert sink.read_text().startswith(f"<3>pocd: {tmp_path / 'no'} does not exist")
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])

@@ -23,7 +23,7 @@ from pocd.store import deliveries, selections, upkeep, validations
 from pocd.store.backup import back_up
 from pocd.store.batches import form_batches, register_callback
 from pocd.store.outbox import Outbox, Weights, Work
-from pocd.store.rounds import recent_rounds, replace_round
+from pocd.store.rounds import recent_rounds, reinstate_round, replace_round
 from pocd.store.selections import Selection, SetAsideState
 from scripts.trials.powercut.verdict import MARKS, STORE, content
 
@@ -139,6 +139,8 @@ class Life:
 
     def _reorganise(self) -> None:
         replace_round(self._outbox, self._round, "replaced", withdraw=True, now=self._now)
+        if self._chance.random() < 0.5:
+            reinstate_round(self._outbox, self._round, self._now)
 
     def _operate(self) -> None:
         state = self._chance.choice(SET_ASIDE)
