@@ -176,7 +176,7 @@ class WorkerStatus(BaseModel):
     causes: dict[Cause, int] = Field(description="How often the worker ended, by cause.")
     last_error: str | None = Field(description="Why the worker ended last; null if it never did.")
     alarm: str | None = Field(
-        description="Why a person should look: the worker fails repeatedly, and may be left out for a while."
+        description="Why a person should look: the worker fails repeatedly, or runs eagerly on a GPU."
     )
     batch_size: int = Field(description="Nonces per forward pass.")
     execution: str | None = Field(description='"eager", "compiled" or "captured", once it is known.')

@@ -134,7 +134,7 @@ class DaemonCollector(Collector):
             ready.add_metric(name, int(worker.ready))
             for cause in Cause:
                 restarts.add_metric([*name, cause], worker.causes[cause])
-            alarm.add_metric(name, int(worker.alarm is not None))
+            alarm.add_metric(name, int(worker.alarm is not None and not worker.ready))
             size.add_metric(name, worker.batch_size)
             computed.add_metric(name, worker.computed)
             rounding.add_metric(name, int(worker.rounding_alarm is not None))
@@ -181,6 +181,14 @@ class DaemonCollector(Collector):
         alarm = GaugeMetricFamily(
             "pocd_receiver_alarm", "1 while the receiver has a problem that only a person can solve.", labels=labels
         )
+        certificate = GaugeMetricFamily(
+            "pocd_receiver_certificate_expiry_timestamp_seconds",
+            "When the receiver's certificate expires, where it has one.",
+            labels=labels,
+        )
+        for dispatcher in self._parts.receivers:
+            if dispatcher.certificate_expires is not None:
+                certificate.add_metric([dispatcher.receiver.name], dispatcher.certificate_expires)
         for each in status.receivers(self._parts):
             for state in ("pending", "dead", "expired", "withdrawn"):
                 held.add_metric([each.name, state], getattr(each, f"{state}_batches"))
@@ -188,7 +196,7 @@ class DaemonCollector(Collector):
             accepted.add_metric([each.name], each.delivered_batches)
             failures.add_metric([each.name], each.failures_in_a_row)
             alarm.add_metric([each.name], int(each.alarm is not None))
-        yield from (held, waiting, accepted, failures, alarm)
+        yield from (held, waiting, accepted, failures, alarm, certificate)
 
 
 def registry(parts: Parts) -> CollectorRegistry:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pocd.compute import stages
+from pocd.compute.arithmetic import fix_arithmetic
 from pocd.compute.memory import is_out_of_memory
 from pocd.compute.model import Execution, check_seq_len
 from pocd.compute.random import fill_normal, seeds_tensor, to_device, unit_normal
@@ -258,7 +259,7 @@ def _fetch(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]
     if values.device.type == "cpu":
         return values, None
     copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
-    done = torch.cuda.Event()
+    done = torch.cuda.Event(blocking=True)  # who waits for it sleeps, and leaves the core to others
     done.record(torch.cuda.current_stream(values.device))
     return copy, done
 
@@ -333,21 +334,26 @@ def block_run(model: Model, scheme: Scheme, *, block_hash: str, public_key: str,
         raise InputError(f"seq_len {seq_len} is too short for scheme {scheme.name!r}: {scheme.least_seq_len} or more")
     if scheme.weights != "trained" and torch.distributed.is_initialized():
         raise InputError(f"scheme {scheme.name!r} draws weights, which a model that is split over devices cannot have")
-    # The head's product counts as float32 (section 3): no TF32 on any device.
-    torch.backends.cuda.matmul.allow_tf32 = False
+    fix_arithmetic()
     with drawn_weights(model.causal, scheme.weights, block_hash):
-        head = HEADS[scheme.head](model, block_hash)
-        layers = seeds_tensor([f"{block_hash}_layer_{i}_householder" for i in range(model.layers)], model.device)
-        vectors = unit_normal(layers, model.hidden_size).to(model.dtype)
-        target = seeds_tensor([f"{block_hash}_target"], model.device)[0]
-        yield BlockRun(
-            model=model,
-            scheme=scheme,
-            block_hash=block_hash,
-            public_key=public_key,
-            seq_len=seq_len,
-            vectors=vectors,
-            head=head,
-            target=None if head is None else unit_normal(target, len(head)),
-            standard=_standard(model, scheme, vectors, block_hash, seq_len),
-        )
+        yield _prepare(model, scheme, block_hash, public_key, seq_len)
+
+
+@torch.inference_mode()  # as batches run: compiled code is made anew for tensors of the other kind
+def _prepare(model: Model, scheme: Scheme, block_hash: str, public_key: str, seq_len: int) -> BlockRun:
+    """Draw layer vectors, head and target, and measure the `Standard`; the model has the scheme's weights already."""
+    head = HEADS[scheme.head](model, block_hash)
+    layers = seeds_tensor([f"{block_hash}_layer_{i}_householder" for i in range(model.layers)], model.device)
+    vectors = unit_normal(layers, model.hidden_size).to(model.dtype)
+    target = seeds_tensor([f"{block_hash}_target"], model.device)[0]
+    return BlockRun(
+        model=model,
+        scheme=scheme,
+        block_hash=block_hash,
+        public_key=public_key,
+        seq_len=seq_len,
+        vectors=vectors,
+        head=head,
+        target=None if head is None else unit_normal(target, len(head)),
+        standard=_standard(model, scheme, vectors, block_hash, seq_len),
+    )

@@ -23,8 +23,7 @@ TOLERANCE: dict[str, float] = {"float32": 1e-5, "float16": 5e-4, "bfloat16": 2e-
 PRODUCT_ROUNDING = 2.0
 # How far two honest vectors' numbers, whose standard deviation is 1, may lie apart on the bundled models.
 VECTOR_TOLERANCE: dict[str, float] = {"float32": 1e-5, "float16": 0.02, "bfloat16": 0.15}
-# Where batch_size = "auto" begins. On the CPU more is not faster; on a GPU it is halved until it fits.
-AUTO_BATCH_SIZE = {"cpu": 32, "cuda": 1024}
+LARGEST_BATCH = 2**16  # positions of a batch where batch_size is "auto": more of them make no device faster
 DEVICE_PATTERN = r"^(cpu|cuda(:[0-9]+)?)$"
 
 
@@ -38,6 +37,11 @@ def default_tolerance(dtype: str, scheme: Scheme, hidden_size: int) -> float:
         return VECTOR_TOLERANCE[dtype]
     scale = PRODUCT_ROUNDING * math.sqrt(RANDOM_HEAD_DIM / hidden_size) if scheme.head == "none" else 1.0
     return TOLERANCE[dtype] * scale
+
+
+def largest_batch_size(seq_len: int) -> int:
+    """Return the largest batch size, in nonces, that batch_size = "auto" can come to: a power of two, or 1."""
+    return 1 << max(0, (LARGEST_BATCH // seq_len).bit_length() - 1)
 
 
 def check_dtype(name: str) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from pocd.protocol.names import Compile, Dtype, OnRounding
 
-FailureKind = Literal["configuration", "device", "memory", "fault", "crash"]
+FailureKind = Literal["configuration", "device", "memory", "fault", "capture", "crash"]
 LARGEST_FRAME = 16 * 2**20  # bytes
 _LENGTH = struct.Struct(">I")
 
@@ -32,11 +32,13 @@ class Load:
         devices: The devices of the worker, one for each of its ranks.
         scheme: Name of the scheme that is mined.
         seq_len: Length of a sequence, in tokens.
-        batch_size: Nonces per batch; where `shrink` is set, at most.
-        shrink: Whether the batch size is halved until it fits into memory.
+        batch_size: Nonces per batch; where `is_auto` is set, at most.
+        is_auto: Whether the worker finds the batch size, by time and memory.
         revision: The model's revision on its hub; None for the newest.
         compile: Whether the model is compiled: "auto", "always" or "never".
         conditioning: What follows where rounding decides too much: "warn" or "refuse".
+        capture: Whether what was compiled is captured as a CUDA graph; a life in which that failed is the last to try.
+        cards: The names by which CUDA is shown the cards of `devices` alone; empty on the CPU.
         rank: Which of the worker's processes the receiver is; rank 0 leads.
         rendezvous: The folder in which the ranks of a split model find one another.
     """
@@ -47,10 +49,12 @@ class Load:
     scheme: str
     seq_len: int
     batch_size: int
-    shrink: bool = False
+    is_auto: bool = False
     revision: str | None = None
     compile: Compile = "auto"
     conditioning: OnRounding = "warn"
+    capture: bool = True
+    cards: tuple[str, ...] = ()
     rank: int = 0
     rendezvous: str | None = None
 
@@ -58,6 +62,11 @@ class Load:
     def device(self) -> str:
         """The device of this rank."""
         return self.devices[self.rank]
+
+    @property
+    def own_device(self) -> str:
+        """The device of this rank as its own process names it: that sees no cards but the worker's."""
+        return f"cuda:{self.rank}" if self.cards else self.device
 
     @property
     def is_split(self) -> bool:
@@ -111,7 +120,7 @@ class Ready:
         execution_reason: Why a batch is run so.
         load_seconds: How long it took to load the model.
         compile_seconds: How long it took to compile the model.
-        batch_size: Nonces per batch, as many as fit into memory.
+        batch_size: Nonces per batch, as configured or found.
         longest_seq_len: The longest sequence that the model's positions allow, in tokens.
         torch: Version of torch.
         conditioning: How far rounding decides the results; None where there was no memory to measure it.
@@ -156,7 +165,8 @@ class Failed:
     Attributes:
         kind: "configuration": the worker cannot work as configured. "device": its device is not there. "memory": a
             batch does not fit into the device's memory. "fault": the device, its driver or another rank failed.
-            "crash": something else did, such as a file that could not be made, which may pass.
+            "capture": a batch could not be captured as a CUDA graph, which the next process is to leave out. "crash":
+            something else did, such as a file that could not be made, which may pass.
         message: The reason, for people.
     """
 
@@ -265,7 +275,7 @@ def _decode(body: bytes) -> Message:
     if kind is Ready and fields["conditioning"] is not None:
         fields["conditioning"] = Conditioning(**fields["conditioning"])
     if kind is Load:
-        fields["devices"] = tuple(fields["devices"])
+        fields |= {name: tuple(fields[name]) for name in ("devices", "cards")}
     message: Message = kind(**fields)
     return message
 

@@ -20,8 +20,7 @@ MATRICES, ATTENTION = "matrix products", "attention"
 OTHER = "other"
 IS_ATTENTION = re.compile(r"scaled_dot_product|flash|fmha|sdpa", re.IGNORECASE)
 IS_PRODUCT = re.compile(r"::(add|b|badd)?mm$|gemm|nvjet|cutlass|xmma", re.IGNORECASE)
-# A generated kernel is called after what was fused into it.
-IS_GENERATOR = re.compile(r"triton.*_cos_.*_log_.*_sin", re.IGNORECASE)
+IS_GENERATOR = re.compile(r"_draw_normal|_cos_.*?log_.*?sin")  # of the inputs; or fused, and called after its parts
 
 
 def shares(run: BlockRun, batch_size: int, batches: int) -> dict[str, float]:

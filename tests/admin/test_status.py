@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, cast
 import structlog
 from prometheus_client import generate_latest
 
-from pocd.admin import metrics, status
+from pocd.admin import status
+from pocd.admin.metrics import registry
 from pocd.admin.operations import answer
 from pocd.chain.source import Block, Head
 from pocd.config.settings import load
@@ -23,6 +24,9 @@ from pocd.pool.causes import Cause
 from pocd.protocol.conditioning import Conditioning
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
+from pocd.store import deliveries
+from pocd.store.batches import form_batches
+from pocd.store.callbacks import ENDED
 from pocd.store.outbox import Weights
 from pocd.store.thread import OutboxThread
 from pocd.worker.messages import CardIdentity, Ready
@@ -106,6 +110,28 @@ async def test_the_bytes_are_those_that_callers_know(tmp_path: Path, monkeypatch
         assert answer(status.view(parts)).body == mining
 
 
+async def test_receivers_that_are_gone_and_have_nothing_left_are_one_line(tmp_path: Path) -> None:
+    clock = ManualClock()
+    with made(tmp_path, clock) as parts:
+        await mine(parts, clock)
+        names = ["one", *(f"gone{number}" for number in range(20))]
+        await parts.outbox(form_batches, names, size=1, age=0.0, now=NOW, current=None)
+        for name in names[1:]:
+            while head := await parts.outbox(deliveries.next_pending, name):
+                if name == "gone7" and head.sequence == 1:
+                    await parts.outbox(deliveries.record_set_aside, name, head.batch, "no", NOW)
+                else:
+                    await parts.outbox(deliveries.record_delivered, name, head.batch, NOW)
+        shown = {each.name: each for each in status.receivers(parts)}
+        assert list(shown) == ["one", "two", "gone7", ENDED]
+        batches = shown["one"].pending_batches
+        assert shown["gone7"].dead_batches == 1
+        assert (shown[ENDED].delivered_batches, shown[ENDED].pending_batches) == (19 * batches, 0)
+        metrics = generate_latest(registry(parts)).decode()
+        assert f'pocd_receiver_delivered_batches_total{{receiver="{ENDED}"}} {19.0 * batches}' in metrics
+        assert "gone8" not in metrics
+
+
 async def test_a_daemon_that_mines_and_computes_nothing_is_not_ready(tmp_path: Path) -> None:
     clock = ManualClock()
     with made(tmp_path, clock) as parts:
@@ -135,7 +161,7 @@ async def test_a_worker_whose_results_depend_on_rounding_is_an_alarm(tmp_path: P
         (alarm,) = status.alarms(parts)
         assert alarm.part == "worker 1 (cpu)"
         assert "25.00% of honest nonces would be found invalid" in alarm.reason
-        text = generate_latest(metrics.registry(parts)).decode()
+        text = generate_latest(registry(parts)).decode()
     assert 'pocd_worker_rounding_alarm{worker="0"} 0.0' in text
     assert 'pocd_worker_rounding_alarm{worker="1"} 1.0' in text
     assert 'pocd_worker_flipped_ratio{worker="1"} 0.25' in text

@@ -31,6 +31,7 @@ from pocd.check.finding import Finding, Level
 from pocd.check.probe import Probe
 from pocd.check.receivers import check_receiver
 from pocd.clock import SYSTEM
+from pocd.compute.toolchain import Lack
 from pocd.config.settings import AdminSettings, ModelSettings, StoreSettings, load
 from pocd.delivery.posting import Receiver
 from pocd.http.client import open_session
@@ -49,6 +50,9 @@ from tests.system.test_disk import unprivileged
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
+    from pocd.protocol.names import Compile
+
+LACK = Lack("there is no C compiler (gcc)", "install one (Debian: gcc)")
 CUDA = ModelSettings(name="bundled:tiny-llama", dtype="bfloat16", device="cuda:1")
 GIB = 2**30
 
@@ -381,6 +385,27 @@ def test_torch_driver_and_cards() -> None:
     assert (blind.level, "driver too old" in blind.text) == (Level.RED, True)
     assert devices.used_cards(good, CUDA) == ("GPU-b",)
     assert devices.used_cards(good, CUDA.model_copy(update={"device": "auto"})) == ("GPU-a", "GPU-b")
+
+
+@pytest.mark.parametrize(
+    ("lack", "model", "mode", "level"),
+    [
+        (None, CUDA, "auto", Level.GREEN),
+        (LACK, CUDA, "auto", Level.YELLOW),
+        (LACK, CUDA, "always", Level.RED),
+        (LACK, CPU, "always", Level.RED),
+        (LACK, CUDA, "never", None),
+        (LACK, CPU, "auto", None),
+    ],
+)
+def test_a_compiler_is_missed_where_something_is_to_be_compiled(
+    lack: Lack | None, model: ModelSettings, mode: Compile, level: Level | None
+) -> None:
+    finding = devices.check_compiler(lack, model, mode)
+    assert (finding and finding.level) == level
+    if finding and lack:
+        assert finding.text.startswith("there is no C compiler")
+        assert finding.remedy == lack.remedy
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,11 @@ import torch
 from pocd.compute.compiled import compile_model
 from pocd.compute.engine import block_run
 from pocd.compute.model import Model, load_model, pick_device
+from pocd.compute.random import normal
 from pocd.protocol.errors import OutOfMemoryError
 from pocd.protocol.names import DTYPES, default_tolerance
 from pocd.protocol.schemes import SCHEMES
+from tests.reference.plain import NORMAL_ROUNDING
 
 pytestmark = [
     pytest.mark.gpu,
@@ -43,6 +45,17 @@ def results(model: Model, scheme: str, block: str, count: int = 3 * BATCH + 1) -
 def test_a_gpu_without_a_number_is_the_first_one() -> None:
     assert pick_device("cuda") == torch.device("cuda:0")
     torch.cuda.set_device(pick_device("cuda"))
+
+
+@pytest.mark.parametrize("n", [8, 5001])
+def test_the_kernel_draws_the_numbers_of_the_generator(n: int) -> None:
+    from pocd.compute.kernels import fill_normal
+
+    seeds = torch.tensor([0, 1, -1, 2**31 - 1, -(2**31)], dtype=torch.int32)
+    found = fill_normal(torch.empty(len(seeds), n, device="cuda"), seeds.cuda())
+    assert torch.allclose(found.cpu(), normal(seeds, n), rtol=0, atol=NORMAL_ROUNDING)
+    half = fill_normal(torch.empty(len(seeds), n, device="cuda", dtype=torch.bfloat16), seeds.cuda())
+    assert torch.equal(half, found.bfloat16()), "it rounds as torch does"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,6 +99,7 @@ def test_batches_of_two_runs_overlap_without_mixing(scheme: str, path: str) -> N
             assert batch.distances() == expected[block][span.start : span.stop]
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature:UserWarning")
 def test_start_does_not_wait() -> None:
     model = ready(load(), "poc2")
     try:

@@ -203,3 +203,13 @@ def test_the_same_statistics_find_the_uneven_blocks_of_poc2(bundled: Model) -> N
 def even(valid: np.ndarray[Any, np.dtype[np.int64]], nonces: int) -> float:
     """The p-value of a chi-square test of equal rates."""
     return float(stats.chi2_contingency(np.array([valid, nonces - valid])).pvalue)
+
+
+@pytest.mark.parametrize("length", [6, 7, 64])
+def test_the_sums_of_compiled_code_are_those_of_the_eager_path(length: int) -> None:
+    torch.manual_seed(0)
+    states, signs = torch.randn(3, length, 16), torch.randint(0, 2, (3, length)) * 2.0 - 1
+    inside = segments._segments(length, states.device)
+    assert inside.sum(dim=0).tolist() == [1.0] * length
+    found = segments._sum_fused(states, signs)
+    assert torch.allclose(found, segments._sum_in_chunks(states, signs, inside), rtol=0, atol=1e-5)

@@ -31,7 +31,7 @@ EVERY: list[Message] = [
     Load("m", "float32", ("cpu",), "poc2", 64, 8),
     Compute(3, ROUND, [2**63 - 4, 2**63 - 1]),
     Cancel(9),
-    Load("m", "float16", ("cuda:0", "cuda:1"), "trained", 64, 8, shrink=True, revision="v1", rank=1, rendezvous="/x"),
+    Load("m", "float16", ("cuda:0", "cuda:1"), "trained", 64, 8, is_auto=True, revision="v1", rank=1, rendezvous="/x"),
     Stage("loading m"),
     CardIdentity("NVIDIA X", "GPU-f00d"),
     Ready("m", "f00d", "float32", "cpu", 128, 4, "flat", "eager", "asked", 1.5, 0.0, 8, 4096, "2.13.0"),

@@ -15,7 +15,7 @@ from pocd.protocol.names import DTYPES, TOLERANCE, VECTOR_TOLERANCE, Dtype
 from pocd.protocol.schemes import SCHEMES
 from pocd.worker import self_test
 from pocd.worker.messages import Load
-from pocd.worker.self_test import check_known, check_rounding, check_shape, read_known
+from pocd.worker.self_test import check_known, check_rounding, fit, read_known
 from tests.reference import plain, plain_families
 
 LOAD = Load("bundled:tiny-llama", "float32", ("cpu",), "poc2", 16, 8)
@@ -67,7 +67,7 @@ def test_a_batch_whose_rows_do_not_agree_with_one_alone_is_refused(monkeypatch: 
 
     monkeypatch.setattr(BlockRun, "values", drifting)
     with pytest.raises(ComputeError, match=r"nonce 7 has distance .* in a batch and .* alone"):
-        check_shape(load_model(LOAD.model, dtype="float32", device="cpu"), LOAD, 8)
+        fit(load_model(LOAD.model, dtype="float32", device="cpu"), LOAD)
     assert asked == [8, 1]
 
 
