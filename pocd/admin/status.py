@@ -18,6 +18,7 @@ from pocd.admin.answers import (
     ReadyWorkersStatus,
     ReceiverStatus,
     RequestedRound,
+    RoundingStatus,
     RoundStatus,
     SensorValues,
     Status,
@@ -94,7 +95,8 @@ def alarms(parts: Parts) -> list[Problem]:
     workers = [
         Problem(part=worker_name(parts.workers, worker), reason=reason)
         for worker in parts.workers.workers
-        if (reason := worker.alarm)
+        for reason in (worker.alarm, worker.rounding_alarm)
+        if reason
     ]
     cards = [Problem(part="cards", reason=parts.cards.problem)] if parts.cards.problem else []
     return [*workers, *cards] + [
@@ -172,6 +174,7 @@ def _workers(workers: Pool, miner: Miner) -> WorkersStatus:
 
 
 def _worker(parts: Parts, worker: WorkerState) -> WorkerStatus:
+    measured = worker.info.conditioning if worker.info else None
     return WorkerStatus(
         number=worker.number,
         device=worker.device,
@@ -188,6 +191,9 @@ def _worker(parts: Parts, worker: WorkerState) -> WorkerStatus:
         computed_per_second_1m=worker.computed_rate.per_second(60),
         computed_per_second_15m=worker.computed_rate.per_second(900),
         cards=[_card(parts.cards, device, card) for device, card in worker.cards.items()],
+        rounding=RoundingStatus(error=measured.error, flipped=measured.flipped, alarm=measured.alarm)
+        if measured
+        else None,
     )
 
 

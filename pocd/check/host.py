@@ -85,6 +85,7 @@ async def check_host(
                 for each in settings.delivery.receivers
             },
             "admin API": (_api(held, settings, limits.call), local + limits.call),
+            "rounding": (_rounding(held, settings, config, limits.call), local + limits.call),
         }
         found = [group.create_task(bounded(name, check, limit)) for name, (check, limit) in checks.items()]
     return [*check_configuration(config, settings), *(finding for task in found for finding in task.result())]
@@ -200,3 +201,7 @@ async def _receiver(configured: ReceiverSettings, config: Path, clock: Clock, li
 
 async def _api(held: asyncio.Task[int | None], settings: Settings, limit: float) -> list[Finding]:
     return [await api.check_api(settings.admin, runs=await held is not None, limit=limit)]
+
+
+async def _rounding(held: asyncio.Task[int | None], settings: Settings, config: Path, limit: float) -> list[Finding]:
+    return [await api.check_rounding(settings.admin, config, runs=await held is not None, limit=limit)]

@@ -291,6 +291,7 @@ def make_loads(settings: Settings) -> list[Load]:
             is_auto=worker.batch_size == "auto",
             revision=model.revision,
             compile=worker.compile,
+            conditioning=worker.conditioning,
         )
         for devices in placed
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -20,6 +21,7 @@ from pocd.mining.control import RoundRequest
 from pocd.mining.phases import Call
 from pocd.pool.cards import CardReading
 from pocd.pool.causes import Cause
+from pocd.protocol.conditioning import Conditioning
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.store import deliveries
@@ -56,6 +58,7 @@ READY = Ready(
     batch_size=8,
     longest_seq_len=128,
     torch="2.9.1",
+    conditioning=Conditioning(error=0.015625, flipped=0.0),
 )
 READING = CardReading(temperature=61.0, power=None, memory_used=2**30, memory_total=2**36, utilization=0.5)
 
@@ -146,3 +149,20 @@ async def test_a_daemon_that_mines_and_computes_nothing_is_not_ready(tmp_path: P
         parts.miner.hold("the disk is full")
         assert "miner" not in {problem.part for problem in status.problems(parts)}, "the store is why"
         parts.miner.give_back(second)
+
+
+async def test_a_worker_whose_results_depend_on_rounding_is_an_alarm(tmp_path: Path) -> None:
+    with made(tmp_path, ManualClock()) as parts:
+        first, second = parts.workers.workers
+        for worker, flipped in ((first, 0.0), (second, 0.25)):
+            worker.start()
+            worker.load("loading the model")
+            worker.become_ready(dataclasses.replace(READY, conditioning=Conditioning(0.5, flipped)))
+        (alarm,) = status.alarms(parts)
+        assert alarm.part == "worker 1 (cpu)"
+        assert "25.00% of honest nonces would be found invalid" in alarm.reason
+        text = generate_latest(registry(parts)).decode()
+    assert 'pocd_worker_rounding_alarm{worker="0"} 0.0' in text
+    assert 'pocd_worker_rounding_alarm{worker="1"} 1.0' in text
+    assert 'pocd_worker_flipped_ratio{worker="1"} 0.25' in text
+    assert 'pocd_worker_rounding_error_ratio{worker="0"} 0.5' in text
