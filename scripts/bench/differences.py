@@ -38,7 +38,7 @@ from pocd.compute.compiled import compile_model
 from pocd.compute.engine import block_run
 from pocd.compute.model import adapt
 from pocd.compute.segments import measure
-from pocd.compute.transforms import JOIN
+from pocd.compute.transforms import join_of
 from pocd.protocol.differences import compare, honest_law, judge_differences
 from pocd.protocol.names import default_tolerance
 from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH
@@ -64,6 +64,7 @@ BATCH = 32
 NUMBERS = 12
 BATCHES = 1000
 SIZES = (20, 100, 200)
+WITH_DISTANCE = [name for name, scheme in SCHEMES.items() if scheme.output == "distance"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def results(run: BlockRun, count: int, inputs: BlockRun | None = None) -> Result
         nonces = range(start, min(start + BATCH, count))
         embeddings = (inputs or run).inputs(nonces).to(run.model.dtype)
         everywhere = run.scheme.reads == "segments"
-        states = run.model.decoder(embeddings, JOIN[run.scheme.layer_step], run.vectors, all_positions=everywhere)
+        join = join_of(run.scheme.layer_step, run.model.layers)
+        states = run.model.decoder(embeddings, join, run.vectors, all_positions=everywhere)
         readout = run.readout(states, nonces)
         vectors.append(run.hidden(readout, nonces).double().numpy())
         distances.append(run.distance(readout, nonces).double().numpy())
@@ -107,8 +109,9 @@ def results(run: BlockRun, count: int, inputs: BlockRun | None = None) -> Result
 def reference_of(run: BlockRun) -> BlockRun:
     """Return the same run in float32 arithmetic, on the weights and layer vectors of its dtype."""
     model, vectors = adapt(copy.deepcopy(run.model.causal).float(), name=run.model.name), run.vectors.float()
+    join = join_of(run.scheme.layer_step, model.layers)
     standard = run.standard and measure(
-        lambda inputs: model.decoder(inputs.float(), JOIN[run.scheme.layer_step], vectors, all_positions=True),
+        lambda inputs: model.decoder(inputs.float(), join, vectors, all_positions=True),
         run.block_hash,
         run.seq_len,
         model.hidden_size,
@@ -289,7 +292,7 @@ def main() -> None:
     """Measure, and print."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES[:2])
-    parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=["poc2", "poc3"])
+    parser.add_argument("--schemes", nargs="+", choices=WITH_DISTANCE, default=["poc2", "poc3"])
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--nonces", type=int, default=2048)
     parser.add_argument("--seq-len", type=int, default=64)
