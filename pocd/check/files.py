@@ -74,6 +74,8 @@ def _check_config(settings: Settings, config: Path) -> list[Finding]:
         return []
     return [
         yellow(
-            NAME, f"{config} holds a URL with a password, and every user of this host can read it", f"chmod o= {config}"
+            NAME,
+            f"{config} holds a URL with a password or a key, and every user of this host can read it",
+            f"chmod o= {config}",
         )
     ]

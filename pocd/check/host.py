@@ -21,8 +21,10 @@ from pocd.clock import SYSTEM, Clock
 from pocd.compute.toolchain import find_lack
 from pocd.config.secrets import read_keys
 from pocd.config.settings import ConfigError
+from pocd.delivery.policy import certificate_problem
 from pocd.delivery.posting import Receiver
 from pocd.http.client import open_session
+from pocd.observe.mask import mask_url
 from pocd.pool import cards
 from pocd.pool.cards import NoDriverError
 from pocd.pool.pool import cache_folder
@@ -83,6 +85,7 @@ async def check_host(
                 for each in settings.delivery.receivers
             },
             "admin API": (_api(held, settings, limits.call), local + limits.call),
+            "rounding": (_rounding(held, settings, config, limits.call), local + limits.call),
         }
         found = [group.create_task(bounded(name, check, limit)) for name, (check, limit) in checks.items()]
     return [*check_configuration(config, settings), *(finding for task in found for finding in task.result())]
@@ -169,14 +172,21 @@ async def _chain(held: asyncio.Task[int | None], settings: Settings, clock: Cloc
     wanted = chain.expected(configured.id, known)
     if isinstance(wanted, Finding):
         return [wanted]
+    expiries: dict[str, float] = {}
     async with contextlib.AsyncExitStack() as stack:
-        sessions = [await stack.enter_async_context(open_session(CHAIN_TIMEOUT)) for _ in configured.urls]
+        sessions = [
+            await stack.enter_async_context(open_session(CHAIN_TIMEOUT, certificate=partial(expiries.__setitem__, url)))
+            for url in configured.urls
+        ]
         nodes = [
             Rpc(session, url, attempts=1, timeout=limit) for session, url in zip(sessions, configured.urls, strict=True)
         ]
         behind = confirmations_of(configured.kind, configured.confirmations)
         sources = make_sources(configured.kind, nodes, confirmations=behind)
-        return await chain.check_chain(sources, wanted, confirmations=behind, wall=clock.wall, limit=limit)
+        found = await chain.check_chain(sources, wanted, confirmations=behind, wall=clock.wall, limit=limit)
+    expiring = {url: certificate_problem(expires, clock.wall()) for url, expires in expiries.items()}
+    remedy = "renew the certificate of this node, or ask its operator to"
+    return found + [yellow("chain", f"{mask_url(url)}: {text}", remedy) for url, text in expiring.items() if text]
 
 
 async def _receiver(configured: ReceiverSettings, config: Path, clock: Clock, limit: float) -> list[Finding]:
@@ -191,3 +201,7 @@ async def _receiver(configured: ReceiverSettings, config: Path, clock: Clock, li
 
 async def _api(held: asyncio.Task[int | None], settings: Settings, limit: float) -> list[Finding]:
     return [await api.check_api(settings.admin, runs=await held is not None, limit=limit)]
+
+
+async def _rounding(held: asyncio.Task[int | None], settings: Settings, config: Path, limit: float) -> list[Finding]:
+    return [await api.check_rounding(settings.admin, config, runs=await held is not None, limit=limit)]

@@ -25,7 +25,7 @@ from pocd.compute.random import fill_normal, to_device
 from pocd.compute.segments import Standard
 from pocd.compute.stages import BlockTensors
 from pocd.compute.toolchain import find_lack
-from pocd.compute.transforms import JOIN
+from pocd.compute.transforms import join_of
 from pocd.protocol.errors import CaptureError, ComputeError, OutOfMemoryError
 from pocd.protocol.names import default_tolerance
 
@@ -60,8 +60,8 @@ class Compiled:
         model, decoder = run.model, run.model.decoder
         assert isinstance(decoder, FlatDecoder), "only flat decoders are compiled"
         self._shape = run.scheme, run.seq_len, rows
-        self._join = JOIN[run.scheme.layer_step]
-        self._all_positions = run.scheme.reads == "segments"
+        self._join = join_of(run.scheme.layer_step, model.layers)
+        self._all_positions = run.scheme.reads_all
         # Cosines and sines once: some models' own code for them waits for the GPU, which ends a capture.
         like = torch.empty(1, run.seq_len, model.hidden_size, dtype=model.dtype, device=model.device)
         self._decoder = replace(decoder, layer=_compile(decoder.layer), rotations=decoder.rotate(like))
@@ -76,7 +76,7 @@ class Compiled:
         return (scheme, seq_len, rows) == self._shape
 
     def __call__(self, seeds: torch.Tensor, block: BlockTensors) -> torch.Tensor:
-        """Compute distances, float32 [B] on the device, from seeds on the host."""
+        """Compute distances, float32 [B] on the device, or vectors [B, VECTOR_SIZE], from seeds on the host."""
         inputs = self.new_inputs()
         there = to_device(seeds, inputs.device)
         self.fill(inputs, there)
@@ -87,7 +87,7 @@ class Compiled:
         self._draw(inputs.view(len(inputs), -1), seeds[:, 0])
 
     def decode(self, inputs: torch.Tensor, seeds: torch.Tensor, block: BlockTensors) -> torch.Tensor:
-        """Compute distances [B] from inputs [B, S, H]; all on the device."""
+        """Compute distances [B], or vectors [B, VECTOR_SIZE], from inputs [B, S, H]; all on the device."""
         return self.measure(self.run_layers(inputs, block), seeds, block)
 
     def run_layers(self, inputs: torch.Tensor, block: BlockTensors) -> torch.Tensor:
@@ -255,7 +255,7 @@ def _build(run: BlockRun, rows: int, mode: Compile, *, capture: bool) -> tuple[P
     import torch._inductor.config  # noqa: PLC0415 - the compiler takes seconds to import
 
     is_gpu = run.model.device.type == "cuda"
-    expected = torch.tensor(run.distances(range(rows), batch_size=rows))
+    expected = run.values(range(rows), batch_size=rows)
     seeds = run.host_seeds(range(rows))
     with (
         torch.cuda.device(run.model.device if is_gpu else -1),  # -1 changes nothing
@@ -304,7 +304,7 @@ def spoils_process(error: Exception) -> bool:
 
 
 def _check(run: BlockRun, found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Compare a batch's distances with the eager ones; raise WrongDistancesError where they differ too much."""
+    """Compare a batch's results with the eager ones; raise WrongDistancesError where they differ too much."""
     dtype = str(run.model.dtype).removeprefix("torch.")
     tolerance = default_tolerance(dtype, run.scheme, run.model.hidden_size)
     difference = (found.cpu() - expected).abs()

@@ -22,7 +22,7 @@ from pocd.compute.layers import NORMS, LayerDecoder, find_forms
 from pocd.compute.memory import is_fault, is_out_of_memory
 from pocd.compute.random import normal, seeds_tensor
 from pocd.compute.ranks import check_split, split_as_planned
-from pocd.compute.transforms import JOIN
+from pocd.compute.transforms import join_of
 from pocd.process import may_pass
 from pocd.protocol.errors import ComputeError, DeviceError, InputError, MemoryShortError, ModelError
 from pocd.protocol.names import check_device, check_dtype, resolve
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from pocd.compute.stages import BlockTensors
+    from pocd.compute.wide import WideDecoder
     from pocd.protocol.schemes import Scheme
 
 WEIGHTS = "model.safetensors"
@@ -64,7 +65,7 @@ class Program(Protocol):
         """Tell whether the code was compiled for this scheme, sequence length and padded batch size."""
 
     def __call__(self, seeds: torch.Tensor, block: BlockTensors) -> torch.Tensor:
-        """Compute distances, float32 [B] on the device, from seeds on the host (see `stages`).
+        """Compute distances, float32 [B], or vectors [B, VECTOR_SIZE], on the device, from seeds on the host.
 
         The result holds until the next call, in the order of the current stream.
         """
@@ -91,7 +92,7 @@ class Model:
     name: str
     fingerprint: str
     causal: Any
-    decoder: FlatDecoder | LayerDecoder
+    decoder: FlatDecoder | LayerDecoder | WideDecoder
     by_layers: LayerDecoder
     hidden_size: int
     dtype: torch.dtype
@@ -371,7 +372,7 @@ def _check_last_position(by_layers: LayerDecoder, probe: torch.Tensor, owner: st
         raise ModelError(f"{owner} is not causal: its attention looks ahead")
     whole = states[:, -1]
     try:
-        alone = by_layers(probe, JOIN["none"], probe.new_zeros(len(by_layers.layers), 1)).float()
+        alone = by_layers(probe, join_of("none", 1), probe.new_zeros(len(by_layers.layers), 1)).float()
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         if is_fault(error):
             raise

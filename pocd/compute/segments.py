@@ -1,4 +1,4 @@
-"""All positions as one vector: a product of signed sums over segments (docs/protocol.md section 3, `poc3`)."""
+"""All positions as one vector: a signed sum, or a product of such sums over segments (docs/protocol.md section 3)."""
 
 from __future__ import annotations
 
@@ -101,6 +101,24 @@ def _sum_fused(states: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
 def _bounds(length: int) -> list[int]:
     """Return where segments begin and end: segment g is from ⌊gS/G⌋ to below ⌊(g + 1)S/G⌋."""
     return [g * length // SEGMENTS for g in range(SEGMENTS + 1)]
+
+
+def signed_sum(states: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """Return the signed sum of the positions' unit vectors, divided by √S, float32 [B, H].
+
+    Args:
+        states: Hidden states after the final norm [B, S, H].
+        signs: 1 or −1, float32 [B, S].
+    """
+    _, length, size = states.shape
+    rows = max(1, STATES_CHUNK // (length * size))
+    sums = []
+    for some, sign in zip(states.split(rows), signs.split(rows), strict=True):
+        wide = some.float()
+        weight = sign / torch.linalg.vector_norm(wide, dim=-1)
+        # Not as a product of matrices: of one row, its rounding may depend on the place in the batch.
+        sums.append((wide * weight.unsqueeze(-1)).sum(dim=1))
+    return torch.cat(sums).mul_(length**-0.5)
 
 
 def _segments(length: int, device: torch.device) -> torch.Tensor:

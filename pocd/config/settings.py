@@ -26,7 +26,7 @@ from pocd.config.types import (
     SecretFile,
     SocketPath,
 )
-from pocd.protocol.names import Compile, Dtype
+from pocd.protocol.names import Compile, Dtype, OnRounding
 from pocd.protocol.numbers import MOST_NODES, Count, Index
 from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH, MOST_NONCES
 from pocd.protocol.schemes import SCHEMES
@@ -127,11 +127,12 @@ class ModelSettings(_Section):
 
 
 class WorkerSettings(_Section):
-    """Batches and compilation of the GPU workers."""
+    """Batches and compilation of the workers, and what follows where rounding decides too much."""
 
     batch_size: BatchSize = "auto"
     batch_timeout: float = Field(default=300.0, gt=0)
     compile: Compile = "auto"
+    conditioning: OnRounding = "warn"
     cache: Path | None = None
 
 

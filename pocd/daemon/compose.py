@@ -105,7 +105,7 @@ def compose(
     limits = WorkerLimits(batch=settings.worker.batch_timeout)
     cache = cache_folder(settings)
     workers = Pool(loads, miner, limits, cache=cache, changes=changes, clock=steady, log=log, events=events)
-    served = make_delivery(settings, receivers, outbox, clock=steady, log=log, events=events)
+    served = make_delivery(settings, receivers, outbox, miner, clock=steady, log=log, events=events)
     most = settings.validation.max_queued
     validator = Validator(outbox, workers, served, most=most, clock=steady, log=log, events=events)
     known = outbox.view.chain
@@ -204,6 +204,7 @@ def make_delivery(
     settings: Settings,
     receivers: Sequence[Receiver],
     outbox: OutboxThread,
+    miner: Miner,
     *,
     clock: Clock,
     log: FilteringBoundLogger,
@@ -222,7 +223,8 @@ def make_delivery(
             events=events,
         )
 
-    return Receivers(receivers, make, outbox, origins=settings.admin.callback_origins, log=log)
+    origins = settings.admin.callback_origins
+    return Receivers(receivers, make, outbox, origins=origins, at_work=miner.rounds_at_work, log=log)
 
 
 def make_receivers(settings: Settings, config: Path) -> list[Receiver]:
@@ -289,6 +291,7 @@ def make_loads(settings: Settings) -> list[Load]:
             is_auto=worker.batch_size == "auto",
             revision=model.revision,
             compile=worker.compile,
+            conditioning=worker.conditioning,
         )
         for devices in placed
     ]

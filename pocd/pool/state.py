@@ -115,6 +115,11 @@ class WorkerState:
         return f"failed {self.failures} times in a row, {tried}; the last time: {self.last_error}"
 
     @property
+    def rounding_alarm(self) -> str | None:
+        """Alarm text for people where the worker's results depend too much on rounding; None otherwise."""
+        return self.info.conditioning.alarm if self.info and self.info.conditioning else None
+
+    @property
     def _slowness(self) -> str | None:
         """Alarm text where a GPU runs eagerly what is to be compiled; None otherwise."""
         info = self.info

@@ -108,6 +108,8 @@ class Supervisor:
         self.state.become_ready(info)
         self._changed()
         self._log.info("worker ready", action="worker_ready", pids=self.state.pids, **dataclasses.asdict(info))
+        if self.state.rounding_alarm:
+            self._log.warning(self.state.rounding_alarm, action="rounding")
         if self.state.alarm:
             self._log.warning(self.state.alarm, action="execution")
         self._events.publish("worker", what="ready", worker=self.state.number)

@@ -16,20 +16,25 @@ BUNDLED = Path(__file__).resolve().parent.parent / "models"
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 Compile = Literal["auto", "always", "never"]
+OnRounding = Literal["warn", "refuse"]  # where rounding decides too much
 # How far two honest distances of one nonce in one dtype may lie apart, where distances are made in 8192 dimensions:
 # docs/protocol.md, "Agreement", measured there.
 TOLERANCE: dict[str, float] = {"float32": 1e-5, "float16": 5e-4, "bfloat16": 2e-3}
 PRODUCT_ROUNDING = 2.0
+# How far two honest vectors' numbers, whose standard deviation is 1, may lie apart on the bundled models.
+VECTOR_TOLERANCE: dict[str, float] = {"float32": 1e-5, "float16": 0.02, "bfloat16": 0.15}
 LARGEST_BATCH = 2**16  # positions of a batch where batch_size is "auto": more of them make no device faster
 DEVICE_PATTERN = r"^(cpu|cuda(:[0-9]+)?)$"
 
 
 def default_tolerance(dtype: str, scheme: Scheme, hidden_size: int) -> float:
-    """Return how far two honest distances of one nonce in `dtype` may lie apart.
+    """Return how far two honest distances of one nonce in `dtype`, or numbers of its vector, may lie apart.
 
     Without a head distances are made in the hidden space, where they vary √(8192/H) times as much; and a product
     magnifies rounding.
     """
+    if scheme.output == "vector":
+        return VECTOR_TOLERANCE[dtype]
     scale = PRODUCT_ROUNDING * math.sqrt(RANDOM_HEAD_DIM / hidden_size) if scheme.head == "none" else 1.0
     return TOLERANCE[dtype] * scale
 

@@ -38,13 +38,12 @@ from pocd.protocol.errors import (
 )
 from pocd.protocol.schemes import SCHEMES
 from pocd.worker import messages
-from pocd.worker.computer import DistanceComputer
+from pocd.worker.computer import DistanceComputer, result
 from pocd.worker.messages import (
     Cancel,
     Cancelled,
     CardIdentity,
     Compute,
-    Distances,
     Failed,
     Heartbeat,
     Load,
@@ -53,7 +52,7 @@ from pocd.worker.messages import (
     Refused,
     Stage,
 )
-from pocd.worker.self_test import check_known, fit, read_known
+from pocd.worker.self_test import check_known, check_rounding, fit, read_known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -189,6 +188,10 @@ def prepare(link: DaemonLink, load: Load) -> tuple[Model, int]:
         ranks=len(load.devices),
     )
     load_seconds = time.monotonic() - began
+    link.send(Stage("measuring how far rounding decides its results"))
+    conditioning = check_rounding(model, load)
+    if conditioning is None:
+        link.send(Stage("there was no memory to measure how far rounding decides its results"))
     link.send(Stage("testing it, and compiling it where that is asked for"))
     model, batch_size = fit(model, load)
     if load.rank == 0:
@@ -208,6 +211,7 @@ def prepare(link: DaemonLink, load: Load) -> tuple[Model, int]:
                 batch_size=batch_size,
                 longest_seq_len=longest_seq_len(model.causal.config),
                 torch=torch.__version__,
+                conditioning=conditioning,
             )
         )
     return model, batch_size
@@ -220,7 +224,7 @@ def lead(link: DaemonLink, load: Load, followers: list[socket.socket]) -> None:
     # Ranks go in step, and drawn weights are gone with their round: there each batch is finished before the next.
     is_simple = not load.is_split and SCHEMES[load.scheme].weights == "trained"
     at_once = AT_ONCE if is_simple and model.device.type == "cuda" else 1
-    under_way: deque[tuple[int, Callable[[], list[float]]]] = deque()
+    under_way: deque[tuple[int, Callable[[], torch.Tensor]]] = deque()
     while True:
         message = link.inbox.get_nowait(link.send) if under_way else link.inbox.get(link.send)
         if message is not None:
@@ -231,7 +235,7 @@ def lead(link: DaemonLink, load: Load, followers: list[socket.socket]) -> None:
         if under_way and (message is None or len(under_way) == at_once):
             number, wait = under_way.popleft()
             with refusing(link, number):
-                link.send(Distances(number, wait()))
+                link.send(result(number, wait()))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Computes the distances of the round that is mined, and of one that is recomputed beside it, with one loaded model."""
+"""Computes distances or vectors, of the round that is mined and of one that is recomputed, with one loaded model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from pocd.compute.memory import is_out_of_memory
 from pocd.protocol.errors import MemoryShortError, OutOfMemoryError
 from pocd.protocol.schemes import SCHEMES
 from pocd.protocol.theory import expected_valid_rate
-from pocd.worker.messages import BatchShrunk, Compute, Load, Message, Recompute, RoundBegun
+from pocd.protocol.vectors import encode_vectors
+from pocd.worker.messages import BatchShrunk, Compute, Distances, Load, Message, Recompute, RoundBegun, Vectors
 from pocd.worker.self_test import smaller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import torch
 
     from pocd.compute.model import Model
     from pocd.protocol.proof import Round
@@ -66,8 +69,8 @@ class DistanceComputer:
         self._recomputed = PreparedRound(model)
         self._fitting: dict[tuple[str, int], int] = {}  # nonces per batch by scheme and length that had to be halved
 
-    def start(self, message: Compute | Recompute) -> Callable[[], list[float]]:
-        """Start to compute the distances that a message asks for; returns a function that waits for them.
+    def start(self, message: Compute | Recompute) -> Callable[[], torch.Tensor]:
+        """Start to compute what a message asks for; returns a function that waits for it (see `BlockRun.values`).
 
         Raises:
             InputError: The model cannot take the message's nonces or round.
@@ -76,21 +79,19 @@ class DistanceComputer:
         """
         return self._recompute(message) if isinstance(message, Recompute) else self._mine(message)
 
-    def _mine(self, message: Compute) -> Callable[[], list[float]]:
+    def _mine(self, message: Compute) -> Callable[[], torch.Tensor]:
         """Start to compute a message of the round that is mined; a new round is prepared first."""
         round_ = message.round
         if round_ != self._mined.round:
             if SCHEMES[round_.scheme].weights != "trained":
                 self._recomputed.end()  # both rounds would draw into the same weights
             run = self._begin(self._mined, round_, other=self._recomputed)
-            rate, execution = (
-                expected_valid_rate(round_.r_target, run.dimension),
-                run.execution(self._rows(run, round_)),
-            )
+            execution, has_target = run.execution(self._rows(run, round_)), run.scheme.output == "distance"
+            rate = expected_valid_rate(round_.r_target, run.dimension) if has_target else 1.0  # every nonce counts
             self._report(RoundBegun(round_.id, rate, execution.path, execution.reason))
         return self._start(self._mined.begin(round_), round_, message.nonces, other=self._recomputed)
 
-    def _recompute(self, message: Recompute) -> Callable[[], list[float]]:
+    def _recompute(self, message: Recompute) -> Callable[[], torch.Tensor]:
         """Start to compute a message of another round, in the shape in which it would be mined."""
         prepared, other = self._recomputed, self._mined
         if message.round == self._mined.round:
@@ -102,8 +103,8 @@ class DistanceComputer:
             wait = self._start(run, message.round, message.nonces, other=other)
             if not message.last:
                 return wait
-            distances = wait()  # before the prepared round ends
-            return lambda: distances
+            values = wait()  # before the prepared round ends
+            return lambda: values
         finally:
             if message.last:
                 self._recomputed.end()
@@ -125,20 +126,20 @@ class DistanceComputer:
 
     def _start(
         self, run: BlockRun, round_: Round, nonces: Sequence[int], *, other: PreparedRound
-    ) -> Callable[[], list[float]]:
+    ) -> Callable[[], torch.Tensor]:
         while True:
             rows = self._rows(run, round_)
             try:
                 if len(nonces) <= rows:
-                    return run.start(nonces, batch_size=rows).distances
-                distances = run.distances(nonces, batch_size=rows)
+                    return run.start(nonces, batch_size=rows).values
+                values = run.values(nonces, batch_size=rows)
             except OutOfMemoryError as error:
                 if other.round is not None and not self._load.is_split:
                     other.end()  # the self-test, which showed that the size fits, had only one round prepared
                     continue
                 self._shrink(run, round_, rows, error)
             else:
-                return lambda: distances
+                return lambda: values
 
     def _shrink(self, run: BlockRun, round_: Round, rows: int, error: OutOfMemoryError) -> None:
         """Halve the batches of the round's scheme and sequence length; those of the configured ones are leased so."""
@@ -150,3 +151,8 @@ class DistanceComputer:
             self._report(BatchShrunk(half, str(error)))
         else:
             self._fitting[round_.scheme, round_.seq_len] = half
+
+
+def result(number: int, values: torch.Tensor) -> Distances | Vectors:
+    """Return the message with the result of the message `number`."""
+    return Distances(number, values.tolist()) if values.dim() == 1 else Vectors(number, encode_vectors(values))

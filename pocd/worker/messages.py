@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import orjson
 
+from pocd.protocol.conditioning import Conditioning
 from pocd.protocol.proof import Round
 
 if TYPE_CHECKING:
     import asyncio
     from typing import BinaryIO
 
-    from pocd.protocol.names import Compile, Dtype
+    from pocd.protocol.names import Compile, Dtype, OnRounding
 
 FailureKind = Literal["configuration", "device", "memory", "fault", "capture", "crash"]
 LARGEST_FRAME = 16 * 2**20  # bytes
@@ -35,6 +36,7 @@ class Load:
         is_auto: Whether the worker finds the batch size, by time and memory.
         revision: The model's revision on its hub; None for the newest.
         compile: Whether the model is compiled: "auto", "always" or "never".
+        conditioning: What follows where rounding decides too much: "warn" or "refuse".
         capture: Whether what was compiled is captured as a CUDA graph; a life in which that failed is the last to try.
         cards: The names by which CUDA is shown the cards of `devices` alone; empty on the CPU.
         rank: Which of the worker's processes the receiver is; rank 0 leads.
@@ -50,6 +52,7 @@ class Load:
     is_auto: bool = False
     revision: str | None = None
     compile: Compile = "auto"
+    conditioning: OnRounding = "warn"
     capture: bool = True
     cards: tuple[str, ...] = ()
     rank: int = 0
@@ -120,6 +123,7 @@ class Ready:
         batch_size: Nonces per batch, as configured or found.
         longest_seq_len: The longest sequence that the model's positions allow, in tokens.
         torch: Version of torch.
+        conditioning: How far rounding decides the results; None where there was no memory to measure it.
     """
 
     model: str
@@ -136,6 +140,7 @@ class Ready:
     batch_size: int
     longest_seq_len: int
     torch: str
+    conditioning: Conditioning | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +199,18 @@ class Distances:
 
 
 @dataclass(frozen=True, slots=True)
+class Vectors:
+    """From the worker: the result of a Compute or a Recompute of a scheme of vectors.
+
+    Attributes:
+        vectors: All vectors in the order of the nonces, one after the other, as `pocd.protocol.vectors` encodes them.
+    """
+
+    id: int
+    vectors: str
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     """From the worker: a Compute or a Recompute has no result: the model gave NaN or infinity, or cannot take it."""
 
@@ -232,6 +249,7 @@ Message = (
     | Failed
     | RoundBegun
     | Distances
+    | Vectors
     | Refused
     | BatchShrunk
     | Cancelled
@@ -254,6 +272,8 @@ def _decode(body: bytes) -> Message:
     kind = _TYPES[fields.pop("type")]
     if kind in {Compute, Recompute}:
         fields["round"] = Round(**fields["round"])
+    if kind is Ready and fields["conditioning"] is not None:
+        fields["conditioning"] = Conditioning(**fields["conditioning"])
     if kind is Load:
         fields |= {name: tuple(fields[name]) for name in ("devices", "cards")}
     message: Message = kind(**fields)

@@ -1,4 +1,4 @@
-"""The tests that a worker passes before it is ready: known distances, and the configured model in its own shape."""
+"""The tests that a worker passes before it is ready: known results, rounding, and the model in its own shape."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import orjson
 import torch
 
 from pocd.compute.compiled import compile_model
+from pocd.compute.conditioning import NONCES, measure_conditioning
 from pocd.compute.engine import block_run
 from pocd.compute.ranks import largest
 from pocd.protocol.errors import ComputeError, DeviceError, MemoryShortError, OutOfMemoryError
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from pocd.compute.engine import BlockRun
     from pocd.compute.model import Model
+    from pocd.protocol.conditioning import Conditioning
     from pocd.worker.messages import Load
 
 NOT_ONE = "not even one nonce fits into the memory: use a smaller model, dtype or round.seq_len"
@@ -48,17 +50,18 @@ def check_known(model: Model, load: Load) -> None:
     """
     known = read_known()
     nonces: Sequence[int] = known["schemes"][load.scheme]["nonces"]
-    expected: Sequence[float] = known["schemes"][load.scheme]["distances"][load.dtype]
+    scheme = SCHEMES[load.scheme]
+    expected = torch.tensor(known["schemes"][load.scheme][f"{scheme.output}s"][load.dtype])
     run = {key: known[key] for key in ("block_hash", "public_key", "seq_len")}
     if not load.is_split:  # a split model runs by transformers' layers, which are not compiled
         model = compiled(model, load, seq_len=known["seq_len"], batch_size=len(nonces))
-    with block_run(model, SCHEMES[load.scheme], **run) as prepared:
-        found = prepared.distances(nonces, batch_size=len(nonces))
-    difference = max(abs(one - other) for one, other in zip(found, expected, strict=True))
-    tolerance = default_tolerance(load.dtype, SCHEMES[load.scheme], model.hidden_size)
+    with block_run(model, scheme, **run) as prepared:
+        found = prepared.values(nonces, batch_size=len(nonces))
+    difference = float((found - expected).abs().max())
+    tolerance = default_tolerance(load.dtype, scheme, model.hidden_size)
     if not difference <= tolerance:
         raise DeviceError(
-            f"the self-test failed: {known['model']} gives distances on {load.device} in {load.dtype} that are "
+            f"the self-test failed: {known['model']} gives {scheme.output}s on {load.device} in {load.dtype} that are "
             f"{difference:.2g} from the known ones, and {tolerance:.2g} is allowed; the device, its driver or this "
             "torch computes wrongly, and proofs would be refused: use another one, or set worker.compile = 'never'"
         )
@@ -74,6 +77,30 @@ def compiled(model: Model, load: Load, *, seq_len: int, batch_size: int) -> Mode
     return compile_model(model, load.compile, scheme=SCHEMES[load.scheme], capture=load.capture, **shape)
 
 
+def check_rounding(model: Model, load: Load) -> Conditioning | None:
+    """Measure how far rounding decides the results of the model in its scheme and dtype.
+
+    Returns:
+        The measurement; None where there is no memory for it.
+
+    Raises:
+        NonFiniteError: The model gave NaN or infinity.
+        ComputeError: Rounding decides too much, and `load` wants that refused.
+    """
+    found, rows = None, min(load.batch_size, NONCES)
+    with block_run(
+        model, SCHEMES[load.scheme], block_hash="rounding", public_key="rounding", seq_len=load.seq_len
+    ) as run:
+        while found is None and rows:
+            try:
+                found = measure_conditioning(run, batch_size=rows)
+            except OutOfMemoryError:
+                rows //= 2
+    if found is not None and found.alarm is not None and load.conditioning == "refuse":
+        raise ComputeError(f"{found.alarm}; or set worker.conditioning = 'warn'")
+    return found
+
+
 def check_shape(run: BlockRun, load: Load, batch_size: int) -> float:
     """Compute batches of a size, check that one nonce has the same distance in both, and return the second one's time.
 
@@ -82,14 +109,14 @@ def check_shape(run: BlockRun, load: Load, batch_size: int) -> float:
         OutOfMemoryError: The batch does not fit into memory.
         ComputeError: Two answers to one nonce differ.
     """
-    together = run.distances(range(batch_size), batch_size=batch_size)
+    together = run.values(range(batch_size), batch_size=batch_size)[-1]
     began = time.perf_counter()
-    alone = run.distances([batch_size - 1], batch_size=batch_size)  # is padded to a whole batch
+    alone = run.values([batch_size - 1], batch_size=batch_size)[0]  # is padded to a whole batch
     seconds = time.perf_counter() - began
-    if not abs(together[-1] - alone[0]) <= default_tolerance(load.dtype, run.scheme, run.model.hidden_size):
+    if not (together - alone).abs().max() <= default_tolerance(load.dtype, run.scheme, run.model.hidden_size):
         raise ComputeError(
-            f"the self-test of {load.model!r} failed: nonce {batch_size - 1} has distance {together[-1]} "
-            f"in a batch and {alone[0]} alone; the device computes wrongly"
+            f"the self-test of {load.model!r} failed: nonce {batch_size - 1} has {run.scheme.output} "
+            f"{together.tolist()} in a batch and {alone.tolist()} alone; the device computes wrongly"
         )
     return seconds
 

@@ -184,7 +184,7 @@ def measure(bench: Bench, model: Model, seq_len: int, batch_size: int, *, plain:
         nonces, batches = list(range(batch_size)), BATCHES[bench.device.type]
         calls: dict[str, Callable[[], object]] = {
             "bare": bare,
-            "engine": lambda: run.distances(range(batches * batch_size), batch_size=batch_size),
+            "engine": lambda: run.values(range(batches * batch_size), batch_size=batch_size),
             "generator": lambda: generate(run, nonces),
         }
         if bench.scheme.name != "poc2":

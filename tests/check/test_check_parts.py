@@ -24,7 +24,7 @@ from pocd.chain.cometbft import CometBFT
 from pocd.chain.make import CHAIN_TIMEOUT
 from pocd.chain.rpc import Rpc
 from pocd.chain.source import Block, ChainError, Head
-from pocd.check import chain, devices, files, model, store
+from pocd.check import api, chain, devices, files, model, store
 from pocd.check.chain import Expected
 from pocd.check.devices import Driver
 from pocd.check.finding import Finding, Level
@@ -32,7 +32,7 @@ from pocd.check.probe import Probe
 from pocd.check.receivers import check_receiver
 from pocd.clock import SYSTEM
 from pocd.compute.toolchain import Lack
-from pocd.config.settings import ModelSettings, StoreSettings, load
+from pocd.config.settings import AdminSettings, ModelSettings, StoreSettings, load
 from pocd.delivery.posting import Receiver
 from pocd.http.client import open_session
 from pocd.http.server import listening
@@ -55,6 +55,39 @@ if TYPE_CHECKING:
 LACK = Lack("there is no C compiler (gcc)", "install one (Debian: gcc)")
 CUDA = ModelSettings(name="bundled:tiny-llama", dtype="bfloat16", device="cuda:1")
 GIB = 2**30
+
+
+# What the daemon's workers measured
+
+
+@pytest.mark.parametrize(
+    ("rounding", "level", "text"),
+    [
+        (None, "yellow", "no worker has measured it yet"),
+        (
+            {"error": 0.0125, "flipped": 0.0, "alarm": None},
+            "green",
+            "results are off by at most 1.25% of their scatter",
+        ),
+        ({"error": 0.9, "flipped": 0.4, "alarm": "rounding decides"}, "red", "rounding decides"),
+    ],
+)
+async def test_rounding_is_what_the_workers_of_the_running_daemon_measured(
+    tmp_path: Path, rounding: dict[str, object] | None, level: str, text: str
+) -> None:
+    async def answer(_: web.Request) -> web.Response:
+        return web.json_response({"workers": [{"rounding": None}, {"rounding": rounding}]})
+
+    app = web.Application()
+    app.router.add_get("/api/v1/pow/status", answer)
+    async with listening(app, "127.0.0.1", 0, shutdown_timeout=1) as url:
+        admin = AdminSettings(port=int(url.rpartition(":")[2]))
+        found = await api.check_rounding(admin, tmp_path, runs=True, limit=PATIENCE)
+        assert (found.level, found.text) == (level, text)
+    found = await api.check_rounding(admin, tmp_path, runs=True, limit=PATIENCE)
+    assert found.level is Level.YELLOW
+    assert found.text.startswith("the daemon does not tell: ")
+    assert (await api.check_rounding(admin, tmp_path, runs=False, limit=PATIENCE)).level is Level.GREEN
 
 
 # The chain and the clock

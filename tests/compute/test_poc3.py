@@ -16,7 +16,7 @@ from pocd.compute import segments
 from pocd.compute.engine import BlockRun, block_run
 from pocd.compute.model import Model, adapt, load_model
 from pocd.compute.random import seeds_tensor, signs
-from pocd.compute.transforms import JOIN
+from pocd.compute.transforms import join_of
 from pocd.protocol.errors import InputError, NonFiniteError
 from pocd.protocol.schemes import SCHEMES
 from pocd.protocol.theory import expected_valid_rate, r_target_for
@@ -174,7 +174,8 @@ def test_every_position_counts(bundled: Model) -> None:
 
 
 def output(run: BlockRun, inputs: torch.Tensor) -> torch.Tensor:
-    states = run.model.by_layers(inputs, JOIN["normalise and reflect"], run.vectors, all_positions=True)
+    join = join_of(run.scheme.layer_step, run.model.layers)
+    states = run.model.by_layers(inputs, join, run.vectors, all_positions=True)
     return run.hidden(run.readout(states, [0]), [0])
 
 

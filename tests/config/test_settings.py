@@ -159,7 +159,12 @@ def test_the_shipped_file_loads_with_everything_set(tmp_path: Path) -> None:
         pytest.param("[delivery]\nbatch_seconds = nan", "delivery.batch_seconds: Input should be", id="no number"),
         pytest.param(f"[round]\nevery = {2**63}", "round.every: Input should be less than", id="beyond 64 bits"),
         pytest.param(
-            "[round]\nscheme = 'poc4'", "round.scheme: unknown scheme 'poc4'; allowed are: trained, ", id="scheme"
+            "[round]\nscheme = 'poc9'", "round.scheme: unknown scheme 'poc9'; allowed are: trained, ", id="scheme"
+        ),
+        pytest.param(
+            "[round]\nscheme = 'poc4'",
+            "round.scheme: scheme 'poc4' gives vectors, which the daemon does not mine yet; allowed are: trained, ",
+            id="scheme of vectors",
         ),
         pytest.param("[model]\ndtype = 'int8'", "model.dtype: Input should be 'float32', 'float16'", id="dtype"),
         pytest.param(

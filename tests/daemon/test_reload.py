@@ -139,7 +139,7 @@ async def test_a_new_receiver_is_served_and_one_that_is_gone_is_not(tmp_path: Pa
                 assert old.requests.empty()
                 with pytest.raises(CallbackError):
                     await each.callback(f"{old.url}/x", wanted=None)  # no longer an origin of a receiver
-                assert callback not in [dispatcher.receiver.name for dispatcher in each]
+                assert callback not in [dispatcher.receiver for dispatcher in each]
                 assert each.names() == ["a"]
 
 

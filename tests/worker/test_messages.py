@@ -5,6 +5,7 @@ import io
 
 import pytest
 
+from pocd.protocol.conditioning import Conditioning
 from pocd.protocol.proof import Round
 from pocd.worker import messages
 from pocd.worker.messages import (
@@ -22,6 +23,7 @@ from pocd.worker.messages import (
     Refused,
     RoundBegun,
     Stage,
+    Vectors,
 )
 
 ROUND = Round("AB", 7, "key", 1.4042, "poc2", "bundled:tiny-qwen3", 64)
@@ -33,9 +35,14 @@ EVERY: list[Message] = [
     Stage("loading m"),
     CardIdentity("NVIDIA X", "GPU-f00d"),
     Ready("m", "f00d", "float32", "cpu", 128, 4, "flat", "eager", "asked", 1.5, 0.0, 8, 4096, "2.13.0"),
+    Ready(
+        *("m", "f00d", "float32", "cpu", 128, 4, "flat", "eager", "asked", 1.5, 0.0, 8, 4096, "2.13.0"),
+        conditioning=Conditioning(0.25, None),
+    ),
     Failed("device", "no GPU — \n none"),
     RoundBegun("id", 0.1, "eager", "asked"),
     Distances(3, [1.4042000770568848, 0.0, 2.0]),
+    Vectors(4, "PAAA" * 8),
     Refused(5, "NaN in layer 3"),
     BatchShrunk(4, "memory is short"),
     Cancelled(4),

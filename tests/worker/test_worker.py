@@ -35,6 +35,7 @@ from pocd.pool.processes import Ended, FailedError
 from pocd.protocol.names import BUNDLED
 from pocd.protocol.nonces import Node, Progress
 from pocd.protocol.proof import Round
+from pocd.protocol.schemes import SCHEMES
 from pocd.store.outbox import Outbox, Work
 from pocd.store.thread import OutboxThread
 from pocd.worker import messages
@@ -338,7 +339,7 @@ def test_memory_that_is_short_for_two_rounds_is_left_to_the_one_that_is_computed
     sent: list[Message] = []
 
     class Run:
-        seq_len, dimension = 16, 8192
+        seq_len, dimension, scheme = 16, 8192, SCHEMES["poc2"]
 
         def execution(self, _batch_size: int) -> SimpleNamespace:
             return SimpleNamespace(path="eager", reason="asked")
@@ -347,7 +348,7 @@ def test_memory_that_is_short_for_two_rounds_is_left_to_the_one_that_is_computed
             if len(prepared) > 1:
                 raise OutOfMemoryError("two are too many")
             assert batch_size == 8
-            return SimpleNamespace(distances=lambda: [1.0] * len(nonces))
+            return SimpleNamespace(values=lambda: [1.0] * len(nonces))
 
     @contextlib.contextmanager
     def block_run(_model: object, _scheme: object, *, block_hash: str, **_: object) -> Iterator[Run]:
@@ -400,8 +401,9 @@ def test_rounds_that_draw_weights_are_never_prepared_side_by_side(monkeypatch: p
         yield SimpleNamespace(
             seq_len=16,
             dimension=8192,
+            scheme=SCHEMES["random-weights"],
             execution=lambda _batch_size: SimpleNamespace(path="eager", reason="asked"),
-            start=lambda nonces, **_: SimpleNamespace(distances=lambda: [float(prepared[-1])] * len(nonces)),
+            start=lambda nonces, **_: SimpleNamespace(values=lambda: [float(prepared[-1])] * len(nonces)),
         )
         prepared.remove(block_hash)
 
