@@ -151,6 +151,17 @@ class CardStatus(BaseModel):
     reading: SensorValues | None = Field(description="Sensor values; null while they cannot be read.")
 
 
+class RoundingStatus(BaseModel):
+    """How far a worker's results lie from those of float32 arithmetic on the same weights, measured at its start."""
+
+    error: float = Field(description="Root mean square of the differences, as a share of the results' scatter.")
+    flipped: float | None = Field(
+        description="Share of an honest miner's valid nonces that another honest host would find invalid; null for "
+        "schemes of vectors, with which every nonce counts."
+    )
+    alarm: str | None = Field(description="Why a person should act; null while rounding is harmless.")
+
+
 class WorkerStatus(BaseModel):
     """One worker: a process, or several, one per device, where the model is split over devices."""
 
@@ -165,7 +176,7 @@ class WorkerStatus(BaseModel):
     causes: dict[Cause, int] = Field(description="How often the worker ended, by cause.")
     last_error: str | None = Field(description="Why the worker ended last; null if it never did.")
     alarm: str | None = Field(
-        description="Why a person should look: the worker fails repeatedly, and may be left out for a while."
+        description="Why a person should look: the worker fails repeatedly, or runs eagerly on a GPU."
     )
     batch_size: int = Field(description="Nonces per forward pass.")
     execution: str | None = Field(description='"eager", "compiled" or "captured", once it is known.')
@@ -173,6 +184,9 @@ class WorkerStatus(BaseModel):
     computed_per_second_1m: float = Field(description="Distances computed for mining per second.")
     computed_per_second_15m: float
     cards: list[CardStatus] = Field(description="GPUs of the worker, once they are known.")
+    rounding: RoundingStatus | None = Field(
+        description="Effect of rounding on the worker's results; null until it is measured, or for lack of memory."
+    )
 
 
 class ReceiverStatus(BaseModel):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from functools import cached_property
 from html import escape
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +13,12 @@ from aiohttp import web
 
 from pocd.admin.openapi import COMPONENTS, document
 from pocd.admin.operations import Media, Operation
-from pocd.http.server import json_answer
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+ANY_ORIGIN = "http://daemon.invalid"  # in place of the host's name by which a reader called it (RFC 6761 section 6.4)
 STYLE = """
 :root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }
 body { max-width: 60rem; margin: auto; padding: 1rem; }
@@ -40,6 +41,7 @@ class DocsApi:
 
     def __init__(self, operations: Iterable[Operation], secured: Collection[str]) -> None:
         self._document = document([*operations, *self.operations()], secured)
+        self._json = orjson.dumps(self._document, option=orjson.OPT_APPEND_NEWLINE)
 
     def operations(self) -> list[Operation]:
         """Return the operations of these routes."""
@@ -50,13 +52,18 @@ class DocsApi:
             Operation("GET", "/docs", self.docs, "docs", answers={200: page}),
         ]
 
+    @cached_property
+    def _page(self) -> str:
+        """The page for any origin, made once: to make it takes long, and anybody may ask for it."""
+        return render(self._document, ANY_ORIGIN)
+
     async def openapi(self, _request: web.Request) -> web.Response:
         """Describe this API as an OpenAPI 3.1 document."""
-        return json_answer(self._document)
+        return web.Response(body=self._json, content_type="application/json")
 
     async def docs(self, request: web.Request) -> web.Response:
         """Describe this API as a page to read."""
-        page = render(self._document, f"http://{request.host}")
+        page = self._page.replace(ANY_ORIGIN, f"http://{escape(request.host)}")
         return web.Response(text=page, content_type="text/html", headers={"Content-Security-Policy": POLICY})
 
 

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from pocd.admin.operations import Media, Operation
 from pocd.http.parsing import Input, parse_query
-from pocd.http.server import RefusalError, json_answer
+from pocd.http.server import RefusalError
 from pocd.observe.events import RING, Event, Events, Missed
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pocd.admin.operations import Answer
 
 MOST_LISTENERS = 16
+MOST_OF_ONE = 8  # from one address, so that one host's pages and scripts leave places for others
 SILENCE_SECONDS = 15.0  # after which a comment tells client and proxies that the stream lives
 PATIENCE_SECONDS = 10.0  # for a client to take what was written to it
 LOOK_SECONDS = 1.0  # after which a client that hung up is noticed
@@ -58,13 +59,14 @@ class EventsApi:
         self._log = log
         self._silence = silence
         self._patience = patience
-        self._streams: set[asyncio.Task[object]] = set()
+        self._streams: dict[asyncio.Task[object], str | None] = {}  # with the address of each client
 
     def operations(self) -> list[Operation]:
         """Return the operation of this route."""
         answers: dict[int, Answer] = {
             200: Media("text/event-stream", "The stream; it ends when the daemon stops or the client is dropped."),
-            429: f"There are {MOST_LISTENERS} listeners already (`too_many_listeners`); see `Retry-After`.",
+            429: f"There are {MOST_LISTENERS} listeners already, or {MOST_OF_ONE} of the caller's address "
+            "(`too_many_listeners`); see `Retry-After`.",
         }
         return [Operation("GET", "/api/v1/pow/events", self.events, "events", query=EventsQuery, answers=answers)]
 
@@ -86,18 +88,22 @@ class EventsApi:
         started anew since.
         """
         cursor = self._cursor(request)
-        if self._events.listeners >= MOST_LISTENERS:
-            message = f"there are {MOST_LISTENERS} listeners already; close one, or try again later"
-            answer = json_answer(RefusalError(429, "too_many_listeners", message).body(), 429)
-            answer.headers["Retry-After"] = "10"
-            return answer
+        self._refuse_more(request.remote)
         headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
         response = web.StreamResponse(headers=headers)
-        with self._listening():
+        with self._listening(request.remote), contextlib.suppress(ConnectionError):  # the client has hung up
             await response.prepare(request)
             if request.method != "HEAD":
                 await self._tell(request, response, cursor)
         return response
+
+    def _refuse_more(self, address: str | None) -> None:
+        same = sum(each == address for each in self._streams.values())
+        if self._events.listeners < MOST_LISTENERS and same < MOST_OF_ONE:
+            return
+        who = f"{MOST_OF_ONE} listeners of your address" if same >= MOST_OF_ONE else f"{MOST_LISTENERS} listeners"
+        message = f"there are {who} already; close one, or try again later"
+        raise RefusalError(429, "too_many_listeners", message, headers={"Retry-After": "10"})
 
     def _cursor(self, request: web.Request) -> int | None:
         """Return where to begin; None when the id that was given is not one of this process's."""
@@ -111,17 +117,17 @@ class EventsApi:
         return int(number) if life == self._events.life and int(number) <= self._events.newest else None
 
     @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
+    def _listening(self, address: str | None) -> Iterator[None]:
         """Count the stream, and have it cancelled when the server ends."""
         task = asyncio.current_task()
         assert task is not None
-        self._streams.add(task)
+        self._streams[task] = address
         self._events.listeners += 1
         try:
             yield
         finally:
             self._events.listeners -= 1
-            self._streams.discard(task)
+            del self._streams[task]
 
     async def _tell(self, request: web.Request, response: web.StreamResponse, cursor: int | None) -> None:
         """Write events until the client is dropped or hangs up."""

@@ -23,6 +23,7 @@ OPEN_PATHS = frozenset(
     {"/", "/healthz", "/readyz", "/docs", "/openapi.json"}
 )  # for probes and readers, who have no token
 READS = frozenset({"GET", "HEAD"})
+OWN_SITES = frozenset({"same-origin", "none"})  # none: what somebody typed into the browser, or has as a bookmark
 
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]*)?", re.ASCII)  # RFC 9110 section 7.2
 
@@ -75,11 +76,20 @@ def _refuse_foreign_hosts(names: Container[str], *, any_address: bool) -> Middle
 
 @web.middleware
 async def _refuse_foreign_origins(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuse what a browser sends for a page of another server, or of none (`null`)."""
+    """Refuse what a browser sends for a page of another server, or of none (`null`).
+
+    Of requests without an Origin, such as those that an image or a link makes, browsers tell the site in Sec-Fetch-Site
+    (W3C Fetch Metadata). Such a page cannot read the answer, but could take all places of listeners. A link to one of
+    the pages may be followed.
+    """
     own = f"http://{request.headers.get('Host', '')}"
-    if all(origin == own for origin in request.headers.getall("Origin", [])):
+    headers = request.headers
+    if not all(origin == own for origin in headers.getall("Origin", [])):
+        raise RefusalError(403, "foreign_origin", "web pages of other servers may not call the API", "Origin")
+    follows_link = headers.get("Sec-Fetch-Mode") == "navigate" and request.path in OPEN_PATHS
+    if follows_link or all(site in OWN_SITES for site in headers.getall("Sec-Fetch-Site", [])):
         return await handler(request)
-    raise RefusalError(403, "foreign_origin", "web pages of other servers may not call the API", "Origin")
+    raise RefusalError(403, "foreign_origin", "web pages of other servers may not call the API", "Sec-Fetch-Site")
 
 
 def _require_token(token: str, *, open_reads: bool) -> Middleware:

@@ -115,18 +115,37 @@ class DaemonCollector(Collector):
         computed = CounterMetricFamily(
             "pocd_worker_computed_nonces", "Distances that the worker computed for what is mined.", labels=labels
         )
+        error = GaugeMetricFamily(
+            "pocd_worker_rounding_error_ratio",
+            "Distance of results from those of float32 arithmetic, as a share of their scatter between nonces.",
+            labels=labels,
+        )
+        flipped = GaugeMetricFamily(
+            "pocd_worker_flipped_ratio",
+            "Share of honest valid nonces that another honest host would find invalid, for rounding.",
+            labels=labels,
+        )
+        rounding = GaugeMetricFamily(
+            "pocd_worker_rounding_alarm", "1 while rounding decides too much of the worker's results.", labels=labels
+        )
         info = InfoMetricFamily("pocd_worker", "What the worker runs, and how.", labels=labels)
         for worker in self._parts.workers.workers:
             name = [str(worker.number)]
             ready.add_metric(name, int(worker.ready))
             for cause in Cause:
                 restarts.add_metric([*name, cause], worker.causes[cause])
-            alarm.add_metric(name, int(worker.alarm is not None))
+            alarm.add_metric(name, int(worker.alarm is not None and not worker.ready))
             size.add_metric(name, worker.batch_size)
             computed.add_metric(name, worker.computed)
+            rounding.add_metric(name, int(worker.rounding_alarm is not None))
+            measured = worker.info.conditioning if worker.info else None
+            if measured is not None:
+                error.add_metric(name, measured.error)
+                if measured.flipped is not None:
+                    flipped.add_metric(name, measured.flipped)
             if worker.info is not None:
                 info.add_metric(name, {key: str(getattr(worker.info, key) or "") for key in INFO})
-        yield from (ready, restarts, alarm, size, computed, info)
+        yield from (ready, restarts, alarm, size, computed, error, flipped, rounding, info)
         yield CounterMetricFamily(
             "pocd_worker_refused_batches",
             "Batches without a result, since the model gave NaN or infinity.",
@@ -162,6 +181,14 @@ class DaemonCollector(Collector):
         alarm = GaugeMetricFamily(
             "pocd_receiver_alarm", "1 while the receiver has a problem that only a person can solve.", labels=labels
         )
+        certificate = GaugeMetricFamily(
+            "pocd_receiver_certificate_expiry_timestamp_seconds",
+            "When the receiver's certificate expires, where it has one.",
+            labels=labels,
+        )
+        for dispatcher in self._parts.receivers:
+            if dispatcher.certificate_expires is not None:
+                certificate.add_metric([dispatcher.receiver.name], dispatcher.certificate_expires)
         for each in status.receivers(self._parts):
             for state in ("pending", "dead", "expired", "withdrawn"):
                 held.add_metric([each.name, state], getattr(each, f"{state}_batches"))
@@ -169,7 +196,7 @@ class DaemonCollector(Collector):
             accepted.add_metric([each.name], each.delivered_batches)
             failures.add_metric([each.name], each.failures_in_a_row)
             alarm.add_metric([each.name], int(each.alarm is not None))
-        yield from (held, waiting, accepted, failures, alarm)
+        yield from (held, waiting, accepted, failures, alarm, certificate)
 
 
 def registry(parts: Parts) -> CollectorRegistry:

@@ -83,13 +83,14 @@ def all_answers(operation: Operation, secured: Container[str]) -> dict[int, Answ
         secured: HTTP methods whose calls need the token.
     """
     common: dict[int, Answer] = {
-        403: "The `Host` or the browser's `Origin` is foreign (`foreign_host`, `foreign_origin`).",
+        403: "The `Host`, or a browser's `Origin` or `Sec-Fetch-Site`, is foreign (`foreign_host`, `foreign_origin`).",
     }
     if operation.is_secured(secured):
         common[401] = "The token is missing or wrong (`unauthorized`)."
     if operation.query or operation.body:
         common[400] = (
-            "The request is malformed or a field is wrong (`invalid_request`, `malformed_json`, `unreadable_body`)."
+            "The request is malformed or a field is wrong (`invalid_request`, `malformed_json`, `unreadable_body`, "
+            "`too_many_values`)."
         )
     if operation.body:
         common[408] = "The body did not come in time (`too_slow`)."

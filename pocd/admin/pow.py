@@ -16,15 +16,17 @@ from pocd.http.parsing import Input, parse_body, parse_query
 from pocd.http.server import RefusalError
 from pocd.mining.control import NoRoundError, RoundRequest
 from pocd.mining.phases import Call
+from pocd.protocol.bodies import MOST_VALUES
 from pocd.protocol.names import default_tolerance
 from pocd.protocol.nonces import Node
 from pocd.protocol.numbers import MOST_NODES, Index
 from pocd.protocol.proof import FRAUD_THRESHOLD, MOST_NONCES, Round
 from pocd.protocol.schemes import SCHEMES
+from pocd.store.requested import TooManySharesError
 from pocd.validation.claim import LARGEST_CLAIM, Claim
 from pocd.validation.conditions import BY_WEIGHTS, BodyConditions, MismatchError, named, refuse_mismatch, running
 from pocd.validation.queue import QueueFullError, ValidationRequest
-from pocd.validation.verdict import Terms, check, sampled
+from pocd.validation.verdict import Terms, check
 
 if TYPE_CHECKING:
     from pocd.admin.operations import Answer
@@ -127,7 +129,7 @@ class PowApi:
             403: "The callback_url is of no configured origin (`callback_refused`), or the `Host` or the browser's "
             "`Origin` is foreign (`foreign_host`, `foreign_origin`).",
             409: "A field that decides a result differs from what this daemon runs, or `params` holds "
-            "an unknown name (`mismatch`).",
+            "an unknown name (`mismatch`); or the round was asked for with too many shares (`too_many_shares`).",
             429: "Too many callback URLs are in use (`too_many_callbacks`).",
         }
         in_round: dict[int, Answer] = {**done, 409: "No round was requested (`no_round`): POST an init first."}
@@ -225,6 +227,8 @@ class PowApi:
             raise RefusalError(
                 409, "no_round", f"in mode {error} there is no round to go on with: POST /api/v1/pow/init first"
             ) from None
+        except TooManySharesError as error:
+            raise RefusalError(409, "too_many_shares", f"node_id: {error}", "node_id") from None
         view = status.view(self._parts)
         return answer(answers.Done(status="OK", state=view.state, ignored=ignored or [], pow_status=view))
 
@@ -249,8 +253,8 @@ class PowApi:
             model=settings.model.name,
             seq_len=seq_len,
         )
-        callback = await self._callback(body.callback_url) if body.callback_url else None
-        return RoundRequest(round_, node, body.fraud_threshold, callback)
+        callback = await self._callback(body.callback_url) if body.callback_url else (None, None)
+        return RoundRequest(round_, node, body.fraud_threshold, *callback)
 
     def _agreed_seq_len(self, body: InitBody) -> int:
         """Refuse a round that this daemon does not compute, and return its sequence length."""
@@ -289,11 +293,12 @@ class PowApi:
             raise RefusalError(400, "invalid_request", message, field)
         return asked
 
-    async def _callback(self, url: str) -> str:
-        asked = self._parts.control.asked
+    async def _callback(self, url: str) -> tuple[str, str | None]:
+        """Return the name of the receiver at `url`, and its URL, unless it is a configured one."""
+        asked, receivers = self._parts.control.asked, self._parts.receivers
         async with asyncio.timeout(STORE_SECONDS):
             try:
-                return await self._parts.receivers.callback(url, wanted=asked.callback if asked else None)
+                found = await receivers.callback(url, wanted=asked.callback if asked else None)
             except CallbackError as error:
                 status_, code = (429, "too_many_callbacks") if error.full else (403, "callback_refused")
                 raise RefusalError(
@@ -303,6 +308,7 @@ class PowApi:
                     "callback_url",
                     headers=AGAIN if error.full else None,
                 ) from None
+        return found.name, None if found in receivers.configured else found.url
 
     async def validate(self, request: web.Request) -> web.Response:
         """Judge a batch: recompute its distances and apply the terms of the requested round.
@@ -316,19 +322,21 @@ class PowApi:
         if (query.sample is None) != (query.seed is None):
             missing = "sample" if query.sample is None else "seed"
             raise RefusalError(400, "invalid_request", f"{missing}: sample and seed go together", missing)
-        claim = await parse_body(request, Claim)
+        claim = await parse_body(request, Claim, most_values=MOST_VALUES)
         terms = self._terms()
         try:
             check(claim, terms)
         except MismatchError as error:
             raise RefusalError(409, error.code, str(error), error.field) from None
         most = self._parts.settings.validation.max_nonces
-        count = len(sampled(claim.nonces, query.sample, query.seed))
+        count = len(set(claim.nonces))
+        count = count if query.sample is None else min(count, query.sample)
         if count > most:
             message = f"nonces: {count} are more than validation.max_nonces {most}; give ?sample={most}&seed=… or less"
             raise RefusalError(400, "invalid_request", message, "nonces")
         asked = self._parts.control.asked
-        wanted = ValidationRequest(claim, terms, query.sample, query.seed, asked.callback if asked else None)
+        callback = (asked.callback, asked.callback_url) if asked else (None, None)
+        wanted = ValidationRequest(claim, terms, query.sample, query.seed, *callback)
         async with asyncio.timeout(STORE_SECONDS):
             try:
                 found = await self._parts.validator.ask(wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from pocd.admin.answers import (
     ReadyWorkersStatus,
     ReceiverStatus,
     RequestedRound,
+    RoundingStatus,
     RoundStatus,
     SensorValues,
     Status,
@@ -27,6 +29,7 @@ from pocd.admin.text import progress
 from pocd.mining.phases import Mode, state_of
 from pocd.observe.mask import mask_url
 from pocd.pool.causes import Cause
+from pocd.store.callbacks import ENDED
 from pocd.store.outbox import Queue, ReceiverState, Totals
 
 if TYPE_CHECKING:
@@ -92,7 +95,8 @@ def alarms(parts: Parts) -> list[Problem]:
     workers = [
         Problem(part=worker_name(parts.workers, worker), reason=reason)
         for worker in parts.workers.workers
-        if (reason := worker.alarm)
+        for reason in (worker.alarm, worker.rounding_alarm)
+        if reason
     ]
     cards = [Problem(part="cards", reason=parts.cards.problem)] if parts.cards.problem else []
     return [*workers, *cards] + [
@@ -170,6 +174,7 @@ def _workers(workers: Pool, miner: Miner) -> WorkersStatus:
 
 
 def _worker(parts: Parts, worker: WorkerState) -> WorkerStatus:
+    measured = worker.info.conditioning if worker.info else None
     return WorkerStatus(
         number=worker.number,
         device=worker.device,
@@ -186,6 +191,9 @@ def _worker(parts: Parts, worker: WorkerState) -> WorkerStatus:
         computed_per_second_1m=worker.computed_rate.per_second(60),
         computed_per_second_15m=worker.computed_rate.per_second(900),
         cards=[_card(parts.cards, device, card) for device, card in worker.cards.items()],
+        rounding=RoundingStatus(error=measured.error, flipped=measured.flipped, alarm=measured.alarm)
+        if measured
+        else None,
     )
 
 
@@ -223,18 +231,27 @@ def _receiver(
 
 
 def receivers(parts: Parts) -> list[ReceiverStatus]:
-    """Return each receiver's queue and health; also of receivers that are no longer configured."""
+    """Return each receiver's queue and health; also of others that have batches left, and what the rest got in all."""
     queues, states, now = parts.outbox.view.queues, parts.outbox.view.receivers, parts.clock.wall()
     found = [
         _receiver(each.receiver.name, each, queues.get(each.receiver.name, Queue()), each.state, now)
         for each in parts.receivers
     ]
     served = {dispatcher.receiver.name for dispatcher in parts.receivers}
-    return found + [
+    others = {name: queue for name, queue in queues.items() if name not in served}
+    found += [
         _receiver(name, None, queue, states.get(name, ReceiverState()), now)
-        for name, queue in queues.items()
-        if name not in served
+        for name, queue in others.items()
+        if _holds_batches(queue)
     ]
+    ended = [astuple(queue) for queue in others.values() if not _holds_batches(queue)]
+    total = Queue(*map(sum, zip(*ended, strict=True)))
+    return [*found, _receiver(ENDED, None, total, ReceiverState(), now)] if ended else found
+
+
+def _holds_batches(queue: Queue) -> bool:
+    """Tell whether a batch waits, or was set aside and can be sent again."""
+    return bool(queue.pending_batches or queue.dead_batches or queue.expired_batches or queue.withdrawn_batches)
 
 
 def view(parts: Parts) -> Status:

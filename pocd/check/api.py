@@ -1,4 +1,4 @@
-"""Check of the admin API's address: is it free, or does our own daemon have it?"""
+"""Checks by the admin API: is its address free, or does our own daemon have it, and what do its workers report?"""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from typing import TYPE_CHECKING
 
 from pocd.admin.client import AdminError, call
 from pocd.check.finding import Finding, green, in_thread, red, yellow
+from pocd.config.secrets import read_token
+from pocd.config.settings import ConfigError
 from pocd.http.unix_socket import left_behind
+from pocd.observe.mask import excerpt
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pocd.config.settings import AdminSettings
 
 NAME = "admin API"
@@ -27,11 +32,9 @@ async def check_api(admin: AdminSettings, *, runs: bool, limit: float) -> Findin
         limit: Seconds for the program at the address to identify itself.
     """
     if admin.socket:
-        where, url, key = str(admin.socket), f"unix://{admin.socket}", "admin.socket"
+        where, key = str(admin.socket), "admin.socket"
     else:
-        host = f"[{admin.host}]" if ":" in admin.host else admin.host
-        where, key = f"{host}:{admin.port}", "admin.host and admin.port"
-        url = f"http://{where}"
+        where, key = _host_and_port(admin), "admin.host and admin.port"
     error = await in_thread(lambda: _try_socket(admin) if admin.socket else _try_port(admin))
     if error is None:
         if runs and admin.port and not admin.socket:
@@ -39,7 +42,7 @@ async def check_api(admin: AdminSettings, *, runs: bool, limit: float) -> Findin
         return green(NAME, f"{where} is free" if admin.port or admin.socket else f"{where}: any free port is taken")
     if error.errno != errno.EADDRINUSE:
         return red(NAME, f"cannot listen on {where}: {error.strerror or error}", f"change {key}")
-    if not await _is_pocd(url, limit):
+    if not await _is_pocd(_url(admin), limit):
         return red(NAME, f"another program has {where}", f"end it (ss -lptn lists it), or change {key}")
     if not runs:
         return red(
@@ -48,6 +51,40 @@ async def check_api(admin: AdminSettings, *, runs: bool, limit: float) -> Findin
             f"each instance needs its own store.path, {key}; stop the other one, or change them here",
         )
     return green(NAME, f"{where} is answered by pocd, which runs")
+
+
+async def check_rounding(admin: AdminSettings, config: Path, *, runs: bool, limit: float) -> Finding:
+    """Report how far rounding decides results, as the workers of the daemon that runs have measured it.
+
+    Args:
+        admin: Settings with the API's address and token.
+        config: File of the configuration, beside which the token may be.
+        runs: Whether a daemon holds the configured store.
+        limit: Seconds for the daemon to answer.
+    """
+    name, again = "rounding", "ask again once `pocd status` shows a ready worker"
+    if not runs:
+        return green(name, "each worker measures it when it starts, for the model, the scheme and the dtype")
+    try:
+        async with asyncio.timeout(limit):
+            status = await call(_url(admin), "GET", "/api/v1/pow/status", token=read_token(admin.token_file, config))
+    except (AdminError, ConfigError, TimeoutError) as error:
+        return yellow(name, f"the daemon does not tell: {excerpt(str(error) or 'no answer', 160)}", again)
+    measured = [worker["rounding"] for worker in status["workers"] if worker.get("rounding")]
+    if alarm := next((each["alarm"] for each in measured if each["alarm"]), None):
+        return red(name, alarm, 'see docs/protocol.md, "Depth"; validators need the same scheme and dtype')
+    if not measured:
+        return yellow(name, "no worker has measured it yet", again)
+    return green(name, f"results are off by at most {max(each['error'] for each in measured):.2%} of their scatter")
+
+
+def _host_and_port(admin: AdminSettings) -> str:
+    host = f"[{admin.host}]" if ":" in admin.host else admin.host
+    return f"{host}:{admin.port}"
+
+
+def _url(admin: AdminSettings) -> str:
+    return f"unix://{admin.socket}" if admin.socket else f"http://{_host_and_port(admin)}"
 
 
 def _try_port(admin: AdminSettings) -> OSError | None:

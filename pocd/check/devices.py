@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from pocd.check.probe import Probe
+    from pocd.compute.toolchain import Lack
     from pocd.config.settings import ModelSettings
     from pocd.pool.cards import CardReading
+    from pocd.protocol.names import Compile
 
 GIB = 2**30
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -53,7 +55,7 @@ def ask_driver(visible: str | None) -> Driver:
         version = pynvml.nvmlSystemGetDriverVersion()
     except pynvml.NVMLError as error:
         raise NoDriverError(f"NVIDIA's driver cannot be asked: {error}") from error
-    return Driver(str(version), cards.count(visible))
+    return Driver(str(version), len(cards.list_cards(visible)))
 
 
 def check_torch(probe: Probe, model: ModelSettings) -> Finding:
@@ -80,6 +82,23 @@ def check_torch(probe: Probe, model: ModelSettings) -> Finding:
             "install a CUDA build of torch (pytorch.org says how), or set model.device = 'cpu'",
         )
     return green("torch", f"{python}, torch {probe.torch} for CUDA {probe.cuda_build}")
+
+
+def check_compiler(lack: Lack | None, model: ModelSettings, mode: Compile) -> Finding | None:
+    """Judge what torch's compiler lacks; None where nothing is to be compiled.
+
+    Args:
+        lack: What it lacks for the configured devices; None where nothing is missing.
+        model: Settings of the model and its devices.
+        mode: When the model is to be compiled.
+    """
+    if mode == "never" or model.parallel > 1 or (mode == "auto" and not needs_cuda(model)):
+        return None
+    if lack is None:
+        return green("compiler", "what torch's compiler needs is there")
+    if mode == "always":
+        return red("compiler", f"{lack.text}, and worker.compile is 'always'", lack.remedy)
+    return yellow("compiler", f"{lack.text}, so batches run eagerly, which is slower", lack.remedy)
 
 
 def check_driver(driver: Driver | NoDriverError, model: ModelSettings) -> Finding:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pocd.check.finding import Finding, green, red, yellow
-from pocd.config.secrets import read_token
+from pocd.config.secrets import CredentialError, located, read_keys, read_token
 from pocd.config.settings import ConfigError
-from pocd.http.webhooks import SecretError, WebhookKeys
 from pocd.observe.mask import url_secrets
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from pocd.config.settings import Settings
@@ -22,25 +24,28 @@ NAME = "secrets"
 
 def check_secrets(settings: Settings, config: Path) -> list[Finding]:
     """Look at the token, the receivers' secrets, and the configuration where a URL in it holds a password."""
-    files = {f"{each.name}'s secret_file": each.secret_file for each in settings.delivery.receivers if each.secret_file}
+    receivers = [each for each in settings.delivery.receivers if each.secret_file]
+    findings = [_check_content(partial(read_keys, each.secret_file, config, each.name)) for each in receivers]
+    files = {f"{each.name}'s secret_file": each.secret_file for each in receivers if each.secret_file}
     if settings.admin.token_file:
         files["admin.token_file"] = settings.admin.token_file
-    findings = [problem for key, path in files.items() if (problem := _check_content(key, path))]
-    findings += [problem for key, path in files.items() if (problem := check_mode(key, path))]
-    findings += _check_config(settings, config)
-    if findings:
-        return findings
+        findings.append(_check_content(partial(read_token, settings.admin.token_file, config)))
+    for key, file in files.items():
+        with contextlib.suppress(CredentialError):
+            findings.append(check_mode(key, located(file, config)))
+    problems = [finding for finding in findings if finding] + _check_config(settings, config)
+    if problems:
+        return problems
     return [green(NAME, f"{len(files)} files, closed to others" if files else "no file is configured")]
 
 
-def _check_content(key: str, path: Path) -> Finding | None:
+def _check_content(read: Callable[[], object]) -> Finding | None:
     try:
-        if key == "admin.token_file":
-            read_token(path)
-        else:
-            WebhookKeys.from_file(path)
-    except (ConfigError, SecretError) as error:
-        return red(NAME, f"{key}: {error}", "write the file anew, readable by the daemon's user alone")
+        read()
+    except CredentialError as error:
+        return yellow(NAME, f"not judged: {error}", "check as the service (sudo pocd check)")
+    except ConfigError as error:
+        return red(NAME, str(error), "write the file anew, readable by the daemon's user alone")
     return None
 
 
@@ -69,6 +74,8 @@ def _check_config(settings: Settings, config: Path) -> list[Finding]:
         return []
     return [
         yellow(
-            NAME, f"{config} holds a URL with a password, and every user of this host can read it", f"chmod o= {config}"
+            NAME,
+            f"{config} holds a URL with a password or a key, and every user of this host can read it",
+            f"chmod o= {config}",
         )
     ]

@@ -7,6 +7,7 @@ import contextlib
 import os
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from pocd.chain.make import CHAIN_TIMEOUT, confirmations_of, make_sources
@@ -17,15 +18,19 @@ from pocd.check.model import Place
 from pocd.check.probe import Probe, probe
 from pocd.check.receivers import check_receiver
 from pocd.clock import SYSTEM, Clock
+from pocd.compute.toolchain import find_lack
+from pocd.config.secrets import read_keys
+from pocd.config.settings import ConfigError
+from pocd.delivery.policy import certificate_problem
 from pocd.delivery.posting import Receiver
 from pocd.http.client import open_session
-from pocd.http.webhooks import SecretError, WebhookKeys
+from pocd.observe.mask import mask_url
 from pocd.pool import cards
 from pocd.pool.cards import NoDriverError
+from pocd.pool.pool import cache_folder
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
-    from pathlib import Path
 
     from pocd.config.settings import ReceiverSettings, Settings
 
@@ -67,6 +72,7 @@ async def check_host(
         checks = {
             "secrets": (in_thread(partial(files.check_secrets, settings, config)), local),
             "torch": (_torch(seen, settings), long),
+            "compiler": (_compiler(settings), local),
             "driver": (_driver(settings), local),
             "gpu memory": (_cards(seen, held, settings), long),
             "model": (_model(place, seen, settings), long),
@@ -75,10 +81,11 @@ async def check_host(
             "disk space": (_space(settings), local),
             "chain": (_chain(held, settings, clock, limits.call), 3 * limits.call),
             **{
-                f"receiver {each.name}": (_receiver(each, clock, limits.call), 2 * limits.call)
+                f"receiver {each.name}": (_receiver(each, config, clock, limits.call), 2 * limits.call)
                 for each in settings.delivery.receivers
             },
             "admin API": (_api(held, settings, limits.call), local + limits.call),
+            "rounding": (_rounding(held, settings, config, limits.call), local + limits.call),
         }
         found = [group.create_task(bounded(name, check, limit)) for name, (check, limit) in checks.items()]
     return [*check_configuration(config, settings), *(finding for task in found for finding in task.result())]
@@ -115,6 +122,14 @@ async def _torch(seen: asyncio.Task[Probe], settings: Settings) -> list[Finding]
 
 async def _model(place: asyncio.Task[Place], seen: asyncio.Task[Probe], settings: Settings) -> list[Finding]:
     return [model.check(await place, await seen, settings.model)]
+
+
+async def _compiler(settings: Settings) -> list[Finding]:
+    device = "cuda" if devices.needs_cuda(settings.model) else "cpu"
+    cache = os.environ.get("TRITON_CACHE_DIR") or cache_folder(settings)
+    lack = await in_thread(partial(find_lack, device, os.environ, cache=Path(cache)))
+    finding = devices.check_compiler(lack, settings.model, settings.worker.compile)
+    return [finding] if finding else []
 
 
 async def _driver(settings: Settings) -> list[Finding]:
@@ -157,20 +172,27 @@ async def _chain(held: asyncio.Task[int | None], settings: Settings, clock: Cloc
     wanted = chain.expected(configured.id, known)
     if isinstance(wanted, Finding):
         return [wanted]
+    expiries: dict[str, float] = {}
     async with contextlib.AsyncExitStack() as stack:
-        sessions = [await stack.enter_async_context(open_session(CHAIN_TIMEOUT)) for _ in configured.urls]
+        sessions = [
+            await stack.enter_async_context(open_session(CHAIN_TIMEOUT, certificate=partial(expiries.__setitem__, url)))
+            for url in configured.urls
+        ]
         nodes = [
             Rpc(session, url, attempts=1, timeout=limit) for session, url in zip(sessions, configured.urls, strict=True)
         ]
         behind = confirmations_of(configured.kind, configured.confirmations)
         sources = make_sources(configured.kind, nodes, confirmations=behind)
-        return await chain.check_chain(sources, wanted, confirmations=behind, wall=clock.wall, limit=limit)
+        found = await chain.check_chain(sources, wanted, confirmations=behind, wall=clock.wall, limit=limit)
+    expiring = {url: certificate_problem(expires, clock.wall()) for url, expires in expiries.items()}
+    remedy = "renew the certificate of this node, or ask its operator to"
+    return found + [yellow("chain", f"{mask_url(url)}: {text}", remedy) for url, text in expiring.items() if text]
 
 
-async def _receiver(configured: ReceiverSettings, clock: Clock, limit: float) -> list[Finding]:
+async def _receiver(configured: ReceiverSettings, config: Path, clock: Clock, limit: float) -> list[Finding]:
     try:
-        keys = WebhookKeys.from_file(configured.secret_file) if configured.secret_file else None
-    except SecretError:
+        keys = read_keys(configured.secret_file, config, configured.name)
+    except ConfigError:
         text = "not asked: its secret_file cannot be used"
         return [yellow(f"receiver {configured.name}", text, "mend the secret first, see above")]
     receiver = Receiver(configured.name, configured.url, keys)
@@ -179,3 +201,7 @@ async def _receiver(configured: ReceiverSettings, clock: Clock, limit: float) ->
 
 async def _api(held: asyncio.Task[int | None], settings: Settings, limit: float) -> list[Finding]:
     return [await api.check_api(settings.admin, runs=await held is not None, limit=limit)]
+
+
+async def _rounding(held: asyncio.Task[int | None], settings: Settings, config: Path, limit: float) -> list[Finding]:
+    return [await api.check_rounding(settings.admin, config, runs=await held is not None, limit=limit)]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import orjson
 
-from pocd.check.finding import Finding, green, red, yellow
+from pocd.check.finding import Finding, Level, green, red, yellow
 from pocd.delivery import policy
 from pocd.delivery.posting import Poster
 from pocd.observe.mask import mask_url
@@ -24,7 +24,11 @@ async def check_receiver(receiver: Receiver, *, clock: Clock, limit: float) -> F
     """Send the probe to `receiver`, and judge its answer, which has `limit` seconds to come."""
     async with Poster(receiver, clock=clock, connect=limit, total=limit) as poster:
         outcome = await poster.post("generated", f"pocd-check-{secrets.token_hex(8)}", PROBE)
-    return judge(receiver, outcome)
+    found = judge(receiver, outcome)
+    expiry = policy.certificate_problem(poster.certificate_expires, clock.wall())
+    if found.level is Level.GREEN and expiry:
+        return yellow(found.name, f"{found.text}; {expiry}", "renew the certificate of its url, or ask its operator to")
+    return found
 
 
 def judge(receiver: Receiver, outcome: Outcome) -> Finding:
@@ -32,7 +36,9 @@ def judge(receiver: Receiver, outcome: Outcome) -> Finding:
     name, where, status = f"receiver {receiver.name}", mask_url(receiver.url), outcome.status
     signed = "a signed" if receiver.keys else "an unsigned"
     if status is None:
-        remedy = "check that it runs, its url, its certificate, and firewalls between"
+        reach = "check that it runs, its url, and firewalls between"
+        renew = "have its certificate renewed, or its authority trusted by this host (ca-certificates)"
+        remedy = renew if outcome.untrusted else reach
         return red(name, f"{where}: {outcome.detail}", remedy)
     if outcome.accepted:
         return green(name, f"{where} accepts {signed} probe")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from pocd.check.finding import Finding, green, red, yellow
 from pocd.delivery.keeper import MIB
+from pocd.store.place import exposure
 from pocd.store.schema import APPLICATION_ID, VERSION
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from pocd.config.settings import StoreSettings
 
-AS_ITS_USER = "check as the daemon's user (sudo -u pocd pocd check)"
+AS_ITS_USER = "check as the daemon's user (sudo pocd check does, where it is a service)"
 SYNCS = 5
 SLOW_SYNC = 0.020  # seconds; each batch of nonces waits for one
 # SQLite's file format, section 1.3, and os_unix.c for where it locks.
@@ -88,6 +89,9 @@ def _check_file(path: Path, held: int | None) -> Finding:
     problem = _problem(path)
     if problem is not None:
         return red(name, *problem)
+    if told := exposure(path):
+        text, _, remedy = told.rpartition(": ")
+        return yellow(name, text, remedy)
     return green(
         name, f"{path}, writable by {user}" if held is None else f"{path} is held by process {held}: pocd runs"
     )

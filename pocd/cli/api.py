@@ -54,7 +54,7 @@ def address(config: Path, url: str | None, token_file: Path | None) -> tuple[str
         host = f"[{admin.host}]" if ":" in admin.host else admin.host
         url = f"unix://{admin.socket}" if admin.socket else f"http://{host}:{admin.port}"
         token_file = admin.token_file
-    return url or "http://127.0.0.1:8460", read_token(token_file)
+    return url or "http://127.0.0.1:8460", read_token(token_file, config)
 
 
 def call_api(

@@ -49,8 +49,10 @@ def compute(  # noqa: PLR0913 - one argument per option
     revision: RevisionOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per nonce.")] = False,
 ) -> None:
-    """Print the distance of each nonce."""
+    """Print the distance, or the vector, of each nonce."""
     from pocd.lab import command
+    from pocd.protocol.schemes import SCHEMES
+    from pocd.protocol.vectors import decode_vectors, encode_vectors
 
     with compute_errors():
         request = command.ComputeRequest(
@@ -64,6 +66,12 @@ def compute(  # noqa: PLR0913 - one argument per option
             batch_size=batch_size,
             revision=revision,
         )
+        if scheme in SCHEMES and SCHEMES[scheme].output == "vector":
+            for nonce, vector in command.vectors(request, command.parse_nonces(nonces)):
+                text = encode_vectors(vector)
+                shown = "".join(f"{number:10.4f}" for number in decode_vectors(text)[0])
+                echo(f'{{"nonce": {nonce}, "vector_b64": "{text}"}}' if as_json else f"{nonce}\t{shown}")
+            return
         for nonce, distance in command.distances(request, command.parse_nonces(nonces)):
             echo(f'{{"nonce": {nonce}, "distance": {distance!r}}}' if as_json else f"{nonce}\t{distance:.6f}")
 

@@ -22,7 +22,9 @@ from pocd.cli.examples import add_examples
 from pocd.cli.outbox import app as outbox_app
 from pocd.cli.validate import validate
 from pocd.cli.watch import watch
-from pocd.config.settings import DEFAULT_PATH, ConfigError, check_model, foreign_variables, load, to_toml
+from pocd.config.model import check_model
+from pocd.config.settings import DEFAULT_PATH, ConfigError, foreign_variables, load
+from pocd.observe.journal import goes_to_journal, marked
 from pocd.observe.lines import writer_to
 from pocd.observe.mask import clean, mask_credentials
 from pocd.process import EXIT_CRASH, EndedError, exit_status, release_signals
@@ -82,7 +84,8 @@ def main() -> None:
 
 
 def _fail(code: int, message: str) -> int:
-    _tell(f"pocd: {clean(mask_credentials(message.replace(chr(10), ' ')))}\n")
+    line = f"pocd: {clean(mask_credentials(message.replace(chr(10), ' ')))}"
+    _tell(f"{marked(line, 'error') if goes_to_journal(2) else line}\n")
     return code
 
 
@@ -240,14 +243,22 @@ def _port_errors(host: str, port: int) -> Iterator[None]:
 
 @config_app.command("check")
 def config_check(config: ConfigOption = DEFAULT_PATH) -> None:
-    """Check the configuration, without starting anything."""
-    check_model(load(config))
-    echo(f"{config}: good")
+    """Check the configuration and the files that it names, as a reload does, without starting anything."""
+    from pocd.config.secrets import check_secrets, unit_of
+
+    settings = load(config)
+    check_model(settings)
+    unseen = check_secrets(settings, config)
+    echo(
+        f"{config}: good" + (f", but for {', '.join(unseen)}, which only {unit_of(config)} can read" if unseen else "")
+    )
 
 
 @config_app.command("show")
 def config_show(config: ConfigOption = DEFAULT_PATH) -> None:
     """Print the configuration in effect, as TOML: file, environment and defaults together."""
+    from pocd.config.shown import to_toml
+
     echo(to_toml(load(config)).rstrip("\n"))
 
 

@@ -12,7 +12,7 @@ import typer
 from pocd.check.store import holder
 from pocd.cli import report
 from pocd.cli.api import ConfigOption, TokenOption, UrlOption, call_api, echo
-from pocd.config.settings import DEFAULT_PATH, load
+from pocd.config.settings import DEFAULT_PATH, load_store
 from pocd.process import EXIT_CRASH, EndedError
 from pocd.store.backup import back_up_closed
 from pocd.store.backup import restore as put_back
@@ -112,8 +112,8 @@ def backup(
 ) -> None:
     """Copy the store into a new file, of a running daemon without a stop, or where none runs."""
     file = file.absolute()
-    path = None if url else load(config).store.path
-    if path is not None and holder(path) is None:
+    path = None if url else load_store(config).path
+    if path is not None and _may_read(path) and holder(path) is None:
         size = back_up_closed(path, file)
     else:
         answer: dict[str, Any] = {"complete": False}
@@ -130,11 +130,22 @@ def restore(
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
     """Put a copy in the store's place; the daemon has to be stopped. The store that was there is moved aside."""
-    path = load(config).store.path
+    path = load_store(config).path
     if (process := holder(path)) is not None:
         raise EndedError(EXIT_CRASH, f"process {process} holds {path}: stop pocd first")
     aside = put_back(path, file, datetime.now(UTC).strftime("before-restore-%Y%m%dT%H%M%SZ"))
     echo(f"{path} is the copy {file} now" + (f"; what was there is {aside}" if aside else ""))
+
+
+def _may_read(path: Path) -> bool:
+    """Tell whether this user may look at the store's file, and so at who holds it: else only the daemon can copy it."""
+    try:
+        path.open("rb").close()
+    except PermissionError:
+        return False
+    except OSError:
+        pass  # what else is wrong with it, the copying tells
+    return True
 
 
 def _to_the_end(

@@ -173,7 +173,7 @@ def _compute(
     from pocd.validation.conditions import MismatchError
     from pocd.validation.verdict import Terms, check, judge, sampled
 
-    with compute_errors(), prepared(request) as run:
+    with compute_errors(), prepared(request, "distance") as run:
         terms = Terms(
             r_target=r_target,
             fraud_threshold=FRAUD_THRESHOLD if fraud_threshold is None else fraud_threshold,

@@ -8,9 +8,7 @@ folders that TORCHINDUCTOR_CACHE_DIR and TRITON_CACHE_DIR name, from one process
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
-import shutil
 import time
 import warnings
 from dataclasses import replace
@@ -21,13 +19,14 @@ import torch
 from pocd.compute import stages
 from pocd.compute.engine import block_run, padded_rows
 from pocd.compute.flat import FlatDecoder
-from pocd.compute.memory import is_out_of_memory
+from pocd.compute.memory import is_fault, is_out_of_memory, with_causes
 from pocd.compute.model import NOT_COMPILED, Execution
-from pocd.compute.random import to_device
+from pocd.compute.random import fill_normal, to_device
 from pocd.compute.segments import Standard
 from pocd.compute.stages import BlockTensors
-from pocd.compute.transforms import JOIN
-from pocd.protocol.errors import ComputeError, OutOfMemoryError
+from pocd.compute.toolchain import find_lack
+from pocd.compute.transforms import join_of
+from pocd.protocol.errors import CaptureError, ComputeError, OutOfMemoryError
 from pocd.protocol.names import default_tolerance
 
 if TYPE_CHECKING:
@@ -61,12 +60,13 @@ class Compiled:
         model, decoder = run.model, run.model.decoder
         assert isinstance(decoder, FlatDecoder), "only flat decoders are compiled"
         self._shape = run.scheme, run.seq_len, rows
-        self._join = JOIN[run.scheme.layer_step]
-        self._all_positions = run.scheme.reads == "segments"
-        self._decoder = replace(decoder, layer=_compile(decoder.layer))
+        self._join = join_of(run.scheme.layer_step, model.layers)
+        self._all_positions = run.scheme.reads_all
+        # Cosines and sines once: some models' own code for them waits for the GPU, which ends a capture.
+        like = torch.empty(1, run.seq_len, model.hidden_size, dtype=model.dtype, device=model.device)
+        self._decoder = replace(decoder, layer=_compile(decoder.layer), rotations=decoder.rotate(like))
         self.measure = _compile(functools.partial(stages.measure_states, scheme=run.scheme))
-        # One kernel on a GPU; on the CPU the compiler's logarithms and sines are slower than torch's own.
-        self.fill = _compile(_fill) if model.device.type == "cuda" else _fill
+        self._draw = _generator(model.device.type)
         self.new_inputs = functools.partial(
             torch.empty, rows, run.seq_len, model.hidden_size, dtype=model.dtype, device=model.device
         )
@@ -76,14 +76,18 @@ class Compiled:
         return (scheme, seq_len, rows) == self._shape
 
     def __call__(self, seeds: torch.Tensor, block: BlockTensors) -> torch.Tensor:
-        """Compute distances, float32 [B] on the device, from seeds on the host."""
+        """Compute distances, float32 [B] on the device, or vectors [B, VECTOR_SIZE], from seeds on the host."""
         inputs = self.new_inputs()
         there = to_device(seeds, inputs.device)
         self.fill(inputs, there)
         return self.decode(inputs, there, block)
 
+    def fill(self, inputs: torch.Tensor, seeds: torch.Tensor) -> None:
+        """Overwrite input embeddings [B, S, H] with those of `seeds`."""
+        self._draw(inputs.view(len(inputs), -1), seeds[:, 0])
+
     def decode(self, inputs: torch.Tensor, seeds: torch.Tensor, block: BlockTensors) -> torch.Tensor:
-        """Compute distances [B] from inputs [B, S, H]; all on the device."""
+        """Compute distances [B], or vectors [B, VECTOR_SIZE], from inputs [B, S, H]; all on the device."""
         return self.measure(self.run_layers(inputs, block), seeds, block)
 
     def run_layers(self, inputs: torch.Tensor, block: BlockTensors) -> torch.Tensor:
@@ -96,10 +100,13 @@ def _compile(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
     return compiled
 
 
-def _fill(inputs: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
-    """Overwrite input embeddings [B, S, H] with those of `seeds`."""
-    _, seq_len, hidden_size = inputs.shape
-    return inputs.copy_(stages.draw_inputs(seeds, seq_len, hidden_size, inputs.dtype))
+def _generator(device: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Return the function that fills rows with normal numbers: torch's operations, which on a GPU are many kernels."""
+    if device == "cpu":
+        return fill_normal
+    from pocd.compute import kernels  # noqa: PLC0415 - Triton is there only with torch's builds for GPUs
+
+    return kernels.fill_normal
 
 
 class Captured:
@@ -132,7 +139,8 @@ class Captured:
                 compiled.decode(self._inputs, self._seeds, self._block)
         main.wait_stream(self._side)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=self._side):
+        # What other threads ask of the driver does not concern the capture.
+        with torch.cuda.graph(self._graph, stream=self._side, capture_error_mode="thread_local"):
             self._distances = compiled.decode(self._inputs, self._seeds, self._block)
         self._taken.record(main)
 
@@ -177,7 +185,9 @@ def _own(block: BlockTensors, scheme: Scheme) -> BlockTensors:
     )
 
 
-def compile_model(model: Model, mode: Compile, *, scheme: Scheme, seq_len: int, batch_size: int) -> Model:
+def compile_model(
+    model: Model, mode: Compile, *, scheme: Scheme, seq_len: int, batch_size: int, capture: bool = True
+) -> Model:
     """Return `model` with compiled code for batches of one scheme and shape, in place of what it had before.
 
     Its `execution` says which path these take, and why. The code is checked against the eager path.
@@ -189,12 +199,15 @@ def compile_model(model: Model, mode: Compile, *, scheme: Scheme, seq_len: int, 
         scheme: The scheme to compile for.
         seq_len: Sequence length S to compile for.
         batch_size: Nonces per batch to compile for.
+        capture: Whether to capture what was compiled, on a GPU; a process in which that failed is not to try again.
 
     Raises:
         InputError: The model or the scheme does not allow `seq_len`.
         OutOfMemoryError: A batch of this size does not fit.
         NonFiniteError: The model gave NaN or infinity.
+        CaptureError: The capture failed; the GPU can be used again in another process only, without a capture.
         ComputeError: The mode is "always", and the model cannot be compiled; the message says why.
+        RuntimeError: The device failed.
     """
     model = replace(model, program=None, execution=NOT_COMPILED)
     hindrance, lacks_memory = _hindrance(model, mode), False
@@ -202,13 +215,20 @@ def compile_model(model: Model, mode: Compile, *, scheme: Scheme, seq_len: int, 
     if hindrance is None:
         try:
             with block_run(model, scheme, block_hash=BLOCK, public_key=BLOCK, seq_len=seq_len) as run:
-                program, execution = _build(run, rows, mode)
+                program, execution = _build(run, rows, mode, capture=capture)
             execution = replace(execution, seconds=time.perf_counter() - start)
             return replace(model, program=program, execution=execution)
+        except CaptureError as error:
+            if mode == "always":
+                raise ComputeError(f"{error}; ask for 'auto' or 'never'") from error
+            raise
         except ComputeError:
             raise
-        except Exception as error:  # noqa: BLE001 - whatever a compiler may raise: the eager path needs none
-            hindrance, lacks_memory = f"compiling failed: {_summary(error)}", _lacks_memory(error)
+        except Exception as error:  # whatever a compiler may raise: the eager path needs none
+            lacks_memory = any(map(is_out_of_memory, with_causes(error)))
+            if not lacks_memory and any(map(is_fault, with_causes(error))):
+                raise
+            hindrance = f"compiling failed: {_summary(error)}"
     if lacks_memory:  # outside the handler, whose traceback would hold the memory
         raise OutOfMemoryError(f"a batch of {rows} × {seq_len} positions, compiled, does not fit; a smaller one may")
     if mode == "always":
@@ -224,54 +244,67 @@ def _hindrance(model: Model, mode: Compile) -> str | None:
         return "its layers are transformers' own, which are not compiled"
     if model.device.type == "cpu" and mode == "auto":
         return "on the CPU compiling gains too little for what it costs"
-    return _missing_tool(model.device.type)
-
-
-def _missing_tool(device: str) -> str | None:
-    """Return what torch's compiler lacks on this machine; None where nothing is missing."""
-    if device == "cpu":
-        language, names = "C++", [os.environ.get("CXX", "g++")]
-    elif importlib.util.find_spec("triton") is None:
-        return "triton, torch's compiler for GPUs, is not installed"
-    else:
-        language, names = "C", [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    if any(shutil.which(name) for name in names):
-        return None
-    return f"there is no {language} compiler ({' or '.join(names)})"
+    lack = find_lack(model.device.type, os.environ)
+    return None if lack is None else f"{lack.text}: {lack.remedy}"
 
 
 @torch.inference_mode()
-def _build(run: BlockRun, rows: int, mode: Compile) -> tuple[Program, Execution]:
+def _build(run: BlockRun, rows: int, mode: Compile, *, capture: bool) -> tuple[Program, Execution]:
     """Compile, capture on a GPU, and check either against the eager path."""
     import torch._dynamo.config  # noqa: PLC0415 - the compiler takes seconds to import
     import torch._inductor.config  # noqa: PLC0415 - the compiler takes seconds to import
 
-    expected = torch.tensor(run.distances(range(rows), batch_size=rows))
+    is_gpu = run.model.device.type == "cuda"
+    expected = run.values(range(rows), batch_size=rows)
     seeds = run.host_seeds(range(rows))
     with (
-        torch.cuda.device(run.model.device if run.model.device.type == "cuda" else -1),  # -1 changes nothing
+        torch.cuda.device(run.model.device if is_gpu else -1),  # -1 changes nothing
         torch._dynamo.config.patch(recompile_limit=VARIANTS),  # noqa: SLF001 - as its documentation has it
-        torch._inductor.config.patch(compile_threads=1),  # noqa: SLF001 - no processes beside this one
+        torch._inductor.config.patch(  # noqa: SLF001 - as its documentation has it
+            compile_threads=1,  # no processes beside this one
+            emulate_precision_casts=is_gpu,  # rounds where the eager path rounds, else each layer adds a difference
+        ),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)  # the compiler's own
         warnings.filterwarnings("ignore", message="TensorFloat32")  # the protocol wants none
         compiled = Compiled(run, rows)
         _check(run, compiled(seeds, run.block), expected)
-        if run.model.device.type == "cpu":
+        if not is_gpu:
             return compiled, Execution("compiled", "as the settings say", 0.0)
+        if not capture:
+            return compiled, Execution("compiled", "capturing it as a CUDA graph failed in a process before", 0.0)
+        captured = _capture(compiled, seeds, run)
         try:
-            captured = Captured(compiled, seeds, run)
             _check(run, captured(seeds, run.block), expected)
-        except (RuntimeError, WrongDistancesError) as error:
-            if mode == "always" or _lacks_memory(error):
+        except WrongDistancesError as error:
+            if mode == "always":
                 raise
-            return compiled, Execution("compiled", f"capturing it as a CUDA graph failed: {_summary(error)}", 0.0)
+            return compiled, Execution("compiled", f"captured as a CUDA graph it is wrong: {_summary(error)}", 0.0)
         return captured, Execution("captured", "the device is a GPU, and a compiler is there", 0.0)
 
 
+def _capture(compiled: Compiled, seeds: torch.Tensor, run: BlockRun) -> Captured:
+    """Capture a batch; raises CaptureError where that fails for a reason other than memory or the device."""
+    try:
+        return Captured(compiled, seeds, run)
+    except Exception as error:
+        if not spoils_process(error):
+            raise
+        # A stream may still be the current one, and the allocator keep what it has for the capture's end.
+        raise CaptureError(f"capturing {run.model.name!r} as a CUDA graph failed: {_summary(error)}") from error
+
+
+def spoils_process(error: Exception) -> bool:
+    """Tell whether an error of a capture is due to the capture itself, and not to memory or a device that failed."""
+    chain = list(with_causes(error))
+    if any(map(is_out_of_memory, chain)):
+        return False
+    return any("captur" in str(each) for each in chain) or not any(map(is_fault, chain))
+
+
 def _check(run: BlockRun, found: torch.Tensor, expected: torch.Tensor) -> None:
-    """Compare a batch's distances with the eager ones; raise WrongDistancesError where they differ too much."""
+    """Compare a batch's results with the eager ones; raise WrongDistancesError where they differ too much."""
     dtype = str(run.model.dtype).removeprefix("torch.")
     tolerance = default_tolerance(dtype, run.scheme, run.model.hidden_size)
     difference = (found.cpu() - expected).abs()
@@ -279,15 +312,6 @@ def _check(run: BlockRun, found: torch.Tensor, expected: torch.Tensor) -> None:
         raise WrongDistancesError(
             f"distances differ from the eager ones by up to {difference.max():.1e}, where {dtype} allows {tolerance:g}"
         )
-
-
-def _lacks_memory(error: BaseException | None) -> bool:
-    """Tell whether a lack of memory caused `error`: the error that ends a capture may hide it."""
-    while error is not None:
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _summary(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Nonces in, distances out: one engine for every scheme (docs/protocol.md sections 3 and 4)."""
+"""Nonces in, distances or vectors out: one engine for every scheme (docs/protocol.md sections 3 and 4)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from pocd.compute import stages
+from pocd.compute.arithmetic import fix_arithmetic
 from pocd.compute.memory import is_out_of_memory
 from pocd.compute.model import Execution, check_seq_len
 from pocd.compute.random import fill_normal, seeds_tensor, to_device, unit_normal
 from pocd.compute.ranks import whole
 from pocd.compute.segments import measure
 from pocd.compute.stages import BlockTensors, seed_texts
-from pocd.compute.transforms import JOIN
+from pocd.compute.transforms import join_of
 from pocd.compute.weights import drawn_weights
 from pocd.protocol.errors import InputError, NonFiniteError, OutOfMemoryError
 from pocd.protocol.nonces import LARGEST_NONCE
@@ -42,7 +43,12 @@ class Pending:
     _done: torch.cuda.Event | None
 
     def distances(self) -> list[float]:
-        """Wait for the batch, and return its distances in [0, 2], in the order of its nonces.
+        """Wait for the batch, and return its distances in [0, 2], in the order of its nonces; see `values`."""
+        found: list[float] = self.values().tolist()
+        return found
+
+    def values(self) -> torch.Tensor:
+        """Wait for the batch; returns distances, float32 [n], or vectors [n, VECTOR_SIZE], in the order of its nonces.
 
         Call this before the run ends: finding where NaN came from needs the block's weights.
 
@@ -51,8 +57,9 @@ class Pending:
         """
         if self._done is not None:
             self._done.synchronize()
-        values = self._values[: len(self._nonces)].tolist()
-        broken = [nonce for nonce, value in zip(self._nonces, values, strict=True) if not 0 <= value <= 2]
+        values = self._values[: len(self._nonces)]
+        good = (values >= 0) & (values <= 2) if values.dim() == 1 else values.isfinite().all(dim=-1)
+        broken = [nonce for nonce, is_good in zip(self._nonces, good.tolist(), strict=True) if not is_good]
         if broken:
             raise NonFiniteError(self._run.explain(broken))
         return values
@@ -64,14 +71,14 @@ class BlockRun:
 
     Attributes:
         model: The model that runs.
-        scheme: The scheme by which distances are computed.
+        scheme: The scheme by which distances or vectors are computed.
         block_hash: The block's hash.
         public_key: The miner's public key.
         seq_len: Sequence length S, in positions.
         vectors: One unit vector per layer [layers, H], in the model's dtype.
         head: Output matrix [D, H], in any dtype; None where the scheme has none.
         target: Target vector, float32 [D], unit length; None without a head: each nonce then has its own, and D is H.
-        standard: Mean and deviation used to standardise hidden states; None unless the scheme reads all positions.
+        standard: Mean and deviation used to standardise hidden states; None unless the scheme reads segments.
     """
 
     model: Model
@@ -102,14 +109,20 @@ class BlockRun:
         return Execution("eager", "only another scheme, sequence length or batch size was compiled", 0.0)
 
     def distances(self, nonces: Sequence[int], *, batch_size: int) -> list[float]:
-        """Compute the distance of each nonce, with the next batch under way while one is waited for.
+        """Compute the distance of each nonce, in [0, 2]; see `values`."""
+        assert self.scheme.output == "distance", f"scheme {self.scheme.name} gives no distances"
+        found: list[float] = self.values(nonces, batch_size=batch_size).tolist()
+        return found
+
+    def values(self, nonces: Sequence[int], *, batch_size: int) -> torch.Tensor:
+        """Compute the distance or the vector of each nonce, with the next batch under way while one is waited for.
 
         Args:
-            nonces: Distinct nonces in [0, 2**63), in any order.
+            nonces: Distinct nonces in [0, 2**63), in any order; at least one.
             batch_size: Nonces per forward pass.
 
         Returns:
-            Distances in [0, 2], in the order of `nonces`.
+            Distances, float32 [n], or vectors [n, VECTOR_SIZE], on the host, in the order of `nonces`.
 
         Raises:
             InputError: A nonce is out of range or repeated; nothing was computed.
@@ -117,15 +130,13 @@ class BlockRun:
             NonFiniteError: The model gave NaN or infinity; the message names the nonces and the layer.
         """
         _check_nonces(nonces)
-        found: list[float] = []
+        found: list[torch.Tensor] = []
         under_way: deque[Pending] = deque()
         for start in range(0, len(nonces), batch_size):
             if len(under_way) == UNDER_WAY:
-                found += under_way.popleft().distances()
+                found.append(under_way.popleft().values())
             under_way.append(self.start(nonces[start : start + batch_size], batch_size=batch_size))
-        for pending in under_way:
-            found += pending.distances()
-        return found
+        return torch.cat([*found, *(pending.values() for pending in under_way)])
 
     @torch.inference_mode()
     def start(self, nonces: Sequence[int], *, batch_size: int) -> Pending:
@@ -158,27 +169,27 @@ class BlockRun:
         )
 
     def _batch(self, nonces: Sequence[int]) -> torch.Tensor:
-        """Compute the distances of one batch, float32 [B], on the device."""
+        """Compute the distances of one batch, float32 [B], or its vectors [B, VECTOR_SIZE], on the device."""
         program = self.model.program
         if program is not None and program.serves(self.scheme, self.seq_len, len(nonces)):
             return program(self.host_seeds(nonces), self.block)
-        return self.distance(
-            self.readout(_states(self.model, self.scheme, self.vectors, self.inputs(nonces)), nonces), nonces
-        )
+        return self.measure(_states(self.model, self.scheme, self.vectors, self.inputs(nonces)), nonces)
 
     def inputs(self, nonces: Sequence[int]) -> torch.Tensor:
         """Draw random input embeddings [B, S, H] in the model's dtype."""
         return stages.draw_inputs(self._seeds(nonces), self.seq_len, self.model.hidden_size, self.model.dtype)
 
     def readout(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
-        """Return the readout [B, H] of hidden states: the last position, or the product of all positions' segments."""
-        if self.standard is None:
-            return states if states.dim() == 2 else states[:, -1]
-        return self.factors(states, nonces).prod(dim=1)
+        """Return what the scheme reads [B, H] of hidden states: of the last position [B, H], or of all [B, S, H]."""
+        return stages.find_readout(states, self._seeds(nonces), self.scheme, self.standard)
+
+    def measure(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
+        """Compute distances, float32 [B], or vectors [B, VECTOR_SIZE], from hidden states as `readout` takes them."""
+        return stages.measure_states(states, self._seeds(nonces), self.block, scheme=self.scheme)
 
     def factors(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
         """Return the factors whose product is the readout of all positions, float32 [B, SEGMENTS, H]."""
-        assert self.standard is not None, "the scheme reads all positions"
+        assert self.standard is not None, "the scheme reads segments"
         return stages.find_factors(states, self._seeds(nonces), self.scheme, self.standard)
 
     def targets(self, nonces: Sequence[int]) -> torch.Tensor:
@@ -213,17 +224,16 @@ class BlockRun:
 
         states = self.model.by_layers(
             self.inputs(nonces[:1]),
-            JOIN[self.scheme.layer_step],
+            join_of(self.scheme.layer_step, self.model.layers),
             self.vectors,
-            all_positions=self.scheme.reads == "segments",
+            all_positions=self.scheme.reads_all,
             observe=observe,
         )
         observe("the final norm", states)
         if self.standard is not None:
             observe("the means of the block's samples", self.standard.mean)
-            states = self.readout(states, nonces[:1])
-            observe("the product of the segments", states)
-        observe("what follows it", self.distance(states, nonces[:1]))
+            observe("the product of the segments", self.readout(states, nonces[:1]))
+        observe("what follows it", self.measure(states, nonces[:1]))
         where = f"first in {places[0]}" if places else "but not when it ran again, so the device may be faulty"
         dtype = str(self.model.dtype).removeprefix("torch.")
         return (
@@ -249,7 +259,7 @@ def _fetch(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]
     if values.device.type == "cpu":
         return values, None
     copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
-    done = torch.cuda.Event()
+    done = torch.cuda.Event(blocking=True)  # who waits for it sleeps, and leaves the core to others
     done.record(torch.cuda.current_stream(values.device))
     return copy, done
 
@@ -287,17 +297,19 @@ HEADS: dict[HeadSource, Callable[[Model, str], torch.Tensor | None]] = {
     "embedding": _embedding,
     "random": _random_head,
     "none": _no_head,
+    "projection": _no_head,  # each nonce has its own
 }
 
 
 @torch.inference_mode()
 def _states(model: Model, scheme: Scheme, vectors: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
     """Compute the hidden states that the scheme reads, normed: of the last position [B, H], or of all [B, S, H]."""
-    return model.decoder(embeddings, JOIN[scheme.layer_step], vectors, all_positions=scheme.reads == "segments")
+    join = join_of(scheme.layer_step, model.layers)
+    return model.decoder(embeddings, join, vectors, all_positions=scheme.reads_all)
 
 
 def _standard(model: Model, scheme: Scheme, vectors: torch.Tensor, block_hash: str, seq_len: int) -> Standard | None:
-    if scheme.reads == "last position":
+    if scheme.reads != "segments":
         return None
     return measure(
         lambda embeddings: _states(model, scheme, vectors, embeddings),
@@ -322,21 +334,26 @@ def block_run(model: Model, scheme: Scheme, *, block_hash: str, public_key: str,
         raise InputError(f"seq_len {seq_len} is too short for scheme {scheme.name!r}: {scheme.least_seq_len} or more")
     if scheme.weights != "trained" and torch.distributed.is_initialized():
         raise InputError(f"scheme {scheme.name!r} draws weights, which a model that is split over devices cannot have")
-    # The head's product counts as float32 (section 3): no TF32 on any device.
-    torch.backends.cuda.matmul.allow_tf32 = False
+    fix_arithmetic()
     with drawn_weights(model.causal, scheme.weights, block_hash):
-        head = HEADS[scheme.head](model, block_hash)
-        layers = seeds_tensor([f"{block_hash}_layer_{i}_householder" for i in range(model.layers)], model.device)
-        vectors = unit_normal(layers, model.hidden_size).to(model.dtype)
-        target = seeds_tensor([f"{block_hash}_target"], model.device)[0]
-        yield BlockRun(
-            model=model,
-            scheme=scheme,
-            block_hash=block_hash,
-            public_key=public_key,
-            seq_len=seq_len,
-            vectors=vectors,
-            head=head,
-            target=None if head is None else unit_normal(target, len(head)),
-            standard=_standard(model, scheme, vectors, block_hash, seq_len),
-        )
+        yield _prepare(model, scheme, block_hash, public_key, seq_len)
+
+
+@torch.inference_mode()  # as batches run: compiled code is made anew for tensors of the other kind
+def _prepare(model: Model, scheme: Scheme, block_hash: str, public_key: str, seq_len: int) -> BlockRun:
+    """Draw layer vectors, head and target, and measure the `Standard`; the model has the scheme's weights already."""
+    head = HEADS[scheme.head](model, block_hash)
+    layers = seeds_tensor([f"{block_hash}_layer_{i}_householder" for i in range(model.layers)], model.device)
+    vectors = unit_normal(layers, model.hidden_size).to(model.dtype)
+    target = seeds_tensor([f"{block_hash}_target"], model.device)[0]
+    return BlockRun(
+        model=model,
+        scheme=scheme,
+        block_hash=block_hash,
+        public_key=public_key,
+        seq_len=seq_len,
+        vectors=vectors,
+        head=head,
+        target=None if head is None else unit_normal(target, len(head)),
+        standard=_standard(model, scheme, vectors, block_hash, seq_len),
+    )

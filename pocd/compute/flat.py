@@ -161,6 +161,7 @@ class FlatDecoder:
         rotary: transformers' module for cosines and sines.
         form: Shape and functions that the layers share.
         layer: Function that runs one layer: `run_layer`, or `run_layer` compiled.
+        rotations: What `rotate` returns for the only sequence length that is run; None: each call asks it.
     """
 
     layers: Sequence[LayerWeights]
@@ -169,6 +170,7 @@ class FlatDecoder:
     rotary: Any
     form: Form
     layer: Layer = run_layer
+    rotations: tuple[torch.Tensor, torch.Tensor] | None = None
     kind = "flat"
 
     def __call__(
@@ -176,7 +178,7 @@ class FlatDecoder:
     ) -> torch.Tensor:
         """Return the last position's hidden state after the final norm [B, H], or all [B, S, H]; see `LayerDecoder`."""
         stream, length = embeddings, embeddings.shape[1]
-        turn = self._rotations(embeddings)
+        turn = self.rotations or self.rotate(embeddings)
         for index, (weights, window) in enumerate(zip(self.layers, self.windows, strict=True)):
             is_last = index == len(self.layers) - 1
             stream = self.layer(
@@ -191,7 +193,7 @@ class FlatDecoder:
             )
         return _norm(stream if all_positions else stream[:, -1], self.norm, self.form.epsilon)
 
-    def _rotations(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def rotate(self, embeddings: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return cosines and sines of the positions [1, S, 1, head_dim], in the model's dtype."""
         positions = torch.arange(embeddings.shape[1], device=embeddings.device).unsqueeze(0)
         cos, sin = self.rotary(embeddings, positions)

@@ -15,21 +15,23 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
+from pocd.compute.arithmetic import fix_arithmetic
 from pocd.compute.fingerprint import checkpoint_fingerprint, module_fingerprint, named_files
 from pocd.compute.flat import FLAT_CLASSES, FlatDecoder, flatten
 from pocd.compute.layers import NORMS, LayerDecoder, find_forms
 from pocd.compute.memory import is_fault, is_out_of_memory
 from pocd.compute.random import normal, seeds_tensor
 from pocd.compute.ranks import check_split, split_as_planned
-from pocd.compute.transforms import JOIN
+from pocd.compute.transforms import join_of
 from pocd.process import may_pass
 from pocd.protocol.errors import ComputeError, DeviceError, InputError, MemoryShortError, ModelError
 from pocd.protocol.names import check_device, check_dtype, resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from pocd.compute.stages import BlockTensors
+    from pocd.compute.wide import WideDecoder
     from pocd.protocol.schemes import Scheme
 
 WEIGHTS = "model.safetensors"
@@ -63,7 +65,7 @@ class Program(Protocol):
         """Tell whether the code was compiled for this scheme, sequence length and padded batch size."""
 
     def __call__(self, seeds: torch.Tensor, block: BlockTensors) -> torch.Tensor:
-        """Compute distances, float32 [B] on the device, from seeds on the host (see `stages`).
+        """Compute distances, float32 [B], or vectors [B, VECTOR_SIZE], on the device, from seeds on the host.
 
         The result holds until the next call, in the order of the current stream.
         """
@@ -90,7 +92,7 @@ class Model:
     name: str
     fingerprint: str
     causal: Any
-    decoder: FlatDecoder | LayerDecoder
+    decoder: FlatDecoder | LayerDecoder | WideDecoder
     by_layers: LayerDecoder
     hidden_size: int
     dtype: torch.dtype
@@ -110,6 +112,7 @@ def pick_device(name: str) -> torch.device:
     Raises:
         InputError: The name is not cpu, cuda or cuda:N.
         DeviceError: The name is a GPU's, and the host has no such GPU. There is no fall-back to the CPU.
+        ComputeError: This torch has no code for the GPU.
     """
     check_device(name)
     device = torch.device(name)
@@ -123,7 +126,31 @@ def pick_device(name: str) -> torch.device:
         if number >= count:
             raise DeviceError(f"device {name!r} does not exist; this machine has cuda:0 to cuda:{count - 1}")
         device = torch.device("cuda", number)  # with the index that `torch.cuda.set_device` wants
+        capability, built_for = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+        if not is_built_for(capability, built_for):
+            raise ComputeError(
+                f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(device)}: it was built for "
+                f"{', '.join(built_for)}, not for sm_{capability[0]}{capability[1]}; install another build of torch"
+            )
     return device
+
+
+def is_built_for(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
+    """Tell whether code for `built_for` runs on a GPU; if nothing is listed, it is taken to.
+
+    Args:
+        capability: The GPU's compute capability, such as (9, 0).
+        built_for: Such as sm_90 (runs on 9.0 and later 9.x), sm_90a (on 9.0) and compute_90 (on all from 9.0 on).
+    """
+
+    def runs(architecture: str) -> bool:
+        kind, _, version = architecture.partition("_")
+        wanted = divmod(int(version.rstrip("af")), 10)
+        if version.endswith("a"):
+            return wanted == capability
+        return wanted <= capability and (kind == "compute" or wanted[0] == capability[0])
+
+    return not built_for or any(map(runs, built_for))
 
 
 def _first_line(error: BaseException) -> str:
@@ -298,6 +325,7 @@ def adapt(causal: Any, *, name: str, fingerprint: str | None = None) -> Model:  
     Raises:
         ModelError: The layers cannot be transformed; the message names the class and what was missing.
     """
+    fix_arithmetic()
     owner = f"model {name!r} ({type(causal).__name__})"
     causal.requires_grad_(requires_grad=False).eval()
     decoder = causal.get_decoder()
@@ -346,7 +374,7 @@ def _check_last_position(by_layers: LayerDecoder, probe: torch.Tensor, owner: st
         raise ModelError(f"{owner} is not causal: its attention looks ahead")
     whole = states[:, -1]
     try:
-        alone = by_layers(probe, JOIN["none"], probe.new_zeros(len(by_layers.layers), 1)).float()
+        alone = by_layers(probe, join_of("none", 1), probe.new_zeros(len(by_layers.layers), 1)).float()
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         if is_fault(error):
             raise

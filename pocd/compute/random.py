@@ -69,6 +69,27 @@ def hash32(index: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
     return h.bitwise_xor_(_shift_right(h, 16))
 
 
+@torch.library.custom_op("pocd::positions", mutates_args=())
+def _positions(start: int, n: int, like: torch.Tensor) -> torch.Tensor:
+    """Return start, start + 1, … (`n` of them), int32, on the device of `like`; the compiler does not look inside."""
+    return torch.arange(start, start + n, dtype=torch.int32, device=like.device)
+
+
+@_positions.register_fake
+def _(_start: int, n: int, like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty(n, dtype=torch.int32)
+
+
+def _keys(start: int, n: int, seeds: torch.Tensor) -> torch.Tensor:
+    """Return the keys start, start + 1, … that are hashed, `n` of them, int32."""
+    if torch.compiler.is_compiling() and seeds.device.type == "cuda":
+        # Known to the compiler, their products with the hash's constants become constants of 64 bits, which Triton
+        # refuses, or numbers of 64 bits, which do not wrap.
+        keys: torch.Tensor = _positions(start, n, seeds)
+        return keys
+    return torch.arange(start, start + n, dtype=torch.int32, device=seeds.device)
+
+
 def uniform(seeds: torch.Tensor, n: int, *, start: int = 0) -> torch.Tensor:
     """Draw `n` uniform numbers in [0, 1] of each stream; rounding to float32 can give exactly 1.
 
@@ -80,8 +101,7 @@ def uniform(seeds: torch.Tensor, n: int, *, start: int = 0) -> torch.Tensor:
     Returns:
         float32 [..., n].
     """
-    index = torch.arange(start, start + n, dtype=torch.int32, device=seeds.device)
-    bits = hash32(index, seeds.unsqueeze(-1))
+    bits = hash32(_keys(start, n, seeds), seeds.unsqueeze(-1))
     return bits.view(torch.uint32).to(torch.float32).mul_(2.0**-32)  # a power of two: exact
 
 
@@ -110,7 +130,7 @@ def fill_normal(out: torch.Tensor, seeds: torch.Tensor, *, scale: float = 1.0) -
     """
     n = out.shape[-1]
     half = (n + 1) // 2
-    # Compiled, it is one kernel without temporaries.
+    # Compiled, each chunk would be another kernel, and few numbers are drawn there (see `kernels` for the many).
     size = max(out.numel(), 1) if torch.compiler.is_compiling() else CHUNK[out.device.type]
     for rows, columns in _chunks(len(out), half, size):
         stream, width = seeds[rows], columns.stop - columns.start
@@ -144,8 +164,7 @@ def normal(seeds: torch.Tensor, n: int, *, dtype: torch.dtype = torch.float32) -
 
 def signs(seeds: torch.Tensor, n: int) -> torch.Tensor:
     """Draw `n` signs of each stream, float32 [..., n]: 1 where the hash's highest bit is 0, else −1."""
-    index = torch.arange(n, dtype=torch.int32, device=seeds.device)
-    return 1 - 2 * hash32(index, seeds.unsqueeze(-1)).lt(0).float()
+    return 1 - 2 * hash32(_keys(0, n, seeds), seeds.unsqueeze(-1)).lt(0).float()
 
 
 def unit_normal(seeds: torch.Tensor, n: int) -> torch.Tensor:

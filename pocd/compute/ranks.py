@@ -19,7 +19,7 @@ import torch.distributed
 from pocd.protocol.errors import ComputeError, DeviceError, ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 PATIENCE = timedelta(minutes=30)  # with the other ranks, which may load at another pace
 
@@ -99,3 +99,13 @@ def whole(weight: torch.Tensor) -> torch.Tensor:
     from torch.distributed.tensor import DTensor  # noqa: PLC0415 - few workers are split
 
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def largest(values: Sequence[float], device: torch.device) -> list[float]:
+    """Return the largest of each value over all ranks; all have to call this together, with as many values."""
+    if not torch.distributed.is_initialized():
+        return list(values)
+    shared = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+    found: list[float] = shared.tolist()
+    return found

@@ -1,8 +1,9 @@
-"""All positions as one vector: a product of signed sums over segments (docs/protocol.md section 3, `poc3`)."""
+"""All positions as one vector: a signed sum, or a product of such sums over segments (docs/protocol.md section 3)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -70,21 +71,57 @@ def factors(states: torch.Tensor, signs: torch.Tensor, standard: Standard) -> to
         signs: ε, 1 or −1, float32 [B, S].
         standard: Mean and deviation of the block.
     """
+    inside = _segments(states.shape[1], states.device)
+    is_fused = torch.compiler.is_compiling() and states.device.type == "cuda"
+    sums = _sum_fused(states, signs) if is_fused else _sum_in_chunks(states, signs, inside)
+    x = (sums - (inside * signs.unsqueeze(1)) @ standard.mean) / standard.deviation
+    unit: torch.Tensor = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return unit
+
+
+def _sum_in_chunks(states: torch.Tensor, signs: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """Return Σ (ε/‖h‖) h over each segment, float32 [B, SEGMENTS, H], as products of matrices."""
     _, length, size = states.shape
     rows = max(1, STATES_CHUNK // (length * size))
-    inside = _segments(length, states.device)
     sums = []
     for some, sign in zip(states.split(rows), signs.split(rows), strict=True):
         wide = some.float()
         weight = sign / torch.linalg.vector_norm(wide, dim=-1)
         sums.append((inside * weight.unsqueeze(1)) @ wide)
-    x = (torch.cat(sums) - (inside * signs.unsqueeze(1)) @ standard.mean) / standard.deviation
-    unit: torch.Tensor = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return unit
+    return torch.cat(sums)
+
+
+def _sum_fused(states: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """Return the same sums for torch's compiler: it makes a kernel per segment of them, and no copy of the states."""
+    weight = (signs / torch.linalg.vector_norm(states.float(), dim=-1)).unsqueeze(-1)
+    parts = [slice(start, stop) for start, stop in pairwise(_bounds(states.shape[1]))]
+    return torch.stack([(states[:, part].float() * weight[:, part]).sum(dim=1) for part in parts], dim=1)
+
+
+def _bounds(length: int) -> list[int]:
+    """Return where segments begin and end: segment g is from ⌊gS/G⌋ to below ⌊(g + 1)S/G⌋."""
+    return [g * length // SEGMENTS for g in range(SEGMENTS + 1)]
+
+
+def signed_sum(states: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+    """Return the signed sum of the positions' unit vectors, divided by √S, float32 [B, H].
+
+    Args:
+        states: Hidden states after the final norm [B, S, H].
+        signs: 1 or −1, float32 [B, S].
+    """
+    _, length, size = states.shape
+    rows = max(1, STATES_CHUNK // (length * size))
+    sums = []
+    for some, sign in zip(states.split(rows), signs.split(rows), strict=True):
+        wide = some.float()
+        weight = sign / torch.linalg.vector_norm(wide, dim=-1)
+        # Not as a product of matrices: of one row, its rounding may depend on the place in the batch.
+        sums.append((wide * weight.unsqueeze(-1)).sum(dim=1))
+    return torch.cat(sums).mul_(length**-0.5)
 
 
 def _segments(length: int, device: torch.device) -> torch.Tensor:
-    """Return 1 where a position is in a segment, else 0, float32 [SEGMENTS, S]: g from ⌊gS/G⌋ to below ⌊(g + 1)S/G⌋."""
+    """Return 1 where a position is in a segment, else 0, float32 [SEGMENTS, S]."""
     position = torch.arange(length, device=device)
-    bounds = [g * length // SEGMENTS for g in range(SEGMENTS + 1)]
-    return torch.stack([(position >= bounds[g]) & (position < bounds[g + 1]) for g in range(SEGMENTS)]).float()
+    return torch.stack([(position >= start) & (position < stop) for start, stop in pairwise(_bounds(length))]).float()

@@ -1,4 +1,4 @@
-"""From seeds to distances: pure functions of tensors, run as they are, compiled, or captured (protocol.md section 3).
+"""From seeds to distances or vectors: pure functions of tensors, run as they are, compiled, or captured.
 
 A batch of B nonces is one table of seeds, int32 bits [B, K]; its columns are those of `seed_texts`.
 """
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from pocd.compute.random import normal, signs, unit_normal
-from pocd.compute.segments import factors
+from pocd.compute.segments import factors, signed_sum
 from pocd.compute.transforms import reflect_in_order
+from pocd.protocol.schemes import VECTOR_SIZE
 
 if TYPE_CHECKING:
     from pocd.compute.segments import Standard
@@ -29,7 +30,7 @@ class BlockTensors:
         vectors: One unit vector per layer [layers, H], in the model's dtype.
         head: Output matrix [D, H], in any dtype; None where the scheme has none.
         target: Target vector, float32 [D], unit length; None without a head: each nonce then has its own, and D is H.
-        standard: Mean and deviation used to standardise hidden states; None unless the scheme reads all positions.
+        standard: Mean and deviation used to standardise hidden states; None unless the scheme reads segments.
     """
 
     vectors: torch.Tensor
@@ -39,12 +40,14 @@ class BlockTensors:
 
 
 def seed_texts(scheme: Scheme, nonce: int) -> list[str]:
-    """Return the ends of a nonce's seed texts, after block hash and key: input, reflections, signs, target."""
+    """Return the ends of a nonce's seed texts: input, reflections, signs, target or projection."""
     texts = [f"nonce{nonce}", *(f"nonce_{nonce}_hidden_r{r}" for r in range(scheme.reflections))]
-    if scheme.reads == "segments":
+    if scheme.reads_all:
         texts.append(f"nonce_{nonce}_signs")
     if scheme.head == "none":
         texts.append(f"nonce_{nonce}_target")
+    if scheme.head == "projection":
+        texts.append(f"nonce_{nonce}_projection")
     return texts
 
 
@@ -55,7 +58,28 @@ def draw_inputs(seeds: torch.Tensor, seq_len: int, hidden_size: int, dtype: torc
 
 def find_factors(states: torch.Tensor, seeds: torch.Tensor, scheme: Scheme, standard: Standard) -> torch.Tensor:
     """Return the factors whose product is the readout of all positions [B, S, H], float32 [B, SEGMENTS, H]."""
-    return factors(states, signs(seeds[:, 1 + scheme.reflections], states.shape[1]), standard)
+    return factors(states, _signs(states, seeds, scheme), standard)
+
+
+def find_readout(states: torch.Tensor, seeds: torch.Tensor, scheme: Scheme, standard: Standard | None) -> torch.Tensor:
+    """Return what the scheme reads [B, H] of hidden states: of the last position [B, H], or of all [B, S, H]."""
+    if standard is not None:
+        return find_factors(states, seeds, scheme, standard).prod(dim=1)
+    if scheme.reads == "signed sum":
+        return signed_sum(states, _signs(states, seeds, scheme))
+    return states if states.dim() == 2 else states[:, -1]
+
+
+def _signs(states: torch.Tensor, seeds: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    return signs(seeds[:, 1 + scheme.reflections], states.shape[1])
+
+
+def find_vectors(readout: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+    """Return the vectors P·x, float32 [B, VECTOR_SIZE], of readouts x [B, H]; P is each nonce's own."""
+    size = readout.shape[-1]
+    projections = normal(seeds[:, -1], VECTOR_SIZE * size).view(len(seeds), VECTOR_SIZE, size)
+    # Not as a product with a vector: its rounding may depend on the place in the batch.
+    return (projections * readout.unsqueeze(1)).sum(dim=-1)
 
 
 def draw_targets(seeds: torch.Tensor, dimension: int) -> torch.Tensor:
@@ -96,7 +120,8 @@ def _through_head(h: torch.Tensor, head: torch.Tensor, target: torch.Tensor) -> 
 
 
 def measure_states(states: torch.Tensor, seeds: torch.Tensor, block: BlockTensors, *, scheme: Scheme) -> torch.Tensor:
-    """Return distances float32 [B] from hidden states: the last position [B, H], or all [B, S, H]."""
-    if block.standard is not None:
-        states = find_factors(states, seeds, scheme, block.standard).prod(dim=1)
-    return find_distance(find_hidden(states, seeds, scheme), seeds, block)
+    """Return distances float32 [B], or vectors [B, VECTOR_SIZE], from hidden states as `find_readout` takes them."""
+    readout = find_readout(states, seeds, scheme, block.standard)
+    if scheme.output == "vector":
+        return find_vectors(readout, seeds)
+    return find_distance(find_hidden(readout, seeds, scheme), seeds, block)

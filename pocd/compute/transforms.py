@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,22 +46,32 @@ def _join_reflected(branch: torch.Tensor, residual: torch.Tensor, v: torch.Tenso
     return _reflect_in_place(total, v).to(branch.dtype)
 
 
-def _join_normalised_and_reflected(branch: torch.Tensor, residual: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+def _join_normalised_and_reflected(
+    branch: torch.Tensor, residual: torch.Tensor, v: torch.Tensor, *, weight: float = 1.0
+) -> torch.Tensor:
     """Return the sum of the reflections of the halves' unit vectors, which is no function of branch + residual.
 
-    A reflection is linear, so it is applied once, to the sum of the two unit vectors.
+    A reflection is linear, so it is applied once, to the sum of the two unit vectors, of which the branch's is
+    multiplied by `weight`.
     """
     wide, rest, v = branch.float(), residual.float(), v.float()
-    total = wide / (torch.linalg.vector_norm(wide, dim=-1, keepdim=True) + 1e-8)
-    total.addcdiv_(rest, torch.linalg.vector_norm(rest, dim=-1, keepdim=True) + 1e-8)
+    total = rest / (torch.linalg.vector_norm(rest, dim=-1, keepdim=True) + 1e-8)
+    total.addcdiv_(wide, torch.linalg.vector_norm(wide, dim=-1, keepdim=True) + 1e-8, value=weight)
     return _reflect_in_place(total, v).to(branch.dtype)
 
 
-# How a layer's two halves, branch and residual [..., H], become its output, given the layer's unit
-# vector [H]. Computed in float32 and rounded to the model's dtype once: the square of a large
-# float16 activation would overflow.
-JOIN: dict[LayerStep, Join] = {
-    "none": _join,
-    "reflect": _join_reflected,
-    "normalise and reflect": _join_normalised_and_reflected,
-}
+@functools.cache  # one object for each number of layers, so that what is compiled for it is found again
+def join_of(step: LayerStep, layers: int) -> Join:
+    """Return how a layer's two halves become its output in a model of so many layers.
+
+    The result takes branch and residual [..., H] and the layer's unit vector [H]. It computes in float32 and rounds to
+    the model's dtype once: the square of a large float16 activation would overflow.
+    """
+    if step == "none":
+        return _join
+    if step == "reflect":
+        return _join_reflected
+    if step == "normalise and reflect":
+        return _join_normalised_and_reflected
+    # An error grows by a factor with each layer that is given its branch in full (docs/protocol.md section 3.2).
+    return functools.partial(_join_normalised_and_reflected, weight=layers**-0.5)

@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -27,10 +26,7 @@ from pocd.config.types import (
     SecretFile,
     SocketPath,
 )
-from pocd.observe.mask import mask_url
-from pocd.process import EXIT_TEMPORARY, EndedError
-from pocd.protocol.errors import ModelAwayError, ModelError
-from pocd.protocol.names import Compile, Dtype, resolve
+from pocd.protocol.names import Compile, Dtype, OnRounding
 from pocd.protocol.numbers import MOST_NODES, Count, Index
 from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH, MOST_NONCES
 from pocd.protocol.schemes import SCHEMES
@@ -52,6 +48,9 @@ class ConfigError(Exception):
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
+
+
+S = TypeVar("S", bound=_Section)
 
 
 class NodeSettings(_Section):
@@ -128,11 +127,12 @@ class ModelSettings(_Section):
 
 
 class WorkerSettings(_Section):
-    """Batches and compilation of the GPU workers."""
+    """Batches and compilation of the workers, and what follows where rounding decides too much."""
 
     batch_size: BatchSize = "auto"
     batch_timeout: float = Field(default=300.0, gt=0)
     compile: Compile = "auto"
+    conditioning: OnRounding = "warn"
     cache: Path | None = None
 
 
@@ -299,14 +299,26 @@ def load_admin(path: Path, token_file: Path | None) -> AdminSettings:
     Raises:
         ConfigError: The file cannot be read, or its [admin] cannot be used.
     """
-    table = _read_toml(path).get("admin", {})
+    return _load_section(path, "admin", AdminSettings, {} if token_file is None else {"token_file": token_file})
+
+
+def load_store(path: Path) -> StoreSettings:
+    """Read where the store is: all that a command needs that copies it.
+
+    Raises:
+        ConfigError: The file cannot be read, or its [store] cannot be used.
+    """
+    return _load_section(path, "store", StoreSettings, {})
+
+
+def _load_section(path: Path, name: str, section: type[S], given: dict[str, Any]) -> S:
+    table = _read_toml(path).get(name, {})
     if not isinstance(table, dict):
-        raise ConfigError(f"{path}: admin: must be a table of keys")
-    given = {} if token_file is None else {"token_file": token_file}
+        raise ConfigError(f"{path}: {name}: must be a table of keys")
     try:
-        return AdminSettings(**table | _Environment(Settings)().get("admin", {}) | given)
+        return section(**table | _Environment(Settings)().get(name, {}) | given)
     except ValidationError as error:
-        found = [item | {"loc": ("admin", *item["loc"])} for item in error.errors()]
+        found = [item | {"loc": (name, *item["loc"])} for item in error.errors()]
         raise ConfigError("; ".join(_describe(item, path) for item in found)) from None
 
 
@@ -317,8 +329,9 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} does not exist; give --config FILE (config/pocd.toml shows every key)") from None
     except PermissionError:
         raise ConfigError(
-            f"{path} cannot be read by user {os.geteuid()}: give it to the group pocd (chgrp pocd, chmod 0640) and "
-            "join that group, or for a command that asks a running daemon, give --url and --token-file"
+            f"{path} cannot be read by user {os.geteuid()}: join the group pocd (usermod -aG pocd NAME, log in anew), "
+            "and let it read the file (chgrp pocd, chmod 0640); or where the command asks a running daemon, give --url "
+            "and --token-file"
         ) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
@@ -367,50 +380,3 @@ def _source(location: tuple[int | str, ...], path: Path) -> str:
         return str(path)
     environment = f"environment {', '.join(variables)}"
     return environment if len(location) > 1 else f"{path} and {environment}"
-
-
-def check_model(settings: Settings) -> None:
-    """Check that the model exists, where that needs no loading: bundled, or a local folder.
-
-    Raises:
-        ConfigError: The model cannot be used.
-        EndedError: There is nothing yet where the model should be.
-    """
-    try:
-        resolve(settings.model.name, settings.model.revision)
-    except ModelAwayError as error:
-        raise EndedError(EXIT_TEMPORARY, f"model.name: {error}") from None
-    except ModelError as error:
-        raise ConfigError(f"model.name: {error}") from None
-    except PermissionError as error:
-        raise ConfigError(
-            f"model.name: {error.filename} cannot be read by user {os.geteuid()}: a service sees nothing under /home "
-            "and /root (ProtectHome=); put the model's folder elsewhere, such as in /srv, readable by that user"
-        ) from None
-    except OSError as error:
-        raise ConfigError(f"model.name: {error.filename} cannot be read: {error.strerror}") from error
-
-
-def to_toml(settings: Settings) -> str:
-    """Return the configuration as TOML, credentials in URLs masked; unset keys are comments."""
-    lines: list[str] = []
-    for section, values in settings.model_dump(mode="json").items():
-        lines.append(f"[{section}]")
-        lines += [_toml_line(key, value) for key, value in values.items()]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _toml_line(key: str, value: object) -> str:
-    return f"# {key} is not set" if value is None else f"{key} = {_toml_value(value)}"
-
-
-def _toml_value(value: object) -> str:
-    if isinstance(value, dict):
-        pairs = (f"{key} = {_toml_value(item)}" for key, item in value.items() if item is not None)
-        return f"{{ {', '.join(pairs)} }}"
-    if isinstance(value, list):
-        return f"[{', '.join(_toml_value(item) for item in value)}]"
-    # JSON's strings, numbers and booleans are TOML's.
-    text = orjson.dumps(mask_url(value) if isinstance(value, str) and "://" in value else value).decode()
-    return text.replace("\x7f", "\\u007f")  # the one character that only TOML wants escaped

@@ -12,13 +12,14 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pocd.http.addresses import origin
 from pocd.http.urls import unusable
 from pocd.protocol.names import DEVICE_PATTERN
-from pocd.protocol.schemes import SCHEMES
+from pocd.protocol.schemes import DISTANCE_SCHEMES, SCHEMES
 
 LARGEST_BATCH = 65536
 MOST_DEVICES = 64
 DEVICE = re.compile(DEVICE_PATTERN)
 CALLBACK_PREFIX = "callback-"  # of the names of receivers that came with a callback URL through the API
 LONGEST_SOCKET_PATH = 107  # bytes: unix(7)
+CREDENTIAL = "credential:"  # before the name of a credential of the systemd unit, instead of a path
 
 
 def _check_http_url(url: str) -> str:
@@ -29,7 +30,12 @@ def _check_http_url(url: str) -> str:
 
 def _check_scheme(name: str) -> str:
     if name not in SCHEMES:
-        raise ValueError(f"unknown scheme {name!r}; allowed are: {', '.join(SCHEMES)}")
+        raise ValueError(f"unknown scheme {name!r}; allowed are: {', '.join(DISTANCE_SCHEMES)}")
+    if name not in DISTANCE_SCHEMES:
+        raise ValueError(
+            f"scheme {name!r} gives vectors, which the daemon does not mine yet; "
+            f"allowed are: {', '.join(DISTANCE_SCHEMES)}"
+        )
     return name
 
 
@@ -67,19 +73,12 @@ def _check_device(value: object) -> object:
     return value
 
 
-def _resolve_credential(value: object) -> object:
-    """Turn credential:NAME into the file that systemd's LoadCredential= made of it (systemd.exec(5))."""
-    if not isinstance(value, str) or not value.startswith("credential:"):
-        return value
-    name, folder = value.removeprefix("credential:"), os.environ.get("CREDENTIALS_DIRECTORY")
-    if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name in {".", ".."}:
+def _check_secret_file(path: Path) -> Path:
+    """Check the name of a systemd credential, credential:NAME; pocd.config.secrets finds the file when it is read."""
+    name = str(path).removeprefix(CREDENTIAL)
+    if name != str(path) and (not re.fullmatch(r"[A-Za-z0-9._-]+", name) or name in {".", ".."}):
         raise ValueError("credential:NAME takes a name of letters, digits and . _ -")
-    if not folder:
-        raise ValueError(
-            f"{value} is a systemd credential, and there are none here: run it by a unit with "
-            f"LoadCredential={name}:FILE, or give the path of a file"
-        )
-    return Path(folder) / name
+    return path
 
 
 def _check_socket(path: Path) -> Path:
@@ -98,7 +97,7 @@ def _check_origin(text: str) -> str:
 BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_parse_batch_size)]
 Device = Annotated[str | list[str], BeforeValidator(_check_device)]
 HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
-SecretFile = Annotated[Path, BeforeValidator(_resolve_credential)]
+SecretFile = Annotated[Path, AfterValidator(_check_secret_file)]
 HostName = Annotated[str, Field(pattern="^[A-Za-z0-9._-]+$"), AfterValidator(str.lower)]
 Origin = Annotated[str, AfterValidator(_check_origin)]
 PublicKey = Annotated[str, Field(min_length=1), AfterValidator(_check_public_key)]

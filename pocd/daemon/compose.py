@@ -6,7 +6,6 @@ import os
 import random
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pocd.admin.parts import Parts
@@ -14,25 +13,25 @@ from pocd.chain.failover import Failover
 from pocd.chain.make import confirmations_of, make_sources
 from pocd.chain.rpc import Rpc
 from pocd.clock import SYSTEM, SteadyClock
+from pocd.config.secrets import read_keys
 from pocd.config.settings import ConfigError
 from pocd.delivery.batcher import Batcher
 from pocd.delivery.dispatcher import Dispatcher
 from pocd.delivery.keeper import MIB, Keeper, StoreLimits
 from pocd.delivery.posting import Receiver
 from pocd.delivery.receivers import Receivers
-from pocd.http.webhooks import SecretError, WebhookKeys
 from pocd.mining.control import Control
 from pocd.mining.follower import ChainHealth
 from pocd.mining.miner import Miner
 from pocd.mining.scheduler import RoundScheduler
 from pocd.observe.changes import Changes
 from pocd.observe.events import Events
-from pocd.pool.cards import Cards, NoDriverError, count
+from pocd.pool.cards import Cards, NoDriverError, list_cards
 from pocd.pool.limits import WorkerLimits
-from pocd.pool.placement import NoDeviceError, place
-from pocd.pool.pool import Pool
+from pocd.pool.placement import NoDeviceError, name_cards, place
+from pocd.pool.pool import Pool, cache_folder
 from pocd.process import EXIT_NO_DEVICE, EndedError
-from pocd.protocol.names import AUTO_BATCH_SIZE
+from pocd.protocol.names import largest_batch_size
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.protocol.rounds import RoundPolicy
@@ -42,6 +41,7 @@ from pocd.worker.messages import Load
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
     import aiohttp
     from structlog.typing import FilteringBoundLogger
@@ -105,7 +105,7 @@ def compose(
     limits = WorkerLimits(batch=settings.worker.batch_timeout)
     cache = cache_folder(settings)
     workers = Pool(loads, miner, limits, cache=cache, changes=changes, clock=steady, log=log, events=events)
-    served = make_delivery(settings, receivers, outbox, clock=steady, log=log, events=events)
+    served = make_delivery(settings, receivers, outbox, miner, clock=steady, log=log, events=events)
     most = settings.validation.max_queued
     validator = Validator(outbox, workers, served, most=most, clock=steady, log=log, events=events)
     known = outbox.view.chain
@@ -204,6 +204,7 @@ def make_delivery(
     settings: Settings,
     receivers: Sequence[Receiver],
     outbox: OutboxThread,
+    miner: Miner,
     *,
     clock: Clock,
     log: FilteringBoundLogger,
@@ -222,23 +223,20 @@ def make_delivery(
             events=events,
         )
 
-    return Receivers(receivers, make, outbox, origins=settings.admin.callback_origins, log=log)
+    origins = settings.admin.callback_origins
+    return Receivers(receivers, make, outbox, origins=origins, at_work=miner.rounds_at_work, log=log)
 
 
-def make_receivers(settings: Settings) -> list[Receiver]:
-    """Return the configured receivers with their keys.
+def make_receivers(settings: Settings, config: Path) -> list[Receiver]:
+    """Return the receivers of the configuration in the file `config`, with their keys.
 
     Raises:
         ConfigError: A file of secrets cannot be used.
     """
-    made = []
-    for receiver in settings.delivery.receivers:
-        try:
-            keys = WebhookKeys.from_file(receiver.secret_file) if receiver.secret_file else None
-        except SecretError as error:
-            raise ConfigError(f"delivery.receivers, {receiver.name}: {error}") from error
-        made.append(Receiver(receiver.name, receiver.url, keys))
-    return made
+    return [
+        Receiver(each.name, each.url, read_keys(each.secret_file, config, each.name))
+        for each in settings.delivery.receivers
+    ]
 
 
 async def make_chain(
@@ -275,9 +273,10 @@ def make_loads(settings: Settings) -> list[Load]:
         EndedError: There are fewer GPUs than configured.
     """
     model, worker = settings.model, settings.worker
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
-        placed = place(model.device, model.parallel, lambda: count(visible))
+        visible = list_cards(given) if given is not None or model.device == "auto" else None
+        placed = place(model.device, model.parallel, lambda: len(visible or ()))
     except (NoDeviceError, NoDriverError) as error:
         raise EndedError(EXIT_NO_DEVICE, str(error)) from None
     return [
@@ -285,22 +284,14 @@ def make_loads(settings: Settings) -> list[Load]:
             model=model.name,
             dtype=model.dtype,
             devices=devices,
+            cards=name_cards(devices, visible),
             scheme=settings.round.scheme,
             seq_len=settings.round.seq_len,
-            batch_size=AUTO_BATCH_SIZE[devices[0].partition(":")[0]]
-            if worker.batch_size == "auto"
-            else worker.batch_size,
-            shrink=worker.batch_size == "auto",
+            batch_size=largest_batch_size(settings.round.seq_len) if worker.batch_size == "auto" else worker.batch_size,
+            is_auto=worker.batch_size == "auto",
             revision=model.revision,
             compile=worker.compile,
+            conditioning=worker.conditioning,
         )
         for devices in placed
     ]
-
-
-def cache_folder(settings: Settings) -> Path:
-    """Return the folder for compiled code: as configured, systemd's CacheDirectory=, or beside the store."""
-    if settings.worker.cache is not None:
-        return settings.worker.cache
-    given = os.environ.get("CACHE_DIRECTORY", "").partition(":")[0]
-    return Path(given) if given else settings.store.path.parent / "cache"

@@ -7,14 +7,15 @@ import contextlib
 import errno
 import os
 import signal
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pocd.admin import status
 from pocd.admin.server import AdminApi
 from pocd.chain.make import CHAIN_TIMEOUT
 from pocd.clock import SYSTEM
+from pocd.config.model import check_model
 from pocd.config.secrets import read_token
-from pocd.config.settings import check_model
 from pocd.daemon.compose import compose, make_chain, make_loads, make_receivers
 from pocd.daemon.reload import Reloader
 from pocd.daemon.reports import Reports
@@ -53,8 +54,8 @@ async def run(settings: Settings, path: Path, *, log: FilteringBoundLogger, noti
         EndedError: The store cannot be used, or the worker cannot work on this machine, or as configured.
     """
     check_model(settings)
-    token = read_token(settings.admin.token_file)
-    receivers = make_receivers(settings)
+    token = read_token(settings.admin.token_file, path)
+    receivers = make_receivers(settings, path)
     loads = make_loads(settings)
     with _open_outbox(settings.store.path, log) as outbox:
         async with contextlib.AsyncExitStack() as stack:
@@ -62,7 +63,7 @@ async def run(settings: Settings, path: Path, *, log: FilteringBoundLogger, noti
             source = await make_chain(settings, outbox, sessions, log)
             made = compose(settings, outbox, source, receivers, loads, clock=SYSTEM, log=log)
             daemon = Daemon(made, path, notifier)
-            async with _api(AdminApi(made.parts, daemon.stop), settings.admin, token) as url:
+            async with _api(AdminApi(made.parts, daemon.stop), settings.admin, token, log) as url:
                 log.info("admin API listens", action="listening", url=url)
                 await daemon.run()
 
@@ -89,13 +90,13 @@ def _open_outbox(path: Path, log: FilteringBoundLogger) -> Iterator[OutboxThread
 
 
 @contextlib.asynccontextmanager
-async def _api(api: AdminApi, admin: AdminSettings, token: str | None) -> AsyncIterator[str]:
+async def _api(api: AdminApi, admin: AdminSettings, token: str | None, log: FilteringBoundLogger) -> AsyncIterator[str]:
     """Serve the admin API while the context lasts, and give its URL."""
     app = api.application(token)
     async with contextlib.AsyncExitStack() as stack:
         try:
             server = (
-                listening_at(app, admin.socket, shutdown_timeout=2.0)
+                listening_at(app, admin.socket, shutdown_timeout=2.0, told=partial(log.warning, action="api_socket"))
                 if admin.socket
                 else listening(app, admin.host, admin.port, shutdown_timeout=2.0)
             )

@@ -10,7 +10,8 @@ import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pocd.config.settings import ConfigError, Settings, check_model, load
+from pocd.config.model import check_model
+from pocd.config.settings import ConfigError, Settings, load
 from pocd.daemon.compose import make_receivers
 from pocd.observe import logs
 from pocd.process import EndedError
@@ -90,7 +91,7 @@ class Reloader:
         path: File of the configuration.
         parts: The daemon's parts, whose `settings` are replaced and which are changed accordingly.
         batcher: Woken when other receivers are configured.
-        notifier: Gets RELOADING=1 and READY=1, once the service is ready.
+        notifier: Gets RELOADING=1, and READY=1 when it is done.
     """
 
     def __init__(self, path: Path, parts: Parts, batcher: Batcher, notifier: Notifier) -> None:
@@ -110,9 +111,7 @@ class Reloader:
 
     async def _reload(self) -> None:
         parts = self._parts
-        announced = parts.workers.ready.is_set()  # before READY=1 the manager waits for just that
-        if announced:
-            self._notifier.reloading(parts.clock.monotonic())
+        self._notifier.reloading(parts.clock.monotonic())
         difference, problem = Difference((), ()), None
         try:
             difference = await self._apply()
@@ -122,8 +121,7 @@ class Reloader:
             parts.log.error("configuration is not good, nothing was changed", action="reload_refused", cause=problem)
         applied, restart = list(difference.apply), list(difference.restart)
         parts.events.publish("reload", applied=applied, restart=restart, problem=problem)
-        if announced:
-            self._notifier.ready()
+        self._notifier.ready()
 
     async def _apply(self) -> Difference:
         """Read all, then change what can be changed.
@@ -135,7 +133,7 @@ class Reloader:
         parts = self._parts
         new = load(self._path)
         check_model(new)
-        receivers = make_receivers(new)
+        receivers = make_receivers(new, self._path)
         difference = diff(parts.settings, new)
         others = compare(parts.receivers.configured, receivers)
         if others and RECEIVERS not in difference.apply:  # a file of secrets holds others under the same name

@@ -46,12 +46,10 @@ class Reports:
             self._parts.events.publish("block", height=block.height, hash=block.hash, chain_id=block.chain_id)
 
     async def _notify_manager(self) -> None:
-        """Send READY=1 once a model is ready, and STATUS= at each change."""
-        announced, seen = False, 0
+        """Send READY=1, since the API listens already, and STATUS= at each change, also while the model loads."""
+        self._notifier.ready()
+        seen = 0
         while True:
-            if not announced and self._parts.workers.ready.is_set():
-                announced = True
-                self._notifier.ready()
             self._notifier.status(status.summary(self._parts))
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(STATUS_SECONDS):

@@ -32,7 +32,7 @@ class Dispatcher:
 
     Attributes:
         settled: Set while nothing can be sent now: the queue is empty or parked, or waits to retry.
-        alarm: Problem that only a person can solve, such as a wrong URL; None while there is none.
+        certificate_expires: When the receiver's certificate expires, seconds since the epoch; None until one was seen.
     """
 
     def __init__(
@@ -57,7 +57,14 @@ class Dispatcher:
         self._due = 0.0  # when the next attempt may be made, by the monotonic clock: the other may be set
         self._compared = 0  # sequence of the batch that was last sent beside one that was refused
         self.settled = asyncio.Event()
-        self.alarm: str | None = None
+        self.certificate_expires: float | None = None
+        self._failing: str | None = None  # the alarm about the last attempt
+        self._told: str | None = None  # the alarm that was logged last
+
+    @property
+    def alarm(self) -> str | None:
+        """Problem that only a person can solve, such as a wrong URL; None while there is none."""
+        return self._failing or policy.certificate_problem(self.certificate_expires, self._clock.wall())
 
     @property
     def state(self) -> ReceiverState:
@@ -188,7 +195,6 @@ class Dispatcher:
     def _log_decision(self, delivery: PendingDelivery, outcome: Outcome, decision: policy.Decision) -> None:
         """Log a decision, and raise or lower the alarm."""
         log = self._log.bind(batch=delivery.id, sequence=delivery.sequence, attempts=delivery.attempts + 1)
-        alarm = _alarm(outcome) if policy.calls_a_person(outcome, self.state.failures + 1) else None
         match decision:
             case Accept():
                 if self.state.failures:
@@ -204,9 +210,10 @@ class Dispatcher:
                     cause=outcome.detail,
                     after_s=round(seconds, 1),
                 )
-                if alarm and alarm != self.alarm:
-                    log.error("receiver needs attention", action="receiver_alarm", cause=alarm)
-        self.alarm = alarm
+        self._failing = _alarm(outcome) if policy.calls_a_person(outcome, self.state.failures + 1) else None
+        if self.alarm and self.alarm != self._told:
+            log.error("receiver needs attention", action="receiver_alarm", cause=self.alarm)
+        self._told = self.alarm
 
     async def _expire(self) -> None:
         """Expire batches that are too old, after the receiver has failed once more."""
@@ -225,15 +232,19 @@ class Dispatcher:
 
     async def _attempt(self, poster: Poster, delivery: PendingDelivery) -> Outcome:
         try:
-            return await poster.post(delivery.kind, delivery.id, delivery.body, sequence=delivery.sequence)
+            outcome = await poster.post(delivery.kind, delivery.id, delivery.body, sequence=delivery.sequence)
         except Exception as error:  # noqa: BLE001 - what a receiver makes the library do must not end the daemon
             self._log.exception("an attempt failed in a way that nobody foresaw", action="delivery_bug")
             return Outcome(None, f"unforeseen {poster.describe(error)}", broke=True)
+        self.certificate_expires = poster.certificate_expires
+        return outcome
 
 
 def _alarm(outcome: Outcome) -> str:
     if outcome.barred:
         return f"is not called: {outcome.detail}; check its URL and where its name leads"
+    if outcome.untrusted:
+        return f"is not called: {outcome.detail}; have its certificate renewed, or its authority trusted by this host"
     if outcome.refused:
         return (
             f"accepts no batch, answers {outcome.detail}: check its URL and its secret, this host's clock, and what is "

@@ -116,6 +116,7 @@ class Keeper:
             await self._repeat(upkeep.prune_rounds)
             await self._outbox(validations.prune, self._clock.wall() - self._limits.keep_delivered)
             await self._expire_unserved()
+            await self._receivers.end_idle()
             reason = await self._shortage()
             if held and reason is None:
                 await self._outbox(upkeep.probe)
@@ -156,6 +157,7 @@ class Keeper:
         if used > self._limits.size * (1 - ROOM_AGAIN):
             # What was delivered is kept for convenience only, and goes before mining stops.
             pruned = await self._prune(math.inf)
+            await self._outbox(validations.prune, math.inf)
             if pruned:
                 self._log.warning("delivered batches were pruned for room", action="pruned_early", batches=pruned)
             used = await self._outbox(upkeep.used_bytes)

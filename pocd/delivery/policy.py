@@ -6,6 +6,7 @@ docs/protocol.md section 6 has these decisions as a table.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 BACKOFF_SECONDS = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 60.0)
 JITTER = 0.2  # of the backoff, either way, so that hosts do not come back in step
@@ -14,6 +15,7 @@ LONGEST_WAIT = LONGEST_RETRY_AFTER * (1 + JITTER) + 1.0  # and room for rounding
 POISON_FAULTS = 8  # failures of one batch alone, until it is set aside
 OTHERS_TRIED = 2  # batches that are sent beside one that is refused, to see which is at fault: it, or a setting
 ALARMING_REFUSALS = 3  # failures in a row, the last of them a refusal, that call a person
+CERTIFICATE_SECONDS = 14 * 86_400.0  # before a certificate expires that a person is told: authorities renew earlier
 
 REFUSED = frozenset({400, 409, 413, 422})  # the message will never do, or a setting is wrong
 PASSING = frozenset({408, 425, 429})  # like 5xx: the receiver's state, which changes
@@ -30,6 +32,7 @@ class Outcome:
         retry_after: Seconds that the receiver asked to be left alone.
         broke: Whether the answer was missing or incomplete: a timeout, a reset, no HTTP.
         barred: Whether nothing was sent because the receiver's address must not be called.
+        untrusted: Whether nothing was sent because the receiver's certificate is not accepted, as when it has expired.
     """
 
     status: int | None
@@ -37,6 +40,7 @@ class Outcome:
     retry_after: float | None = None
     broke: bool = False
     barred: bool = False
+    untrusted: bool = False
 
     @property
     def accepted(self) -> bool:
@@ -55,9 +59,9 @@ class Outcome:
 
     @property
     def alarm(self) -> bool:
-        """Whether a wrong setting is likely, which only a person can correct: 3xx, 401, 403, 404, a barred address."""
+        """Whether only a person can help: 3xx, 401, 403, 404, a barred address, an untrusted certificate."""
         if self.status is None:
-            return self.barred
+            return self.barred or self.untrusted
         return 300 <= self.status < 500 and self.status not in REFUSED | PASSING | {GONE}
 
 
@@ -124,6 +128,19 @@ def calls_a_person(outcome: Outcome, failures: int) -> bool:
         failures: How often the receiver has failed in a row, with this attempt.
     """
     return outcome.alarm or (outcome.refused and failures >= ALARMING_REFUSALS)
+
+
+def certificate_problem(expires: float | None, now: float) -> str | None:
+    """Return the text for a certificate that soon expires; None for any other, and where there is none.
+
+    Args:
+        expires: When the certificate expires; both in seconds since the epoch.
+        now: The time now.
+    """
+    if expires is None or expires - now >= CERTIFICATE_SECONDS:
+        return None
+    day = datetime.fromtimestamp(expires, UTC).date().isoformat()
+    return f"its certificate expires on {day}, after which it is called no more: have it renewed"
 
 
 def may_be_poison(outcome: Outcome, faults: int) -> bool:

@@ -53,6 +53,9 @@ class Poster:
         clock: Time of the requests' signatures, and of Retry-After.
         connect: Seconds that a connection may take.
         total: Seconds that a request may take, up to the head of the answer.
+
+    Attributes:
+        certificate_expires: When the receiver's certificate expires, seconds since the epoch; None until one was seen.
     """
 
     def __init__(self, receiver: Receiver, *, clock: Clock, connect: float, total: float) -> None:
@@ -62,7 +65,10 @@ class Poster:
         self._total = total
         self._barred: str | None = None  # why an address was not called, in the request under way
         timeout = aiohttp.ClientTimeout(total=total, connect=connect)
-        self._session = open_session(timeout, window=ANSWER_BYTES, refuse=self._refuse)
+        self.certificate_expires: float | None = None
+        self._session = open_session(
+            timeout, window=ANSWER_BYTES, refuse=self._refuse, certificate=self._note_certificate
+        )
 
     async def __aenter__(self) -> Self:
         return self
@@ -93,9 +99,14 @@ class Poster:
                 return await self._outcome(response)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             # An address that is barred is the reason, whether or not the others of its name could be reached.
-            return Outcome(None, self._barred or self.describe(error), barred=self._barred is not None)
+            untrusted = isinstance(error, aiohttp.ClientConnectorCertificateError)
+            detail = self._barred or self.describe(error)
+            return Outcome(None, detail, barred=self._barred is not None, untrusted=untrusted and not self._barred)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             return Outcome(None, self.describe(error), broke=not isinstance(error, ValueError))
+
+    def _note_certificate(self, expires: float) -> None:
+        self.certificate_expires = expires
 
     def _refuse(self, address: str) -> str | None:
         reason = addresses.refusal(address)

@@ -10,7 +10,7 @@ from pocd.config.types import CALLBACK_PREFIX
 from pocd.delivery.posting import Receiver
 from pocd.http.addresses import allowed_origin
 from pocd.observe.mask import mask_url
-from pocd.store.batches import register_callback
+from pocd.store import callbacks
 from pocd.tasks import first_error, start
 
 if TYPE_CHECKING:
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from pocd.delivery.dispatcher import Dispatcher
     from pocd.store.thread import OutboxThread
 
-MOST_CALLBACKS = 16
+MOST_CALLBACKS = 16  # that are served at a time
+MOST_KNOWN = 64  # that the store knows: with those of which only batches are left that were set aside
 
 
 class CallbackError(Exception):
@@ -49,6 +50,7 @@ class Receivers:
         make: Makes a dispatcher.
         outbox: Store of earlier callback URLs and of all queues.
         origins: Origins that a callback URL may have, beside those of `receivers`.
+        at_work: Gives the ids of the rounds in which nonces are being checked.
         log: Gets a line for each callback URL that is no longer allowed.
     """
 
@@ -59,9 +61,11 @@ class Receivers:
         outbox: OutboxThread,
         *,
         origins: Sequence[str],
+        at_work: Callable[[], Sequence[str]],
         log: FilteringBoundLogger,
     ) -> None:
         self._make = make
+        self._at_work = at_work
         self._outbox = outbox
         self._log = log
         self._callback_origins = origins
@@ -145,8 +149,10 @@ class Receivers:
                     url=mask_url(state.url),
                 )
 
-    async def callback(self, url: str, *, wanted: str | None) -> str:
-        """Register the receiver at `url`, serve it from now on, and return its name.
+    async def callback(self, url: str, *, wanted: str | None) -> Receiver:
+        """Return the receiver at `url`, which is served from now on.
+
+        The store knows it from when it is told what is to be sent there: a round, or a validation.
 
         Args:
             url: Callback URL, to which /generated and /validated are appended.
@@ -163,17 +169,47 @@ class Receivers:
             )
         for dispatcher in self:
             if dispatcher.receiver.url.rstrip("/") == url.rstrip("/"):
-                return dispatcher.receiver.name
+                return dispatcher.receiver
+        receiver = Receiver(callback_name(url), url, None)
+        if receiver.name not in self._known() and len(self._known()) >= MOST_KNOWN:
+            await self.end_idle()
+            if len(self._known()) >= MOST_KNOWN:
+                raise CallbackError(
+                    f"{MOST_KNOWN} callback URLs have batches that wait or were set aside, or were named just now; "
+                    "wait, or send again or purge what was set aside (pocd outbox)",
+                    full=True,
+                )
         self._retire(wanted)
         if len(self._callbacks) >= MOST_CALLBACKS:
             raise CallbackError(
                 f"{MOST_CALLBACKS} callback URLs still have batches to get; wait, or purge one's queue", full=True
             )
-        name = callback_name(url)
-        await self._outbox(register_callback, name, url)
-        if name not in self._callbacks:  # another call may have come first
-            self._start(Receiver(name, url, None))
-        return name
+        if receiver.name not in self._callbacks:  # another call may have come first
+            self._start(receiver)
+        return receiver
+
+    def _known(self) -> list[str]:
+        return [name for name, state in self._outbox.view.receivers.items() if state.url is not None]
+
+    async def end_idle(self) -> None:
+        """End the callback receivers to which nothing will be sent any more: their rows, their tasks, their figures.
+
+        Raises:
+            StoreUnavailableError: The store cannot be written now.
+        """
+        for name in await self._outbox(callbacks.idle, self._at_work()):
+            while await self._outbox(callbacks.forget_delivered, name):
+                pass  # in pieces, so that others get their turn
+            if await self._outbox(callbacks.end, name, self._at_work()):
+                self._refused.discard(name)
+                self._stop(name)
+                self._log.info("receiver has got everything and ends", action="receiver_ended", receiver=name)
+
+    def _stop(self, name: str) -> None:
+        self._callbacks.pop(name, None)
+        task = self._tasks.pop(name, None)
+        if task is not None:
+            task.cancel()
 
     def _start(self, receiver: Receiver) -> None:
         dispatcher = self._callbacks[receiver.name] = self._make(receiver)
@@ -190,5 +226,4 @@ class Receivers:
         for name in list(self._callbacks):
             queue = self._outbox.view.queues.get(name)
             if name != wanted and not (queue and queue.pending_batches):
-                self._tasks.pop(name).cancel()
-                del self._callbacks[name]
+                self._stop(name)

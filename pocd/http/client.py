@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import socket
+import ssl
 import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,11 @@ STUCK_SECONDS = 30.0  # after which the kernel ends a connection whose other sid
 
 
 def open_session(
-    timeout: aiohttp.ClientTimeout, *, window: int | None = None, refuse: Refuse | None = None
+    timeout: aiohttp.ClientTimeout,
+    *,
+    window: int | None = None,
+    refuse: Refuse | None = None,
+    certificate: Callable[[float], None] | None = None,
 ) -> aiohttp.ClientSession:
     """Return a client for one peer, which shares nothing with those for others; the caller closes it.
 
@@ -42,11 +47,15 @@ def open_session(
             bounds how long a peer that floods us can keep our thread busy in one go.
         refuse: Returns why an IP address must not be connected to, or None. It is called right before each connection,
             for a looked-up address and one in the URL; the next one of the same name is tried all the same.
+        certificate: Called at each connection by TLS with the time at which the peer's certificate expires, in seconds
+            since the epoch.
     """
     # IPv6 and IPv4 are tried in turn, as RFC 8305 says. Answers come uncompressed: nobody can send us a bomb.
     return aiohttp.ClientSession(
         timeout=timeout,
-        connector=_Connector(resolver=ThreadResolver(), socket_factory=partial(_open_socket, window, refuse)),
+        connector=_Connector(
+            resolver=ThreadResolver(), socket_factory=partial(_open_socket, window, refuse), certificate=certificate
+        ),
         cookie_jar=aiohttp.DummyCookieJar(),
         trust_env=False,
         auto_decompress=False,
@@ -71,13 +80,30 @@ class _Connector(aiohttp.TCPConnector):
     request, and all later ones be off by one; and one that the peer closes just then costs that request.
     """
 
-    def __init__(self, *, resolver: AbstractResolver, socket_factory: Callable[[AddrInfoType], socket.socket]) -> None:
+    def __init__(
+        self,
+        *,
+        resolver: AbstractResolver,
+        socket_factory: Callable[[AddrInfoType], socket.socket],
+        certificate: Callable[[float], None] | None,
+    ) -> None:
         super().__init__(resolver=resolver, socket_factory=socket_factory, force_close=True)
-        self._factory = partial(_Connection, loop=self._loop)  # type: ignore[assignment] # a subclass will do
+        self._factory = partial(_Connection, loop=self._loop, certificate=certificate)  # type: ignore[assignment] # a subclass will do
 
 
 class _Connection(ResponseHandler):
     """Aiohttp's side of a connection, which is closed by an answer that comes before the request."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, certificate: Callable[[float], None] | None = None) -> None:
+        super().__init__(loop)
+        self._certificate = certificate
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take notice of the connection; its handshake, if it has one, is done."""
+        super().connection_made(transport)
+        found = transport.get_extra_info("peercert")
+        if found and self._certificate is not None:
+            self._certificate(ssl.cert_time_to_seconds(found["notAfter"]))
 
     def set_response_params(self, **params: Any) -> None:  # noqa: ANN401 - aiohttp's own
         """Expect the answer to the request that is about to be sent."""

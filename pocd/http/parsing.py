@@ -5,14 +5,50 @@ The same models describe the calls in `/openapi.json`, so the document cannot pr
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from pocd.http.server import RefusalError
+from pocd.http.server import LARGE_BODY, RefusalError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
+T = TypeVar("T")
+
+MOST_NAMES = 4096  # of fields, and as many lists and objects, in a large body: no body of ours has more than dozens
+_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="bodies")
+_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+
+
+async def apart(work: Callable[[], T]) -> T:
+    """Run work on a large body in the one thread for that, and return its result.
+
+    One piece at a time, in the order in which they came, each begun by the loop: so the loop gets a turn between any
+    two of them, though each may keep the interpreter's lock from its begin to its end.
+    """
+    loop = asyncio.get_running_loop()
+    async with _turns.setdefault(loop, asyncio.Lock()):
+        return await loop.run_in_executor(_thread, work)
+
+
+def refuse_shape(raw: bytes, most_values: int) -> None:
+    """Refuse a large body that no caller of ours can mean, before it is unpacked: that would take seconds, and memory.
+
+    Raises:
+        RefusalError: 400 `too_many_values`: more values, fields, lists or objects than `most_values` and `MOST_NAMES`.
+    """
+    if len(raw) <= LARGE_BODY:
+        return
+    if raw.count(b",") > most_values:
+        raise RefusalError(400, "too_many_values", f"the body has more than {most_values} commas")
+    if raw.count(b":") > MOST_NAMES or raw.count(b"[") + raw.count(b"{") > MOST_NAMES:
+        raise RefusalError(400, "too_many_values", f"the body has more than {MOST_NAMES} fields, lists or objects")
 
 
 class Input(BaseModel):
@@ -21,21 +57,31 @@ class Input(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-async def parse_body(request: web.Request, model: type[Parsed]) -> Parsed:
+async def parse_body(request: web.Request, model: type[Parsed], *, most_values: int = MOST_NAMES) -> Parsed:
     """Return the JSON body as a `model`; an empty body counts as `{}`.
 
     Strict: a string where a number belongs is refused.
 
+    Args:
+        request: The request.
+        model: Model of the body.
+        most_values: Most values in a large body, see `refuse_shape`.
+
     Raises:
-        RefusalError: 400 `unreadable_body`, `malformed_json`, or `invalid_request` with the field.
+        RefusalError: 400 `unreadable_body`, `malformed_json`, `too_many_values`, or `invalid_request` with the field.
         web.HTTPRequestEntityTooLarge: The body is larger than the operation allows.
     """
     try:
         raw = await request.read()
     except web.RequestPayloadError as error:  # broken chunks
         raise RefusalError(400, "unreadable_body", f"the body is cut short or malformed: {error}") from None
-    try:
+
+    def parse() -> Parsed:
+        refuse_shape(raw, most_values)
         return model.model_validate_json(raw or b"{}", strict=True)
+
+    try:
+        return await apart(parse) if len(raw) > LARGE_BODY else parse()
     except ValidationError as error:
         raise _refusal(error, model) from None
 

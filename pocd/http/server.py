@@ -17,13 +17,16 @@ from typing import TYPE_CHECKING, cast
 import orjson
 from aiohttp import web
 
-from pocd.http.unix_socket import unix_socket
+from pocd.http.unix_socket import UnixListener
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Mapping
     from pathlib import Path
 
     from aiohttp.typedefs import Handler
+
+LARGE_BODY = 64 * 1024
+"""Bytes; larger bodies are counted, see `Bounds`, and are parsed in a thread of their own."""
 
 BACKLOG = 512  # connections that wait to be accepted; all at once they stay below the usual limit of 1024 files
 
@@ -38,6 +41,8 @@ class Bounds:
         next_head: Seconds from an answer to the end of the next request's head.
         body: Seconds for a request's body.
         answer: Seconds in which a client has to take an answer, unless its handler streams it.
+        bodies: Bytes of all large bodies that are being received or worked on.
+        body_grace: Seconds after which a large body that has not arrived yet makes room for another one.
     """
 
     connections: int = 256
@@ -45,6 +50,8 @@ class Bounds:
     next_head: float = 75.0
     body: float = 30.0
     answer: float = 30.0
+    bodies: int = 128 * 2**20
+    body_grace: float = 5.0
 
 
 DEFAULT_BOUNDS = Bounds()
@@ -141,28 +148,37 @@ def _is_here(address: str) -> bool:
 
 @asynccontextmanager
 async def listening_at(
-    app: web.Application, path: Path, *, shutdown_timeout: float, bounds: Bounds = DEFAULT_BOUNDS
+    app: web.Application,
+    path: Path,
+    *,
+    shutdown_timeout: float,
+    bounds: Bounds = DEFAULT_BOUNDS,
+    told: Callable[[str], None] = lambda _: None,
 ) -> AsyncIterator[str]:
     """Serve `app` on a Unix socket while the context lasts, and give its URL: unix:// and the path.
 
-    The socket is for its owner and group (mode 0660). One that was left behind, on which nobody listens, is replaced.
+    The socket is for its owner and group (mode 0660). One that was left behind, on which nobody listens, is replaced;
+    one that somebody removes is put back.
 
     Args:
         app: The application to serve; it gets two more middlewares, and can be served once.
         path: Path of the socket, which is removed at the end.
         shutdown_timeout: Seconds that requests under way have to end, when the context ends.
         bounds: Limits on what clients may cost.
+        told: Gets a text for the log, when the socket was put back or cannot be.
 
     Raises:
         OSError: Another program listens there, or the path cannot be used.
     """
     async with _protocols(app, bounds, shutdown_timeout) as protocols:
-        with unix_socket(path) as bound:
-            server = await asyncio.get_running_loop().create_unix_server(protocols, sock=bound, backlog=BACKLOG)
-            try:
-                yield f"unix://{path}"
-            finally:
-                server.close()
+        listener = UnixListener(path, protocols, backlog=BACKLOG, told=told)
+        await listener.open()
+        watch = asyncio.create_task(listener.watch(), name=f"socket {path}")
+        try:
+            yield f"unix://{path}"
+        finally:
+            watch.cancel()
+            listener.close()
 
 
 @asynccontextmanager
@@ -212,6 +228,8 @@ class _Protocol(web.RequestHandler):
         message: str | None = None,
     ) -> web.StreamResponse:
         """Answer malformed HTTP, which reaches no middleware and no log, and failures on our side."""
+        if isinstance(exc, ConnectionError):
+            return web.Response(status=400)  # nobody gets it: the client has gone before it was told to continue
         if status < 500:
             error = RefusalError(status, "malformed_request", (message or "this is not HTTP").partition("\n")[0])
         else:
@@ -237,6 +255,7 @@ class _Connections:
         self._bounds = bounds
         self._open: dict[asyncio.Protocol, asyncio.Transport] = {}
         self._waiting: dict[asyncio.Protocol, asyncio.TimerHandle | None] = {}  # the one that waits longest is first
+        self._bodies: dict[asyncio.Protocol, tuple[int, float]] = {}  # bytes of large bodies, and when they began
 
     def made(self, http: asyncio.Protocol, transport: asyncio.Transport) -> bool:
         """Accept a new connection, if need be in place of the one that waits longest; False where none waits."""
@@ -253,6 +272,7 @@ class _Connections:
         """Forget a connection that has ended."""
         self._work(http)
         self._open.pop(http, None)
+        self._bodies.pop(http, None)
 
     def close(self) -> None:
         """End the connections that are left, whose clients do not take what was written to them."""
@@ -264,6 +284,7 @@ class _Connections:
         """Count a request as work from its head to the end of its answer; the first middleware of all."""
         http = request.protocol
         self._work(http)
+        await asyncio.sleep(0)  # a client that sends many requests at once has no more than one answered at each turn
         try:
             try:
                 response = await handler(request)
@@ -274,6 +295,7 @@ class _Connections:
                 await self._write(request, response)
             return response
         finally:
+            self._bodies.pop(http, None)
             self._wait(http, self._bounds.next_head)
 
     @web.middleware
@@ -284,6 +306,7 @@ class _Connections:
         """
         if request.can_read_body:
             _refuse_compressed(request)
+            self._make_room(request)
             self._wait(request.protocol, None)
             try:
                 async with asyncio.timeout(self._bounds.body):
@@ -296,6 +319,21 @@ class _Connections:
             finally:
                 self._work(request.protocol)
         return await handler(request)
+
+    def _make_room(self, request: web.Request) -> None:
+        """Count a large body, if need be in place of one whose client has kept us waiting for it too long."""
+        most = request.client_max_size
+        size = most if request.content_length is None else min(request.content_length, most)
+        if size <= LARGE_BODY:
+            return
+        now = asyncio.get_running_loop().time()
+        while sum(each for each, _ in self._bodies.values()) + size > self._bounds.bodies:
+            longest = next((http for http in self._bodies if http in self._waiting), None)  # the first began first
+            if longest is None or now - self._bodies[longest][1] < self._bounds.body_grace:
+                message = f"large bodies of {self._bounds.bodies} bytes in all are being worked on; try again later"
+                raise RefusalError(503, "too_many_bodies", message, headers={"Retry-After": "1"})
+            self._drop(longest)
+        self._bodies[request.protocol] = size, now
 
     async def _write(self, request: web.Request, response: web.Response) -> None:
         """Write an answer, and end a connection whose client does not take it."""

@@ -19,7 +19,7 @@ from pocd.process import WAITING
 from pocd.protocol.errors import InputError
 from pocd.protocol.names import check_device, check_dtype, resolve
 from pocd.protocol.nonces import LARGEST_NONCE
-from pocd.protocol.schemes import SCHEMES
+from pocd.protocol.schemes import DISTANCE_SCHEMES, SCHEMES
 from pocd.protocol.theory import r_target_for
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from pocd.compute.engine import BlockRun
     from pocd.compute.model import Model
+    from pocd.protocol.schemes import Output
 
 HEAD_ROWS = 4096  # of the head that are in float32 at a time
 
@@ -71,10 +72,15 @@ def parse_nonces(text: str) -> Iterator[int]:
     return itertools.chain.from_iterable(ranges)
 
 
-def _check_names(asked: ComputeRequest | Plan) -> None:
-    """Refuse unknown names before torch is imported, which takes seconds, and prepare that import."""
+def _check_names(asked: ComputeRequest | Plan, output: Output) -> None:
+    """Refuse unknown names and other outputs before torch is imported, which takes seconds; prepare that import."""
     if asked.scheme not in SCHEMES:
         raise InputError(f"scheme {asked.scheme!r} is unknown; allowed are: {', '.join(SCHEMES)}")
+    if SCHEMES[asked.scheme].output != output:
+        raise InputError(
+            f"scheme {asked.scheme!r} gives vectors, all of which count: there are no distances, and no r_target; "
+            f"allowed are: {', '.join(DISTANCE_SCHEMES)}"
+        )
     check_dtype(asked.dtype)
     check_device(asked.device)
     resolve(asked.model, asked.revision)
@@ -82,13 +88,13 @@ def _check_names(asked: ComputeRequest | Plan) -> None:
 
 
 @contextlib.contextmanager
-def prepared(request: ComputeRequest) -> Iterator[BlockRun]:
-    """Load the model and prepare it for the block, while the context lasts.
+def prepared(request: ComputeRequest, output: Output) -> Iterator[BlockRun]:
+    """Load the model and prepare it for the block, while the context lasts; the scheme has to have this output.
 
     Raises:
         ComputeError: The input, the model or the device cannot be used.
     """
-    _check_names(request)
+    _check_names(request, output)
     from pocd.compute.engine import block_run
     from pocd.compute.model import load_model
 
@@ -115,10 +121,26 @@ def distances(request: ComputeRequest, nonces: Iterable[int]) -> Iterator[tuple[
     Raises:
         ComputeError: The input, the model or the device cannot be used, or a nonce has no distance.
     """
-    with prepared(request) as run:
-        left = iter(nonces)
-        while batch := list(itertools.islice(left, request.batch_size)):
+    with prepared(request, "distance") as run:
+        for batch in _batches(nonces, request):
             yield from zip(batch, run.distances(batch, batch_size=request.batch_size), strict=True)
+
+
+def vectors(request: ComputeRequest, nonces: Iterable[int]) -> Iterator[tuple[int, list[float]]]:
+    """Yield (nonce, vector) in the order of `nonces`, which are distinct.
+
+    Raises:
+        ComputeError: The input, the model or the device cannot be used, or a nonce has no vector.
+    """
+    with prepared(request, "vector") as run:
+        for batch in _batches(nonces, request):
+            yield from zip(batch, run.values(batch, batch_size=request.batch_size).tolist(), strict=True)
+
+
+def _batches(nonces: Iterable[int], request: ComputeRequest) -> Iterator[list[int]]:
+    left = iter(nonces)
+    while batch := list(itertools.islice(left, request.batch_size)):
+        yield batch
 
 
 def measure(plan: Plan, advance: Callable[[int], None]) -> Measurement:
@@ -132,7 +154,7 @@ def measure(plan: Plan, advance: Callable[[int], None]) -> Measurement:
         ComputeError: The plan, the model or the device cannot be used.
     """
     check_plan(plan)
-    _check_names(plan)
+    _check_names(plan, "distance")
     from pocd.compute.model import load_model
 
     model = load_model(plan.model, dtype=plan.dtype, device=plan.device, revision=plan.revision, seq_len=plan.seq_len)
@@ -185,7 +207,7 @@ def attack(plan: Plan, advance: Callable[[float], None]) -> Attacks:
         ComputeError: The plan, the model or the device cannot be used.
     """
     check_audit(plan)
-    _check_names(plan)
+    _check_names(plan, "distance")
     from pocd.compute.engine import block_run
     from pocd.compute.model import load_model
     from pocd.lab import cheater

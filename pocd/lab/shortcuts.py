@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from pocd.compute.transforms import JOIN
+from pocd.compute.transforms import join_of
 from pocd.lab.linear import LinearMap
 from pocd.protocol.schemes import SEGMENTS
 
@@ -84,9 +84,8 @@ def run_states(
     positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Run the layers on embeddings [B, S, H]; see `LayerDecoder.states`."""
-    return run.model.by_layers.states(
-        embeddings, JOIN[run.scheme.layer_step], run.vectors, between=between or {}, positions=positions
-    )
+    join = join_of(run.scheme.layer_step, run.model.layers)
+    return run.model.by_layers.states(embeddings, join, run.vectors, between=between or {}, positions=positions)
 
 
 def batches(nonces: Sequence[int], size: int) -> Iterator[Sequence[int]]:

@@ -43,17 +43,19 @@ class RoundRequest:
     Attributes:
         fraud_threshold: Batches are fraud below this probability of honesty.
         callback: Name of the receiver of the round's batches beside the configured ones.
+        callback_url: URL of that receiver; None where it is a configured one.
     """
 
     round: Round
     node: Node
     fraud_threshold: float
     callback: str | None
+    callback_url: str | None = None
 
     @property
     def work(self) -> Work:
         """This round as the `Work` that the miner is given."""
-        return Work(self.round, self.node, by_chain=False, callback=self.callback)
+        return Work(self.round, self.node, by_chain=False, callback=self.callback, callback_url=self.callback_url)
 
 
 def encode(mode: Mode, asked: RoundRequest | None, runs: Runs) -> str | None:

@@ -91,6 +91,10 @@ class Miner:
         """The round to work on now; None while there is none, or mining is stopped or held."""
         return None if self.paused or self._closed or self.held else self.mining
 
+    def rounds_at_work(self) -> list[str]:
+        """Return the ids of the active round, and of earlier ones whose nonces are still being checked."""
+        return [mining.round.id for mining in {*self._leased, *([self.mining] if self.mining else [])}]
+
     async def set_round(self, work: Work | None) -> None:
         """Replace the active round at once. The old one's proofs are delivered all the same."""
         if not self.works_on(work):

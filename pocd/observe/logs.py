@@ -6,21 +6,18 @@ import atexit
 import io
 import json
 import logging
-import os
 import sys
 from typing import TYPE_CHECKING, Literal, TextIO, cast
 
 import orjson
 import structlog
 
+from pocd.observe.journal import PRIORITIES, goes_to_journal, marked
 from pocd.observe.lines import LineWriter, writer_to
 from pocd.observe.mask import clean, escape_json, mask_credentials
 
 if TYPE_CHECKING:
     from structlog.typing import EventDict, ExcInfo, FilteringBoundLogger, Processor, WrappedLogger
-
-# Syslog severities (RFC 5424 section 6.2.1), as the journal uses them.
-PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 
 FLUSH_SECONDS = 2.0  # at the end of the process, for the last lines
 
@@ -43,7 +40,7 @@ class _JournalPrefix:
 
     def __call__(self, _logger: WrappedLogger, method: str, line: EventDict | str) -> str:
         assert isinstance(line, str), "the renderer comes first"
-        return f"<{PRIORITIES[method]}>{line}"
+        return marked(line, method)
 
 
 def _render_json(_logger: WrappedLogger, _method: str, event: EventDict) -> str:
@@ -69,15 +66,6 @@ def _mask_credentials(_logger: WrappedLogger, _method: str, line: EventDict | st
     """Hide user and password of URLs anywhere in the line, such as in an exception's text."""
     assert isinstance(line, str), "the renderer comes first"
     return mask_credentials(line)
-
-
-def _goes_to_journal() -> bool:
-    """Tell whether standard error is the journal's stream: JOURNAL_STREAM, "device:inode" (systemd.exec(5)).
-
-    A program that was started by a service and has standard error elsewhere inherits the variable too.
-    """
-    stream = os.fstat(2)
-    return os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
 
 
 class _Lines:
@@ -148,7 +136,7 @@ def configure(level: str, style: Literal["auto", "console", "json"]) -> Filterin
     else:
         tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
         renderers = [structlog.processors.ExceptionRenderer(tracebacks), _add_priority, _render_json, _mask_credentials]
-        if _goes_to_journal():
+        if goes_to_journal(2):
             renderers.append(_JournalPrefix())
     structlog.configure(
         processors=[*shared, *renderers],

@@ -5,11 +5,17 @@ Source: the NVIDIA Management Library (NVML), by nvidia-ml-py. NVML needs no CUD
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
 import threading
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, TypeVar
 
 import pynvml
+
+from pocd.pool.placement import ABSENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -47,25 +53,63 @@ class CardReading:
     utilization: float | None
 
 
-def count(visible: str | None) -> int:
-    """Return how many cards CUDA sees on this machine.
+def list_cards(visible: str | None) -> list[str]:
+    """Return the names of the cards that CUDA can be shown on this machine: numbers, or UUIDs of cards and MIG slices.
 
     Args:
-        visible: The variable CUDA_VISIBLE_DEVICES (indices or UUIDs, of which CUDA ignores those after an empty one or
-            -1); None where it is not set.
+        visible: The variable CUDA_VISIBLE_DEVICES; None where it is not set.
 
     Raises:
-        NoDriverError: The driver cannot be asked.
+        NoDriverError: The driver cannot be asked, and the variable does not say it.
     """
-    if visible is not None:
-        names = [name.strip() for name in visible.split(",")]
-        return next((number for number, name in enumerate(names) if name in {"", "-1"}), len(names))
     try:
         pynvml.nvmlInit()
-        found: int = pynvml.nvmlDeviceGetCount()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
+        if visible is None:
+            return [name for handle in handles if _is_allowed(handle) for name in _slices(handle) or [_uuid(handle)]]
     except pynvml.NVMLError as error:
-        raise NoDriverError(f"the driver cannot be asked how many GPUs there are: {error}") from error
+        if visible is None:
+            raise NoDriverError(f"the driver cannot be asked how many GPUs there are: {error}") from error
+        return parse_visible(visible, None)
+    return parse_visible(visible, len(handles))
+
+
+def parse_visible(visible: str, count: int | None) -> list[str]:
+    """Return the names in CUDA_VISIBLE_DEVICES that count: CUDA ignores what follows one that no card has.
+
+    Args:
+        visible: Value of the variable.
+        count: How many cards there are; None where nobody knows.
+    """
+    names = [name.strip() for name in visible.split(",")]
+    known = math.inf if count is None else count
+    return list(takewhile(lambda name: name not in {"", ABSENT} and not (name.isdigit() and int(name) >= known), names))
+
+
+def _uuid(handle: object) -> str:
+    return str(pynvml.nvmlDeviceGetUUID(handle))
+
+
+def _slices(handle: object) -> list[str]:
+    """Return the UUIDs of a card's MIG slices; none where it is not cut."""
+    if _supported(lambda: pynvml.nvmlDeviceGetMigMode(handle)[0]) != pynvml.NVML_DEVICE_MIG_ENABLE:
+        return []
+    found = []
+    for number in range(pynvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+        with contextlib.suppress(pynvml.NVMLError_NotFound):
+            found.append(_uuid(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number)))
     return found
+
+
+def _is_allowed(handle: object) -> bool:
+    """Tell whether this process may open a card, which control groups can forbid: CUDA does not see it then."""
+    try:
+        os.close(os.open(f"/dev/nvidia{pynvml.nvmlDeviceGetMinorNumber(handle)}", os.O_RDWR | os.O_CLOEXEC))
+    except PermissionError:
+        return False
+    except OSError:  # some systems have no such files
+        pass
+    return True
 
 
 def read(uuids: Iterable[str]) -> tuple[dict[str, CardReading], str | None]:
@@ -78,10 +122,18 @@ def read(uuids: Iterable[str]) -> tuple[dict[str, CardReading], str | None]:
         return {}, f"the driver cannot be asked how the cards are: {error}"
     for uuid in uuids:
         try:
-            readings[uuid] = _read(pynvml.nvmlDeviceGetHandleByUUID(uuid))
+            readings[uuid] = _read(_find(uuid))
         except pynvml.NVMLError as error:  # such as a card that is lost
             problem = f"the driver does not say how card {uuid} is: {error}"
     return readings, problem
+
+
+def _find(uuid: str) -> object:
+    """Return the handle of a card, or of a MIG slice, to which CUDA gives a card's prefix."""
+    try:
+        return pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    except pynvml.NVMLError_NotFound:
+        return pynvml.nvmlDeviceGetHandleByUUID(uuid.replace("GPU-", "MIG-", 1))
 
 
 def _read(handle: object) -> CardReading:

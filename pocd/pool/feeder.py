@@ -213,10 +213,10 @@ class Feeder:
 
 
 def take_batch_size(message: BatchShrunk, state: WorkerState, log: FilteringBoundLogger) -> None:
-    """Record that a worker's batches became smaller, and log it."""
+    """Record that a worker's batches became smaller as memory was short, and log it."""
     text = f"{message.reason}; batches are of {message.size} nonces now"
     log.warning(text, action="batch_size", size=message.size)
-    state.batch_size = message.size
+    state.batch_size = state.most = message.size
 
 
 def _refused(batches: str, reason: str) -> WorkerError:

@@ -8,8 +8,27 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 
+ABSENT = "-1"  # a name that no card has; CUDA shows neither it nor what follows
+
+
 class NoDeviceError(Exception):
     """There are fewer devices than are configured."""
+
+
+def name_cards(devices: Sequence[str], visible: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the names by which CUDA is shown the cards of one worker, and no others; none on the CPU.
+
+    So each worker's first card is its cuda:0: no worker holds memory of another one's card, and what is compiled for
+    one card, which goes by the card's number, serves all.
+
+    Args:
+        devices: The worker's devices.
+        visible: Names of all cards that this host's CUDA sees, in the order of their numbers; None for the numbers.
+    """
+    numbers = [int(device.partition(":")[2] or 0) for device in devices if device != "cpu"]
+    if visible is None:
+        return tuple(map(str, numbers))
+    return tuple(visible[number] if number < len(visible) else ABSENT for number in numbers)
 
 
 def place(device: str | Sequence[str], parallel: int, count_cards: Callable[[], int]) -> list[tuple[str, ...]]:

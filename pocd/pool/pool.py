@@ -23,11 +23,15 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from pocd.clock import Clock
+    from pocd.config.settings import Settings
     from pocd.mining.miner import Miner
     from pocd.observe.changes import Changes
     from pocd.observe.events import Events
     from pocd.pool.limits import WorkerLimits
     from pocd.worker.messages import Load, Ready
+
+
+ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # the second one before torch 2.9
 
 
 class Pool:
@@ -61,7 +65,8 @@ class Pool:
         self.ready = asyncio.Event()
         self.last_error: str | None = None
         self.workers = [
-            WorkerState(number, load.devices, load.batch_size, RateWindow(clock)) for number, load in enumerate(loads)
+            WorkerState(number, load.devices, load.batch_size, RateWindow(clock), is_compiling=load.compile != "never")
+            for number, load in enumerate(loads)
         ]
         self._supervisors = [
             Supervisor(
@@ -70,7 +75,7 @@ class Pool:
                 miner,
                 limits,
                 self.recomputations,
-                environment=partial(environment, loads, cache),
+                environment=partial(environment, load, loads, cache),
                 changed=self._changed,
                 clock=clock,
                 log=log.bind(worker=worker.number) if len(loads) > 1 else log,
@@ -140,12 +145,13 @@ class Pool:
         self._changes.notify()
 
 
-def environment(loads: Sequence[Load], cache: Path) -> dict[str, str]:
-    """Return the environment of the workers' processes. What the daemon's own environment sets stays.
+def environment(load: Load, loads: Sequence[Load], cache: Path) -> dict[str, str]:
+    """Return the environment of a worker's processes. What the daemon's own environment sets stays, but for its cards.
 
     All but PYTHONOPTIMIZE: transformers reads its own docstrings, which Python leaves out with -OO.
 
     Args:
+        load: What the worker loads.
         loads: What each of the workers loads.
         cache: The folder for what compilers make, which outlives the workers.
 
@@ -160,13 +166,17 @@ def environment(loads: Sequence[Load], cache: Path) -> dict[str, str]:
         "GLOO_SOCKET_IFNAME": "lo",  # ranks of one host need no network
         "NCCL_SOCKET_IFNAME": "lo",
     }
-    on_cpu = sum(load.devices.count("cpu") for load in loads)
-    if on_cpu:
-        variables["CUDA_VISIBLE_DEVICES"] = ""  # no library is to take a GPU that is not asked for
+    if not ALLOCATOR & os.environ.keys():
+        # Else blocks that batches of several shapes leave behind do not serve one another.
+        variables |= dict.fromkeys(ALLOCATOR, "expandable_segments:True")
+    on_cpu = sum(each.devices.count("cpu") for each in loads)
     if on_cpu > 1:  # they share the cores, and each would start a thread for every core
         variables["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // on_cpu))
-    dropped = {"TMPDIR", "PYTHONOPTIMIZE", *(["CUDA_VISIBLE_DEVICES"] if on_cpu else [])}
-    return variables | {name: value for name, value in os.environ.items() if name not in dropped}
+    dropped = {"TMPDIR", "PYTHONOPTIMIZE"}
+    variables |= {name: value for name, value in os.environ.items() if name not in dropped}
+    if load.cards or "cpu" in load.devices:  # no library is to take a GPU that is not the worker's
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(load.cards)
+    return variables
 
 
 def _temporary_folder(otherwise: Path) -> Path:
@@ -176,3 +186,11 @@ def _temporary_folder(otherwise: Path) -> Path:
     except FileNotFoundError:
         otherwise.mkdir(parents=True, exist_ok=True)
         return otherwise
+
+
+def cache_folder(settings: Settings) -> Path:
+    """Return the folder for compiled code: as configured, systemd's CacheDirectory=, or beside the store."""
+    if settings.worker.cache is not None:
+        return settings.worker.cache
+    given = os.environ.get("CACHE_DIRECTORY", "").partition(":")[0]
+    return Path(given) if given else settings.store.path.parent / "cache"

@@ -50,8 +50,11 @@ class WorkerState:
     Attributes:
         number: The worker's number; the daemon's workers are numbered from 0.
         devices: The devices of the worker, one for each of its ranks.
-        batch_size: Nonces per batch; where the worker had to shrink it, that is remembered across its lives.
+        batch_size: Nonces per batch.
+        most: Nonces per batch that the next life tries at most; half of what did not fit into memory.
         computed_rate: Rate of the distances that are counted in `computed`.
+        is_compiling: Whether the model is compiled where that is possible.
+        capture: Whether the next life tries to capture batches as CUDA graphs; False once that failed.
         phase: What the worker is doing now.
         stage: What the worker does until it is ready, for people; None while it waits and once it is ready.
         was_ready: Whether the worker had a model ready in its present or last life.
@@ -71,6 +74,8 @@ class WorkerState:
     devices: tuple[str, ...]
     batch_size: int
     computed_rate: RateWindow
+    is_compiling: bool = True
+    capture: bool = True
     phase: Phase = Phase.WAITING
     stage: str | None = None
     was_ready: bool = False
@@ -84,6 +89,10 @@ class WorkerState:
     last_error: str | None = None
     last_refusal: str | None = None
     computed: int = 0
+    most: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.most = self.batch_size
 
     @property
     def device(self) -> str:
@@ -97,11 +106,28 @@ class WorkerState:
 
     @property
     def alarm(self) -> str | None:
-        """Alarm text for people while the worker fails again and again; None otherwise."""
-        if self.ready or self.failures < MOST_FAILURES:
+        """Alarm text for people while the worker fails again and again, or is slower than need be; None otherwise."""
+        if self.ready:
+            return self._slowness
+        if self.failures < MOST_FAILURES:
             return None
         tried = f"left out, and tried every {LEFT_OUT_SECONDS / 60:.0f} min" if self.left_out else "still tried"
         return f"failed {self.failures} times in a row, {tried}; the last time: {self.last_error}"
+
+    @property
+    def rounding_alarm(self) -> str | None:
+        """Alarm text for people where the worker's results depend too much on rounding; None otherwise."""
+        return self.info.conditioning.alarm if self.info and self.info.conditioning else None
+
+    @property
+    def _slowness(self) -> str | None:
+        """Alarm text where a GPU runs eagerly what is to be compiled; None otherwise."""
+        info = self.info
+        assert info is not None, "a worker that is ready has said so"
+        could = self.is_compiling and info.decoder == "flat" and self.devices[0] != "cpu"
+        if not could or info.execution != "eager":
+            return None
+        return f"batches run eagerly, which is slower than compiled code: {info.execution_reason}"
 
     def start(self) -> None:
         """Begin a life."""

@@ -56,8 +56,8 @@ class Supervisor:
 
     @property
     def load(self) -> Load:
-        """What the worker's next life is to load, in batches of the size that was last found to fit."""
-        return dataclasses.replace(self._load, batch_size=self.state.batch_size)
+        """What the worker's next life is to load: as in the first one, but for what did not fit or failed since."""
+        return dataclasses.replace(self._load, batch_size=self.state.most, capture=self.state.capture)
 
     async def live(self) -> NoReturn:
         """Start the worker's processes, have them fed until one fails, and end them.
@@ -108,6 +108,10 @@ class Supervisor:
         self.state.become_ready(info)
         self._changed()
         self._log.info("worker ready", action="worker_ready", pids=self.state.pids, **dataclasses.asdict(info))
+        if self.state.rounding_alarm:
+            self._log.warning(self.state.rounding_alarm, action="rounding")
+        if self.state.alarm:
+            self._log.warning(self.state.alarm, action="execution")
         self._events.publish("worker", what="ready", worker=self.state.number)
         await Feeder(leader, self.state, self._miner, self._recomputations, self._limits, log=self._log).run()
 
@@ -135,11 +139,14 @@ class Supervisor:
             return (
                 WorkerError(Cause.CRASH, ended.text) if ended.by_signal else WorkerError(Cause(error.kind), str(error))
             )
+        if error.kind == "capture":
+            self.state.capture = False
+            return WorkerError(Cause.FAULT, f"{error}; from now on batches are compiled, and not captured")
         if error.kind != "memory":
             return WorkerRefusedError(Cause(error.kind), str(error))
         state = self.state
-        if self._load.shrink and state.batch_size > 1 and (self._load.is_split or state.info is not None):
-            # One rank cannot halve alone, nor can compiled code; so the next life begins with half.
+        if self._load.is_auto and state.batch_size > 1 and (self._load.is_split or state.info is not None):
+            # Ranks that went out of step cannot go on, nor can compiled code; so the next life takes half at most.
             take_batch_size(BatchShrunk(state.batch_size // 2, str(error)), state, self._log)
             return WorkerError(Cause.MEMORY, str(error))
         if state.info is not None:  # it did fit, so whatever took the memory may give it back

@@ -31,5 +31,9 @@ class MemoryShortError(ComputeError):
     """The model, or the smallest batch, does not fit into the device's memory."""
 
 
+class CaptureError(ComputeError):
+    """A batch cannot be captured as a CUDA graph, and the process that tried it must not use the GPU any more."""
+
+
 class NonFiniteError(ComputeError):
     """The model gave NaN or infinity, so these nonces have no distance."""

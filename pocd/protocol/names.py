@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import stat
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -15,23 +16,32 @@ BUNDLED = Path(__file__).resolve().parent.parent / "models"
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 Compile = Literal["auto", "always", "never"]
+OnRounding = Literal["warn", "refuse"]  # where rounding decides too much
 # How far two honest distances of one nonce in one dtype may lie apart, where distances are made in 8192 dimensions:
 # docs/protocol.md, "Agreement", measured there.
 TOLERANCE: dict[str, float] = {"float32": 1e-5, "float16": 5e-4, "bfloat16": 2e-3}
 PRODUCT_ROUNDING = 2.0
-# Where batch_size = "auto" begins. On the CPU more is not faster; on a GPU it is halved until it fits.
-AUTO_BATCH_SIZE = {"cpu": 32, "cuda": 1024}
+# How far two honest vectors' numbers, whose standard deviation is 1, may lie apart on the bundled models.
+VECTOR_TOLERANCE: dict[str, float] = {"float32": 1e-5, "float16": 0.02, "bfloat16": 0.15}
+LARGEST_BATCH = 2**16  # positions of a batch where batch_size is "auto": more of them make no device faster
 DEVICE_PATTERN = r"^(cpu|cuda(:[0-9]+)?)$"
 
 
 def default_tolerance(dtype: str, scheme: Scheme, hidden_size: int) -> float:
-    """Return how far two honest distances of one nonce in `dtype` may lie apart.
+    """Return how far two honest distances of one nonce in `dtype`, or numbers of its vector, may lie apart.
 
     Without a head distances are made in the hidden space, where they vary √(8192/H) times as much; and a product
     magnifies rounding.
     """
+    if scheme.output == "vector":
+        return VECTOR_TOLERANCE[dtype]
     scale = PRODUCT_ROUNDING * math.sqrt(RANDOM_HEAD_DIM / hidden_size) if scheme.head == "none" else 1.0
     return TOLERANCE[dtype] * scale
+
+
+def largest_batch_size(seq_len: int) -> int:
+    """Return the largest batch size, in nonces, that batch_size = "auto" can come to: a power of two, or 1."""
+    return 1 << max(0, (LARGEST_BATCH // seq_len).bit_length() - 1)
 
 
 def check_dtype(name: str) -> None:
@@ -46,12 +56,21 @@ def check_device(name: str) -> None:
         raise InputError(f"device {name!r} is unknown; allowed are: cpu, cuda, cuda:N")
 
 
+def _is_file(path: Path) -> bool:
+    """Tell whether a file is there; a folder that may not be looked into raises, in every version of Python."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
 def resolve(name: str, revision: str | None = None) -> str:
     """Turn a configured name into what transformers loads: a local path or a hub id.
 
     Raises:
         ModelAwayError: The local folder does not exist, or is empty.
         ModelError: The bundled model does not exist, the folder holds none, or it has a revision.
+        OSError: The local folder cannot be looked at.
     """
     is_local = name.startswith(("bundled:", "/", "./", "../", "~"))
     if is_local and revision is not None:
@@ -64,7 +83,7 @@ def resolve(name: str, revision: str | None = None) -> str:
         return str(path)
     if is_local:
         path = Path(name).expanduser()
-        if not (path / "config.json").is_file():
+        if not _is_file(path / "config.json"):
             missing = f"model {name!r}: there is no {path / 'config.json'}"
             if not path.exists() or (path.is_dir() and not any(path.iterdir())):
                 raise ModelAwayError(

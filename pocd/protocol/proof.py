@@ -20,7 +20,12 @@ def canonical_json(value: object) -> bytes:
 
 def content_id(value: object) -> str:
     """Return a name of `value` by its content: the first 32 hex digits of SHA-256 of its canonical JSON."""
-    return hashlib.sha256(canonical_json(value)).hexdigest()[:32]
+    return hash_name(canonical_json(value))
+
+
+def hash_name(content: bytes) -> str:
+    """Return the first 32 hex digits of the SHA-256 of `content`, which identify it."""
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)

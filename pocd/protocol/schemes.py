@@ -1,4 +1,4 @@
-"""The registry of schemes: how a distance is composed (docs/protocol.md sections 3 and 4).
+"""The registry of schemes: how a distance, or a vector, is composed (docs/protocol.md sections 3 and 4).
 
 A scheme is a composition of six choices. Each choice is named here and made in one place: `weights` in
 `weights.py`, `layer_step` in `transforms.py`, `reads` in `segments.py`, the others in `engine.py`. Plain
@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 WeightSource = Literal["trained", "drawn", "embedding drawn"]
-LayerStep = Literal["none", "reflect", "normalise and reflect"]
-Reads = Literal["last position", "segments"]
-HeadSource = Literal["trained", "embedding", "random", "none"]
+LayerStep = Literal["none", "reflect", "normalise and reflect", "normalise, weigh and reflect"]
+Reads = Literal["last position", "segments", "signed sum"]
+HeadSource = Literal["trained", "embedding", "random", "none", "projection"]
+Output = Literal["distance", "vector"]
 
 RANDOM_HEAD_DIM = 8192  # D of a random head
-SEGMENTS = 6  # of the sequence, where all positions are read
+SEGMENTS = 6  # of the sequence, where a product of them is read
+VECTOR_SIZE = 12  # numbers per nonce, where they are the result
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +28,14 @@ class Scheme:
     Attributes:
         name: Name in the configuration and in batches.
         weights: Source of the weights: the model's own; or all, or the input embedding, drawn anew per block hash.
-        layer_step: Transform of branch and residual after every decoder layer.
-        reads: The part of the decoder's output that is read: the last position; or all, as a product over segments.
+        layer_step: Transform of branch and residual after every decoder layer; "weigh": the branch counts 1/√L, where L
+            is the number of layers.
+        reads: The part of the decoder's output that is read: the last position; or all, as a product over segments or
+            as one sum.
         reflections: Number of Householder reflections of the readout per nonce.
         normalise: Whether the readout is scaled to unit length before the head.
-        head: Source of the head: the model's output matrix; the input embedding; drawn per block hash; or none: then
-            the target is drawn per nonce, in the hidden space.
+        head: Source of the head: the model's output matrix; the input embedding; drawn per block hash; none: then the
+            target is drawn per nonce, in the hidden space; or a projection to `VECTOR_SIZE` numbers, drawn per nonce.
     """
 
     name: str
@@ -41,6 +45,16 @@ class Scheme:
     reflections: int
     normalise: bool
     head: HeadSource
+
+    @property
+    def output(self) -> Output:
+        """What a nonce has: a distance to a target, which `r_target` judges; or a vector, which always counts."""
+        return "vector" if self.head == "projection" else "distance"
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether all positions of the decoder's output are read."""
+        return self.reads != "last position"
 
     @property
     def least_seq_len(self) -> int:
@@ -58,6 +72,8 @@ _ROWS: tuple[tuple[str, WeightSource, LayerStep, Reads, int, bool, HeadSource], 
     ("hidden-householder", "trained", "none", "last position", 8, True, "trained"),
     ("poc2", "trained", "normalise and reflect", "last position", 8, True, "random"),
     ("poc3", "trained", "normalise and reflect", "segments", 0, True, "none"),
+    ("poc4", "trained", "normalise, weigh and reflect", "signed sum", 0, False, "projection"),
 )
 
 SCHEMES = {row[0]: Scheme(*row) for row in _ROWS}
+DISTANCE_SCHEMES = [name for name, scheme in SCHEMES.items() if scheme.output == "distance"]

@@ -11,18 +11,19 @@ import hashlib
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import orjson
 import structlog
 from aiohttp import web
 from pydantic import BaseModel, FailFast, Field, ValidationError
 
-from pocd.http.server import RefusalError, errors_as_json, json_answer, listening
+from pocd.http.parsing import apart, refuse_shape
+from pocd.http.server import LARGE_BODY, RefusalError, errors_as_json, json_answer, listening
 from pocd.http.webhooks import ID_HEADER, SignatureError, WebhookKeys, is_message_id
-from pocd.protocol.bodies import BatchBody
+from pocd.protocol.bodies import MOST_VALUES, BatchBody
 from pocd.protocol.numbers import Index
-from pocd.protocol.proof import MOST_NONCES
 from pocd.receiver.store import Arrival, ArrivalOutcome, BatchKind, ReceiverStoreError, Store, StoredBatch
 
 if TYPE_CHECKING:
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Handler
 
+T = TypeVar("T")
+
 MAX_BODY_BYTES = 16 * 1024 * 1024
-MOST_COMMAS = 5 * MOST_NONCES  # in a body: three lists as long as can be, and room for what is ignored
 REJECTIONS = frozenset({400, 401, 408, 413, 415})
 SHUTDOWN_TIMEOUT_S = 10.0
 """Seconds that requests under way have to end when the receiver stops."""
@@ -83,7 +85,7 @@ def application(store: Store, keys: WebhookKeys | None, clock: Callable[[], floa
         clock: Seconds since the Unix epoch.
     """
     receiver = _Routes(store, keys, clock)
-    middlewares = [errors_as_json, _store_failures, receiver.count_rejected]
+    middlewares = [errors_as_json, _refuse_pages, _store_failures, receiver.count_rejected]
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
     app.add_routes(
         [
@@ -189,7 +191,7 @@ class _Routes:
         if message_id is not None and not is_message_id(message_id):
             message = "a webhook-id has 1 to 256 printable ASCII characters and no '.'"
             raise RefusalError(400, "invalid_header", message, ID_HEADER)
-        batch = _parse(kind, body)
+        batch = await _promptly(body, partial(_parse, kind, body))
         return Arrival(
             id=message_id or batch.batch_id or hashlib.sha256(body).hexdigest(),
             kind=kind,
@@ -206,15 +208,19 @@ class _Routes:
         body = await request.read()
         if self._keys is not None:
             try:
-                self._keys.verify(request.headers, body, self._clock())
+                await _promptly(body, partial(self._keys.verify, request.headers, body, self._clock()))
             except SignatureError as error:
                 raise RefusalError(401, "bad_signature", str(error)) from None
         return body
 
 
+async def _promptly(body: bytes, work: Callable[[], T]) -> T:
+    """Do what takes long where the body is large, without holding others up."""
+    return await apart(work) if len(body) > LARGE_BODY else work()
+
+
 def _parse(kind: BatchKind, body: bytes) -> GeneratedBody:
-    if body.count(b",") > MOST_COMMAS:  # before it is unpacked: millions of values hold all others up for seconds
-        raise RefusalError(400, "too_many_values", f"the body has more than {MOST_COMMAS} commas")
+    refuse_shape(body, MOST_VALUES)
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -244,6 +250,17 @@ def _item(batch: StoredBatch) -> dict[str, object]:
         "attempts": batch.attempts,
         "batch": orjson.Fragment(batch.body),  # the very bytes: they were JSON when they came
     }
+
+
+@web.middleware
+async def _refuse_pages(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Refuse what a browser sends for a web page, of whatever name it has made point here (DNS rebinding).
+
+    Browsers name the page in Origin whenever a call may change something; senders of batches are no browsers.
+    """
+    if "Origin" in request.headers:
+        raise RefusalError(403, "foreign_origin", "web pages may not call the receiver", "Origin")
+    return await handler(request)
 
 
 @web.middleware

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from pocd.protocol.proof import Proof, ProofBatch, Round
+from pocd.store.deliveries import CHUNK
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,7 +57,7 @@ def form_batches(
     for one. One call forms a bounded number of batches; the rest is due at once. Proofs of a round
     whose block was replaced are withdrawn at once, if `withdraw` is true.
     """
-    most = max(1, min(MOST_BATCHES, MOST_NONCES // size))
+    most = max(1, min(MOST_BATCHES, MOST_NONCES // size, CHUNK // max(1, len(receivers))))
     formed: list[ProofBatch] = []
     due: list[float] = []
     with outbox.transaction():
@@ -140,11 +141,3 @@ def queue_for(
 def register_receivers(outbox: Outbox, names: Sequence[str]) -> None:
     """Add receivers to the store, unless they are known. Part of a transaction."""
     outbox.db.executemany("INSERT OR IGNORE INTO receivers (name) VALUES (?)", [(name,) for name in names])
-
-
-def register_callback(outbox: Outbox, name: str, url: str) -> None:
-    """Store the URL of a receiver that came with a callback URL."""
-    with outbox.transaction():
-        outbox.db.execute(
-            "INSERT INTO receivers (name, url) VALUES (?, ?) ON CONFLICT DO UPDATE SET url = excluded.url", (name, url)
-        )

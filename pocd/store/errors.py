@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,9 @@ from pocd.process import EXIT_CONFIG, EXIT_TEMPORARY, EndedError, may_pass
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+CLOSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+"""Errors of the system for a folder that is closed to this process, such as by the service's sandbox."""
 
 
 class StoreError(EndedError):
@@ -53,7 +57,13 @@ def unopened(path: Path, error: OSError) -> StoreError:
     """Return the error for the operator when the system does not let the store at `path` be opened."""
     if may_pass(error):
         return StoreError(f"store {path} cannot be opened now: {error.strerror}; check its disk", EXIT_TEMPORARY)
-    return StoreError(f"store {path} cannot be opened: {error}; check store.path and its permissions")
+    hint = "check store.path and its permissions"
+    if error.errno in CLOSED:
+        hint += (
+            "; a service can write in /var/lib/pocd: another folder needs ReadWritePaths= (systemctl edit), has to "
+            "belong to the service's user, and cannot be under /home or /root"
+        )
+    return StoreError(f"store {path} cannot be opened: {error}; {hint}")
 
 
 def is_damage(error: sqlite3.Error) -> bool:

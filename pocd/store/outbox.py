@@ -20,6 +20,7 @@ from pocd.store.errors import StoreError, StoreUnavailableError, unusable
 from pocd.store.opening import MARK, open_store
 from pocd.store.place import Place
 from pocd.store.progress import progress_in
+from pocd.store.requested import refuse_more_shares, register_callback
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -58,12 +59,14 @@ class Work:
     Attributes:
         by_chain: A block of the chain began it; else the admin API asked for it.
         callback: Name of the receiver of the round's batches beside the configured ones.
+        callback_url: URL of that receiver; None where it is a configured one.
     """
 
     round: Round
     node: Node
     by_chain: bool = True
     callback: str | None = None
+    callback_url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +290,9 @@ class Outbox:
             self.db.execute("UPDATE rounds SET by_chain = 1 WHERE number = ?", (number,))
         else:
             self.db.execute("UPDATE rounds SET callback = ? WHERE number = ?", (work.callback, number))
+            refuse_more_shares(self.db, number, node)
+        if work.callback and work.callback_url:
+            register_callback(self.db, work.callback, work.callback_url)
         self.db.execute("INSERT OR IGNORE INTO progress VALUES (?, ?, ?, 0, '[]', 0, 0)", (number, node.id, node.count))
         self.reinstate(number, now)
         return progress_in(self.db, number, node)

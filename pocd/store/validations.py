@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pocd.store.batches import queue_batch, queue_for, register_receivers
+from pocd.store.requested import register_callback
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,8 +39,18 @@ class Validation:
     answer: bytes | None
 
 
-def ask(outbox: Outbox, name: str, request: bytes, *, most: int, now: float) -> Validation | None:
+def ask(
+    outbox: Outbox, name: str, request: bytes, *, callback: tuple[str, str] | None, most: int, now: float
+) -> Validation | None:
     """Queue a validation, or find it again. One that has failed is tried once more.
+
+    Args:
+        outbox: The open store.
+        name: Id of the validation.
+        request: The request, as `request_of` returns it.
+        callback: Name and URL of the verdict's receiver that came with a callback URL.
+        most: How many may wait.
+        now: Seconds since the epoch.
 
     Returns:
         The validation; None where `most` are waiting already, and nothing was done.
@@ -55,6 +66,8 @@ def ask(outbox: Outbox, name: str, request: bytes, *, most: int, now: float) -> 
             " ON CONFLICT DO UPDATE SET state = 'pending', changed_at = ?2, reason = NULL",
             (name, now, request),
         )
+        if callback is not None:
+            register_callback(outbox.db, *callback)
     return Validation(name, "pending", None, None)
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import orjson
 
+from pocd.http.parsing import apart
 from pocd.pool.recomputations import NoResultError, Recomputation, WorkerLostError
-from pocd.protocol.proof import canonical_json, content_id
+from pocd.protocol.proof import canonical_json, hash_name
 from pocd.store import validations
 from pocd.validation.claim import Claim
 from pocd.validation.verdict import Terms, judge, round_of, sampled
@@ -38,6 +39,7 @@ class ValidationRequest:
 
     Attributes:
         callback: Name of the receiver of the verdict beside the configured ones.
+        callback_url: URL of that receiver; None where it is a configured one. No answer depends on it.
     """
 
     claim: Claim
@@ -45,24 +47,24 @@ class ValidationRequest:
     sample: int | None
     seed: str | None
     callback: str | None
+    callback_url: str | None = None
 
     def to_json(self) -> bytes:
-        """Return canonical JSON, whose hash is the validation's id."""
-        return canonical_json(self._plain())
-
-    def _plain(self) -> dict[str, object]:
-        return {
-            "claim": self.claim.model_dump(),
-            "terms": asdict(self.terms),
-            "sample": self.sample,
-            "seed": self.seed,
-            "callback": self.callback,
-        }
+        """Return canonical JSON, whose hash is the validation's id: from it the answer follows."""
+        return canonical_json(
+            {
+                "claim": self.claim.model_dump(),
+                "terms": asdict(self.terms),
+                "sample": self.sample,
+                "seed": self.seed,
+                "callback": self.callback,
+            }
+        )
 
     @property
     def id(self) -> str:
-        """Hash of the whole request, from which the answer follows."""
-        return content_id(self._plain())
+        """Hash of `to_json`."""
+        return hash_name(self.to_json())
 
     @classmethod
     def from_json(cls, encoded: bytes) -> ValidationRequest:
@@ -107,8 +109,12 @@ class Validator:
             QueueFullError: Too many validations wait; nothing was stored.
             StoreUnavailableError: The store cannot be written now; nothing was stored.
         """
-        name = request.id
-        found = await self._outbox(validations.ask, name, request.to_json(), most=self._most, now=self._clock.wall())
+        encoded = await apart(request.to_json)
+        name = hash_name(encoded)
+        callback = (request.callback, request.callback_url) if request.callback and request.callback_url else None
+        found = await self._outbox(
+            validations.ask, name, encoded, callback=callback, most=self._most, now=self._clock.wall()
+        )
         if found is None:
             raise QueueFullError(f"{self._most} validations are waiting, as many as validation.max_queued allows")
         if found.state == "pending":
@@ -140,7 +146,8 @@ class Validator:
                 await self._asked.wait()
 
     async def _validate(self, name: str) -> None:
-        request = ValidationRequest.from_json(await self._outbox.persistently(validations.request_of, name))
+        encoded = await self._outbox.persistently(validations.request_of, name)
+        request = await asyncio.to_thread(ValidationRequest.from_json, encoded)
         try:
             distances = await self._recompute(request)
         except NoResultError as error:
@@ -177,7 +184,7 @@ class Validator:
             NoResultError: The model gives no distance, its worker ended each time, or another model is loaded now.
         """
         round_ = round_of(request.claim, request.terms)
-        nonces = sampled(request.claim.nonces, request.sample, request.seed)
+        nonces = await asyncio.to_thread(sampled, request.claim.nonces, request.sample, request.seed)
         distances: dict[int, float] = {}
         while len(distances) < len(nonces):
             await self._workers.ready.wait()

@@ -27,16 +27,23 @@ import torch
 from pocd.compute.memory import is_out_of_memory
 from pocd.compute.model import load_model, longest_seq_len, pick_device
 from pocd.compute.ranks import joined
-from pocd.protocol.errors import ComputeError, DeviceError, InputError, MemoryShortError, ModelAwayError, NonFiniteError
+from pocd.protocol.errors import (
+    CaptureError,
+    ComputeError,
+    DeviceError,
+    InputError,
+    MemoryShortError,
+    ModelAwayError,
+    NonFiniteError,
+)
 from pocd.protocol.schemes import SCHEMES
 from pocd.worker import messages
-from pocd.worker.computer import DistanceComputer, fit
+from pocd.worker.computer import DistanceComputer, result
 from pocd.worker.messages import (
     Cancel,
     Cancelled,
     CardIdentity,
     Compute,
-    Distances,
     Failed,
     Heartbeat,
     Load,
@@ -45,7 +52,7 @@ from pocd.worker.messages import (
     Refused,
     Stage,
 )
-from pocd.worker.self_test import check_known, read_known
+from pocd.worker.self_test import check_known, check_rounding, fit, read_known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -54,6 +61,7 @@ if TYPE_CHECKING:
 
 HEARTBEAT_SECONDS = 2.0
 NICENESS = 5  # on the CPU the daemon goes first: its answers are short, a batch is long
+MEMORY_SHARE = 0.95  # of a card's memory, for torch's own allocator
 AT_ONCE = 2  # batches that a GPU is given: it goes on with the next while results are read
 
 
@@ -146,26 +154,44 @@ class DaemonLink:
                 return  # the reader ends the process
 
 
+def take_card(load: Load) -> CardIdentity:
+    """Make the card of this rank the process's device, and return its identity."""
+    try:
+        device = pick_device(load.own_device)
+    except DeviceError as error:
+        if not load.cards:
+            raise
+        shown = ",".join(load.cards)
+        raise DeviceError(f"device {load.device!r} is not there (CUDA_VISIBLE_DEVICES={shown}): {error}") from error
+    torch.cuda.set_device(device)  # else pinned memory would take some of the first card's
+    # What torch does not know of takes memory as well: cuBLAS, the driver, graphs.
+    torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE, device)
+    card, name = torch.cuda.get_device_properties(device), load.cards[load.rank] if load.cards else ""
+    return CardIdentity(card.name, name if name.startswith("MIG-") else f"GPU-{card.uuid}")
+
+
 def prepare(link: DaemonLink, load: Load) -> tuple[Model, int]:
     """Load the model and test it, and report that it is ready, as the leading rank; returns model and batch size."""
     tempfile.gettempdir()  # torch needs one; a full disk has none: a crash, to be tried again, not the model's fault
     if load.device != "cpu":
-        torch.cuda.set_device(pick_device(load.device))  # else pinned memory would take some of the first card's
-        card = torch.cuda.get_device_properties(torch.cuda.current_device())
-        link.send(CardIdentity(card.name, f"GPU-{card.uuid}"))
+        link.send(take_card(load))
     link.send(Stage("computing known distances"))
-    check_known(load_model(read_known()["model"], dtype=load.dtype, device=load.device), load)
+    check_known(load_model(read_known()["model"], dtype=load.dtype, device=load.own_device), load)
     link.send(Stage(f"loading {load.model}"))
     began = time.monotonic()
     model = load_model(
         load.model,
         dtype=load.dtype,
-        device=load.device,
+        device=load.own_device,
         revision=load.revision,
         seq_len=load.seq_len,
         ranks=len(load.devices),
     )
     load_seconds = time.monotonic() - began
+    link.send(Stage("measuring how far rounding decides its results"))
+    conditioning = check_rounding(model, load)
+    if conditioning is None:
+        link.send(Stage("there was no memory to measure how far rounding decides its results"))
     link.send(Stage("testing it, and compiling it where that is asked for"))
     model, batch_size = fit(model, load)
     if load.rank == 0:
@@ -185,6 +211,7 @@ def prepare(link: DaemonLink, load: Load) -> tuple[Model, int]:
                 batch_size=batch_size,
                 longest_seq_len=longest_seq_len(model.causal.config),
                 torch=torch.__version__,
+                conditioning=conditioning,
             )
         )
     return model, batch_size
@@ -197,7 +224,7 @@ def lead(link: DaemonLink, load: Load, followers: list[socket.socket]) -> None:
     # Ranks go in step, and drawn weights are gone with their round: there each batch is finished before the next.
     is_simple = not load.is_split and SCHEMES[load.scheme].weights == "trained"
     at_once = AT_ONCE if is_simple and model.device.type == "cuda" else 1
-    under_way: deque[tuple[int, Callable[[], list[float]]]] = deque()
+    under_way: deque[tuple[int, Callable[[], torch.Tensor]]] = deque()
     while True:
         message = link.inbox.get_nowait(link.send) if under_way else link.inbox.get(link.send)
         if message is not None:
@@ -208,7 +235,7 @@ def lead(link: DaemonLink, load: Load, followers: list[socket.socket]) -> None:
         if under_way and (message is None or len(under_way) == at_once):
             number, wait = under_way.popleft()
             with refusing(link, number):
-                link.send(Distances(number, wait()))
+                link.send(result(number, wait()))
 
 
 @contextlib.contextmanager
@@ -235,7 +262,7 @@ def work(link: DaemonLink, load: Load, peers: list[socket.socket]) -> None:
     """Run the rank that `load` names, until it fails."""
     if load.device == "cpu":
         os.nice(NICENESS)
-    with joined(load.rank, len(load.devices), load.rendezvous, load.device) if load.rendezvous else nullcontext():
+    with joined(load.rank, len(load.devices), load.rendezvous, load.own_device) if load.rendezvous else nullcontext():
         if load.rank == 0:
             lead(link, load, peers)
         else:
@@ -258,6 +285,9 @@ def main() -> None:
         link.send(Failed("device", str(error)))
     except MemoryShortError as error:
         link.send(Failed("memory", str(error)))
+    except CaptureError as error:
+        link.send(Failed("capture", str(error)))
+        os._exit(1)  # what the capture left behind may keep the interpreter from ending
     except ModelAwayError as error:
         link.send(Failed("crash", str(error)))
     except ComputeError as error:

@@ -1,22 +1,23 @@
-"""Computes the distances of the round that is mined, and of one that is recomputed beside it, with one loaded model."""
+"""Computes distances or vectors, of the round that is mined and of one that is recomputed, with one loaded model."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
-import torch
-
 from pocd.compute.engine import BlockRun, block_run
 from pocd.compute.memory import is_out_of_memory
 from pocd.protocol.errors import MemoryShortError, OutOfMemoryError
 from pocd.protocol.schemes import SCHEMES
 from pocd.protocol.theory import expected_valid_rate
-from pocd.worker.messages import BatchShrunk, Compute, Load, Message, Recompute, RoundBegun
-from pocd.worker.self_test import check_shape, compiled
+from pocd.protocol.vectors import encode_vectors
+from pocd.worker.messages import BatchShrunk, Compute, Distances, Load, Message, Recompute, RoundBegun, Vectors
+from pocd.worker.self_test import smaller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    import torch
 
     from pocd.compute.model import Model
     from pocd.protocol.proof import Round
@@ -66,9 +67,10 @@ class DistanceComputer:
         self._report = report
         self._mined = PreparedRound(model)
         self._recomputed = PreparedRound(model)
+        self._fitting: dict[tuple[str, int], int] = {}  # nonces per batch by scheme and length that had to be halved
 
-    def start(self, message: Compute | Recompute) -> Callable[[], list[float]]:
-        """Start to compute the distances that a message asks for; returns a function that waits for them.
+    def start(self, message: Compute | Recompute) -> Callable[[], torch.Tensor]:
+        """Start to compute what a message asks for; returns a function that waits for it (see `BlockRun.values`).
 
         Raises:
             InputError: The model cannot take the message's nonces or round.
@@ -77,18 +79,19 @@ class DistanceComputer:
         """
         return self._recompute(message) if isinstance(message, Recompute) else self._mine(message)
 
-    def _mine(self, message: Compute) -> Callable[[], list[float]]:
+    def _mine(self, message: Compute) -> Callable[[], torch.Tensor]:
         """Start to compute a message of the round that is mined; a new round is prepared first."""
         round_ = message.round
         if round_ != self._mined.round:
             if SCHEMES[round_.scheme].weights != "trained":
                 self._recomputed.end()  # both rounds would draw into the same weights
             run = self._begin(self._mined, round_, other=self._recomputed)
-            rate, execution = expected_valid_rate(round_.r_target, run.dimension), run.execution(self._rows(run))
+            execution, has_target = run.execution(self._rows(run, round_)), run.scheme.output == "distance"
+            rate = expected_valid_rate(round_.r_target, run.dimension) if has_target else 1.0  # every nonce counts
             self._report(RoundBegun(round_.id, rate, execution.path, execution.reason))
-        return self._start(self._mined.begin(round_), message.nonces, other=self._recomputed)
+        return self._start(self._mined.begin(round_), round_, message.nonces, other=self._recomputed)
 
-    def _recompute(self, message: Recompute) -> Callable[[], list[float]]:
+    def _recompute(self, message: Recompute) -> Callable[[], torch.Tensor]:
         """Start to compute a message of another round, in the shape in which it would be mined."""
         prepared, other = self._recomputed, self._mined
         if message.round == self._mined.round:
@@ -96,11 +99,12 @@ class DistanceComputer:
         elif SCHEMES[message.round.scheme].weights != "trained":
             self._mined.end()  # both rounds would draw into the same weights
         try:
-            wait = self._start(self._begin(prepared, message.round, other=other), message.nonces, other=other)
+            run = self._begin(prepared, message.round, other=other)
+            wait = self._start(run, message.round, message.nonces, other=other)
             if not message.last:
                 return wait
-            distances = wait()  # before the prepared round ends
-            return lambda: distances
+            values = wait()  # before the prepared round ends
+            return lambda: values
         finally:
             if message.last:
                 self._recomputed.end()
@@ -115,62 +119,40 @@ class DistanceComputer:
         other.end()
         return prepared.begin(round_)
 
-    def _rows(self, run: BlockRun) -> int:
+    def _rows(self, run: BlockRun, round_: Round) -> int:
         """Return the nonces per batch: of longer sequences fewer, so that it has as many tokens as the self-test's."""
-        return max(1, self._batch_size * self._load.seq_len // max(run.seq_len, self._load.seq_len))
+        rows = self._batch_size * self._load.seq_len // max(run.seq_len, self._load.seq_len)
+        return max(1, min(rows, self._fitting.get((round_.scheme, round_.seq_len), rows)))
 
-    def _start(self, run: BlockRun, nonces: Sequence[int], *, other: PreparedRound) -> Callable[[], list[float]]:
+    def _start(
+        self, run: BlockRun, round_: Round, nonces: Sequence[int], *, other: PreparedRound
+    ) -> Callable[[], torch.Tensor]:
         while True:
-            rows = self._rows(run)
+            rows = self._rows(run, round_)
             try:
                 if len(nonces) <= rows:
-                    return run.start(nonces, batch_size=rows).distances
-                distances = run.distances(nonces, batch_size=rows)
+                    return run.start(nonces, batch_size=rows).values
+                values = run.values(nonces, batch_size=rows)
             except OutOfMemoryError as error:
                 if other.round is not None and not self._load.is_split:
                     other.end()  # the self-test, which showed that the size fits, had only one round prepared
                     continue
-                if self._model.program is not None:  # compiled code serves one size; the next life compiles for another
-                    raise MemoryShortError(str(error)) from error
-                self._batch_size = smaller(self._batch_size, error, self._load)
-                self._report(BatchShrunk(self._batch_size, str(error)))
+                self._shrink(run, round_, rows, error)
             else:
-                return lambda: distances
+                return lambda: values
+
+    def _shrink(self, run: BlockRun, round_: Round, rows: int, error: OutOfMemoryError) -> None:
+        """Halve the batches of the round's scheme and sequence length; those of the configured ones are leased so."""
+        if run.execution(rows).path != "eager":  # compiled code serves one size; the next life compiles for another
+            raise MemoryShortError(str(error)) from error
+        half = smaller(rows, error, self._load)
+        if (round_.scheme, round_.seq_len) == (self._load.scheme, self._load.seq_len):
+            self._batch_size = half
+            self._report(BatchShrunk(half, str(error)))
+        else:
+            self._fitting[round_.scheme, round_.seq_len] = half
 
 
-def smaller(batch_size: int, error: OutOfMemoryError, load: Load) -> int:
-    """Return the batch size to try after `error`.
-
-    Raises:
-        MemoryShortError: There is none: the size was configured, or not even one nonce fits, or the other ranks would
-            have to shrink their batches too.
-    """
-    if not load.shrink:
-        raise MemoryShortError(f"{error}: lower worker.batch_size, or set it to 'auto'") from error
-    if batch_size == 1:
-        raise MemoryShortError(
-            "not even one nonce fits into the memory: use a smaller model, dtype or round.seq_len"
-        ) from error
-    if load.is_split:
-        raise MemoryShortError(str(error)) from error
-    torch.cuda.empty_cache()  # does nothing without a GPU
-    return batch_size // 2
-
-
-def fit(model: Model, load: Load) -> tuple[Model, int]:
-    """Test the model with the batch size of `load`, or the largest of its halves that fits, and compile it for that.
-
-    Returns:
-        The model, compiled where that is asked for and possible, and the batch size.
-
-    Raises:
-        ComputeError: The self-test failed.
-        MemoryShortError: Not even the smallest batch fits.
-    """
-    batch_size = load.batch_size
-    while True:
-        try:
-            check_shape(model, load, batch_size)  # eager execution needs the most memory, and compiling is costly
-            return compiled(model, load, seq_len=load.seq_len, batch_size=batch_size), batch_size
-        except OutOfMemoryError as error:
-            batch_size = smaller(batch_size, error, load)
+def result(number: int, values: torch.Tensor) -> Distances | Vectors:
+    """Return the message with the result of the message `number`."""
+    return Distances(number, values.tolist()) if values.dim() == 1 else Vectors(number, encode_vectors(values))

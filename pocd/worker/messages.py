@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import orjson
 
+from pocd.protocol.conditioning import Conditioning
 from pocd.protocol.proof import Round
 
 if TYPE_CHECKING:
     import asyncio
     from typing import BinaryIO
 
-    from pocd.protocol.names import Compile, Dtype
+    from pocd.protocol.names import Compile, Dtype, OnRounding
 
-FailureKind = Literal["configuration", "device", "memory", "fault", "crash"]
+FailureKind = Literal["configuration", "device", "memory", "fault", "capture", "crash"]
 LARGEST_FRAME = 16 * 2**20  # bytes
 _LENGTH = struct.Struct(">I")
 
@@ -31,10 +32,13 @@ class Load:
         devices: The devices of the worker, one for each of its ranks.
         scheme: Name of the scheme that is mined.
         seq_len: Length of a sequence, in tokens.
-        batch_size: Nonces per batch; where `shrink` is set, at most.
-        shrink: Whether the batch size is halved until it fits into memory.
+        batch_size: Nonces per batch; where `is_auto` is set, at most.
+        is_auto: Whether the worker finds the batch size, by time and memory.
         revision: The model's revision on its hub; None for the newest.
         compile: Whether the model is compiled: "auto", "always" or "never".
+        conditioning: What follows where rounding decides too much: "warn" or "refuse".
+        capture: Whether what was compiled is captured as a CUDA graph; a life in which that failed is the last to try.
+        cards: The names by which CUDA is shown the cards of `devices` alone; empty on the CPU.
         rank: Which of the worker's processes the receiver is; rank 0 leads.
         rendezvous: The folder in which the ranks of a split model find one another.
     """
@@ -45,9 +49,12 @@ class Load:
     scheme: str
     seq_len: int
     batch_size: int
-    shrink: bool = False
+    is_auto: bool = False
     revision: str | None = None
     compile: Compile = "auto"
+    conditioning: OnRounding = "warn"
+    capture: bool = True
+    cards: tuple[str, ...] = ()
     rank: int = 0
     rendezvous: str | None = None
 
@@ -55,6 +62,11 @@ class Load:
     def device(self) -> str:
         """The device of this rank."""
         return self.devices[self.rank]
+
+    @property
+    def own_device(self) -> str:
+        """The device of this rank as its own process names it: that sees no cards but the worker's."""
+        return f"cuda:{self.rank}" if self.cards else self.device
 
     @property
     def is_split(self) -> bool:
@@ -108,9 +120,10 @@ class Ready:
         execution_reason: Why a batch is run so.
         load_seconds: How long it took to load the model.
         compile_seconds: How long it took to compile the model.
-        batch_size: Nonces per batch, as many as fit into memory.
+        batch_size: Nonces per batch, as configured or found.
         longest_seq_len: The longest sequence that the model's positions allow, in tokens.
         torch: Version of torch.
+        conditioning: How far rounding decides the results; None where there was no memory to measure it.
     """
 
     model: str
@@ -127,6 +140,7 @@ class Ready:
     batch_size: int
     longest_seq_len: int
     torch: str
+    conditioning: Conditioning | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +165,8 @@ class Failed:
     Attributes:
         kind: "configuration": the worker cannot work as configured. "device": its device is not there. "memory": a
             batch does not fit into the device's memory. "fault": the device, its driver or another rank failed.
-            "crash": something else did, such as a file that could not be made, which may pass.
+            "capture": a batch could not be captured as a CUDA graph, which the next process is to leave out. "crash":
+            something else did, such as a file that could not be made, which may pass.
         message: The reason, for people.
     """
 
@@ -181,6 +196,18 @@ class Distances:
 
     id: int
     distances: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """From the worker: the result of a Compute or a Recompute of a scheme of vectors.
+
+    Attributes:
+        vectors: All vectors in the order of the nonces, one after the other, as `pocd.protocol.vectors` encodes them.
+    """
+
+    id: int
+    vectors: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +249,7 @@ Message = (
     | Failed
     | RoundBegun
     | Distances
+    | Vectors
     | Refused
     | BatchShrunk
     | Cancelled
@@ -244,8 +272,10 @@ def _decode(body: bytes) -> Message:
     kind = _TYPES[fields.pop("type")]
     if kind in {Compute, Recompute}:
         fields["round"] = Round(**fields["round"])
+    if kind is Ready and fields["conditioning"] is not None:
+        fields["conditioning"] = Conditioning(**fields["conditioning"])
     if kind is Load:
-        fields["devices"] = tuple(fields["devices"])
+        fields |= {name: tuple(fields[name]) for name in ("devices", "cards")}
     message: Message = kind(**fields)
     return message
 

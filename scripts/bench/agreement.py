@@ -31,7 +31,7 @@ from rich.table import Table
 from pocd.compute.compiled import compile_model
 from pocd.compute.engine import block_run
 from pocd.protocol.names import DTYPES, default_tolerance
-from pocd.protocol.schemes import SCHEMES
+from pocd.protocol.schemes import DISTANCE_SCHEMES, SCHEMES
 from pocd.protocol.theory import expected_valid_rate, r_target_for
 from scripts.bench.models import NAMES, build
 
@@ -176,7 +176,7 @@ def parse() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", choices=NAMES, default=NAMES[:2])
-    parser.add_argument("--scheme", choices=SCHEMES, default="poc2")
+    parser.add_argument("--scheme", choices=DISTANCE_SCHEMES, default="poc2")
     parser.add_argument("--nonces", type=int, default=512)
     parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--device", default="cpu")

@@ -38,7 +38,7 @@ from rich.table import Table
 from pocd.compute.compiled import compile_model
 from pocd.compute.engine import BlockRun, block_run
 from pocd.compute.model import Model, adapt
-from pocd.protocol.names import AUTO_BATCH_SIZE, DTYPES
+from pocd.protocol.names import DTYPES, largest_batch_size
 from pocd.protocol.schemes import SCHEMES
 from scripts.bench.models import LARGE, NAMES, build, random_model
 from scripts.bench.profiling import shares
@@ -184,7 +184,7 @@ def measure(bench: Bench, model: Model, seq_len: int, batch_size: int, *, plain:
         nonces, batches = list(range(batch_size)), BATCHES[bench.device.type]
         calls: dict[str, Callable[[], object]] = {
             "bare": bare,
-            "engine": lambda: run.distances(range(batches * batch_size), batch_size=batch_size),
+            "engine": lambda: run.values(range(batches * batch_size), batch_size=batch_size),
             "generator": lambda: generate(run, nonces),
         }
         if bench.scheme.name != "poc2":
@@ -342,8 +342,9 @@ def main() -> None:
     rows, more = [], []
     for name in options.models:
         model = build(name, bench.dtype, device)
-        small = 4 if name in LARGE and device.type == "cpu" else AUTO_BATCH_SIZE[device.type]
-        batch_size = options.batch_size or small
+        small = 4 if name in LARGE else 32
+        usual = small if device.type == "cpu" else largest_batch_size(options.seq_len)
+        batch_size = options.batch_size or usual
         rows.append(measure(bench, model, options.seq_len, batch_size, plain=True, rate=rate))
         if options.compiled:
             rows.append(compiled(bench, model, rows[-1], rate))

@@ -25,6 +25,13 @@ def random_model(family: str, **shape: Any) -> Any:  # noqa: ANN401 - what trans
     return getattr(transformers, f"{family}ForCausalLM")(config)
 
 
+def rounded(causal: Any, dtype: torch.dtype) -> Any:  # noqa: ANN401 - transformers gives its classes no common type
+    """Round a model's weights, and nothing else: `to` would round the frequencies of its positions too."""
+    for parameter in causal.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return causal
+
+
 def build(name: str, dtype: torch.dtype, device: torch.device) -> Model:
     """Make one of `NAMES`, on a device and in a precision."""
     if name == "qwen3-0.6b":
@@ -49,4 +56,4 @@ def build(name: str, dtype: torch.dtype, device: torch.device) -> Model:
         )
     else:
         causal = transformers.AutoModelForCausalLM.from_pretrained(BUNDLED / name.removeprefix("bundled:"))
-    return adapt(causal.to(device, dtype), name=name)
+    return adapt(rounded(causal, dtype).to(device), name=name)

@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from pocd.compute.compiled import Compiled
-from pocd.compute.transforms import JOIN
+from pocd.compute.transforms import join_of
 
 if TYPE_CHECKING:
     from pocd.compute.engine import BlockRun
@@ -20,8 +20,7 @@ MATRICES, ATTENTION = "matrix products", "attention"
 OTHER = "other"
 IS_ATTENTION = re.compile(r"scaled_dot_product|flash|fmha|sdpa", re.IGNORECASE)
 IS_PRODUCT = re.compile(r"::(add|b|badd)?mm$|gemm|nvjet|cutlass|xmma", re.IGNORECASE)
-# A generated kernel is called after what was fused into it.
-IS_GENERATOR = re.compile(r"triton.*_cos_.*_log_.*_sin", re.IGNORECASE)
+IS_GENERATOR = re.compile(r"_draw_normal|_cos_.*?log_.*?sin")  # of the inputs; or fused, and called after its parts
 
 
 def shares(run: BlockRun, batch_size: int, batches: int) -> dict[str, float]:
@@ -65,15 +64,14 @@ def _by_stages(run: BlockRun, nonces: range) -> None:
     with record_function(GENERATOR):
         inputs = run.inputs(nonces)
     with record_function(DECODER):
-        states = run.model.decoder(
-            inputs, JOIN[run.scheme.layer_step], run.vectors, all_positions=run.scheme.reads == "segments"
-        )
+        join = join_of(run.scheme.layer_step, run.model.layers)
+        states = run.model.decoder(inputs, join, run.vectors, all_positions=run.scheme.reads_all)
     with record_function(HEAD):
-        run.distance(run.readout(states, nonces), nonces)
+        run.measure(states, nonces)
 
 
 def _as_it_runs(run: BlockRun, nonces: range) -> None:
-    run.start(nonces, batch_size=len(nonces)).distances()
+    run.start(nonces, batch_size=len(nonces)).values()
 
 
 def _group_of_operation(event: Any) -> str:  # noqa: ANN401 - the profiler gives its events no public type

@@ -1,4 +1,4 @@
-"""Write the distances that a worker compares its own with before it mines (pocd/worker/known_distances.json).
+"""Write the distances and vectors that a worker has to find before it mines (pocd/worker/known_distances.json).
 
 Usage: python -m scripts.tools.known_distances
 
@@ -28,10 +28,10 @@ LOOKED_AT = 128
 TAKEN = 4
 
 
-def compute(model: Model, scheme: Scheme) -> list[float]:
-    """Compute the distances of the first nonces."""
+def compute(model: Model, scheme: Scheme) -> Any:  # noqa: ANN401 - of floats, or of lists of floats
+    """Compute the distances, or the vectors, of the first nonces."""
     with block_run(model, scheme, **RUN) as run:
-        return run.distances(range(LOOKED_AT), batch_size=16)
+        return run.values(range(LOOKED_AT), batch_size=16).tolist()
 
 
 def main() -> None:
@@ -42,10 +42,11 @@ def main() -> None:
         found = {dtype: compute(model, scheme) for dtype, model in models.items()}
         others = [compute(replace(model, decoder=model.by_layers), scheme) for model in models.values()]
         exact = np.array(found["float32"])
-        worst = np.abs(np.array([*found.values(), *others]) - exact).max(axis=0)
+        apart = np.abs(np.array([*found.values(), *others]) - exact).max(axis=0)
+        worst = apart.reshape(LOOKED_AT, -1).max(axis=1)
         nonces = sorted(np.argsort(worst)[:TAKEN].tolist())
-        distances = {dtype: [found[dtype][nonce] for nonce in nonces] for dtype in DTYPES}
-        schemes[name] = {"nonces": nonces, "distances": distances}
+        taken = {dtype: [found[dtype][nonce] for nonce in nonces] for dtype in DTYPES}
+        schemes[name] = {"nonces": nonces, f"{scheme.output}s": taken}
     known = {"model": MODEL, **RUN, "schemes": schemes}
     KNOWN.write_bytes(orjson.dumps(known, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
     print(f"wrote {KNOWN}")

@@ -1,4 +1,4 @@
-"""Train the two bundled models, `tiny-qwen3` and `tiny-llama`, on the CPU.
+"""Train the two bundled models, `tiny-qwen3` and `tiny-llama`, and `deep-qwen3` of the tests, on the CPU.
 
 Usage: .venv/bin/python -m scripts.tools.train_models [--only tiny-qwen3] [--steps 1200]
 
@@ -17,6 +17,7 @@ import platform
 import sys
 import sysconfig
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from rich.progress import Progress
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-MODELS = Path(__file__).resolve().parent.parent.parent / "pocd" / "models"
+ROOT = Path(__file__).resolve().parent.parent.parent
 SHAPE: dict[str, Any] = {
     "vocab_size": 256,
     "hidden_size": 128,
@@ -40,16 +41,60 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": None,
 }
 CONTEXT = 256
-BATCH = 16
-PEAK_LEARNING_RATE = 4e-3
-GOAL = 1.6  # nats per byte
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one model is made.
+
+    Attributes:
+        folder: Folder that it is written to.
+        purpose: Purpose of the model, for its card.
+        form: Name of its form in transformers.
+        shape: What differs from `SHAPE`.
+        batch: Windows of text per step.
+        rate: The peak learning rate.
+        goal: Loss to be reached, in nats per byte.
+    """
+
+    folder: Path
+    purpose: str
+    form: str
+    goal: float
+    batch: int = 16
+    rate: float = 4e-3
+    shape: dict[str, Any] = field(default_factory=dict)
+
+    def untrained(self) -> Qwen3ForCausalLM | LlamaForCausalLM:
+        """Build the model with random weights, in float32."""
+        shape = SHAPE | self.shape
+        if self.form == "Qwen3":
+            return Qwen3ForCausalLM(Qwen3Config(**shape))
+        return LlamaForCausalLM(LlamaConfig(**shape))
+
+
+BUNDLED = "small enough to travel inside pocd: for the demo, the tests and a first look"
+DEEP = "as deep as a real model and very narrow: for tests of what depth does to rounding"
+RECIPES = {
+    "tiny-qwen3": Recipe(ROOT / "pocd" / "models", BUNDLED, "Qwen3", 1.6),
+    "tiny-llama": Recipe(ROOT / "pocd" / "models", BUNDLED, "Llama", 1.6),
+    "deep-qwen3": Recipe(
+        ROOT / "tests" / "models",
+        DEEP,
+        "Qwen3",
+        1.8,
+        batch=8,
+        shape={"num_hidden_layers": 24, "hidden_size": 64, "intermediate_size": 160, "head_dim": 16},
+    ),
+}
 CARD = """# {name}
 
-A byte-level {form} decoder, small enough to travel inside pocd: for the demo, the tests and a first look.
+A byte-level {form} decoder, {purpose}.
 It is trained, because what pocd has to cope with (outputs that cluster) shows only in trained models.
 It proves nothing about a GPU: mine with a real model.
 
-- Shape: 4 layers, hidden size 128, 4 heads of 32 (2 key-value heads), MLP 320, 256 byte tokens, tied embeddings.
+- Shape: {layers} layers, hidden size {hidden}, 4 heads of {head} (2 key-value heads), MLP {mlp}, 256 byte tokens,
+  tied embeddings.
 - Weights: {parameters:,} parameters, bfloat16, safetensors ({size:,} bytes).
 - Text: the Python {python} standard library's source code, {train_bytes:,} bytes (PSF License Version 2).
 - Loss on held-out files: {loss:.3f} nats per byte (a uniform guess has 5.545).
@@ -72,13 +117,6 @@ def standard_library_text() -> tuple[torch.Tensor, torch.Tensor]:
     for number, path in enumerate(files):
         (held_out if number % 50 == 0 else train).extend(path.read_bytes())
     return (torch.frombuffer(train, dtype=torch.uint8), torch.frombuffer(held_out, dtype=torch.uint8))
-
-
-def untrained(name: str) -> Qwen3ForCausalLM | LlamaForCausalLM:
-    """Build the model `name` with seeded random weights, in float32."""
-    if name == "tiny-qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(**SHAPE))
-    return LlamaForCausalLM(LlamaConfig(**SHAPE))
 
 
 def windows(text: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
@@ -106,8 +144,9 @@ def train(name: str, steps: int, seed: int) -> float:
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(mode=True)
     train_text, held_out = standard_library_text()
-    model = untrained(name)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1)
+    recipe = RECIPES[name]
+    model = recipe.untrained()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.rate, betas=(0.9, 0.95), weight_decay=0.1)
     warm_up = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -116,7 +155,7 @@ def train(name: str, steps: int, seed: int) -> float:
     with Progress() as progress:
         task = progress.add_task(name, total=steps)
         for _ in range(steps):
-            starts = torch.randint(len(train_text) - CONTEXT - 1, (BATCH,))
+            starts = torch.randint(len(train_text) - CONTEXT - 1, (recipe.batch,))
             loss = loss_of(model, windows(train_text, starts))
             optimizer.zero_grad()
             loss.backward()
@@ -125,14 +164,19 @@ def train(name: str, steps: int, seed: int) -> float:
             schedule.step()
             progress.update(task, advance=1, description=f"{name} {loss.item():.2f}")
 
-    target = MODELS / name
+    target, config = recipe.folder / name, model.config
     model.bfloat16().save_pretrained(target)
     model.float()  # type: ignore[no-untyped-call] # transformers wraps it without annotations
     reached = held_out_loss(model, held_out)
     (target / "README.md").write_text(
         CARD.format(
             name=name,
-            form=type(model).__name__.removesuffix("ForCausalLM"),
+            form=recipe.form,
+            purpose=recipe.purpose,
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            head=config.head_dim,
+            mlp=config.intermediate_size,
             parameters=sum(p.numel() for p in model.parameters()),
             size=(target / "model.safetensors").stat().st_size,
             python=platform.python_version(),
@@ -149,17 +193,17 @@ def train(name: str, steps: int, seed: int) -> float:
 
 
 def main() -> int:
-    """Train the named models; exit 1 when one of them misses the goal."""
-    parser = argparse.ArgumentParser(description="Train the two bundled models on the CPU.")
-    parser.add_argument("--only", choices=["tiny-qwen3", "tiny-llama"])
+    """Train the named models; exit 1 when one of them misses its goal."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", choices=RECIPES)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     missed = False
-    for name in [arguments.only] if arguments.only else ["tiny-qwen3", "tiny-llama"]:
-        loss = train(name, arguments.steps, arguments.seed)
-        missed |= loss >= GOAL
-        print(f"{name}: {loss:.3f} nats per byte on held-out files (goal: below {GOAL})")
+    for name in [arguments.only] if arguments.only else RECIPES:
+        loss, goal = train(name, arguments.steps, arguments.seed), RECIPES[name].goal
+        missed |= loss >= goal
+        print(f"{name}: {loss:.3f} nats per byte on held-out files (goal: below {goal})")
     return int(missed)
 
 

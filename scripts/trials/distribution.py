@@ -55,7 +55,7 @@ from pocd.lab.calibration import Plan, block_hashes, check_plan
 from pocd.process import EXIT_CONFIG
 from pocd.protocol.errors import ComputeError, InputError
 from pocd.protocol.names import DTYPES, check_device, resolve
-from pocd.protocol.schemes import SCHEMES
+from pocd.protocol.schemes import DISTANCE_SCHEMES
 from pocd.protocol.theory import distance_moments, expected_valid_rate, r_target_for
 from scripts.trials.distribution_lines import LineKey, complete
 from scripts.trials.distribution_verdict import DistributionVerdict, verdicts
@@ -129,7 +129,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", default=["bundled:tiny-qwen3", "bundled:tiny-llama"], metavar="NAME")
-    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES), choices=SCHEMES, metavar="NAME")
+    parser.add_argument("--schemes", nargs="+", default=DISTANCE_SCHEMES, choices=DISTANCE_SCHEMES, metavar="NAME")
     blocks = ["block_alpha", "block_beta", "block_gamma"]
     parser.add_argument("--blocks", nargs="+", default=blocks, metavar="HASH", help="hashes, or how many to draw")
     parser.add_argument("--keys", nargs="+", default=["node_A"], metavar="KEY", help="public keys")

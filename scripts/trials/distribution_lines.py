@@ -24,7 +24,7 @@ from pocd.compute.engine import BlockRun, block_run
 from pocd.compute.model import load_model
 from pocd.lab.calibration import progress
 from pocd.protocol.errors import InputError, OutOfMemoryError
-from pocd.protocol.names import AUTO_BATCH_SIZE
+from pocd.protocol.names import largest_batch_size
 from pocd.protocol.schemes import SCHEMES
 from pocd.protocol.theory import expected_valid_rate, r_target_for
 
@@ -178,7 +178,7 @@ def ks_distance(distances: NDArray[np.float64], dimension: int) -> float:
 
 def measured(model: Model, asked: LineKey, first: Found | None, advance: Callable[[int], None]) -> Found:
     """Compute one line; `first` is the line of the first block, None where this is it."""
-    scheme, size = SCHEMES[asked.scheme], AUTO_BATCH_SIZE[model.device.type]
+    scheme, size = SCHEMES[asked.scheme], 32 if model.device.type == "cpu" else largest_batch_size(asked.seq_len)
     preparation = block_run(
         model, scheme, block_hash=asked.block_hash, public_key=asked.public_key, seq_len=asked.seq_len
     )

@@ -50,7 +50,7 @@ from pocd.dev.processes import Running, started
 from pocd.process import EXIT_CRASH, EndedError
 from pocd.protocol.errors import InputError, ModelError
 from pocd.protocol.names import DTYPES, check_device, resolve
-from pocd.protocol.schemes import SCHEMES
+from pocd.protocol.schemes import DISTANCE_SCHEMES, SCHEMES
 from pocd.protocol.theory import r_target_for
 from scripts.trials.e2e_verdict import Line, Said, StoredProgress, TrialRound, complaints, results_table, spread_table
 
@@ -344,7 +344,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N")
-    parser.add_argument("--scheme", choices=SCHEMES, default="poc2")
+    parser.add_argument("--scheme", choices=DISTANCE_SCHEMES, default="poc2")
     parser.add_argument("--logs", type=Path, default=Path("logs"), help="the folder for all files")
     options = parser.parse_args()
     for name in ("models", "blocks", "keys"):

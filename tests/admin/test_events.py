@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import CapturingLogger
 
-from pocd.admin.events import MOST_LISTENERS, EventsApi
+from pocd.admin.events import MOST_LISTENERS, MOST_OF_ONE, EventsApi
 from pocd.admin.operations import routes
 from pocd.clock import SYSTEM
 from pocd.http.server import errors_as_json, listening
@@ -100,10 +100,13 @@ class Stream:
 
 
 @contextlib.asynccontextmanager
-async def listener(served: Served, last: str | None = None, query: str = "") -> AsyncIterator[Stream]:
+async def listener(
+    served: Served, last: str | None = None, query: str = "", address: str = "127.0.0.1"
+) -> AsyncIterator[Stream]:
     headers = {"Last-Event-ID": last} if last is not None else {}
+    connector = aiohttp.TCPConnector(local_addr=(address, 0))
     async with (
-        aiohttp.ClientSession(headers=headers) as session,
+        aiohttp.ClientSession(headers=headers, connector=connector) as session,
         session.get(served.url + query) as response,
     ):
         assert (response.status, response.content_type) == (200, "text/event-stream")
@@ -220,8 +223,8 @@ async def test_a_client_that_never_wakes_is_gone_all_the_same() -> None:
 
 async def test_listeners_are_limited_and_one_that_hangs_up_makes_room() -> None:
     async with Served().running() as served, contextlib.AsyncExitStack() as stack:
-        for _ in range(MOST_LISTENERS - 1):
-            await stack.enter_async_context(listener(served))
+        for number in range(MOST_LISTENERS - 1):
+            await stack.enter_async_context(listener(served, address=f"127.0.0.{2 + number // MOST_OF_ONE}"))
         async with aiohttp.ClientSession() as session:
             async with listener(served), session.get(served.url) as response:
                 assert (response.status, response.headers["Retry-After"]) == (429, "10")
@@ -229,6 +232,31 @@ async def test_listeners_are_limited_and_one_that_hangs_up_makes_room() -> None:
             await until(lambda: served.events.listeners < MOST_LISTENERS)
         async with listener(served):
             assert served.events.listeners == MOST_LISTENERS
+
+
+async def test_one_address_leaves_places_for_others() -> None:
+    async with Served().running() as served, contextlib.AsyncExitStack() as stack:
+        for _ in range(MOST_OF_ONE):
+            await stack.enter_async_context(listener(served))
+        async with aiohttp.ClientSession() as session, session.get(served.url) as response:
+            assert response.status == 429
+            assert "your address" in (await response.json())["error"]["message"]
+        async with listener(served, address="127.0.0.2"):
+            assert served.events.listeners == MOST_OF_ONE + 1
+
+
+async def test_a_client_that_resets_its_stream_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    async with Served().running() as served:
+        where = ("127.0.0.1", int(served.url.split(":")[2].partition("/")[0]))
+        for _ in range(3):
+            served.events.publish("state", state="IDLE")
+            with socket.create_connection(where) as client:
+                client.sendall(b"GET /api/v1/pow/events?latest=1024 HTTP/1.1\r\nHost: x\r\n\r\n")
+                await until(lambda: served.events.listeners)
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            served.events.publish("state", state="IDLE")
+            await until(lambda: not served.events.listeners)
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 async def test_the_end_of_the_server_ends_all_streams_at_once() -> None:

@@ -140,6 +140,26 @@ async def test_a_page_is_our_own_or_foreign(origin: str, expected: tuple[int, st
         assert await ask(url, "OPTIONS", Origin=said) == expected
 
 
+@pytest.mark.parametrize("path", ["/api/v1/pow/events", "/metrics", "/"])
+@pytest.mark.parametrize(
+    ("site", "mode", "on_calls", "on_pages"),
+    [
+        ("same-origin", "cors", OK, OK),
+        ("none", "navigate", OK, OK),
+        ("cross-site", "no-cors", FOREIGN_ORIGIN, FOREIGN_ORIGIN),
+        ("same-site", "no-cors", FOREIGN_ORIGIN, FOREIGN_ORIGIN),  # another port of this host
+        ("cross-site", "navigate", FOREIGN_ORIGIN, OK),  # a link
+        ("", "navigate", FOREIGN_ORIGIN, OK),
+    ],
+)
+async def test_what_a_page_of_another_site_loads_is_refused_though_it_names_no_origin(
+    path: str, site: str, mode: str, on_calls: tuple[int, str | None], on_pages: tuple[int, str | None]
+) -> None:
+    async with guarded(LOOPBACK) as url:
+        expected = on_pages if path == "/" else on_calls
+        assert await ask(url, path=path, Sec_Fetch_Site=site, Sec_Fetch_Mode=mode) == expected
+
+
 async def test_of_several_hosts_or_pages_none_may_be_foreign() -> None:
     async with guarded(LOOPBACK) as url:
         own = url.removeprefix("http://")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import structlog
+from prometheus_client import generate_latest
 
 from pocd.admin import status
+from pocd.admin.metrics import registry
 from pocd.admin.operations import answer
 from pocd.chain.source import Block, Head
 from pocd.config.settings import load
@@ -18,8 +21,12 @@ from pocd.mining.control import RoundRequest
 from pocd.mining.phases import Call
 from pocd.pool.cards import CardReading
 from pocd.pool.causes import Cause
+from pocd.protocol.conditioning import Conditioning
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
+from pocd.store import deliveries
+from pocd.store.batches import form_batches
+from pocd.store.callbacks import ENDED
 from pocd.store.outbox import Weights
 from pocd.store.thread import OutboxThread
 from pocd.worker.messages import CardIdentity, Ready
@@ -51,6 +58,7 @@ READY = Ready(
     batch_size=8,
     longest_seq_len=128,
     torch="2.9.1",
+    conditioning=Conditioning(error=0.015625, flipped=0.0),
 )
 READING = CardReading(temperature=61.0, power=None, memory_used=2**30, memory_total=2**36, utilization=0.5)
 
@@ -61,7 +69,7 @@ def made(folder: Path, clock: ManualClock) -> Iterator[Parts]:
     urls = {"one": "http://user:secret@127.0.0.1:9/pow", "two": "http://127.0.0.1:9"}
     settings = load(config(folder, "http://127.0.0.1:9", urls, model__device=["cpu", "cpu"]))
     nowhere = cast("ChainSource", None)  # nothing is asked of it
-    receivers, loads, log = make_receivers(settings), make_loads(settings), structlog.get_logger()
+    receivers, loads, log = make_receivers(settings, folder), make_loads(settings), structlog.get_logger()
     with contextlib.closing(OutboxThread(settings.store.path)) as outbox:
         yield compose(settings, outbox, nowhere, receivers, loads, clock=clock, log=log).parts
 
@@ -102,6 +110,28 @@ async def test_the_bytes_are_those_that_callers_know(tmp_path: Path, monkeypatch
         assert answer(status.view(parts)).body == mining
 
 
+async def test_receivers_that_are_gone_and_have_nothing_left_are_one_line(tmp_path: Path) -> None:
+    clock = ManualClock()
+    with made(tmp_path, clock) as parts:
+        await mine(parts, clock)
+        names = ["one", *(f"gone{number}" for number in range(20))]
+        await parts.outbox(form_batches, names, size=1, age=0.0, now=NOW, current=None)
+        for name in names[1:]:
+            while head := await parts.outbox(deliveries.next_pending, name):
+                if name == "gone7" and head.sequence == 1:
+                    await parts.outbox(deliveries.record_set_aside, name, head.batch, "no", NOW)
+                else:
+                    await parts.outbox(deliveries.record_delivered, name, head.batch, NOW)
+        shown = {each.name: each for each in status.receivers(parts)}
+        assert list(shown) == ["one", "two", "gone7", ENDED]
+        batches = shown["one"].pending_batches
+        assert shown["gone7"].dead_batches == 1
+        assert (shown[ENDED].delivered_batches, shown[ENDED].pending_batches) == (19 * batches, 0)
+        metrics = generate_latest(registry(parts)).decode()
+        assert f'pocd_receiver_delivered_batches_total{{receiver="{ENDED}"}} {19.0 * batches}' in metrics
+        assert "gone8" not in metrics
+
+
 async def test_a_daemon_that_mines_and_computes_nothing_is_not_ready(tmp_path: Path) -> None:
     clock = ManualClock()
     with made(tmp_path, clock) as parts:
@@ -119,3 +149,20 @@ async def test_a_daemon_that_mines_and_computes_nothing_is_not_ready(tmp_path: P
         parts.miner.hold("the disk is full")
         assert "miner" not in {problem.part for problem in status.problems(parts)}, "the store is why"
         parts.miner.give_back(second)
+
+
+async def test_a_worker_whose_results_depend_on_rounding_is_an_alarm(tmp_path: Path) -> None:
+    with made(tmp_path, ManualClock()) as parts:
+        first, second = parts.workers.workers
+        for worker, flipped in ((first, 0.0), (second, 0.25)):
+            worker.start()
+            worker.load("loading the model")
+            worker.become_ready(dataclasses.replace(READY, conditioning=Conditioning(0.5, flipped)))
+        (alarm,) = status.alarms(parts)
+        assert alarm.part == "worker 1 (cpu)"
+        assert "25.00% of honest nonces would be found invalid" in alarm.reason
+        text = generate_latest(registry(parts)).decode()
+    assert 'pocd_worker_rounding_alarm{worker="0"} 0.0' in text
+    assert 'pocd_worker_rounding_alarm{worker="1"} 1.0' in text
+    assert 'pocd_worker_flipped_ratio{worker="1"} 0.25' in text
+    assert 'pocd_worker_rounding_error_ratio{worker="0"} 0.5' in text

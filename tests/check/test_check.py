@@ -123,7 +123,7 @@ async def test_a_good_host_is_green_and_its_secrets_stay_secret(tmp_path: Path) 
         (name, "green")
         for name in (
             *("configuration", "secrets", "torch", "driver", "model", "store", "fsync", "disk space"),
-            *("chain", "clock", "receiver main", "admin API"),
+            *("chain", "clock", "receiver main", "admin API", "rounding"),
         )
     ], out
     assert "fingerprint c583d865ce57ae68f1d6946c08b3275c" in out
@@ -212,7 +212,7 @@ async def test_beside_a_running_daemon_all_is_green_and_it_goes_on(tmp_path: Pat
     async with Chain().served() as node, reference_receiver(tmp_path, None) as url:
         path = config(tmp_path, node.url, {"main": url}, admin__port=PORT)
         async with running(path) as daemon:
-            await daemon.until(lambda body: body["chain"]["height"])
+            await daemon.until(lambda body: body["chain"]["height"] and body["worker"]["ready"])
             found = await look(path)
             out = report.as_text(found, width=None, colour=False)
             assert {finding.level for finding in found} == {Level.GREEN}, out
@@ -315,6 +315,8 @@ def test_the_report_fits_its_terminal() -> None:
     assert len(report.as_text(findings, width=None, colour=False).splitlines()) == 6
     coloured = report.as_text(findings, width=80, colour=True)
     assert "\033[31mred     \033[0mchain: short" in coloured
+    logged = report.as_text(findings, width=None, colour=False, journal=True).splitlines()
+    assert [line[:3] for line in logged] == ["<6>", "<4>", "<4>", "<3>", "<3>", "1 g"]
     assert orjson.loads(report.as_json(findings))[0] == {
         "name": "store",
         "level": "green",

@@ -24,14 +24,15 @@ from pocd.chain.cometbft import CometBFT
 from pocd.chain.make import CHAIN_TIMEOUT
 from pocd.chain.rpc import Rpc
 from pocd.chain.source import Block, ChainError, Head
-from pocd.check import chain, devices, files, model, store
+from pocd.check import api, chain, devices, files, model, store
 from pocd.check.chain import Expected
 from pocd.check.devices import Driver
 from pocd.check.finding import Finding, Level
 from pocd.check.probe import Probe
 from pocd.check.receivers import check_receiver
 from pocd.clock import SYSTEM
-from pocd.config.settings import ModelSettings, StoreSettings, load
+from pocd.compute.toolchain import Lack
+from pocd.config.settings import AdminSettings, ModelSettings, StoreSettings, load
 from pocd.delivery.posting import Receiver
 from pocd.http.client import open_session
 from pocd.http.server import listening
@@ -49,8 +50,44 @@ from tests.system.test_disk import unprivileged
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
 
+    from pocd.protocol.names import Compile
+
+LACK = Lack("there is no C compiler (gcc)", "install one (Debian: gcc)")
 CUDA = ModelSettings(name="bundled:tiny-llama", dtype="bfloat16", device="cuda:1")
 GIB = 2**30
+
+
+# What the daemon's workers measured
+
+
+@pytest.mark.parametrize(
+    ("rounding", "level", "text"),
+    [
+        (None, "yellow", "no worker has measured it yet"),
+        (
+            {"error": 0.0125, "flipped": 0.0, "alarm": None},
+            "green",
+            "results are off by at most 1.25% of their scatter",
+        ),
+        ({"error": 0.9, "flipped": 0.4, "alarm": "rounding decides"}, "red", "rounding decides"),
+    ],
+)
+async def test_rounding_is_what_the_workers_of_the_running_daemon_measured(
+    tmp_path: Path, rounding: dict[str, object] | None, level: str, text: str
+) -> None:
+    async def answer(_: web.Request) -> web.Response:
+        return web.json_response({"workers": [{"rounding": None}, {"rounding": rounding}]})
+
+    app = web.Application()
+    app.router.add_get("/api/v1/pow/status", answer)
+    async with listening(app, "127.0.0.1", 0, shutdown_timeout=1) as url:
+        admin = AdminSettings(port=int(url.rpartition(":")[2]))
+        found = await api.check_rounding(admin, tmp_path, runs=True, limit=PATIENCE)
+        assert (found.level, found.text) == (level, text)
+    found = await api.check_rounding(admin, tmp_path, runs=True, limit=PATIENCE)
+    assert found.level is Level.YELLOW
+    assert found.text.startswith("the daemon does not tell: ")
+    assert (await api.check_rounding(admin, tmp_path, runs=False, limit=PATIENCE)).level is Level.GREEN
 
 
 # The chain and the clock
@@ -221,13 +258,16 @@ def test_a_read_only_folder_and_files_of_another_user(open_folder: Path) -> None
         with unprivileged():
             closed = store.check_store(open_folder / "a" / "outbox.db", None)
             assert f"may not look at {open_folder / 'a'}" in closed.text
-            assert (closed.level, "sudo -u pocd" in (closed.remedy or "")) == (Level.RED, True)
+            assert (closed.level, "sudo pocd check" in (closed.remedy or "")) == (Level.RED, True)
             assert store.check_syncs(path, time.monotonic) is None
             hidden = CPU.model_copy(update={"name": str(open_folder / "model")})
             assert "Permission denied" in model.check(model.find(hidden), Probe(), hidden).text
     open_folder.chmod(0o777)
     Outbox.open(path).close()
     path.chmod(0o666)
+    exposed = store.check_store(path, None)
+    assert (exposed.level, exposed.remedy) == (Level.YELLOW, f"chmod o-w {open_folder}")
+    assert "every user of this host may write" in exposed.text
     wal = secret_file(open_folder / "outbox.db-wal", "", 0o444)
     with unprivileged():
         finding = store.check_store(path, None)
@@ -313,7 +353,7 @@ def test_a_secret_of_another_user_a_bad_one_and_a_password_in_the_configuration(
     path.chmod(0o644)
     found = files.check_secrets(load(path), path)
     assert [each.level for each in found] == ["red", "yellow"]
-    assert "main's secret_file" in found[0].text
+    assert found[0].text.startswith("delivery.receivers, main: ")
     assert f"{path} holds a URL with a password" in found[1].text
     assert "hunter22" not in str(found)
     assert stat.S_IMODE(path.stat().st_mode) == 0o644
@@ -345,6 +385,27 @@ def test_torch_driver_and_cards() -> None:
     assert (blind.level, "driver too old" in blind.text) == (Level.RED, True)
     assert devices.used_cards(good, CUDA) == ("GPU-b",)
     assert devices.used_cards(good, CUDA.model_copy(update={"device": "auto"})) == ("GPU-a", "GPU-b")
+
+
+@pytest.mark.parametrize(
+    ("lack", "model", "mode", "level"),
+    [
+        (None, CUDA, "auto", Level.GREEN),
+        (LACK, CUDA, "auto", Level.YELLOW),
+        (LACK, CUDA, "always", Level.RED),
+        (LACK, CPU, "always", Level.RED),
+        (LACK, CUDA, "never", None),
+        (LACK, CPU, "auto", None),
+    ],
+)
+def test_a_compiler_is_missed_where_something_is_to_be_compiled(
+    lack: Lack | None, model: ModelSettings, mode: Compile, level: Level | None
+) -> None:
+    finding = devices.check_compiler(lack, model, mode)
+    assert (finding and finding.level) == level
+    if finding and lack:
+        assert finding.text.startswith("there is no C compiler")
+        assert finding.remedy == lack.remedy
 
 
 @pytest.mark.parametrize(

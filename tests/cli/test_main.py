@@ -16,6 +16,7 @@ import pytest
 
 from pocd import __version__
 from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_NO_DEVICE, EXIT_OK, EXIT_TEMPORARY
+from pocd.protocol.vectors import decode_vectors
 from tests.support.command_line import pocd_here
 
 if TYPE_CHECKING:
@@ -165,6 +166,10 @@ def test_a_client_reads_no_more_than_where_the_api_is(config: Path, tmp_path: Pa
     known = refusal(pocd_here("status", "--config", config, "--token-file", token), EXIT_CRASH)
     assert f"nothing listens on http://127.0.0.1:{silent};" in known
     assert "admin.token_file" in refusal(pocd_here("status", "--config", config), EXIT_CONFIG)
+    good = pocd_here("config", "check", "--config", config).stdout
+    assert good == f"{config}: good, but for credential:token, credential:secret, which only pocd.service can read\n"
+    shown = pocd_here("config", "show", "--config", config).stdout
+    assert 'token_file = "credential:token"' in shown
     config.write_text("not TOML")
     reason = refusal(pocd_here("status", "--config", config, "--url", f"http://127.0.0.1:{silent}"), EXIT_CRASH)
     assert "nothing listens" in reason
@@ -180,6 +185,17 @@ def test_a_configuration_that_may_not_be_read_is_a_line_with_the_remedy(config: 
     assert reason.startswith(f"{config} cannot be read by user ")
     assert "the group pocd" in reason
     assert "--token-file" in reason
+
+
+def test_the_last_line_is_an_error_in_the_journal(tmp_path: Path) -> None:
+    sink = tmp_path / "stderr"
+    with sink.open("wb") as stream:
+        found = os.fstat(stream.fileno())
+        journal = {"JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino}"}
+        subprocess.run(
+            [*POCD, "run", "--config", tmp_path / "no"], stderr=stream, env=ENVIRONMENT | journal, check=False
+        )
+    assert sink.read_text().startswith(f"<3>pocd: {tmp_path / 'no'} does not exist")
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
@@ -260,7 +276,7 @@ def compute(*, nonces: str = "0", **options: str) -> list[str]:
         ({"nonces": "1,0:5"}, "nonces: 1 is named twice"),
         ({"nonces": "5:5"}, "nonces: the range 5:5 is empty"),
         ({"nonces": str(2**63)}, f"nonces: {2**63} goes beyond 2**63 - 1"),
-        ({"scheme": "poc4"}, "scheme 'poc4' is unknown; allowed are: trained, random-weights, "),
+        ({"scheme": "poc9"}, "scheme 'poc9' is unknown; allowed are: trained, random-weights, "),
         ({"dtype": "int8"}, "dtype 'int8' is unknown; allowed are: float32, float16, bfloat16"),
         ({"device": "gpu"}, "device 'gpu' is unknown; allowed are: cpu, cuda, cuda:N"),
         ({"model": "bundled:huge"}, "model 'bundled:huge' is not bundled; the bundled ones are: bundled:tiny-"),
@@ -282,6 +298,20 @@ def test_distances_as_json() -> None:
     assert [line.keys() for line in lines] == [{"nonce", "distance"}] * 2
     assert [line["nonce"] for line in lines] == [7, 3]
     assert all(0 < line["distance"] < 2 for line in lines)
+
+
+def test_vectors_as_json_and_for_people() -> None:
+    ended = pocd(*compute(nonces="7,3", dtype="float32", scheme="poc4"), "--json")
+    assert (ended.returncode, ended.stderr) == (EXIT_OK, "")
+    lines = [orjson.loads(line) for line in ended.stdout.splitlines()]
+    assert [line.keys() for line in lines] == [{"nonce", "vector_b64"}] * 2
+    assert [line["nonce"] for line in lines] == [7, 3]
+    vectors = [decode_vectors(line["vector_b64"]) for line in lines]
+    shown = pocd(*compute(nonces="7,3", dtype="float32", scheme="poc4")).stdout.splitlines()
+    for line, nonce, vector in zip(shown, (7, 3), vectors, strict=True):
+        first, *numbers = line.split()
+        assert first == str(nonce)
+        assert list(map(float, numbers)) == pytest.approx(vector[0].tolist(), abs=5.1e-5)
 
 
 def test_a_reader_that_wants_one_line_ends_it() -> None:

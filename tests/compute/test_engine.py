@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import orjson
@@ -15,7 +15,7 @@ from pocd.compute import stages
 from pocd.compute.engine import block_run
 from pocd.compute.model import Model, adapt, load_model
 from pocd.compute.random import normal, seeds_tensor
-from pocd.compute.transforms import JOIN, reflect, reflect_in_order
+from pocd.compute.transforms import join_of, reflect, reflect_in_order
 from pocd.protocol.errors import InputError, NonFiniteError, OutOfMemoryError
 from pocd.protocol.names import DTYPES, default_tolerance
 from pocd.protocol.schemes import SCHEMES, LayerStep
@@ -78,10 +78,10 @@ def products_round_alike(model: Model, rows: int, seq_len: int) -> bool:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("scheme", "batch_size", "rows", "seq_len"),
-    [("poc2", 2, 4, 3), ("poc3", 2, 2, 7)]
-    + [(scheme, *shape) for scheme in ("poc2", "poc3") for shape in ((1, 1, 24), (7, 8, 24), (13, 13, 25))],
+    [("poc2", 2, 4, 3), ("poc3", 2, 2, 7), ("poc4", 2, 4, 1)]
+    + [(scheme, *shape) for scheme in ("poc2", "poc3", "poc4") for shape in ((1, 1, 24), (7, 8, 24), (13, 13, 25))],
 )
-def test_a_distance_does_not_depend_on_its_batch(
+def test_a_result_does_not_depend_on_its_batch(
     scheme: str, dtype: str, way: str, batch_size: int, rows: int, seq_len: int
 ) -> None:
     """Neighbours change no bit, nor does another place if bare products of as many rows, padded, keep them."""
@@ -91,15 +91,15 @@ def test_a_distance_does_not_depend_on_its_batch(
     rounding = 0.0 if products_round_alike(model, rows, seq_len) else tolerance
     nonces = list(range(batch_size))
     with block_run(model, SCHEMES[scheme], block_hash="block_alpha", public_key="node_A", seq_len=seq_len) as run:
-        together = run.distances(nonces, batch_size=batch_size)
-        found = run.distances(nonces[::-1], batch_size=batch_size)
+        together = run.values(nonces, batch_size=batch_size).numpy()
+        found = run.values(nonces[::-1], batch_size=batch_size).numpy()
         assert found == pytest.approx(together[::-1], abs=rounding, rel=0)
         for place in nonces[::3]:
             others = list(range(100, 100 + batch_size))
             others[place] = place
-            assert run.distances(others, batch_size=batch_size)[place] == together[place]
-            alone = run.distances([place], batch_size=batch_size)
-            assert alone == pytest.approx([together[place]], abs=rounding, rel=0)
+            assert np.array_equal(run.values(others, batch_size=batch_size)[place].numpy(), together[place])
+            alone = run.values([place], batch_size=batch_size)[0].numpy()
+            assert alone == pytest.approx(together[place], abs=rounding, rel=0)
 
 
 def test_another_batch_size_changes_a_distance_by_rounding_only(bundled: Model) -> None:
@@ -128,7 +128,7 @@ def drawn(*shape: int) -> torch.Tensor:
     return normal(seeds_tensor([f"any {shape}"])[0], math.prod(shape)).view(shape)
 
 
-@pytest.mark.parametrize("step", JOIN)
+@pytest.mark.parametrize("step", get_args(LayerStep))
 def test_a_layers_output_is_the_sum_of_its_transformed_halves(step: LayerStep) -> None:
     branch, residual = drawn(3, 8), 5 * drawn(3, 8)
     v = functional.normalize(drawn(8), dim=0)
@@ -138,10 +138,11 @@ def test_a_layers_output_is_the_sum_of_its_transformed_halves(step: LayerStep) -
             return x
         return reflect(x / (x.norm(dim=-1, keepdim=True) + 1e-8) if "normalise" in step else x, v)
 
-    expected = transform(branch) + transform(residual)
-    assert torch.allclose(JOIN[step](branch, residual, v), expected, atol=1e-4)  # of numbers up to 15: 1e-6 each
+    weight = 0.5 if "weigh" in step else 1.0
+    expected = weight * transform(branch) + transform(residual)
+    assert torch.allclose(join_of(step, 4)(branch, residual, v), expected, atol=1e-4)  # of numbers up to 15: 1e-6 each
     together = transform(branch + residual)
-    assert torch.allclose(expected, together, atol=1e-4) == (step != "normalise and reflect")
+    assert torch.allclose(expected, together, atol=1e-4) == ("normalise" not in step)
 
 
 def test_reflect_is_a_reflection() -> None:
@@ -162,7 +163,7 @@ def test_reflections_are_applied_in_order() -> None:
 def test_large_float16_activations_do_not_overflow() -> None:
     x = torch.full((1, 128), 60_000.0, dtype=torch.float16)
     v = functional.normalize(torch.ones(128), dim=0).half()
-    found = JOIN["normalise and reflect"](x, torch.zeros_like(x), v)
+    found = join_of("normalise and reflect", 4)(x, torch.zeros_like(x), v)
     assert found.dtype == torch.float16
     assert np.allclose(found.float().numpy(), -1 / np.sqrt(128), atol=1e-3)
 

@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from pocd.compute.layers import LayerDecoder
 from pocd.compute.model import Model, adapt, load_model
 from pocd.compute.random import normal
-from pocd.compute.transforms import JOIN
+from pocd.compute.transforms import join_of
 
 
 @pytest.fixture(scope="module", params=["bundled:tiny-qwen3", "bundled:tiny-llama", "gpt2"])
@@ -40,7 +40,7 @@ def test_without_transforms_the_result_is_the_bare_models(model: Model) -> None:
     embeddings, vectors = inputs(model)
     bare = model.by_layers.decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state[:, -1]
     for decoder in both(model):
-        assert torch.allclose(decoder(embeddings, JOIN["none"], vectors), bare, atol=2e-5)
+        assert torch.allclose(decoder(embeddings, join_of("none", 1), vectors), bare, atol=2e-5)
 
 
 @torch.inference_mode()
@@ -48,7 +48,7 @@ def test_a_single_position_is_a_sequence_too(model: Model) -> None:
     embeddings, vectors = inputs(model, 1)
     bare = model.by_layers.decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state[:, -1]
     for decoder in both(model):
-        assert torch.allclose(decoder(embeddings, JOIN["none"], vectors), bare, atol=2e-5)
+        assert torch.allclose(decoder(embeddings, join_of("none", 1), vectors), bare, atol=2e-5)
 
 
 class Products(TorchFunctionMode):
@@ -85,7 +85,7 @@ def test_after_the_last_layers_keys_and_values_only_the_last_position_is_carried
     }
     for decoder in both(model):
         with Products() as products:
-            decoder(embeddings, JOIN["none"], vectors)
+            decoder(embeddings, join_of("none", 1), vectors)
         found = {name: products.positions[cast("Any", module).weight.data_ptr()] for name, module in watched.items()}
         # GPT-2 makes keys, values and queries in one product, which then runs once more for the last query.
         keys = 1 if is_gpt2 else 9 if decoder is model.decoder else 1
@@ -111,7 +111,7 @@ def test_an_observer_sees_every_half_in_order(model: Model) -> None:
     embeddings, vectors = inputs(model)
     seen: list[tuple[str, int]] = []
     model.by_layers(
-        embeddings, JOIN["none"], vectors, observe=lambda name, values: seen.append((name[:7], values.shape[1]))
+        embeddings, join_of("none", 1), vectors, observe=lambda name, values: seen.append((name[:7], values.shape[1]))
     )
     lengths = [9] * (model.layers - 1) + [1]
     assert seen == [(f"layer {i}", length) for i, length in enumerate(lengths) for _ in range(2)]

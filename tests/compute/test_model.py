@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import hub
 
 from pocd.compute.fingerprint import checkpoint_fingerprint, fingerprint
-from pocd.compute.model import _is_models_fault, adapt, load_model, pick_device
+from pocd.compute.model import _is_models_fault, adapt, is_built_for, load_model, pick_device
 from pocd.protocol.errors import DeviceError, InputError, MemoryShortError, ModelError
 from pocd.protocol.names import BUNDLED, DTYPES
 
@@ -310,6 +310,26 @@ print(peak - before, sum(p.numel() * p.element_size() for p in model.causal.para
 def test_an_unknown_dtype_names_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"float64.*float32, float16, bfloat16"):
         load_model("bundled:tiny-qwen3", dtype="float64", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((9, 0), ["sm_75", "sm_80", "sm_90"], True),
+        ((8, 6), ["sm_80"], True),
+        ((7, 0), ["sm_75", "sm_80", "sm_90"], False),
+        ((12, 0), ["sm_90", "sm_100"], False),
+        ((12, 0), ["sm_90", "compute_90"], True),
+        ((7, 0), ["compute_75"], False),
+        ((10, 3), ["sm_100a"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((9, 0), [], True),
+    ],
+)
+def test_a_gpu_needs_a_torch_that_was_built_for_it(
+    capability: tuple[int, int], built_for: list[str], *, runs: bool
+) -> None:
+    assert is_built_for(capability, built_for) == runs
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "cpu:0"])

@@ -16,7 +16,7 @@ from pocd.compute import segments
 from pocd.compute.engine import BlockRun, block_run
 from pocd.compute.model import Model, adapt, load_model
 from pocd.compute.random import seeds_tensor, signs
-from pocd.compute.transforms import JOIN
+from pocd.compute.transforms import join_of
 from pocd.protocol.errors import InputError, NonFiniteError
 from pocd.protocol.schemes import SCHEMES
 from pocd.protocol.theory import expected_valid_rate, r_target_for
@@ -174,7 +174,8 @@ def test_every_position_counts(bundled: Model) -> None:
 
 
 def output(run: BlockRun, inputs: torch.Tensor) -> torch.Tensor:
-    states = run.model.by_layers(inputs, JOIN["normalise and reflect"], run.vectors, all_positions=True)
+    join = join_of(run.scheme.layer_step, run.model.layers)
+    states = run.model.by_layers(inputs, join, run.vectors, all_positions=True)
     return run.hidden(run.readout(states, [0]), [0])
 
 
@@ -202,3 +203,13 @@ def test_the_same_statistics_find_the_uneven_blocks_of_poc2(bundled: Model) -> N
 def even(valid: np.ndarray[Any, np.dtype[np.int64]], nonces: int) -> float:
     """The p-value of a chi-square test of equal rates."""
     return float(stats.chi2_contingency(np.array([valid, nonces - valid])).pvalue)
+
+
+@pytest.mark.parametrize("length", [6, 7, 64])
+def test_the_sums_of_compiled_code_are_those_of_the_eager_path(length: int) -> None:
+    torch.manual_seed(0)
+    states, signs = torch.randn(3, length, 16), torch.randint(0, 2, (3, length)) * 2.0 - 1
+    inside = segments._segments(length, states.device)
+    assert inside.sum(dim=0).tolist() == [1.0] * length
+    found = segments._sum_fused(states, signs)
+    assert torch.allclose(found, segments._sum_in_chunks(states, signs, inside), rtol=0, atol=1e-5)

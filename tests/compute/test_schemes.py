@@ -6,13 +6,16 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import orjson
 import pytest
 import torch
 
 from pocd.compute.engine import block_run
 from pocd.compute.model import Model, load_model
-from pocd.protocol.schemes import SCHEMES
+from pocd.protocol.schemes import DISTANCE_SCHEMES, SCHEMES
+from pocd.protocol.vectors import decode_vectors
 from tests.reference import plain, plain_families, plain_torch
 from tests.support import vector_models
 from tests.support.command_line import pocd_here
@@ -24,23 +27,27 @@ NONCES = [0, 1, 2**63 - 1]
 SEQ_LEN = 24
 TOLERANCE = 2e-5
 
+Values = npt.NDArray[np.float64]
+
 
 @pytest.fixture(scope="module", params=BUNDLED)
 def model(request: pytest.FixtureRequest) -> Model:
     return load_model(request.param, dtype="float32", device="cpu")
 
 
-def engine(model: Model, scheme: str, *, block_hash: str = "ABC") -> list[float]:
+def engine(model: Model, scheme: str, *, block_hash: str = "ABC") -> Values:
     with block_run(model, SCHEMES[scheme], block_hash=block_hash, public_key="key", seq_len=SEQ_LEN) as run:
-        return run.distances(NONCES, batch_size=4)
+        return run.values(NONCES, batch_size=4).numpy()
 
 
-def plain_distances(name: str, scheme: str, *, block_hash: str = "ABC") -> list[float]:
+def plain_results(name: str, scheme: str) -> Values:
     decoder = plain_families.bundled(name)
-    return [
-        plain.distance(decoder, block_hash=block_hash, public_key="key", nonce=nonce, seq_len=SEQ_LEN, scheme=scheme)
-        for nonce in NONCES
-    ]
+    return np.array(
+        [
+            plain.result(decoder, block_hash="ABC", public_key="key", nonce=nonce, seq_len=SEQ_LEN, scheme=scheme)
+            for nonce in NONCES
+        ]
+    )
 
 
 def test_the_registry_has_the_schemes_of_the_protocol() -> None:
@@ -49,8 +56,8 @@ def test_the_registry_has_the_schemes_of_the_protocol() -> None:
 
 
 @pytest.mark.parametrize("scheme", plain.SCHEMES)
-def test_distances_agree_with_the_plain_ones(model: Model, scheme: str) -> None:
-    assert engine(model, scheme) == pytest.approx(plain_distances(model.name, scheme), abs=TOLERANCE)
+def test_results_agree_with_the_plain_ones(model: Model, scheme: str) -> None:
+    assert engine(model, scheme) == pytest.approx(plain_results(model.name, scheme), abs=TOLERANCE)
 
 
 def test_schemes_do_not_disturb_each_other(model: Model) -> None:
@@ -58,14 +65,14 @@ def test_schemes_do_not_disturb_each_other(model: Model) -> None:
     alone = {scheme: engine(load_model(model.name, dtype="float32", device="cpu"), scheme) for scheme in SCHEMES}
     for scheme in [*SCHEMES, *reversed(SCHEMES)]:
         engine(model, scheme, block_hash="another")
-        assert engine(model, scheme) == alone[scheme], scheme
+        assert np.array_equal(engine(model, scheme), alone[scheme]), scheme
 
 
 def test_schemes_differ_but_for_the_length_before_the_head() -> None:
     """`end-norm` only scales what `trained` gives to its head, and a distance knows no scale."""
-    found = {scheme: plain_distances(BUNDLED[0], scheme)[1] for scheme in SCHEMES}
+    found = {scheme: plain_results(BUNDLED[0], scheme)[1] for scheme in DISTANCE_SCHEMES}
     assert found.pop("end-norm") == pytest.approx(found["trained"], abs=1e-12)
-    values = sorted(found.values())
+    values = sorted(map(float, found.values()))
     assert min(after - before for before, after in itertools.pairwise(values)) > 10 * TOLERANCE
 
 
@@ -86,7 +93,12 @@ def test_the_command_computes_every_scheme(scheme: str) -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
     lines = [orjson.loads(line) for line in ended.stdout.splitlines()]
     assert [line["nonce"] for line in lines] == NONCES
-    assert [line["distance"] for line in lines] == pytest.approx(plain_distances(BUNDLED[0], scheme), abs=TOLERANCE)
+    expected = plain_results(BUNDLED[0], scheme)
+    if SCHEMES[scheme].output == "vector":
+        found = np.concatenate([decode_vectors(line["vector_b64"]) for line in lines])
+        assert found == pytest.approx(expected, abs=TOLERANCE, rel=2**-11)  # of float16
+    else:
+        assert [line["distance"] for line in lines] == pytest.approx(expected, abs=TOLERANCE)
 
 
 # The implementation in plain torch, which knows poc2 alone.
@@ -97,7 +109,7 @@ def test_plain_torch_agrees_with_plain_numpy(name: str) -> None:
     causal = load_model(name, dtype="float32", device="cpu").causal
     run = plain_torch.PlainRun(causal, "ABC", "key", SEQ_LEN)
     found = [run.distance(nonce) for nonce in NONCES]
-    assert found == pytest.approx(plain_distances(name, "poc2"), abs=TOLERANCE)
+    assert found == pytest.approx(plain_results(name, "poc2"), abs=TOLERANCE)
     for module in causal.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
@@ -126,9 +138,9 @@ def test_plain_torch_in_half_precision_stays_near_float32(dtype: str, tolerance:
     causal = load_model(BUNDLED[0], dtype=dtype, device="cpu").causal
     run = plain_torch.PlainRun(causal, "ABC", "key", SEQ_LEN)
     found = [run.distance(nonce) for nonce in NONCES]
-    exact = plain_distances(BUNDLED[0], "poc2")
+    exact = plain_results(BUNDLED[0], "poc2")
     assert found == pytest.approx(exact, abs=tolerance)
-    assert found != exact
+    assert (np.array(found) != exact).all()
 
 
 def test_plain_torch_hashes_exactly() -> None:

@@ -119,7 +119,7 @@ def test_a_round_leaves_the_bare_model_behind(scheme: str) -> None:
     model = load_model("bundled:tiny-qwen3", dtype="bfloat16", device="cpu")
     before, bare = bits(model), bare_outputs(model)
     with block_run(model, SCHEMES[scheme], block_hash=BLOCK, public_key="k", seq_len=8) as run:
-        run.distances([0, 1], batch_size=2)
+        run.values([0, 1], batch_size=2)
     assert bits(model) == before
     assert torch.equal(bare_outputs(model), bare)
     for module in model.causal.modules():

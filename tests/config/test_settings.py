@@ -15,7 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from pocd.config.settings import ConfigError, Settings, check_model, foreign_variables, load, load_admin, to_toml
+from pocd.config.model import check_model
+from pocd.config.settings import ConfigError, Settings, foreign_variables, load, load_admin
+from pocd.config.shown import to_toml
 from pocd.process import EXIT_TEMPORARY, EndedError
 
 if TYPE_CHECKING:
@@ -157,7 +159,12 @@ def test_the_shipped_file_loads_with_everything_set(tmp_path: Path) -> None:
         pytest.param("[delivery]\nbatch_seconds = nan", "delivery.batch_seconds: Input should be", id="no number"),
         pytest.param(f"[round]\nevery = {2**63}", "round.every: Input should be less than", id="beyond 64 bits"),
         pytest.param(
-            "[round]\nscheme = 'poc4'", "round.scheme: unknown scheme 'poc4'; allowed are: trained, ", id="scheme"
+            "[round]\nscheme = 'poc9'", "round.scheme: unknown scheme 'poc9'; allowed are: trained, ", id="scheme"
+        ),
+        pytest.param(
+            "[round]\nscheme = 'poc4'",
+            "round.scheme: scheme 'poc4' gives vectors, which the daemon does not mine yet; allowed are: trained, ",
+            id="scheme of vectors",
         ),
         pytest.param("[model]\ndtype = 'int8'", "model.dtype: Input should be 'float32', 'float16'", id="dtype"),
         pytest.param(
@@ -446,32 +453,19 @@ def test_credentials_are_never_shown(tmp_path: Path) -> None:
     assert 'url = "https://***@receiver.example"' in shown
 
 
+@pytest.mark.parametrize("name", ["loop/model", "x" * 300])
+def test_a_models_folder_that_cannot_be_one_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    settings = load(written(tmp_path, f"{GOOD}[model]\nname = '{tmp_path / name}'\n"))
+    with pytest.raises(ConfigError, match=r"^model\.name: "):
+        check_model(settings)
+
+
 # Secrets by credential, and keys of one kind of chain.
 
 
-def test_a_credential_is_the_file_that_systemd_made_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = written(tmp_path, GOOD + '[admin]\ntoken_file = "credential:token"\n')
-    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials/pocd.service")
-    assert load(path).admin.token_file == Path("/run/credentials/pocd.service/token")
-    path = written(
-        tmp_path,
-        f'{GOOD}[delivery]\nreceivers = [{{ name = "a", url = "http://a", secret_file = "credential:key.1" }}]\n',
-    )
-    assert load(path).delivery.receivers[0].secret_file == Path("/run/credentials/pocd.service/key.1")
-
-
-def test_a_credential_outside_of_systemd_is_refused_with_what_to_do(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("CREDENTIALS_DIRECTORY", raising=False)
-    text = refusal(written(tmp_path, GOOD + '[admin]\ntoken_file = "credential:token"\n'))
-    assert "admin.token_file" in text
-    assert "LoadCredential=token:FILE" in text
-
-
 @pytest.mark.parametrize("name", ["", "..", "a/b", "a b"])
-def test_a_credentials_name_leads_nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv("CREDENTIALS_DIRECTORY", "/run/credentials/pocd.service")
+def test_a_credentials_name_leads_nowhere_else(tmp_path: Path, name: str) -> None:
     text = refusal(written(tmp_path, f'{GOOD}[admin]\ntoken_file = "credential:{name}"\n'))
     assert "takes a name of letters" in text
 

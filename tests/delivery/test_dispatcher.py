@@ -2,9 +2,11 @@
 
 import asyncio
 import base64
+import ssl
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import aiohttp
 import orjson
@@ -13,13 +15,16 @@ import structlog
 from aiohttp import web
 from standardwebhooks import Webhook, WebhookVerificationError
 
+from pocd.check.finding import Level
+from pocd.check.receivers import check_receiver
 from pocd.delivery import policy, posting
 from pocd.http.client import open_session
 from pocd.http.webhooks import WebhookKeys
 from pocd.store.outbox import ReceiverState
 from tests.support.clocks import NOW
 from tests.support.delivering import Bench, Server, expected, running, sent, serving, talking
-from tests.support.waiting import soon
+from tests.support.waiting import PATIENCE, soon
+from tests.support.zoo import certificate
 
 OLD, NEW, OTHER = ("whsec_" + base64.b64encode(bytes([n]) * 32).decode() for n in (1, 2, 3))
 
@@ -336,10 +341,14 @@ async def test_no_more_may_arrive_unread_than_is_read(
     windows = []
 
     def watched(
-        timeout: aiohttp.ClientTimeout, *, window: int, refuse: Callable[[str], str | None]
+        timeout: aiohttp.ClientTimeout,
+        *,
+        window: int,
+        refuse: Callable[[str], str | None],
+        certificate: Callable[[float], None],
     ) -> aiohttp.ClientSession:
         windows.append(window)
-        return open_session(timeout, window=window, refuse=refuse)
+        return open_session(timeout, window=window, refuse=refuse, certificate=certificate)
 
     monkeypatch.setattr(posting, "open_session", watched)
     await bench.store(1, "a")
@@ -379,3 +388,48 @@ async def test_neither_logs_nor_reasons_tell_the_secret_or_the_url_s_credentials
     told = repr((logs, await bench.deliveries(), dispatcher.state, dispatcher.alarm, dispatcher.receiver.keys))
     for secret in ("hunter2", NEW.removeprefix("whsec_"), str(bytes([2]) * 32), request.headers["webhook-signature"]):
         assert secret not in told
+
+
+# Certificates
+
+
+async def test_a_certificate_that_soon_expires_is_an_alarm_while_batches_are_still_accepted(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = certificate(tmp_path)
+    if context is None:
+        pytest.skip("openssl, which makes the certificate, is not installed")
+    trusting = ssl.create_default_context(cafile=tmp_path / "cert.pem")
+    monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", trusting)
+    await bench.store(1, "a")
+    async with serving(tls=context) as server:
+        url = server.url.replace("127.0.0.1", "localhost")
+        dispatcher = bench.dispatcher(url)
+        async with running(dispatcher):
+            await server.take(1)
+            await soon(dispatcher.settled.wait())
+        assert bench.outbox.view.totals.delivered == 2
+        expires = dispatcher.certificate_expires
+        assert expires is not None
+        for days, level in ((15, Level.GREEN), (13, Level.YELLOW)):
+            bench.clock.now = expires - days * 86_400
+            finding = await check_receiver(dispatcher.receiver, clock=bench.clock, limit=PATIENCE)
+            assert finding.level is level, finding
+            assert (dispatcher.alarm is None) == (level is Level.GREEN)
+    assert "certificate expires on " in str(dispatcher.alarm)
+
+
+# Many receivers
+
+
+@pytest.mark.usefixtures("at_once")
+async def test_three_hundred_receivers_that_fail_hold_up_none_that_is_well(bench: Bench, server: Server) -> None:
+    """Though they are asked again without a pause: while it gets a batch, each of them gets few."""
+    names = [f"r{number}" for number in range(300)]
+    batches = await bench.store(3, "well", *names)
+    dispatchers = [bench.dispatcher("http://127.0.0.1:1", name) for name in names]
+    async with running(*dispatchers, bench.dispatcher(server.url, "well")):
+        requests = await server.take(3)
+        failures = [dispatcher.state.failures for dispatcher in dispatchers]
+    assert sent(requests) == expected(batches)
+    assert max(failures) <= 12

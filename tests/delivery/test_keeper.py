@@ -395,6 +395,16 @@ def test_a_jump_is_told_once_and_steering_is_none() -> None:
     assert clock.follow() == 7200
 
 
+async def test_a_callback_url_that_nothing_names_any_more_ends_at_the_next_look(
+    outbox: OutboxThread, keeper: Keeper
+) -> None:
+    work = Work(ROUND, NODE, by_chain=False, callback="callback-1", callback_url="http://127.0.0.1:1/one")
+    await outbox(Outbox.begin_round, work, NOW)
+    assert "callback-1" in outbox.view.receivers
+    await keeper.look()
+    assert "callback-1" not in outbox.view.receivers
+
+
 # A store that is taken away
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import itertools
 from typing import TYPE_CHECKING, Annotated, Any
 
 import aiohttp
@@ -14,11 +16,14 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from pocd.admin.operations import Operation, limit_bodies, routes
-from pocd.http.parsing import Input, parse_body, parse_query
-from pocd.http.server import RefusalError, errors_as_json, json_answer, listening
+from pocd.http.parsing import MOST_NAMES, Input, parse_body, parse_query
+from pocd.http.server import LARGE_BODY, RefusalError, errors_as_json, json_answer, listening
+from tests.support.waiting import soon
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+
+MOST = 50_000  # values of a large body
 
 
 class Wish(Input):
@@ -154,3 +159,39 @@ JSON = st.recursive(
 async def test_no_body_does_anything_but_parse_or_be_refused(raw: bytes) -> None:
     with contextlib.suppress(RefusalError):
         assert isinstance(await parse_body(_Raw(raw), Wish), Wish)  # type: ignore[arg-type] # all that is used of it
+
+
+def of(values: int, value: bytes = b"1.5") -> bytes:
+    """A body larger than what is parsed at once, of so many values."""
+    return b'{"claims":[' + b",".join([value] * values) + b"]}" + b" " * LARGE_BODY
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(of(MOST + 2), id="values"),
+        pytest.param(b"[" * (MOST_NAMES + 1) + b" " * LARGE_BODY, id="lists"),
+        pytest.param(of(MOST_NAMES + 1, b'{"":0}'), id="fields"),
+    ],
+)
+async def test_a_large_body_that_nobody_can_mean_is_not_unpacked(body: bytes) -> None:
+    with pytest.raises(RefusalError) as refused:
+        await parse_body(_Raw(body), Wish, most_values=MOST)  # type: ignore[arg-type] # all that is used of it
+    assert (refused.value.status, refused.value.code) == (400, "too_many_values")
+
+
+async def test_large_bodies_are_parsed_one_at_a_time_and_the_loop_gets_a_turn_between_any_two() -> None:
+    happened: list[str] = []
+
+    async def parse() -> None:
+        await parse_body(_Raw(of(MOST + 1)), Wish, most_values=MOST)  # type: ignore[arg-type] # as above
+        happened.append("parsed")
+
+    async def look() -> None:
+        while happened.count("parsed") < 20:
+            happened.append("turn")
+            await asyncio.sleep(0)
+
+    await soon(asyncio.gather(look(), *(parse() for _ in range(20))))
+    at = [number for number, what in enumerate(happened) if what == "parsed"]
+    assert all("turn" in happened[one:other] for one, other in itertools.pairwise(at))

@@ -17,6 +17,7 @@ import pytest
 import uvloop
 from aiohttp import web
 
+from pocd.http import unix_socket
 from pocd.http.server import Bounds, RefusalError, errors_as_json, json_answer, listening, listening_at
 from tests.support.waiting import PATIENCE, soon, until
 
@@ -172,6 +173,32 @@ async def test_where_all_are_answered_a_new_one_is_told_to_come_again() -> None:
         assert await again.answer() == (200, 0)
 
 
+async def test_a_client_that_sends_many_requests_at_once_has_one_answered_at_each_turn() -> None:
+    order: list[str] = []
+    every = asyncio.Event()
+
+    async def note(request: web.Request) -> web.Response:
+        order.append(request.query["who"])
+        if len(order) == 303:
+            every.set()
+        return json_answer(0)
+
+    app = web.Application()
+    app.router.add_get("/", note)
+    async with listening(app, "127.0.0.1", 0, shutdown_timeout=0.1, bounds=PATIENT) as url:
+        where = ("127.0.0.1", int(url.rpartition(":")[2]))
+        opened = [await asyncio.open_connection(*where) for _ in range(4)]
+        # All of it is there before the server looks, of the greedy one first.
+        opened[0][1].write(b"GET /?who=greedy HTTP/1.1\r\nHost: x\r\n\r\n" * 300)
+        for _, writer in opened[1:]:
+            writer.write(b"GET /?who=other HTTP/1.1\r\nHost: x\r\n\r\n")
+        await soon(every.wait())
+        for _, writer in opened:
+            writer.close()
+    assert order.count("greedy") == 300
+    assert max(at for at, who in enumerate(order) if who == "other") < 30
+
+
 async def test_bodies_that_do_not_come_keep_nobody_out() -> None:
     """A token or not: while we wait for a client, its place is another's."""
     async with Server().served(replace(PATIENT, connections=2)) as server:
@@ -181,6 +208,52 @@ async def test_bodies_that_do_not_come_keep_nobody_out() -> None:
         client = await server.connect()
         await client.send(GET)
         assert await client.answer() == (200, 0)
+
+
+async def test_large_bodies_are_bounded_in_all_and_one_that_does_not_come_makes_room() -> None:
+    began, release = asyncio.Queue[None](), asyncio.Event()
+
+    async def take(request: web.Request) -> web.Response:
+        began.put_nowait(None)
+        await release.wait()
+        return json_answer(len(await request.read()))
+
+    app = web.Application(middlewares=[errors_as_json], client_max_size=200_000)
+    app.router.add_post("/", take)
+    body = b"x" * 100_000
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n"
+    server = Server()
+    bounds = replace(PATIENT, bodies=250_000, body_grace=0.0)
+    with server._clients:
+        async with listening(app, "127.0.0.1", 0, shutdown_timeout=0.1, bounds=bounds) as url:
+            server.port = int(url.rpartition(":")[2])
+            stalled, busy, second, small, refused = [await server.connect() for _ in range(5)]
+            await stalled.send(head + b"half")
+            for each in (busy, second):
+                await each.send(head + body)
+                await soon(began.get())
+            await small.send(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n{}")
+            await soon(began.get())  # small ones are not counted
+            await refused.send(head)
+            status, answer = await refused.answer()
+            assert (status, answer["error"]["code"]) == (503, "too_many_bodies")
+            release.set()
+            for each, size in ((busy, 100_000), (second, 100_000), (small, 2)):
+                assert await each.answer() == (200, size)
+            assert await stalled.rest() == b""  # it made room for the second
+            again = await server.connect()
+            await again.send(head + body)
+            assert await again.answer() == (200, 100_000)
+
+
+async def test_a_client_that_goes_before_it_is_told_to_continue_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    async with Server().served() as server:
+        for _ in range(30):
+            client = await server.connect()
+            await client.send(b"POST / HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n")
+            client.opened.shutdown(socket.SHUT_WR)
+            await client.rest()
+    assert [record.getMessage() for record in caplog.records] == []
 
 
 # How long.
@@ -460,6 +533,27 @@ async def test_a_socket_that_another_one_made_meanwhile_is_not_removed(tmp_path:
         path.unlink()
         path.touch()
     assert path.exists()
+
+
+async def test_a_socket_that_somebody_removes_is_put_back_and_another_ones_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(unix_socket, "LOOK_SECONDS", 0.01)
+    path, told = tmp_path / "api.sock", list[str]()
+    async with listening_at(app(), path, shutdown_timeout=1, told=told.append):
+        path.unlink()
+        await until(lambda: told)
+        assert told == [f"the socket {path} was removed by somebody, and is there again"]
+        assert stat.S_IMODE(path.lstat().st_mode) == 0o660
+        assert await ask(path) == "well"
+        path.unlink()
+        path.touch()
+        await until(lambda: len(told) == 2)
+        assert told[1].startswith("something else is at ")
+        path.unlink()
+        await until(lambda: len(told) == 3)
+        assert await ask(path) == "well"
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("lacking", ["192.0.2.1", "2001:db8::1"])

@@ -17,7 +17,7 @@ from pocd.cli import compute as cli_compute
 from pocd.compute.engine import BlockRun, block_run
 from pocd.compute.model import Model, adapt, load_model
 from pocd.compute.random import normal, seeds_tensor, signs
-from pocd.compute.transforms import JOIN
+from pocd.compute.transforms import join_of
 from pocd.lab import cheater, shortcuts
 from pocd.lab.audit import Attack, Attacks, Audit, Caught, ShortcutScore, as_text, audit
 from pocd.lab.audit_statistics import Estimate, ridge
@@ -246,9 +246,11 @@ def test_some_positions_see_each_other_and_nothing_else(family: str, where: slic
     seen[:, positions] = True
     seen = seen.tril().expand(2, 1, 12, 12)
     with torch.inference_mode():
-        found = model.by_layers.states(embeddings[:, where], JOIN["none"], vectors, between={}, positions=positions)
+        found = model.by_layers.states(
+            embeddings[:, where], join_of("none", 1), vectors, between={}, positions=positions
+        )
         bare = model.by_layers.decoder(inputs_embeds=embeddings, attention_mask=seen, use_cache=False)
-        from_zero = model.by_layers.states(embeddings[:, where], JOIN["none"], vectors, between={})
+        from_zero = model.by_layers.states(embeddings[:, where], join_of("none", 1), vectors, between={})
     assert torch.allclose(found, bare.last_hidden_state[:, where], atol=1e-4)
     # Rotary positions count by their differences alone, GPT-2's by themselves.
     is_moved_only = family == "llama" and where.step is None
@@ -338,7 +340,7 @@ def test_stopping_early_is_a_model_with_fewer_layers(small: Model) -> None:
     embeddings = normal(seeds_tensor(["early"])[0], 3 * SEQ_LEN * HIDDEN_SIZE).view(3, SEQ_LEN, HIDDEN_SIZE)
     between = dict.fromkeys(range(2, LAYERS), lambda entered, _: entered)
     with torch.inference_mode():
-        kept = small.by_layers.states(embeddings, JOIN["none"], torch.zeros(LAYERS, HIDDEN_SIZE), between=between)
+        kept = small.by_layers.states(embeddings, join_of("none", 1), torch.zeros(LAYERS, HIDDEN_SIZE), between=between)
         expected = half.eval().model(inputs_embeds=embeddings).last_hidden_state
     assert torch.allclose(kept, expected, atol=1e-5)
 

@@ -242,7 +242,11 @@ def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
         ({"blocks": 1}, "blocks must be 2 or more, got 1"),
         ({"nonces": 49}, "nonces must be 50 or more for a rate of 0.1, got 49"),
         ({"nonces": 400, "rate": 0.99}, "nonces must be 500 or more for a rate of 0.99, got 400"),
-        ({"scheme": "poc4"}, "scheme 'poc4' is unknown; allowed are: "),
+        ({"scheme": "poc9"}, "scheme 'poc9' is unknown; allowed are: "),
+        (
+            {"scheme": "poc4"},
+            "scheme 'poc4' gives vectors, all of which count: there are no distances, and no r_target",
+        ),
         ({"dtype": "int8"}, "dtype 'int8' is unknown; allowed are: "),
         ({"device": "gpu"}, "device 'gpu' is unknown; allowed are: "),
         ({"model": "bundled:huge"}, "model 'bundled:huge' is not bundled; "),

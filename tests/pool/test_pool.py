@@ -213,6 +213,34 @@ async def test_one_worker_does_a_whole_recomputation_and_the_next_one_is_another
         assert first is not second
 
 
+def test_a_worker_sees_its_own_cards_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    card = dataclasses.replace(LOAD, devices=("cuda:2",), cards=("6",))
+    split = dataclasses.replace(LOAD, devices=("cuda:1", "cuda:3"), cards=("5", "7"))
+    loads = [card, split, LOAD]
+    assert [environment(load, loads, tmp_path)["CUDA_VISIBLE_DEVICES"] for load in loads] == ["6", "5,7", ""]
+    ranks = [dataclasses.replace(split, rank=rank) for rank in (0, 1)]
+    assert [(load.device, load.own_device) for load in (card, *ranks, LOAD)] == [
+        ("cuda:2", "cuda:0"),
+        ("cuda:1", "cuda:0"),
+        ("cuda:3", "cuda:1"),
+        ("cpu", "cpu"),
+    ]
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_how_memory_is_allocated_is_left_to_whoever_says_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for each in names:
+        monkeypatch.delenv(each, raising=False)
+    assert {environment(LOAD, [LOAD], tmp_path)[each] for each in names} == {"expandable_segments:True"}
+    monkeypatch.setenv(name, "backend:cudaMallocAsync")
+    found = environment(LOAD, [LOAD], tmp_path)
+    assert {each: found.get(each) for each in names} == dict.fromkeys(names) | {name: "backend:cudaMallocAsync"}
+
+
 # The daemon of a host that is short of files, in a process of its own: the limit is the whole process's.
 SHORT_OF_FILES = """
 import asyncio, os, resource, signal, sys, uvloop
@@ -253,23 +281,23 @@ def test_workers_on_the_cpu_share_its_cores(tmp_path: Path, monkeypatch: pytest.
     for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.delenv(name, raising=False)
     cores = len(os.sched_getaffinity(0))
-    assert "OMP_NUM_THREADS" not in environment([LOAD], tmp_path)
+    assert "OMP_NUM_THREADS" not in environment(LOAD, [LOAD], tmp_path)
     monkeypatch.setenv("PYTHONOPTIMIZE", "2")
-    assert "PYTHONOPTIMIZE" not in environment([LOAD], tmp_path)
-    two = environment([LOAD, dataclasses.replace(LOAD, devices=("cpu", "cpu"))], tmp_path)
+    assert "PYTHONOPTIMIZE" not in environment(LOAD, [LOAD], tmp_path)
+    two = environment(LOAD, [LOAD, dataclasses.replace(LOAD, devices=("cpu", "cpu"))], tmp_path)
     assert two["OMP_NUM_THREADS"] == str(max(1, cores // 3))
     assert two["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.setenv("TRITON_CACHE_DIR", "/elsewhere")
-    set_by_hand = environment([LOAD, LOAD], tmp_path)
+    set_by_hand = environment(LOAD, [LOAD, LOAD], tmp_path)
     assert (set_by_hand["OMP_NUM_THREADS"], set_by_hand["TRITON_CACHE_DIR"]) == ("7", "/elsewhere")
 
 
 def test_where_no_temporary_folder_can_be_written_workers_have_one_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert environment([LOAD], tmp_path)["TMPDIR"] == tempfile.gettempdir()
+    assert environment(LOAD, [LOAD], tmp_path)["TMPDIR"] == tempfile.gettempdir()
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/none"])
-    assert environment([LOAD], tmp_path)["TMPDIR"] == str(tmp_path / "tmp")
+    assert environment(LOAD, [LOAD], tmp_path)["TMPDIR"] == str(tmp_path / "tmp")
     assert (tmp_path / "tmp").is_dir()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,7 @@ from pocd.worker.messages import Ready
 from tests.support.clocks import ManualClock
 
 CRASH = WorkerError(Cause.CRASH, "gone")
-READY = Ready("m", "f00d", "float32", "cuda:0", 128, 4, "flat", "eager", "asked", 1.5, 0.0, 8, 4096, "2.13.0")
+READY = Ready("m", "f00d", "float32", "cuda:0", 128, 4, "flat", "captured", "asked", 1.5, 0.0, 8, 4096, "2.13.0")
 
 
 def state() -> WorkerState:
@@ -53,6 +55,7 @@ def test_a_life_is_shown_phase_by_phase() -> None:
         (Phase.WAITING, None, False),
     ]
     assert (worker.info, worker.batch_size) == (READY, 8)
+    assert worker.most == 32, "the next life may find a larger size: a busy host made this one choose less"
 
 
 STEPS = {
@@ -122,3 +125,28 @@ def test_what_a_refusal_means_ends_with_the_next_failure(failures: list[tuple[bo
         assert worker.last_error == str(error)
         assert 1 <= wait <= LEFT_OUT_SECONDS
         assert (wait == LEFT_OUT_SECONDS) == worker.left_out
+
+
+@pytest.mark.parametrize(
+    ("device", "decoder", "execution", "compiling", "alarmed"),
+    [
+        ("cuda:0", "flat", "eager", True, True),
+        ("cuda:0", "flat", "captured", True, False),
+        ("cuda:0", "flat", "compiled", True, False),
+        ("cuda:0", "layers", "eager", True, False),  # nobody can change that
+        ("cuda:0", "flat", "eager", False, False),  # as was asked
+        ("cpu", "flat", "eager", True, False),
+    ],
+)
+def test_a_gpu_that_runs_eagerly_what_could_be_compiled_is_told_loudly(
+    device: str, decoder: str, execution: str, *, compiling: bool, alarmed: bool
+) -> None:
+    worker = WorkerState(0, (device,), 32, RateWindow(ManualClock()), is_compiling=compiling)
+    worker.start()
+    worker.load("loading m")
+    reason = "there is no C compiler"
+    worker.become_ready(replace(READY, decoder=decoder, execution=execution, execution_reason=reason))
+    expected = f"batches run eagerly, which is slower than compiled code: {reason}"
+    assert worker.alarm == (expected if alarmed else None)
+    worker.end()
+    assert worker.alarm is None

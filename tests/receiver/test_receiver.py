@@ -18,9 +18,10 @@ import pytest
 
 from pocd.http.server import DEFAULT_BOUNDS, Bounds, listening
 from pocd.http.webhooks import WebhookKeys, unsigned_headers
+from pocd.protocol.bodies import MOST_VALUES
 from pocd.protocol.proof import Proof, ProofBatch, Round
 from pocd.receiver import store as receiver_store
-from pocd.receiver.app import MAX_BODY_BYTES, MOST_COMMAS, application, serve
+from pocd.receiver.app import MAX_BODY_BYTES, application, serve
 from pocd.receiver.store import Arrival, ReceiverStoreBusyError, ReceiverStoreError, Store
 from pocd.validation.claim import Claim, parse_json
 from pocd.validation.verdict import Terms, judge
@@ -410,11 +411,21 @@ async def test_a_compressed_body_is_refused_and_never_unpacked(client: Client, c
 
 async def test_a_body_of_more_values_than_a_batch_can_have_is_not_parsed(client: Client) -> None:
     start, *_, end = orjson.dumps(GENERATED | {"unknown": []}).partition(b"]}")
-    values = MOST_COMMAS - start.count(b",")
-    answer = await client.post(start + b",".join([b"{}"] * (values + 2)) + b"]}" + end, "a")
-    assert (answer.status, answer.body["error"]["code"]) == (400, "too_many_values")
-    assert await client.totals() == {"rejected": 1}
-    assert (await client.post(start + b",".join([b"{}"] * (values + 1)) + b"]}" + end, "a")).status == 200
+    values = MOST_VALUES - start.count(b",")
+    for unknown in ([b"0"] * (values + 2), [b"{}"] * 100_000):
+        answer = await client.post(start + b",".join(unknown) + b"]}" + end, "a")
+        assert (answer.status, answer.body["error"]["code"]) == (400, "too_many_values")
+    assert await client.totals() == {"rejected": 2}
+    assert (await client.post(start + b",".join([b"0"] * (values + 1)) + b"]}" + end, "a")).status == 200
+
+
+async def test_a_web_page_can_neither_put_in_nor_clear(client: Client) -> None:
+    """Not even one whose name was made to point here, which is of our origin for its browser."""
+    for origin in ("http://evil.example", f"http://127.0.0.1:{client.port}", "null"):
+        for method, path in (("POST", "/generated"), ("DELETE", "/clear")):
+            answer = await client.call(method, path, orjson.dumps(GENERATED), {"Origin": origin})
+            assert (answer.status, answer.body["error"]["code"]) == (403, "foreign_origin")
+    assert await client.totals() == {}
 
 
 async def test_a_body_of_16_mib_and_no_more(client: Client) -> None:

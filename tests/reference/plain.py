@@ -101,6 +101,10 @@ class Decoder:
         return int(self.weights[self.embedding].shape[1])
 
     @property
+    def layers(self) -> int:
+        return len({found[1] for name in self.weights if (found := LAYER.search(name))})
+
+    @property
     def head_matrix(self) -> Array:
         return self.weights.get(self.head, self.weights[self.embedding])
 
@@ -110,9 +114,9 @@ class Scheme:
     """One row of section 4's table; all that have a head have eight reflections per nonce."""
 
     weights: Literal["trained", "all drawn", "embedding drawn"]
-    after_layer: Literal["none", "reflect", "normalise + reflect"]
-    before_head: Literal["none", "normalise", "product of segments"]
-    head: Literal["the model's", "the embedding", "random", "none"]
+    after_layer: Literal["none", "reflect", "normalise + reflect", "normalise, branch by 1/√L, reflect"]
+    before_head: Literal["none", "normalise", "product of segments", "signed sum"]
+    head: Literal["the model's", "the embedding", "random", "none", "projection"]
 
 
 SCHEMES = {
@@ -124,7 +128,9 @@ SCHEMES = {
     "hidden-householder": Scheme("trained", "none", "normalise", "the model's"),
     "poc2": Scheme("trained", "normalise + reflect", "normalise", "random"),
     "poc3": Scheme("trained", "normalise + reflect", "product of segments", "none"),
+    "poc4": Scheme("trained", "normalise, branch by 1/√L, reflect", "signed sum", "projection"),
 }
+LAYER = re.compile(r"\b(?:layers|h)\.(\d+)\.")
 NORM_WEIGHT = re.compile(r"(norm|ln_\w+)\.weight$")  # as the tested families name them
 
 
@@ -141,14 +147,16 @@ def draw(decoder: Decoder, names: list[str], block_hash: str) -> Decoder:
     return replace(decoder, weights=weights)
 
 
-def after_layer(scheme: Scheme, block_hash: str) -> Step:
+def after_layer(scheme: Scheme, block_hash: str, layers: int) -> Step:
     def step(layer: int, branch: Array, residual: Array) -> tuple[Array, Array]:
         if scheme.after_layer == "none":
             return branch, residual
         v = unit(f"{block_hash}_layer_{layer}_householder", branch.shape[-1])
-        if scheme.after_layer == "normalise + reflect":
+        if scheme.after_layer.startswith("normalise"):
             branch = branch / (np.linalg.norm(branch, axis=-1, keepdims=True) + 1e-8)
             residual = residual / (np.linalg.norm(residual, axis=-1, keepdims=True) + 1e-8)
+        if "1/√L" in scheme.after_layer:
+            branch = branch / np.sqrt(layers)
         return reflect(branch, v), reflect(residual, v)
 
     return step
@@ -196,7 +204,7 @@ def distance(
     elif choices.weights == "embedding drawn":
         decoder = draw(decoder, [decoder.embedding], block_hash)
 
-    size, owner, step = decoder.size, f"{block_hash}_{public_key}", after_layer(choices, block_hash)
+    size, owner, step = decoder.size, f"{block_hash}_{public_key}", after_layer(choices, block_hash, decoder.layers)
     if choices.head == "none":
         mean, deviation = standard(decoder, block_hash, seq_len, step)
         return segments_distance(decoder, owner, nonce, step, mean=mean, deviation=deviation)
@@ -215,3 +223,28 @@ def distance(
         head = decoder.head_matrix
     z = head @ h
     return float(np.linalg.norm(z / np.linalg.norm(z) - unit(f"{block_hash}_target", len(head))))
+
+
+def vector(
+    decoder: Decoder, *, block_hash: str, public_key: str, nonce: int, seq_len: int, scheme: str = "poc4"
+) -> Array:
+    """The twelve numbers of one nonce (section 3.2) before they are rounded, in float64 but for the generator."""
+    owner, step = f"{block_hash}_{public_key}", after_layer(SCHEMES[scheme], block_hash, decoder.layers)
+    a = units(decoder.run(decoder.weights, embeddings(f"{owner}_nonce{nonce}", seq_len, decoder.size), step))
+    seed = seed32(f"{owner}_nonce_{nonce}_signs")
+    x = np.zeros(decoder.size)
+    for s in range(seq_len):
+        x += a[s] if hash32(s, seed) < 2**31 else -a[s]
+    x /= np.sqrt(seq_len)
+    flat = normal(seed32(f"{owner}_nonce_{nonce}_projection"), 12 * decoder.size)
+    found: Array = flat.astype(np.float64).reshape(12, decoder.size) @ x
+    return found
+
+
+def result(
+    decoder: Decoder, *, block_hash: str, public_key: str, nonce: int, seq_len: int, scheme: str
+) -> float | list[float]:
+    """The distance or the vector of one nonce."""
+    function = vector if SCHEMES[scheme].head == "projection" else distance
+    found = function(decoder, block_hash=block_hash, public_key=public_key, nonce=nonce, seq_len=seq_len, scheme=scheme)
+    return found if isinstance(found, float) else found.tolist()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from argparse import Namespace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +82,21 @@ def test_the_agreement_table_shows_that_all_within_a_dtype_keeps_its_tolerance()
     rough = rows["bfloat16", "bfloat16 and float32"]
     assert 1e-5 < rough["percentile_99"] <= rough["largest"] < 0.01
     assert 0.001 < rough["flipped"] < 0.1
+
+
+def test_honest_ways_of_computing_lie_about_as_far_from_the_reference_as_the_validator() -> None:
+    import torch
+
+    from pocd.protocol.schemes import SCHEMES
+    from scripts.bench.differences import compared
+    from scripts.bench.models import build
+
+    options = Namespace(nonces=32, seq_len=8, compiled=False)
+    model = build("bundled:tiny-qwen3", torch.bfloat16, torch.device("cpu"))
+    head, threads, layers = islice(compared(model, SCHEMES["poc3"], options), 3)
+    assert str(head).startswith("bundled:tiny-qwen3, poc3: own error")
+    assert not isinstance(threads, str)
+    assert not isinstance(layers, str)
+    assert (threads.way, threads.error, threads.by_projections[0]) == ("another number of threads", 1, 0)
+    assert (layers.way, layers.by_projections[0]) == ("transformers' layers", 0)
+    assert 0.5 < layers.error < 2

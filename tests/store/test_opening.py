@@ -117,7 +117,9 @@ def test_only_what_a_person_must_change_keeps_the_daemon_from_being_started_agai
     ],
 )
 def test_the_systems_errors_end_by_the_same_rule(path: Path, number: int, code: int) -> None:
-    assert unopened(path, OSError(number, os.strerror(number))).code == code
+    error = unopened(path, OSError(number, os.strerror(number)))
+    assert error.code == code
+    assert ("ReadWritePaths=" in str(error)) == (number in {errno.EACCES, errno.EROFS})
 
 
 # Damage, and what looks like it

@@ -20,11 +20,12 @@ from pocd.protocol.nonces import Node, Progress, Span
 from pocd.protocol.proof import Proof, ProofBatch, Round
 from pocd.store import deliveries, opening
 from pocd.store import thread as module
-from pocd.store.batches import form_batches, register_callback
+from pocd.store.batches import form_batches
 from pocd.store.deliveries import PendingDelivery, next_pending, record_delivered, record_failed
 from pocd.store.errors import StoreError, StoreUnavailableError
 from pocd.store.outbox import KnownChain, Outbox, Queue, ReceiverState, Totals, Weights, Work
 from pocd.store.progress import RoundProgress
+from pocd.store.requested import MOST_SHARES, TooManySharesError
 from pocd.store.rounds import recent_rounds, replace_round
 from pocd.store.schema import APPLICATION_ID, VERSION
 from pocd.store.thread import OutboxThread
@@ -575,8 +576,8 @@ def test_only_rounds_that_the_chain_began_say_what_its_hashes_are(outbox: Outbox
 
 
 def test_a_rounds_own_receiver_gets_its_batches_beside_the_others_or_alone(outbox: Outbox) -> None:
-    register_callback(outbox, "own", "http://127.0.0.1/own")
-    outbox.begin_round(Work(ROUND, NODE, by_chain=False, callback="own"), NOW)
+    work = Work(ROUND, NODE, by_chain=False, callback="own", callback_url="http://127.0.0.1/own")
+    outbox.begin_round(work, NOW)
     outbox.begin_round(Work(NEXT, NODE), NOW)
     commit(outbox, 0, 2)
     commit(outbox, 0, 3, round_=NEXT)
@@ -909,3 +910,13 @@ async def test_closing_the_thread_finishes_what_was_asked_and_frees_the_file(pat
     with opened(path) as again:
         (rounds,) = again.db.execute("SELECT count(*) FROM rounds").fetchone()
         assert rounds == 2
+
+
+def test_the_shares_that_a_round_is_asked_for_with_are_bounded(outbox: Outbox) -> None:
+    for number in range(MOST_SHARES - 1):  # beside the one that was begun before
+        outbox.begin_round(Work(ROUND, Node(number, 1000), by_chain=False), NOW)
+    with pytest.raises(TooManySharesError, match="use one of these"):
+        outbox.set_control("x", Work(ROUND, Node(0, 999), by_chain=False), NOW)
+    assert outbox.control is None
+    assert outbox.begin_round(Work(ROUND, Node(7, 1000), by_chain=False), NOW).checked == 0
+    assert outbox.begin_round(Work(ROUND, Node(0, 999)), NOW).checked == 0  # the chain's is ours

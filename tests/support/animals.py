@@ -306,6 +306,7 @@ ANIMALS = [
         1,
         url="https://localhost:{port}",
         tls=True,
+        alarm=True,
     ),
     # Answers
     Animal(

@@ -26,6 +26,7 @@ from tests.support.clocks import ROUND, ManualClock
 from tests.support.waiting import soon
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
     from pathlib import Path
 
@@ -86,7 +87,7 @@ class Server:
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[Server]:
+async def serving(tls: ssl.SSLContext | None = None) -> AsyncIterator[Server]:
     server = Server()
     app = web.Application(client_max_size=2**26)
 
@@ -96,8 +97,8 @@ async def serving() -> AsyncIterator[Server]:
     app.router.add_route("*", "/{path:.*}", handle)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    server.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls).start()
+    server.url = f"{'https' if tls else 'http'}://127.0.0.1:{runner.addresses[0][1]}"
     try:
         yield server
     finally:
@@ -167,6 +168,7 @@ def dispatchers(
     receivers: Sequence[Receiver] = (),
     make: Callable[[Receiver], Dispatcher] | None = None,
     origins: Sequence[str] = (),
+    at_work: Callable[[], Sequence[str]] = list,
 ) -> Receivers:
     """Return the dispatchers of `receivers`; without `make` they are plain ones."""
 
@@ -181,7 +183,7 @@ def dispatchers(
             events=events(),
         )
 
-    return Receivers(receivers, make or plain, outbox, origins=origins, log=structlog.get_logger())
+    return Receivers(receivers, make or plain, outbox, origins=origins, at_work=at_work, log=structlog.get_logger())
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,9 +89,9 @@ async def test_proofs_arrive_and_recompute(tmp_path: Path) -> None:
                 assert memory(body["worker"]["pid"]) < 1e9
                 assert await daemon.end() == 0
             asyncio.get_running_loop().remove_reader(manager)
-        # What it loads is among the stages; of those that pass by quickly, only the last may be told.
+        # It is ready when its API listens, and goes on to say what it loads; of quick stages only the last may be told.
         loading = next(i for i, text in enumerate(said) if text.startswith("STATUS=LOADING ("))
-        assert loading < said.index("READY=1") < said.index("STOPPING=1")
+        assert said.index("READY=1") < loading < said.index("STOPPING=1")
         assert "WATCHDOG=1" in said
         held = await batches(url)
 

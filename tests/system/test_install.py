@@ -1,12 +1,14 @@
 """scripts/install and scripts/uninstall on a staging prefix, with a wheel that was really built.
 
 A full install takes minutes, for torch. So the packages of this environment are lent to the new ones: pip resolves
-pocd's dependencies by the pins, finds them there, and installs nothing but pocd.
+pocd's dependencies by the pins, finds them there, and installs nothing but pocd and one small package, which it has to
+take from a folder of wheels, without a network.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import sqlite3
@@ -16,6 +18,7 @@ import sys
 import sysconfig
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import orjson
 import pytest
@@ -23,10 +26,15 @@ import pytest
 from pocd.config.settings import load
 from tests.support.delivering import serving
 from tests.support.processes import Chain, running
+from tests.support.wheels import rebuild
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PREVIOUS = ROOT / "tests" / "data" / "pocd_previous.toml"  # as the release before this one shipped it
-OWN = ("pocd", "__editable__", "pip", "_virtualenv", "__pycache__")  # what the new environment must not borrow
+SMALL = "nvidia-ml-py"
+OWN = ("pocd", "__editable__", "pip", "_virtualenv", "__pycache__", "pynvml", "nvidia_ml_py")  # what is not lent
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +45,14 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         if not package.name.startswith(OWN) and package.suffix != ".pth":
             (lent / package.name).symlink_to(package)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("POCD_")}
-    return kept | {"PYTHONPATH": str(lent), "PYTHON": sys.executable}
+    wheels = tmp_path_factory.mktemp("wheels")
+    rebuild(SMALL, wheels)
+    return kept | {
+        "PYTHONPATH": str(lent),
+        "PYTHON": sys.executable,
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": str(wheels),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +75,11 @@ class Stage:
         self.shortcut = prefix / "usr" / "local" / "bin" / "pocd"
 
     def run(self, script: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        command = [ROOT / "scripts" / script, "--prefix", self.prefix, *arguments]
-        return subprocess.run(command, env=self.environment, capture_output=True, text=True, check=False)
+        """Run a script from the folder above the prefix, all paths relative to it."""
+        caller = self.prefix.parent
+        relative = [os.path.relpath(each, caller) if isinstance(each, Path) else each for each in arguments]
+        command = [os.path.relpath(ROOT / "scripts" / script, caller), "--prefix", self.prefix.name, *relative]
+        return subprocess.run(command, env=self.environment, cwd=caller, capture_output=True, text=True, check=False)
 
     def install(self, *arguments: str | Path) -> str:
         done = self.run("install", *arguments)
@@ -118,13 +136,43 @@ def test_what_is_installed_computes_in_an_empty_directory(stage: Stage, tmp_path
     arguments = ("--model", "bundled:tiny-qwen3", "--block-hash", "AB", "--public-key", "key", "--seq-len", "16")
     lines = pocd("compute", *arguments, "--nonces", "0:2", "--json").splitlines()
     assert [orjson.loads(line)["nonce"] for line in lines] == [0, 1]
+    # What was not lent came from the folder of wheels, without an index.
+    assert list(stage.pocd.resolve().parent.parent.glob("lib/python*/site-packages/pynvml.py"))
     # It is the wheel's code that ran: of the release, with its own models.
     assert not list(tmp_path.iterdir())
     assert list(stage.pocd.resolve().parent.parent.glob("lib/python*/site-packages/pocd/models/tiny-qwen3"))
 
 
-def test_an_upgrade_keeps_configuration_and_state_and_one_release_before(stage: Stage, wheel: Path) -> None:
-    (first,) = stage.releases()
+def test_one_script_at_a_time_is_at_work(stage: Stage, wheel: Path) -> None:
+    releases = stage.releases()
+    held = os.open(stage.prefix / "opt", os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        for script, arguments in {"install": ("--wheel", wheel), "uninstall": ()}.items():
+            done = stage.run(script, *arguments)
+            assert done.returncode == 1
+            assert "another install or uninstall is at work" in done.stderr
+    finally:
+        os.close(held)
+    assert stage.releases() == releases
+    assert stage.pocd.resolve().exists()
+
+
+@pytest.fixture
+def running_release(stage: Stage) -> Iterator[Path]:
+    """A release of two upgrades ago, on which a daemon still runs."""
+    program = stage.prefix / "opt" / "pocd" / "releases" / "20200102T000000Z-1" / "bin" / "python"
+    program.parent.mkdir(parents=True)
+    shutil.copy(shutil.which("cat") or "", program)
+    with subprocess.Popen([program], stdin=subprocess.PIPE) as process:
+        yield program.parent.parent
+        process.communicate()
+
+
+def test_an_upgrade_keeps_configuration_and_state_and_the_releases_in_use(
+    stage: Stage, wheel: Path, running_release: Path
+) -> None:
+    (first,) = set(stage.releases()) - {running_release.name}
     stage.config.write_bytes(PREVIOUS.read_bytes())
     store = stage.prefix / "var" / "lib" / "pocd" / "outbox.db"
     store.write_bytes(b"proofs")
@@ -139,8 +187,8 @@ def test_an_upgrade_keeps_configuration_and_state_and_one_release_before(stage: 
     assert store.read_bytes() == b"proofs"
     assert drop_in.exists()
     assert drop_in.with_name("gpu.conf").read_text() == (ROOT / "systemd/pocd.service.d/gpu.conf").read_text()
-    before, current = stage.releases()
-    assert before == first, "a daemon that was not restarted yet runs on in it"
+    in_use, before, current = stage.releases()
+    assert (in_use, before) == (running_release.name, first), "daemons that were not restarted yet run on in them"
     assert stage.pocd.resolve().parent.parent.name == current
 
 

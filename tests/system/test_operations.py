@@ -25,6 +25,7 @@ DOCUMENT = ROOT / "docs" / "operations.md"
 STAND_INS = {
     "sudo": 'exec "$@"',
     "sudoedit": 'test -f "$1"',
+    "usermod": 'test "$*" = "--append --groups pocd $USER"',
     "install": "echo installed",
     "uninstall": "echo uninstalled",
     "journalctl": 'cat "$FOLDER/log"',
@@ -102,6 +103,7 @@ async def test_every_command_is_run_and_prints_what_is_shown(tmp_path: Path) -> 
         path.write_text(path.read_text().replace(str(etc / "outbox.db"), str(lib / "outbox.db")))
         environment = {
             "PATIENCE": f"{PATIENCE:.0f}",
+            "USER": "operator",
             "PATH": f"{binaries}:{os.environ['PATH']}",
             "PYTHON": sys.executable,
             "FOLDER": str(tmp_path),

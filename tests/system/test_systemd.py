@@ -1,188 +1,299 @@
-"""The unit and the user file, read by systemd's own programs, and held against the code."""
+"""The service under a real systemd, from its installation to its removal: one boot, and each test goes on in it.
+
+The packages of this environment are lent to what is installed there; see tests/system/test_install.py.
+"""
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
+import os
+import sys
+import sysconfig
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import orjson
 import pytest
 
-from pocd.config.settings import DEFAULT_PATH, StoreSettings
-from pocd.daemon import daemon
-from pocd.pool.limits import WorkerLimits
-from pocd.process import EXIT_CONFIG, EXIT_NO_DEVICE
+from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_TEMPORARY
+from tests.support.container import CannotBootError, Container, booted
+from tests.support.waiting import PATIENCE
+from tests.support.wheels import rebuild
 
-FOLDER = Path(__file__).resolve().parent.parent.parent / "systemd"
-UNIT = FOLDER / "pocd.service"
-TEMPLATE = FOLDER / "pocd@.service"
-ONLY_GPUS = FOLDER / "pocd.service.d" / "gpu.conf"
-USERS = FOLDER / "sysusers.d" / "pocd.conf"
-BINARY = "/opt/pocd/bin/pocd"
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
-
-def values(key: str) -> list[str]:
-    """What the unit sets `key` to, once for each line."""
-    return re.findall(rf"^{key}=(.*)$", UNIT.read_text(encoding="utf-8"), flags=re.MULTILINE)
-
-
-def value(key: str) -> str:
-    (only,) = values(key)
-    return only
-
-
-def seconds(key: str) -> int:
-    minutes, is_minutes, rest = value(key).partition("min")
-    return 60 * int(minutes) if is_minutes and not rest else int(value(key).removesuffix("s"))
-
-
-def program(name: str) -> str:
-    path = shutil.which(name)
-    if path is None:
-        pytest.skip(f"{name} is not installed; it belongs to systemd")
-    return path
-
-
-def verified(text: str, folder: Path, name: str = "pocd.service") -> str:
-    """What `systemd-analyze verify` says of a unit, whose program is put in place: this machine has no /opt/pocd."""
-    unit = folder / name
-    unit.write_text(text.replace(BINARY, "/bin/true"), encoding="utf-8")
-    done = subprocess.run(
-        [program("systemd-analyze"), "verify", "--man=no", "--recursive-errors=no", unit],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    return done.stdout or ("" if done.returncode == 0 else f"exit status {done.returncode}")
+ROOT = Path(__file__).resolve().parent.parent.parent
+CHECKOUT, PACKAGES, LENT, WHEELS = "/srv/checkout", "/srv/packages", "/srv/lent", "/srv/wheels"
+SECRET = "whsec_" + "QUFB" * 10
+CONFIG = """
+node.public_key = "key"
+chain.urls = ["http://127.0.0.1:26657"]
+chain.poll_interval = 0.5
+round.every = 1
+round.duration = 1
+round.seq_len = 16
+round.r_target = 1.414
+model.name = "bundled:tiny-llama"
+model.dtype = "float32"
+model.device = "cpu"
+worker.batch_size = 8
+delivery.batch_seconds = 0.5
+admin.token_file = "credential:token"
+[[delivery.receivers]]
+name = "main"
+url = "http://127.0.0.1:8470"
+secret_file = "credential:receiver-secret"
+"""
+# Packages that are lent, and shorter waits: tests/system/test_units.py holds those of the units against the daemon's.
+DROP_IN = f"""
+[Service]
+Environment=PYTHONPATH={LENT} OMP_NUM_THREADS=1
+LoadCredential=token:/etc/pocd/token
+LoadCredential=receiver-secret:/etc/pocd/receiver-secret
+RestartSec=1s
+WatchdogSec=20s
+"""
+# No check comes first, which would take seconds each time.
+UNCHECKED = """
+[Service]
+ExecStartPre=
+"""
 
 
-@pytest.mark.parametrize("path", [UNIT, TEMPLATE], ids=lambda path: path.name)
-def test_systemd_has_nothing_to_say_about_the_unit(path: Path, tmp_path: Path) -> None:
-    assert verified(path.read_text(encoding="utf-8"), tmp_path, path.name) == ""
+def python() -> str:
+    """A Python of this environment's version that a service can see."""
+    version = f"python3.{sys.version_info.minor}"
+    here = os.path.realpath(sys.executable)
+    found = [each for each in (here, f"/usr/bin/{version}", f"/usr/local/bin/{version}") if Path(each).exists()]
+    seen = [each for each in found if not each.startswith(("/root/", "/home/", "/run/", "/tmp/"))]
+    if not seen:
+        pytest.skip(f"a service sees no Python in a home directory, and there is no /usr/bin/{version}")
+    return seen[0]
 
 
-def test_systemd_has_nothing_to_say_about_the_drop_in(tmp_path: Path) -> None:
-    text = UNIT.read_text(encoding="utf-8") + ONLY_GPUS.read_text(encoding="utf-8")
-    assert verified(text, tmp_path) == ""
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Container]:
+    """A booted host where pocd is installed and configured, beside a chain and a receiver; no daemon runs yet."""
+    folder = tmp_path_factory.mktemp("host")
+    purelib = Path(sysconfig.get_path("purelib"))
+    mount, lent, wheels = (folder / name for name in ("box", "lent", "wheels"))
+    for each in (mount, lent, wheels):
+        each.mkdir()
+    for package in purelib.iterdir():
+        if not package.name.startswith(("pocd", "__editable__", "pip", "_virtualenv", "__pycache__")):
+            (lent / package.name).symlink_to(f"{PACKAGES}/{package.name}")
+    rebuild("pocd", wheels, ROOT / "pocd")
+    bound = {ROOT: CHECKOUT, purelib: PACKAGES, lent: LENT, wheels: WHEELS}
+    environment = {"PYTHON": python(), "PYTHONPATH": LENT, "PIP_NO_INDEX": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        with booted(mount, bound, environment) as container:
+            install(container)
+            configure(container)
+            yield container
+    except CannotBootError as error:
+        pytest.skip(str(error))
 
 
-def test_systemd_has_nothing_to_say_about_the_examples_in_the_unit(tmp_path: Path) -> None:
-    text = re.sub(r"^#(?=[A-Z]\w+=)", "", UNIT.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert "\nLoadCredential=" in text
-    said = verified(text, tmp_path).splitlines()
-    assert [line for line in said if "nvidia-modprobe is not executable" not in line] == []
+def install(host: Container) -> str:
+    return host.shell(f"{CHECKOUT}/scripts/install --wheel {WHEELS}/*.whl")
 
 
-def test_systemd_would_have_said_something(tmp_path: Path) -> None:
-    text = UNIT.read_text(encoding="utf-8").replace("OOMPolicy=", "OOMPolice=")
-    assert "Unknown key" in verified(text, tmp_path)
+def configure(host: Container) -> None:
+    """Configure the service, and start a chain and a receiver beside it."""
+    write(host, "/etc/pocd/pocd.toml", CONFIG)
+    write(host, "/etc/pocd/receiver-secret", SECRET)
+    write(host, "/etc/pocd/token", "a-token")
+    for unit in ("pocd.service", "pocd@.service"):
+        write(host, f"/etc/systemd/system/{unit}.d/test.conf", DROP_IN)
+    write(host, "/etc/systemd/system/pocd@bad.service.d/test.conf", DROP_IN + UNCHECKED)
+    host.shell(f"""
+chmod 0600 /etc/pocd/token /etc/pocd/receiver-secret
+useradd --no-create-home --groups pocd alice
+useradd --no-create-home bob
+systemctl daemon-reload
+run() {{ systemd-run --quiet --unit="$1" --setenv=PYTHONPATH={LENT} /opt/pocd/bin/pocd "${{@:2}}"; }}
+run chain devchain --block-seconds 60
+run receiver receiver --store /run/receiver.db --secret-file /etc/pocd/receiver-secret
+""")
 
 
-def confined(unit: Path) -> tuple[int, str]:
-    """Whether systemd's own judgement of a unit is 2.0 or better (as an exit status), and all of it."""
-    done = subprocess.run(
-        [program("systemd-analyze"), "security", "--offline=true", "--threshold=20", unit],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.returncode, done.stdout + done.stderr
+def write(host: Container, path: str, text: str) -> None:
+    """Write a file, of which mode and owner stay where it is there already."""
+    assert host.run("bash", "-euc", 'mkdir -p "$(dirname "$1")" && cat >"$1"', "write", path, text=text).returncode == 0
 
 
-@pytest.mark.parametrize("path", [UNIT, TEMPLATE], ids=lambda path: path.name)
-def test_systemd_finds_the_service_well_confined(path: Path, tmp_path: Path) -> None:
-    status, judgement = confined(Path(shutil.copy(path, tmp_path)))
-    assert status == 0, judgement
+def shown(host: Container, name: str, unit: str = "pocd") -> str:
+    """What systemd says of a unit."""
+    return host.shell(f"systemctl show --property={name} --value {unit}")
 
 
-def test_systemd_would_have_found_a_service_that_is_not(tmp_path: Path) -> None:
-    unit = tmp_path / "pocd.service"
-    text = UNIT.read_text(encoding="utf-8")
-    unit.write_text(text.replace("\nSystemCallFilter=", "\n#"), encoding="utf-8")
-    assert confined(unit)[0] != 0
+def until(host: Container, condition: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    """Ask for the daemon's status, as root, until it answers and a condition holds; returns the status."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        done = host.run("pocd", "status", "--json")
+        body: dict[str, Any] = orjson.loads(done.stdout) if done.returncode == 0 else {}
+        if body and condition(body):
+            return body
+        assert time.monotonic() < deadline, done
+        time.sleep(0.2)
 
 
-def test_every_directive_that_is_left_out_is_explained() -> None:
-    """What systemd would like to see set, beside what a service on the network cannot do without."""
-    status, judgement = confined(UNIT)
-    assert status == 0
-    missing = {line.split()[1].partition("=")[0] for line in judgement.splitlines() if line.startswith("✗")}
-    comments = " ".join(line for line in UNIT.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
-    named = {"DeviceAllow": "DevicePolicy", "RestrictAddressFamilies": "Sockets for", "SystemCallFilter": "@resources"}
-    assert {name for name in missing if named.get(name, name) not in comments} == set()
+def mines(body: dict[str, Any]) -> bool:
+    """Whether a daemon's model is loaded."""
+    return bool(body["worker"]["ready"])
 
 
-def test_the_template_is_the_unit_but_for_the_instance() -> None:
-    single, template = (path.read_text(encoding="utf-8").partition("\n[Unit]")[2] for path in (UNIT, TEMPLATE))
-    changes = {
-        "Proof-of-Compute daemon": "Proof-of-Compute daemon, instance %i",
-        "/etc/pocd/pocd.toml": "/etc/pocd/%i.toml",
-        "RuntimeDirectory=pocd\n": "RuntimeDirectory=pocd-%i\n",
-        "StateDirectory=pocd\n": "StateDirectory=pocd/%i\n",
-        "/run/pocd (": "/run/pocd-%i (",
-        "/var/lib/pocd (": "/var/lib/pocd/%i (",
-    }
-    for one, of_an_instance in changes.items():
-        assert one in single
-        single = single.replace(one, of_an_instance)
-    assert template == single
+def last_words(host: Container, unit: str) -> str:
+    """The last line of ours in the journal that has the priority of errors."""
+    lines = host.shell(f"journalctl --sync; journalctl --unit={unit} --priority=3 --output=cat --no-pager").splitlines()
+    return [line for line in lines if line.startswith("pocd: ")][-1]
 
 
-def test_systemd_makes_the_services_user() -> None:
-    done = subprocess.run(
-        [program("systemd-sysusers"), "--dry-run", USERS], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    (user,) = [line.split() for line in USERS.read_text().splitlines() if line.startswith("u ")]
-    assert (user[1], user[-1]) == (value("User"), "/var/lib/pocd")
-    assert value("Group") == value("User")
+def test_the_service_starts_with_the_host_and_delivers(host: Container) -> None:
+    host.shell("systemctl enable --now pocd")
+    assert host.run("systemctl", "is-enabled", "pocd").stdout == "enabled\n"
+    host.until('[ -n "$(systemctl show --property=StatusText --value pocd)" ]')
+    until(host, lambda body: body["funnel"]["delivered"] > 0)
+    modes = host.shell("stat --format='%a %U' /var/lib/pocd /var/lib/pocd/outbox.db /run/pocd").splitlines()
+    assert modes == ["750 pocd", "600 pocd", "750 pocd"]
 
 
-def test_directories_are_those_of_the_settings() -> None:
-    shown = (FOLDER.parent / "config" / "pocd.toml").read_text(encoding="utf-8")
-    assert f'socket = "/run/{value("RuntimeDirectory")}/admin.sock"' in shown
-    assert str(StoreSettings().path.parent) == f"/var/lib/{value('StateDirectory')}"
-    assert str(DEFAULT_PATH.parent) == f"/etc/{value('ConfigurationDirectory')}"
-    caches = [line.partition("=")[2] for line in values("Environment")]
-    assert caches
-    assert all(cache.startswith(f"/var/cache/{value('CacheDirectory')}/") for cache in caches)
-
-
-def test_the_command_is_one_that_pocd_has() -> None:
-    assert value("ExecStart") == f"{BINARY} run --config {DEFAULT_PATH}"
-
-
-def test_a_check_comes_first_and_hinders_nothing() -> None:
-    assert value("ExecStartPre") == f"-{BINARY} check --config {DEFAULT_PATH}"
-
-
-def test_reloading_is_the_signal_that_the_daemon_heeds() -> None:
-    assert value("ExecReload").split() == ["/bin/kill", "-HUP", "$MAINPID"]
-
-
-def test_only_a_bad_configuration_stays_down() -> None:
-    assert value("Restart") == "on-failure"
-    assert value("RestartPreventExitStatus").split() == [str(EXIT_CONFIG)]
-    assert str(EXIT_NO_DEVICE) not in values("SuccessExitStatus")
-
-
-def test_systemd_is_more_patient_than_the_daemon() -> None:
-    limits = WorkerLimits(batch=0)
-    assert seconds("TimeoutStartSec") > limits.start + limits.load
-    assert seconds("TimeoutStopSec") > 2 * (daemon.FINISH_SECONDS + daemon.DELIVER_SECONDS + limits.exit)
-
-
-def test_the_daemon_and_its_unit_speak_the_same_protocol() -> None:
-    assert (value("Type"), value("NotifyAccess"), value("KillMode")) == ("notify", "main", "mixed")
-    assert seconds("WatchdogSec") >= 30
-    assert value("OOMPolicy") == "continue"
+def test_who_is_in_the_group_types_commands_as_they_are(host: Container) -> None:
+    write(host, "/run/token", "a-token")
+    host.shell("chown alice /run/token")
+    done = host.run("pocd", "status", "--token-file", "/run/token", user="alice")
+    assert (done.returncode, done.stderr) == (0, "")
+    done = host.run("pocd", "config", "check", user="alice")
+    expected = "credential:token, credential:receiver-secret, which only pocd.service can read"
+    assert done.stdout == f"/etc/pocd/pocd.toml: good, but for {expected}\n", done.stderr
+    # The store is not theirs to read: the daemon copies it.
+    copy = ("pocd", "outbox", "backup", "--token-file", "/run/token", "/var/lib/pocd/copy.db")
+    assert host.run(*copy, user="alice").stdout.startswith("/var/lib/pocd/copy.db: ")
 
 
 @pytest.mark.parametrize(
-    "directive",
-    ["PrivateDevices", "DevicePolicy", "DeviceAllow", "ProtectClock", "MemoryDenyWriteExecute", "ProcSubset"],
+    ("user", "hint"), [("alice", "a command needs sudo, or --token-file FILE"), ("bob", "join the group pocd")]
 )
-def test_nothing_that_would_take_the_gpu_away(directive: str) -> None:
-    assert values(directive) == []
+def test_who_may_not_is_told_in_one_line_what_to_do(host: Container, user: str, hint: str) -> None:
+    done = host.run("pocd", "status", user=user)
+    assert done.returncode == EXIT_CONFIG
+    (line,) = done.stderr.splitlines()
+    assert hint in line
+
+
+def test_a_check_by_root_is_one_by_the_service(host: Container) -> None:
+    """What root can do and the service cannot is red; secrets, cache and store are the service's."""
+    found = {each["name"]: each for each in orjson.loads(host.run("pocd", "check", "--json").stdout)}
+    assert (found["secrets"]["level"], found["secrets"]["text"]) == ("green", "2 files, closed to others")
+    assert (found["store"]["level"], "service" in found) == ("green", False)
+    host.shell("mkdir -p /root/model /srv/elsewhere && cp -r /srv/checkout/pocd/models/tiny-llama/* /root/model")
+    elsewhere = CONFIG.replace("bundled:tiny-llama", "/root/model")
+    write(host, "/etc/pocd/pocd.toml", f"store.path = '/srv/elsewhere/outbox.db'\n{elsewhere}")
+    done = host.run("pocd", "check", "--json")
+    reds = {each["name"]: each["text"] for each in orjson.loads(done.stdout) if each["level"] == "red"}
+    assert done.returncode == EXIT_CRASH
+    assert {"model", "store"} <= set(reds), reds
+    write(host, "/etc/pocd/pocd.toml", CONFIG)
+
+
+def test_a_reload_tells_by_its_status_whether_it_was_good(host: Container) -> None:
+    write(host, "/etc/pocd/pocd.toml", CONFIG.replace("r_target = 1.414", "r_target = 1.4"))
+    host.shell("systemctl reload pocd")
+    host.until('journalctl --unit=pocd --output=cat | grep -q \'"applied":\\["round.r_target"\\]\'')
+    write(host, "/etc/pocd/pocd.toml", CONFIG.replace("r_target = 1.414", "r_target = 7"))
+    before = shown(host, "MainPID")
+    assert host.run("systemctl", "reload", "pocd").returncode != 0
+    assert "round.r_target" in last_words(host, "pocd")
+    assert (shown(host, "MainPID"), shown(host, "ActiveState")) == (before, "active")
+    # What was not reloaded is named, as a warning.
+    write(host, "/etc/pocd/pocd.toml", CONFIG.replace("batch_size = 8", "batch_size = 4"))
+    host.shell("systemctl reload pocd")
+    host.until('journalctl --unit=pocd --priority=4 --output=cat | grep -q \'"restart":\\["worker.batch_size"\\]\'')
+    write(host, "/etc/pocd/pocd.toml", CONFIG)
+
+
+def test_a_worker_that_is_stopped_is_replaced_and_a_daemon_too(host: Container) -> None:
+    write(host, "/etc/systemd/system/pocd.service.d/unchecked.conf", UNCHECKED)
+    worker = until(host, mines)["worker"]["pid"]
+    assert "pocd.worker" in host.shell(f"tr '\\0' ' ' </proc/{worker}/cmdline")
+    host.shell(f"systemctl daemon-reload && kill -STOP {worker}")
+    until(host, lambda body: body["worker"]["restarts"] == 1 and mines(body))
+    before = shown(host, "MainPID")
+    host.shell(f"kill -STOP {before}")  # the watchdog notices
+    host.until('[ "$(systemctl show --property=NRestarts --value pocd)" = 1 ]')
+    until(host, mines)
+    assert shown(host, "MainPID") != before
+
+
+def test_a_daemon_that_is_killed_goes_on_where_it_was(host: Container) -> None:
+    checked = until(host, mines)["funnel"]["checked"]
+    host.shell("kill -KILL $(systemctl show --property=MainPID --value pocd)")
+    host.until('[ "$(systemctl show --property=NRestarts --value pocd)" = 2 ]')
+    assert until(host, mines)["funnel"]["checked"] >= checked
+
+
+def bad(host: Container, text: str, mode: str = "640") -> tuple[str, str]:
+    """Start an instance with a configuration; returns its exit status, and its last words in the journal."""
+    write(host, "/etc/pocd/bad.toml", text)
+    host.shell(f"chown root:pocd /etc/pocd/bad.toml && chmod {mode} /etc/pocd/bad.toml")
+    ends = "journalctl --sync; journalctl --unit=pocd@bad --output=cat --no-pager | grep -oE 'status=[0-9]+' || true"
+    before = len(host.shell(ends).splitlines())
+    host.run("systemctl", "start", "pocd@bad")
+    host.until(f"[ $(({ends}) | wc -l) -gt {before} ]")
+    return host.shell(ends).splitlines()[-1], last_words(host, "pocd@bad")
+
+
+STORED = "store.path = '/var/lib/pocd/bad/outbox.db'\n"
+OWN = f"admin.port = 8461\n{STORED}{CONFIG}"
+
+
+@pytest.mark.parametrize(
+    ("text", "mode", "told"),
+    [
+        (OWN.replace("bundled:tiny-llama", "/root/model"), "640", "ProtectHome="),
+        (OWN, "600", "the group pocd"),
+        (OWN.replace("/var/lib/pocd/bad", "/srv/elsewhere"), "640", "ReadWritePaths="),
+        (OWN.replace("admin.port = 8461", 'admin.socket = "/srv/elsewhere/s"'), "640", "admin.socket"),
+        (OWN.replace("credential:token", "credential:tokens"), "640", "LoadCredential=tokens:FILE"),
+    ],
+    ids=["model at home", "closed file", "store elsewhere", "socket elsewhere", "no such credential"],
+)
+def test_a_mistake_ends_the_service_for_good_with_one_line(host: Container, text: str, mode: str, told: str) -> None:
+    code, line = bad(host, text, mode)
+    assert (code, told in line) == (f"status={EXIT_CONFIG}", True), line
+    host.until("systemctl is-failed --quiet pocd@bad")
+    host.shell("systemctl reset-failed pocd@bad")
+
+
+def test_what_passes_is_tried_again(host: Container) -> None:
+    """An instance on a taken port comes up when the port is free, with folders of its own."""
+    code, line = bad(host, STORED + CONFIG)
+    assert (code, "another program has the port" in line) == (f"status={EXIT_TEMPORARY}", True), line
+    host.shell("systemctl stop pocd")
+    assert shown(host, "Result") == "success"
+    host.until("systemctl is-active --quiet pocd@bad")
+    assert host.shell("stat --format='%a %U' /var/lib/pocd/bad /run/pocd-bad").splitlines() == ["750 pocd"] * 2
+    host.shell("systemctl stop pocd@bad && systemctl start pocd")
+
+
+def test_upgrades_leave_the_release_that_runs(host: Container) -> None:
+    program = host.shell("tr '\\0' '\\n' </proc/$(systemctl show --property=MainPID --value pocd)/cmdline | head -n 1")
+    install(host)
+    assert "systemctl restart pocd" in install(host)
+    assert host.run("test", "-x", program).returncode == 0
+    until(host, mines)
+    host.shell("systemctl restart pocd")
+    until(host, mines)
+    assert host.shell("readlink -f /opt/pocd/bin/pocd | cut -d/ -f5") not in program
+
+
+def test_nothing_is_left_of_an_uninstalled_service_but_its_state(host: Container) -> None:
+    host.shell(f"{CHECKOUT}/scripts/uninstall")
+    assert host.run("pgrep", "--full", "pocd run").returncode == 1
+    assert shown(host, "LoadState") == "not-found"
+    left = host.shell(
+        "ls -d /opt/pocd /usr/local/bin/pocd /var/lib/pocd/outbox.db /etc/pocd/pocd.toml 2>/dev/null || true"
+    )
+    assert left.splitlines() == ["/etc/pocd/pocd.toml", "/var/lib/pocd/outbox.db"]

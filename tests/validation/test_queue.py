@@ -286,6 +286,7 @@ def test_a_request_reads_back_as_it_was() -> None:
     request = ValidationRequest(claim, terms("f00d"), 1, "seed", "callback-1")
     again = ValidationRequest.from_json(request.to_json())
     assert (again, again.id) == (request, request.id)
+    assert b"callback-1" in request.to_json()[:64]  # where the store looks who is still waited for
     others = [
         dataclasses.replace(request, sample=2),
         dataclasses.replace(request, seed="other"),

@@ -5,6 +5,7 @@ import io
 
 import pytest
 
+from pocd.protocol.conditioning import Conditioning
 from pocd.protocol.proof import Round
 from pocd.worker import messages
 from pocd.worker.messages import (
@@ -22,6 +23,7 @@ from pocd.worker.messages import (
     Refused,
     RoundBegun,
     Stage,
+    Vectors,
 )
 
 ROUND = Round("AB", 7, "key", 1.4042, "poc2", "bundled:tiny-qwen3", 64)
@@ -29,13 +31,18 @@ EVERY: list[Message] = [
     Load("m", "float32", ("cpu",), "poc2", 64, 8),
     Compute(3, ROUND, [2**63 - 4, 2**63 - 1]),
     Cancel(9),
-    Load("m", "float16", ("cuda:0", "cuda:1"), "trained", 64, 8, shrink=True, revision="v1", rank=1, rendezvous="/x"),
+    Load("m", "float16", ("cuda:0", "cuda:1"), "trained", 64, 8, is_auto=True, revision="v1", rank=1, rendezvous="/x"),
     Stage("loading m"),
     CardIdentity("NVIDIA X", "GPU-f00d"),
     Ready("m", "f00d", "float32", "cpu", 128, 4, "flat", "eager", "asked", 1.5, 0.0, 8, 4096, "2.13.0"),
+    Ready(
+        *("m", "f00d", "float32", "cpu", 128, 4, "flat", "eager", "asked", 1.5, 0.0, 8, 4096, "2.13.0"),
+        conditioning=Conditioning(0.25, None),
+    ),
     Failed("device", "no GPU — \n none"),
     RoundBegun("id", 0.1, "eager", "asked"),
     Distances(3, [1.4042000770568848, 0.0, 2.0]),
+    Vectors(4, "PAAA" * 8),
     Refused(5, "NaN in layer 3"),
     BatchShrunk(4, "memory is short"),
     Cancelled(4),

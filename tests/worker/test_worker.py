@@ -35,6 +35,7 @@ from pocd.pool.processes import Ended, FailedError
 from pocd.protocol.names import BUNDLED
 from pocd.protocol.nonces import Node, Progress
 from pocd.protocol.proof import Round
+from pocd.protocol.schemes import SCHEMES
 from pocd.store.outbox import Outbox, Work
 from pocd.store.thread import OutboxThread
 from pocd.worker import messages
@@ -42,9 +43,10 @@ from pocd.worker.messages import BatchShrunk, Cancel, Cancelled, Compute, Load, 
 from tests.support.waiting import PATIENCE, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Iterator, Sequence
 
 LOAD = Load("bundled:tiny-llama", "float32", ("cpu",), "poc2", 16, 8)
+AUTO = dataclasses.replace(LOAD, is_auto=True)
 NODE = Node(0, 1)
 ROUND = Round("block_alpha", 1, "node_A", 1.4142, "poc2", "bundled:tiny-llama", 16)
 
@@ -235,8 +237,10 @@ def limited(load: Load, megabytes: int) -> str:
         "import re, resource, sys, orjson, torch\n"
         "torch.set_num_threads(1)\n"
         "from pocd.compute.model import load_model\n"
-        "from pocd.worker.computer import fit\n"
+        "from pocd.worker.self_test import fit\n"
+        "from pocd.worker import batch_size\n"
         "from pocd.worker.messages import Load\n"
+        "batch_size.LONGEST_SECONDS = float('inf')\n"  # memory alone decides
         "load = Load(**orjson.loads(sys.argv[1]))\n"
         "model = load_model(load.model, dtype=load.dtype, device=load.device)\n"
         "mapped = int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
@@ -253,7 +257,7 @@ def limited(load: Load, megabytes: int) -> str:
 
 
 def test_a_batch_size_that_does_not_fit_is_halved_until_it_does() -> None:
-    load = dataclasses.replace(LOAD, seq_len=1024, batch_size=1024, shrink=True)  # 512 MiB of embeddings
+    load = dataclasses.replace(LOAD, seq_len=1024, batch_size=1024, is_auto=True)  # 512 MiB of embeddings
     assert limited(load, 400) in {"8", "16", "32", "64"}
 
 
@@ -266,7 +270,7 @@ def test_a_configured_batch_size_that_does_not_fit_is_an_error_that_names_the_ke
 
 
 async def test_a_worker_that_had_to_shrink_its_batches_says_so_and_it_is_remembered(tmp_path: Path) -> None:
-    load = dataclasses.replace(LOAD, batch_size=64, shrink=True)
+    load = dataclasses.replace(LOAD, batch_size=64, is_auto=True)
     with structlog.testing.capture_logs() as logs, prepared(tmp_path, load) as (pool, _):
         message = BatchShrunk(32, "a batch of 64 × 16 positions does not fit")
         take_batch_size(message, pool.workers[0], structlog.get_logger())
@@ -335,7 +339,7 @@ def test_memory_that_is_short_for_two_rounds_is_left_to_the_one_that_is_computed
     sent: list[Message] = []
 
     class Run:
-        seq_len, dimension = 16, 8192
+        seq_len, dimension, scheme = 16, 8192, SCHEMES["poc2"]
 
         def execution(self, _batch_size: int) -> SimpleNamespace:
             return SimpleNamespace(path="eager", reason="asked")
@@ -344,7 +348,7 @@ def test_memory_that_is_short_for_two_rounds_is_left_to_the_one_that_is_computed
             if len(prepared) > 1:
                 raise OutOfMemoryError("two are too many")
             assert batch_size == 8
-            return SimpleNamespace(distances=lambda: [1.0] * len(nonces))
+            return SimpleNamespace(values=lambda: [1.0] * len(nonces))
 
     @contextlib.contextmanager
     def block_run(_model: object, _scheme: object, *, block_hash: str, **_: object) -> Iterator[Run]:
@@ -397,8 +401,9 @@ def test_rounds_that_draw_weights_are_never_prepared_side_by_side(monkeypatch: p
         yield SimpleNamespace(
             seq_len=16,
             dimension=8192,
+            scheme=SCHEMES["random-weights"],
             execution=lambda _batch_size: SimpleNamespace(path="eager", reason="asked"),
-            start=lambda nonces, **_: SimpleNamespace(distances=lambda: [float(prepared[-1])] * len(nonces)),
+            start=lambda nonces, **_: SimpleNamespace(values=lambda: [float(prepared[-1])] * len(nonces)),
         )
         prepared.remove(block_hash)
 
@@ -410,6 +415,51 @@ def test_rounds_that_draw_weights_are_never_prepared_side_by_side(monkeypatch: p
         assert computed.start(Compute(1, mined, [0]))() == [1.0]
         assert computed.start(Recompute(2, other, [5], last=last))() == [2.0]
     assert computed.start(Compute(3, mined, [0]))() == [1.0]
+
+
+@pytest.mark.parametrize("path", ["eager", "captured"])
+def test_rounds_in_another_shape_find_their_own_batch_size(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """Compiled code, which serves the configured shape alone, is kept."""
+    from pocd.protocol.errors import MemoryShortError, OutOfMemoryError
+    from pocd.worker import computer
+
+    sizes: list[int] = []
+    fitting = 2
+
+    @contextlib.contextmanager
+    def block_run(_model: object, _scheme: object, *, seq_len: int, **_: object) -> Iterator[object]:
+        def start(nonces: Sequence[int], *, batch_size: int) -> SimpleNamespace:
+            sizes.append(batch_size)
+            if seq_len > LOAD.seq_len and batch_size > fitting:
+                raise OutOfMemoryError(f"{batch_size} are too many")
+            return SimpleNamespace(values=lambda: [1.0] * len(nonces))
+
+        def values(nonces: Sequence[int], *, batch_size: int) -> list[float]:
+            start(nonces, batch_size=batch_size)
+            return [1.0] * len(nonces)
+
+        taken = path if seq_len == LOAD.seq_len else "eager"
+        execution = SimpleNamespace(path=taken, reason="so it is")
+        yield SimpleNamespace(
+            seq_len=seq_len,
+            dimension=8192,
+            scheme=SCHEMES["poc2"],
+            execution=lambda _rows: execution,
+            start=start,
+            values=values,
+        )
+
+    monkeypatch.setattr(computer, "block_run", block_run)
+    sent: list[Message] = []
+    computed = computer.DistanceComputer(cast("Any", None), AUTO, 8, sent.append)
+    longer = dataclasses.replace(ROUND, seq_len=17)  # so that seven rows have as many tokens
+    for number, round_ in enumerate((longer, ROUND, dataclasses.replace(longer, block_hash="next"))):
+        assert computed.start(Compute(number, round_, list(range(8))))() == [1.0] * 8
+    assert sizes == [7, 3, 1, 8, 1]
+    assert {type(message) for message in sent} == {messages.RoundBegun}, "the size of leases stays"
+    fitting = 0
+    with pytest.raises(MemoryShortError, match="not even one nonce fits"):
+        computed.start(Compute(9, longer, list(range(8))))
 
 
 async def test_memory_that_another_takes_from_a_worker_restarts_it(tmp_path: Path) -> None:
@@ -449,7 +499,6 @@ def test_a_worker_whose_device_fails_says_so_and_ends() -> None:
 
 
 READY = cast("Ready", object())
-AUTO = dataclasses.replace(LOAD, shrink=True)
 LEAST = dataclasses.replace(AUTO, batch_size=1)
 
 
@@ -462,6 +511,7 @@ LEAST = dataclasses.replace(AUTO, batch_size=1)
         ("memory", READY, AUTO, Cause.MEMORY, 4),
         ("memory", READY, LEAST, Cause.MEMORY, 1),
         ("memory", None, dataclasses.replace(AUTO, devices=("cpu", "cpu")), Cause.MEMORY, 4),
+        ("capture", None, AUTO, Cause.FAULT, 8),
         ("device", READY, AUTO, Cause.DEVICE, 8),
         ("configuration", READY, AUTO, Cause.CONFIGURATION, 8),
     ],
@@ -475,7 +525,9 @@ def test_what_follows_from_a_workers_last_word(
         error = pool._supervisors[0]._failure(
             FailedError(kind, "so it is"), Ended("worker process 7 exited with status 1")
         )
-        assert (error.cause, str(error), worker.batch_size) == (cause, "so it is", left)
+        assert (error.cause, worker.batch_size) == (cause, left)
+        assert str(error).startswith("so it is")
+        assert pool._supervisors[0].load.capture == (kind != "capture"), "the next life does not try it again"
         assert isinstance(error, WorkerRefusedError) == (cause in {Cause.DEVICE, Cause.CONFIGURATION})
 
 

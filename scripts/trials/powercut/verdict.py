@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 import orjson
@@ -36,12 +36,12 @@ class Promise:
     Attributes:
         acknowledged: Hash of what the store holds for certain, see `content`.
         intended: Hash of what the store holds if the commit under way succeeds; None where there is none.
-        copies: Hashes of what the finished copies hold, by their names.
+        copy: Name of the latest finished copy, and a hash of what that holds; None before the first.
     """
 
     acknowledged: str
     intended: str | None = None
-    copies: dict[str, str] = field(default_factory=dict)
+    copy: tuple[str, str] | None = None
 
     @classmethod
     def first(cls, operations: list[Operation]) -> Self:
@@ -59,7 +59,7 @@ class Promise:
             case "intent":
                 self.intended = said["content"]
             case "copy":
-                self.copies[said["file"]] = said["content"]
+                self.copy = said["file"], said["content"]
             case _:
                 self.acknowledged, self.intended = said["content"], None
 
@@ -88,12 +88,11 @@ def content(db: sqlite3.Connection) -> str:
 def judge(root: Path, promise: Promise) -> list[str]:
     """Open the store that was left below `root` as a start does, and return what is wrong with it."""
     complaints = _judge_one(root / STORE, {promise.acknowledged, promise.intended})
-    for name, held in promise.copies.items():
+    if promise.copy is not None:
+        name, held = promise.copy
         copy = (root / STORE).with_name(name)
-        if copy.exists():
-            complaints += [f"{name}: {complaint}" for complaint in _judge_one(copy, {held})]
-        else:
-            complaints.append(f"{name} is gone")
+        found = _judge_one(copy, {held}) if copy.exists() else ["it is gone"]
+        complaints += [f"{name}: {complaint}" for complaint in found]
     return complaints
 
 

@@ -21,9 +21,10 @@ from pocd.protocol.nonces import Node, Span
 from pocd.protocol.proof import Proof, Round
 from pocd.store import deliveries, selections, upkeep, validations
 from pocd.store.backup import back_up
-from pocd.store.batches import form_batches, register_callback
+from pocd.store.batches import form_batches
 from pocd.store.outbox import Outbox, Weights, Work
-from pocd.store.rounds import recent_rounds, replace_round
+from pocd.store.requested import register_callback
+from pocd.store.rounds import recent_rounds, reinstate_round, replace_round
 from pocd.store.selections import Selection, SetAsideState
 from scripts.trials.powercut.verdict import MARKS, STORE, content
 
@@ -139,6 +140,8 @@ class Life:
 
     def _reorganise(self) -> None:
         replace_round(self._outbox, self._round, "replaced", withdraw=True, now=self._now)
+        if self._chance.random() < 0.5:
+            reinstate_round(self._outbox, self._round, self._now)
 
     def _operate(self) -> None:
         state = self._chance.choice(SET_ASIDE)
@@ -153,12 +156,13 @@ class Life:
             case "ask":
                 deliveries.ask_again(self._outbox, self._chance.choice(RECEIVERS))
             case _:
-                register_callback(self._outbox, f"callback-{self._height}", "http://there")
+                with self._outbox.transaction():
+                    register_callback(self._outbox.db, f"callback-{self._height}", "http://there")
 
     def _validate(self) -> None:
         name = f"v{self._chance.randrange(10)}"
         if name not in validations.pending(self._outbox):
-            validations.ask(self._outbox, name, b"asked", most=5, now=self._now)
+            validations.ask(self._outbox, name, b"asked", callback=None, most=5, now=self._now)
         else:
             validations.fail(self._outbox, name, "no distance", self._now)
 

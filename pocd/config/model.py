@@ -1,0 +1,36 @@
+"""Whether the configured model is there."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from pocd.config.settings import ConfigError
+from pocd.process import EXIT_TEMPORARY, EndedError
+from pocd.protocol.errors import ModelAwayError, ModelError
+from pocd.protocol.names import resolve
+
+if TYPE_CHECKING:
+    from pocd.config.settings import Settings
+
+
+def check_model(settings: Settings) -> None:
+    """Check that the model exists, where that needs no loading: bundled, or a local folder.
+
+    Raises:
+        ConfigError: The model cannot be used.
+        EndedError: There is nothing yet where the model should be.
+    """
+    try:
+        resolve(settings.model.name, settings.model.revision)
+    except ModelAwayError as error:
+        raise EndedError(EXIT_TEMPORARY, f"model.name: {error}") from None
+    except ModelError as error:
+        raise ConfigError(f"model.name: {error}") from None
+    except PermissionError as error:
+        raise ConfigError(
+            f"model.name: {error.filename} cannot be read by user {os.geteuid()}: a service sees nothing under /home "
+            "and /root (ProtectHome=); put the model's folder elsewhere, such as in /srv, readable by that user"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"model.name: {error.filename} cannot be read: {error.strerror}") from error

@@ -1,0 +1,32 @@
+"""Vectors of nonces as they travel: float16, little endian, one after the other (docs/protocol.md section 3.2)."""
+
+from __future__ import annotations
+
+from base64 import b64decode, b64encode
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pocd.protocol.schemes import VECTOR_SIZE
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike, NDArray
+
+VECTOR_BYTES = 2 * VECTOR_SIZE
+
+
+def encode_vectors(vectors: ArrayLike) -> str:
+    """Return vectors [n, VECTOR_SIZE], or one [VECTOR_SIZE], in base64, each number rounded to float16."""
+    return b64encode(np.asarray(vectors, dtype="<f2").tobytes()).decode()
+
+
+def decode_vectors(text: str) -> NDArray[np.float32]:
+    """Return the vectors of a base64 text, float32 [n, VECTOR_SIZE].
+
+    Raises:
+        ValueError: The text is not base64, or not of whole vectors.
+    """
+    data = b64decode(text, validate=True)
+    if len(data) % VECTOR_BYTES:
+        raise ValueError(f"{len(data)} bytes are no whole number of vectors of {VECTOR_BYTES} bytes")
+    return np.frombuffer(data, dtype="<f2").astype(np.float32).reshape(-1, VECTOR_SIZE)

@@ -1,0 +1,163 @@
+"""The reference in float32 arithmetic, and what is measured against it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from pocd.compute.conditioning import measure_conditioning, reference_of
+from pocd.compute.engine import block_run
+from pocd.compute.model import Model, adapt, load_model
+from pocd.compute.transforms import join_of
+from pocd.compute.wide import WideDecoder
+from pocd.protocol.conditioning import LARGEST_ERROR, RATE, Conditioning, flipped_share
+from pocd.protocol.proof import MISMATCH
+from pocd.protocol.schemes import SCHEMES
+from scripts.bench.models import random_model, rounded
+from tests.reference import plain
+from tests.support.family_models import FAMILIES, SEQ_LEN
+
+if TYPE_CHECKING:
+    from pocd.protocol.schemes import LayerStep
+
+DEPTH = 28
+
+
+def deep(dtype: torch.dtype) -> Model:
+    causal = random_model(
+        "Qwen3",
+        num_hidden_layers=DEPTH,
+        hidden_size=64,
+        intermediate_size=160,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    return adapt(rounded(causal, dtype), name="deep")
+
+
+def bits(model: Model) -> dict[str, torch.Tensor]:
+    tensors = [*model.causal.named_parameters(), *model.causal.named_buffers()]
+    return {name: tensor.clone() for name, tensor in tensors}
+
+
+# The reference.
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_the_reference_is_exact_arithmetic_on_the_rounded_weights(family: str) -> None:
+    """Held against float64: what is left is float32's rounding, a thousandth of bfloat16's."""
+    causal = rounded(FAMILIES[family].build(), torch.bfloat16)
+    model, decoder = adapt(causal, name="small"), FAMILIES[family].plain(causal)
+    inputs = torch.from_numpy(np.random.default_rng(2).standard_normal((1, SEQ_LEN, 32))).bfloat16()
+    vectors = torch.nn.functional.normalize(
+        torch.from_numpy(np.random.default_rng(3).standard_normal((3, 32)))
+    ).bfloat16()
+    layer_step: LayerStep = "normalise, weigh and reflect"
+
+    def step(layer: int, branch: plain.Array, residual: plain.Array) -> tuple[plain.Array, plain.Array]:
+        v = vectors[layer].double().numpy()
+        halves = [half / np.linalg.norm(half, axis=-1, keepdims=True) for half in (branch, residual)]
+        return plain.reflect(halves[0] / np.sqrt(3), v), plain.reflect(halves[1], v)
+
+    expected = decoder.run(decoder.weights, inputs[0].double().numpy(), step)
+    join = join_of(layer_step, 3)
+    found = WideDecoder(model.by_layers)(inputs, join, vectors, all_positions=True)
+    assert found.dtype == torch.float32
+    assert np.abs(found[0].double().numpy() - expected).max() < 3e-5 * np.abs(expected).max()
+    last = WideDecoder(model.by_layers)(inputs, join, vectors)
+    assert np.abs(last[0].double().numpy() - expected[-1]).max() < 3e-5 * np.abs(expected).max()
+    own = model.by_layers(inputs, join, vectors, all_positions=True)
+    assert np.abs(own[0].double().numpy() - expected).max() > 3e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("scheme", ["poc2", "poc3", "poc4", "random-weights"])
+def test_the_reference_leaves_the_model_as_it_was(scheme: str) -> None:
+    model = load_model("bundled:tiny-qwen3", dtype="bfloat16", device="cpu")
+    before = bits(model)
+    with block_run(model, SCHEMES[scheme], block_hash="a", public_key="b", seq_len=8) as run:
+        own = run.values([0, 1], batch_size=2)
+        other = reference_of(run).values([0, 1], batch_size=2)
+        assert not torch.equal(own, other)
+        assert torch.equal(run.values([0, 1], batch_size=2), own)
+    after = bits(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    for module in model.causal.modules():
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_a_reference_that_fails_leaves_the_model_as_it_was() -> None:
+    model = load_model("bundled:tiny-qwen3", dtype="bfloat16", device="cpu")
+    before = bits(model)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("no more")
+
+    hook = model.causal.model.layers[2].mlp.register_forward_pre_hook(fail)
+    with block_run(model, SCHEMES["poc4"], block_hash="a", public_key="b", seq_len=8) as run:
+        other = reference_of(run)
+        with pytest.raises(RuntimeError, match="no more"):
+            other.values([0], batch_size=1)
+    hook.remove()
+    after = bits(model)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+# What is measured.
+
+
+@pytest.mark.parametrize(
+    ("scheme", "dtype", "is_good"),
+    [("poc2", torch.bfloat16, False), ("poc4", torch.bfloat16, True), ("poc2", torch.float32, True)],
+)
+def test_depth_is_red_for_poc2_in_bfloat16_and_green_for_poc4(
+    scheme: str, dtype: torch.dtype, *, is_good: bool
+) -> None:
+    with block_run(deep(dtype), SCHEMES[scheme], block_hash="a", public_key="b", seq_len=16) as run:
+        found = measure_conditioning(run, batch_size=8)
+    assert (found.alarm is None) == is_good, found
+    assert (found.flipped is None) == (scheme == "poc4")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("scheme", ["poc2", "poc3", "poc4"])
+def test_the_bundled_models_are_green(scheme: str, dtype: str) -> None:
+    model = load_model("bundled:tiny-llama", dtype=dtype, device="cpu")
+    with block_run(model, SCHEMES[scheme], block_hash="a", public_key="b", seq_len=16) as run:
+        assert measure_conditioning(run, batch_size=16).alarm is None
+
+
+def test_nobody_flips_without_rounding_and_chance_decides_with_nothing_in_common() -> None:
+    assert flipped_share(0.0, 0.0) == 0.0
+    assert flipped_share(1.5, 0.0) == pytest.approx(1 - RATE, abs=1e-3)
+    assert flipped_share(0.001, 0.01) < 1e-9
+    shares = [flipped_share(error, 0.05) for error in (0.01, 0.03, 0.1, 0.3, 1.0)]
+    assert shares == sorted(shares)
+
+
+@pytest.mark.parametrize(("error", "tolerance"), [(0.05, 0.0), (0.3, 0.1), (1.0, 0.0)])
+def test_the_share_is_what_two_normal_hosts_find(error: float, tolerance: float) -> None:
+    correlation = (1 - error**2 / 2) ** 2
+    miner, other = np.random.default_rng(0).multivariate_normal([0, 0], [[1, correlation], [correlation, 1]], 400_000).T
+    r_target = stats.norm.ppf(RATE)
+    valid = miner < r_target
+    invalid = int((other[valid] >= r_target + tolerance).sum())
+    assert stats.binomtest(invalid, int(valid.sum()), flipped_share(error, tolerance)).pvalue > 1e-4
+
+
+def test_the_limits_are_those_of_the_verdict_and_of_vectors() -> None:
+    assert Conditioning(0.5, MISMATCH).alarm is None
+    told = Conditioning(0.5, 0.25).alarm
+    assert told is not None
+    assert "25.00% of honest nonces would be found invalid by another honest host, and 0.05% is the limit" in told
+    assert Conditioning(LARGEST_ERROR, None).alarm is None
+    told = Conditioning(0.5, None).alarm
+    assert told is not None
+    assert "vectors are off by 50.0% of their size, and 10% is the limit" in told
