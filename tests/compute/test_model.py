@@ -9,13 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import huggingface_hub.constants
-import huggingface_hub.utils
 import orjson
 import pytest
 import torch
+from huggingface_hub.utils._http import get_session
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -181,8 +181,8 @@ def test_a_hub_that_does_not_answer_is_not_the_models_fault() -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))  # and does not listen
         with pytest.raises(Exception, match="refused") as away:
-            huggingface_hub.utils.get_session().get(f"http://127.0.0.1:{nobody.getsockname()[1]}")
-    assert not _is_models_fault(caused(OSError("We couldn't connect"), cast("Exception", away.value)))
+            get_session().get(f"http://127.0.0.1:{nobody.getsockname()[1]}")
+    assert not _is_models_fault(caused(OSError("We couldn't connect"), away.value))
 
 
 def test_weights_that_do_not_fill_the_model_are_refused(tmp_path: Path) -> None:
