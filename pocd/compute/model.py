@@ -171,6 +171,8 @@ def _is_models_fault(error: Exception) -> bool:
         status = getattr(getattr(cause, "response", None), "status_code", 0)  # what the hub answered
         if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
             return False
+        if any(kind.__name__ == "TransportError" for kind in type(cause).__mro__):  # httpx's: no answer came
+            return False
         cause = cause.__cause__
     return True
 

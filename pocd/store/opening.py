@@ -65,6 +65,8 @@ def open_store(
 def _open(path: Path, *, thorough: bool) -> sqlite3.Connection:
     try:
         _make_folder(path.parent)
+        if path.exists() and not path.is_file():  # SQLite opens a pipe or a device, and takes its errors for the disk's
+            raise StoreError(f"store {path} cannot be used: it is no plain file; choose another store.path")
         _refuse_mixture(path)
         # A backup runs in another thread: the library serialises calls.
         connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)

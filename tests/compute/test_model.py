@@ -15,6 +15,7 @@ import huggingface_hub.constants
 import orjson
 import pytest
 import torch
+from huggingface_hub.utils._http import get_session
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -174,6 +175,14 @@ def caused(error: Exception, cause: Exception) -> Exception:
 )
 def test_only_what_the_files_say_is_the_models_fault(error: Exception, *, expected: bool) -> None:
     assert _is_models_fault(error) is expected
+
+
+def test_a_hub_that_does_not_answer_is_not_the_models_fault() -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        with pytest.raises(Exception, match="refused") as away:
+            get_session().get(f"http://127.0.0.1:{nobody.getsockname()[1]}")
+    assert not _is_models_fault(caused(OSError("We couldn't connect"), away.value))
 
 
 def test_weights_that_do_not_fill_the_model_are_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import os
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO
@@ -195,3 +195,11 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(path: Path, monkeypatc
     with pytest.raises(StoreError, match="cannot be opened now: Input/output error") as caught:
         open_store(path)
     assert caught.value.code == EXIT_TEMPORARY
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/null")])
+def test_what_is_no_plain_file_is_refused_for_good(path: Path, make: Callable[[Path], None]) -> None:
+    make(path)
+    with pytest.raises(StoreError, match="it is no plain file; choose another store.path") as refused:
+        open_store(path)
+    assert refused.value.code == EXIT_CONFIG
