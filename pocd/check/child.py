@@ -17,15 +17,14 @@ def _tell(**found: object) -> None:
 
 
 def _look_at_model(folder: Path) -> None:
-    from safetensors import SafetensorError
-
     from pocd.compute.fingerprint import checkpoint_tensors, fingerprint
+    from pocd.protocol.errors import ModelError
 
     try:
         tensors = list(checkpoint_tensors(folder))
         _tell(fingerprint=fingerprint(tensors), parameters=sum(tensor.numel() for _, tensor in tensors))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        _tell(model_error=f"{type(error).__name__}: {error}")
+    except (OSError, ModelError) as error:
+        _tell(model_error=str(error))
 
 
 def _look_at_cards() -> None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import contextmanager
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from pocd.protocol.errors import ModelError
 
@@ -43,7 +44,7 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _checkpoint_files(folder: Path) -> list[Path]:
+def checkpoint_files(folder: Path) -> list[Path]:
     """Return the safetensors files that transformers reads: one, or those that an index names."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file() or not index.is_file():
@@ -58,18 +59,37 @@ def named_files(index: Path) -> list[str]:
         ModelError: One is no safetensors file in that folder. A pickle is a program. A link in the folder may lead
             out of it, as in a hub's cache, but no path in a file that others wrote.
     """
-    names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{index} cannot be loaded: it is no index of weights ({type(error).__name__}); copy or download it again"
+        ) from error
     for name in names:
+        if not isinstance(name, str):
+            raise ModelError(f"{index} cannot be loaded: it names {name!r} as a file; copy or download it again")
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
             raise ModelError(f"{index} names {name!r}, which is no safetensors file in its folder")
     return names
 
 
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """Give the tensors of a safetensors file; a ModelError says that it is missing or damaged, and which it is."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except FileNotFoundError as error:
+        raise ModelError(f"{file} cannot be loaded: it is missing; copy or download it again") from error
+    except SafetensorError as error:
+        raise ModelError(f"{file} cannot be loaded: it is damaged ({error}); copy or download it again") from error
+
+
 def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """Give the name and the tensor of each weight of the safetensors checkpoint in `folder`."""
-    for file in _checkpoint_files(folder):
-        with safe_open(file, framework="pt") as tensors:
+    for file in checkpoint_files(folder):
+        with opened(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 - it is no mapping
                 yield name, tensors.get_tensor(name)  # mapped, not read: only the sample's pages are
 

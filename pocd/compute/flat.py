@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from pocd.compute.layers import one_query
@@ -200,7 +201,24 @@ class FlatDecoder:
         return cos.unsqueeze(2), sin.unsqueeze(2)
 
 
-def flatten(decoder: Any) -> FlatDecoder:  # noqa: ANN401 - transformers gives its classes no common type
+def can_flatten(causal: Any) -> bool:  # noqa: ANN401 - transformers gives its classes no common type
+    """Tell whether a model is of one of `FLAT_CLASSES`, and its matrices are torch's own: not packed, not adapted."""
+    decoder = causal.get_decoder()
+    dtype = decoder.norm.weight.dtype if type(causal).__name__ in FLAT_CLASSES else None
+    return dtype is not None and all(
+        type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.dtype == dtype
+        for layer in decoder.layers
+        for module in _matrices(layer)
+    )
+
+
+def _matrices(layer: Any) -> list[Any]:  # noqa: ANN401 - as above
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    return [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def flatten(decoder: Any) -> FlatDecoder:  # noqa: ANN401 - as above
     """Return a flat decoder over the weights of a transformers decoder of one of `FLAT_CLASSES`."""
     config, first = decoder.config, decoder.layers[0]
     # Mistral keeps its window in the configuration, the Qwens in each layer; Llama has none, whatever its

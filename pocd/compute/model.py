@@ -6,19 +6,19 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from http import HTTPStatus
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import cached_file
 
 from pocd.compute.arithmetic import fix_arithmetic
-from pocd.compute.fingerprint import checkpoint_fingerprint, module_fingerprint, named_files
-from pocd.compute.flat import FLAT_CLASSES, FlatDecoder, flatten
+from pocd.compute.checkpoint import check_folder, check_stored, fetched, read_config, read_headers
+from pocd.compute.fingerprint import checkpoint_fingerprint, module_fingerprint
+from pocd.compute.flat import FlatDecoder, can_flatten, flatten
 from pocd.compute.layers import NORMS, LayerDecoder, find_forms
+from pocd.compute.loaded import check_loaded, exact_router_biases
 from pocd.compute.memory import is_fault, is_out_of_memory
 from pocd.compute.random import normal, seeds_tensor
 from pocd.compute.ranks import check_split, split_as_planned
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from pocd.compute.wide import WideDecoder
     from pocd.protocol.schemes import Scheme
 
-WEIGHTS = "model.safetensors"
 LARGEST_SEQ_LEN = 2**20  # of a model that has no limit
 PROBE_LENGTH = 5  # positions that a model is tried out with when it is loaded
 PROBE_TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.05}  # of ‖h‖
@@ -192,45 +191,6 @@ def _loading(name: str) -> Iterator[None]:
         raise ModelError(f"model {name!r} cannot be loaded: {text}") from error
 
 
-def _read_config(source: str, revision: str) -> Any:  # noqa: ANN401 - each family has its own class
-    """Read the configuration, which may name no kernel of a hub: that is code."""
-    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
-    for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
-        attention = getattr(part, "_attn_implementation", None)
-        if "/" in str(attention or ""):
-            raise ModelError(
-                f"{source}: config.json names the kernel {attention!r} of a hub, and no code of others is run"
-            )
-    return config
-
-
-def _check_files(source: str, revision: str, config: Any) -> None:  # noqa: ANN401 - as above
-    """Check that only safetensors in the model's folder would be read.
-
-    Raises:
-        ModelError: A file names others.
-    """
-    if getattr(config, "transformers_weights", None) is not None:
-        raise ModelError(f"{source}: config.json names its weights (transformers_weights); call them {WEIGHTS}")
-    if _optional_file(source, revision, "adapter_config.json"):
-        raise ModelError(f"{source} holds an adapter (adapter_config.json): merge it into the weights of its model")
-    index = _optional_file(source, revision, f"{WEIGHTS}.index.json")
-    if index:
-        named_files(Path(index))
-
-
-def _optional_file(source: str, revision: str, file: str) -> str | None:
-    """Return the path of a model's file, which is downloaded where it is a hub's; None where there is none."""
-    found: str | None = cached_file(
-        source,
-        file,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,  # of a file that the cache may lack for good
-    )
-    return found
-
-
 def longest_seq_len(config: Any) -> int:  # noqa: ANN401 - as above
     """Return the largest sequence length, in positions, that the model of `config` allows."""
     longest: int = getattr(config.get_text_config(), "max_position_embeddings", LARGEST_SEQ_LEN)
@@ -273,17 +233,19 @@ def load_model(
     source, revision = resolve(name, revision), revision or "main"
     transformers_logging.disable_progress_bar()
     with _loading(name):
-        config = _read_config(source, revision)
-        _check_files(source, revision, config)
-    check_seq_len(seq_len, config, name)
+        config, quantization = read_config(source, revision)
+        check_folder(source, revision)
+        check_seq_len(seq_len, config, name)
     placed: dict[str, Any] = {"device_map": {"": target}}
     if ranks > 1:
         check_split(config, name, ranks)
         placed = split_as_planned(ranks, target)
     loader: Any = AutoModelForCausalLM  # its annotation knows nothing of output_loading_info
     try:
-        with _loading(name):
-            causal, loading = loader.from_pretrained(
+        with _loading(name), exact_router_biases():
+            folder = fetched(source, revision)
+            check_stored(config, quantization, read_headers(folder), name=name, dtype=dtype, ranks=ranks)
+            causal, report = loader.from_pretrained(
                 source,
                 config=config,
                 revision=revision,
@@ -294,8 +256,9 @@ def load_model(
                 use_safetensors=True,
                 trust_remote_code=False,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # are in the report, by name
             )
-            weights = checkpoint_fingerprint(Path(str(cached_file(source, "config.json", revision=revision))).parent)
+            weights = checkpoint_fingerprint(folder)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -303,10 +266,9 @@ def load_model(
             f"model {name!r} does not fit into the memory of {device} in {dtype}: split it over several devices "
             "(model.parallel), or take a smaller model or dtype"
         ) from error
-    # transformers only warns, and draws at random what a checkpoint lacks: distances nobody else would get.
-    if lacking := sorted(loading["missing_keys"]):
-        raise ModelError(f"model {name!r} lacks weights: {', '.join(lacking[:3])}{', …' if len(lacking) > 3 else ''}")
-    model = adapt(causal, name=name, fingerprint=weights)
+    check_loaded(causal, report, name=name, dtype=getattr(torch, dtype))
+    with _loading(name):
+        model = adapt(causal, name=name, fingerprint=weights)
     # transformers' own layers know how they are split; the flat decoder does not.
     return replace(model, decoder=model.by_layers) if ranks > 1 else model
 
@@ -348,7 +310,7 @@ def adapt(causal: Any, *, name: str, fingerprint: str | None = None) -> Model:  
         name=name,
         fingerprint=fingerprint or module_fingerprint(causal),
         causal=causal,
-        decoder=flatten(decoder) if type(causal).__name__ in FLAT_CLASSES else by_layers,
+        decoder=flatten(decoder) if can_flatten(causal) else by_layers,
         by_layers=by_layers,
         hidden_size=config.hidden_size,
         dtype=weight.dtype,

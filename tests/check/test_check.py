@@ -166,7 +166,11 @@ async def test_each_planted_fault_has_its_red_line_and_its_remedy(tmp_path: Path
     for name, text, remedy in (
         ("configuration", "node.public_key is the example's", "the miner's public key"),
         ("secrets", f"{world} (mode 0644) is open to every user", f"chmod o= {world}"),
-        ("model", f"{damaged} cannot be read: SafetensorError", "copy the model's folder again"),
+        (
+            "model",
+            f"{damaged} cannot be read: {damaged}/model.safetensors cannot be loaded",
+            "copy the model's folder again",
+        ),
         ("store", f"{tmp_path / 'in-the-way'} is not a folder", "another store.path"),
         ("chain", "is on chain pocd-dev, but chain.id says another-chain", "chain.urls"),
         ("receiver gone", "no connection: Connect call failed", "firewalls"),

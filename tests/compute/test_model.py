@@ -119,7 +119,7 @@ KERNEL = {"attn_implementation": "someone/kernel"}
         ({}, "config.json", b"7", "cannot be loaded"),
         (KERNEL, "", b"", "names the kernel 'someone/kernel' of a hub"),
         ({"transformers_weights": "../x.safetensors"}, "", b"", "names its weights"),
-        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "", b"", "cannot be loaded"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "", b"", "'awq' is not read exactly"),
     ],
 )
 def test_a_folder_that_leads_elsewhere_or_cannot_be_read_is_refused_in_one_line(
