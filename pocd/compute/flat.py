@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch.nn import functional
 
+from pocd.compute.experts import Mixture, can_mix, mix, mixture_of
 from pocd.compute.layers import one_query
 
 if TYPE_CHECKING:
@@ -25,8 +26,16 @@ if TYPE_CHECKING:
     Layer = Callable[..., torch.Tensor]
 
 # Classes whose layer is: residual + self_attn(input_layernorm(residual)), then residual +
-# mlp(post_attention_layernorm(residual)), with RMS norms, rotary positions and a gated MLP.
-FLAT_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+# mlp(post_attention_layernorm(residual)), with RMS norms, rotary positions, and a gated MLP or a mixture of such.
+FLAT_CLASSES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+ONE_WINDOW = ("mistral", "mixtral")  # model types whose configuration has the window of all layers
 
 
 class Linear(NamedTuple):
@@ -34,6 +43,14 @@ class Linear(NamedTuple):
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+
+
+class Gated(NamedTuple):
+    """The parameters of a gated MLP."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
 
 
 class LayerWeights(NamedTuple):
@@ -47,9 +64,7 @@ class LayerWeights(NamedTuple):
     key_norm: torch.Tensor | None
     output: Linear
     mlp_norm: torch.Tensor
-    gate: Linear
-    up: Linear
-    down: Linear
+    mlp: Gated | Mixture
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +76,7 @@ class Form:
         kv_heads: Number of key and value heads.
         scale: Factor of the attention scores.
         epsilon: Epsilon of all RMS norms.
-        activation: Activation function of the MLP's gate.
+        activation: Activation function of every MLP's gate.
     """
 
     heads: int
@@ -113,8 +128,11 @@ def run_layer(
     """
     residual = _attend(stream, weights, turn, mask, form=form, first=first)
     h = _norm(residual, weights.mlp_norm, form.epsilon)
-    gate = form.activation(functional.linear(h, *weights.gate))
-    branch = functional.linear(gate.mul_(functional.linear(h, *weights.up)), *weights.down)
+    if isinstance(weights.mlp, Mixture):
+        branch = mix(h, weights.mlp, form.activation)
+    else:
+        gate = form.activation(functional.linear(h, *weights.mlp.gate))
+        branch = functional.linear(gate.mul_(functional.linear(h, *weights.mlp.up)), *weights.mlp.down)
     return join(branch, residual, vector)
 
 
@@ -200,12 +218,19 @@ class FlatDecoder:
         return cos.unsqueeze(2), sin.unsqueeze(2)
 
 
-def flatten(decoder: Any) -> FlatDecoder:  # noqa: ANN401 - transformers gives its classes no common type
-    """Return a flat decoder over the weights of a transformers decoder of one of `FLAT_CLASSES`."""
+def is_flat(causal: Any) -> bool:  # noqa: ANN401 - transformers gives its classes no common type
+    """Tell whether a transformers model is of one of `FLAT_CLASSES`, and its mixtures of experts can be computed."""
+    if type(causal).__name__ not in FLAT_CLASSES:
+        return False
+    return all(can_mix(layer.mlp) for layer in causal.get_decoder().layers if hasattr(layer.mlp, "experts"))
+
+
+def flatten(decoder: Any) -> FlatDecoder:  # noqa: ANN401 - as above
+    """Return a flat decoder over the weights of a transformers decoder whose model `is_flat`."""
     config, first = decoder.config, decoder.layers[0]
-    # Mistral keeps its window in the configuration, the Qwens in each layer; Llama has none, whatever its
-    # configuration says.
-    common = config.sliding_window if config.model_type == "mistral" else None
+    # Mistral and Mixtral keep their window in the configuration, the Qwens in each layer; Llama has none, whatever
+    # its configuration says.
+    common = config.sliding_window if config.model_type in ONE_WINDOW else None
     return FlatDecoder(
         layers=[_weights(layer) for layer in decoder.layers],
         windows=[getattr(layer.self_attn, "sliding_window", common) for layer in decoder.layers],
@@ -216,7 +241,7 @@ def flatten(decoder: Any) -> FlatDecoder:  # noqa: ANN401 - transformers gives i
             kv_heads=config.num_key_value_heads,
             scale=first.self_attn.scaling,
             epsilon=config.rms_norm_eps,
-            activation=first.mlp.act_fn,
+            activation=getattr(first.mlp, "experts", first.mlp).act_fn,
         ),
     )
 
@@ -239,9 +264,11 @@ def _weights(layer: Any) -> LayerWeights:  # noqa: ANN401 - as above
         key_norm=gain(getattr(attention, "k_norm", None)),
         output=linear(attention.o_proj),
         mlp_norm=layer.post_attention_layernorm.weight.detach(),
-        gate=linear(mlp.gate_proj),
-        up=linear(mlp.up_proj),
-        down=linear(mlp.down_proj),
+        mlp=(
+            mixture_of(mlp)
+            if hasattr(mlp, "experts")
+            else Gated(linear(mlp.gate_proj), linear(mlp.up_proj), linear(mlp.down_proj))
+        ),
     )
 
 

@@ -17,7 +17,7 @@ from transformers.utils.hub import cached_file
 
 from pocd.compute.arithmetic import fix_arithmetic
 from pocd.compute.fingerprint import checkpoint_fingerprint, module_fingerprint, named_files
-from pocd.compute.flat import FLAT_CLASSES, FlatDecoder, flatten
+from pocd.compute.flat import FlatDecoder, flatten, is_flat
 from pocd.compute.layers import NORMS, LayerDecoder, find_forms
 from pocd.compute.memory import is_fault, is_out_of_memory
 from pocd.compute.random import normal, seeds_tensor
@@ -346,7 +346,7 @@ def adapt(causal: Any, *, name: str, fingerprint: str | None = None) -> Model:  
         name=name,
         fingerprint=fingerprint or module_fingerprint(causal),
         causal=causal,
-        decoder=flatten(decoder) if type(causal).__name__ in FLAT_CLASSES else by_layers,
+        decoder=flatten(decoder) if is_flat(causal) else by_layers,
         by_layers=by_layers,
         hidden_size=config.hidden_size,
         dtype=weight.dtype,
