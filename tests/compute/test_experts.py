@@ -15,7 +15,7 @@ from pocd.compute.model import Model, adapt
 from pocd.protocol.names import DTYPES
 from pocd.protocol.schemes import SCHEMES
 from tests.compute.test_other_classes import build
-from tests.support.family_models import FAMILIES, SEQ_LEN, layers_of
+from tests.support.family_models import FAMILIES, SEQ_LEN, layers_of, qwen3_moe
 
 ROUNDING = 2e-5  # of distances in float32, whatever the kernels: docs/protocol.md, section 3
 MIXTURES = ("mixtral", "qwen3 moe", "qwen3 moe, shares sum to one")
@@ -41,6 +41,11 @@ def positions(dtype: str = "float32", rows: int = 3) -> torch.Tensor:
     return drawn.abs().to(getattr(torch, dtype))
 
 
+def rounding(result: torch.Tensor) -> float:
+    """Largest difference between a mixture's results that products and sums in another order make."""
+    return max(4 * torch.finfo(result.dtype).eps, 1e-5) * float(result.float().abs().max())
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", MIXTURES)
@@ -56,8 +61,7 @@ def test_a_mixture_is_that_of_transformers(family: str, dtype: str) -> None:
     expected, found = block(h), mix(h, mixture, SILU)
     assert found.dtype == expected.dtype
     # transformers adds the experts up in the model's dtype, one after the other.
-    rounding = 4 * torch.finfo(h.dtype).eps * expected.float().abs().max()
-    assert (found.float() - expected.float()).abs().max() <= rounding
+    assert (found.float() - expected.float()).abs().max() <= rounding(expected)
 
 
 @pytest.mark.parametrize("family", MIXTURES)
@@ -79,13 +83,13 @@ def test_neighbours_change_a_mixtures_result_by_rounding_only(family: str, dtype
     """They change how many rows an expert has, so a product may take another kernel."""
     block = block_of(family, dtype)
     h, mixture = positions(dtype, rows=7), mixture_of(block)
-    together = mix(h, mixture, SILU).float()
-    rounding = 4 * torch.finfo(h.dtype).eps * together.abs().max()
+    together = mix(h, mixture, SILU)
     for place in (0, 3, 6):
         others = torch.roll(h, 1, dims=-1)
         others[place] = h[place]
         for rows, at in ((others, place), (h[place : place + 1], 0)):
-            assert (mix(rows, mixture, SILU).float()[at] - together[place]).abs().max() <= rounding
+            found = mix(rows, mixture, SILU)[at]
+            assert (found.float() - together[place].float()).abs().max() <= rounding(together)
 
 
 @pytest.mark.parametrize(
@@ -123,3 +127,9 @@ def test_mixtures_of_another_form_run_by_their_own_layers(name: str, config: dic
     model = adapt(build(name, **common, **config), name="other")
     assert model.decoder.kind == "layers"
     assert not can_mix(model.by_layers.layers[-1].mlp)
+
+
+def test_rows_that_torch_does_not_group_run_by_their_own_layers() -> None:
+    assert can_mix(block_of("qwen3 moe"))
+    odd = qwen3_moe(shares_sum_to_one=True, moe_intermediate_size=22).build()
+    assert not can_mix(odd.model.layers[0].mlp)
