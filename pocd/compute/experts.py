@@ -58,7 +58,7 @@ def are_products_grouped(dtype: torch.dtype, capability: tuple[int, int] | None,
         capability: The GPU's compute capability; None for the CPU.
         version: torch's version.
     """
-    if torch.torch_version.TorchVersion(version) < (2, 11):  # it has none, or wants weights at aligned addresses
+    if torch.torch_version.TorchVersion(version) < "2.11":  # it has none, or wants weights at aligned addresses
         return False
     # Others are a loop over the groups, whose sizes the host waits for.
     return capability is None or (dtype == torch.bfloat16 and capability[0] in (9, 10))
@@ -118,7 +118,8 @@ def grouped_product(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tens
         matrices: The groups' matrices [groups, out, in].
         ends: Row before which each group ends, int32 [groups].
     """
-    return functional.grouped_mm(rows, matrices.transpose(-2, -1), offs=ends)
+    products: torch.Tensor = functional.grouped_mm(rows, matrices.transpose(-2, -1), offs=ends)
+    return products
 
 
 @grouped_product.register_fake
