@@ -120,7 +120,7 @@ def test_more_layers_compile_nothing_more(models: dict[str, Model]) -> None:
 
 def test_a_mixture_of_experts_is_compiled_whole(cache: Path) -> None:
     assert cache.is_dir()
-    model = adapt(FAMILIES["qwen3 moe"].build(), name="mixture")  # with one layer that is none
+    model = adapt(FAMILIES["mixtral"].build(), name="mixture")
     fast = ready(model)
     assert fast.execution.path == "compiled"
     before = compilations()
