@@ -95,7 +95,7 @@ def mix(h: torch.Tensor, mixture: Mixture, activation: Callable[[torch.Tensor], 
     outputs = grouped_product(activation(gate).mul_(up), mixture.down, ends)
     places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=h.device))
     # Not added up where they belong: on a GPU the order of such sums is left to chance.
-    parts = outputs[places].view(*chosen.shape, -1) * shares.unsqueeze(-1)
+    parts: torch.Tensor = outputs[places].view(*chosen.shape, -1) * shares.unsqueeze(-1)
     return parts.sum(dim=1).to(h.dtype).view_as(h)
 
 
@@ -118,8 +118,7 @@ def grouped_product(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tens
         matrices: The groups' matrices [groups, out, in].
         ends: Row before which each group ends, int32 [groups].
     """
-    products: torch.Tensor = functional.grouped_mm(rows, matrices.transpose(-2, -1), offs=ends)
-    return products
+    return functional.grouped_mm(rows, matrices.transpose(-2, -1), offs=ends)
 
 
 @grouped_product.register_fake
