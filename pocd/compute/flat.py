@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from pocd.compute.experts import Mixture, can_mix, mix, mixture_of
 from pocd.compute.layers import one_query
 
 if TYPE_CHECKING:
@@ -26,8 +27,16 @@ if TYPE_CHECKING:
     Layer = Callable[..., torch.Tensor]
 
 # Classes whose layer is: residual + self_attn(input_layernorm(residual)), then residual +
-# mlp(post_attention_layernorm(residual)), with RMS norms, rotary positions and a gated MLP.
-FLAT_CLASSES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+# mlp(post_attention_layernorm(residual)), with RMS norms, rotary positions, and a gated MLP or a mixture of such.
+FLAT_CLASSES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "MixtralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM",
+)
+ONE_WINDOW = ("mistral", "mixtral")  # model types whose configuration has the window of all layers
 
 
 class Linear(NamedTuple):
@@ -35,6 +44,14 @@ class Linear(NamedTuple):
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+
+
+class Gated(NamedTuple):
+    """The parameters of a gated MLP."""
+
+    gate: Linear
+    up: Linear
+    down: Linear
 
 
 class LayerWeights(NamedTuple):
@@ -48,9 +65,7 @@ class LayerWeights(NamedTuple):
     key_norm: torch.Tensor | None
     output: Linear
     mlp_norm: torch.Tensor
-    gate: Linear
-    up: Linear
-    down: Linear
+    mlp: Gated | Mixture
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +77,7 @@ class Form:
         kv_heads: Number of key and value heads.
         scale: Factor of the attention scores.
         epsilon: Epsilon of all RMS norms.
-        activation: Activation function of the MLP's gate.
+        activation: Activation function of every MLP's gate.
     """
 
     heads: int
@@ -114,8 +129,11 @@ def run_layer(
     """
     residual = _attend(stream, weights, turn, mask, form=form, first=first)
     h = _norm(residual, weights.mlp_norm, form.epsilon)
-    gate = form.activation(functional.linear(h, *weights.gate))
-    branch = functional.linear(gate.mul_(functional.linear(h, *weights.up)), *weights.down)
+    if isinstance(weights.mlp, Mixture):
+        branch = mix(h, weights.mlp, form.activation)
+    else:
+        gate = form.activation(functional.linear(h, *weights.mlp.gate))
+        branch = functional.linear(gate.mul_(functional.linear(h, *weights.mlp.up)), *weights.mlp.down)
     return join(branch, residual, vector)
 
 
@@ -202,28 +220,39 @@ class FlatDecoder:
 
 
 def can_flatten(causal: Any) -> bool:  # noqa: ANN401 - transformers gives its classes no common type
-    """Tell whether a model is of one of `FLAT_CLASSES`, and its matrices are torch's own: not packed, not adapted."""
+    """Tell whether a model is of one of `FLAT_CLASSES`, with matrices of torch's own, not packed and not adapted.
+
+    Its mixtures of experts have to be of a kind that is computed here, on its device and in its dtype.
+    """
+    if type(causal).__name__ not in FLAT_CLASSES:
+        return False
     decoder = causal.get_decoder()
-    dtype = decoder.norm.weight.dtype if type(causal).__name__ in FLAT_CLASSES else None
-    return dtype is not None and all(
-        type(module) is nn.Linear and type(module.weight) is nn.Parameter and module.weight.dtype == dtype
-        for layer in decoder.layers
-        for module in _matrices(layer)
+    return all(_is_plain(layer, decoder.norm.weight.dtype) for layer in decoder.layers)
+
+
+def _is_plain(layer: Any, dtype: torch.dtype) -> bool:  # noqa: ANN401 - as above
+    attention, mlp = layer.self_attn, layer.mlp
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    if hasattr(mlp, "experts"):
+        weights = [mlp.gate.weight, mlp.experts.gate_up_proj, mlp.experts.down_proj]
+        is_known = can_mix(mlp)
+    else:
+        weights, is_known = [], True
+        linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    weights += [linear.weight for linear in linears]
+    return (
+        is_known
+        and all(type(linear) is nn.Linear for linear in linears)
+        and all(type(weight) is nn.Parameter and weight.dtype == dtype for weight in weights)
     )
 
 
-def _matrices(layer: Any) -> list[Any]:  # noqa: ANN401 - as above
-    attention, mlp = layer.self_attn, layer.mlp
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-    return [*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-
-
 def flatten(decoder: Any) -> FlatDecoder:  # noqa: ANN401 - as above
-    """Return a flat decoder over the weights of a transformers decoder of one of `FLAT_CLASSES`."""
+    """Return a flat decoder over the weights of a transformers decoder whose model `can_flatten`."""
     config, first = decoder.config, decoder.layers[0]
-    # Mistral keeps its window in the configuration, the Qwens in each layer; Llama has none, whatever its
-    # configuration says.
-    common = config.sliding_window if config.model_type == "mistral" else None
+    # Mistral and Mixtral keep their window in the configuration, the Qwens in each layer; Llama has none, whatever
+    # its configuration says.
+    common = config.sliding_window if config.model_type in ONE_WINDOW else None
     return FlatDecoder(
         layers=[_weights(layer) for layer in decoder.layers],
         windows=[getattr(layer.self_attn, "sliding_window", common) for layer in decoder.layers],
@@ -234,7 +263,7 @@ def flatten(decoder: Any) -> FlatDecoder:  # noqa: ANN401 - as above
             kv_heads=config.num_key_value_heads,
             scale=first.self_attn.scaling,
             epsilon=config.rms_norm_eps,
-            activation=first.mlp.act_fn,
+            activation=getattr(first.mlp, "experts", first.mlp).act_fn,
         ),
     )
 
@@ -257,9 +286,11 @@ def _weights(layer: Any) -> LayerWeights:  # noqa: ANN401 - as above
         key_norm=gain(getattr(attention, "k_norm", None)),
         output=linear(attention.o_proj),
         mlp_norm=layer.post_attention_layernorm.weight.detach(),
-        gate=linear(mlp.gate_proj),
-        up=linear(mlp.up_proj),
-        down=linear(mlp.down_proj),
+        mlp=(
+            mixture_of(mlp)
+            if hasattr(mlp, "experts")
+            else Gated(linear(mlp.gate_proj), linear(mlp.up_proj), linear(mlp.down_proj))
+        ),
     )
 
 

@@ -37,7 +37,7 @@ from torch.nn import functional
 
 from pocd.compute.conditioning import reference_of
 from pocd.compute.engine import block_run
-from pocd.compute.flat import FlatDecoder
+from pocd.compute.flat import FlatDecoder, Gated
 from pocd.compute.model import adapt, load_model
 from pocd.protocol.conditioning import flipped_share
 from pocd.protocol.names import DTYPES, default_tolerance
@@ -131,7 +131,9 @@ class Way:
         )
         x = (product(mixed.transpose(1, 2).flatten(2), weights.output) + x).to(dtype).to(x.dtype)
         h = _norm(x, weights.mlp_norm, form.epsilon)
-        branch = product(form.activation(product(h, weights.gate)) * product(h, weights.up), weights.down)
+        mlp = weights.mlp
+        assert isinstance(mlp, Gated), "mixtures of experts have no other ways here"
+        branch = product(form.activation(product(h, mlp.gate)) * product(h, mlp.up), mlp.down)
         return join(branch, x, vector).to(dtype)[:, first:]
 
 

@@ -25,6 +25,7 @@ from pocd.protocol.names import BUNDLED
 from pocd.protocol.schemes import SCHEMES
 from pocd.worker.messages import Load
 from tests.pool.test_pool import ROUND, pooled, recompute
+from tests.support.family_models import FAMILIES
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -115,6 +116,17 @@ def test_more_layers_compile_nothing_more(models: dict[str, Model]) -> None:
     fast = ready(deep)
     assert compilations() == before
     assert results(fast, "poc2", "block") == pytest.approx(results(deep, "poc2", "block"), abs=ROUNDING)
+
+
+def test_a_mixture_of_experts_is_compiled_whole(cache: Path) -> None:
+    assert cache.is_dir()
+    model = adapt(FAMILIES["mixtral"].build(), name="mixture")
+    fast = ready(model)
+    assert fast.execution.path == "compiled"
+    before = compilations()
+    for block in ("block_a", "block_b"):
+        assert results(fast, "poc2", block) == pytest.approx(results(model, "poc2", block), abs=ROUNDING, rel=0)
+    assert compilations() == before
 
 
 def test_another_process_finds_what_one_compiled(cache: Path) -> None:

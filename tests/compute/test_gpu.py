@@ -12,12 +12,13 @@ import torch
 
 from pocd.compute.compiled import compile_model
 from pocd.compute.engine import block_run
-from pocd.compute.model import Model, load_model, pick_device
+from pocd.compute.model import Model, adapt, load_model, pick_device
 from pocd.compute.random import normal
 from pocd.protocol.errors import OutOfMemoryError
 from pocd.protocol.names import DTYPES, default_tolerance
 from pocd.protocol.schemes import SCHEMES
 from tests.reference.plain import NORMAL_ROUNDING
+from tests.support.family_models import FAMILIES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,6 +70,19 @@ def test_captured_agrees_with_eager_for_every_scheme_and_block(scheme: str, dtyp
         found = results(captured, scheme, block)
         assert found == pytest.approx(results(model, scheme, block), abs=tolerance, rel=0)
         assert np.array_equal(found, results(captured, scheme, block))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3 moe"])
+def test_a_mixture_of_experts_is_captured_where_its_products_are_grouped(family: str) -> None:
+    model = adapt(FAMILIES[family].build().to("cuda", torch.bfloat16), name=family)
+    if torch.cuda.get_device_capability()[0] not in (9, 10):
+        assert model.decoder.kind == "layers"
+        return
+    captured = ready(model, "poc2")
+    assert captured.execution.path == "captured", captured.execution
+    differences = np.abs(results(captured, "poc2", "block") - results(model, "poc2", "block"))
+    # Where two experts are all but equal, a rounding decides between them.
+    assert (differences <= default_tolerance("bfloat16", SCHEMES["poc2"], model.hidden_size)).mean() > 0.9
 
 
 def test_what_auto_takes_is_the_captured_path() -> None:
