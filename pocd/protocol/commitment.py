@@ -87,20 +87,24 @@ class _Level:
 
     def above(self, empty: bytes) -> _Level:
         """Return the level above, where `empty` is the hash of this level's subtrees without artifacts."""
+        below, size = self.positions, len(self.positions)
         positions, hashes, counts = array("I"), bytearray(), array("I")
         index = 0
-        while index < len(self.positions):
-            position, start = self.positions[index], HASH_BYTES * index
-            if index + 1 < len(self.positions) and self.positions[index + 1] == position ^ 1:
-                children, width = self.hashes[start : start + 2 * HASH_BYTES], 2
+        while index < size:
+            position, count, start = below[index], self.counts[index], HASH_BYTES * index
+            child = self.hashes[start : start + HASH_BYTES]
+            index += 1
+            if position & 1:
+                children = empty + child
+            elif index < size and below[index] == position + 1:
+                children = self.hashes[start : start + 2 * HASH_BYTES]
+                count += self.counts[index]
+                index += 1
             else:
-                child = self.hashes[start : start + HASH_BYTES]
-                children, width = (empty + child if position & 1 else child + empty), 1
-            count = sum(self.counts[index : index + width])
+                children = child + empty
             positions.append(position >> 1)
             hashes += _node_hash(children, count)
             counts.append(count)
-            index += width
         return _Level(positions, bytes(hashes), counts)
 
 
