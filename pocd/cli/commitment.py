@@ -36,16 +36,16 @@ FileArgument = Annotated[
 
 
 def commit(file: FileArgument) -> None:
-    """Print the count and the root that the live network is told of the artifacts in a file."""
+    """Print the count and the root by which the live network commits to the artifacts of a file."""
     tree = _tree(file)
     echo(f"count {tree.count}\nroot  {tree.root.hex()}")
 
 
 def prove(
     file: FileArgument,
-    nonces: Annotated[list[int], typer.Argument(metavar="NONCE…", help="Nonces to prove.", min=0, max=LARGEST_NONCE)],
+    nonces: Annotated[list[int], typer.Argument(metavar="NONCE", help="Nonces to prove.", min=0, max=LARGEST_NONCE)],
 ) -> None:
-    """Print the proofs that artifacts were committed to, as JSON in the live network's form."""
+    """Print proofs that artifacts are among those of a commitment, as JSON in the live network's form."""
     from pocd.protocol.artifacts import proof_as_json
 
     if len(set(nonces)) < len(nonces):

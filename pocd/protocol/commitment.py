@@ -10,7 +10,7 @@ from array import array
 from bisect import bisect_left
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -21,14 +21,16 @@ LEAST_DEPTH, MOST_DEPTH = 24, 32
 HASH_BYTES = 32
 
 
-class Subtree(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Subtree:
     """The hash of a part of the tree, and the number of artifacts in it."""
 
     hash: bytes
     count: int
 
 
-class Proof(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Proof:
     """An artifact, and what leads from it to the root.
 
     Attributes:
@@ -139,10 +141,7 @@ class Tree:
             KeyError: The tree has no such nonce.
         """
         vector = self._vectors[nonce]
-        siblings = [
-            level.at((nonce >> height) ^ 1) or EMPTY[height]  # a Subtree is never false: it has two fields
-            for height, level in enumerate(self._levels)
-        ]
+        siblings = [level.at((nonce >> height) ^ 1) or EMPTY[height] for height, level in enumerate(self._levels)]
         return Proof(bisect_left(self._nonces, nonce), nonce, vector, tuple(reversed(siblings)))
 
 

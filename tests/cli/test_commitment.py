@@ -185,9 +185,9 @@ def test_what_is_not_there(file: Path) -> None:
     ("arguments", "why"),
     [
         (("prove", "artifacts.jsonl", "1", "1"), "each NONCE may be given once only"),
-        (("prove", "artifacts.jsonl", "2147483648"), "2147483648 is not in the range"),
+        (("prove", "artifacts.jsonl", "2147483648"), "Input should be less than or equal to 2147483647"),
         (("verify", "proofs.json", "--root=be5d", "--count=5"), "--root must be 64 hexadecimal digits"),
-        (("verify", "proofs.json", f"--root={'0' * 64}", "--count=0"), "0 is not in the range"),
+        (("verify", "proofs.json", f"--root={'0' * 64}", "--count=0"), "Input should be greater than or equal to 1"),
     ],
 )
 def test_mistyped_arguments(arguments: tuple[str, ...], why: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +44,8 @@ def test_every_tree_is_that_of_a_plain_implementation_and_every_proof_verifies(l
     assert (tree.root, tree.count) == plain.subtree(leaves, depth)
     for index, nonce in enumerate(sorted(leaves)):
         proof = tree.proof(nonce)
-        assert proof[:3] == (index, nonce, leaves[nonce])
-        assert list(proof.siblings) == plain.siblings(leaves, nonce, depth)
+        assert (proof.index, proof.nonce, proof.vector) == (index, nonce, leaves[nonce])
+        assert [(each.hash, each.count) for each in proof.siblings] == plain.siblings(leaves, nonce, depth)
         verify(proof, tree.root, tree.count)
 
 
@@ -69,7 +70,7 @@ def flipped(data: bytes, bit: int) -> bytes:
 def with_sibling(proof: Proof, level: int, sibling: Subtree) -> Proof:
     siblings = list(proof.siblings)
     siblings[level] = sibling
-    return proof._replace(siblings=tuple(siblings))
+    return replace(proof, siblings=tuple(siblings))
 
 
 @st.composite
@@ -81,20 +82,20 @@ def changed(draw: Callable[..., Any], proof: Proof, root: bytes, count: int) -> 
     other_count = st.integers(0, LARGEST_COUNT)
     match draw(st.sampled_from(["vector", "nonce", "index", "hash", "sum", "longer", "shorter", "root", "count"])):
         case "vector":
-            proof = proof._replace(vector=flipped(proof.vector, bit))
+            proof = replace(proof, vector=flipped(proof.vector, bit))
         case "nonce":
-            proof = proof._replace(nonce=draw(nonces.filter(lambda other: other != proof.nonce)))
+            proof = replace(proof, nonce=draw(nonces.filter(lambda other: other != proof.nonce)))
         case "index":
-            proof = proof._replace(index=draw(other_count.filter(lambda other: other != proof.index)))
+            proof = replace(proof, index=draw(other_count.filter(lambda other: other != proof.index)))
         case "hash":
-            proof = with_sibling(proof, level, sibling._replace(hash=flipped(sibling.hash, bit)))
+            proof = with_sibling(proof, level, replace(sibling, hash=flipped(sibling.hash, bit)))
         case "sum":
             other = draw(other_count.filter(lambda other: other != sibling.count))
-            proof = with_sibling(proof, level, sibling._replace(count=other))
+            proof = with_sibling(proof, level, replace(sibling, count=other))
         case "longer":
-            proof = proof._replace(siblings=(*proof.siblings[:level], sibling, *proof.siblings[level:]))
+            proof = replace(proof, siblings=(*proof.siblings[:level], sibling, *proof.siblings[level:]))
         case "shorter":
-            proof = proof._replace(siblings=proof.siblings[:level] + proof.siblings[level + 1 :])
+            proof = replace(proof, siblings=proof.siblings[:level] + proof.siblings[level + 1 :])
         case "root":
             root = flipped(root, bit)
         case "count":
@@ -117,8 +118,8 @@ def test_artifacts_moved_from_one_sibling_to_another_do_not_verify(leaves: plain
     proof = tree.proof(data.draw(st.sampled_from(sorted(leaves))))
     one, other = data.draw(st.lists(st.integers(0, tree.depth - 1), min_size=2, max_size=2, unique=True))
     giver, taker = proof.siblings[one], proof.siblings[other]
-    moved = with_sibling(proof, one, giver._replace(count=giver.count + 1))
-    moved = with_sibling(moved, other, taker._replace(count=max(0, taker.count - 1)))
+    moved = with_sibling(proof, one, replace(giver, count=giver.count + 1))
+    moved = with_sibling(moved, other, replace(taker, count=max(0, taker.count - 1)))
     with pytest.raises(ProofError):
         verify(moved, tree.root, tree.count)
 
@@ -128,33 +129,33 @@ def test_any_depth_that_the_network_allows_verifies(depth: int) -> None:
     leaves = {3: b"a", 5: b"b", 9: b"c"}
     root, count = plain.subtree(leaves, depth)
     siblings = tuple(Subtree(*each) for each in plain.siblings(leaves, 5, depth))
-    assert plain.led_to(5, b"b", list(siblings)) == ((root, count), 1)
+    assert plain.led_to(5, b"b", plain.siblings(leaves, 5, depth)) == ((root, count), 1)
     verify(Proof(1, 5, b"b", siblings), root, count)
 
 
 @pytest.mark.parametrize("depth", [0, 3, 23, 33])
 def test_another_depth_does_not_verify(depth: int) -> None:
     siblings = tuple(Subtree(*plain.nothing(height)) for height in reversed(range(depth)))
-    (root, count), _ = plain.led_to(0, b"a", list(siblings))
+    (root, count), _ = plain.led_to(0, b"a", [(each.hash, each.count) for each in siblings])
     with pytest.raises(ProofError, match=f"it has {depth} siblings, not 24 to 32"):
         verify(Proof(0, 0, b"a", siblings), root, count)
 
 
 def test_a_nonce_that_the_tree_has_no_place_for_does_not_verify() -> None:
     """Its low bits alone would lead to the root."""
-    siblings = tuple(Subtree(*plain.nothing(height)) for height in reversed(range(24)))
-    root, count = plain.joined(plain.led_to(2**24, b"a", [])[0], siblings[-1])
-    for sibling in reversed(siblings[:-1]):
-        root, count = plain.joined((root, count), sibling)
+    beside = [plain.nothing(height) for height in reversed(range(24))]
+    own, _ = plain.led_to(2**24, b"a", [])
+    for sibling in reversed(beside):
+        own = plain.joined(own, sibling)
     with pytest.raises(ProofError, match="nonce 16777216 lies outside a tree of depth 24"):
-        verify(Proof(0, 2**24, b"a", siblings), root, count)
+        verify(Proof(0, 2**24, b"a", tuple(Subtree(*each) for each in beside)), *own)
 
 
 def test_why_a_proof_does_not_verify_is_said() -> None:
     tree = Tree({nonce: bytes([nonce]) * 24 for nonce in (3, 5, 7)})
     proof = tree.proof(5)
     for wrong, root, count, why in [
-        (proof._replace(index=2), tree.root, 3, "nonce 5 has index 1, not 2"),
+        (replace(proof, index=2), tree.root, 3, "nonce 5 has index 1, not 2"),
         (proof, tree.root, 2, "it counts 3 artifacts or more, not 2"),
         (proof, tree.root, 4, "it counts 3 artifacts, not 4"),
         (proof, bytes(32), 3, f"it leads to the root {tree.root.hex()}"),
