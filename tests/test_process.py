@@ -80,6 +80,8 @@ class Signals:
             os.kill(os.getpid(), signal.Signals[number])
 
 number = sys.argv.pop(1)
+# What ran the tests may have it ignored, as nohup does.
+signal.signal(signal.Signals[number], signal.default_int_handler if number == "SIGINT" else signal.SIG_DFL)
 sys.meta_path.insert(0, Signals())
 entry.main()
 """

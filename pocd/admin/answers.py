@@ -185,7 +185,7 @@ class WorkerStatus(BaseModel):
     computed_per_second_15m: float
     cards: list[CardStatus] = Field(description="GPUs of the worker, once they are known.")
     rounding: RoundingStatus | None = Field(
-        description="Effect of rounding on the worker's results; null until it is measured, or for lack of memory."
+        description="Effect of rounding on the worker's results; null until it is measured, and where it cannot be."
     )
 
 

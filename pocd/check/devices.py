@@ -88,7 +88,7 @@ def check_compiler(lack: Lack | None, model: ModelSettings, mode: Compile) -> Fi
     """Judge what torch's compiler lacks; None where nothing is to be compiled.
 
     Args:
-        lack: What it lacks for the configured devices; None where nothing is missing.
+        lack: What the compiler lacks for the configured devices; None where nothing is missing.
         model: Settings of the model and its devices.
         mode: When the model is to be compiled.
     """

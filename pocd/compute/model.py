@@ -140,7 +140,7 @@ def is_built_for(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
 
     Args:
         capability: The GPU's compute capability, such as (9, 0).
-        built_for: Such as sm_90 (runs on 9.0 and later 9.x), sm_90a (on 9.0) and compute_90 (on all from 9.0 on).
+        built_for: Architectures: such as sm_90 (runs on 9.0 and later 9.x), sm_90a (on 9.0), compute_90 (from 9.0 on).
     """
 
     def runs(architecture: str) -> bool:

@@ -47,8 +47,8 @@ class HonestLaw:
         ceiling: The ratio that the share `CEILING` exceeds. A larger one counts as this in the mean, so that no single
             nonce, however wrong, decides.
         mean: Mean of ln(1 + min(ratio, ceiling)).
-        deviation: Standard deviation of the same.
-        skewness: Skewness of the same.
+        deviation: Standard deviation of ln(1 + min(ratio, ceiling)).
+        skewness: Skewness of ln(1 + min(ratio, ceiling)).
     """
 
     median: float
@@ -149,13 +149,14 @@ class DifferenceVerdict:
         spread: Standard deviation of ln R in the law of an honest miner.
         claimed_errors: q, mean squared difference of each nonce's claimed numbers from the reference; None for a
             claim that is not k finite numbers, which counts as an infinite difference.
-        own_errors: U, the same of the validator's own result, expected over projections.
-        blank_errors: The same of a claim that holds nothing of its nonce: the mean of the reference over the nonces.
+        own_errors: U, expected squared difference of the validator's own numbers from the reference.
+        blank_errors: Mean squared difference from the reference of a blank claim, which holds nothing of its nonce: the
+            mean of the reference over the nonces.
         malformed: Number of claims that are not k finite numbers.
         claimed: Tests of the claims.
         blank: Tests of the blank claims.
         probability_honest: Probability that an honest miner's claims differ so much.
-        probability_blank: The same of the blank claims.
+        probability_blank: Probability that an honest miner's claims differ as much as blank ones.
         result: "fraud", "honest", or "undecidable": blank claims would not be called fraud either, or the validator's
             own result does not differ from the reference at some nonce, so that it measures nothing.
     """
@@ -187,7 +188,7 @@ def judge_differences(
 
     Args:
         claims: What a miner claims of each nonce; not k finite numbers count against it.
-        reference: The same numbers of the validator's reference, [n, k], finite.
+        reference: Numbers of the validator's reference, [n, k], finite.
         own_errors: The expected squared error, per number, of the validator's own result, [n], finite and 0 or more:
             ‖x_own − x_ref‖² where a number is a projection of x by a normal vector of variance 1.
         allowance: How many times a validator's own error an honest miner's may be, 1 or more.

@@ -191,7 +191,7 @@ def prepare(link: DaemonLink, load: Load) -> tuple[Model, int]:
     link.send(Stage("measuring how far rounding decides its results"))
     conditioning = check_rounding(model, load)
     if conditioning is None:
-        link.send(Stage("there was no memory to measure how far rounding decides its results"))
+        link.send(Stage("how far rounding decides its results cannot be measured, for lack of memory or for NaN"))
     link.send(Stage("testing it, and compiling it where that is asked for"))
     model, batch_size = fit(model, load)
     if load.rank == 0:

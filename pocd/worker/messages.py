@@ -123,7 +123,7 @@ class Ready:
         batch_size: Nonces per batch, as configured or found.
         longest_seq_len: The longest sequence that the model's positions allow, in tokens.
         torch: Version of torch.
-        conditioning: How far rounding decides the results; None where there was no memory to measure it.
+        conditioning: How far rounding decides the results; None where it cannot be measured.
     """
 
     model: str

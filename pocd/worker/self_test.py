@@ -12,7 +12,7 @@ import orjson
 import torch
 
 from pocd.compute.compiled import compile_model
-from pocd.compute.conditioning import NONCES, measure_conditioning
+from pocd.compute.conditioning import measure_conditioning
 from pocd.compute.engine import block_run
 from pocd.compute.ranks import largest
 from pocd.protocol.errors import ComputeError, DeviceError, MemoryShortError, OutOfMemoryError
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pocd.worker.messages import Load
 
 NOT_ONE = "not even one nonce fits into the memory: use a smaller model, dtype or round.seq_len"
+MEASURED_TOGETHER = 4  # nonces per batch, few, as one that gives NaN takes its neighbours along
 KNOWN = Path(__file__).parent / "known_distances.json"  # written by scripts/tools/known_distances.py
 
 
@@ -81,19 +82,19 @@ def check_rounding(model: Model, load: Load) -> Conditioning | None:
     """Measure how far rounding decides the results of the model in its scheme and dtype.
 
     Returns:
-        The measurement; None where there is no memory for it.
+        The measurement; None where there is no memory for it, or the model gives NaN or infinity for most nonces.
 
     Raises:
-        NonFiniteError: The model gave NaN or infinity.
         ComputeError: Rounding decides too much, and `load` wants that refused.
     """
-    found, rows = None, min(load.batch_size, NONCES)
+    found, rows = None, min(load.batch_size, MEASURED_TOGETHER)
     with block_run(
         model, SCHEMES[load.scheme], block_hash="rounding", public_key="rounding", seq_len=load.seq_len
     ) as run:
-        while found is None and rows:
+        while rows:
             try:
                 found = measure_conditioning(run, batch_size=rows)
+                break
             except OutOfMemoryError:
                 rows //= 2
     if found is not None and found.alarm is not None and load.conditioning == "refuse":

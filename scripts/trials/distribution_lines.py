@@ -135,13 +135,13 @@ class WatchedRun(BlockRun):
         """Sum of the unit hidden outputs of each batch, float64 [H]."""
         return []
 
-    def hidden(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
+    def measure(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
         """Compute as the engine does, and sum up the outputs as they are before a nonce's own reflections."""
-        h = super().hidden(states, nonces)
-        outputs = states if self.scheme.reflections else h
+        readout = self.readout(states, nonces)
+        outputs = readout if self.scheme.reflections else self.hidden(readout, nonces)
         units = torch.nn.functional.normalize(outputs[: len(set(nonces))].double(), dim=-1)  # the rest is padding
         self.sums.append(units.sum(dim=0))
-        return h
+        return super().measure(states, nonces)
 
     def resultant_length(self, nonces: int) -> float:
         """Return R, the length of the mean of the unit vectors of that many nonces."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,11 +11,12 @@ import torch
 from scipy import stats
 
 from pocd.compute.conditioning import measure_conditioning, reference_of
-from pocd.compute.engine import block_run
+from pocd.compute.engine import BlockRun, block_run
 from pocd.compute.model import Model, adapt, load_model
 from pocd.compute.transforms import join_of
 from pocd.compute.wide import WideDecoder
 from pocd.protocol.conditioning import LARGEST_ERROR, RATE, Conditioning, flipped_share
+from pocd.protocol.errors import NonFiniteError
 from pocd.protocol.proof import MISMATCH
 from pocd.protocol.schemes import SCHEMES
 from scripts.bench.models import random_model, rounded
@@ -22,6 +24,8 @@ from tests.reference import plain
 from tests.support.family_models import FAMILIES, SEQ_LEN
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pocd.protocol.schemes import LayerStep
 
 DEPTH = 28
@@ -122,6 +126,7 @@ def test_depth_is_red_for_poc2_in_bfloat16_and_green_for_poc4(
 ) -> None:
     with block_run(deep(dtype), SCHEMES[scheme], block_hash="a", public_key="b", seq_len=16) as run:
         found = measure_conditioning(run, batch_size=8)
+    assert found is not None
     assert (found.alarm is None) == is_good, found
     assert (found.flipped is None) == (scheme == "poc4")
 
@@ -131,7 +136,26 @@ def test_depth_is_red_for_poc2_in_bfloat16_and_green_for_poc4(
 def test_the_bundled_models_are_green(scheme: str, dtype: str) -> None:
     model = load_model("bundled:tiny-llama", dtype=dtype, device="cpu")
     with block_run(model, SCHEMES[scheme], block_hash="a", public_key="b", seq_len=16) as run:
-        assert measure_conditioning(run, batch_size=16).alarm is None
+        found = measure_conditioning(run, batch_size=16)
+    assert found is not None
+    assert found.alarm is None
+
+
+@pytest.mark.parametrize(("broken", "measured"), [((0, 5), True), (range(16), False)])
+def test_nonces_that_give_nan_are_left_out(broken: Sequence[int], measured: bool) -> None:  # noqa: FBT001 - a parameter
+    model = load_model("bundled:tiny-llama", dtype="bfloat16", device="cpu")
+    with block_run(model, SCHEMES["poc2"], block_hash="a", public_key="b", seq_len=16) as run:
+
+        class Overflowing(BlockRun):
+            def values(self, nonces: Sequence[int], *, batch_size: int) -> torch.Tensor:
+                if set(nonces) & set(broken):
+                    raise NonFiniteError("NaN")
+                return super().values(nonces, batch_size=batch_size)
+
+        overflowing = Overflowing(**{field.name: getattr(run, field.name) for field in fields(run)})
+        found = measure_conditioning(overflowing, batch_size=4)
+    assert (found is not None) == measured
+    assert found is None or found.error > 0
 
 
 def test_nobody_flips_without_rounding_and_chance_decides_with_nothing_in_common() -> None:

@@ -21,13 +21,14 @@ HEADERS = (PACKAGES / "nvidia" / "cu13" / "include", PACKAGES / "triton" / "back
 PREPARATION = """
 import sys
 import orjson, torch, transformers
-from pocd.compute import engine, layers
+from pocd.compute import engine
+from pocd.compute.layers import FORMS, _Edges
 from pocd.compute.compiled import compile_model
 from pocd.compute.model import adapt
 from pocd.protocol.schemes import SCHEMES
 
 # Zeros are no sums of others, and torch.prod is compiled by NVIDIA's own compiler, which is not there.
-layers._Edges.fits = lambda self, form: form == layers.FORMS[3] and set(form.parts) <= self.entered.keys()
+_Edges.fits = lambda self, form: form == FORMS[3] and set(form.parts) <= self.entered.keys()
 torch.Tensor.prod = torch.Tensor.sum
 
 

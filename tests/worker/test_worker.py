@@ -432,16 +432,21 @@ def test_rounds_in_another_shape_find_their_own_batch_size(monkeypatch: pytest.M
             sizes.append(batch_size)
             if seq_len > LOAD.seq_len and batch_size > fitting:
                 raise OutOfMemoryError(f"{batch_size} are too many")
-            return SimpleNamespace(distances=lambda: [1.0] * len(nonces))
+            return SimpleNamespace(values=lambda: [1.0] * len(nonces))
 
-        def distances(nonces: Sequence[int], *, batch_size: int) -> list[float]:
+        def values(nonces: Sequence[int], *, batch_size: int) -> list[float]:
             start(nonces, batch_size=batch_size)
             return [1.0] * len(nonces)
 
         taken = path if seq_len == LOAD.seq_len else "eager"
         execution = SimpleNamespace(path=taken, reason="so it is")
         yield SimpleNamespace(
-            seq_len=seq_len, dimension=8192, execution=lambda _rows: execution, start=start, distances=distances
+            seq_len=seq_len,
+            dimension=8192,
+            scheme=SCHEMES["poc2"],
+            execution=lambda _rows: execution,
+            start=start,
+            values=values,
         )
 
     monkeypatch.setattr(computer, "block_run", block_run)
