@@ -5,7 +5,7 @@ from __future__ import annotations
 from base64 import b64decode, b64encode
 from dataclasses import dataclass
 from math import isfinite
-from struct import unpack
+from struct import Struct
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, PlainValidator
@@ -16,7 +16,7 @@ from pocd.protocol.commitment import HASH_BYTES, LARGEST_COUNT, LARGEST_NONCE, M
 from pocd.protocol.numbers import Index
 from pocd.protocol.schemes import VECTOR_SIZE
 
-VECTOR_BYTES = 2 * VECTOR_SIZE
+VECTOR = Struct(f"<{VECTOR_SIZE}e")  # float16, little endian
 SIBLING_BYTES = HASH_BYTES + 4
 
 
@@ -33,8 +33,8 @@ def _bytes(text: object, length: int) -> bytes:
 
 
 def _vector(text: object) -> bytes:
-    data = _bytes(text, VECTOR_BYTES)
-    if not isfinite(sum(unpack(f"<{VECTOR_SIZE}e", data))):  # no sum of so few float16 is infinite by itself
+    data = _bytes(text, VECTOR.size)
+    if not isfinite(sum(VECTOR.unpack(data))):  # no sum of so few float16 is infinite by itself
         raise PydanticCustomError("finite", "its numbers have to be finite")
     return data
 
