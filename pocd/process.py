@@ -11,7 +11,7 @@ import sys
 EXIT_OK = 0
 EXIT_CRASH = 1
 EXIT_UNUSABLE = 2  # of `pocd validate`: nothing was judged; also a mistyped command
-EXIT_FRAUD = 3  # of `pocd validate`
+EXIT_FRAUD = 3  # of `pocd validate`, and of `pocd verify` where a proof does not verify
 EXIT_NO_DEVICE = 75  # EX_TEMPFAIL of sysexits.h: the device may come back
 EXIT_TEMPORARY = 75  # the same: what fails now may pass, and is worth another try
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     import typer
 
 _OF_BLOCK = "\\\n      --block-hash 9F2E5C --public-key gonka1abc"
+_ROOT = "--root \\\n      be5d2f80331bdfe7daf060a937ef2ce3b923b77b0d3e2310c772a63ae24f8bd7"
 
 EXAMPLES = {
     "run": ["pocd run --config /etc/pocd/pocd.toml"],
@@ -33,6 +34,9 @@ EXAMPLES = {
         "pocd validate batch.json --sample 100 --seed 9F2E5C",
         "pocd validate - --model bundled:tiny-qwen3 --r-target 1.4042",
     ],
+    "commit": ["pocd commit artifacts.jsonl", "pocd commit -"],
+    "prove": ["pocd prove artifacts.jsonl 3", "pocd prove artifacts.jsonl 3 11 19"],
+    "verify": [f"pocd verify proofs.json --count 5 {_ROOT}", f"pocd verify - --count 5 {_ROOT}"],
     "check": ["pocd check", "pocd check --config /etc/pocd/pocd.toml --json"],
     "config check": ["pocd config check", "pocd config check --config /etc/pocd/pocd.toml"],
     "config show": ["pocd config show", "pocd config show --config /etc/pocd/pocd.toml"],

@@ -17,6 +17,7 @@ import typer
 from pocd import __version__
 from pocd.cli.api import ConfigOption, TokenOption, UrlOption, call_api, echo
 from pocd.cli.check import check
+from pocd.cli.commitment import commit, prove, verify_proofs
 from pocd.cli.compute import audit, calibrate, compute
 from pocd.cli.examples import add_examples
 from pocd.cli.outbox import app as outbox_app
@@ -38,8 +39,9 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions
 config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
 app.add_typer(config_app, name="config")
 app.add_typer(outbox_app, name="outbox")
-for command in (check, watch, compute, calibrate, audit, validate):
+for command in (check, watch, compute, calibrate, audit, validate, commit, prove):
     app.command()(command)
+app.command("verify")(verify_proofs)
 
 TELL_SECONDS = 2.0  # for the reader of standard error to take why a command ends
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
@@ -22,12 +20,15 @@ from pocd.cli.compute import (
     SeqLenOption,
     compute_errors,
 )
+from pocd.cli.files import name_of, read_file
 from pocd.config.settings import DEFAULT_PATH, RoundSettings
 from pocd.process import EXIT_CRASH, EXIT_FRAUD, EXIT_OK, EXIT_UNUSABLE, EndedError
 from pocd.protocol.names import default_tolerance
 from pocd.validation.claim import LARGEST_CLAIM, BodyError, Claim, parse_json
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pocd.lab.command import ComputeRequest
 
 DEFAULT_R_TARGET = RoundSettings().r_target
@@ -122,21 +123,11 @@ def _check_sample(sample: int | None, seed: str | None) -> None:
 
 def _read(file: str) -> tuple[bytes, Claim]:
     """Return the bytes of the batch, and the batch parsed."""
-    name = "standard input" if file == "-" else file
-    try:
-        if file == "-":
-            raw = sys.stdin.buffer.read(LARGEST_CLAIM + 1)
-        else:
-            with Path(file).open("rb") as stream:
-                raw = stream.read(LARGEST_CLAIM + 1)
-    except OSError as error:
-        raise EndedError(EXIT_UNUSABLE, f"{name} cannot be read: {error.strerror}") from None
-    if len(raw) > LARGEST_CLAIM:
-        raise EndedError(EXIT_UNUSABLE, f"{name} is larger than {LARGEST_CLAIM // 2**20} MiB; {WANTED}")
+    raw = read_file(file, LARGEST_CLAIM, WANTED, EXIT_UNUSABLE)
     try:
         return raw, parse_json(Claim, raw)
     except BodyError as error:
-        raise EndedError(EXIT_UNUSABLE, f"{name} cannot be used: {error}; {WANTED}") from None
+        raise EndedError(EXIT_UNUSABLE, f"{name_of(file)} cannot be used: {error}; {WANTED}") from None
 
 
 def _ask(
