@@ -199,7 +199,7 @@ def check_stored(
         ranks: Number of processes that the model is split over.
 
     Raises:
-        ModelError: They are packed or scaled in a way that is not read exactly.
+        ModelError: Tensors are packed or scaled in a way that is not read exactly.
     """
     packed = {key for key, at in stored.items() if at.dtype not in REAL and not is_harmless(key)}
     if quantization is None:

@@ -118,8 +118,7 @@ def test_tensors_without_a_part_in_a_result_are_let_be(tmp_path: Path) -> None:
 
 def test_prediction_layers_that_the_class_lists_are_let_be_and_other_layers_are_not(tmp_path: Path) -> None:
     config = Glm4MoeConfig(
-        **SMALL,
-        head_dim=16,
+        **(SMALL | {"head_dim": 16}),
         first_k_dense_replace=1,
         n_routed_experts=4,
         num_experts_per_tok=2,
