@@ -80,7 +80,7 @@ def test_rounding_that_decides_is_told_or_refused(monkeypatch: pytest.MonkeyPatc
     assert found is not None
     assert 0 < found.error < 0.2
     assert found.alarm is None
-    monkeypatch.setattr(self_test, "measure_conditioning", lambda _run, batch_size: RED if batch_size == 8 else None)
+    monkeypatch.setattr(self_test, "measure_conditioning", lambda _run, batch_size: RED if batch_size == 4 else None)
     assert check_rounding(model, LOAD) == RED
     with pytest.raises(ComputeError, match=r"^rounding decides too much .* 50.00% .* worker.conditioning = 'warn'$"):
         check_rounding(model, dataclasses.replace(LOAD, conditioning="refuse"))
@@ -101,4 +101,4 @@ def test_without_memory_rounding_is_measured_in_smaller_batches_or_not_at_all(mo
     assert check_rounding(model, LOAD) == RED
     fits = 0
     assert check_rounding(model, LOAD) is None
-    assert tried == [8, 4, 2, 8, 4, 2, 1]
+    assert tried == [4, 2, 4, 2, 1]
