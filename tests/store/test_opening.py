@@ -200,6 +200,6 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(path: Path, monkeypatc
 @pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to("/dev/null")])
 def test_what_is_no_plain_file_is_refused_for_good(path: Path, make: Callable[[Path], None]) -> None:
     make(path)
-    with pytest.raises(StoreError, match="it is no plain file; choose another store.path") as refused:
+    with pytest.raises(StoreError, match="it is no plain file; choose another") as refused:
         open_store(path)
     assert refused.value.code == EXIT_CONFIG
