@@ -26,9 +26,11 @@ class _Wide:
         for part in self._module.modules():
             for name, own in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
                 if own.is_floating_point() and own.dtype != torch.float32:
-                    wide = own.detach().float()
                     is_weight = isinstance(own, nn.Parameter)
-                    setattr(part, name, nn.Parameter(wide, requires_grad=False) if is_weight else wide)
+                    # A share of a split model's matrix cannot become a parameter as a tensor of inference.
+                    with torch.inference_mode(mode=False), torch.no_grad():
+                        wide = own.to(torch.float32)
+                        setattr(part, name, nn.Parameter(wide, requires_grad=False) if is_weight else wide)
                     self._own.append((part, name, own))
 
     def narrow(self, *_: object) -> None:
