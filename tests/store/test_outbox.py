@@ -209,7 +209,7 @@ def test_a_path_that_cannot_be_written_is_refused_by_name(tmp_path: Path, below:
 
 
 def test_a_folder_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="cannot be opened") as caught:
+    with pytest.raises(StoreError, match="it is no plain file") as caught:
         Outbox.open(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
