@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch.library import custom_op
 from torch.nn import functional
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ def route(positions: torch.Tensor, mixture: Mixture) -> tuple[torch.Tensor, torc
 
 
 # An operation of our own, since the compiler knows torch's in bfloat16 only.
-@torch.library.custom_op("pocd::grouped_product", mutates_args=())
+@custom_op("pocd::grouped_product", mutates_args=())
 def grouped_product(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """Multiply each group of rows with its own matrix.
 

@@ -12,6 +12,7 @@ import math
 from typing import TYPE_CHECKING
 
 import torch
+from torch.library import custom_op
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -69,7 +70,7 @@ def hash32(index: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
     return h.bitwise_xor_(_shift_right(h, 16))
 
 
-@torch.library.custom_op("pocd::positions", mutates_args=())
+@custom_op("pocd::positions", mutates_args=())
 def _positions(start: int, n: int, like: torch.Tensor) -> torch.Tensor:
     """Return start, start + 1, … (`n` of them), int32, on the device of `like`; the compiler does not look inside."""
     return torch.arange(start, start + n, dtype=torch.int32, device=like.device)

@@ -12,7 +12,7 @@ from pocd.compute.random import normal, seeds_tensor
 from pocd.protocol.schemes import SEGMENTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 SAMPLES = 128  # inputs from which means and deviations are estimated
 SAMPLES_AT_ONCE = 8  # always, so that rounding depends on nobody's batch size
@@ -81,14 +81,16 @@ def factors(states: torch.Tensor, signs: torch.Tensor, standard: Standard) -> to
 
 def _sum_in_chunks(states: torch.Tensor, signs: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
     """Return Σ (ε/‖h‖) h over each segment, float32 [B, SEGMENTS, H], as products of matrices."""
+    return torch.cat([(inside * weight.unsqueeze(1)) @ wide for wide, weight in _weighted(states, signs)])
+
+
+def _weighted(states: torch.Tensor, signs: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield a few nonces' states in float32 [b, S, H] at a time, and ε/‖h‖ [b, S]."""
     _, length, size = states.shape
     rows = max(1, STATES_CHUNK // (length * size))
-    sums = []
     for some, sign in zip(states.split(rows), signs.split(rows), strict=True):
         wide = some.float()
-        weight = sign / torch.linalg.vector_norm(wide, dim=-1)
-        sums.append((inside * weight.unsqueeze(1)) @ wide)
-    return torch.cat(sums)
+        yield wide, sign / torch.linalg.vector_norm(wide, dim=-1)
 
 
 def _sum_fused(states: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
@@ -110,15 +112,9 @@ def signed_sum(states: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
         states: Hidden states after the final norm [B, S, H].
         signs: 1 or −1, float32 [B, S].
     """
-    _, length, size = states.shape
-    rows = max(1, STATES_CHUNK // (length * size))
-    sums = []
-    for some, sign in zip(states.split(rows), signs.split(rows), strict=True):
-        wide = some.float()
-        weight = sign / torch.linalg.vector_norm(wide, dim=-1)
-        # Not as a product of matrices: of one row, its rounding may depend on the place in the batch.
-        sums.append((wide * weight.unsqueeze(-1)).sum(dim=1))
-    return torch.cat(sums).mul_(length**-0.5)
+    # Not as a product of matrices: of one row, its rounding may depend on the place in the batch.
+    sums = [(wide * weight.unsqueeze(-1)).sum(dim=1) for wide, weight in _weighted(states, signs)]
+    return torch.cat(sums).mul_(states.shape[1] ** -0.5)
 
 
 def _segments(length: int, device: torch.device) -> torch.Tensor:
