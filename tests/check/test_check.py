@@ -123,7 +123,7 @@ async def test_a_good_host_is_green_and_its_secrets_stay_secret(tmp_path: Path) 
     assert levels(found) == [
         (name, "green")
         for name in (
-            *("configuration", "secrets", "torch", "driver", "model", "store", "fsync", "disk space"),
+            *("configuration", "secrets", "torch", "driver", "model", "memory", "store", "fsync", "disk space"),
             *("chain", "clock", "receiver main", "admin API", "rounding"),
         )
     ], out
