@@ -40,7 +40,7 @@ def spread(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int]) -> to
 
 def scaled(codes: torch.Tensor, scale: torch.Tensor, *, block: tuple[int, int]) -> torch.Tensor:
     """Multiply each element (FP8 or int8) with its block's scale."""
-    return codes.float() * spread(numbers(scale), codes.shape, block)
+    return codes.float().mul_(spread(numbers(scale), codes.shape, block))
 
 
 def shifted(codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, *, block: tuple[int, int]) -> torch.Tensor:

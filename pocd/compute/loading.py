@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 ROUTER_BIASES = ("e_score_correction_bias", "expert_bias")
 """Biases that pick a mixture's experts: float32 in every dtype, as they differ by less than bfloat16 can tell."""
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as glibc's malloc.h has them
 
 TEXT_PART = (
     (re.compile(r"^(model\.)?(language_model\.)?lm_head\."), "lm_head."),
@@ -64,6 +67,24 @@ def _exactly() -> Iterator[None]:
             del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
         else:
             os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before[1]
+
+
+@contextmanager
+def _in_blocks_of_their_own() -> Iterator[None]:
+    """Have the C library give each large tensor memory of its own, which goes back when the tensor goes.
+
+    Else what is computed on the way leaves holes between the weights, up to half their size.
+    """
+    adjust = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if adjust is None:
+        yield
+        return
+    adjust(M_MMAP_THRESHOLD, 2**17)
+    try:
+        yield
+    finally:  # as it does by itself once large tensors come and go: tensors of a batch are no new pages each time
+        adjust(M_MMAP_THRESHOLD, 2**25)
+        adjust(M_TRIM_THRESHOLD, 2**26)
 
 
 def has_text_part(config: Any) -> bool:  # noqa: ANN401 - each family has its own class
@@ -140,7 +161,7 @@ def load_causal(
         text.tie_word_embeddings = config.tie_word_embeddings
         config, tensors = text, {text_name(name): lazy for name, lazy in tensors.items()}
     loader: Any = _class_of(config)  # its annotation knows nothing of output_loading_info
-    with _exactly():
+    with _exactly(), _in_blocks_of_their_own():
         found: tuple[Any, Mapping[str, Any]] = loader.from_pretrained(
             None,
             config=config,

@@ -45,11 +45,12 @@ print((peak - before) / sum(each.numel() * each.element_size() for each in model
 def peak_of(folder: Path, dtype: str) -> float:
     """Load a checkpoint in a process of its own; return its peak of memory, in sizes of the weights in `dtype`."""
     command = [sys.executable, "-c", LOAD, str(folder), dtype]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - our own Python
+    return float(done.stdout)
 
 
 def _shape(mib: int) -> dict[str, Any]:
-    """Return a configuration of about `mib` in bfloat16: 32 layers, so that what is at hand of one of them is little."""
+    """Return a configuration of about `mib` in bfloat16: of 32 layers, so that what is at hand of one is little."""
     hidden = max(256, int((mib * 2**20 / 2 / 32 / 12) ** 0.5) // 256 * 256)
     return {
         "vocab_size": 256,
@@ -70,8 +71,8 @@ def mixture(folder: Path, mib: int) -> None:
     """Write a Mixtral in bfloat16, whose experts are joined when it is loaded."""
     shape = _shape(mib)
     shape["intermediate_size"] = shape["hidden_size"] // 4
-    experts = {"num_local_experts": 8, "num_experts_per_tok": 2}
-    _random(MixtralForCausalLM, MixtralConfig(**shape, **experts)).save_pretrained(folder)
+    shape |= {"num_local_experts": 8, "num_experts_per_tok": 2}
+    _random(MixtralForCausalLM, MixtralConfig(**shape)).save_pretrained(folder)
 
 
 def fp8(folder: Path, mib: int) -> None:
