@@ -10,7 +10,7 @@ from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, TypeVar
 
-from pocd.store.database import DatabaseThread, ThreadBusyError
+from pocd.store.database import CallRefusedError, DatabaseThread
 from pocd.store.place import Place
 
 if TYPE_CHECKING:
@@ -243,8 +243,8 @@ async def _bounded(path: Path, call: Awaitable[T]) -> T:
             return await call
     except TimeoutError as error:
         raise ReceiverStoreBusyError(f"{path}: no answer within {CALL_TIMEOUT_S:g} s") from error
-    except ThreadBusyError as error:
-        raise ReceiverStoreBusyError(f"{path}: {error}") from None
+    except CallRefusedError as error:
+        raise ReceiverStoreBusyError(f"{path} {error}") from None
     except sqlite3.Error as error:
         raise ReceiverStoreError(f"{path}: {error}") from error
 
