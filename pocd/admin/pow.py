@@ -87,10 +87,8 @@ class InitBody(BodyConditions):
         description="Index of the node, which checks the nonces node_id + node_count · x. -1: as configured.",
     )
     # One type with a hole in it: of a union the refusal would name the first kind, and not the field with its range.
-    node_count: Annotated[int, AfterValidator(_not_zero)] = Field(
+    node_count: Annotated[int, Field(ge=-1, le=MOST_NODES), AfterValidator(_not_zero)] = Field(
         default=-1,
-        ge=-1,
-        le=MOST_NODES,
         description="Number of the miner's nodes. -1: as configured.",
         json_schema_extra={"not": {"const": 0}},
     )
