@@ -15,6 +15,11 @@ EXAMPLES = {
     "demo": ["pocd demo", "pocd demo --blocks 3 --block-seconds 5"],
     "status": ["pocd status", "pocd status --json", "pocd status --url unix:///run/pocd/admin.sock"],
     "watch": ["pocd watch", "pocd watch --url http://10.0.0.7:8460 --token-file token", "pocd watch --interval 5"],
+    "fleet": [
+        "pocd fleet http://10.0.0.7:8460 http://10.0.0.8:8460 --token-file token",
+        "pocd fleet --file hosts --interval 10",
+        "pocd fleet --file hosts --json",
+    ],
     "stop": ["pocd stop", "pocd stop --url unix:///run/pocd/admin.sock"],
     "resume": ["pocd resume"],
     "chain": ["pocd chain", "pocd chain --url http://node.example:8000 --json"],

@@ -21,6 +21,7 @@ from pocd.cli.check import check
 from pocd.cli.commitment import commit, prove, verify_proofs
 from pocd.cli.compute import audit, calibrate, compute
 from pocd.cli.examples import add_examples
+from pocd.cli.fleet import fleet
 from pocd.cli.outbox import app as outbox_app
 from pocd.cli.validate import validate
 from pocd.cli.watch import watch
@@ -40,7 +41,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions
 config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
 app.add_typer(config_app, name="config")
 app.add_typer(outbox_app, name="outbox")
-for command in (check, chain, watch, compute, calibrate, audit, validate, commit, prove):
+for command in (check, chain, watch, fleet, compute, calibrate, audit, validate, commit, prove):
     app.command()(command)
 app.command("verify")(verify_proofs)
 
