@@ -33,6 +33,7 @@ EXAMPLES = {
         f"pocd compute --model bundled:tiny-qwen3 {_OF_BLOCK} --nonces 0:8",
         f"pocd compute --model Qwen/Qwen3-0.6B --device cuda {_OF_BLOCK} --nonces 0:1000,5000",
         f"pocd compute --model bundled:tiny-qwen3 --scheme poc4 --json {_OF_BLOCK} --nonces 0:8",
+        f"pocd compute --model bundled:tiny-qwen3 --scheme artifacts --stronger-rng {_OF_BLOCK} --nonces 0:8",
     ],
     "calibrate": [
         "pocd calibrate --model bundled:tiny-qwen3 --rate 0.1",
