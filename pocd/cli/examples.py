@@ -22,7 +22,12 @@ EXAMPLES = {
     ],
     "stop": ["pocd stop", "pocd stop --url unix:///run/pocd/admin.sock"],
     "resume": ["pocd resume"],
-    "devchain": ["pocd devchain", "pocd devchain --port 26658 --block-seconds 30 --seed test"],
+    "chain": ["pocd chain", "pocd chain --url http://node.example:8000 --json"],
+    "devchain": [
+        "pocd devchain",
+        "pocd devchain --kind gonka --block-seconds 1",
+        "pocd devchain --port 26658 --block-seconds 30 --seed test",
+    ],
     "receiver": ["pocd receiver --store proofs.db", "pocd receiver --host 0.0.0.0 --secret-file secrets"],
     "compute": [
         f"pocd compute --model bundled:tiny-qwen3 {_OF_BLOCK} --nonces 0:8",

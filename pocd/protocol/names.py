@@ -16,6 +16,7 @@ BUNDLED = Path(__file__).resolve().parent.parent / "models"
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 Compile = Literal["auto", "always", "never"]
+ChainKind = Literal["cometbft", "evm", "gonka"]
 OnRounding = Literal["warn", "refuse"]  # where rounding decides too much
 # How far two honest distances of one nonce in one dtype may lie apart, where distances are made in 8192 dimensions:
 # docs/protocol.md, "Agreement", measured there.
