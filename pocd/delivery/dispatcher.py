@@ -12,6 +12,7 @@ from pocd.delivery.posting import Poster
 from pocd.observe.mask import mask_url
 from pocd.store import deliveries
 from pocd.store.outbox import ReceiverState
+from pocd.tasks import shielded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,6 +42,7 @@ class Dispatcher:
         outbox: OutboxThread,
         *,
         expire_after: float,
+        longest_backoff: float = policy.BACKOFF_SECONDS[-1],
         clock: Clock,
         jitter: Callable[[], float],
         log: FilteringBoundLogger,
@@ -49,6 +51,7 @@ class Dispatcher:
         self.receiver = receiver
         self._outbox = outbox
         self._expire_after = expire_after
+        self._longest_backoff = longest_backoff
         self._clock = clock
         self._jitter = jitter
         self._log = log.bind(receiver=receiver.name)
@@ -166,6 +169,7 @@ class Dispatcher:
             overtaken=overtaken,
             others_pass=others_pass,
             jitter=self._jitter(),
+            longest_backoff=self._longest_backoff,
         )
         self._log_decision(delivery, outcome, decision)
         self._events.publish("delivery", receiver=name, id=delivery.id, outcome=OUTCOMES[type(decision)])
@@ -173,7 +177,8 @@ class Dispatcher:
         match decision:
             case Accept():
                 # Shielded: what the receiver has, it has, though the daemon is stopping.
-                await asyncio.shield(record(deliveries.record_delivered, name, delivery.batch, now))
+                mark = record(deliveries.record_delivered, name, delivery.batch, now)
+                await shielded(f"receiver {name}: what it accepted", mark, self._log)
             case SetAside(reason):
                 await record(deliveries.record_set_aside, name, delivery.batch, reason, now)
             case Park():
