@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
 
 from pocd.http.server import LARGE_BODY, RefusalError
 
@@ -117,13 +117,14 @@ def _refusal(error: ValidationError, model: type[BaseModel]) -> RefusalError:
     kind, message = first["type"], first["msg"].removeprefix("Value error, ")
     if kind == "json_invalid":
         return RefusalError(400, "malformed_json", message)
-    if not first["loc"]:
+    place = first["loc"][1:] if issubclass(model, RootModel) else first["loc"]  # without which of several it is
+    if not place:
         message = "the body has to be a JSON object" if kind == "model_type" else message
         return RefusalError(400, "invalid_request", message)
-    if kind == "extra_forbidden" and len(first["loc"]) == 1:
+    if kind == "extra_forbidden" and len(place) == 1:
         message = f"there is no such field; known are {', '.join(_names(model)) or 'none'}"
-    where = ".".join(map(str, first["loc"]))
-    return RefusalError(400, "invalid_request", f"{where}: {message}", str(first["loc"][0]))
+    where = ".".join(map(str, place))
+    return RefusalError(400, "invalid_request", f"{where}: {message}", str(place[0]))
 
 
 def _names(model: type[BaseModel]) -> list[str]:

@@ -16,7 +16,7 @@ from pocd.http.parsing import apart
 from pocd.pool.recomputations import NoResultError, Recomputation, WorkerLostError
 from pocd.protocol.proof import canonical_json, hash_name
 from pocd.store import validations
-from pocd.validation.claim import Claim
+from pocd.validation.claim import AnyClaim
 from pocd.validation.verdict import Terms, judge, round_of, sampled
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pocd.protocol.proof import Round
     from pocd.store.thread import OutboxThread
     from pocd.store.validations import Validation
+    from pocd.validation.claim import Claim, VectorClaim
 
 MOST_TRIES = 3  # of one part of a batch, each ended by the end of its worker
 
@@ -42,7 +43,7 @@ class ValidationRequest:
         callback_url: URL of that receiver; None where it is a configured one. No answer depends on it.
     """
 
-    claim: Claim
+    claim: Claim | VectorClaim
     terms: Terms
     sample: int | None
     seed: str | None
@@ -70,7 +71,7 @@ class ValidationRequest:
     def from_json(cls, encoded: bytes) -> ValidationRequest:
         """Return the request that `to_json` wrote."""
         fields = orjson.loads(encoded)
-        claim, terms = Claim.model_validate(fields.pop("claim")), Terms(**fields.pop("terms"))
+        claim, terms = AnyClaim.model_validate(fields.pop("claim")).root, Terms(**fields.pop("terms"))
         return cls(claim, terms, **fields)
 
 

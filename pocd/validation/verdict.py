@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pocd.protocol.proof import Round, ValidatedBatch
+from pocd.protocol.schemes import SCHEMES
 from pocd.validation.conditions import BY_NAME, BY_WEIGHTS, MismatchError, named, refuse_mismatch, running
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from pocd.validation.claim import Claim
+    from pocd.validation.claim import Claim, VectorClaim
 
 SPARSE = 100  # times as far from one nonce to the next as dense ones lie
 
@@ -25,7 +26,7 @@ class Terms:
     """The terms that a validator judges a batch by.
 
     Attributes:
-        r_target: A nonce is valid when its distance (in [0, 2]) is below this.
+        r_target: A nonce is valid when its distance (in [0, 2]) is below this; None with a scheme of vectors.
         fraud_threshold: A batch is fraud when the probability of an honest miner is below this.
         mismatch: The probability that an honest miner's nonce recomputes as invalid.
         tolerance: How far above `r_target` a recomputed distance still counts as valid.
@@ -38,7 +39,7 @@ class Terms:
         revision: Revision of the model, as configured.
     """
 
-    r_target: float
+    r_target: float | None
     fraud_threshold: float
     mismatch: float
     tolerance: float
@@ -51,7 +52,7 @@ class Terms:
     revision: str | None = None
 
 
-def check(claim: Claim, terms: Terms) -> None:
+def check(claim: Claim | VectorClaim, terms: Terms) -> None:
     """Refuse a batch that names another scheme, weights, dtype, length or target than `terms`; absent fields agree.
 
     A miner may not choose the target or the sequence length, so these must agree as well. Weights are
@@ -70,6 +71,13 @@ def check(claim: Claim, terms: Terms) -> None:
     )
     if BY_WEIGHTS & named(claim).keys():
         runs = {name: value for name, value in runs.items() if name not in BY_NAME}
+    output = SCHEMES[terms.scheme].output
+    if claim.output != output:
+        field = "dist" if claim.output == "distance" else "artifacts"
+        raise MismatchError(
+            f"{field}: the batch is of {claim.output}s, but scheme {terms.scheme!r} has {output}s; nothing was judged",
+            field,
+        )
     phrase, done = "the batch says {asked}, but it is held to {runs}", "nothing was judged"
     refuse_mismatch(claim, runs, phrase, done)
     if claim.r_target is not None and claim.r_target != terms.r_target:
@@ -77,7 +85,7 @@ def check(claim: Claim, terms: Terms) -> None:
         raise MismatchError(f"r_target: {differs}; {done}", "r_target")
 
 
-def round_of(claim: Claim, terms: Terms) -> Round:
+def round_of(claim: Claim | VectorClaim, terms: Terms) -> Round:
     """Return the round that the batch belongs to, once `check` has passed it."""
     return Round(
         block_hash=claim.block_hash,
