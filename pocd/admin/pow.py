@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from aiohttp import web
 from pydantic import AliasChoices, ConfigDict, Field
 
-from pocd.admin import answers, status
+from pocd.admin import answers, status, verdict
 from pocd.admin.operations import Operation, answer
 from pocd.delivery.receivers import CallbackError
 from pocd.http.parsing import Input, parse_body, parse_query
@@ -119,7 +119,7 @@ class PowApi:
 
     def operations(self) -> list[Operation]:
         """Return the operations of these routes."""
-        validated: dict[int, Answer] = {200: answers.Verdict, 202: answers.Waiting}
+        validated: dict[int, Answer] = {200: verdict.Verdict, 202: verdict.Waiting}
         path = "/api/v1/pow"
 
         control = partial(Operation, "POST", tag=TAG)
@@ -375,6 +375,7 @@ class PowApi:
             seq_len=asked.round.seq_len if asked else settings.round.seq_len,
             node_count=asked.node.count if asked else settings.node.node_count,
             revision=settings.model.revision,
+            allowance=settings.validation.allowance,
         )
 
 
@@ -386,5 +387,5 @@ def _verdict(found: Validation) -> web.Response:
     if found.state == "failed":
         raise RefusalError(503, "no_result", f"nothing was judged: {found.reason}; POST the batch again to try again")
     if found.answer is None:
-        return answer(answers.Waiting(id=found.id, state="pending"), 202)
+        return answer(verdict.Waiting(id=found.id, state="pending"), 202)
     return web.Response(body=found.answer, content_type="application/json")

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pocd.pool.cards import CardReading, Cards
     from pocd.pool.pool import Pool
     from pocd.pool.state import WorkerState
+    from pocd.protocol.conditioning import Conditioning
     from pocd.protocol.proof import Round
     from pocd.worker.messages import CardIdentity, Ready
 
@@ -126,7 +127,7 @@ def parked(state: ReceiverState) -> str | None:
     return f"parked since {since} ({state.error}); `pocd outbox retry` asks it again"
 
 
-def _fields(value: Totals | Queue | Round | Ready | CardReading | CardIdentity) -> dict[str, Any]:
+def _fields(value: Totals | Queue | Round | Ready | Conditioning | CardReading | CardIdentity) -> dict[str, Any]:
     """Return a flat dataclass as a dictionary. `asdict` copies deeply, which is most of what a status would cost."""
     return {name: getattr(value, name) for name in value.__slots__}
 
@@ -191,9 +192,7 @@ def _worker(parts: Parts, worker: WorkerState) -> WorkerStatus:
         computed_per_second_1m=worker.computed_rate.per_second(60),
         computed_per_second_15m=worker.computed_rate.per_second(900),
         cards=[_card(parts.cards, device, card) for device, card in worker.cards.items()],
-        rounding=RoundingStatus(error=measured.error, flipped=measured.flipped, alarm=measured.alarm)
-        if measured
-        else None,
+        rounding=RoundingStatus(**_fields(measured), alarm=measured.alarm) if measured else None,
     )
 
 

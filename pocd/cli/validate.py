@@ -24,6 +24,7 @@ from pocd.cli.files import name_of, read_file
 from pocd.config.settings import DEFAULT_PATH, RoundSettings
 from pocd.process import EXIT_CRASH, EXIT_FRAUD, EXIT_OK, EXIT_UNUSABLE, EndedError
 from pocd.protocol.names import default_tolerance
+from pocd.protocol.verdicts import ALLOWANCE, LARGEST_ALLOWANCE
 from pocd.validation.claim import LARGEST_CLAIM, BodyError, Claim, parse_json
 
 if TYPE_CHECKING:
@@ -32,11 +33,12 @@ if TYPE_CHECKING:
     from pocd.lab.command import ComputeRequest
 
 DEFAULT_R_TARGET = RoundSettings().r_target
+EXITS = {"honest": EXIT_OK, "fraud": EXIT_FRAUD, "undecidable": EXIT_UNUSABLE}
 POLL_SECONDS = 0.5  # between two looks at a validation that takes long
 OF_THE_DAEMON = ("config", "url", "token_file", "timeout")
 OF_THE_ENGINE = (
     *("scheme", "seq_len", "dtype", "device", "batch_size", "revision"),
-    *("r_target", "fraud_threshold", "tolerance", "node_count"),
+    *("r_target", "fraud_threshold", "tolerance", "allowance", "node_count"),
 )
 
 RTargetOption = Annotated[float, typer.Option(help="A nonce is valid when its distance is below this.", min=0, max=2)]
@@ -46,6 +48,10 @@ FraudThresholdOption = Annotated[
 ]
 ToleranceOption = Annotated[
     float | None, typer.Option(help="Difference of distances allowed for rounding. Default: by dtype.", min=0, max=2)
+]
+AllowanceOption = Annotated[
+    float,
+    typer.Option(help="How many times the own rounding error an honest miner's may be.", min=1, max=LARGEST_ALLOWANCE),
 ]
 NodeCountOption = Annotated[int, typer.Option(help="Nodes that share the nonces.", min=1, max=2**63 - 1)]
 WANTED = "wanted is one batch: a JSON object with public_key, block_hash, block_height, nonces and dist"
@@ -72,11 +78,12 @@ def validate(  # noqa: PLR0913 - one argument per option
     r_target: RTargetOption = DEFAULT_R_TARGET,
     fraud_threshold: FraudThresholdOption = None,
     tolerance: ToleranceOption = None,
+    allowance: AllowanceOption = ALLOWANCE,
     node_count: NodeCountOption = 1,
 ) -> None:
-    """Judge a batch of proofs: exit status 0 honest, 3 fraud, 2 unusable.
+    """Judge a batch of proofs: exit status 0 honest, 3 fraud, 2 unusable or undecidable.
 
-    The daemon recomputes the distances; with --model it is done here, and the batch is held to the options.
+    The daemon recomputes the results; with --model it is done here, and the batch is held to the options.
     """
     _refuse_strays(
         context, *((OF_THE_ENGINE, "without --model") if model is None else (OF_THE_DAEMON, "beside --model"))
@@ -100,10 +107,11 @@ def validate(  # noqa: PLR0913 - one argument per option
             r_target=r_target,
             fraud_threshold=fraud_threshold,
             tolerance=tolerance,
+            allowance=allowance,
             node_count=node_count,
         )
     echo(report.as_json(body) if as_json else report.verdict_as_text(body))
-    raise typer.Exit(EXIT_FRAUD if body["fraud_detected"] else EXIT_OK)
+    raise typer.Exit(EXITS[body["verdict"]])
 
 
 def _refuse_strays(context: typer.Context, names: tuple[str, ...], where: str) -> None:
@@ -156,15 +164,16 @@ def _compute(
     r_target: float,
     fraud_threshold: float | None,
     tolerance: float | None,
+    allowance: float,
     node_count: int,
 ) -> dict[str, Any]:
-    """Recompute the distances here, and judge."""
-    from pocd.lab.command import prepared
+    """Recompute the results here, and judge."""
+    from pocd.lab.command import compared, prepared
     from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH
     from pocd.validation.conditions import MismatchError
-    from pocd.validation.verdict import Terms, check, judge, sampled
+    from pocd.validation.verdict import Recomputed, Terms, check, judge, sampled
 
-    with compute_errors(), prepared(request, "distance") as run:
+    with compute_errors(), prepared(request) as run:
         terms = Terms(
             r_target=r_target,
             fraud_threshold=FRAUD_THRESHOLD if fraud_threshold is None else fraud_threshold,
@@ -179,13 +188,18 @@ def _compute(
             seq_len=request.seq_len,
             node_count=node_count,
             revision=request.revision,
+            allowance=allowance,
         )
         try:
             check(claim, terms)
         except MismatchError as error:
             raise EndedError(EXIT_UNUSABLE, str(error)) from None
         nonces = sampled(claim.nonces, sample, seed)
-        found = run.distances(nonces, batch_size=request.batch_size)
-    batch = judge(claim, terms, dict(zip(nonces, found, strict=True)), sample, seed)
+        if terms.has_reference:
+            found = Recomputed(*compared(run, nonces, request.batch_size))
+        else:
+            distances = run.distances(nonces, batch_size=request.batch_size)
+            found = Recomputed({nonce: (distance,) for nonce, distance in zip(nonces, distances, strict=True)})
+    batch = judge(claim, terms, found, sample, seed)
     body: dict[str, Any] = orjson.loads(batch.to_json())
     return body

@@ -16,6 +16,8 @@ from pocd.compute.transforms import reflect_in_order
 from pocd.protocol.schemes import VECTOR_SIZE
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from pocd.compute.segments import Standard
     from pocd.protocol.schemes import Scheme
 
@@ -112,11 +114,30 @@ def _through_head(h: torch.Tensor, head: torch.Tensor, target: torch.Tensor) -> 
     rows = max(1, HEAD_CHUNK // h.shape[-1])
     along = h.new_zeros(len(h), dtype=torch.float64)
     square = torch.zeros_like(along)
-    for weight, aim in zip(head.split(rows), target.split(rows), strict=True):
-        z = (h @ weight.float().T).double()
+    for z, aim in zip(_outputs(h, head, rows), target.split(rows), strict=True):
         along += (z * aim).sum(dim=-1)
         square += z.square().sum(dim=-1)
     return along, square
+
+
+def _outputs(h: torch.Tensor, head: torch.Tensor, rows: int) -> Iterator[torch.Tensor]:
+    """Yield z = W h in parts of so many rows of W, float64 [B, rows]."""
+    return ((h @ weight.float().T).double() for weight in head.split(rows))
+
+
+def find_separation(one: torch.Tensor, other: torch.Tensor, head: torch.Tensor | None) -> torch.Tensor:
+    """Return ‖z/‖z‖ − z'/‖z'‖‖² of z = W h and z' = W h', or of z = h without a head, float64 [B]."""
+    if head is None:
+        pairs = iter([(one.double(), other.double())])
+    else:
+        rows = max(1, HEAD_CHUNK // one.shape[-1])
+        pairs = zip(_outputs(one, head, rows), _outputs(other, head, rows), strict=True)
+    along, square, other_square = (one.new_zeros(len(one), dtype=torch.float64) for _ in range(3))
+    for z, z_other in pairs:
+        along += (z * z_other).sum(dim=-1)
+        square += z.square().sum(dim=-1)
+        other_square += z_other.square().sum(dim=-1)
+    return (2 - 2 * along / (square * other_square).sqrt()).clamp_min(0)
 
 
 def measure_states(states: torch.Tensor, seeds: torch.Tensor, block: BlockTensors, *, scheme: Scheme) -> torch.Tensor:
@@ -125,3 +146,26 @@ def measure_states(states: torch.Tensor, seeds: torch.Tensor, block: BlockTensor
     if scheme.output == "vector":
         return find_vectors(readout, seeds)
     return find_distance(find_hidden(readout, seeds, scheme), seeds, block)
+
+
+def find_differences(
+    states: torch.Tensor, exact: torch.Tensor, seeds: torch.Tensor, block: BlockTensors, *, scheme: Scheme
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the results by hidden states and by exact ones, and the expected squared error of a number of the former.
+
+    A vector's number is a projection of the readout by normal numbers of variance 1, so an error e of the readout makes
+    an error of variance ‖e‖² of it. A distance d is that of a unit vector to a unit vector in a random direction of D
+    dimensions, so an error e of the former makes one of variance ‖e‖²/(D·d²).
+
+    Returns:
+        Results by `states`, float32 [B] or [B, VECTOR_SIZE]; results by `exact`; expected squared error, float64 [B].
+    """
+    one, other = (find_readout(each, seeds, scheme, block.standard) for each in (states, exact))
+    if scheme.output == "vector":
+        errors = (one - other).double().square().sum(dim=-1)
+        return find_vectors(one, seeds), find_vectors(other, seeds), errors
+    one, other = (find_hidden(each, seeds, scheme) for each in (one, other))
+    own, reference = (find_distance(each, seeds, block) for each in (one, other))
+    dimension = one.shape[-1] if block.head is None else len(block.head)
+    separation = find_separation(one, other, block.head)
+    return own, reference, separation / (dimension * reference.double().square())

@@ -30,6 +30,7 @@ from pocd.protocol.names import Compile, Dtype, OnRounding
 from pocd.protocol.numbers import MOST_NODES, Count, Index
 from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH, MOST_NONCES
 from pocd.protocol.schemes import SCHEMES
+from pocd.protocol.verdicts import ALLOWANCE, LARGEST_ALLOWANCE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -195,6 +196,7 @@ class ValidationSettings(_Section):
     fraud_threshold: float = Field(default=FRAUD_THRESHOLD, gt=0, lt=1)
     mismatch: float = Field(default=MISMATCH, gt=0, lt=1)
     tolerance: Annotated[float, Field(ge=0, le=2)] | None = None
+    allowance: float = Field(default=ALLOWANCE, ge=1, le=LARGEST_ALLOWANCE)
     max_nonces: int = Field(default=10_000, ge=1, le=MOST_NONCES)
     max_queued: int = Field(default=16, ge=1, le=1000)
 

@@ -232,13 +232,13 @@ def _with_few_positions(run: BlockRun, cost: _Cost) -> Iterator[Shortcut]:
 def _with_other_weights(run: BlockRun, known: Known, cost: _Cost, batch_size: int) -> Iterator[Shortcut]:
     whole, reduced = _whole(run), cost.of_low_rank()
     for bits in (8, 4):
-        rounding = functools.partial(_replacing, run, functools.partial(_rounded, bits=bits))
+        rounding = functools.partial(replacing, run, functools.partial(_rounded, bits=bits))
         yield Shortcut(f"{bits}-bit weights", bits / BITS_OF_FULL, 1, rounding, whole, is_claimed=True)
-    yield Shortcut("low-rank MLP", reduced, 1, functools.partial(_replacing, run, _reduced), whole)
+    yield Shortcut("low-rank MLP", reduced, 1, functools.partial(replacing, run, _reduced), whole)
     # Two at once: a rounded pass is worth most, so whatever makes it cheaper is tried with it.
     eighth = 8 / BITS_OF_FULL
-    rounding = functools.partial(_replacing, run, functools.partial(_rounded, bits=8))
-    yield Shortcut("8-bit, low-rank MLP", eighth * reduced, 1, functools.partial(_replacing, run, _both), whole)
+    rounding = functools.partial(replacing, run, functools.partial(_rounded, bits=8))
+    yield Shortcut("8-bit, low-rank MLP", eighth * reduced, 1, functools.partial(replacing, run, _both), whole)
     if run.model.layers > 1:
         spans = _every_other(run.model.layers)
         share = eighth * (cost.of(layers=run.model.layers - len(spans)) + len(spans) * cost.of_linear())
@@ -327,7 +327,7 @@ def _both(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _replacing(run: BlockRun, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Iterator[BlockRun]:
+def replacing(run: BlockRun, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Iterator[BlockRun]:
     """Replace the layers' matrices while the context lasts; afterwards they are as before, bit for bit."""
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:

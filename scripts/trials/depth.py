@@ -35,13 +35,13 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn import functional
 
-from pocd.compute.conditioning import reference_of
 from pocd.compute.engine import block_run
 from pocd.compute.flat import FlatDecoder, Gated
 from pocd.compute.model import adapt, load_model
-from pocd.protocol.conditioning import flipped_share
+from pocd.compute.reference import reference_of
 from pocd.protocol.names import DTYPES, default_tolerance
 from pocd.protocol.schemes import SCHEMES
+from pocd.protocol.theory import flipped_share
 from scripts.bench.models import random_model, rounded
 
 if TYPE_CHECKING:

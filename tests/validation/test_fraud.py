@@ -19,7 +19,7 @@ from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH
 from pocd.protocol.schemes import SCHEMES
 from pocd.validation.claim import BodyError, Claim, parse_json
 from pocd.validation.conditions import MismatchError
-from pocd.validation.verdict import Terms, check, judge, sampled
+from pocd.validation.verdict import Recomputed, Terms, check, judge, sampled
 
 if TYPE_CHECKING:
     from pocd.compute.model import Model
@@ -57,7 +57,7 @@ class Validator:
         claim = parse_json(Claim, body(claims, **said))
         check(claim, self.terms)
         drawn = {nonce: self.distances[nonce] for nonce in sampled(claim.nonces, sample, seed)}
-        return judge(claim, self.terms, drawn, sample, seed)
+        return judge(claim, self.terms, Recomputed({nonce: (d,) for nonce, d in drawn.items()}), sample, seed)
 
     @property
     def valid(self) -> list[int]:
