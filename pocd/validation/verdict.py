@@ -250,8 +250,8 @@ def _differences(
     errors = np.array([found.errors[nonce] for nonce in order], np.float64)
     if terms.is_of_vectors:
         errors += rounding_variance(reference)  # of those that travel
-    else:
-        # One target serves a whole block, and what it makes of all errors alike shows in the own distances too.
+    if SCHEMES[terms.scheme].head != "projection":
+        # One target serves a whole block, and coordinates differ in size: what follows shows in the own results too.
         own = np.array([found.own[nonce] for nonce in order], np.float64)
         errors *= max(1.0, float(np.square(own - reference).mean() / (errors.mean() or np.inf)))
     return judge_differences([worst[nonce] for nonce in order], reference, errors, allowance=terms.allowance)
