@@ -16,7 +16,8 @@ import torch
 from torch.nn import functional
 
 from pocd.compute.reference import reference_of
-from pocd.lab.shortcuts import Known, Shortcut, batches, replacing, run_states, shortcuts
+from pocd.lab.few_bits import to_bits, to_fp8, to_nf4, two_of_four
+from pocd.lab.shortcuts import Known, Shortcut, batches, linear_layers, replacing, run_states, shortcuts
 from pocd.protocol.vectors import rounding_variance
 
 if TYPE_CHECKING:
@@ -29,17 +30,11 @@ if TYPE_CHECKING:
     from pocd.lab.shortcuts import Prepared
 
     Floats = NDArray[np.float64]
-    Round = Callable[[torch.Tensor], torch.Tensor]
+    Change = Callable[[torch.Tensor], torch.Tensor]
+    Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 HONEST = "transformers' layers"  # the way that is no cheat, but rounds elsewhere
 KEPT = 64  # nonces whose honest states the cheater keeps
-GROUP = 64  # weights that share a scale, in 4 bits
-LARGEST_FP8 = 448.0  # of float8_e4m3fn
-# The 16 values of NF4 (Dettmers et al. 2023): quantiles of a normal distribution.
-NF4 = (
-    *(-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0),
-    *(0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,57 +67,36 @@ class Measured:
     ways: list[Claimed]
 
 
-# Rounding to few bits; a row of a matrix, and a position of a state, has a scale of its own.
-
-
-def to_int8(values: torch.Tensor) -> torch.Tensor:
-    """Round each row to whole multiples of its largest element / 127."""
-    step = values.abs().amax(dim=-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / 127
-    return ((values.float() / step).round() * step).to(values.dtype)
-
-
-def to_fp8(values: torch.Tensor) -> torch.Tensor:
-    """Round each row to FP8 (four bits of exponent, three of mantissa), scaled to its range."""
-    scale = values.abs().amax(dim=-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / LARGEST_FP8
-    return ((values.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(values.dtype)
-
-
-def to_nf4(values: torch.Tensor) -> torch.Tensor:
-    """Round each group of up to `GROUP` weights to the values of NF4, scaled to its largest."""
-    size = GROUP if values.shape[-1] % GROUP == 0 else values.shape[-1]
-    groups = values.float().unflatten(-1, (-1, size))
-    scale = groups.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    levels = torch.tensor(NF4, device=values.device)
-    nearest = torch.bucketize(groups / scale, (levels[1:] + levels[:-1]) / 2)
-    return (levels[nearest] * scale).flatten(-2).to(values.dtype)
-
-
-def two_of_four(values: torch.Tensor) -> torch.Tensor:
-    """Keep the two largest of each four weights."""
-    if values.shape[-1] % 4:
-        return values
-    fours = values.unflatten(-1, (-1, 4))
-    kept = torch.zeros_like(fours).scatter_(-1, fours.abs().topk(2, dim=-1).indices, 1)
-    return (fours * kept).flatten(-2)
+# Ways.
 
 
 @contextmanager
-def _products(run: BlockRun, of_weights: Round, of_inputs: Round, layers: slice) -> Iterator[BlockRun]:
-    """Let the matrices of some layers multiply rounded inputs by rounded weights while the context lasts."""
+def multiplying(layers: Sequence[nn.Module], product: Product) -> Iterator[None]:
+    """Let the matrices of some layers multiply in another way while the context lasts."""
 
     def act(matrix: nn.Linear, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor) -> torch.Tensor:
-        return functional.linear(of_inputs(inputs[0]), of_weights(matrix.weight), matrix.bias)
+        return product(inputs[0], matrix.weight, matrix.bias)
 
     with ExitStack() as hooks:
-        for layer in list(run.model.by_layers.layers)[layers]:
-            for module in layer.modules():
-                if isinstance(module, torch.nn.Linear):
-                    hooks.enter_context(module.register_forward_hook(act))
+        for module in (each for layer in layers for each in layer.modules()):
+            if isinstance(module, torch.nn.Linear):
+                hooks.enter_context(module.register_forward_hook(act))
+        yield
+
+
+@contextmanager
+def _products(run: BlockRun, of_weights: Change, of_inputs: Change, layers: slice) -> Iterator[BlockRun]:
+    """Let the matrices of some layers multiply rounded inputs by rounded weights while the context lasts."""
+
+    def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return functional.linear(of_inputs(x), of_weights(weight), bias)
+
+    with multiplying(list(run.model.by_layers.layers)[layers], product):
         yield run
 
 
 @contextmanager
-def _keys_and_values(run: BlockRun, rounding: Round) -> Iterator[BlockRun]:
+def _keys_and_values(run: BlockRun, rounding: Change) -> Iterator[BlockRun]:
     """Round keys and values while the context lasts, before positions are turned in."""
     with ExitStack() as hooks:
         for name, module in run.model.causal.named_modules():
@@ -132,7 +106,7 @@ def _keys_and_values(run: BlockRun, rounding: Round) -> Iterator[BlockRun]:
 
 
 @contextmanager
-def _unrounded(run: BlockRun, change: Round) -> Iterator[BlockRun]:
+def _unrounded(run: BlockRun, change: Change) -> Iterator[BlockRun]:
     """Change the matrices, and compute with them in float32 arithmetic, while the context lasts."""
     with replacing(run, lambda _name, weight: change(weight)) as acting:
         yield reference_of(acting)
@@ -147,6 +121,7 @@ def of_few_bits(run: BlockRun) -> list[Shortcut]:
     def of(prepared: Callable[..., object], *arguments: object) -> Prepared:
         return functools.partial(prepared, run, *arguments)  # type: ignore[arg-type] - contexts of a run, all of them
 
+    to_int8 = functools.partial(to_bits, bits=8)
     rows: list[tuple[str, float, Prepared]] = [
         ("W8A8", 0.5, of(_products, to_int8, to_int8, everywhere)),
         ("W8A8, last quarter", 1 - share / 2, of(_products, to_int8, to_int8, quarter)),
@@ -160,6 +135,20 @@ def of_few_bits(run: BlockRun) -> list[Shortcut]:
     in_float32 = of(_unrounded, to_int8)
     exactly = Shortcut("8-bit weights, float32", 0.5, 1, in_float32, lambda acting, nonces: acting.states(nonces))
     return [exactly, *(Shortcut(name, cost, 1, prepared, _states) for name, cost, prepared in rows)]
+
+
+def with_another_last_layer(run: BlockRun, known: Known, batch_size: int) -> Shortcut:
+    """Return the way that has a linear map in place of the last layer, trained on states that the cheater knows."""
+    last = run.model.layers - 1
+    stand_ins = linear_layers(run, known.nonces, [(last, last)], batch_size)
+    size = run.model.hidden_size
+    matrices = sum(weight.numel() for weight in run.model.by_layers.layers[-1].parameters() if weight.ndim > 1)
+    cost = 1 - (1 - 2 * size**2 / matrices) / run.model.layers
+
+    def states(acting: BlockRun, nonces: Sequence[int]) -> torch.Tensor:
+        return run_states(acting, acting.inputs(nonces), stand_ins)
+
+    return Shortcut("last layer linear", cost, 1, lambda: nullcontext(run), states)
 
 
 def with_few_positions_missing(run: BlockRun) -> list[Shortcut]:
@@ -213,7 +202,8 @@ def measure(
     known = Known(nonces[:kept], states[:kept], states.double().mean(dim=0).to(states.dtype))
     layers = Shortcut(HONEST, 1, 1, lambda: nullcontext(run), _states)
     others = [way for way in shortcuts(run, known, previous, batch_size) if way.guess != "size"]
-    tried = [layers, *of_few_bits(run), *with_few_positions_missing(run), *others]
+    last = with_another_last_layer(run, known, batch_size)
+    tried = [layers, *of_few_bits(run), *with_few_positions_missing(run), last, *others]
     passes = len(tried) + 1
     advance(len(nonces) / passes)
     ways = []

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from pocd.compute.transforms import join_of
+from pocd.lab.few_bits import to_bits
 from pocd.lab.linear import LinearMap
 from pocd.protocol.schemes import SEGMENTS
 
@@ -301,10 +302,7 @@ def _is_mlp(name: str) -> bool:
 
 
 def _rounded(_name: str, weight: torch.Tensor, *, bits: int) -> torch.Tensor:
-    """Round each row to whole multiples of its largest element / (2^(bits−1) − 1)."""
-    step = weight.abs().amax(dim=-1, keepdim=True).float() / (2 ** (bits - 1) - 1)
-    rounded: torch.Tensor = (weight.float() / step.clamp_min(torch.finfo(torch.float32).tiny)).round() * step
-    return rounded
+    return to_bits(weight, bits)
 
 
 def _rank(weight: torch.Tensor) -> int:
