@@ -35,7 +35,7 @@ class Differences(BaseModel):
         description="Mean squared difference of the claimed numbers from the reference; null where it is infinite."
     )
     own_errors: list[float] = Field(description="Expected squared error of the validator's own numbers.")
-    blank_errors: list[float] = Field(description="The same difference of a claim that holds nothing of its nonce.")
+    blank_errors: list[float] = Field(description="Mean squared error of a claim that holds nothing of its nonce.")
     malformed: int = Field(description="Claims that are not so many finite numbers.")
     claimed: DifferenceTests
     blank: DifferenceTests
@@ -79,7 +79,7 @@ class Verdict(BaseModel):
         description="The verdict by the size of the differences; null for distances in float32."
     )
     verdict: Result = Field(
-        description="Of distances by probability_honest; of vectors by `differences`, or fraud by probability_honest."
+        description="The verdict: by probability_honest for distances; by `differences` for vectors, or fraud by both."
     )
     fraud_detected: bool = Field(description='Whether the verdict is "fraud".')
     n: int = Field(description="Distinct nonces that were recomputed.")

@@ -75,9 +75,9 @@ async def check_rounding(admin: AdminSettings, config: Path, *, runs: bool, limi
         return red(name, alarm, 'see docs/protocol.md, "Depth"; validators need the same scheme and dtype')
     if not measured:
         return yellow(name, "no worker has measured it yet", again)
-    error, own = max(each["error"] for each in measured), min(each["own_share"] for each in measured)
+    off, own = max(each["error"] for each in measured), min(each["own_share"] for each in measured)
     return green(
-        name, f"results are off by at most {error:.2%} of their scatter; {own:.0%} of the outputs are the nonce's own"
+        name, f"results are off by at most {off:.2%} of their scatter; {own:.0%} of the outputs are the nonce's own"
     )
 
 

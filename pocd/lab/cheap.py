@@ -22,6 +22,7 @@ from pocd.protocol.vectors import rounding_variance
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
     from torch import nn
@@ -118,8 +119,8 @@ def of_few_bits(run: BlockRun) -> list[Shortcut]:
     quarter = slice(-max(1, run.model.layers // 4), None)
     share = max(1, run.model.layers // 4) / run.model.layers
 
-    def of(prepared: Callable[..., object], *arguments: object) -> Prepared:
-        return functools.partial(prepared, run, *arguments)  # type: ignore[arg-type] - contexts of a run, all of them
+    def of(prepared: Callable[..., AbstractContextManager[BlockRun]], *arguments: object) -> Prepared:
+        return functools.partial(prepared, run, *arguments)
 
     to_int8 = functools.partial(to_bits, bits=8)
     rows: list[tuple[str, float, Prepared]] = [
@@ -234,5 +235,5 @@ def _measured(
                 states[:, way.where] = part
             _, reference, errors = run.differences(states, right, batch)
             found.append(errors + _transport(run, reference))
-    errors = torch.cat(found).cpu().numpy()
-    return Claimed(way.name, way.cost, np.where(np.isfinite(errors), errors, np.inf))
+    squares = torch.cat(found).cpu().numpy()
+    return Claimed(way.name, way.cost, np.where(np.isfinite(squares), squares, np.inf))

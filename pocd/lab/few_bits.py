@@ -17,13 +17,15 @@ def to_bits(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Round each row to whole multiples of its largest element / (2^(bits−1) − 1)."""
     largest = values.abs().amax(dim=-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny)
     step = largest / (2 ** (bits - 1) - 1)
-    return ((values.float() / step).round() * step).to(values.dtype)
+    rounded: torch.Tensor = (values.float() / step).round() * step
+    return rounded.to(values.dtype)
 
 
 def to_fp8(values: torch.Tensor) -> torch.Tensor:
     """Round each row to FP8 (four bits of exponent, three of mantissa), scaled to its range."""
     scale = values.abs().amax(dim=-1, keepdim=True).float().clamp_min(torch.finfo(torch.float32).tiny) / LARGEST_FP8
-    return ((values.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(values.dtype)
+    rounded: torch.Tensor = (values.float() / scale).to(torch.float8_e4m3fn).float() * scale
+    return rounded.to(values.dtype)
 
 
 def to_nf4(values: torch.Tensor) -> torch.Tensor:
@@ -33,7 +35,8 @@ def to_nf4(values: torch.Tensor) -> torch.Tensor:
     scale = groups.abs().amax(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
     levels = torch.tensor(NF4, device=values.device)
     nearest = torch.bucketize(groups / scale, (levels[1:] + levels[:-1]) / 2)
-    return (levels[nearest] * scale).flatten(-2).to(values.dtype)
+    rounded: torch.Tensor = levels[nearest] * scale
+    return rounded.flatten(-2).to(values.dtype)
 
 
 def two_of_four(values: torch.Tensor) -> torch.Tensor:

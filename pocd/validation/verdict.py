@@ -81,7 +81,7 @@ class Recomputed:
     Attributes:
         own: Numbers of each nonce, as a miner computes them.
         reference: Numbers of each nonce in float32 arithmetic; None where no differences are judged.
-        errors: Expected squared error of a number of `own`, by nonce; None likewise.
+        errors: Expected squared error of a number of `own`, by nonce; None where no differences are judged.
     """
 
     own: Mapping[int, Numbers]

@@ -218,7 +218,7 @@ class Compared:
 
     Attributes:
         own: Numbers of each nonce as a miner computes them: one distance, or those of a vector.
-        reference: The same numbers in float32 arithmetic on the same rounded weights.
+        reference: Numbers of each nonce in float32 arithmetic on the same rounded weights.
         errors: Expected squared error of a number of `own`, by nonce.
     """
 

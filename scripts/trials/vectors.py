@@ -6,14 +6,15 @@ Usage: python -m scripts.trials.vectors beta [--models NAME …] [--nonces 32] [
 
 NAME is a model (bundled:NAME, a folder) or random:LAYERS, as for `scripts.trials.depth`. All of scheme `poc4`.
 
-- beta: the branch counts β = factor/√L. *Error*: of the dtype, as a share of a vector's size. *Own*: the least and the
-  largest share of the outputs' squares that is the nonce's own, over four blocks: how even outputs are. *Last layer* and
-  *8 bits*: error without the last layer, and with 8-bit weights and activations, as a multiple of the dtype's.
+- beta: the branch counts β = factor/√L. *Error*: of the dtype, as a share of a vector's size. *Own*: the least and
+  the largest share of the outputs' squares that is the nonce's own, over four blocks: how even outputs are. *Last
+  layer* and *8 bits*: error without the last layer, and with 8-bit weights and activations, in units of the dtype's.
 - length: the same figures for longer sequences, and for *one position* missing; and *other way*: transformers' layers
   with products rounded once, which are honest.
 - routing: a mixture of experts of random weights. *Flips*: the share of choices of an expert, by nonce, position and
   layer, that float32 arithmetic makes otherwise. *Touched*: nonces with at least one. *Error*: as above, of the nonces
   with few flips and of those with many, each half of them; *largest*: of one nonce, as a multiple of the median's.
+  *Spread*: standard deviation of ln(its squared error / that of transformers' layers with products rounded once).
 
 It needs torch, transformers, numpy, scipy and rich, and a checkout: no installation.
 """
@@ -22,9 +23,9 @@ from __future__ import annotations
 
 import argparse
 import functools
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -72,16 +73,19 @@ class Weighing:
     weight: float
     kind = "weighing"
 
-    def __call__(self, embeddings: torch.Tensor, join: Join, vectors: torch.Tensor, **options: bool) -> torch.Tensor:
+    def __call__(self, embeddings: torch.Tensor, _: Join, vectors: torch.Tensor, **options: bool) -> torch.Tensor:
         """Run the decoder; see `LayerDecoder`."""
         base = join_of(POC4.layer_step, 1)  # a partial, of weight 1
         assert isinstance(base, functools.partial), "it takes a weight"
-        return self.decoder(embeddings, functools.partial(base.func, weight=self.weight), vectors, **options)  # type: ignore[no-any-return] - a decoder is of any kind
+        states: torch.Tensor = self.decoder(
+            embeddings, functools.partial(base.func, weight=self.weight), vectors, **options
+        )
+        return states
 
 
 def weighed(run: BlockRun, decoder: Any, weight: float) -> BlockRun:  # noqa: ANN401 - as above
     """Return the run with a decoder and a weight of the branch."""
-    return replace(run, model=replace(run.model, decoder=Weighing(decoder, weight), program=None))
+    return replace(run, model=replace(run.model, decoder=cast("Any", Weighing(decoder, weight)), program=None))
 
 
 @torch.inference_mode()
@@ -148,17 +152,11 @@ def lengths(model: Model, options: argparse.Namespace) -> Iterator[tuple[str, ..
         with block_run(model, POC4, block_hash="one", public_key="b", seq_len=length) as run:
             exact = readouts(reference_of(run), options.nonces)
             own = size(readouts(run, options.nonces) - exact)
-            ways = []
-            for context in (by_product(model, rounded_once), by_product(model, eight_bits)):
-                with context:
-                    ways.append(
-                        size(readouts(weighed(run, model.by_layers, model.layers**-0.5), options.nonces) - exact)
-                    )
-            with nullcontext():
-                ways += [
-                    size(without_last(run, options.nonces) - exact),
-                    size(one_missing(run, options.nonces) - exact),
-                ]
+            by_layers, ways = weighed(run, model.by_layers, model.layers**-0.5), []
+            for product in (rounded_once, eight_bits):
+                with by_product(model, product):
+                    ways.append(size(readouts(by_layers, options.nonces) - exact))
+            ways += [size(way(run, options.nonces) - exact) for way in (without_last, one_missing)]
         yield model.name, str(length), f"{own / size(exact):.2%}", *(f"{way / own:.2f}" for way in ways)
 
 
@@ -224,19 +222,30 @@ def routing(options: argparse.Namespace) -> Iterator[tuple[str, ...]]:
                 by_layers = weighed(run, model.by_layers, layers**-0.5)
                 errors = np.square(readouts(by_layers, options.nonces) - exact).sum(axis=1)
                 own = choices.take(layers, options.nonces)
+                with by_product(model, rounded_once):
+                    others = np.square(readouts(by_layers, options.nonces) - exact).sum(axis=1)
             flips = (own != wide).float().mean(dim=1).numpy()
             order = np.argsort(flips, kind="stable")
             few, many = (float(np.sqrt(errors[half].mean())) for half in np.array_split(order, 2))
             largest = float(np.sqrt(errors.max() / np.median(errors)))
+            spread = float(np.log(others / errors).std())
             shares = (f"{flips.mean():.2%}", f"{(flips > 0).mean():.0%}")
             scale = size(exact)
-            yield model.name, dtype, *shares, f"{few / scale:.2%}", f"{many / scale:.2%}", f"{largest:.2f}"
+            yield (
+                model.name,
+                dtype,
+                *shares,
+                f"{few / scale:.2%}",
+                f"{many / scale:.2%}",
+                f"{largest:.2f}",
+                f"{spread:.2f}",
+            )
 
 
 HEADS = {
     "beta": ("model", "β", "error", "own", "last layer", "8 bits"),
     "length": ("model", "positions", "error", "other way", "8 bits", "last layer", "one position"),
-    "routing": ("model", "dtype", "flips", "touched", "error, few", "many", "largest"),
+    "routing": ("model", "dtype", "flips", "touched", "error, few", "many", "largest", "spread"),
 }
 
 
