@@ -258,7 +258,7 @@ def _differences(
 
 
 def _squared(one: Numbers, other: Numbers) -> float:
-    return sum((a - b) ** 2 for a, b in zip(one, other, strict=True))
+    return sum((a - b) * (a - b) for a, b in zip(one, other, strict=True))  # a power of large ones would raise
 
 
 def _shown(entries: Sequence[tuple[int, Numbers | None]], found: Recomputed, terms: Terms) -> dict[str, Any]:
