@@ -125,6 +125,11 @@ class DaemonCollector(Collector):
             "Share of honest valid nonces that another honest host would find invalid, for rounding.",
             labels=labels,
         )
+        own_share = GaugeMetricFamily(
+            "pocd_worker_own_share_ratio",
+            "Share of the squares of the model's outputs that is the nonce's own.",
+            labels=labels,
+        )
         rounding = GaugeMetricFamily(
             "pocd_worker_rounding_alarm", "1 while rounding decides too much of the worker's results.", labels=labels
         )
@@ -141,11 +146,12 @@ class DaemonCollector(Collector):
             measured = worker.info.conditioning if worker.info else None
             if measured is not None:
                 error.add_metric(name, measured.error)
+                own_share.add_metric(name, measured.own_share)
                 if measured.flipped is not None:
                     flipped.add_metric(name, measured.flipped)
             if worker.info is not None:
                 info.add_metric(name, {key: str(getattr(worker.info, key) or "") for key in INFO})
-        yield from (ready, restarts, alarm, size, computed, error, flipped, rounding, info)
+        yield from (ready, restarts, alarm, size, computed, error, flipped, own_share, rounding, info)
         yield CounterMetricFamily(
             "pocd_worker_refused_batches",
             "Batches without a result, since the model gave NaN or infinity.",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from aiohttp import web
-from pydantic import AliasChoices, ConfigDict, Field
+from pydantic import AfterValidator, AliasChoices, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
-from pocd.admin import answers, status
+from pocd.admin import answers, status, verdict
 from pocd.admin.operations import Operation, answer
 from pocd.delivery.receivers import CallbackError
 from pocd.http.parsing import Input, parse_body, parse_query
@@ -40,6 +41,12 @@ AGAIN = {"Retry-After": "5"}  # for callers that find a queue full, or the model
 CALLBACK_URL = r"^https?://[^\s?#@\\]+$"  # paths are appended to it, and it may carry no credentials
 
 TAG = "Rounds"
+
+
+def _not_zero(count: int) -> int:
+    if count == 0:
+        raise PydanticCustomError("range", f"Input should be from 1 to {MOST_NODES}, or -1 for the configured number")
+    return count
 
 
 class InitBody(BodyConditions):
@@ -73,8 +80,8 @@ class InitBody(BodyConditions):
     )
     r_target: Annotated[float, Field(gt=0, le=2)] | None = Field(
         default=None,
-        description="A nonce is valid when its distance is below this. Required with a scheme of distances; with one of "
-        "vectors there is none, as every nonce with a finite vector is valid.",
+        description="A nonce is valid when its distance is below this. Required with a scheme of distances; with one "
+        "of vectors there is none, as every nonce with a finite vector is valid.",
     )
     fraud_threshold: float = Field(
         default=FRAUD_THRESHOLD, gt=0, lt=1, description="Batches are fraud below this probability of honesty."
@@ -83,8 +90,11 @@ class InitBody(BodyConditions):
         default=-1,
         description="Index of the node, which checks the nonces node_id + node_count · x. -1: as configured.",
     )
-    node_count: Annotated[int, Field(ge=1, le=MOST_NODES)] | Literal[-1] = Field(
-        default=-1, description="Number of the miner's nodes. -1: as configured."
+    # One type with a hole in it: of a union the refusal would name the first kind, and not the field with its range.
+    node_count: Annotated[int, Field(ge=-1, le=MOST_NODES), AfterValidator(_not_zero)] = Field(
+        default=-1,
+        description="Number of the miner's nodes. -1: as configured.",
+        json_schema_extra={"not": {"const": 0}},
     )
     batch_size: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="Ignored: worker.batch_size decides, and no distance depends on it."
@@ -123,7 +133,7 @@ class PowApi:
 
     def operations(self) -> list[Operation]:
         """Return the operations of these routes."""
-        validated: dict[int, Answer] = {200: answers.Verdict, 202: answers.Waiting}
+        validated: dict[int, Answer] = {200: verdict.Verdict, 202: verdict.Waiting}
         path = "/api/v1/pow"
 
         control = partial(Operation, "POST", tag=TAG)
@@ -268,8 +278,8 @@ class PowApi:
             raise RefusalError(400, "invalid_request", "r_target: Field required", "r_target")
         if SCHEMES[scheme].output == "vector" and body.r_target is not None:
             message = (
-                f"r_target: {body.r_target} is asked for, but this daemon runs none: with scheme {scheme!r} every nonce "
-                "with a finite vector is valid; nothing was changed"
+                f"r_target: {body.r_target} is asked for, but this daemon runs none: with scheme {scheme!r} every "
+                "nonce with a finite vector is valid; nothing was changed"
             )
             raise RefusalError(409, MismatchError.code, message, "r_target")
 
@@ -379,7 +389,7 @@ class PowApi:
             raise _loading("no model is ready to recompute distances")
         tolerance = settings.validation.tolerance
         return Terms(
-            r_target=asked.round.r_target if asked else settings.round.r_target,
+            r_target=asked.round.r_target if asked else settings.round.target,
             fraud_threshold=asked.fraud_threshold if asked else settings.validation.fraud_threshold,
             mismatch=settings.validation.mismatch,
             tolerance=default_tolerance(worker.dtype, SCHEMES[settings.round.scheme], worker.hidden_size)
@@ -392,6 +402,7 @@ class PowApi:
             seq_len=asked.round.seq_len if asked else settings.round.seq_len,
             node_count=asked.node.count if asked else settings.node.node_count,
             revision=settings.model.revision,
+            allowance=settings.validation.allowance,
         )
 
 
@@ -403,5 +414,5 @@ def _verdict(found: Validation) -> web.Response:
     if found.state == "failed":
         raise RefusalError(503, "no_result", f"nothing was judged: {found.reason}; POST the batch again to try again")
     if found.answer is None:
-        return answer(answers.Waiting(id=found.id, state="pending"), 202)
+        return answer(verdict.Waiting(id=found.id, state="pending"), 202)
     return web.Response(body=found.answer, content_type="application/json")

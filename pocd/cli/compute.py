@@ -10,6 +10,7 @@ import typer
 from pocd.cli.api import echo
 from pocd.process import EXIT_CONFIG, EXIT_NO_DEVICE, EndedError
 from pocd.protocol.errors import ComputeError, DeviceError
+from pocd.protocol.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -47,17 +48,20 @@ def compute(  # noqa: PLR0913 - one argument per option
     device: DeviceOption = "cpu",
     batch_size: BatchSizeOption = 32,
     revision: RevisionOption = None,
+    stronger_rng: Annotated[
+        bool, typer.Option("--stronger-rng", help="Inputs from 256 bits, as the live network may ask; of artifacts.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per nonce.")] = False,
 ) -> None:
     """Print the distance, or the vector, of each nonce."""
     from pocd.lab import command
-    from pocd.protocol.schemes import SCHEMES
+    from pocd.protocol.schemes import SCHEMES, with_stronger_rng
     from pocd.protocol.vectors import decode_vectors, encode_vectors
 
     with compute_errors():
         request = command.ComputeRequest(
             model=model,
-            scheme=scheme,
+            scheme=(scheme := with_stronger_rng(scheme) if stronger_rng else scheme),
             block_hash=block_hash,
             public_key=public_key,
             seq_len=seq_len,
@@ -131,13 +135,20 @@ def audit(  # noqa: PLR0913 - one argument per option
     public_key: PublicKeyOption = "audit",
     seed: SeedOption = "pocd",
     revision: RevisionOption = None,
+    claims: Annotated[
+        bool,
+        typer.Option(
+            "--claims",
+            help="Judge claims of cheap results by their differences, as vectors always are.",
+        ),
+    ] = False,
     as_json: ReportOption = False,
 ) -> None:
     """Measure what a cheater could save by shortcuts through the model."""
     import orjson
 
     from pocd.lab import audit as judging
-    from pocd.lab import calibration, command
+    from pocd.lab import calibration, command, residual
 
     plan = calibration.Plan(
         model=model,
@@ -153,6 +164,12 @@ def audit(  # noqa: PLR0913 - one argument per option
         seed=seed,
         revision=revision,
     )
+    if claims or (scheme in SCHEMES and SCHEMES[scheme].output == "vector"):
+        with compute_errors(), calibration.progress(blocks * nonces) as advance:
+            measured = command.measure_claims(plan, advance)
+        judged = residual.judge_residuals(plan, measured)
+        echo(orjson.dumps(judged).decode() if as_json else residual.as_text(judged))
+        return
     with compute_errors(), calibration.progress(blocks * nonces) as advance:
         found = command.attack(plan, advance)
     report = judging.audit(plan, found)

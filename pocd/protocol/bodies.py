@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from pocd.protocol.numbers import Index
 from pocd.protocol.proof import MOST_NONCES
 
-MOST_VALUES = 5 * MOST_NONCES  # in a body: three lists as long as can be, and room for what is ignored
+MOST_VALUES = 9 * MOST_NONCES  # in a body: eight lists as long as can be, and room for what is ignored
 VECTOR_FIELD = b'"vector_b64"'  # of each artifact, beside its nonce
 ShortName = Annotated[str, Field(min_length=1, max_length=256)]
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MAX_BODY_BYTES = 16 * 1024 * 1024
+MAX_BODY_BYTES = 32 * 1024 * 1024
 REJECTIONS = frozenset({400, 401, 408, 413, 415})
 SHUTDOWN_TIMEOUT_S = 10.0
 """Seconds that requests under way have to end when the receiver stops."""

@@ -283,6 +283,8 @@ VERDICT_FIELDS: dict[str, Any] = {
     "probability_honest": 1.0,
     "mismatch": 5e-4,
     "fraud_threshold": 0.01,
+    "differences": None,
+    "verdict": "honest",
     "fraud_detected": False,
     "suspicions": [],
 }
@@ -321,7 +323,7 @@ async def test_a_verdict_that_takes_long_is_waited_for(
         seen.append((request.method, request.match_info.get("id")))
         if len(seen) < 4:
             return json_answer({"id": "a 1", "state": "pending"}, 202)
-        return json_answer(VERDICT_FIELDS | {"fraud_detected": True})
+        return json_answer(VERDICT_FIELDS | {"fraud_detected": True, "verdict": "fraud"})
 
     code, out, _ = await asked(answer, here, "--json", given=json.dumps(honest).encode())
     assert (code, orjson.loads(out)["fraud_detected"]) == (EXIT_FRAUD, True)

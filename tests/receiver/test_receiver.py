@@ -24,7 +24,7 @@ from pocd.receiver import store as receiver_store
 from pocd.receiver.app import MAX_BODY_BYTES, application, serve
 from pocd.receiver.store import Arrival, ReceiverStoreBusyError, ReceiverStoreError, Store
 from pocd.validation.claim import Claim, parse_json
-from pocd.validation.verdict import Terms, judge
+from pocd.validation.verdict import Recomputed, Terms, judge
 from tests.support.stored import VECTORS, proofs_of
 from tests.support.waiting import PATIENCE, soon
 
@@ -162,7 +162,7 @@ async def test_a_verdict_is_taken_as_pocd_sends_it(client: Client) -> None:
     body = GENERATED | {"nonces": [3, 5, 5], "dist": [1.25, None, 3]}
     claim = parse_json(Claim, orjson.dumps(body))
     terms = Terms(1.4, 0.01, 5e-4, 1e-5, "poc2", "tiny", "f00d", "float32", 16, 1)
-    batch = judge(claim, terms, {3: 1.25, 5: 1.5}, sample=2, seed="s")
+    batch = judge(claim, terms, Recomputed({3: (1.25,), 5: (1.5,)}), sample=2, seed="s")
     assert await client.post(batch.to_json(), kind="validated") == Answer(200, {"status": "stored", "id": batch.id})
     (item,) = (await client.get("/batches"))["batches"]
     assert (item["kind"], item["batch"]) == ("validated", orjson.loads(batch.to_json()))
