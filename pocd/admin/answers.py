@@ -66,8 +66,10 @@ class NodeStatus(BaseModel):
 class Funnel(BaseModel):
     """Nonces since the store was made; each number is on disk."""
 
-    checked: int = Field(description="Nonces whose distance was computed and committed.")
-    valid: int = Field(description="Nonces that were found valid and committed.")
+    checked: int = Field(description="Nonces that were computed and committed.")
+    valid: int = Field(
+        description="Nonces that were found valid and committed, by a distance below r_target or a finite vector."
+    )
     stored: int = Field(description="Valid nonces in a batch with its final bytes.")
     delivered: int = Field(description="Valid nonces that every receiver accepted.")
     dead: int = Field(description="Valid nonces in batches that a receiver refused for good, now.")
@@ -187,7 +189,7 @@ class WorkerStatus(BaseModel):
     batch_size: int = Field(description="Nonces per forward pass.")
     execution: str | None = Field(description='"eager", "compiled" or "captured", once it is known.')
     execution_reason: str | None = Field(description="Why this execution path was chosen.")
-    computed_per_second_1m: float = Field(description="Distances computed for mining per second.")
+    computed_per_second_1m: float = Field(description="Nonces computed for mining per second.")
     computed_per_second_15m: float
     cards: list[CardStatus] = Field(description="GPUs of the worker, once they are known.")
     rounding: RoundingStatus | None = Field(

@@ -87,7 +87,7 @@ def _worker(worker: dict[str, Any]) -> str:
 
 
 _SUSPICIONS = {
-    "impossible_claims": "what no honest miner claims (no finite number, or not from 0 to below r_target): "
+    "impossible_claims": "what no honest miner claims (no finite numbers, or not from 0 to below r_target): "
     "{impossible_claims} nonces",
     "duplicates": "repeated nonces: {duplicates} entries; each nonce counts once",
     "sparse": "few of the node's nonces (density {density:.2g}): the others may have been skipped without computing; "
