@@ -25,7 +25,7 @@ from pocd.config.settings import DEFAULT_PATH, RoundSettings
 from pocd.process import EXIT_CRASH, EXIT_FRAUD, EXIT_OK, EXIT_UNUSABLE, EndedError
 from pocd.protocol.names import default_tolerance
 from pocd.protocol.verdicts import ALLOWANCE, LARGEST_ALLOWANCE
-from pocd.validation.claim import LARGEST_CLAIM, BodyError, Claim, parse_json
+from pocd.validation.claim import LARGEST_CLAIM, AnyClaim, BodyError, Claim, VectorClaim, parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -54,7 +54,9 @@ AllowanceOption = Annotated[
     typer.Option(help="How many times the own rounding error an honest miner's may be.", min=1, max=LARGEST_ALLOWANCE),
 ]
 NodeCountOption = Annotated[int, typer.Option(help="Nodes that share the nonces.", min=1, max=2**63 - 1)]
-WANTED = "wanted is one batch: a JSON object with public_key, block_hash, block_height, nonces and dist"
+WANTED = (
+    "wanted is one batch: a JSON object with public_key, block_hash, block_height, and nonces and dist, or artifacts"
+)
 
 
 def validate(  # noqa: PLR0913 - one argument per option
@@ -129,11 +131,11 @@ def _check_sample(sample: int | None, seed: str | None) -> None:
         raise typer.BadParameter("--seed must be a text of printable characters")
 
 
-def _read(file: str) -> tuple[bytes, Claim]:
+def _read(file: str) -> tuple[bytes, Claim | VectorClaim]:
     """Return the bytes of the batch, and the batch parsed."""
     raw = read_file(file, LARGEST_CLAIM, WANTED, EXIT_UNUSABLE)
     try:
-        return raw, parse_json(Claim, raw)
+        return raw, parse_json(AnyClaim, raw).root
     except BodyError as error:
         raise EndedError(EXIT_UNUSABLE, f"{name_of(file)} cannot be used: {error}; {WANTED}") from None
 
@@ -156,7 +158,7 @@ def _ask(
 
 
 def _compute(
-    claim: Claim,
+    claim: Claim | VectorClaim,
     request: ComputeRequest,
     sample: int | None,
     seed: str | None,
@@ -175,7 +177,7 @@ def _compute(
 
     with compute_errors(), prepared(request) as run:
         terms = Terms(
-            r_target=r_target,
+            r_target=r_target if run.scheme.output == "distance" else None,
             fraud_threshold=FRAUD_THRESHOLD if fraud_threshold is None else fraud_threshold,
             mismatch=MISMATCH,
             tolerance=default_tolerance(request.dtype, run.scheme, run.model.hidden_size)

@@ -16,7 +16,7 @@ from pocd.http.parsing import apart
 from pocd.pool.recomputations import NoResultError, Recomputation, WorkerLostError
 from pocd.protocol.proof import canonical_json, hash_name
 from pocd.store import validations
-from pocd.validation.claim import Claim
+from pocd.validation.claim import AnyClaim
 from pocd.validation.verdict import Recomputed, Terms, judge, round_of, sampled
 from pocd.worker.messages import Compared, Distances
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pocd.protocol.proof import Round
     from pocd.store.thread import OutboxThread
     from pocd.store.validations import Validation
-    from pocd.validation.verdict import Numbers
+    from pocd.validation.claim import Claim, Numbers, VectorClaim
     from pocd.worker.messages import Vectors
 
 MOST_TRIES = 3  # of one part of a batch, each ended by the end of its worker
@@ -47,7 +47,7 @@ class ValidationRequest:
         callback_url: URL of that receiver; None where it is a configured one. No answer depends on it.
     """
 
-    claim: Claim
+    claim: Claim | VectorClaim
     terms: Terms
     sample: int | None
     seed: str | None
@@ -75,7 +75,7 @@ class ValidationRequest:
     def from_json(cls, encoded: bytes) -> ValidationRequest:
         """Return the request that `to_json` wrote."""
         fields = orjson.loads(encoded)
-        claim, terms = Claim.model_validate(fields.pop("claim")), Terms(**fields.pop("terms"))
+        claim, terms = AnyClaim.model_validate(fields.pop("claim")).root, Terms(**fields.pop("terms"))
         return cls(claim, terms, **fields)
 
 

@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from pocd.protocol.verdicts import DifferenceVerdict, Result
-    from pocd.validation.claim import Claim
-
-    Numbers = Sequence[float]  # of one nonce: its distance, or those of its vector
+    from pocd.validation.claim import Claim, Numbers, VectorClaim
 
 SPARSE = 100  # times as far from one nonce to the next as dense ones lie
 
@@ -32,7 +30,7 @@ class Terms:
     """The terms that a validator judges a batch by.
 
     Attributes:
-        r_target: A nonce is valid when its distance (in [0, 2]) is below this.
+        r_target: A nonce is valid when its distance (in [0, 2]) is below this; None with a scheme of vectors.
         fraud_threshold: A batch is fraud when the probability of an honest miner is below this.
         mismatch: The probability that an honest miner's nonce recomputes as invalid.
         tolerance: How far above `r_target` a recomputed distance still counts as valid.
@@ -46,7 +44,7 @@ class Terms:
         allowance: How many times the validator's own error an honest miner's may be.
     """
 
-    r_target: float
+    r_target: float | None
     fraud_threshold: float
     mismatch: float
     tolerance: float
@@ -89,7 +87,7 @@ class Recomputed:
     errors: Mapping[int, float] | None = None
 
 
-def check(claim: Claim, terms: Terms) -> None:
+def check(claim: Claim | VectorClaim, terms: Terms) -> None:
     """Refuse a batch that names another scheme, weights, dtype, length or target than `terms`; absent fields agree.
 
     A miner may not choose the target or the sequence length, so these must agree as well. Weights are
@@ -108,6 +106,13 @@ def check(claim: Claim, terms: Terms) -> None:
     )
     if BY_WEIGHTS & named(claim).keys():
         runs = {name: value for name, value in runs.items() if name not in BY_NAME}
+    output = SCHEMES[terms.scheme].output
+    if claim.output != output:
+        field = "dist" if claim.output == "distance" else "artifacts"
+        raise MismatchError(
+            f"{field}: the batch is of {claim.output}s, but scheme {terms.scheme!r} has {output}s; nothing was judged",
+            field,
+        )
     phrase, done = "the batch says {asked}, but it is held to {runs}", "nothing was judged"
     refuse_mismatch(claim, runs, phrase, done)
     if claim.r_target is not None and claim.r_target != terms.r_target:
@@ -115,7 +120,7 @@ def check(claim: Claim, terms: Terms) -> None:
         raise MismatchError(f"r_target: {differs}; {done}", "r_target")
 
 
-def round_of(claim: Claim, terms: Terms) -> Round:
+def round_of(claim: Claim | VectorClaim, terms: Terms) -> Round:
     """Return the round that the batch belongs to, once `check` has passed it."""
     return Round(
         block_hash=claim.block_hash,
@@ -144,7 +149,9 @@ def sampled(nonces: Sequence[int], count: int | None, seed: str | None) -> tuple
     return tuple(nonce for nonce in distinct if nonce in drawn)
 
 
-def judge(claim: Claim, terms: Terms, found: Recomputed, sample: int | None, seed: str | None) -> ValidatedBatch:
+def judge(
+    claim: Claim | VectorClaim, terms: Terms, found: Recomputed, sample: int | None, seed: str | None
+) -> ValidatedBatch:
     """Judge a batch that `check` has passed.
 
     Args:
@@ -158,7 +165,7 @@ def judge(claim: Claim, terms: Terms, found: Recomputed, sample: int | None, see
 
     order = sampled(claim.nonces, sample, seed)
     drawn, distinct = set(order), set(claim.nonces)
-    claims = list(zip(claim.nonces, outputs_of(claim), strict=True))
+    claims = list(zip(claim.nonces, claim.outputs, strict=True))
     impossible = {nonce for nonce, claimed in claims if not _is_possible(claimed, terms)}
     invalid = {nonce for nonce in drawn if nonce in impossible or not _is_valid(found.own[nonce], terms)}
     entries = [(nonce, claimed) for nonce, claimed in claims if nonce in drawn]
@@ -208,19 +215,14 @@ def judge(claim: Claim, terms: Terms, found: Recomputed, sample: int | None, see
     )
 
 
-def outputs_of(claim: Claim) -> list[Numbers | None]:
-    """Return the claimed numbers of each entry; None where they are no finite ones."""
-    return [None if distance is None else (distance,) for distance in claim.dist]
-
-
 def _is_possible(claimed: Numbers | None, terms: Terms) -> bool:
     """Tell whether an honest miner can claim this: a distance from 0 to below r_target, or any finite vector."""
-    return claimed is not None and (terms.is_of_vectors or 0 <= claimed[0] < terms.r_target)
+    return claimed is not None and (terms.r_target is None or 0 <= claimed[0] < terms.r_target)
 
 
 def _is_valid(own: Numbers, terms: Terms) -> bool:
     """Tell whether a recomputed nonce counts."""
-    return terms.is_of_vectors or own[0] < terms.r_target + terms.tolerance
+    return terms.r_target is None or own[0] < terms.r_target + terms.tolerance
 
 
 def _apart(claimed: Numbers, own: Numbers) -> float:
@@ -285,7 +287,7 @@ def _text(numbers: Numbers, form: str) -> str:
     return b64encode(pack(f"<{len(numbers)}{form}", *numbers)).decode()
 
 
-def _suspicions(claim: Claim, *, impossible: bool, sparse: bool, shifted: bool) -> tuple[str, ...]:
+def _suspicions(claim: Claim | VectorClaim, *, impossible: bool, sparse: bool, shifted: bool) -> tuple[str, ...]:
     """Return the names of what is odd about the batch, fraud or not."""
     node_count = claim.node_count
     found = {
