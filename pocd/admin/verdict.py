@@ -71,7 +71,7 @@ class Verdict(BaseModel):
         default=None, description="Vectors by float32 arithmetic, float32 in base64."
     )
     valid: list[bool] = Field(description="Whether each entry's nonce is valid.")
-    r_target: float
+    r_target: float | None = Field(default=None, description="Target of distances; absent for vectors.")
     fraud_threshold: float
     n_invalid: int = Field(description="Recomputed distinct nonces that are not valid.")
     probability_honest: float = Field(description="Probability that an honest miner has at least as many bad nonces.")

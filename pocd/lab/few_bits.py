@@ -45,4 +45,5 @@ def two_of_four(values: torch.Tensor) -> torch.Tensor:
         return values
     fours = values.unflatten(-1, (-1, 4))
     kept = torch.zeros_like(fours).scatter_(-1, fours.abs().topk(2, dim=-1).indices, 1)
-    return (fours * kept).flatten(-2)
+    sparse: torch.Tensor = fours * kept
+    return sparse.flatten(-2)

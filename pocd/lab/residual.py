@@ -17,7 +17,7 @@ from rich.table import Table
 from pocd.lab.audit import LEAST_SEQ_LEN
 from pocd.lab.calibration import WIDTH
 from pocd.lab.rendering import rendered
-from pocd.protocol.differences import SPREAD, THRESHOLD, compare, honest_law
+from pocd.protocol.differences import SPREAD, THRESHOLD, allowed_errors, compare, honest_law
 from pocd.protocol.errors import InputError
 from pocd.protocol.schemes import SCHEMES, VECTOR_SIZE
 from pocd.protocol.verdicts import ALLOWANCE
@@ -149,7 +149,7 @@ class _Drawing:
         if share < 1:
             honest = self._own[some] * np.exp(SPREAD * generator.standard_normal(size))
             made = np.where(generator.random(size) < share, made, honest)
-        allowed = allowance**2 * self._own[some]
+        allowed = allowed_errors(self._own[some], allowance)
         projected = generator.chisquare(self._numbers, size) / self._numbers
         if compare(projected * made / allowed, self._law).probability >= THRESHOLD:
             return False

@@ -34,6 +34,9 @@ SPREAD = (
 RARE = 0.02  # the share of honest nonces above `HonestLaw.rare`
 CEILING = 1e-4  # the share of honest nonces above `HonestLaw.ceiling`
 LEAST_FOR_MEAN = 20  # nonces: from here on the mean says more than the count above the median
+LARGEST = 0.98  # quantile of the validator's own errors that is taken for the largest
+JUMP = 16  # times as much as allowed may a nonce err at which rounding turned a choice
+CHAOS = 0.25  # of results' scatter: where the validator's own error is larger, it depends on chance which nonces err
 NODES = 400  # of each quadrature
 
 
@@ -142,8 +145,9 @@ def judge_differences(
     law = honest_law(numbers)
     claimed = np.array([_squared_error(claim, row) for claim, row in zip(claims, expected, strict=True)])
     blank = np.square(expected - expected.mean(axis=0)).mean(axis=1)
-    of_claims, of_blank = (compare(_ratios(each, allowance**2 * own), law) for each in (claimed, blank))
-    is_decidable = bool(own.all()) and of_blank.probability < threshold
+    of_claims, of_blank = (compare(_ratios(each, allowed_errors(own, allowance)), law) for each in (claimed, blank))
+    is_calm = math.fsum(own) <= CHAOS**2 * math.fsum(blank)
+    is_decidable = bool(own.any()) and is_calm and of_blank.probability < threshold
     verdict: Result = "fraud" if of_claims.probability < threshold else "honest"
     return DifferenceVerdict(
         numbers=numbers,
@@ -160,6 +164,15 @@ def judge_differences(
         probability_blank=of_blank.probability,
         result=verdict if is_decidable else "undecidable",
     )
+
+
+def allowed_errors(own: Floats, allowance: float) -> Floats:
+    """Return the squared errors that are allowed, by nonce, at the median of an honest miner's.
+
+    At least a sixteenth of the validator's largest: where rounding turns a choice, as of an expert, some nonces err far
+    more than the others, and those of the miner are not the validator's.
+    """
+    return allowance**2 * np.maximum(own, np.quantile(own, LARGEST) / JUMP)
 
 
 def _squared_error(claim: Sequence[float | None] | None, expected: Floats) -> float:

@@ -56,8 +56,8 @@ class DifferenceVerdict:
         blank: Tests of the blank claims.
         probability_honest: Probability that an honest miner's claims differ so much.
         probability_blank: Probability that an honest miner's claims differ as much as blank ones.
-        result: "fraud", "honest", or "undecidable": blank claims would not be called fraud either, or the validator's
-            own result does not differ from the reference at some nonce, so that it measures nothing.
+        result: "fraud", "honest", or "undecidable": blank claims would not be called fraud either; the validator's own
+            error is more than a quarter of blank claims'; or it is 0 at all nonces, so that it measures nothing.
     """
 
     numbers: int

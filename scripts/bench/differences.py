@@ -38,7 +38,7 @@ from pocd.compute.model import adapt
 from pocd.compute.reference import reference_of
 from pocd.lab.cheap import multiplying
 from pocd.lab.few_bits import to_bits
-from pocd.protocol.differences import compare, honest_law, judge_differences
+from pocd.protocol.differences import allowed_errors, compare, honest_law, judge_differences
 from pocd.protocol.names import default_tolerance
 from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH
 from pocd.protocol.schemes import SCHEMES
@@ -151,7 +151,7 @@ def share(accused: Callable[[Indices], bool | None], among: Indices, size: int) 
 def by_differences(claims: Floats, reference: Floats, own_errors: Floats) -> Callable[[Indices], bool | None]:
     """Return what tells whether a batch of some nonces is fraud, None where that is undecidable."""
     whole = judge_differences(claims.tolist(), reference, own_errors)
-    law, allowed = honest_law(whole.numbers), whole.allowance**2 * own_errors
+    law, allowed = honest_law(whole.numbers), allowed_errors(own_errors, whole.allowance)
     claimed, blank = (np.array(errors) / allowed for errors in (whole.claimed_errors, whole.blank_errors))
 
     def accused(some: Indices) -> bool | None:
