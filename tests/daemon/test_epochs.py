@@ -23,6 +23,8 @@ from tests.support.processes import config
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from pocd.admin.answers import Status
+
 FIRST = 1000
 BLOCKS = DevChain("seed", block_seconds=5.0, genesis=NOW, first_height=FIRST)
 
@@ -42,7 +44,7 @@ async def test_which_round_runs_and_what_status_says_of_the_epoch(tmp_path: Path
             source = await make_chain(of_gonka, outbox, [session], log)
             made = compose(of_gonka, outbox, source, [], make_loads(settings), clock=clock, log=log)
 
-            async def at(height: int) -> status.Status:
+            async def at(height: int) -> Status:
                 clock.advance(BLOCKS.block_time(height) - clock.now)
                 made.parts.chain.head = await source.head()
                 await made.scheduler.on_head(made.parts.chain.head)
