@@ -20,8 +20,11 @@ class RoundStatus(BaseModel):
     block_hash: str = Field(description="Block hash exactly as the chain's node wrote it.")
     block_height: int
     public_key: str = Field(description="The miner's public key.")
-    r_target: float = Field(description="A nonce is valid when its distance is below this.")
-    scheme: str = Field(description="Name of the scheme by which distances are computed.")
+    r_target: float | None = Field(
+        description="A nonce is valid when its distance is below this; null with a scheme of vectors, where every "
+        "nonce with a finite vector is valid."
+    )
+    scheme: str = Field(description="Name of the scheme by which distances or vectors are computed.")
     model: str = Field(description="Name of the model, as configured.")
     seq_len: int = Field(description="Sequence length in positions.")
     id: str = Field(description="Hash of block_hash, block_height, public_key, r_target, scheme, model and seq_len.")
@@ -223,12 +226,14 @@ class Status(BaseModel):
     status: DaemonState = Field(description="Equal to `state`, under the name of an earlier API.")
     is_model_initialized: bool = Field(description="Whether a model is ready, under the name of an earlier API.")
     valid_nonces: list[int] = Field(description="Latest valid nonces of the active round, at most 20.")
-    valid_distances: list[float] = Field(description="Distances of `valid_nonces`, in the same order.")
+    valid_distances: list[float] = Field(
+        description="Distances of `valid_nonces`, in the same order; empty with a scheme of vectors."
+    )
     total_checked: int
     total_valid: int
     elapsed_seconds: float = Field(description="Seconds since this process began the active round.")
     rate_per_second: float = Field(description="Nonces checked per second, on average over `elapsed_seconds`.")
-    r_target: float
+    r_target: float | None = Field(description="Null with a scheme of vectors.")
     round: RoundStatus | None = Field(description="Null while no round is active.")
     control: ControlStatus
     node: NodeStatus

@@ -371,8 +371,10 @@ class PowApi:
         if worker is None or not self._parts.workers.ready.is_set():
             raise _loading("no model is ready to recompute distances")
         tolerance = settings.validation.tolerance
+        r_target = asked.round.r_target if asked else settings.round.r_target
+        assert r_target is not None, "the configuration allows no scheme of vectors"
         return Terms(
-            r_target=asked.round.r_target if asked else settings.round.r_target,
+            r_target=r_target,
             fraud_threshold=asked.fraud_threshold if asked else settings.validation.fraud_threshold,
             mismatch=settings.validation.mismatch,
             tolerance=default_tolerance(worker.dtype, SCHEMES[settings.round.scheme], worker.hidden_size)

@@ -29,6 +29,7 @@ from pocd.admin.text import progress
 from pocd.mining.phases import Mode, state_of
 from pocd.observe.mask import mask_url
 from pocd.pool.causes import Cause
+from pocd.protocol.proof import Proofs
 from pocd.store.callbacks import ENDED
 from pocd.store.outbox import Queue, ReceiverState, Totals
 
@@ -254,14 +255,14 @@ def view(parts: Parts) -> Status:
     mining = miner.mining
     now, monotonic = parts.clock.wall(), parts.clock.monotonic()
     elapsed = monotonic - mining.started_at if mining else 0.0
-    latest = list(mining.latest) if mining else []
+    latest = mining.latest if mining else Proofs()
     now_state = state(parts)
     return Status(
         state=now_state,
         status=now_state,
         is_model_initialized=parts.workers.ready.is_set(),
-        valid_nonces=[proof.nonce for proof in latest],
-        valid_distances=[proof.distance for proof in latest],
+        valid_nonces=list(latest.nonces),
+        valid_distances=list(latest.distances) if mining and mining.round.output == "distance" else [],
         total_checked=mining.checked if mining else 0,
         total_valid=mining.valid if mining else 0,
         elapsed_seconds=elapsed,

@@ -48,10 +48,13 @@ class Pending:
         found: list[float] = self.values().tolist()
         return found
 
-    def values(self) -> torch.Tensor:
+    def values(self, *, gaps: bool = False) -> torch.Tensor:
         """Wait for the batch; returns distances, float32 [n], or vectors [n, VECTOR_SIZE], in the order of its nonces.
 
         Call this before the run ends: finding where NaN came from needs the block's weights.
+
+        Args:
+            gaps: Whether some vectors, but not all of the batch, may have NaN or infinity.
 
         Raises:
             NonFiniteError: The model gave NaN or infinity; the message names the nonces and the layer.
@@ -61,7 +64,8 @@ class Pending:
         values = self._values[: len(self._nonces)]
         good = (values >= 0) & (values <= 2) if values.dim() == 1 else values.isfinite().all(dim=-1)
         broken = [nonce for nonce, is_good in zip(self._nonces, good.tolist(), strict=True) if not is_good]
-        if broken:
+        may_pass = gaps and values.dim() > 1 and len(broken) < len(self._nonces)
+        if broken and not may_pass:
             raise NonFiniteError(self._run.explain(broken))
         return values
 
@@ -115,12 +119,13 @@ class BlockRun:
         found: list[float] = self.values(nonces, batch_size=batch_size).tolist()
         return found
 
-    def values(self, nonces: Sequence[int], *, batch_size: int) -> torch.Tensor:
+    def values(self, nonces: Sequence[int], *, batch_size: int, gaps: bool = False) -> torch.Tensor:
         """Compute the distance or the vector of each nonce, with the next batch under way while one is waited for.
 
         Args:
             nonces: Distinct nonces that the scheme allows, in any order; at least one.
             batch_size: Nonces per forward pass.
+            gaps: Whether some vectors, but not all of a batch, may have NaN or infinity.
 
         Returns:
             Distances, float32 [n], or vectors [n, VECTOR_SIZE], on the host, in the order of `nonces`.
@@ -135,9 +140,9 @@ class BlockRun:
         under_way: deque[Pending] = deque()
         for start in range(0, len(nonces), batch_size):
             if len(under_way) == UNDER_WAY:
-                found.append(under_way.popleft().values())
+                found.append(under_way.popleft().values(gaps=gaps))
             under_way.append(self.start(nonces[start : start + batch_size], batch_size=batch_size))
-        return torch.cat([*found, *(pending.values() for pending in under_way)])
+        return torch.cat([*found, *(pending.values(gaps=gaps) for pending in under_way)])
 
     @torch.inference_mode()
     def start(self, nonces: Sequence[int], *, batch_size: int) -> Pending:

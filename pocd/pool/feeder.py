@@ -1,16 +1,17 @@
-"""A ready worker at work: leases are sent to it, and distances received from it."""
+"""A ready worker at work: leases are sent to it, and results received from it."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+from base64 import b64decode
 from typing import TYPE_CHECKING, NoReturn
 
 from pocd.pool.causes import Cause, WorkerError
 from pocd.pool.processes import FailedError
 from pocd.pool.recomputations import NoResultError, WorkerLostError
-from pocd.store.outbox import Weights
-from pocd.tasks import run_forever, shielded, within
+from pocd.store.proofs import Weights
+from pocd.tasks import run_forever, within
 from pocd.worker.messages import (
     BatchShrunk,
     Cancel,
@@ -21,6 +22,7 @@ from pocd.worker.messages import (
     Recompute,
     Refused,
     RoundBegun,
+    Vectors,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 # Leases at a worker: one that is computed, on a GPU one that it goes on with, and one that waits, so that the device
 # never does.
 IN_FLIGHT = {"cpu": 2, "cuda": 3}
+MOST_UNCOMMITTED = 256  # results that wait to be committed, until no more are taken from the worker
 MOST_REFUSED_IN_A_ROW = 3  # batches without a result, until the worker is restarted
 MOST_REFUSED = 100  # batches without a result in one life of the worker, until it is restarted
 
@@ -66,6 +69,7 @@ class Feeder:
         self._recomputing: dict[int, Recomputation] = {}
         self._busy = asyncio.Event()
         self._progress = asyncio.Event()
+        self._commits: asyncio.Queue[asyncio.Task[None]] = asyncio.Queue(MOST_UNCOMMITTED)
 
     async def run(self) -> NoReturn:
         """Feed the worker; the leases and recomputations that it holds go back when this ends.
@@ -83,6 +87,7 @@ class Feeder:
                     f"{name}: leases": self._send(),
                     f"{name}: recomputations": self._send_recomputations(),
                     f"{name}: results": self._receive(),
+                    f"{name}: commits": self._commit(),
                     f"{name}: cancelling": self._cancel_replaced(),
                     f"{name}: progress": self._watch(),
                 },
@@ -152,15 +157,8 @@ class Feeder:
             message = await self._link.receive(self._limits.heartbeat)
             if isinstance(message, Distances | Refused) and message.id in self._recomputing:
                 self._recomputed(message)
-            elif isinstance(message, Distances):
-                lease = self._finished(message.id)
-                self._refused_in_a_row = 0
-                self._state.count(len(message.distances))
-                assert self._state.info is not None, "a worker that computes is ready"
-                weights = Weights(self._state.info.fingerprint, self._state.info.dtype)
-                # Shielded: when this task is cancelled, what was computed is committed and counted all the same.
-                name = f"worker {self._state.number}: what it computed"
-                await shielded(name, self._miner.complete(lease, message.distances, weights), self._log)
+            elif isinstance(message, Distances | Vectors):
+                await self._commits.put(self._completed(message))
             elif isinstance(message, Refused):
                 await self._refuse(self._finished(message.id), message.reason)
             elif isinstance(message, BatchShrunk):
@@ -171,6 +169,22 @@ class Feeder:
                 self._round_begun(message)
             else:
                 assert isinstance(message, Heartbeat), f"unexpected {message}"
+
+    def _completed(self, message: Distances | Vectors) -> asyncio.Task[None]:
+        """Hand a result to the miner, and return the task that commits it."""
+        lease = self._finished(message.id)
+        self._refused_in_a_row = 0
+        self._state.count(len(lease.nonces))
+        assert self._state.info is not None, "a worker that computes is ready"
+        weights = Weights(self._state.info.fingerprint, self._state.info.dtype)
+        results = message.distances if isinstance(message, Distances) else b64decode(message.vectors)
+        return self._miner.complete(lease, results, weights)
+
+    async def _commit(self) -> NoReturn:
+        """Wait for the commits, so that one that fails is heard of."""
+        while True:
+            # Shielded: when this task is cancelled, what was computed is committed and counted all the same.
+            await asyncio.shield(await self._commits.get())
 
     def _round_begun(self, message: RoundBegun) -> None:
         """Record the rate that theory expects of a round, and log where the round runs in another way than usual."""

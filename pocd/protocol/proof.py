@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from base64 import b64encode
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar
+from functools import cached_property
+from itertools import chain, compress
+from struct import pack, unpack
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import orjson
+
+from pocd.protocol.schemes import SCHEMES, VECTOR_BYTES, VECTOR_ENCODING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from pocd.protocol.schemes import Output
 
 MOST_NONCES = 100_000  # that a batch to be validated may have
 MISMATCH = 5e-4  # share of an honest miner's nonces that may recompute as invalid (docs/protocol.md section 5)
@@ -30,13 +41,14 @@ def hash_name(content: bytes) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """The search for valid nonces under one block hash (docs/protocol.md section 5).
+    """The search for nonces that count under one block hash (docs/protocol.md section 5).
 
     Attributes:
         block_hash: The chain's hash, an opaque string, as the node wrote it.
         block_height: Height of that block.
         public_key: The miner's key, an opaque string.
-        r_target: A nonce is valid when its distance (in [0, 2]) is below this.
+        r_target: A nonce counts when its distance (in [0, 2]) is below this; None for a scheme of vectors, where every
+            nonce with a finite vector counts.
         scheme: Name of the scheme, see `pocd.protocol.schemes`.
         model: Name of the model, as configured.
         seq_len: Sequence length in positions.
@@ -45,26 +57,83 @@ class Round:
     block_hash: str
     block_height: int
     public_key: str
-    r_target: float
+    r_target: float | None
     scheme: str
     model: str
     seq_len: int
 
     @property
+    def output(self) -> Output:
+        """What a nonce of the round has: a distance, or a vector."""
+        return SCHEMES[self.scheme].output
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The fields that the round has, by their names: a round of vectors has no r_target."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @property
     def id(self) -> str:
         """Hash of all the fields: another r_target or model is another round."""
-        return content_id(asdict(self))
+        return content_id(self.named)
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
-    """One valid nonce and its distance."""
+class Proofs:
+    """Nonces that count, and the result of each.
 
-    nonce: int
-    distance: float
+    Attributes:
+        nonces: The nonces, in the order in which they were checked.
+        results: Their results in that order, packed: distances as float64, or vectors of float16, little endian.
+    """
+
+    nonces: tuple[int, ...] = ()
+    results: bytes = b""
+
+    def __post_init__(self) -> None:
+        assert len(self.results) % max(1, len(self)) == 0, "results are of one size"
+
+    @classmethod
+    def of_distances(cls, pairs: Iterable[tuple[int, float]]) -> Self:
+        """Return the proofs of pairs of a nonce and its distance."""
+        found = list(pairs)
+        return cls(tuple(nonce for nonce, _ in found), pack(f"<{len(found)}d", *(distance for _, distance in found)))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Proofs]) -> Self:
+        """Return all of `parts`, one after the other."""
+        nonces = tuple(chain.from_iterable(part.nonces for part in parts))
+        return cls(nonces, b"".join(part.results for part in parts))
+
+    def __len__(self) -> int:
+        return len(self.nonces)
+
+    def __getitem__(self, part: slice) -> Proofs:
+        parts = [(self.nonces[i], self._result(i)) for i in range(*part.indices(len(self)))]
+        return Proofs(tuple(nonce for nonce, _ in parts), b"".join(result for _, result in parts))
+
+    def only(self, counts: Iterable[bool]) -> Proofs:
+        """Return the proofs that count, by one truth for each."""
+        kept = list(compress(range(len(self)), counts))
+        return Proofs(tuple(self.nonces[i] for i in kept), b"".join(map(self._result, kept)))
+
+    def _result(self, index: int) -> bytes:
+        width = len(self.results) // len(self)
+        return self.results[width * index : width * (index + 1)]
+
+    @property
+    def distances(self) -> tuple[float, ...]:
+        """The distances, where the results are distances."""
+        return unpack(f"<{len(self)}d", self.results)
+
+    @property
+    def vectors(self) -> list[bytes]:
+        """The vectors, `VECTOR_BYTES` each, where the results are vectors."""
+        assert len(self.results) == VECTOR_BYTES * len(self)
+        return [self.results[start : start + VECTOR_BYTES] for start in range(0, len(self.results), VECTOR_BYTES)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ProofBatch:
     """Proofs of one round, as receivers get them (docs/protocol.md section 5).
 
@@ -79,30 +148,46 @@ class ProofBatch:
     node_id: int
     model_fingerprint: str | None
     dtype: str | None
-    proofs: tuple[Proof, ...]
+    proofs: Proofs
 
     @property
     def size(self) -> int:
         """Number of nonces in the batch."""
         return len(self.proofs)
 
+    @cached_property  # of a thousand vectors it takes a millisecond
     def _content(self) -> dict[str, Any]:
-        return asdict(self.round) | {
-            "node_id": self.node_id,
-            "model_fingerprint": self.model_fingerprint,
-            "dtype": self.dtype,
-            "nonces": [proof.nonce for proof in self.proofs],
-            "dist": [proof.distance for proof in self.proofs],
-        }
+        of = {"node_id": self.node_id, "model_fingerprint": self.model_fingerprint, "dtype": self.dtype}
+        if self.round.output == "distance":
+            return self.round.named | of | {"nonces": self.proofs.nonces, "dist": self.proofs.distances}
+        artifacts = [
+            {"nonce": nonce, "vector_b64": b64encode(vector).decode()}
+            for nonce, vector in zip(self.proofs.nonces, self.proofs.vectors, strict=True)
+        ]
+        return self.round.named | of | {"artifacts": artifacts, "encoding": VECTOR_ENCODING}
 
-    @property
+    @cached_property
     def id(self) -> str:
         """Hash of the content: the same proofs always travel under the same id."""
-        return content_id(self._content())
+        return content_id(self._content)
 
     def to_json(self) -> bytes:
         """The exact bytes of every POST of this batch: canonical JSON with `batch_id`."""
-        return canonical_json(self._content() | {"batch_id": self.id})
+        return canonical_json(self._content | {"batch_id": self.id})
+
+
+def nonces_in(batch: Mapping[str, Any]) -> list[int]:
+    """Return the nonces in the JSON of a ProofBatch."""
+    if "artifacts" in batch:
+        return [artifact["nonce"] for artifact in batch["artifacts"]]
+    return list(batch["nonces"])
+
+
+def results_in(batch: Mapping[str, Any]) -> list[tuple[int, float | str]]:
+    """Return each nonce in the JSON of a ProofBatch with its distance, or with its vector in base64."""
+    if "artifacts" in batch:
+        return [(artifact["nonce"], artifact["vector_b64"]) for artifact in batch["artifacts"]]
+    return list(zip(nonces_in(batch), batch["dist"], strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +264,7 @@ class ValidatedBatch:
 
     def _content(self) -> dict[str, Any]:
         own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "round"}
-        return asdict(self.round) | own
+        return self.round.named | own
 
     @property
     def id(self) -> str:

@@ -7,12 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pocd.protocol.schemes import VECTOR_SIZE
+from pocd.protocol.schemes import VECTOR_BYTES, VECTOR_SIZE
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-VECTOR_BYTES = 2 * VECTOR_SIZE
+
+def are_finite(vectors: bytes) -> list[bool]:
+    """Tell of each vector, packed one after the other, whether all its numbers are finite."""
+    found: list[bool] = np.isfinite(np.frombuffer(vectors, dtype="<f2")).reshape(-1, VECTOR_SIZE).all(axis=1).tolist()
+    return found
 
 
 def encode_vectors(vectors: ArrayLike) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pocd.compute.engine import BlockRun, block_run
@@ -86,10 +87,11 @@ class DistanceComputer:
             if SCHEMES[round_.scheme].weights != "trained":
                 self._recomputed.end()  # both rounds would draw into the same weights
             run = self._begin(self._mined, round_, other=self._recomputed)
-            execution, has_target = run.execution(self._rows(run, round_)), run.scheme.output == "distance"
-            rate = expected_valid_rate(round_.r_target, run.dimension) if has_target else 1.0  # every nonce counts
+            execution = run.execution(self._rows(run, round_))
+            rate = expected_valid_rate(round_.r_target, run.dimension) if round_.r_target else 1.0  # every nonce counts
             self._report(RoundBegun(round_.id, rate, execution.path, execution.reason))
-        return self._start(self._mined.begin(round_), round_, message.nonces, other=self._recomputed)
+        run = self._mined.begin(round_)
+        return self._start(run, round_, message.nonces, other=self._recomputed, gaps=True)
 
     def _recompute(self, message: Recompute) -> Callable[[], torch.Tensor]:
         """Start to compute a message of another round, in the shape in which it would be mined."""
@@ -125,14 +127,15 @@ class DistanceComputer:
         return max(1, min(rows, self._fitting.get((round_.scheme, round_.seq_len), rows)))
 
     def _start(
-        self, run: BlockRun, round_: Round, nonces: Sequence[int], *, other: PreparedRound
+        self, run: BlockRun, round_: Round, nonces: Sequence[int], *, other: PreparedRound, gaps: bool = False
     ) -> Callable[[], torch.Tensor]:
+        """Start to compute nonces; `gaps`: a nonce without a finite vector does not keep the others from counting."""
         while True:
             rows = self._rows(run, round_)
             try:
                 if len(nonces) <= rows:
-                    return run.start(nonces, batch_size=rows).values
-                values = run.values(nonces, batch_size=rows)
+                    return partial(run.start(nonces, batch_size=rows).values, gaps=gaps)
+                values = run.values(nonces, batch_size=rows, gaps=gaps)
             except OutOfMemoryError as error:
                 if other.round is not None and not self._load.is_split:
                     other.end()  # the self-test, which showed that the size fits, had only one round prepared

@@ -27,7 +27,7 @@ from pocd.protocol.proof import Round
 from pocd.store import deliveries
 from pocd.store.batches import form_batches
 from pocd.store.callbacks import ENDED
-from pocd.store.outbox import Weights
+from pocd.store.proofs import Weights
 from pocd.store.thread import OutboxThread
 from pocd.worker.messages import CardIdentity, Ready
 from tests.support.clocks import NOW, ManualClock

@@ -147,10 +147,10 @@ def test_nonces_that_give_nan_are_left_out(broken: Sequence[int], measured: bool
     with block_run(model, SCHEMES["poc2"], block_hash="a", public_key="b", seq_len=16) as run:
 
         class Overflowing(BlockRun):
-            def values(self, nonces: Sequence[int], *, batch_size: int) -> torch.Tensor:
+            def values(self, nonces: Sequence[int], *, batch_size: int, gaps: bool = False) -> torch.Tensor:
                 if set(nonces) & set(broken):
                     raise NonFiniteError("NaN")
-                return super().values(nonces, batch_size=batch_size)
+                return super().values(nonces, batch_size=batch_size, gaps=gaps)
 
         overflowing = Overflowing(**{field.name: getattr(run, field.name) for field in fields(run)})
         found = measure_conditioning(overflowing, batch_size=4)

@@ -19,7 +19,7 @@ import pytest
 from pocd.http.server import DEFAULT_BOUNDS, Bounds, listening
 from pocd.http.webhooks import WebhookKeys, unsigned_headers
 from pocd.protocol.bodies import MOST_VALUES
-from pocd.protocol.proof import Proof, ProofBatch, Round
+from pocd.protocol.proof import ProofBatch, Proofs, Round
 from pocd.receiver import store as receiver_store
 from pocd.receiver.app import MAX_BODY_BYTES, application, serve
 from pocd.receiver.store import Arrival, ReceiverStoreBusyError, ReceiverStoreError, Store
@@ -200,7 +200,7 @@ async def test_another_body_under_the_same_id_is_a_conflict(client: Client) -> N
 
 
 async def test_the_id_is_the_header_or_the_batch_id_or_a_hash(client: Client) -> None:
-    batch = ProofBatch(ROUND, 0, "f00d", "float32", (Proof(3, 1.25),))
+    batch = ProofBatch(ROUND, 0, "f00d", "float32", Proofs.of_distances([(3, 1.25)]))
     assert (await client.post(batch.to_json(), "header")).body["id"] == "header"
     assert (await client.post(batch.to_json())).body["id"] == batch.id
     nameless = orjson.dumps(GENERATED)

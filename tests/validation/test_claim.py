@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocd.protocol.proof import MOST_NONCES, Proof, ProofBatch, Round
+from pocd.protocol.proof import MOST_NONCES, ProofBatch, Proofs, Round
 from pocd.validation.claim import LARGEST_CLAIM, BodyError, Claim, parse_json
 
 BODY: dict[str, Any] = {
@@ -41,7 +41,7 @@ def test_what_pocd_sends_is_taken_bit_for_bit(
 ) -> None:
     fingerprint, dtype = known
     round_ = Round(text, 7, text, 1.4042, "poc2", "tiny", 256)
-    batch = ProofBatch(round_, 3, fingerprint, dtype, tuple(Proof(*proof) for proof in proofs))
+    batch = ProofBatch(round_, 3, fingerprint, dtype, Proofs.of_distances(proofs))
     claim = parse_json(Claim, batch.to_json())
     said = orjson.loads(batch.to_json())
     assert claim.model_dump(exclude_none=True) == {name: value for name, value in said.items() if value is not None}

@@ -22,7 +22,7 @@ from pocd.observe.events import Events
 from pocd.pool.limits import WorkerLimits
 from pocd.pool.pool import Pool
 from pocd.protocol.nonces import Node
-from pocd.protocol.proof import Round
+from pocd.protocol.proof import Proofs, Round
 from pocd.store import validations
 from pocd.store.deliveries import next_pending
 from pocd.store.outbox import Work
@@ -77,8 +77,13 @@ def terms(fingerprint: str, scheme: str = "poc2", **changes: Any) -> Terms:  # n
     return Terms(**known | changes)
 
 
+def those_valid(round_: Round, distances: dict[int, float]) -> dict[int, float]:
+    assert round_.r_target is not None
+    return {nonce: distance for nonce, distance in distances.items() if distance < round_.r_target}
+
+
 def claim_of(round_: Round, distances: dict[int, float]) -> Claim:
-    valid = {nonce: distance for nonce, distance in distances.items() if distance < round_.r_target}
+    valid = those_valid(round_, distances)
     return Claim(
         public_key=round_.public_key,
         block_hash=round_.block_hash,
@@ -168,8 +173,9 @@ async def test_a_batch_is_validated_between_those_that_are_mined_and_disturbs_no
         verdict = await bench.verdict(await bench.request(claim_of(theirs, distances), scheme=scheme))
         before = checked(bench)
         await until(bench, 16)
-        latest = {proof.nonce: proof.distance for proof in bench.miner.mining.latest} if bench.miner.mining else {}
-    valid = {nonce: distance for nonce, distance in distances.items() if distance < theirs.r_target}
+        proofs = bench.miner.mining.latest if bench.miner.mining else Proofs()
+        latest = dict(zip(proofs.nonces, proofs.distances, strict=True))
+    valid = those_valid(theirs, distances)
     assert verdict["nonces"] == list(valid)
     assert verdict["dist"] == pytest.approx(list(valid.values()), abs=2e-5)
     assert (verdict["n"], verdict["n_invalid"], verdict["fraud_detected"]) == (len(valid), 0, False)

@@ -16,7 +16,7 @@ from pocd.worker.messages import Compute, Distances, Load, Message, Recompute, R
 def test_a_span_of_a_scheme_of_vectors_is_answered_by_one_text() -> None:
     """With more nonces than a batch takes, mined and recomputed alike."""
     load = Load("bundled:tiny-llama", "float32", ("cpu",), "poc4", 16, 4)
-    round_ = Round("block_alpha", 1, "node_A", 2.0, "poc4", load.model, load.seq_len)
+    round_ = Round("block_alpha", 1, "node_A", None, "poc4", load.model, load.seq_len)
     nonces = list(range(3, 17, 2))
     model, reported = load_model(load.model, dtype=load.dtype, device="cpu"), list[Message]()
     with block_run(model, SCHEMES["poc4"], block_hash="block_alpha", public_key="node_A", seq_len=16) as run:
