@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from pocd.admin.chain import ChainStatus
 from pocd.mining.phases import DaemonState, Mode
 from pocd.pool.causes import Cause
 
@@ -83,16 +84,6 @@ class Rates(BaseModel):
     checked_per_second_15m: float
     valid_per_second_1m: float
     valid_per_second_15m: float
-
-
-class ChainStatus(BaseModel):
-    """The newest block that the chain's node reported; all fields but `problem` are null until one did."""
-
-    chain_id: str | None
-    height: int | None
-    hash: str | None
-    block_time: str | None = Field(description="Time of the block by the chain, ISO 8601.")
-    problem: str | None = Field(description="Why the chain is not followed as it should; null when it is.")
 
 
 class WorkersStatus(BaseModel):
