@@ -107,12 +107,13 @@ class ModelStatus(BaseModel):
     """What the workers run, as the first of them reported it when it was ready."""
 
     model: str
-    fingerprint: str = Field(description="Fingerprint of the model's weights, 32 hex digits.")
+    fingerprint: str = Field(description="Fingerprint of the model's weights and configuration: v2- and 32 hex digits.")
     dtype: str
     device: str
     hidden_size: int
     layers: int
     decoder: str = Field(description='"flat", or "layers" for a model that runs by transformers\' own layers.')
+    decoder_reason: str = Field(description="Why the layers are run so.")
     execution: str = Field(description='"eager", "compiled", or "captured": compiled, and one CUDA graph a batch.')
     execution_reason: str = Field(description="Why this execution path was chosen.")
     load_seconds: float = Field(description="Seconds that loading the model took.")

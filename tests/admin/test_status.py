@@ -51,6 +51,7 @@ READY = Ready(
     hidden_size=64,
     layers=2,
     decoder="flat",
+    decoder_reason="it agrees",
     execution="eager",
     execution_reason="on the CPU",
     load_seconds=0.25,
