@@ -310,7 +310,7 @@ def adapt(causal: Any, *, name: str, fingerprint: str | None = None) -> Model:  
         name=name,
         fingerprint=fingerprint or module_fingerprint(causal),
         causal=causal,
-        decoder=flatten(decoder) if can_flatten(causal) else by_layers,
+        decoder=flatten(decoder, merge=weight.device.type != "cpu") if can_flatten(causal) else by_layers,
         by_layers=by_layers,
         hidden_size=config.hidden_size,
         dtype=weight.dtype,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.library import custom_op
 
 from pocd.compute.random import normal, signs, unit_normal
 from pocd.compute.segments import factors, signed_sum
@@ -107,6 +108,8 @@ def find_distance(h: torch.Tensor, seeds: torch.Tensor, block: BlockTensors) -> 
     return (2 - 2 * along / square.sqrt()).clamp_min(0).sqrt().float()
 
 
+# An operation of our own: the compiler would unroll its loop, and make kernels for each part of a large head.
+@custom_op("pocd::through_head", mutates_args=())
 def _through_head(h: torch.Tensor, head: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return z·t and ‖z‖² of z = W h, float64 [B], with only a part of W and z in memory at a time."""
     rows = max(1, HEAD_CHUNK // h.shape[-1])
@@ -117,6 +120,11 @@ def _through_head(h: torch.Tensor, head: torch.Tensor, target: torch.Tensor) -> 
         along += (z * aim).sum(dim=-1)
         square += z.square().sum(dim=-1)
     return along, square
+
+
+@_through_head.register_fake
+def _(h: torch.Tensor, _head: torch.Tensor, _target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return h.new_empty(len(h), dtype=torch.float64), h.new_empty(len(h), dtype=torch.float64)
 
 
 def measure_states(states: torch.Tensor, seeds: torch.Tensor, block: BlockTensors, *, scheme: Scheme) -> torch.Tensor:
