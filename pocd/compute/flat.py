@@ -195,7 +195,9 @@ def _multiply(x: torch.Tensor, linears: Linears) -> Sequence[torch.Tensor]:
     """Return the outputs of all of some linear layers."""
     if linears.whole is None:
         return [functional.linear(x, *part) for part in linears.parts]
-    return functional.linear(x, *linears.whole).split([len(part.weight) for part in linears.parts], dim=-1)
+    sizes = [len(part.weight) for part in linears.parts]
+    found: Sequence[torch.Tensor] = functional.linear(x, *linears.whole).split(sizes, dim=-1)
+    return found
 
 
 def _project(h: torch.Tensor, attention: Linears, form: Form, first: int) -> list[torch.Tensor]:
@@ -354,7 +356,7 @@ def _merged(modules: Sequence[nn.Linear]) -> Linear:
     return Linear(_joined([module.weight for module in modules]), _joined(biases) if biases else None)
 
 
-def _joined(parts: Sequence[nn.Parameter]) -> torch.Tensor:
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Move tensors below one another, unless they are; each then is a part of what is returned."""
     first, memory = parts[0].detach(), parts[0].untyped_storage()
     places = [part.data_ptr() for part in parts]

@@ -124,7 +124,8 @@ def signed_sum(states: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
         # Not as a product of matrices: of one row, its rounding may depend on the place in the batch.
         parts = [(wide * weight.unsqueeze(-1)).sum(dim=1) for wide, weight in _weighted(states, signs)]
         sums = torch.cat(parts)
-    return sums * length**-0.5
+    scale: float = length**-0.5
+    return sums * scale
 
 
 def _segments(length: int, device: torch.device) -> torch.Tensor:

@@ -41,14 +41,14 @@ for scheme, layers, least in named:
     found = {{"path": fast.execution.path, "reason": fast.execution.reason}}
     found["graphs"] = counters["stats"]["unique_graphs"]
     with engine.block_run(fast, SCHEMES[scheme], block_hash="b", public_key="k", seq_len={SEQ_LEN}) as run:
-        run.distances(rows, batch_size={BATCH})
+        run.values(rows, batch_size={BATCH})
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         mark(f"{{name}} starting")
         pending = [run.start(rows, batch_size={BATCH}) for _ in range(2)]
         mark(f"{{name}} waiting")
         for each in pending:
-            each.distances()
+            each.values()
         mark(f"{{name}} done")
         found["taken"] = torch.cuda.max_memory_allocated() - held
     tell(**{{name: found}})
