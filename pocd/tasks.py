@@ -128,6 +128,31 @@ async def cancel(tasks: Iterable[asyncio.Task[object]]) -> None:
         raise asyncio.CancelledError
 
 
+async def shielded(name: str, work: Coroutine[Any, Any, T], log: FilteringBoundLogger) -> T:
+    """Wait for `work`, which goes on by itself when the caller is cancelled; how it then fails is logged.
+
+    `asyncio.shield` alone leaves a task behind of whose error Python complains when nobody is there to take it.
+
+    Args:
+        name: What the log calls the work.
+        work: What has to be done to its end.
+        log: Told of the work's failure, or its end by cancellation, that no caller waits for.
+    """
+    task = asyncio.create_task(work, name=name)
+
+    def left_behind(_: object) -> None:
+        if task.cancelled():
+            log.warning("what was under way is given up", action="given_up", part=name)
+        elif error := task.exception():
+            log.warning("what nobody waits for any more failed", action="given_up", part=name, exc_info=error)
+
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(left_behind)
+        raise
+
+
 LOOK_SECONDS = 0.5  # from look to look, of which a pause of the whole process takes one
 
 
@@ -136,6 +161,9 @@ async def within(seconds: float, work: Coroutine[Any, Any, T]) -> T:
 
     A process that was stopped, or whose machine was moved, finds that much time has passed, and what came meanwhile
     unread: that nothing was heard in that time is nobody's fault.
+
+    Whoever cleans up, and so may have been cancelled, waits by this: of a task that was asked to end, Python 3.11.2
+    takes an `asyncio.timeout` that expires for that very cancellation, and leaves out the rest of the cleaning.
 
     Raises:
         TimeoutError: The work took longer.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import sys
 import time
@@ -16,7 +17,7 @@ from structlog.testing import capture_logs
 from pocd.pool.causes import Cause, WorkerRefusedError
 from pocd.process import EndedError
 from pocd.store.errors import StoreError
-from pocd.tasks import LOOK_SECONDS, start, within
+from pocd.tasks import LOOK_SECONDS, shielded, start, within
 from tests.support.processes import Chain, config
 from tests.support.waiting import PATIENCE
 
@@ -176,6 +177,38 @@ async def test_a_task_that_is_cancelled_before_it_begins_leaves_nothing_behind()
     async with asyncio.TaskGroup() as group:
         start(group, "part", work, structlog.get_logger()).cancel()
     assert inspect.getcoroutinestate(work) == inspect.CORO_CLOSED
+
+
+async def test_what_goes_on_without_its_caller_leaves_no_error_that_nobody_takes() -> None:
+    complaints: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+    may_fail, endless = asyncio.Event(), asyncio.Event()
+
+    async def failing() -> None:
+        await may_fail.wait()
+        raise StoreError("closed")
+
+    with capture_logs() as logs:
+        callers = [
+            asyncio.create_task(shielded(name, work, structlog.get_logger()))
+            for name, work in (("failing", failing()), ("endless", endless.wait()))
+        ]
+        await asyncio.sleep(0)
+        for caller in callers:
+            caller.cancel()
+        await asyncio.wait(callers)
+        assert all(caller.cancelled() for caller in callers)
+        works = [task for task in asyncio.all_tasks() if task.get_name() in {"failing", "endless"}]
+        assert len(works) == 2
+        may_fail.set()
+        await asyncio.wait([task for task in works if task.get_name() == "failing"])
+        for task in works:  # as the end of the loop does
+            task.cancel()
+        await asyncio.wait(works)
+    del task, works
+    gc.collect()
+    assert [(entry["part"], entry["action"]) for entry in logs] == [("failing", "given_up"), ("endless", "given_up")]
+    assert not complaints
 
 
 async def test_a_pause_of_the_process_is_not_time_in_which_others_were_silent() -> None:

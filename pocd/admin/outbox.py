@@ -145,6 +145,8 @@ class OutboxApi:
         file = (await parse_body(request, BackupBody)).file
         if self._copying is None:
             self._copying = file, asyncio.create_task(self._back_up(Path(file)), name="backup")
+            # Its error is for whoever asks again; Python is not to complain where nobody does.
+            self._copying[1].add_done_callback(lambda done: done.cancelled() or done.exception())
         name, copying = self._copying
         if name != file:
             raise RefusalError(409, "backup_runs", f"a backup is being written to {name}; wait for it", "file")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from aiohttp import web
-from pydantic import AliasChoices, ConfigDict, Field
+from pydantic import AfterValidator, AliasChoices, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from pocd.admin import answers, status
 from pocd.admin.operations import Operation, answer
@@ -40,6 +41,12 @@ AGAIN = {"Retry-After": "5"}  # for callers that find a queue full, or the model
 CALLBACK_URL = r"^https?://[^\s?#@\\]+$"  # paths are appended to it, and it may carry no credentials
 
 TAG = "Rounds"
+
+
+def _not_zero(count: int) -> int:
+    if count == 0:
+        raise PydanticCustomError("range", f"Input should be from 1 to {MOST_NODES}, or -1 for the configured number")
+    return count
 
 
 class InitBody(BodyConditions):
@@ -79,8 +86,11 @@ class InitBody(BodyConditions):
         default=-1,
         description="Index of the node, which checks the nonces node_id + node_count · x. -1: as configured.",
     )
-    node_count: Annotated[int, Field(ge=1, le=MOST_NODES)] | Literal[-1] = Field(
-        default=-1, description="Number of the miner's nodes. -1: as configured."
+    # One type with a hole in it: of a union the refusal would name the first kind, and not the field with its range.
+    node_count: Annotated[int, Field(ge=-1, le=MOST_NODES), AfterValidator(_not_zero)] = Field(
+        default=-1,
+        description="Number of the miner's nodes. -1: as configured.",
+        json_schema_extra={"not": {"const": 0}},
     )
     batch_size: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="Ignored: worker.batch_size decides, and no distance depends on it."

@@ -173,12 +173,17 @@ class CometBFT:
 
     A block's hash is in the small answer to `/blockchain`. A node or a proxy that does not serve it, or with something
     else, is asked for the whole block (`/block`) in the same call, and first from then on.
+
+    Args:
+        rpc: Client of the node's JSON-RPC.
+        below: What stands between the node's address and the names of calls, with a slash at its end.
     """
 
     reorganises = False
 
-    def __init__(self, rpc: Rpc) -> None:
+    def __init__(self, rpc: Rpc, *, below: str = "") -> None:
         self._rpc = rpc
+        self._below = below
         self._calls = (self._meta, self._whole)  # the one that was answered last is the first
 
     def __str__(self) -> str:
@@ -187,7 +192,7 @@ class CometBFT:
 
     async def head(self) -> Head:
         """Return the newest block (`/status`); see `ChainSource.head` and `parse_status` for the errors."""
-        url = self._rpc.url("status")
+        url = self._rpc.url(f"{self._below}status")
         where = mask_url(str(url))
         return parse_status(await self._rpc.get(url, where), where, self._rpc.secrets)
 
@@ -208,11 +213,13 @@ class CometBFT:
             return block
 
     async def _meta(self, height: int) -> Block:
-        where = f"{mask_url(str(self._rpc.url('blockchain')))} at height {height}"
-        body = await self._rpc.get(self._rpc.url("blockchain", f"minHeight={height}&maxHeight={height}"), where)
+        name = f"{self._below}blockchain"
+        where = f"{mask_url(str(self._rpc.url(name)))} at height {height}"
+        body = await self._rpc.get(self._rpc.url(name, f"minHeight={height}&maxHeight={height}"), where)
         return parse_meta(body, height, where, self._rpc.secrets)
 
     async def _whole(self, height: int) -> Block:
-        where = f"{mask_url(str(self._rpc.url('block')))} at height {height}"
-        body = await self._rpc.get(self._rpc.url("block", f"height={height}"), where, MAX_BLOCK_BYTES)
+        name = f"{self._below}block"
+        where = f"{mask_url(str(self._rpc.url(name)))} at height {height}"
+        body = await self._rpc.get(self._rpc.url(name, f"height={height}"), where, MAX_BLOCK_BYTES)
         return parse_block(body, height, where, self._rpc.secrets)

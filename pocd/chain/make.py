@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import aiohttp
 
 from pocd.chain.cometbft import CometBFT
 from pocd.chain.evm import EVM
+from pocd.chain.gonka import Gonka
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pocd.chain.rpc import Rpc
     from pocd.chain.source import ChainSource
-
-    ChainKind = Literal["cometbft", "evm"]
+    from pocd.protocol.names import ChainKind
 
 CHAIN_TIMEOUT = aiohttp.ClientTimeout(total=60)  # far above what a call to a node takes with its own limits
 CONFIRMATIONS = 12  # of an EVM chain, where the configuration names none
@@ -31,6 +31,8 @@ def make_sources(kind: ChainKind, nodes: Sequence[Rpc], *, confirmations: int) -
     """
     if kind == "evm":
         return [EVM(node, confirmations=confirmations) for node in nodes]
+    if kind == "gonka":
+        return [Gonka(node) for node in nodes]
     return [CometBFT(node) for node in nodes]
 
 

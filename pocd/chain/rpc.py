@@ -94,7 +94,7 @@ def _says_nothing(error: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class RpcAnswer:
-    """A part of a JSON-RPC answer whose fields are checked as they are read; paths are dotted.
+    """A part of an answer in JSON whose fields are checked as they are read; paths are dotted, with numbers in lists.
 
     Attributes:
         where: The request, as error messages name it.
@@ -112,14 +112,27 @@ class RpcAnswer:
         """Return the value at `path`; `ChainError` where it is missing."""
         value = self.content
         for name in path.split("."):
-            if not isinstance(value, dict) or name not in value:
+            if isinstance(value, dict) and name in value:
+                value = value[name]
+            elif isinstance(value, list) and name.isdecimal() and int(name) < len(value):
+                value = value[int(name)]
+            else:
                 raise ChainError(f"{self.where}: the answer has no {path}: {excerpt(self.body, secrets=self.secrets)}")
-            value = value[name]
+        return value
+
+    def maybe(self, path: str) -> object:
+        """Return the value at `path`; None where it, or what it is in, is null or missing."""
+        value = self.content
+        for name in path.split("."):
+            if isinstance(value, list) and name.isdecimal() and int(name) < len(value):
+                value = value[int(name)]
+            else:
+                value = value.get(name) if isinstance(value, dict) else None
         return value
 
     def wrong(self, path: str, expected: str) -> ChainError:
         """Return the error that names `path`, the expected value and the actual one."""
-        value = self.field(path)
+        value = self.maybe(path)
         if isinstance(value, dict | list):
             return ChainError(f"{self.where}: {path} must be {expected}, but is an object or a list")
         shown = excerpt(orjson.dumps(value), secrets=self.secrets)

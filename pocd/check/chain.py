@@ -68,7 +68,7 @@ async def check_chain(
     if not heads:
         return [*findings, yellow("clock", "no block to hold it against: no node answers", "mend the chain first")]
     source, newest = max(heads, key=lambda pair: pair[1].block.time)
-    interval = await _interval(source, newest, limit)
+    interval = await seconds_a_block(source, newest, limit)
     return [*findings, judge_clock(newest, now, behind=(confirmations + 2) * interval)]
 
 
@@ -82,7 +82,7 @@ async def _head(source: ChainSource, limit: float) -> Head | ChainError:
         return error
 
 
-async def _interval(source: ChainSource, head: Head, limit: float) -> float:
+async def seconds_a_block(source: ChainSource, head: Head, limit: float) -> float:
     """Return the seconds between blocks; 0 where the node does not hold an earlier one."""
     height = max(1, head.block.height - LOOK_BACK)
     if height == head.block.height:

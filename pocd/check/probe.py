@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from pocd.observe.mask import excerpt
+from pocd.tasks import within
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -90,5 +91,4 @@ async def _end(process: Process) -> None:
     with contextlib.suppress(ProcessLookupError):
         process.kill()
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(GRACE):
-            await process.wait()
+        await within(GRACE, process.wait())

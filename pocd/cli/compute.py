@@ -47,17 +47,20 @@ def compute(  # noqa: PLR0913 - one argument per option
     device: DeviceOption = "cpu",
     batch_size: BatchSizeOption = 32,
     revision: RevisionOption = None,
+    stronger_rng: Annotated[
+        bool, typer.Option("--stronger-rng", help="Inputs from 256 bits, as the live network may ask; of artifacts.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per nonce.")] = False,
 ) -> None:
     """Print the distance, or the vector, of each nonce."""
     from pocd.lab import command
-    from pocd.protocol.schemes import SCHEMES
+    from pocd.protocol.schemes import SCHEMES, with_stronger_rng
     from pocd.protocol.vectors import decode_vectors, encode_vectors
 
     with compute_errors():
         request = command.ComputeRequest(
             model=model,
-            scheme=scheme,
+            scheme=(scheme := with_stronger_rng(scheme) if stronger_rng else scheme),
             block_hash=block_hash,
             public_key=public_key,
             seq_len=seq_len,

@@ -15,14 +15,25 @@ EXAMPLES = {
     "demo": ["pocd demo", "pocd demo --blocks 3 --block-seconds 5"],
     "status": ["pocd status", "pocd status --json", "pocd status --url unix:///run/pocd/admin.sock"],
     "watch": ["pocd watch", "pocd watch --url http://10.0.0.7:8460 --token-file token", "pocd watch --interval 5"],
+    "fleet": [
+        "pocd fleet http://10.0.0.7:8460 http://10.0.0.8:8460 --token-file token",
+        "pocd fleet --file hosts --interval 10",
+        "pocd fleet --file hosts --json",
+    ],
     "stop": ["pocd stop", "pocd stop --url unix:///run/pocd/admin.sock"],
     "resume": ["pocd resume"],
-    "devchain": ["pocd devchain", "pocd devchain --port 26658 --block-seconds 30 --seed test"],
+    "chain": ["pocd chain", "pocd chain --url http://node.example:8000 --json"],
+    "devchain": [
+        "pocd devchain",
+        "pocd devchain --kind gonka --block-seconds 1",
+        "pocd devchain --port 26658 --block-seconds 30 --seed test",
+    ],
     "receiver": ["pocd receiver --store proofs.db", "pocd receiver --host 0.0.0.0 --secret-file secrets"],
     "compute": [
         f"pocd compute --model bundled:tiny-qwen3 {_OF_BLOCK} --nonces 0:8",
         f"pocd compute --model Qwen/Qwen3-0.6B --device cuda {_OF_BLOCK} --nonces 0:1000,5000",
         f"pocd compute --model bundled:tiny-qwen3 --scheme poc4 --json {_OF_BLOCK} --nonces 0:8",
+        f"pocd compute --model bundled:tiny-qwen3 --scheme artifacts --stronger-rng {_OF_BLOCK} --nonces 0:8",
     ],
     "calibrate": [
         "pocd calibrate --model bundled:tiny-qwen3 --rate 0.1",

@@ -10,20 +10,22 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from pocd import __version__
 from pocd.cli.api import ConfigOption, TokenOption, UrlOption, call_api, echo
+from pocd.cli.chain import chain
 from pocd.cli.check import check
 from pocd.cli.commitment import commit, prove, verify_proofs
 from pocd.cli.compute import audit, calibrate, compute
 from pocd.cli.examples import add_examples
+from pocd.cli.fleet import fleet
 from pocd.cli.outbox import app as outbox_app
 from pocd.cli.validate import validate
 from pocd.cli.watch import watch
-from pocd.config.model import check_model
+from pocd.config.model import check_model, check_rounds
 from pocd.config.settings import DEFAULT_PATH, ConfigError, foreign_variables, load
 from pocd.observe.journal import goes_to_journal, marked
 from pocd.observe.lines import writer_to
@@ -39,7 +41,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, pretty_exceptions
 config_app = typer.Typer(no_args_is_help=True, help="Look at the configuration.")
 app.add_typer(config_app, name="config")
 app.add_typer(outbox_app, name="outbox")
-for command in (check, watch, compute, calibrate, audit, validate, commit, prove):
+for command in (check, chain, watch, fleet, compute, calibrate, audit, validate, commit, prove):
     app.command()(command)
 app.command("verify")(verify_proofs)
 
@@ -196,16 +198,30 @@ def devchain(
     block_seconds: Annotated[float, typer.Option(help="Seconds between blocks.", min=0.1)] = 5.0,
     chain_id: Annotated[str, typer.Option(help="The network's name.")] = "pocd-dev",
     genesis: Annotated[float | None, typer.Option(help="Unix time of block 1. Default: now.")] = None,
+    kind: Annotated[Literal["cometbft", "gonka"], typer.Option(help="What the chain is like.")] = "cometbft",
+    model: Annotated[str, typer.Option(help="Name of the network's one model, of kind gonka.")] = "bundled:tiny-qwen3",
+    seq_len: Annotated[int, typer.Option(help="Number of positions, of kind gonka.", min=1)] = 32,
+    schemes: Annotated[
+        bool, typer.Option("--schemes", help="Tell a model's parameters in a list of schemes, of kind gonka.")
+    ] = False,
 ) -> None:
-    """Run a development chain that speaks CometBFT's RPC."""
+    """Run a development chain that speaks CometBFT's RPC; of kind gonka with the live network's epochs besides.
+
+    A confirmation round of kind gonka is announced by POST /confirm.
+    """
     from pocd.dev import chain as program
+    from pocd.dev import epochs
     from pocd.observe import logs
 
     log = logs.configure("info", "auto")
     started = time.time() if genesis is None else genesis
-    chain = program.DevChain(seed=seed, block_seconds=block_seconds, genesis=started, chain_id=chain_id)
+    blocks = program.DevChain(seed=seed, block_seconds=block_seconds, genesis=started, chain_id=chain_id)
+    if kind == "gonka":
+        served = epochs.application(epochs.EpochChain(blocks, model, seq_len, in_schemes=schemes))
+    else:
+        served = program.application(blocks)
     with _port_errors(host, port):
-        _run_until_signal(program.serve(chain, host, port, _announce(log, "development chain")))
+        _run_until_signal(program.serve(served, host, port, _announce(log, "development chain")))
 
 
 @app.command()
@@ -249,6 +265,7 @@ def config_check(config: ConfigOption = DEFAULT_PATH) -> None:
     from pocd.config.secrets import check_secrets, unit_of
 
     settings = load(config)
+    check_rounds(settings)
     check_model(settings)
     unseen = check_secrets(settings, config)
     echo(

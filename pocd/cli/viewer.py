@@ -4,37 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
-import sys
-import termios
 import time
-import tty
 from collections import deque
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
-from rich.live import Live
 
 from pocd.admin.client import AdminError, ServerEvent, call, events
-from pocd.cli.api import echo
+from pocd.cli.live import draw, is_drawable, print_once
 from pocd.cli.watch_view import Sample, Seen, View
 from pocd.process import EXIT_CRASH, EndedError
-from pocd.tasks import first_error
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 ANSWER_SECONDS = 10.0  # for a status; the daemon makes one in milliseconds
 BACKLOG_SECONDS = 1.0  # for the events that have happened, where one view is printed
 AGAIN_SECONDS = 2.0  # after which a stream that ended is opened again
-DRAW_SECONDS = 0.5  # between two pictures; ages go on while nothing is asked
 LONGEST = 900.0  # seconds of what was seen that are kept
 EVENTS_KEPT = 100
 EVENTS_PRINTED = 15  # where one view is printed
-QUIT = {b"q", b"Q", b"\x04"}
 
 
 @dataclass(slots=True)
@@ -126,8 +114,9 @@ async def watch(url: str, token: str | None, *, interval: float) -> None:
     """
     viewer = Viewer(url, token)
     console = Console(highlight=False)
-    if sys.stdout.isatty() and not console.is_dumb_terminal:
-        await _live(viewer, console, interval)
+    if is_drawable(console):
+        followers = {"status": viewer.follow_status(interval), "events": viewer.follow_events()}
+        await draw(lambda: View(viewer.seen()), console, followers)
     else:
         await _once(viewer, console)
 
@@ -140,52 +129,4 @@ async def _once(viewer: Viewer, console: Console) -> None:
                 await viewer.listen()
     except AdminError as error:
         raise EndedError(EXIT_CRASH, str(error)) from error
-    with console.capture() as captured:
-        console.print(View(replace(viewer.seen(), events=tuple(viewer.events)[-EVENTS_PRINTED:])))
-    echo(captured.get().rstrip("\n"), keep="\033")  # of colours that were asked for: the view itself is clean
-
-
-async def _live(viewer: Viewer, console: Console, interval: float) -> None:
-    stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    try:
-        async with asyncio.TaskGroup() as group:
-            following = [
-                group.create_task(viewer.follow_status(interval), name="status"),
-                group.create_task(viewer.follow_events(), name="events"),
-            ]
-            with _keys(stop), Live(console=console, screen=True, auto_refresh=False) as live:
-                while not stop.is_set():
-                    live.update(View(viewer.seen()), refresh=True)
-                    with contextlib.suppress(TimeoutError):
-                        async with asyncio.timeout(DRAW_SECONDS):
-                            await stop.wait()
-            for task in following:
-                task.cancel()
-    except BaseExceptionGroup as errors:
-        raise first_error(errors) from None
-
-
-@contextlib.contextmanager
-def _keys(stop: asyncio.Event) -> Iterator[None]:
-    """Set `stop` at q, where keys can be read at all; the terminal is left as it was found."""
-    if not sys.stdin.isatty():
-        yield
-        return
-    loop, keyboard = asyncio.get_running_loop(), sys.stdin.fileno()
-
-    def read() -> None:
-        if not (key := os.read(keyboard, 1)):
-            loop.remove_reader(keyboard)  # the terminal has gone; SIGHUP ends us
-        elif key in QUIT:
-            stop.set()
-
-    found = termios.tcgetattr(keyboard)
-    tty.setcbreak(keyboard)
-    loop.add_reader(keyboard, read)
-    try:
-        yield
-    finally:
-        loop.remove_reader(keyboard)
-        termios.tcsetattr(keyboard, termios.TCSADRAIN, found)
+    print_once(View(replace(viewer.seen(), events=tuple(viewer.events)[-EVENTS_PRINTED:])), console)

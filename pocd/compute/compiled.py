@@ -63,7 +63,7 @@ class Compiled:
     def __init__(self, run: BlockRun, rows: int) -> None:
         model, decoder = run.model, run.model.decoder
         assert isinstance(decoder, FlatDecoder), "only flat decoders are compiled"
-        self._shape = run.scheme, run.seq_len, rows
+        self._scheme, self._shape = run.scheme, (run.scheme, run.seq_len, rows)
         self._join = join_of(run.scheme.layer_step, model.layers)
         self._all_positions = run.scheme.reads_all
         # Cosines and sines once: some models' own code for them waits for the GPU, which ends a capture.
@@ -88,7 +88,7 @@ class Compiled:
 
     def fill(self, inputs: torch.Tensor, seeds: torch.Tensor) -> None:
         """Overwrite input embeddings [B, S, H] with those of `seeds`."""
-        self._draw(inputs.view(len(inputs), -1), seeds[:, 0])
+        stages.fill_inputs(inputs, seeds, self._scheme, self._draw)
 
     def decode(self, inputs: torch.Tensor, seeds: torch.Tensor, block: BlockTensors) -> torch.Tensor:
         """Compute distances [B], or vectors [B, VECTOR_SIZE], from inputs [B, S, H]; all on the device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,14 +14,13 @@ from pocd.compute import stages
 from pocd.compute.arithmetic import fix_arithmetic
 from pocd.compute.memory import is_out_of_memory
 from pocd.compute.model import Execution, check_seq_len
-from pocd.compute.random import fill_normal, seeds_tensor, to_device, unit_normal
+from pocd.compute.random import fill_normal, int32_bits, seeds_tensor, to_device, unit_normal
 from pocd.compute.ranks import whole
 from pocd.compute.segments import measure
-from pocd.compute.stages import BlockTensors, seed_texts
+from pocd.compute.stages import BlockTensors, nonce_seeds
 from pocd.compute.transforms import join_of
 from pocd.compute.weights import drawn_weights
 from pocd.protocol.errors import InputError, NonFiniteError, OutOfMemoryError
-from pocd.protocol.nonces import LARGEST_NONCE
 from pocd.protocol.schemes import RANDOM_HEAD_DIM
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pocd.compute.segments import Standard
     from pocd.protocol.schemes import HeadSource, Scheme
 
+ROUTE_BY_TOKEN = {"deepseek_v4"}  # types of models that the live network gives token ids beside the embeddings
 UNDER_WAY = 2  # batches: while one is computed, the host prepares the next
 
 
@@ -118,7 +119,7 @@ class BlockRun:
         """Compute the distance or the vector of each nonce, with the next batch under way while one is waited for.
 
         Args:
-            nonces: Distinct nonces in [0, 2**63), in any order; at least one.
+            nonces: Distinct nonces that the scheme allows, in any order; at least one.
             batch_size: Nonces per forward pass.
 
         Returns:
@@ -129,7 +130,7 @@ class BlockRun:
             OutOfMemoryError: A batch of this size does not fit.
             NonFiniteError: The model gave NaN or infinity; the message names the nonces and the layer.
         """
-        _check_nonces(nonces)
+        _check_nonces(nonces, self.scheme)
         found: list[torch.Tensor] = []
         under_way: deque[Pending] = deque()
         for start in range(0, len(nonces), batch_size):
@@ -146,14 +147,14 @@ class BlockRun:
         So a distance does not depend on its neighbours, nor on how many there are.
 
         Args:
-            nonces: Distinct nonces in [0, 2**63), 1 to `batch_size` of them.
+            nonces: Distinct nonces that the scheme allows, 1 to `batch_size` of them.
             batch_size: Nonces per forward pass.
 
         Raises:
             InputError: A nonce is out of range or repeated, or there are none or too many; nothing was computed.
             OutOfMemoryError: A batch of this size does not fit.
         """
-        _check_nonces(nonces)
+        _check_nonces(nonces, self.scheme)
         if not 1 <= len(nonces) <= batch_size:
             raise InputError(f"a batch takes 1 to {batch_size} nonces, got {len(nonces)}")
         batch = list(nonces)
@@ -177,7 +178,9 @@ class BlockRun:
 
     def inputs(self, nonces: Sequence[int]) -> torch.Tensor:
         """Draw random input embeddings [B, S, H] in the model's dtype."""
-        return stages.draw_inputs(self._seeds(nonces), self.seq_len, self.model.hidden_size, self.model.dtype)
+        shape = len(nonces), self.seq_len, self.model.hidden_size
+        out = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
+        return stages.fill_inputs(out, self._seeds(nonces), self.scheme)
 
     def readout(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
         """Return what the scheme reads [B, H] of hidden states: of the last position [B, H], or of all [B, S, H]."""
@@ -207,8 +210,8 @@ class BlockRun:
     def host_seeds(self, nonces: Sequence[int]) -> torch.Tensor:
         """Return the seeds of single nonces of this miner on the host, int32 bits [B, K]; see `stages`."""
         owner = f"{self.block_hash}_{self.public_key}"
-        texts = [f"{owner}_{text}" for nonce in nonces for text in seed_texts(self.scheme, nonce)]
-        return seeds_tensor(texts).view(len(nonces), -1)
+        seeds = itertools.chain.from_iterable(nonce_seeds(self.scheme, owner, nonce) for nonce in nonces)
+        return int32_bits(seeds).view(len(nonces), -1)
 
     def _seeds(self, nonces: Sequence[int]) -> torch.Tensor:
         return to_device(self.host_seeds(nonces), self.model.device)
@@ -264,11 +267,12 @@ def _fetch(values: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]
     return copy, done
 
 
-def _check_nonces(nonces: Sequence[int]) -> None:
+def _check_nonces(nonces: Sequence[int], scheme: Scheme) -> None:
     seen: set[int] = set()
     for nonce in nonces:
-        if not 0 <= nonce <= LARGEST_NONCE:
-            raise InputError(f"nonce {nonce} is outside 0 to 2**63 - 1")
+        if not 0 <= nonce <= scheme.largest_nonce:
+            bits = scheme.largest_nonce.bit_length()
+            raise InputError(f"nonce {nonce} is outside 0 to 2**{bits} - 1, which scheme {scheme.name!r} allows")
         if nonce in seen:
             raise InputError(f"nonce {nonce} is repeated")
         seen.add(nonce)
@@ -298,6 +302,7 @@ HEADS: dict[HeadSource, Callable[[Model, str], torch.Tensor | None]] = {
     "random": _random_head,
     "none": _no_head,
     "projection": _no_head,  # each nonce has its own
+    "pick": _no_head,
 }
 
 
@@ -334,6 +339,11 @@ def block_run(model: Model, scheme: Scheme, *, block_hash: str, public_key: str,
         raise InputError(f"seq_len {seq_len} is too short for scheme {scheme.name!r}: {scheme.least_seq_len} or more")
     if scheme.weights != "trained" and torch.distributed.is_initialized():
         raise InputError(f"scheme {scheme.name!r} draws weights, which a model that is split over devices cannot have")
+    if scheme.head == "pick" and model.causal.config.model_type in ROUTE_BY_TOKEN:
+        raise InputError(
+            f"model {model.name!r} routes by token ids, which pocd does not give it: under scheme {scheme.name!r} its "
+            "results would not be those of the live network; choose another model or scheme"
+        )
     fix_arithmetic()
     with drawn_weights(model.causal, scheme.weights, block_hash):
         yield _prepare(model, scheme, block_hash, public_key, seq_len)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+import struct
 from typing import TYPE_CHECKING
 
 import torch
 from torch.library import custom_op
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 # Pairs of numbers drawn in one go. On the CPU a chunk and its temporaries stay near the cache (2.5 MiB);
 # on a GPU few launches count (320 MiB).
@@ -25,6 +26,11 @@ CHUNK = {"cpu": 2**17, "cuda": 2**24}
 def seed32(text: str) -> int:
     """Return the first four bytes of SHA-256 of `text` in UTF-8, big-endian, in [0, 2**32)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+
+
+def seeds256(text: str) -> tuple[int, ...]:
+    """Return the eight 32-bit words of SHA-256 of `text` in UTF-8, big-endian; the first is `seed32`."""
+    return struct.unpack(">8I", hashlib.sha256(text.encode()).digest())
 
 
 def _signed(value: int) -> int:
@@ -43,7 +49,12 @@ def _rotate_left(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 def seeds_tensor(texts: Sequence[str], device: torch.device | str = "cpu") -> torch.Tensor:
     """Return `seed32` of each text as the bits of an int32 tensor [len(texts)]."""
-    return to_device(torch.tensor([_signed(seed32(text)) for text in texts], dtype=torch.int32), device)
+    return to_device(int32_bits(map(seed32, texts)), device)
+
+
+def int32_bits(values: Iterable[int]) -> torch.Tensor:
+    """Return numbers in [0, 2**32) as the bits of an int32 tensor, on the host."""
+    return torch.tensor([_signed(value) for value in values], dtype=torch.int32)
 
 
 def to_device(seeds: torch.Tensor, device: torch.device | str) -> torch.Tensor:

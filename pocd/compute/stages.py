@@ -1,6 +1,6 @@
 """From seeds to distances or vectors: pure functions of tensors, run as they are, compiled, or captured.
 
-A batch of B nonces is one table of seeds, int32 bits [B, K]; its columns are those of `seed_texts`.
+A batch of B nonces is one table of seeds, int32 bits [B, K]; its rows are those of `nonce_seeds`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch.library import custom_op
 
-from pocd.compute.random import normal, signs, unit_normal
+from pocd.compute.random import fill_normal, hash32, normal, seed32, seeds256, signs, unit_normal
 from pocd.compute.segments import factors, signed_sum
 from pocd.compute.transforms import reflect_in_order
 from pocd.protocol.schemes import VECTOR_SIZE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pocd.compute.segments import Standard
     from pocd.protocol.schemes import Scheme
+
+    Fill = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 HEAD_CHUNK = 2**24  # elements of the head that are in float32 at a time: 64 MiB
 
@@ -41,20 +45,51 @@ class BlockTensors:
 
 
 def seed_texts(scheme: Scheme, nonce: int) -> list[str]:
-    """Return the ends of a nonce's seed texts: input, reflections, signs, target or projection."""
-    texts = [f"nonce{nonce}", *(f"nonce_{nonce}_hidden_r{r}" for r in range(scheme.reflections))]
+    """Return the ends of a nonce's seed texts but for its inputs': reflections, signs, target, projection or pick."""
+    texts = [f"nonce_{nonce}_hidden_r{r}" for r in range(scheme.reflections)]
     if scheme.reads_all:
         texts.append(f"nonce_{nonce}_signs")
     if scheme.head == "none":
         texts.append(f"nonce_{nonce}_target")
     if scheme.head == "projection":
         texts.append(f"nonce_{nonce}_projection")
+    if scheme.head == "pick":
+        texts.append(f"nonce_{nonce}_pick_{VECTOR_SIZE}")
+        texts += [f"nonce_{nonce}_haar_hh_{VECTOR_SIZE}_{j}" for j in range(VECTOR_SIZE - 1)]
     return texts
 
 
-def draw_inputs(seeds: torch.Tensor, seq_len: int, hidden_size: int, dtype: torch.dtype) -> torch.Tensor:
-    """Draw random input embeddings [B, S, H]."""
-    return normal(seeds[:, 0], seq_len * hidden_size, dtype=dtype).view(len(seeds), seq_len, hidden_size)
+def nonce_seeds(scheme: Scheme, owner: str, nonce: int) -> list[int]:
+    """Return a nonce's row of the table of seeds: those of its inputs, and those of `seed_texts`, in [0, 2**32).
+
+    Args:
+        scheme: The scheme.
+        owner: Block hash and public key, joined by an underscore.
+        nonce: The nonce.
+    """
+    inputs = seeds256(f"{owner}_nonce{nonce}")[: scheme.input_seeds]
+    return [*inputs, *(seed32(f"{owner}_{text}") for text in seed_texts(scheme, nonce))]
+
+
+def fill_inputs(inputs: torch.Tensor, seeds: torch.Tensor, scheme: Scheme, fill: Fill = fill_normal) -> torch.Tensor:
+    """Overwrite input embeddings [B, S, H] with random ones.
+
+    With eight seeds each draws its own ⌈S·H/8⌉ numbers, of which the last may be fewer.
+
+    Args:
+        inputs: The tensor to fill, in any precision.
+        seeds: The table of seeds.
+        scheme: The scheme.
+        fill: Fills rows with normal numbers by a seed each.
+
+    Returns:
+        `inputs`.
+    """
+    flat = inputs.view(len(inputs), -1)
+    width = -(-flat.shape[1] // scheme.input_seeds)
+    for column, part in enumerate(flat.split(width, dim=1)):
+        fill(part, seeds[:, column])
+    return inputs
 
 
 def find_factors(states: torch.Tensor, seeds: torch.Tensor, scheme: Scheme, standard: Standard) -> torch.Tensor:
@@ -72,15 +107,32 @@ def find_readout(states: torch.Tensor, seeds: torch.Tensor, scheme: Scheme, stan
 
 
 def _signs(states: torch.Tensor, seeds: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    return signs(seeds[:, 1 + scheme.reflections], states.shape[1])
+    return signs(seeds[:, scheme.input_seeds + scheme.reflections], states.shape[1])
 
 
-def find_vectors(readout: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+def project(readout: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
     """Return the vectors P·x, float32 [B, VECTOR_SIZE], of readouts x [B, H]; P is each nonce's own."""
     size = readout.shape[-1]
     projections = normal(seeds[:, -1], VECTOR_SIZE * size).view(len(seeds), VECTOR_SIZE, size)
     # Not as a product with a vector: its rounding may depend on the place in the batch.
     return (projections * readout.unsqueeze(1)).sum(dim=-1)
+
+
+def pick(h: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+    """Return picked coordinates of h [B, H], rotated and scaled to unit length, float32 [B, VECTOR_SIZE].
+
+    Each nonce picks the coordinates whose hashes are smallest. Their order decides what the rotation mixes; it is that
+    of the live network's GPUs: ascending, but for the one with the largest of these hashes, which comes last.
+    """
+    picked = seeds[:, -VECTOR_SIZE]
+    keys = torch.arange(h.shape[-1], dtype=torch.int32, device=h.device)
+    scores = hash32(keys, picked.unsqueeze(-1)).bitwise_xor_(-(2**31))  # so that signed numbers have the unsigned order
+    smallest = scores.topk(VECTOR_SIZE, largest=False, sorted=True).indices
+    order = torch.cat([smallest[:, :-1].sort().values, smallest[:, -1:]], dim=1)
+    rotations = unit_normal(seeds[:, 1 - VECTOR_SIZE :], VECTOR_SIZE)
+    x = reflect_in_order(h.gather(1, order), rotations)
+    unit: torch.Tensor = x / (x.norm(dim=-1, keepdim=True) + 1e-8)
+    return unit
 
 
 def draw_targets(seeds: torch.Tensor, dimension: int) -> torch.Tensor:
@@ -90,9 +142,9 @@ def draw_targets(seeds: torch.Tensor, dimension: int) -> torch.Tensor:
 
 def find_hidden(readout: torch.Tensor, seeds: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     """Return the head's input, or without a head the vector compared with the target, float32 [B, H]."""
-    h, count = readout.float(), scheme.reflections
+    h, first, count = readout.float(), scheme.input_seeds, scheme.reflections
     if count:
-        h = reflect_in_order(h, unit_normal(seeds[:, 1 : 1 + count], h.shape[-1]))
+        h = reflect_in_order(h, unit_normal(seeds[:, first : first + count], h.shape[-1]))
     return h / h.norm(dim=-1, keepdim=True) if scheme.normalise else h
 
 
@@ -130,6 +182,7 @@ def _(h: torch.Tensor, _head: torch.Tensor, _target: torch.Tensor) -> tuple[torc
 def measure_states(states: torch.Tensor, seeds: torch.Tensor, block: BlockTensors, *, scheme: Scheme) -> torch.Tensor:
     """Return distances float32 [B], or vectors [B, VECTOR_SIZE], from hidden states as `find_readout` takes them."""
     readout = find_readout(states, seeds, scheme, block.standard)
-    if scheme.output == "vector":
-        return find_vectors(readout, seeds)
-    return find_distance(find_hidden(readout, seeds, scheme), seeds, block)
+    if scheme.head == "projection":
+        return project(readout, seeds)
+    hidden = find_hidden(readout, seeds, scheme)
+    return pick(hidden, seeds) if scheme.head == "pick" else find_distance(hidden, seeds, block)

@@ -26,7 +26,7 @@ from pocd.config.types import (
     SecretFile,
     SocketPath,
 )
-from pocd.protocol.names import Compile, Dtype, OnRounding
+from pocd.protocol.names import ChainKind, Compile, Dtype, OnRounding
 from pocd.protocol.numbers import MOST_NODES, Count, Index
 from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH, MOST_NONCES
 from pocd.protocol.schemes import SCHEMES
@@ -70,7 +70,7 @@ class NodeSettings(_Section):
 class ChainSettings(_Section):
     """The chain that block hashes come from."""
 
-    kind: Literal["cometbft", "evm"] = "cometbft"
+    kind: ChainKind = "cometbft"
     urls: list[HttpUrl] = Field(min_length=1)
     id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     poll_interval: float = Field(default=2.0, gt=0, le=3600)
@@ -309,6 +309,15 @@ def load_store(path: Path) -> StoreSettings:
         ConfigError: The file cannot be read, or its [store] cannot be used.
     """
     return _load_section(path, "store", StoreSettings, {})
+
+
+def load_chain(path: Path) -> ChainSettings:
+    """Read which chain is followed, and its nodes: all that a command needs that only looks at the chain.
+
+    Raises:
+        ConfigError: The file cannot be read, or its [chain] cannot be used.
+    """
+    return _load_section(path, "chain", ChainSettings, {})
 
 
 def _load_section(path: Path, name: str, section: type[S], given: dict[str, Any]) -> S:

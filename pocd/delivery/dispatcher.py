@@ -12,6 +12,7 @@ from pocd.delivery.posting import Poster
 from pocd.observe.mask import mask_url
 from pocd.store import deliveries
 from pocd.store.outbox import ReceiverState
+from pocd.tasks import shielded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -173,7 +174,8 @@ class Dispatcher:
         match decision:
             case Accept():
                 # Shielded: what the receiver has, it has, though the daemon is stopping.
-                await asyncio.shield(record(deliveries.record_delivered, name, delivery.batch, now))
+                mark = record(deliveries.record_delivered, name, delivery.batch, now)
+                await shielded(f"receiver {name}: what it accepted", mark, self._log)
             case SetAside(reason):
                 await record(deliveries.record_set_aside, name, delivery.batch, reason, now)
             case Park():

@@ -89,7 +89,7 @@ def application(chain: DevChain, clock: Callable[[], float] = time.time) -> web.
         # CometBFT reads a number with or without quotes, and an empty one as if it were not there.
         params = {name: value.strip('"') or None for name, value in request.query.items()}
         try:
-            return _respond(_NO_ID, result=_call(chain, request.path.strip("/"), params, clock()))
+            return _respond(_NO_ID, result=_call(chain, request.path.rpartition("/")[2], params, clock()))
         except _RpcError as error:
             return _respond(_NO_ID, status=500, error=error.error)
 
@@ -114,11 +114,11 @@ def application(chain: DevChain, clock: Callable[[], float] = time.time) -> web.
     return app
 
 
-async def serve(chain: DevChain, host: str, port: int, on_started: Callable[[str], None] | None) -> None:
-    """Serve `chain` until cancelled.
+async def serve(app: web.Application, host: str, port: int, on_started: Callable[[str], None] | None) -> None:
+    """Serve a chain until cancelled.
 
     Args:
-        chain: The chain to serve.
+        app: What serves the chain, see `application`.
         host: Address to listen at.
         port: TCP port; 0 takes a free one.
         on_started: Called once with the URL, when requests are answered.
@@ -126,7 +126,7 @@ async def serve(chain: DevChain, host: str, port: int, on_started: Callable[[str
     Raises:
         OSError: The port is taken, or the address is not this machine's.
     """
-    async with listening(application(chain), host, port, shutdown_timeout=1.0) as url:
+    async with listening(app, host, port, shutdown_timeout=1.0) as url:
         if on_started is not None:
             on_started(url)
         await asyncio.Event().wait()  # nobody sets it: only cancellation ends this

@@ -14,6 +14,7 @@ import orjson
 
 from pocd.config.settings import ENV_PREFIX
 from pocd.process import EXIT_CRASH, EndedError
+from pocd.tasks import within
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -95,8 +96,7 @@ async def _stop(process: Process) -> bool:
     if process.returncode is None:
         process.terminate()
     try:
-        async with asyncio.timeout(STOP_SECONDS):
-            await process.wait()
+        await within(STOP_SECONDS, process.wait())
     except TimeoutError:
         process.kill()
         await process.wait()

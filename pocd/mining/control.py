@@ -17,6 +17,7 @@ from pocd.mining.phases import Call, Mode, mode_after
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.store.outbox import Outbox, Work
+from pocd.tasks import shielded
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -170,7 +171,7 @@ class Control:
             StoreUnavailableError: The decision cannot be stored now; nothing has changed.
         """
         # Shielded, so that the call ends though its caller gives up: what is stored is what is done.
-        await asyncio.shield(asyncio.create_task(self._call(call, asked), name=f"control: {call}"))
+        await shielded(f"control: {call}", self._call(call, asked), self._log)
 
     async def _call(self, call: Call, asked: RoundRequest | None) -> None:
         async with self._lock:

@@ -10,7 +10,7 @@ from pocd.pool.causes import Cause, WorkerError
 from pocd.pool.processes import FailedError
 from pocd.pool.recomputations import NoResultError, WorkerLostError
 from pocd.store.outbox import Weights
-from pocd.tasks import run_forever, within
+from pocd.tasks import run_forever, shielded, within
 from pocd.worker.messages import (
     BatchShrunk,
     Cancel,
@@ -159,7 +159,8 @@ class Feeder:
                 assert self._state.info is not None, "a worker that computes is ready"
                 weights = Weights(self._state.info.fingerprint, self._state.info.dtype)
                 # Shielded: when this task is cancelled, what was computed is committed and counted all the same.
-                await asyncio.shield(self._miner.complete(lease, message.distances, weights))
+                name = f"worker {self._state.number}: what it computed"
+                await shielded(name, self._miner.complete(lease, message.distances, weights), self._log)
             elif isinstance(message, Refused):
                 await self._refuse(self._finished(message.id), message.reason)
             elif isinstance(message, BatchShrunk):

@@ -177,9 +177,11 @@ class Processes:
     async def _wait(self, limit: float) -> None:
         """Wait until all processes have ended, at most `limit` seconds."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(limit):
-                for rank in self._ranks:
-                    await rank.process.wait()
+            await within(limit, self._all_ended())
+
+    async def _all_ended(self) -> None:
+        for rank in self._ranks:
+            await rank.process.wait()
 
     def _name(self, number: int) -> str:
         name = f"worker process {self._ranks[number].process.pid}"

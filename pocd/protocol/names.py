@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from pocd.protocol.errors import InputError, ModelAwayError, ModelError
-from pocd.protocol.schemes import RANDOM_HEAD_DIM, Scheme
+from pocd.protocol.schemes import RANDOM_HEAD_DIM, VECTOR_SIZE, Scheme
 
 BUNDLED = Path(__file__).resolve().parent.parent / "models"
 
 Dtype = Literal["float32", "float16", "bfloat16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 Compile = Literal["auto", "always", "never"]
+ChainKind = Literal["cometbft", "evm", "gonka"]
 OnRounding = Literal["warn", "refuse"]  # where rounding decides too much
 # How far two honest distances of one nonce in one dtype may lie apart, where distances are made in 8192 dimensions:
 # docs/protocol.md, "Agreement", measured there.
 TOLERANCE: dict[str, float] = {"float32": 1e-5, "float16": 5e-4, "bfloat16": 2e-3}
 PRODUCT_ROUNDING = 2.0
-# How far two honest vectors' numbers, whose standard deviation is 1, may lie apart on the bundled models.
+# How far two honest vectors' numbers may lie apart on the bundled models where their standard deviation is 1. Of a
+# vector of unit length it is 12^(-1/2).
 VECTOR_TOLERANCE: dict[str, float] = {"float32": 1e-5, "float16": 0.02, "bfloat16": 0.15}
 LARGEST_BATCH = 2**16  # positions of a batch where batch_size is "auto": more of them make no device faster
 DEVICE_PATTERN = r"^(cpu|cuda(:[0-9]+)?)$"
@@ -34,7 +36,7 @@ def default_tolerance(dtype: str, scheme: Scheme, hidden_size: int) -> float:
     magnifies rounding.
     """
     if scheme.output == "vector":
-        return VECTOR_TOLERANCE[dtype]
+        return VECTOR_TOLERANCE[dtype] * (VECTOR_SIZE**-0.5 if scheme.head == "pick" else 1.0)
     scale = PRODUCT_ROUNDING * math.sqrt(RANDOM_HEAD_DIM / hidden_size) if scheme.head == "none" else 1.0
     return TOLERANCE[dtype] * scale
 

@@ -8,13 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from typing import TYPE_CHECKING, Concatenate, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, Literal, ParamSpec, TypeVar
 
-from pocd.store.database import DatabaseThread, ThreadBusyError
+from pocd.store.database import CallRefusedError, DatabaseThread
 from pocd.store.place import Place
+from pocd.tasks import within
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator
+    from collections.abc import Callable, Coroutine, Iterator
     from pathlib import Path
 
 P = ParamSpec("P")
@@ -236,15 +237,14 @@ class Store:
         return await _bounded(self._path, self._thread(work, *args, **kwargs))
 
 
-async def _bounded(path: Path, call: Awaitable[T]) -> T:
+async def _bounded(path: Path, call: Coroutine[Any, Any, T]) -> T:
     """Wait for a call of the store at `path`, but not for ever; errors name the file."""
     try:
-        async with asyncio.timeout(CALL_TIMEOUT_S):
-            return await call
+        return await within(CALL_TIMEOUT_S, call)
     except TimeoutError as error:
         raise ReceiverStoreBusyError(f"{path}: no answer within {CALL_TIMEOUT_S:g} s") from error
-    except ThreadBusyError as error:
-        raise ReceiverStoreBusyError(f"{path}: {error}") from None
+    except CallRefusedError as error:
+        raise ReceiverStoreBusyError(f"{path} {error}") from None
     except sqlite3.Error as error:
         raise ReceiverStoreError(f"{path}: {error}") from error
 

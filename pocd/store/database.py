@@ -19,8 +19,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class ThreadBusyError(Exception):
-    """A call is refused, because too many already wait for the database's thread."""
+class CallRefusedError(Exception):
+    """A call is not run: too many already wait for the database's thread, or the database is closed."""
 
 
 class DatabaseThread(Generic[D]):
@@ -41,6 +41,7 @@ class DatabaseThread(Generic[D]):
     def __init__(self, opened: Callable[[], D], *, name: str, most_waiting: int) -> None:
         self._most_waiting = most_waiting
         self._waiting = 0
+        self._closed = False
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
         try:
             self.view = self._executor.submit(opened).result()
@@ -52,10 +53,12 @@ class DatabaseThread(Generic[D]):
         """Run `method(database, *args, **kwargs)` in the thread and return its result.
 
         Raises:
-            ThreadBusyError: Too many calls wait; the method is not run.
+            CallRefusedError: Too many calls wait, or the database is closed; the method is not run.
         """
+        if self._closed:  # what outlives the parts that are stopped may still ask
+            raise CallRefusedError("is closed")
         if self._waiting >= self._most_waiting:
-            raise ThreadBusyError(f"{self._most_waiting} calls are waiting already")
+            raise CallRefusedError(f"is too slow: {self._most_waiting} calls are waiting already")
         self._waiting += 1
         try:
             loop = asyncio.get_running_loop()
@@ -64,7 +67,8 @@ class DatabaseThread(Generic[D]):
             self._waiting -= 1
 
     def close(self) -> None:
-        """Finish what was begun, then close the database."""
+        """Finish what was asked, then close the database; what is asked later is refused."""
+        self._closed = True
         try:
             self._executor.submit(self.view.close).result()
         finally:

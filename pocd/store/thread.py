@@ -7,7 +7,7 @@ import sqlite3
 from functools import partial
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
-from pocd.store.database import DatabaseThread, ThreadBusyError
+from pocd.store.database import CallRefusedError, DatabaseThread
 from pocd.store.errors import StoreUnavailableError, failure_of, is_damage
 from pocd.store.outbox import Outbox
 
@@ -33,13 +33,13 @@ class OutboxThread(DatabaseThread[Outbox]):
         """Run `method(outbox, *args, **kwargs)` in the thread and return its result.
 
         Raises:
-            StoreUnavailableError: The disk is full, fails, or is too slow; nothing was changed, and it may go on later.
+            StoreUnavailableError: The disk is full, fails, or is too slow, or the store is closed; nothing was changed.
             StoreError: The file is damaged: a second look found it so as well.
         """
         try:
             return await super().__call__(_trusting, method, *args, **kwargs)
-        except ThreadBusyError as error:
-            raise StoreUnavailableError(f"the store {self._path} is too slow: {error}") from error
+        except CallRefusedError as error:
+            raise StoreUnavailableError(f"the store {self._path} {error}") from error
         except sqlite3.Error as error:
             raise failure_of(self._path, error) from error
 

@@ -54,6 +54,8 @@ class Recipe:
         shape: What differs from `SHAPE`.
         batch: Windows of text per step.
         rate: The peak learning rate.
+        spread: Standard deviation of the first weights, with a layer's two outputs divided by √(2·layers)
+            (GPT-2's rule); None for transformers' 0.02. A deep and narrow model learns nothing from 0.02.
         goal: Loss to be reached, in nats per byte.
     """
 
@@ -63,14 +65,23 @@ class Recipe:
     goal: float
     batch: int = 16
     rate: float = 4e-3
+    spread: float | None = None
     shape: dict[str, Any] = field(default_factory=dict)
 
     def untrained(self) -> Qwen3ForCausalLM | LlamaForCausalLM:
         """Build the model with random weights, in float32."""
         shape = SHAPE | self.shape
+        if self.spread is not None:
+            shape["initializer_range"] = self.spread
         if self.form == "Qwen3":
-            return Qwen3ForCausalLM(Qwen3Config(**shape))
-        return LlamaForCausalLM(LlamaConfig(**shape))
+            model: Qwen3ForCausalLM | LlamaForCausalLM = Qwen3ForCausalLM(Qwen3Config(**shape))
+        else:
+            model = LlamaForCausalLM(LlamaConfig(**shape))
+        if self.spread is not None:
+            for name, weight in model.named_parameters():
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    weight.data /= math.sqrt(2 * shape["num_hidden_layers"])
+        return model
 
 
 BUNDLED = "small enough to travel inside pocd: for the demo, the tests and a first look"
@@ -84,6 +95,8 @@ RECIPES = {
         "Qwen3",
         1.8,
         batch=8,
+        rate=3e-3,
+        spread=0.1,
         shape={"num_hidden_layers": 24, "hidden_size": 64, "intermediate_size": 160, "head_dim": 16},
     ),
 }

@@ -6,6 +6,9 @@ Development chain, receiver and daemon are real processes. The daemon mines a bu
 valid; each run ends it with SIGKILL, from outside at a random moment or inside at a fail point (failpoints.py). What
 is to happen follows from the seed; when it happens, from the machine. At the end the daemon runs once more, delivers
 what is left and is ended well, and crash_verdict.py holds its store against what the receiver holds.
+
+SIGTERM or Ctrl-C ends the run under way and leaves out the others: what was done is delivered and judged all the same,
+and the exit status is 1. A second one ends everything at once, without a verdict.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -30,12 +33,13 @@ from rich.table import Table
 from pocd.admin.client import AdminError, call
 from pocd.dev.processes import Running, launch, started
 from pocd.process import EXIT_OK, EndedError
+from pocd.tasks import cancel
 from scripts.trials.crash_verdict import CrashVerdict, judge
 from scripts.trials.failpoints import MINING, Point
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Coroutine
 
 CONFIG = """\
 [node]
@@ -239,10 +243,41 @@ async def _drain(folder: Path, config: Path) -> None:
         await daemon.end()
 
 
-async def crash(folder: Path, runs: list[Run], console: Console) -> Table:
-    """Do all runs and the last one; returns a table of the kills and starts. `judge` compares the stores afterwards."""
-    if task := asyncio.current_task():
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # so that no process is left behind
+def _asked_to_stop() -> asyncio.Event:
+    """Return an event that the first SIGTERM or SIGINT sets; a second one cancels the current task."""
+    stop, task, loop = asyncio.Event(), asyncio.current_task(), asyncio.get_running_loop()
+    assert task is not None, "called from a task"
+
+    def heed() -> None:
+        if stop.is_set():
+            task.cancel()  # not an end by the signal itself: no process is to be left behind
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, heed)
+    return stop
+
+
+async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Do `work`, which is cancelled when `stop` is set; returns whether it was done."""
+    task, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+            return True
+        return False
+    finally:
+        await cancel((task, stopped))
+
+
+async def crash(folder: Path, runs: list[Run], console: Console) -> tuple[Table, bool]:
+    """Do all runs and the last one, which delivers what is left. `judge` compares the stores afterwards.
+
+    Returns:
+        A table of the kills and starts, and whether all runs were done.
+    """
+    stop, done = _asked_to_stop(), 0
     (folder / "secret").write_text(SECRET + "\n")
     config = folder / "pocd.toml"
     options = ("--port", "0", "--block-seconds", str(BLOCK_SECONDS))
@@ -252,7 +287,10 @@ async def crash(folder: Path, runs: list[Run], console: Console) -> Table:
         state = Crash(folder, config)
         for number, run in enumerate(runs, start=1):
             await witness.be(run.service)
-            await state.run(run, number)
+            if not await _unless(stop, state.run(run, number)):
+                console.print("stopped: what was done is delivered and judged")
+                break
+            done = number
             if number % 25 == 0:
                 console.print(f"{number} of {len(runs)} runs, {time.monotonic() - began:.0f} s")
         await witness.be("up")
@@ -260,9 +298,9 @@ async def crash(folder: Path, runs: list[Run], console: Console) -> Table:
     table = Table("what", "count", title=f"crash runs, {time.monotonic() - began:.0f} s")
     for kind in [*(point.value for point in Point), "at a random moment", "point not passed, killed from outside"]:
         table.add_row(f"killed {kind}", str(state.kills[kind]))
-    table.add_row("starts of the daemon", str(len(runs) + 1))
+    table.add_row("runs", str(done) if done == len(runs) else f"{done} of {len(runs)}")
     table.add_row("of which mined before they were killed", str(state.mined))
-    return table
+    return table, done == len(runs)
 
 
 def report(table: Table, verdict: CrashVerdict, console: Console) -> int:
@@ -293,14 +331,15 @@ def main() -> int:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            table = asyncio.run(crash(folder, plan(arguments.runs, arguments.seed), console))
+            table, complete = asyncio.run(crash(folder, plan(arguments.runs, arguments.seed), console))
         except (EndedError, AdminError) as error:
             console.print(f"wrong: {error}", soft_wrap=True)
             return 1
         except asyncio.CancelledError:
             console.print("ended before its time")
             return 1
-        return report(table, judge(folder / "outbox.db", folder / "receiver.db"), console)
+        status = report(table, judge(folder / "outbox.db", folder / "receiver.db"), console)
+        return status if complete else 1
 
 
 if __name__ == "__main__":

@@ -402,6 +402,8 @@ async def test_what_is_asked_for_wrongly_is_refused_by_its_field_and_changes_not
         ({"fraud_threshold": 1}, "fraud_threshold"),
         ({"node_id": 3, "node_count": 3}, "node_id"),
         ({"node_count": 0}, "node_count"),
+        ({"node_count": -2}, "node_count"),
+        ({"node_count": 1_000_001}, "node_count"),
         ({"seq_len": 0}, "seq_len"),
         ({"seq_len": 10**6}, "seq_len"),
         ({"callback_url": "http://127.0.0.1:1/other"}, "callback_url"),
@@ -413,7 +415,7 @@ async def test_what_is_asked_for_wrongly_is_refused_by_its_field_and_changes_not
         status, answer = await api.post("/init/generate", init_body(api, "wrong") | changes)
         refused = answer["error"]["code"] == "callback_refused"
         assert (status, answer["error"]["field"]) == (403 if refused else 400, field), (changes, answer)
-        assert answer["error"]["message"].startswith(field)
+        assert answer["error"]["message"].startswith(f"{field}:" if not refused else field), answer
     assert (await api.post("/init", b"not JSON"))[1]["error"]["code"] == "malformed_json"
     assert (await api.daemon.status())["control"] == before
 

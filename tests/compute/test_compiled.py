@@ -49,6 +49,7 @@ COMBINATIONS = [
     ("bundled:tiny-llama", "poc2"),
     ("bundled:tiny-llama", "poc3"),
     ("bundled:tiny-llama", "poc4"),
+    ("bundled:tiny-llama", "artifacts-256"),
 ]
 CHILD = f"""
 import json, warnings

@@ -179,12 +179,12 @@ async def test_post_of_what_is_no_call(server: BaseTestServer, session: aiohttp.
 async def test_serve_until_cancelled(session: aiohttp.ClientSession) -> None:
     urls: asyncio.Queue[str] = asyncio.Queue()
     chain = DevChain("seed", block_seconds=1e9, genesis=0.0)
-    task = asyncio.create_task(serve(chain, "127.0.0.1", 0, urls.put_nowait))
+    task = asyncio.create_task(serve(application(chain), "127.0.0.1", 0, urls.put_nowait))
     url = await urls.get()
     assert (await CometBFT(Rpc(session, url)).head()).block.hash in {chain.block_hash(height) for height in range(1, 9)}
     port = int(url.rpartition(":")[2])
     with pytest.raises(OSError, match=str(port)):
-        await serve(chain, "127.0.0.1", port, None)
+        await serve(application(chain), "127.0.0.1", port, None)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -116,7 +116,7 @@ class Scheme:
     weights: Literal["trained", "all drawn", "embedding drawn"]
     after_layer: Literal["none", "reflect", "normalise + reflect", "normalise, branch by 1/√L, reflect"]
     before_head: Literal["none", "normalise", "product of segments", "signed sum"]
-    head: Literal["the model's", "the embedding", "random", "none", "projection"]
+    head: Literal["the model's", "the embedding", "random", "none", "projection", "pick"]
 
 
 SCHEMES = {
@@ -129,6 +129,8 @@ SCHEMES = {
     "poc2": Scheme("trained", "normalise + reflect", "normalise", "random"),
     "poc3": Scheme("trained", "normalise + reflect", "product of segments", "none"),
     "poc4": Scheme("trained", "normalise, branch by 1/√L, reflect", "signed sum", "projection"),
+    "artifacts": Scheme("trained", "reflect", "normalise", "pick"),
+    "artifacts-256": Scheme("trained", "reflect", "normalise", "pick"),
 }
 LAYER = re.compile(r"\b(?:layers|h)\.(\d+)\.")
 NORM_WEIGHT = re.compile(r"(norm|ln_\w+)\.weight$")  # as the tested families name them
@@ -164,6 +166,26 @@ def after_layer(scheme: Scheme, block_hash: str, layers: int) -> Step:
 
 def embeddings(text: str, seq_len: int, size: int) -> Array:
     return normal(seed32(text), seq_len * size).astype(np.float64).reshape(seq_len, size)
+
+
+def embeddings_by_256_bits(text: str, seq_len: int, size: int) -> Array:
+    digest, count = hashlib.sha256(text.encode()).digest(), seq_len * size
+    part = -(-count // 8)
+    words = (int.from_bytes(digest[4 * k : 4 * k + 4], "big") for k in range(8))
+    drawn = [normal(word, min(part, count - k * part)) for k, word in enumerate(words) if k * part < count]
+    return np.concatenate(drawn).astype(np.float64).reshape(seq_len, size)
+
+
+def picked(h: Array, owner: str, nonce: int) -> Array:
+    """Twelve coordinates of h in the order of the live network's GPUs, rotated, of unit length."""
+    scores = [hash32(d, seed32(f"{owner}_nonce_{nonce}_pick_12")) for d in range(len(h))]
+    chosen = sorted(range(len(h)), key=lambda d: scores[d])[:12]
+    order = [*sorted(chosen[:11]), chosen[11]]
+    x = h[order]
+    for j in range(11):
+        x = reflect(x, unit(f"{owner}_nonce_{nonce}_haar_hh_12_{j}", 12))
+    found: Array = x / np.linalg.norm(x)
+    return found
 
 
 def units(states: Array) -> Array:
@@ -228,8 +250,12 @@ def distance(
 def vector(
     decoder: Decoder, *, block_hash: str, public_key: str, nonce: int, seq_len: int, scheme: str = "poc4"
 ) -> Array:
-    """The twelve numbers of one nonce (section 3.2) before they are rounded, in float64 but for the generator."""
+    """The twelve numbers of one nonce (sections 3.2, 3.3) before they are rounded, in float64 but for the generator."""
     owner, step = f"{block_hash}_{public_key}", after_layer(SCHEMES[scheme], block_hash, decoder.layers)
+    if SCHEMES[scheme].head == "pick":
+        draw_inputs = embeddings_by_256_bits if scheme == "artifacts-256" else embeddings
+        inputs = draw_inputs(f"{owner}_nonce{nonce}", seq_len, decoder.size)
+        return picked(units(decoder.run(decoder.weights, inputs, step))[-1], owner, nonce)
     a = units(decoder.run(decoder.weights, embeddings(f"{owner}_nonce{nonce}", seq_len, decoder.size), step))
     seed = seed32(f"{owner}_nonce_{nonce}_signs")
     x = np.zeros(decoder.size)
@@ -245,6 +271,6 @@ def result(
     decoder: Decoder, *, block_hash: str, public_key: str, nonce: int, seq_len: int, scheme: str
 ) -> float | list[float]:
     """The distance or the vector of one nonce."""
-    function = vector if SCHEMES[scheme].head == "projection" else distance
+    function = vector if SCHEMES[scheme].head in {"projection", "pick"} else distance
     found = function(decoder, block_hash=block_hash, public_key=public_key, nonce=nonce, seq_len=seq_len, scheme=scheme)
     return found if isinstance(found, float) else found.tolist()

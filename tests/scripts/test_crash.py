@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from scripts.trials import crash
 from scripts.trials.crash_verdict import judge
 from scripts.trials.failpoints import Point
 from tests.support.clocks import NOW
+from tests.support.waiting import until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -59,6 +61,20 @@ def test_no_proof_is_lost_or_doubled_by_kills(tmp_path: Path) -> None:
         assert int(counts[f"killed {point.value}"]) == sum(run.point is point for run in planned), done.stdout
     # What was accepted but not marked came again, and was recognised.
     assert int(counts["batches that came to the receiver again"]) >= 1
+
+
+async def test_what_was_done_until_a_stop_is_judged(tmp_path: Path) -> None:
+    folder = tmp_path / "crash"
+    options = ("-m", crash.__name__, "--seed", str(SEED), "--folder", str(folder))
+    trial = await asyncio.create_subprocess_exec(sys.executable, *options, stdout=asyncio.subprocess.PIPE)
+    await until((folder / "run-2.log").exists)
+    trial.terminate()
+    output = (await trial.communicate())[0].decode()
+    counts = {cells[0]: cells[1] for line in output.splitlines() if (cells := _cells(line))}
+    done, _, planned = counts["runs"].partition(" of ")
+    assert int(done) < int(planned) == 300, output
+    assert counts["verdict"] == "all is well", output
+    assert trial.returncode == 1
 
 
 def _cells(line: str) -> list[str]:

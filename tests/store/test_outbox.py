@@ -920,3 +920,18 @@ def test_the_shares_that_a_round_is_asked_for_with_are_bounded(outbox: Outbox) -
     assert outbox.control is None
     assert outbox.begin_round(Work(ROUND, Node(7, 1000), by_chain=False), NOW).checked == 0
     assert outbox.begin_round(Work(ROUND, Node(0, 999)), NOW).checked == 0  # the chain's is ours
+
+
+async def test_what_asks_a_closed_store_is_refused_and_what_has_to_be_recorded_goes_on_asking(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "AGAIN_SECONDS", 0.001)
+    with closing(OutboxThread(path)) as thread:
+        pass
+    with pytest.raises(StoreUnavailableError, match=r"store\.db is closed"):
+        await thread(Outbox.begin_round, Work(ROUND, NODE), NOW)
+    record = asyncio.create_task(thread.persistently(Outbox.begin_round, Work(ROUND, NODE), NOW))
+    await asyncio.wait([record], timeout=0.05)
+    record.cancel()  # as the end of the loop does
+    with pytest.raises(asyncio.CancelledError):
+        await record
