@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.library import custom_op
 
-from pocd.compute.random import fill_normal, hash32, normal, seed32, seeds256, signs, unit_normal
+from pocd.compute.random import fill_normal, hash32, keys, normal, seed32, seeds256, signs, unit_normal
 from pocd.compute.segments import factors, signed_sum
 from pocd.compute.transforms import reflect_in_order
 from pocd.protocol.schemes import VECTOR_SIZE
@@ -125,8 +125,7 @@ def pick(h: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
     of the live network's GPUs: ascending, but for the one with the largest of these hashes, which comes last.
     """
     picked = seeds[:, -VECTOR_SIZE]
-    keys = torch.arange(h.shape[-1], dtype=torch.int32, device=h.device)
-    scores = hash32(keys, picked.unsqueeze(-1)).bitwise_xor_(-(2**31))  # so that signed numbers have the unsigned order
+    scores = hash32(keys(0, h.shape[-1], picked), picked.unsqueeze(-1)).bitwise_xor_(-(2**31))  # so that signed numbers have the unsigned order
     smallest = scores.topk(VECTOR_SIZE, largest=False, sorted=True).indices
     order = torch.cat([smallest[:, :-1].sort().values, smallest[:, -1:]], dim=1)
     rotations = unit_normal(seeds[:, 1 - VECTOR_SIZE :], VECTOR_SIZE)
