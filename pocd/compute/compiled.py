@@ -12,7 +12,7 @@ import os
 import time
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -42,7 +42,7 @@ AGREEING = 0.99  # share of a batch whose compiled distances have to be the eage
 VARIANTS = 64  # compilations of one function in a process: shapes, dtypes, transforms
 OWN_HEADS = ("trained", "embedding")  # that are the model's own memory, whatever is drawn into it
 BLOCK = "compiling"  # as block hash and key: any will do
-FOR_GPUS = {  # how torch's compiler makes kernels for them
+FOR_GPUS: dict[str, Any] = {  # how torch's compiler makes kernels for them
     "emulate_precision_casts": True,  # rounds where the eager path rounds, else each layer adds a difference
     "realize_opcount_threshold": 64,  # operations: those roundings are no reason to cut a kernel in two
 }

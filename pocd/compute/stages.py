@@ -125,7 +125,8 @@ def pick(h: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
     of the live network's GPUs: ascending, but for the one with the largest of these hashes, which comes last.
     """
     picked = seeds[:, -VECTOR_SIZE]
-    scores = hash32(keys(0, h.shape[-1], picked), picked.unsqueeze(-1)).bitwise_xor_(-(2**31))  # so that signed numbers have the unsigned order
+    hashes = hash32(keys(0, h.shape[-1], picked), picked.unsqueeze(-1))
+    scores = hashes.bitwise_xor_(-(2**31))  # so that signed numbers have the unsigned order
     smallest = scores.topk(VECTOR_SIZE, largest=False, sorted=True).indices
     order = torch.cat([smallest[:, :-1].sort().values, smallest[:, -1:]], dim=1)
     rotations = unit_normal(seeds[:, 1 - VECTOR_SIZE :], VECTOR_SIZE)

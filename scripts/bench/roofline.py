@@ -86,7 +86,7 @@ class Shape:
 def shape_of(config: Any) -> Shape:  # noqa: ANN401 - transformers gives its configurations no common type
     """Return the shape that a configuration of transformers has."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", 0)
+    experts: int = getattr(config, "num_experts", 0) or getattr(config, "num_local_experts", 0)
     return Shape(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,

@@ -86,6 +86,7 @@ class Steps:
         ours, theirs = FORK.Pipe(duplex=False)
         process = FORK.Process(target=_child, args=(step, theirs, self._folder / f"{name}.txt"))
         process.start()
+        assert process.pid is not None, "it has begun"
         theirs.close()
         try:
             found: Facts = ours.recv() if ours.poll(limit) else {"error": f"it was not done after {limit:.0f} s"}
@@ -94,6 +95,7 @@ class Steps:
             found = {"error": f"its process ended with status {process.exitcode}"}
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # with what it has started
+        process.kill()  # where it has no group of its own yet
         process.join()
         return found
 

@@ -15,7 +15,7 @@ import pytest
 from scripts.trials.first_contact import Steps
 
 if TYPE_CHECKING:
-    from scripts.trials.first_contact import Facts
+    from scripts.trials.first_contact_steps import Facts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,11 +29,15 @@ def test_a_step_that_fails_dies_hangs_or_has_no_time_left_stops_no_other(tmp_pat
         sys.stdout.write("what it says\n")
         raise ValueError("so it is")
 
+    def hangs() -> Facts:
+        signal.pause()
+        return {}
+
     steps.run("fails", fails, least=5)
     steps.run("dies", lambda: os._exit(3), least=5)
     steps.run("spoils", lambda: {"found": os.getpid()}, least=5)
     steps.run("too long", lambda: pytest.fail("there is no time"), least=8)
-    steps.run("hangs", lambda: signal.pause() or {}, least=1)
+    steps.run("hangs", hangs, least=1)
     facts = orjson.loads((tmp_path / "facts.json").read_bytes())
     assert facts.pop("spoils")["found"] != os.getpid()
     assert facts == {

@@ -40,7 +40,7 @@ def test_an_h200_does_as_much_as_an_expert_expects(
 def test_with_memory_without_limit_it_is_the_rate_of_products() -> None:
     one = Shape(layers=1, hidden=64, queries=64, keys=32, inner=128)
     card = Card(copy=math.inf, product=1e12, basis="")
-    flop = 2 * (64 * 128 + 64 * 64 + 64 * 256 + 128 * 64)
+    flop = 2.0 * (64 * 128 + 64 * 64 + 64 * 256 + 128 * 64)
     expected = 1e12 / (10 * (flop / 0.91 + 2 * 10 * 64 / 0.38))
     assert predict(card, one, POC3, 10) == pytest.approx(expected)
     twice = 2 * (64 * 128 + 64 * 64)  # of experts, a position has two, and a router
