@@ -156,8 +156,7 @@ def run_layer(
     if isinstance(weights.mlp, Mixture):
         branch = mix(h, weights.mlp, form.activation)
     else:
-        gate, up = _multiply(h, weights.mlp.gate_up)
-        branch = functional.linear(form.activation(gate).mul_(up), *weights.mlp.down)
+        branch = functional.linear(_gate(h, weights.mlp.gate_up, form.activation), *weights.mlp.down)
     return join(branch, residual, vector)
 
 
@@ -191,26 +190,26 @@ def _attend(
     return functional.linear(mixed.transpose(1, 2).flatten(2), *weights.output).add_(stream[:, first:])
 
 
-def _multiply(x: torch.Tensor, linears: Linears) -> Sequence[torch.Tensor]:
-    """Return the outputs of all of some linear layers."""
-    if linears.whole is None:
-        return [functional.linear(x, *part) for part in linears.parts]
-    sizes = [len(part.weight) for part in linears.parts]
-    found: Sequence[torch.Tensor] = functional.linear(x, *linears.whole).split(sizes, dim=-1)
-    return found
+def _gate(h: torch.Tensor, gate_up: Linears, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Return the activated gate times what it is multiplied with [B, S, I]."""
+    if gate_up.whole is None:  # one after the other: the memory of the first output serves the second
+        gate, up = gate_up.parts
+        return activation(functional.linear(h, *gate)).mul_(functional.linear(h, *up))
+    left, right = functional.linear(h, *gate_up.whole).chunk(2, dim=-1)
+    return activation(left).mul_(right)
 
 
 def _project(h: torch.Tensor, attention: Linears, form: Form, first: int) -> list[torch.Tensor]:
     """Return queries from position `first` on, and keys and values of all, each [B, positions, heads, head_dim]."""
-    if first == 0:
-        found = _multiply(h, attention)
-    else:
-        query, *others = attention.parts
-        # Contiguous: else it is a product for each nonce, which cuBLAS is free to sum in half precision.
-        rest = h[:, first:].contiguous()
-        found = [functional.linear(rest, *query), *(functional.linear(h, *part) for part in others)]
-    heads = form.heads, form.kv_heads, form.kv_heads
-    return [part.unflatten(-1, (count, -1)) for part, count in zip(found, heads, strict=True)]
+    heads = [form.heads, form.kv_heads, form.kv_heads]
+    if attention.whole is not None and first == 0:
+        return list(functional.linear(h, *attention.whole).unflatten(-1, (sum(heads), -1)).split(heads, dim=-2))
+    # Contiguous: else it is a product for each nonce, which cuBLAS is free to sum in half precision.
+    inputs = h[:, first:].contiguous(), h, h
+    return [
+        functional.linear(x, *part).unflatten(-1, (count, -1))
+        for x, part, count in zip(inputs, attention.parts, heads, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
