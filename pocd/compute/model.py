@@ -360,7 +360,8 @@ def _choose(causal: Any, by_layers: LayerDecoder, probe: torch.Tensor) -> tuple[
     carried = ", and all positions go through its last layer" if by_layers.carries_all else ""
     if not can_flatten(causal):
         return by_layers, f"the flat decoder does not know a {type(causal).__name__} as it is loaded here{carried}"
-    flat, vectors = flatten(causal.get_decoder()), probe.new_zeros(len(by_layers.layers), probe.shape[-1])
+    flat = flatten(causal.get_decoder(), merge=probe.device.type != "cpu")
+    vectors = probe.new_zeros(len(by_layers.layers), probe.shape[-1])
     ours, theirs = (
         decoder(probe, join_of("none", 1), vectors, all_positions=True).float()[0] for decoder in (flat, by_layers)
     )
