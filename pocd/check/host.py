@@ -76,6 +76,7 @@ async def check_host(
             "driver": (_driver(settings), local),
             "gpu memory": (_cards(seen, held, settings), long),
             "model": (_model(place, seen, settings), long),
+            "memory": (_memory(seen, held, settings), long),
             "store": (_store(held, settings), local),
             "fsync": (_syncs(settings, clock), local),
             "disk space": (_space(settings), local),
@@ -150,6 +151,11 @@ async def _cards(seen: asyncio.Task[Probe], held: asyncio.Task[int | None], sett
     runs = await held is not None
     memory = devices.check_memory(readings, used, found, settings.model, runs=runs)
     return [card, *memory] if card else memory
+
+
+async def _memory(seen: asyncio.Task[Probe], held: asyncio.Task[int | None], settings: Settings) -> list[Finding]:
+    memory = await in_thread(devices.host_memory)
+    return devices.check_host_memory(memory, await seen, settings.model, runs=await held is not None)
 
 
 async def _store(held: asyncio.Task[int | None], settings: Settings) -> list[Finding]:

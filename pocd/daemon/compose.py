@@ -167,7 +167,7 @@ def make_round(parts: Parts, block: Block) -> Round:
         block_hash=block.hash,
         block_height=block.height,
         public_key=settings.node.public_key,
-        r_target=settings.round.r_target,
+        r_target=settings.round.target,
         scheme=settings.round.scheme,
         model=settings.model.name,
         seq_len=settings.round.seq_len,
