@@ -28,7 +28,7 @@ READINGS = {
     "utilization": ("utilization_ratio", "Share of the last second or so in which the card computed."),
 }
 STAGES = {
-    "checked": "Nonces whose distance was computed and committed.",
+    "checked": "Nonces that were computed and committed.",
     "valid": "Nonces that were found valid and committed.",
     "stored": "Valid nonces in a batch on disk.",
     "delivered": "Valid nonces that every receiver accepted.",
@@ -113,7 +113,7 @@ class DaemonCollector(Collector):
         alarm = GaugeMetricFamily("pocd_worker_alarm", "1 while the worker fails again and again.", labels=labels)
         size = GaugeMetricFamily("pocd_worker_batch_size", "Nonces per forward pass.", labels=labels)
         computed = CounterMetricFamily(
-            "pocd_worker_computed_nonces", "Distances that the worker computed for what is mined.", labels=labels
+            "pocd_worker_computed_nonces", "Nonces that the worker computed for what is mined.", labels=labels
         )
         error = GaugeMetricFamily(
             "pocd_worker_rounding_error_ratio",

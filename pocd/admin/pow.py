@@ -80,8 +80,8 @@ class InitBody(BodyConditions):
     )
     r_target: Annotated[float, Field(gt=0, le=2)] | None = Field(
         default=None,
-        description="A nonce is valid when its distance is below this. Required with a scheme of distances; with one of "
-        "vectors there is none, as every nonce with a finite vector is valid.",
+        description="A nonce is valid when its distance is below this. Required with a scheme of distances; with one "
+        "of vectors there is none, as every nonce with a finite vector is valid.",
     )
     fraud_threshold: float = Field(
         default=FRAUD_THRESHOLD, gt=0, lt=1, description="Batches are fraud below this probability of honesty."
@@ -278,8 +278,8 @@ class PowApi:
             raise RefusalError(400, "invalid_request", "r_target: Field required", "r_target")
         if SCHEMES[scheme].output == "vector" and body.r_target is not None:
             message = (
-                f"r_target: {body.r_target} is asked for, but this daemon runs none: with scheme {scheme!r} every nonce "
-                "with a finite vector is valid; nothing was changed"
+                f"r_target: {body.r_target} is asked for, but this daemon runs none: with scheme {scheme!r} every "
+                "nonce with a finite vector is valid; nothing was changed"
             )
             raise RefusalError(409, MismatchError.code, message, "r_target")
 
@@ -389,7 +389,7 @@ class PowApi:
             raise _loading("no model is ready to recompute distances")
         tolerance = settings.validation.tolerance
         return Terms(
-            r_target=asked.round.r_target if asked else settings.round.r_target,
+            r_target=asked.round.r_target if asked else settings.round.target,
             fraud_threshold=asked.fraud_threshold if asked else settings.validation.fraud_threshold,
             mismatch=settings.validation.mismatch,
             tolerance=default_tolerance(worker.dtype, SCHEMES[settings.round.scheme], worker.hidden_size)

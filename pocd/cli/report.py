@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from pocd.admin.text import age, card_text, funnel_text, local_time, rates_text, speed, valid_rate_text
+from pocd.admin.text import age, card_text, epoch_text, funnel_text, local_time, rates_text, speed, valid_rate_text
 from pocd.observe.mask import clean, escape_json
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _worker(worker: dict[str, Any]) -> str:
 
 
 _SUSPICIONS = {
-    "impossible_claims": "what no honest miner claims (no finite number, or not from 0 to below r_target): "
+    "impossible_claims": "what no honest miner claims (no finite numbers, or not from 0 to below r_target): "
     "{impossible_claims} nonces",
     "duplicates": "repeated nonces: {duplicates} entries; each nonce counts once",
     "sparse": "few of the node's nonces (density {density:.2g}): the others may have been skipped without computing; "
@@ -159,6 +159,8 @@ def as_text(body: dict[str, Any]) -> str:
         ("state", body["state"] if mode in {"FOLLOWING", body["state"]} else f"{body['state']}, mode {mode}"),
         ("chain", f"{chain['chain_id'] or '–'}, height {chain['height'] or '–'}{_block_time(chain)}"),
     ]
+    if epoch := chain.get("epoch"):
+        rows.append(("epoch", epoch_text(epoch)))
     if round_:
         block = f"block {round_['block_height']} {round_['block_hash'][:16]}…"
         asked = "" if mode in {"FOLLOWING", "STOPPED"} else "asked for by the API: "

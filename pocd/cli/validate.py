@@ -21,7 +21,7 @@ from pocd.cli.compute import (
     compute_errors,
 )
 from pocd.cli.files import name_of, read_file
-from pocd.config.settings import DEFAULT_PATH, RoundSettings
+from pocd.config.settings import DEFAULT_PATH, R_TARGET
 from pocd.process import EXIT_CRASH, EXIT_FRAUD, EXIT_OK, EXIT_UNUSABLE, EndedError
 from pocd.protocol.names import default_tolerance
 from pocd.protocol.verdicts import ALLOWANCE, LARGEST_ALLOWANCE
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from pocd.lab.command import ComputeRequest
 
-DEFAULT_R_TARGET = RoundSettings().r_target
 EXITS = {"honest": EXIT_OK, "fraud": EXIT_FRAUD, "undecidable": EXIT_UNUSABLE}
 POLL_SECONDS = 0.5  # between two looks at a validation that takes long
 OF_THE_DAEMON = ("config", "url", "token_file", "timeout")
@@ -77,7 +76,7 @@ def validate(  # noqa: PLR0913 - one argument per option
     device: DeviceOption = "cpu",
     batch_size: BatchSizeOption = 32,
     revision: RevisionOption = None,
-    r_target: RTargetOption = DEFAULT_R_TARGET,
+    r_target: RTargetOption = R_TARGET,
     fraud_threshold: FraudThresholdOption = None,
     tolerance: ToleranceOption = None,
     allowance: AllowanceOption = ALLOWANCE,

@@ -11,7 +11,7 @@ from pocd.pool.causes import Cause, WorkerError
 from pocd.pool.processes import FailedError
 from pocd.pool.recomputations import NoResultError, WorkerLostError
 from pocd.store.proofs import Weights
-from pocd.tasks import run_forever, within
+from pocd.tasks import run_forever, shielded, within
 from pocd.worker.messages import (
     BatchShrunk,
     Cancel,
@@ -188,9 +188,10 @@ class Feeder:
 
     async def _commit(self) -> NoReturn:
         """Wait for the commits, so that one that fails is heard of."""
+        name = f"worker {self._state.number}: what it computed"
         while True:
             # Shielded: when this task is cancelled, what was computed is committed and counted all the same.
-            await asyncio.shield(await self._commits.get())
+            await shielded(name, _end_of(await self._commits.get()), self._log)
 
     def _round_begun(self, message: RoundBegun) -> None:
         """Record the rate that theory expects of a round, and log where the round runs in another way than usual."""
@@ -238,6 +239,10 @@ def take_batch_size(message: BatchShrunk, state: WorkerState, log: FilteringBoun
     text = f"{message.reason}; batches are of {message.size} nonces now"
     log.warning(text, action="batch_size", size=message.size)
     state.batch_size = state.most = message.size
+
+
+async def _end_of(commit: asyncio.Task[None]) -> None:
+    await commit
 
 
 def _refused(batches: str, reason: str) -> WorkerError:

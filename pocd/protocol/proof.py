@@ -85,7 +85,7 @@ class Proofs:
 
     Attributes:
         nonces: The nonces, in the order in which they were checked.
-        results: The packed results in that order: distances as float64, or vectors of float16, little endian.
+        results: Results in that order, packed: distances as float64, or vectors of float16, little endian.
     """
 
     nonces: tuple[int, ...] = ()
@@ -110,17 +110,22 @@ class Proofs:
         return len(self.nonces)
 
     def __getitem__(self, part: slice) -> Proofs:
-        parts = [(self.nonces[i], self._result(i)) for i in range(*part.indices(len(self)))]
-        return Proofs(tuple(nonce for nonce, _ in parts), b"".join(result for _, result in parts))
+        start, stop, step = part.indices(len(self))
+        assert step == 1, "the order is that in which they were checked"
+        return Proofs(self.nonces[start:stop], self.results[self._width * start : self._width * stop])
 
-    def only(self, counts: Iterable[bool]) -> Proofs:
+    def only(self, counts: Sequence[bool]) -> Proofs:
         """Return the proofs that count, by one truth for each."""
-        kept = list(compress(range(len(self)), counts))
-        return Proofs(tuple(self.nonces[i] for i in kept), b"".join(map(self._result, kept)))
+        if all(counts):
+            return self
+        width = self._width
+        kept = (self.results[width * i : width * (i + 1)] for i in compress(range(len(self)), counts))
+        return Proofs(tuple(compress(self.nonces, counts)), b"".join(kept))
 
-    def _result(self, index: int) -> bytes:
-        width = len(self.results) // len(self)
-        return self.results[width * index : width * (index + 1)]
+    @property
+    def _width(self) -> int:
+        """Bytes of one result."""
+        return len(self.results) // max(1, len(self))
 
     @property
     def distances(self) -> tuple[float, ...]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pocd.protocol.verdicts import DifferenceVerdict, Result
     from pocd.validation.claim import Claim, Numbers, VectorClaim
 
+
 SPARSE = 100  # times as far from one nonce to the next as dense ones lie
 
 

@@ -148,7 +148,7 @@ def test_the_report(here: Callable[..., Ended], forged: dict[str, Any]) -> None:
         f"weights    {lines[3].split()[1]} of {MODEL}",
         f"recomputed {count} nonces, all distinct ones; invalid: 6",
         f"difference {lines[5].split()[1]} at most from claimed to recomputed; tolerance 1e-05",
-        "suspicious what no honest miner claims (no finite number, or not from 0 to below r_target): 1 nonces",
+        "suspicious what no honest miner claims (no finite numbers, or not from 0 to below r_target): 1 nonces",
         "suspicious repeated nonces: 1 entries; each nonce counts once",
         "suspicious claims further than the tolerance from what was recomputed: 5 nonces",
         f"chance     {chance} that an honest miner has so many bad nonces, or more, at 0.0005 each",

@@ -175,7 +175,7 @@ def test_another_value_of_any_field_is_another_round_and_another_batch(field: st
     "changed",
     [
         dataclasses.replace(BATCH, node_id=4),
-        dataclasses.replace(BATCH, proofs=BATCH.proofs[::-1]),
+        dataclasses.replace(BATCH, proofs=Proofs.joined([BATCH.proofs[1:], BATCH.proofs[:1]])),
         dataclasses.replace(BATCH, proofs=BATCH.proofs[:1]),
         dataclasses.replace(BATCH, proofs=Proofs.of_distances([(11, 1.25), (3, 1.375)])),
     ],

@@ -71,16 +71,18 @@ def plain(
     drawn: list[int],
 ) -> dict[str, Any]:
     """Every field that a verdict counts."""
+    r_target = terms.r_target
+    assert r_target is not None
     entries = list(range(len(nonces)))
     claims = [value if value is not None and math.isfinite(value) else None for value in dist]
     distinct = [nonce for i, nonce in enumerate(nonces) if nonce not in nonces[:i]]
     mine = {nonce: [claims[i] for i in entries if nonces[i] == nonce] for nonce in distinct}
 
     def impossible(nonce: int) -> bool:
-        return any(value is None or value < 0 or value >= terms.r_target for value in mine[nonce])
+        return any(value is None or value < 0 or value >= r_target for value in mine[nonce])
 
     def invalid(nonce: int) -> bool:
-        return impossible(nonce) or distances[nonce] >= terms.r_target + terms.tolerance
+        return impossible(nonce) or distances[nonce] >= r_target + terms.tolerance
 
     def differences(nonce: int) -> list[float]:
         return [abs(value - distances[nonce]) for value in mine[nonce] if value is not None]
