@@ -102,7 +102,7 @@ def judge_residuals(plan: Plan, blocks: Sequence[Measured]) -> Residuals:
     numbers = VECTOR_SIZE if SCHEMES[plan.scheme].output == "vector" else 1
     own = np.concatenate([block.own for block in blocks])
     blank = np.concatenate([np.full(len(block.own), block.blank) for block in blocks])
-    drawing = _Drawing(own, blank, numbers)
+    drawing = Drawing(own, blank, numbers)
     rows = []
     for index, way in enumerate(blocks[0].ways):
         errors = np.concatenate([block.ways[index].errors for block in blocks])
@@ -112,7 +112,7 @@ def judge_residuals(plan: Plan, blocks: Sequence[Measured]) -> Residuals:
     return Residuals(plan, len(own), float(np.sqrt(own.mean() / blank.mean())), tuple(rows))
 
 
-class _Drawing:
+class Drawing:
     """Draws batches of nonces with replacement, and judges them."""
 
     def __init__(self, own: Floats, blank: Floats, numbers: int) -> None:
@@ -135,12 +135,12 @@ class _Drawing:
     def _catches(self, errors: Floats, allowance: float, size: int) -> bool:
         generator, missed = np.random.default_rng(size), 0
         for _ in range(BATCHES):
-            missed += not self._is_fraud(errors, allowance, size, generator)
+            missed += not self.is_fraud(errors, allowance, size, generator)
             if missed > (1 - POWER) * BATCHES:
                 return False
         return True
 
-    def _is_fraud(
+    def is_fraud(
         self, errors: Floats, allowance: float, size: int, generator: np.random.Generator, share: float = 1.0
     ) -> bool:
         """Draw a batch, and judge it; of its nonces a share is cheap, and the others err as the validator does."""
@@ -160,7 +160,7 @@ class _Drawing:
         """Return the largest gain of a mixture, by the share of its batches that pass; 1 is none."""
         best, generator = 1.0, np.random.default_rng(SAMPLE)
         for share in SHARES:
-            passed = 1 - np.mean([self._is_fraud(errors, ALLOWANCE, SAMPLE, generator, share) for _ in range(MIXED)])
+            passed = 1 - np.mean([self.is_fraud(errors, ALLOWANCE, SAMPLE, generator, share) for _ in range(MIXED)])
             best = max(best, float(passed) / (1 - share + share * max(cost, LEAST_COST)))
         return best
 

@@ -193,7 +193,7 @@ def test_honest_miners_are_not_accused(n: int) -> None:
 
 
 def test_without_an_allowance_they_would_be() -> None:
-    assert accused(lambda world: world.claims(1.5), 100, allowance=1.0) > 90
+    assert accused(lambda world: world.claims(1.8), 100, allowance=1.0) > 90
 
 
 # Whom it catches.

@@ -171,7 +171,8 @@ def test_vectors_that_hold_nothing_are_fraud_and_chaos_is_undecidable() -> None:
     assert judged(world, zeros)["verdict"] == "fraud"
     assert judged(world, [*other.claims()])["verdict"] == "fraud"
     chaos = World(noise=1.2)
-    for claims in ([*chaos.claims()], zeros):
+    everything: list[list[tuple[int, bytes | None]]] = [[*chaos.claims()], zeros]
+    for claims in everything:
         body = judged(chaos, claims)
         assert (body["verdict"], body["fraud_detected"]) == ("undecidable", False)
 
