@@ -20,10 +20,10 @@ def check_rounds(settings: Settings) -> None:
     Raises:
         ConfigError: Rounds of that kind cannot be mined.
     """
-    if settings.chain.kind == "gonka":
+    if settings.chain.kind == "gonka" and not settings.orchestrator.is_on:
         raise ConfigError(
-            'chain.kind: rounds of "gonka" are of artifacts, which this version does not mine: `pocd chain` shows '
-            'them; set "cometbft" or "evm"'
+            'chain.kind: rounds of "gonka" are begun by an orchestrator, not by this daemon: set orchestrator.port '
+            '(docs/live.md), or "cometbft" or "evm"; `pocd chain` shows the rounds'
         )
 
 

@@ -93,7 +93,14 @@ Decision = Accept | Retry | SetAside | Park
 
 
 def decide(
-    outcome: Outcome, *, failures: int, faults: int, overtaken: bool, others_pass: bool, jitter: float
+    outcome: Outcome,
+    *,
+    failures: int,
+    faults: int,
+    overtaken: bool,
+    others_pass: bool,
+    jitter: float,
+    longest: float = BACKOFF_SECONDS[-1],
 ) -> Decision:
     """Return the decision after an attempt to deliver the head of a queue.
 
@@ -104,6 +111,7 @@ def decide(
         overtaken: Whether the receiver has accepted a later batch.
         others_pass: Whether the receiver has just accepted another batch, though it refused this one before.
         jitter: Uniformly random in [-1, 1].
+        longest: Seconds of the longest wait that the receiver did not ask for.
     """
     if outcome.accepted:
         return Accept()
@@ -117,7 +125,7 @@ def decide(
         # Never earlier than asked for.
         wait = min(max(outcome.retry_after, BACKOFF_SECONDS[0]), LONGEST_RETRY_AFTER)
         return Retry(wait * (1 + JITTER * abs(jitter)))
-    return Retry(backoff(failures, jitter))
+    return Retry(min(longest, backoff(failures, jitter)))
 
 
 def calls_a_person(outcome: Outcome, failures: int) -> bool:

@@ -37,18 +37,18 @@ async def apart(work: Callable[[], T]) -> T:
         return await loop.run_in_executor(_thread, work)
 
 
-def refuse_shape(raw: bytes, most_values: int) -> None:
+def refuse_shape(raw: bytes, most_values: int, most_names: int = MOST_NAMES) -> None:
     """Refuse a large body that no caller of ours can mean, before it is unpacked: that would take seconds, and memory.
 
     Raises:
-        RefusalError: 400 `too_many_values`: more values, fields, lists or objects than `most_values` and `MOST_NAMES`.
+        RefusalError: 400 `too_many_values`: more values, fields, lists or objects than `most_values` and `most_names`.
     """
     if len(raw) <= LARGE_BODY:
         return
     if raw.count(b",") > most_values:
         raise RefusalError(400, "too_many_values", f"the body has more than {most_values} commas")
-    if raw.count(b":") > MOST_NAMES or raw.count(b"[") + raw.count(b"{") > MOST_NAMES:
-        raise RefusalError(400, "too_many_values", f"the body has more than {MOST_NAMES} fields, lists or objects")
+    if raw.count(b":") > most_names or raw.count(b"[") + raw.count(b"{") > most_names:
+        raise RefusalError(400, "too_many_values", f"the body has more than {most_names} fields, lists or objects")
 
 
 class Input(BaseModel):

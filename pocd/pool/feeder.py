@@ -124,7 +124,7 @@ class Feeder:
         self._busy.set()
         nonces = list(recomputation.nonces)
         await self._link.send(Recompute(number, recomputation.round, nonces, recomputation.last))
-        await asyncio.wait([recomputation.distances])
+        await asyncio.wait([recomputation.results])
         return recomputation.last
 
     async def _watch(self) -> NoReturn:
@@ -155,7 +155,7 @@ class Feeder:
     async def _receive(self) -> None:
         while True:
             message = await self._link.receive(self._limits.heartbeat)
-            if isinstance(message, Distances | Refused) and message.id in self._recomputing:
+            if isinstance(message, Distances | Vectors | Refused) and message.id in self._recomputing:
                 self._recomputed(message)
             elif isinstance(message, Distances | Vectors):
                 await self._commits.put(self._completed(message))
@@ -177,8 +177,7 @@ class Feeder:
         self._state.count(len(lease.nonces))
         assert self._state.info is not None, "a worker that computes is ready"
         weights = Weights(self._state.info.fingerprint, self._state.info.dtype)
-        results = message.distances if isinstance(message, Distances) else b64decode(message.vectors)
-        return self._miner.complete(lease, results, weights)
+        return self._miner.complete(lease, _results(message), weights)
 
     async def _commit(self) -> NoReturn:
         """Wait for the commits, so that one that fails is heard of."""
@@ -200,13 +199,13 @@ class Feeder:
             if lease.mining.round.id == message.round_id:
                 lease.mining.expected_valid_rate = message.expected_valid_rate
 
-    def _recomputed(self, message: Distances | Refused) -> None:
+    def _recomputed(self, message: Distances | Vectors | Refused) -> None:
         recomputation = self._recomputing.pop(message.id)
         self._progressed()
         if isinstance(message, Refused):
             recomputation.fail(NoResultError(message.reason))
-        elif not recomputation.distances.done():
-            recomputation.distances.set_result(message.distances)
+        elif not recomputation.results.done():
+            recomputation.results.set_result(_results(message))
 
     def _finished(self, number: int) -> Lease:
         lease = self._in_flight.pop(number)
@@ -225,6 +224,10 @@ class Feeder:
             raise _refused(f"{MOST_REFUSED_IN_A_ROW} batches in a row", reason)
         if self._refused == MOST_REFUSED:
             raise _refused(f"{MOST_REFUSED} batches", reason)
+
+
+def _results(message: Distances | Vectors) -> list[float] | bytes:
+    return message.distances if isinstance(message, Distances) else b64decode(message.vectors)
 
 
 def take_batch_size(message: BatchShrunk, state: WorkerState, log: FilteringBoundLogger) -> None:

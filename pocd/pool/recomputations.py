@@ -1,9 +1,9 @@
-"""Recomputations: distances of given nonces that a validator wants computed, beside what is mined."""
+"""Recomputations: results of given nonces that a validator wants computed, beside what is mined."""
 
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from pocd.protocol.proof import Round
+
+
+MOST_TRIES = 3  # of one part of a batch, each ended by the end of its worker
 
 
 class NoResultError(Exception):
@@ -23,22 +26,23 @@ class WorkerLostError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Recomputation:
-    """A request for the distances of some nonces of any round, at most a batch of them.
+    """A request for the results of some nonces of any round, at most a batch of them.
 
     Attributes:
         last: Whether this is the last recomputation of its round.
-        distances: The result: distances in the order of `nonces`, or a `NoResultError`, or a `WorkerLostError`.
+        results: Distances in the order of `nonces`, or vectors as they travel; or a `NoResultError`, or a
+            `WorkerLostError`.
     """
 
     round: Round
     nonces: tuple[int, ...]
     last: bool
-    distances: asyncio.Future[list[float]]
+    results: asyncio.Future[list[float] | bytes]
 
     def fail(self, error: NoResultError | WorkerLostError) -> None:
         """End the wait for the result with an error, unless it came or nobody waits any more."""
-        if not self.distances.done():
-            self.distances.set_exception(error)
+        if not self.results.done():
+            self.results.set_exception(error)
 
 
 class Recomputations:
@@ -51,6 +55,19 @@ class Recomputations:
     async def put(self, recomputation: Recomputation) -> None:
         """Hand a recomputation over; waits until a worker has taken the one before."""
         await self._queue.put(recomputation)
+
+    async def results(self, round_: Round, nonces: tuple[int, ...], *, last: bool) -> list[float] | bytes:
+        """Have nonces recomputed by a worker, or by another one where that ends meanwhile, and return their results.
+
+        Raises:
+            NoResultError: The model gives no result, or the worker ended each time.
+        """
+        for _ in range(MOST_TRIES):
+            wanted = Recomputation(round_, nonces, last, asyncio.get_running_loop().create_future())
+            await self.put(wanted)
+            with suppress(WorkerLostError):
+                return await wanted.results
+        raise NoResultError(f"the worker ended {MOST_TRIES} times in a row over the same nonces")
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[asyncio.Queue[Recomputation]]:

@@ -62,6 +62,11 @@ class Scheme:
         return "vector" if self.head in {"projection", "pick"} else "distance"
 
     @property
+    def is_live(self) -> bool:
+        """Whether the scheme is the live network's, with its bodies (docs/live.md)."""
+        return self.head == "pick"
+
+    @property
     def input_seeds(self) -> int:
         """Number of 32-bit seeds of a nonce's inputs."""
         return 8 if self.inputs == "256 bits" else 1
@@ -69,7 +74,7 @@ class Scheme:
     @property
     def largest_nonce(self) -> int:
         """Largest nonce that has a result."""
-        return LARGEST_LIVE_NONCE if self.head == "pick" else LARGEST_NONCE
+        return LARGEST_LIVE_NONCE if self.is_live else LARGEST_NONCE
 
     @property
     def reads_all(self) -> bool:
@@ -99,7 +104,8 @@ _ROWS: tuple[tuple[str, WeightSource, LayerStep, Reads, int, bool, HeadSource], 
 SCHEMES = {row[0]: Scheme(*row) for row in _ROWS}
 # The live network's option `poc_stronger_rng`.
 SCHEMES["artifacts-256"] = replace(SCHEMES["artifacts"], name="artifacts-256", inputs="256 bits")
-_STRONGER = {"artifacts": "artifacts-256"}
+LIVE_SCHEME = "artifacts"
+_STRONGER = {LIVE_SCHEME: "artifacts-256"}
 DISTANCE_SCHEMES = [name for name, scheme in SCHEMES.items() if scheme.output == "distance"]
 
 

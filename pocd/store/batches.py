@@ -18,6 +18,7 @@ from pocd.store.proofs import take_oldest, waiting
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pocd.protocol.live_jobs import JudgedArtifacts
     from pocd.protocol.proof import ValidatedBatch
     from pocd.store.outbox import Outbox
     from pocd.store.proofs import Waiting
@@ -114,7 +115,7 @@ def _form_batch(outbox: Outbox, pool: _Pool, *, size: int, now: float, withdraw:
 
 def queue_batch(
     outbox: Outbox,
-    batch: ProofBatch | ValidatedBatch,
+    batch: ProofBatch | ValidatedBatch | JudgedArtifacts,
     receivers: Sequence[str],
     *,
     round_number: int | None,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from pocd.http.parsing import apart
-from pocd.pool.recomputations import NoResultError, Recomputation, WorkerLostError
+from pocd.pool.recomputations import NoResultError
 from pocd.protocol.proof import canonical_json, hash_name
 from pocd.store import validations
 from pocd.validation.claim import Claim
@@ -26,11 +26,8 @@ if TYPE_CHECKING:
     from pocd.delivery.receivers import Receivers
     from pocd.observe.events import Events
     from pocd.pool.pool import Pool
-    from pocd.protocol.proof import Round
     from pocd.store.thread import OutboxThread
     from pocd.store.validations import Validation
-
-MOST_TRIES = 3  # of one part of a batch, each ended by the end of its worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,16 +188,10 @@ class Validator:
             self._check_model(request.terms)
             part = nonces[len(distances) : len(distances) + self._workers.batch_size]
             last = len(distances) + len(part) == len(nonces)
-            distances |= zip(part, await self._distances(round_, part, last=last), strict=True)
+            results = await self._workers.recomputations.results(round_, part, last=last)
+            assert isinstance(results, list), "a round of distances"
+            distances |= zip(part, results, strict=True)
         return distances
-
-    async def _distances(self, round_: Round, nonces: tuple[int, ...], *, last: bool) -> list[float]:
-        for _ in range(MOST_TRIES):
-            wanted = Recomputation(round_, nonces, last, asyncio.get_running_loop().create_future())
-            await self._workers.recomputations.put(wanted)
-            with contextlib.suppress(WorkerLostError):
-                return await wanted.distances
-        raise NoResultError(f"the worker ended {MOST_TRIES} times in a row over the same nonces")
 
     def _check_model(self, terms: Terms) -> None:
         """Refuse a request from before a restart that loaded another model: its answer would be another one."""

@@ -102,7 +102,7 @@ class DistanceComputer:
             self._mined.end()  # both rounds would draw into the same weights
         try:
             run = self._begin(prepared, message.round, other=other)
-            wait = self._start(run, message.round, message.nonces, other=other)
+            wait = self._start(run, message.round, message.nonces, other=other, gaps=True)
             if not message.last:
                 return wait
             values = wait()  # before the prepared round ends

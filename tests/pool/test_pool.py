@@ -72,7 +72,9 @@ async def recompute(pool: Pool, round_: Round, nonces: tuple[int, ...], *, last:
     wanted = Recomputation(round_, nonces, last, asyncio.get_running_loop().create_future())
     async with asyncio.timeout(PATIENCE):
         await pool.recomputations.put(wanted)
-        return await wanted.distances
+        found = await wanted.results
+    assert isinstance(found, list)
+    return found
 
 
 async def test_workers_share_one_cursor_and_the_death_of_one_leaves_no_gap(tmp_path: Path) -> None:

@@ -179,6 +179,7 @@ def dispatchers(
             receiver,
             outbox,
             expire_after=WEEK,
+            longest_wait=60.0,
             clock=ManualClock(),
             jitter=lambda: 0.0,
             log=structlog.get_logger(),
