@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from pocd.admin.chain import ChainStatus
 from pocd.mining.phases import DaemonState, Mode
 from pocd.pool.causes import Cause
 
@@ -85,16 +86,6 @@ class Rates(BaseModel):
     valid_per_second_15m: float
 
 
-class ChainStatus(BaseModel):
-    """The newest block that the chain's node reported; all fields but `problem` are null until one did."""
-
-    chain_id: str | None
-    height: int | None
-    hash: str | None
-    block_time: str | None = Field(description="Time of the block by the chain, ISO 8601.")
-    problem: str | None = Field(description="Why the chain is not followed as it should; null when it is.")
-
-
 class WorkersStatus(BaseModel):
     """All workers together, until one of them has had a model ready."""
 
@@ -116,12 +107,13 @@ class ModelStatus(BaseModel):
     """What the workers run, as the first of them reported it when it was ready."""
 
     model: str
-    fingerprint: str = Field(description="Fingerprint of the model's weights, 32 hex digits.")
+    fingerprint: str = Field(description="Fingerprint of the model's weights and configuration: v2- and 32 hex digits.")
     dtype: str
     device: str
     hidden_size: int
     layers: int
     decoder: str = Field(description='"flat", or "layers" for a model that runs by transformers\' own layers.')
+    decoder_reason: str = Field(description="Why the layers are run so.")
     execution: str = Field(description='"eager", "compiled", or "captured": compiled, and one CUDA graph a batch.')
     execution_reason: str = Field(description="Why this execution path was chosen.")
     load_seconds: float = Field(description="Seconds that loading the model took.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from pocd.admin.text import age, card_text, funnel_text, local_time, rates_text, speed, valid_rate_text
+from pocd.admin.text import age, card_text, epoch_text, funnel_text, local_time, rates_text, speed, valid_rate_text
 from pocd.observe.mask import clean, escape_json
 
 if TYPE_CHECKING:
@@ -139,6 +139,8 @@ def as_text(body: dict[str, Any]) -> str:
         ("state", body["state"] if mode in {"FOLLOWING", body["state"]} else f"{body['state']}, mode {mode}"),
         ("chain", f"{chain['chain_id'] or '–'}, height {chain['height'] or '–'}{_block_time(chain)}"),
     ]
+    if epoch := chain.get("epoch"):
+        rows.append(("epoch", epoch_text(epoch)))
     if round_:
         block = f"block {round_['block_height']} {round_['block_hash'][:16]}…"
         asked = "" if mode in {"FOLLOWING", "STOPPED"} else "asked for by the API: "

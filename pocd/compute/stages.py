@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.library import custom_op
 
-from pocd.compute.random import fill_normal, hash32, normal, seed32, seeds256, signs, unit_normal
+from pocd.compute.random import fill_normal, hash32, keys, normal, seed32, seeds256, signs, unit_normal
 from pocd.compute.segments import factors, signed_sum
 from pocd.compute.transforms import reflect_in_order
 from pocd.protocol.schemes import VECTOR_SIZE
@@ -124,8 +125,8 @@ def pick(h: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
     of the live network's GPUs: ascending, but for the one with the largest of these hashes, which comes last.
     """
     picked = seeds[:, -VECTOR_SIZE]
-    keys = torch.arange(h.shape[-1], dtype=torch.int32, device=h.device)
-    scores = hash32(keys, picked.unsqueeze(-1)).bitwise_xor_(-(2**31))  # so that signed numbers have the unsigned order
+    hashes = hash32(keys(0, h.shape[-1], picked), picked.unsqueeze(-1))
+    scores = hashes.bitwise_xor_(-(2**31))  # so that signed numbers have the unsigned order
     smallest = scores.topk(VECTOR_SIZE, largest=False, sorted=True).indices
     order = torch.cat([smallest[:, :-1].sort().values, smallest[:, -1:]], dim=1)
     rotations = unit_normal(seeds[:, 1 - VECTOR_SIZE :], VECTOR_SIZE)
@@ -159,6 +160,8 @@ def find_distance(h: torch.Tensor, seeds: torch.Tensor, block: BlockTensors) -> 
     return (2 - 2 * along / square.sqrt()).clamp_min(0).sqrt().float()
 
 
+# An operation of our own: the compiler would unroll its loop, and make kernels for each part of a large head.
+@custom_op("pocd::through_head", mutates_args=())
 def _through_head(h: torch.Tensor, head: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return z·t and ‖z‖² of z = W h, float64 [B], with only a part of W and z in memory at a time."""
     rows = max(1, HEAD_CHUNK // h.shape[-1])
@@ -169,6 +172,11 @@ def _through_head(h: torch.Tensor, head: torch.Tensor, target: torch.Tensor) -> 
         along += (z * aim).sum(dim=-1)
         square += z.square().sum(dim=-1)
     return along, square
+
+
+@_through_head.register_fake
+def _(h: torch.Tensor, _head: torch.Tensor, _target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return h.new_empty(len(h), dtype=torch.float64), h.new_empty(len(h), dtype=torch.float64)
 
 
 def measure_states(states: torch.Tensor, seeds: torch.Tensor, block: BlockTensors, *, scheme: Scheme) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Whether what is configured can be mined, and the model is there."""
+"""Whether the configured model is there."""
 
 from __future__ import annotations
 
@@ -12,19 +12,6 @@ from pocd.protocol.names import resolve
 
 if TYPE_CHECKING:
     from pocd.config.settings import Settings
-
-
-def check_rounds(settings: Settings) -> None:
-    """Check that rounds of the configured kind can be mined.
-
-    Raises:
-        ConfigError: Rounds of that kind cannot be mined.
-    """
-    if settings.chain.kind == "gonka" and not settings.orchestrator.is_on:
-        raise ConfigError(
-            'chain.kind: rounds of "gonka" are begun by an orchestrator, not by this daemon: set orchestrator.port '
-            '(docs/live.md), or "cometbft" or "evm"; `pocd chain` shows the rounds'
-        )
 
 
 def check_model(settings: Settings) -> None:

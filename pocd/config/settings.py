@@ -78,12 +78,15 @@ class ChainSettings(_Section):
     poll_interval: float = Field(default=2.0, gt=0, le=3600)
     confirmations: Annotated[int, Field(ge=0, le=10_000)] | None = None
     replaced_blocks: Literal["withdraw", "deliver"] | None = None
+    model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     @model_validator(mode="after")
-    def _reorganisations_are_of_evm(self) -> Self:
+    def _keys_fit_the_kind(self) -> Self:
         for name in ("confirmations", "replaced_blocks"):
             if self.kind != "evm" and getattr(self, name) is not None:
                 raise ValueError(f'{name} can be set for kind "evm" only: other chains do not reorganise')
+        if self.kind != "gonka" and self.model is not None:
+            raise ValueError('model can be set for kind "gonka" only: it is the name of the model on that chain')
         return self
 
 
@@ -280,6 +283,16 @@ class Settings(BaseSettings):
     log: LogSettings = LogSettings()
 
     @model_validator(mode="after")
+    def _rounds_come_by_epoch(self) -> Self:
+        if self.chain.kind == "gonka":
+            for name in ("every", "offset", "duration"):
+                if getattr(self.round, name) != RoundSettings.model_fields[name].default:
+                    raise ValueError(f'round.{name} cannot be set with chain.kind "gonka": rounds come by its epochs')
+            if self.round.scheme != "artifacts":
+                raise ValueError('round.scheme must be "artifacts" with chain.kind "gonka", whose rounds are of those')
+        return self
+
+    @model_validator(mode="after")
     def _what_a_split_model_can(self) -> Self:
         if self.model.parallel > 1 and SCHEMES[self.round.scheme].weights != "trained":
             raise ValueError(f"model.parallel must be 1 with round.scheme {self.round.scheme!r}, which draws weights")
@@ -403,7 +416,7 @@ def _describe(error: ErrorDetails, path: Path) -> str:
         case "list_type":
             return f"{source}: {keys}: must be a list (in the environment: as JSON)"
         case _:
-            return f"{source}: {keys}: {error['msg'].removeprefix('Value error, ')}"
+            return ": ".join(filter(None, (source, keys, error["msg"].removeprefix("Value error, "))))
 
 
 def _source(location: tuple[int | str, ...], path: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from pocd.delivery.policy import BACKOFF_SECONDS
 from pocd.delivery.posting import Receiver
 from pocd.delivery.receivers import Receivers
 from pocd.mining.control import Control
+from pocd.mining.epochs import EpochScheduler
 from pocd.mining.follower import ChainHealth
 from pocd.mining.miner import Miner
 from pocd.mining.scheduler import RoundScheduler
@@ -38,14 +39,14 @@ from pocd.protocol.names import largest_batch_size
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.protocol.rounds import RoundPolicy
-from pocd.protocol.schemes import LIVE_SCHEME
+from pocd.protocol.schemes import LIVE_SCHEME, with_stronger_rng
 from pocd.store.rounds import recent_rounds
 from pocd.validation.jobs import Jobs
 from pocd.validation.queue import Validator
 from pocd.worker.messages import Load
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import aiohttp
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
     from pocd.chain.source import Block, ChainSource
     from pocd.clock import Clock
     from pocd.config.settings import Settings
+    from pocd.protocol.epochs import Recipe
+    from pocd.protocol.names import ChainKind
     from pocd.store.thread import OutboxThread
 
 CALLBACK_SECONDS = 5.0  # between two attempts at an orchestrator's callback URL: its rounds last minutes
@@ -78,7 +81,7 @@ class Composition:
     parts: Parts
     changes: Changes
     source: ChainSource
-    scheduler: RoundScheduler
+    scheduler: RoundScheduler | EpochScheduler
     batcher: Batcher
     keeper: Keeper
     jobs: Jobs
@@ -88,7 +91,7 @@ class Composition:
 def compose(
     settings: Settings,
     outbox: OutboxThread,
-    source: ChainSource,
+    source: Failover,
     receivers: Sequence[Receiver],
     loads: Sequence[Load],
     *,
@@ -140,9 +143,20 @@ def compose(
     return Composition(parts, changes, source, scheduler, batcher, keeper, jobs, late)
 
 
-def make_scheduler(parts: Parts, source: ChainSource) -> RoundScheduler:
+def make_scheduler(parts: Parts, source: Failover) -> RoundScheduler | EpochScheduler:
     """Return the scheduler of the chain's rounds."""
     settings = parts.settings
+    if settings.chain.kind == "gonka":
+        return EpochScheduler(
+            source,
+            parts.control,
+            parts.outbox,
+            health=parts.chain,
+            model=settings.chain.model or settings.model.name,
+            make_round=partial(make_epoch_round, parts),
+            clock=parts.clock,
+            log=parts.log,
+        )
     return RoundScheduler(
         source,
         parts.control,
@@ -167,6 +181,16 @@ def make_round(parts: Parts, block: Block) -> Round:
         scheme=settings.round.scheme,
         model=settings.model.name,
         seq_len=settings.round.seq_len,
+    )
+
+
+def make_epoch_round(parts: Parts, block: Block, recipe: Recipe, stronger_rng: bool) -> Round:  # noqa: FBT001 - as the chain says
+    """Return the round of the live network that a block starts, by the chain's parameters."""
+    scheme = parts.settings.round.scheme
+    return replace(
+        make_round(parts, block),
+        scheme=with_stronger_rng(scheme) if stronger_rng else scheme,
+        seq_len=recipe.seq_len,
     )
 
 
@@ -229,7 +253,7 @@ def make_delivery(
             receiver,
             outbox,
             expire_after=settings.delivery.expire_after,
-            longest_wait=CALLBACK_SECONDS if hurries else BACKOFF_SECONDS[-1],
+            longest_backoff=CALLBACK_SECONDS if hurries else BACKOFF_SECONDS[-1],
             clock=clock,
             jitter=lambda: random.uniform(-1, 1),  # noqa: S311 - it spreads load, it hides nothing
             log=log,
@@ -272,11 +296,18 @@ async def make_chain(
     return Failover(
         make_sources(chain.kind, nodes, confirmations=confirmations_of(chain.kind, chain.confirmations)),
         chain_id=known.chain_id if known else chain.id,
-        hashes={round_.block_height: round_.block_hash for round_, replaced in rounds.items() if not replaced},
+        hashes=_hashes(chain.kind, rounds),
         highest=known.height if known else None,
         clock=SYSTEM,
         log=log,
     )
+
+
+def _hashes(kind: ChainKind, rounds: Mapping[Round, bool]) -> dict[int, str]:
+    """Return the known block hashes by height, from rounds and whether the block of each was replaced."""
+    if kind == "gonka":  # a confirmation round's hash is not that of the block at its height
+        return {}
+    return {round_.block_height: round_.block_hash for round_, replaced in rounds.items() if not replaced}
 
 
 def make_loads(settings: Settings) -> list[Load]:

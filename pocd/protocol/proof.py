@@ -85,7 +85,7 @@ class Proofs:
 
     Attributes:
         nonces: The nonces, in the order in which they were checked.
-        results: Their results in that order, packed: distances as float64, or vectors of float16, little endian.
+        results: Results in that order, packed: distances as float64, or vectors of float16, little endian.
     """
 
     nonces: tuple[int, ...] = ()

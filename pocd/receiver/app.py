@@ -19,6 +19,7 @@ import structlog
 from aiohttp import web
 from pydantic import BaseModel, FailFast, Field, ValidationError
 
+from pocd.http.pages import refuse_pages
 from pocd.http.parsing import apart, refuse_shape
 from pocd.http.server import LARGE_BODY, RefusalError, errors_as_json, json_answer, listening
 from pocd.http.webhooks import ID_HEADER, SignatureError, WebhookKeys, is_message_id
@@ -85,7 +86,7 @@ def application(store: Store, keys: WebhookKeys | None, clock: Callable[[], floa
         clock: Seconds since the Unix epoch.
     """
     receiver = _Routes(store, keys, clock)
-    middlewares = [errors_as_json, _refuse_pages, _store_failures, receiver.count_rejected]
+    middlewares = [errors_as_json, refuse_pages, _store_failures, receiver.count_rejected]
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
     app.add_routes(
         [
@@ -250,17 +251,6 @@ def _item(batch: StoredBatch) -> dict[str, object]:
         "attempts": batch.attempts,
         "batch": orjson.Fragment(batch.body),  # the very bytes: they were JSON when they came
     }
-
-
-@web.middleware
-async def _refuse_pages(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuse what a browser sends for a web page, of whatever name it has made point here (DNS rebinding).
-
-    Browsers name the page in Origin whenever a call may change something; senders of batches are no browsers.
-    """
-    if "Origin" in request.headers:
-        raise RefusalError(403, "foreign_origin", "web pages may not call the receiver", "Origin")
-    return await handler(request)
 
 
 @web.middleware

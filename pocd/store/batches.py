@@ -6,7 +6,7 @@ Functions over the open `Outbox`, called in its thread.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import orjson
 
@@ -18,13 +18,30 @@ from pocd.store.proofs import take_oldest, waiting
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pocd.protocol.live_jobs import JudgedArtifacts
-    from pocd.protocol.proof import ValidatedBatch
     from pocd.store.outbox import Outbox
     from pocd.store.proofs import Waiting
 
 MOST_BATCHES = 64  # formed in one transaction, so that others get their turn
 MOST_NONCES = 100_000  # in them
+
+
+class Batch(Protocol):
+    """What is stored and queued whole, and sent by its bytes."""
+
+    @property
+    def id(self) -> str:
+        """Webhook-id of the batch."""
+
+    @property
+    def kind(self) -> str:
+        """Last part of the path that it is posted to."""
+
+    @property
+    def size(self) -> int:
+        """Number of nonces in it."""
+
+    def to_json(self) -> bytes:
+        """Return the exact bytes of every POST of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +132,7 @@ def _form_batch(outbox: Outbox, pool: _Pool, *, size: int, now: float, withdraw:
 
 def queue_batch(
     outbox: Outbox,
-    batch: ProofBatch | ValidatedBatch | JudgedArtifacts,
+    batch: Batch,
     receivers: Sequence[str],
     *,
     round_number: int | None,

@@ -204,6 +204,7 @@ def prepare(link: DaemonLink, load: Load) -> tuple[Model, int]:
                 hidden_size=model.hidden_size,
                 layers=model.layers,
                 decoder=model.decoder.kind,
+                decoder_reason=model.decoder_reason,
                 execution=model.execution.path,
                 execution_reason=model.execution.reason,
                 load_seconds=load_seconds,

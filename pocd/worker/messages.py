@@ -116,6 +116,7 @@ class Ready:
         hidden_size: Length of the model's hidden states.
         layers: How many layers the model has.
         decoder: How the model's layers are run: "flat" by our own code, "layers" by that of transformers.
+        decoder_reason: Why they are run so.
         execution: How a batch is run: "eager", "compiled" or "captured".
         execution_reason: Why a batch is run so.
         load_seconds: How long it took to load the model.
@@ -133,6 +134,7 @@ class Ready:
     hidden_size: int
     layers: int
     decoder: str
+    decoder_reason: str
     execution: str
     execution_reason: str
     load_seconds: float

@@ -148,7 +148,6 @@ async def delivering(outbox: OutboxThread, urls: dict[str, str], count: int) -> 
         Dispatcher(
             Receiver(name, url, None),
             outbox,
-            longest_wait=60.0,
             expire_after=7 * 86400,
             clock=SYSTEM,
             jitter=lambda: 0.0,

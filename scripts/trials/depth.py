@@ -114,9 +114,8 @@ class Way:
         dtype, product = stream.dtype, self._product
         x = stream.to(self._within or dtype)
         h = _norm(x, weights.input_norm, form.epsilon)
-        query = product(h, weights.query).unflatten(-1, (form.heads, -1))
-        key = product(h, weights.key).unflatten(-1, (form.kv_heads, -1))
-        value = product(h, weights.value).unflatten(-1, (form.kv_heads, -1))
+        size = turn[0].shape[-1]  # of a head
+        query, key, value = (product(h, part).unflatten(-1, (-1, size)) for part in weights.attention.parts)
         if weights.query_norm is not None and weights.key_norm is not None:
             query = _norm(query, weights.query_norm, form.epsilon)
             key = _norm(key, weights.key_norm, form.epsilon)
@@ -133,7 +132,8 @@ class Way:
         h = _norm(x, weights.mlp_norm, form.epsilon)
         mlp = weights.mlp
         assert isinstance(mlp, Gated), "mixtures of experts have no other ways here"
-        branch = product(form.activation(product(h, mlp.gate)) * product(h, mlp.up), mlp.down)
+        gate, up = (product(h, part) for part in mlp.gate_up.parts)
+        branch = product(form.activation(gate) * up, mlp.down)
         return join(branch, x, vector).to(dtype)[:, first:]
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import pytest
 
     from pocd.admin.parts import Parts
-    from pocd.chain.source import ChainSource
+    from pocd.chain.failover import Failover
 
 RECORDED = Path(__file__).parent.parent / "data" / "status.jsonl"  # at the start; while mining
 ROUND = Round("9F2E", 4_100_040, "gonka1ö", 1.5, "poc2", "bundled:tiny-llama", 16)
@@ -51,6 +51,7 @@ READY = Ready(
     hidden_size=64,
     layers=2,
     decoder="flat",
+    decoder_reason="it agrees",
     execution="eager",
     execution_reason="on the CPU",
     load_seconds=0.25,
@@ -68,7 +69,7 @@ def made(folder: Path, clock: ManualClock) -> Iterator[Parts]:
     """The parts of a daemon of two workers and two receivers, of which none runs."""
     urls = {"one": "http://user:secret@127.0.0.1:9/pow", "two": "http://127.0.0.1:9"}
     settings = load(config(folder, "http://127.0.0.1:9", urls, model__device=["cpu", "cpu"]))
-    nowhere = cast("ChainSource", None)  # nothing is asked of it
+    nowhere = cast("Failover", None)  # nothing is asked of it
     receivers, loads, log = make_receivers(settings, folder), make_loads(settings), structlog.get_logger()
     with contextlib.closing(OutboxThread(settings.store.path)) as outbox:
         yield compose(settings, outbox, nowhere, receivers, loads, clock=clock, log=log).parts

@@ -418,6 +418,33 @@ def test_the_memory_that_others_leave(used: int, *, runs: bool, level: str) -> N
     assert (finding.level, "the weights need 2.0" in finding.text) == (level, True)
 
 
+@pytest.mark.parametrize(
+    ("total", "available", "device", "runs", "level"),
+    [
+        (8, 4, "cpu", False, "green"),
+        (8, 2, "cpu", False, "yellow"),
+        (8, 2, "cpu", True, "green"),
+        (2, 2, "cpu", True, "red"),
+        (8, 8, ["cpu"] * 4, False, "red"),
+    ],
+)
+def test_the_memory_that_workers_on_the_cpu_need(
+    total: int, available: int, device: str | list[str], *, runs: bool, level: str
+) -> None:
+    model = CPU.model_copy(update={"device": device, "dtype": "bfloat16"})
+    memory = devices.Memory(total * GIB, available * GIB)
+    (finding,) = devices.check_host_memory(memory, Probe(parameters=GIB), model, runs=runs)
+    assert finding.level == level
+    assert f"the weights need {2.0 if device == 'cpu' else 8.0} in bfloat16" in finding.text
+    assert devices.check_host_memory(memory, Probe(), model, runs=runs) == []
+    assert devices.check_host_memory(memory, Probe(parameters=GIB), CUDA, runs=runs) == []
+
+
+def test_this_hosts_memory_is_read() -> None:
+    memory = devices.host_memory()
+    assert 0 < memory.available <= memory.total
+
+
 def test_weights_that_no_card_holds() -> None:
     reading = CardReading(40.0, 100.0, 0, 8 * GIB, 0.0)
     args = ({"GPU-b": reading}, ["GPU-b"], Probe(parameters=7 * GIB))

@@ -90,7 +90,9 @@ def everything_set() -> str:
 
 def everything_set_for_evm() -> str:
     """The shipped file with everything set, for the kind of chain that has all of it."""
-    return everything_set().replace('kind = "cometbft"', 'kind = "evm"')
+    of_gonka = 'model = "MiniMaxAI/MiniMax-M2.7"\n'
+    assert of_gonka in everything_set()
+    return everything_set().replace('kind = "cometbft"', 'kind = "evm"').replace(of_gonka, "")
 
 
 def test_the_shipped_file_shows_every_key_and_no_other() -> None:
@@ -103,11 +105,11 @@ def test_the_shipped_file_shows_the_defaults() -> None:
     required = {name for name, field in code.items() if field.is_required()}
     unset = {name for name, field in code.items() if not field.is_required() and field.get_default() is None}
     assert required == {"node.public_key", "chain.urls"}
-    evm = {"chain.confirmations", "chain.replaced_blocks"}
+    of_one_kind = {"chain.confirmations", "chain.replaced_blocks", "chain.model"}
     assert (
         unset
         == {"admin.token_file", "admin.socket", "model.revision", "chain.id", "validation.tolerance", "worker.cache"}
-        | evm
+        | of_one_kind
     )
     assert shown.keys() == code.keys() - unset
     for name in shown.keys() - required:
@@ -476,6 +478,20 @@ def test_what_only_one_kind_of_chain_has_is_refused_for_another(tmp_path: Path, 
     assert f'{line.partition(" ")[0]} can be set for kind "evm" only' in text
     settings = load(written(tmp_path, f'{GOOD}kind = "evm"\n{line}\n'))
     assert settings.chain.kind == "evm"
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ('model = "other"\n', 'model can be set for kind "gonka" only'),
+        ('kind = "gonka"\n', 'round.scheme must be "artifacts" with chain.kind "gonka"'),
+        ('kind = "gonka"\n[round]\nevery = 40\nduration = 40\n', 'round.every cannot be set with chain.kind "gonka"'),
+        ('kind = "gonka"\n[round]\noffset = 3\n', 'round.offset cannot be set with chain.kind "gonka"'),
+        ('kind = "gonka"\nconfirmations = 1\n', 'confirmations can be set for kind "evm" only'),
+    ],
+)
+def test_what_does_not_fit_rounds_by_epoch_is_refused(tmp_path: Path, text: str, refused: str) -> None:
+    assert refused in refusal(written(tmp_path, f"{GOOD}{text}"))
 
 
 def test_a_models_folder_that_is_not_mounted_yet_may_come_and_one_that_holds_something_else_does_not(

@@ -104,7 +104,7 @@ async def test_workers_share_one_cursor_and_the_death_of_one_leaves_no_gap(tmp_p
     # Each nonce once, and dense, but for what the end took back from one worker while the other was ahead of it.
     gaps = sum(map(len, found.progress.gaps()))
     assert found.checked == done == found.progress.end - gaps
-    assert found.progress.cursor >= done - 4 * LOAD.batch_size
+    assert gaps <= 4 * LOAD.batch_size, "each worker had two batches"
 
 
 async def test_a_card_that_is_not_there_leaves_the_others_at_work(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ async def test_why_a_worker_failed_is_told_by_itself(tmp_path: Path, monkeypatch
     (tmp_path / "sitecustomize.py").write_text(
         "import tempfile\ntempfile._candidate_tempdir_list = lambda: ['/none']\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     async with pooled(tmp_path, [LOAD], exit=PATIENCE) as (pool, _):
         (worker,) = pool.workers
         await until(lambda: worker.causes[Cause.CRASH])
@@ -162,7 +162,7 @@ async def test_why_a_worker_failed_is_told_by_itself(tmp_path: Path, monkeypatch
 async def test_why_a_worker_could_not_even_begin_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A library that it imports is gone, as in the middle of an upgrade: that ends no daemon, and no other worker."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     async with pooled(tmp_path, [LOAD], exit=PATIENCE) as (pool, _):
         (worker,) = pool.workers
         await until(lambda: worker.causes[Cause.CRASH] == 2)

@@ -179,7 +179,6 @@ def dispatchers(
             receiver,
             outbox,
             expire_after=WEEK,
-            longest_wait=60.0,
             clock=ManualClock(),
             jitter=lambda: 0.0,
             log=structlog.get_logger(),

@@ -125,6 +125,14 @@ def sample() -> dict[str, Any]:
             "height": 4_100_047,
             "hash": BLOCK_HASH[::-1],
             "block_time": datetime.now(UTC).isoformat(),
+            "epoch": {
+                "number": 7,
+                "phase": "confirmation announced",
+                "until": 4_100_009,
+                "awaits": "the round's block hash, and generation",
+                "due": None,
+                "refused": None,
+            },
             "problem": None,
         },
         "worker": {

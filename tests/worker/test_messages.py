@@ -34,9 +34,9 @@ EVERY: list[Message] = [
     Load("m", "float16", ("cuda:0", "cuda:1"), "trained", 64, 8, is_auto=True, revision="v1", rank=1, rendezvous="/x"),
     Stage("loading m"),
     CardIdentity("NVIDIA X", "GPU-f00d"),
-    Ready("m", "f00d", "float32", "cpu", 128, 4, "flat", "eager", "asked", 1.5, 0.0, 8, 4096, "2.13.0"),
+    Ready("m", "f00d", "float32", "cpu", 128, 4, "flat", "it agrees", "eager", "asked", 1.5, 0.0, 8, 4096, "2.13.0"),
     Ready(
-        *("m", "f00d", "float32", "cpu", 128, 4, "flat", "eager", "asked", 1.5, 0.0, 8, 4096, "2.13.0"),
+        *("m", "f00d", "float32", "cpu", 128, 4, "flat", "it agrees", "eager", "asked", 1.5, 0.0, 8, 4096, "2.13.0"),
         conditioning=Conditioning(0.25, None),
     ),
     Failed("device", "no GPU — \n none"),
