@@ -10,21 +10,21 @@ from aiohttp import web
 from pydantic import AfterValidator, AliasChoices, ConfigDict, Field
 from pydantic_core import PydanticCustomError
 
-from pocd.admin import answers, status
+from pocd.admin import answers, status, verdict
 from pocd.admin.operations import Operation, answer
 from pocd.delivery.receivers import CallbackError
 from pocd.http.parsing import Input, parse_body, parse_query
 from pocd.http.server import RefusalError
 from pocd.mining.control import NoRoundError, RoundRequest
 from pocd.mining.phases import Call
-from pocd.protocol.bodies import MOST_VALUES
+from pocd.protocol.bodies import MOST_VALUES, VECTOR_FIELD
 from pocd.protocol.names import default_tolerance
 from pocd.protocol.nonces import Node
 from pocd.protocol.numbers import MOST_NODES, Index
 from pocd.protocol.proof import FRAUD_THRESHOLD, MOST_NONCES, Round
 from pocd.protocol.schemes import SCHEMES
 from pocd.store.requested import TooManySharesError
-from pocd.validation.claim import LARGEST_CLAIM, Claim
+from pocd.validation.claim import LARGEST_CLAIM, AnyClaim
 from pocd.validation.conditions import BY_WEIGHTS, BodyConditions, MismatchError, named, refuse_mismatch, running
 from pocd.validation.queue import QueueFullError, ValidationRequest
 from pocd.validation.verdict import Terms, check
@@ -78,7 +78,11 @@ class InitBody(BodyConditions):
     public_key: str = Field(
         min_length=1, max_length=1024, description="The miner's public key, used exactly as written."
     )
-    r_target: float = Field(gt=0, le=2, description="A nonce is valid when its distance is below this.")
+    r_target: Annotated[float, Field(gt=0, le=2)] | None = Field(
+        default=None,
+        description="A nonce is valid when its distance is below this. Required with a scheme of distances; with one "
+        "of vectors there is none, as every nonce with a finite vector is valid.",
+    )
     fraud_threshold: float = Field(
         default=FRAUD_THRESHOLD, gt=0, lt=1, description="Batches are fraud below this probability of honesty."
     )
@@ -129,7 +133,7 @@ class PowApi:
 
     def operations(self) -> list[Operation]:
         """Return the operations of these routes."""
-        validated: dict[int, Answer] = {200: answers.Verdict, 202: answers.Waiting}
+        validated: dict[int, Answer] = {200: verdict.Verdict, 202: verdict.Waiting}
         path = "/api/v1/pow"
 
         control = partial(Operation, "POST", tag=TAG)
@@ -158,11 +162,11 @@ class PowApi:
                 self.validate,
                 TAG,
                 query=ValidateQuery,
-                body=Claim,
+                body=AnyClaim,
                 answers={
                     **validated,
-                    409: "The batch names another scheme, model, dtype, length or target than the terms, or `params` "
-                    "holds an unknown name (`mismatch`).",
+                    409: "The batch names another scheme, model, dtype, length or target than the terms, has results "
+                    "of another kind, or `params` holds an unknown name (`mismatch`).",
                     429: "Too many validations wait (`queue_full`).",
                     503: "No model is ready (`loading`), the recomputation had no result (`no_result`), or the store "
                     "cannot do it now (`store_unavailable`, `store_busy`).",
@@ -246,6 +250,7 @@ class PowApi:
         """Complete the requested round from the configuration."""
         seq_len = self._agreed_seq_len(body)
         settings = self._parts.settings
+        self._check_target(body)
         node = Node(
             settings.node.node_id if body.node_id == -1 else body.node_id,
             settings.node.node_count if body.node_count == -1 else body.node_count,
@@ -265,6 +270,18 @@ class PowApi:
         )
         callback = await self._callback(body.callback_url) if body.callback_url else (None, None)
         return RoundRequest(round_, node, body.fraud_threshold, *callback)
+
+    def _check_target(self, body: InitBody) -> None:
+        """Refuse a round of distances without a target, and one of vectors with one."""
+        scheme = self._parts.settings.round.scheme
+        if SCHEMES[scheme].output == "distance" and body.r_target is None:
+            raise RefusalError(400, "invalid_request", "r_target: Field required", "r_target")
+        if SCHEMES[scheme].output == "vector" and body.r_target is not None:
+            message = (
+                f"r_target: {body.r_target} is asked for, but this daemon runs none: with scheme {scheme!r} every "
+                "nonce with a finite vector is valid; nothing was changed"
+            )
+            raise RefusalError(409, MismatchError.code, message, "r_target")
 
     def _agreed_seq_len(self, body: InitBody) -> int:
         """Refuse a round that this daemon does not compute, and return its sequence length."""
@@ -332,7 +349,7 @@ class PowApi:
         if (query.sample is None) != (query.seed is None):
             missing = "sample" if query.sample is None else "seed"
             raise RefusalError(400, "invalid_request", f"{missing}: sample and seed go together", missing)
-        claim = await parse_body(request, Claim, most_values=MOST_VALUES)
+        claim = (await parse_body(request, AnyClaim, most_values=MOST_VALUES, pair=VECTOR_FIELD)).root
         terms = self._terms()
         try:
             check(claim, terms)
@@ -371,10 +388,8 @@ class PowApi:
         if worker is None or not self._parts.workers.ready.is_set():
             raise _loading("no model is ready to recompute distances")
         tolerance = settings.validation.tolerance
-        r_target = asked.round.r_target if asked else settings.round.r_target
-        assert r_target is not None, "the configuration allows no scheme of vectors"
         return Terms(
-            r_target=r_target,
+            r_target=asked.round.r_target if asked else settings.round.target,
             fraud_threshold=asked.fraud_threshold if asked else settings.validation.fraud_threshold,
             mismatch=settings.validation.mismatch,
             tolerance=default_tolerance(worker.dtype, SCHEMES[settings.round.scheme], worker.hidden_size)
@@ -387,6 +402,7 @@ class PowApi:
             seq_len=asked.round.seq_len if asked else settings.round.seq_len,
             node_count=asked.node.count if asked else settings.node.node_count,
             revision=settings.model.revision,
+            allowance=settings.validation.allowance,
         )
 
 
@@ -398,5 +414,5 @@ def _verdict(found: Validation) -> web.Response:
     if found.state == "failed":
         raise RefusalError(503, "no_result", f"nothing was judged: {found.reason}; POST the batch again to try again")
     if found.answer is None:
-        return answer(answers.Waiting(id=found.id, state="pending"), 202)
+        return answer(verdict.Waiting(id=found.id, state="pending"), 202)
     return web.Response(body=found.answer, content_type="application/json")

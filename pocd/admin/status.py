@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from pocd.pool.cards import CardReading, Cards
     from pocd.pool.pool import Pool
     from pocd.pool.state import WorkerState
+    from pocd.protocol.conditioning import Conditioning
     from pocd.protocol.proof import Round
     from pocd.worker.messages import CardIdentity, Ready
 
@@ -128,7 +129,7 @@ def parked(state: ReceiverState) -> str | None:
     return f"parked since {since} ({state.error}); `pocd outbox retry` asks it again"
 
 
-def _fields(value: Totals | Queue | Round | Ready | CardReading | CardIdentity) -> dict[str, Any]:
+def _fields(value: Totals | Queue | Round | Ready | Conditioning | CardReading | CardIdentity) -> dict[str, Any]:
     """Return a flat dataclass as a dictionary. `asdict` copies deeply, which is most of what a status would cost."""
     return {name: getattr(value, name) for name in value.__slots__}
 
@@ -182,9 +183,7 @@ def _worker(parts: Parts, worker: WorkerState) -> WorkerStatus:
         computed_per_second_1m=worker.computed_rate.per_second(60),
         computed_per_second_15m=worker.computed_rate.per_second(900),
         cards=[_card(parts.cards, device, card) for device, card in worker.cards.items()],
-        rounding=RoundingStatus(error=measured.error, flipped=measured.flipped, alarm=measured.alarm)
-        if measured
-        else None,
+        rounding=RoundingStatus(**_fields(measured), alarm=measured.alarm) if measured else None,
     )
 
 
@@ -267,7 +266,7 @@ def view(parts: Parts) -> Status:
         total_valid=mining.valid if mining else 0,
         elapsed_seconds=elapsed,
         rate_per_second=(mining.checked - mining.checked_before) / elapsed if mining and elapsed else 0.0,
-        r_target=mining.round.r_target if mining else settings.round.r_target,
+        r_target=mining.round.r_target if mining else settings.round.target,
         round=_round(mining) if mining else None,
         control=_control(parts.control),
         node=NodeStatus(**settings.node.model_dump()),

@@ -43,7 +43,7 @@ class Matrix(NamedTuple):
 
     Attributes:
         name: Name that transformers' class has for it.
-        shape: Its shape.
+        shape: Shape of the weight.
         parts: Tensors of the files that it is computed from, by name.
         compute: Computes it, in float32, from these in their order.
     """

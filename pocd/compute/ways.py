@@ -53,7 +53,7 @@ def read_way(quantization: Mapping[str, Any], model_type: str) -> Way:
     """Return the way that a `quantization_config` describes.
 
     Raises:
-        ModelError: It is none that is read exactly; the message is a clause that says why.
+        ModelError: The way is none that is read exactly; the message is a clause that says why.
     """
     method = quantization.get("quant_method")
     if method == "mxfp4" and model_type != "gpt_oss":

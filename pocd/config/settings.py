@@ -32,6 +32,7 @@ from pocd.protocol.names import ChainKind, Compile, Dtype, OnRounding
 from pocd.protocol.numbers import MOST_NODES, Count, Index
 from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH, MOST_NONCES
 from pocd.protocol.schemes import SCHEMES
+from pocd.protocol.verdicts import ALLOWANCE, LARGEST_ALLOWANCE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PATH = Path("/etc/pocd/pocd.toml")
 ENV_PREFIX = "POCD_"
+R_TARGET = 1.4042  # by which about one nonce in ten is valid with "poc2"
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
@@ -91,14 +93,25 @@ class ChainSettings(_Section):
 
 
 class RoundSettings(_Section):
-    """Start and duration of rounds, and the conditions of a valid nonce."""
+    """Start and duration of rounds, and the conditions of a valid nonce.
+
+    A configuration that names no scheme was written when "poc2" was the only one; a new one, made of
+    `config/pocd.toml`, names "poc4".
+    """
 
     every: Count = 60
     offset: Index = 0
     duration: Count = 60
-    r_target: float = Field(default=1.4042, gt=0, le=2)
     scheme: SchemeName = "poc2"
+    r_target: Annotated[float, Field(gt=0, le=2)] | None = None
     seq_len: Count = 256
+
+    @property
+    def target(self) -> float | None:
+        """The r_target that holds: None with a scheme of vectors, by which every nonce counts."""
+        if SCHEMES[self.scheme].output == "vector":
+            return None
+        return R_TARGET if self.r_target is None else self.r_target
 
     @model_validator(mode="after")
     def _rounds_fit(self) -> Self:
@@ -106,6 +119,11 @@ class RoundSettings(_Section):
             raise ValueError(f"offset {self.offset} must be below every {self.every}")
         if self.duration > self.every:
             raise ValueError(f"duration {self.duration} must be at most every {self.every}")
+        if self.r_target is not None and SCHEMES[self.scheme].output == "vector":
+            raise ValueError(
+                f"r_target {self.r_target} has no meaning with scheme {self.scheme!r}, by which every nonce counts: "
+                "remove it, or take a scheme of distances"
+            )
         if self.seq_len < (least := SCHEMES[self.scheme].least_seq_len):
             raise ValueError(f"seq_len {self.seq_len} is too short for scheme {self.scheme!r}: {least} or more")
         return self
@@ -222,6 +240,7 @@ class ValidationSettings(_Section):
     fraud_threshold: float = Field(default=FRAUD_THRESHOLD, gt=0, lt=1)
     mismatch: float = Field(default=MISMATCH, gt=0, lt=1)
     tolerance: Annotated[float, Field(ge=0, le=2)] | None = None
+    allowance: float = Field(default=ALLOWANCE, ge=1, le=LARGEST_ALLOWANCE)
     max_nonces: int = Field(default=10_000, ge=1, le=MOST_NONCES)
     max_queued: int = Field(default=16, ge=1, le=1000)
 

@@ -177,7 +177,7 @@ def make_round(parts: Parts, block: Block) -> Round:
         block_hash=block.hash,
         block_height=block.height,
         public_key=settings.node.public_key,
-        r_target=settings.round.r_target,
+        r_target=settings.round.target,
         scheme=settings.round.scheme,
         model=settings.model.name,
         seq_len=settings.round.seq_len,
@@ -218,6 +218,7 @@ def make_batcher(parts: Parts) -> Batcher:
         size=parts.settings.delivery.batch_nonces,
         age=parts.settings.delivery.batch_seconds,
         withdraw=withdraws(parts.settings),
+        is_live=parts.settings.orchestrator.is_on,
         clock=parts.clock,
         events=parts.events,
     )

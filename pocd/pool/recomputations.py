@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from pocd.protocol.proof import Round
+    from pocd.worker.messages import Compared, Distances, Vectors
 
 
-MOST_TRIES = 3  # of one part of a batch, each ended by the end of its worker
+MOST_TRIES = 3  # of one recomputation, each ended by the end of its worker
 
 
 class NoResultError(Exception):
@@ -30,19 +31,21 @@ class Recomputation:
 
     Attributes:
         last: Whether this is the last recomputation of its round.
-        results: Distances in the order of `nonces`, or vectors as they travel; or a `NoResultError`, or a
-            `WorkerLostError`.
+        with_reference: Whether the reference in float32 arithmetic is wanted too.
+        result: The worker's answer, in the order of `nonces`; or a `NoResultError`, or a `WorkerLostError`. Who no
+            longer wants it cancels it.
     """
 
     round: Round
     nonces: tuple[int, ...]
     last: bool
-    results: asyncio.Future[list[float] | bytes]
+    with_reference: bool
+    result: asyncio.Future[Distances | Vectors | Compared]
 
     def fail(self, error: NoResultError | WorkerLostError) -> None:
         """End the wait for the result with an error, unless it came or nobody waits any more."""
-        if not self.results.done():
-            self.results.set_exception(error)
+        if not self.result.done():
+            self.result.set_exception(error)
 
 
 class Recomputations:
@@ -56,17 +59,19 @@ class Recomputations:
         """Hand a recomputation over; waits until a worker has taken the one before."""
         await self._queue.put(recomputation)
 
-    async def results(self, round_: Round, nonces: tuple[int, ...], *, last: bool) -> list[float] | bytes:
-        """Have nonces recomputed by a worker, or by another one where that ends meanwhile, and return their results.
+    async def answer(
+        self, round_: Round, nonces: tuple[int, ...], *, last: bool, with_reference: bool = False
+    ) -> Distances | Vectors | Compared:
+        """Have nonces recomputed, by another worker where one ends meanwhile, and return the worker's answer.
 
         Raises:
             NoResultError: The model gives no result, or the worker ended each time.
         """
         for _ in range(MOST_TRIES):
-            wanted = Recomputation(round_, nonces, last, asyncio.get_running_loop().create_future())
+            wanted = Recomputation(round_, nonces, last, with_reference, asyncio.get_running_loop().create_future())
             await self.put(wanted)
             with suppress(WorkerLostError):
-                return await wanted.results
+                return await wanted.result
         raise NoResultError(f"the worker ended {MOST_TRIES} times in a row over the same nonces")
 
     @asynccontextmanager

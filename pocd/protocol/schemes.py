@@ -62,11 +62,6 @@ class Scheme:
         return "vector" if self.head in {"projection", "pick"} else "distance"
 
     @property
-    def is_live(self) -> bool:
-        """Whether the scheme is the live network's, with its bodies (docs/live.md)."""
-        return self.head == "pick"
-
-    @property
     def input_seeds(self) -> int:
         """Number of 32-bit seeds of a nonce's inputs."""
         return 8 if self.inputs == "256 bits" else 1
@@ -74,7 +69,7 @@ class Scheme:
     @property
     def largest_nonce(self) -> int:
         """Largest nonce that has a result."""
-        return LARGEST_LIVE_NONCE if self.is_live else LARGEST_NONCE
+        return LARGEST_LIVE_NONCE if self.head == "pick" else LARGEST_NONCE
 
     @property
     def reads_all(self) -> bool:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from base64 import b64decode
 from typing import TYPE_CHECKING
 
 from pocd.mining.phases import Mode
 from pocd.pool.recomputations import NoResultError
 from pocd.protocol.live_jobs import LiveJob, computed, failed
 from pocd.store import jobs
+from pocd.worker.messages import Vectors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -168,9 +170,9 @@ class Jobs:
                 return None
             part = job.nonces[done : done + self._workers.batch_size]
             done += len(part)
-            vectors = await self._workers.recomputations.results(job.round, part, last=done == len(job.nonces))
-            assert isinstance(vectors, bytes), "a round of vectors"
-            found += vectors
+            answer = await self._workers.recomputations.answer(job.round, part, last=done == len(job.nonces))
+            assert isinstance(answer, Vectors), "a round of vectors"
+            found += b64decode(answer.vectors)
         return bytes(found)
 
     async def _notify(self) -> None:

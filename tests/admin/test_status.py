@@ -59,7 +59,7 @@ READY = Ready(
     batch_size=8,
     longest_seq_len=128,
     torch="2.9.1",
-    conditioning=Conditioning(error=0.015625, flipped=0.0),
+    conditioning=Conditioning(error=0.015625, flipped=0.0, own_share=0.5),
 )
 READING = CardReading(temperature=61.0, power=None, memory_used=2**30, memory_total=2**36, utilization=0.5)
 
@@ -158,7 +158,7 @@ async def test_a_worker_whose_results_depend_on_rounding_is_an_alarm(tmp_path: P
         for worker, flipped in ((first, 0.0), (second, 0.25)):
             worker.start()
             worker.load("loading the model")
-            worker.become_ready(dataclasses.replace(READY, conditioning=Conditioning(0.5, flipped)))
+            worker.become_ready(dataclasses.replace(READY, conditioning=Conditioning(0.5, flipped, 0.75)))
         (alarm,) = status.alarms(parts)
         assert alarm.part == "worker 1 (cpu)"
         assert "25.00% of honest nonces would be found invalid" in alarm.reason
@@ -167,3 +167,4 @@ async def test_a_worker_whose_results_depend_on_rounding_is_an_alarm(tmp_path: P
     assert 'pocd_worker_rounding_alarm{worker="1"} 1.0' in text
     assert 'pocd_worker_flipped_ratio{worker="1"} 0.25' in text
     assert 'pocd_worker_rounding_error_ratio{worker="0"} 0.5' in text
+    assert 'pocd_worker_own_share_ratio{worker="0"} 0.75' in text

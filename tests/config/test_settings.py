@@ -92,7 +92,8 @@ def everything_set_for_evm() -> str:
     """The shipped file with everything set, for the kind of chain that has all of it."""
     of_gonka = 'model = "MiniMaxAI/MiniMax-M2.7"\n'
     assert of_gonka in everything_set()
-    return everything_set().replace('kind = "cometbft"', 'kind = "evm"').replace(of_gonka, "")
+    of_distances = everything_set().replace('scheme = "poc4"', 'scheme = "poc2"')  # else r_target is refused
+    return of_distances.replace('kind = "cometbft"', 'kind = "evm"').replace(of_gonka, "")
 
 
 def test_the_shipped_file_shows_every_key_and_no_other() -> None:
@@ -110,10 +111,11 @@ def test_the_shipped_file_shows_the_defaults() -> None:
         unset
         == {"admin.token_file", "admin.socket", "model.revision", "chain.id", "validation.tolerance", "worker.cache"}
         | {"orchestrator.port", "orchestrator.token_file"}
+        | {"round.r_target"}
         | of_one_kind
     )
     assert shown.keys() == code.keys() - unset
-    for name in shown.keys() - required:
+    for name in shown.keys() - required - {"round.scheme"}:  # a new configuration has another than those before it
         default = code[name].get_default()
         assert shown[name] == (str(default) if isinstance(default, Path) else default), name
         assert type(shown[name]) is (str if isinstance(default, Path) else type(default)), name
@@ -130,7 +132,16 @@ def test_the_shipped_file_loads_to_the_defaults(tmp_path: Path) -> None:
     settings = load(SHIPPED)
     minimal = load(written(tmp_path, GOOD))
     changed = {"node": settings.node, "chain": minimal.chain.model_copy(update={"urls": settings.chain.urls})}
+    changed["round"] = minimal.round.model_copy(update={"scheme": "poc4"})
     assert settings == minimal.model_copy(update=changed)
+
+
+def test_a_new_configuration_mines_vectors_and_one_that_names_no_scheme_what_it_always_did(tmp_path: Path) -> None:
+    assert (load(SHIPPED).round.scheme, load(SHIPPED).round.target) == ("poc4", None)
+    before = load(written(tmp_path, GOOD)).round
+    assert (before.scheme, before.target) == ("poc2", 1.4042)
+    other = load(written(tmp_path, f"{GOOD}[round]\nr_target = 1.3\n")).round
+    assert (other.scheme, other.target) == ("poc2", 1.3)
 
 
 def test_the_shipped_file_loads_with_everything_set(tmp_path: Path) -> None:
@@ -165,9 +176,9 @@ def test_the_shipped_file_loads_with_everything_set(tmp_path: Path) -> None:
             "[round]\nscheme = 'poc9'", "round.scheme: unknown scheme 'poc9'; allowed are: trained, ", id="scheme"
         ),
         pytest.param(
-            "[round]\nscheme = 'poc4'",
-            "round.scheme: scheme 'poc4' gives vectors, which the daemon does not mine yet; allowed are: trained, ",
-            id="scheme of vectors",
+            "[round]\nscheme = 'poc4'\nr_target = 1.4",
+            "round: r_target 1.4 has no meaning with scheme 'poc4', by which every nonce counts: remove it",
+            id="target of vectors",
         ),
         pytest.param("[model]\ndtype = 'int8'", "model.dtype: Input should be 'float32', 'float16'", id="dtype"),
         pytest.param(

@@ -32,7 +32,7 @@ from pocd.protocol.proof import Round
 from pocd.store.outbox import Outbox, Work
 from pocd.store.thread import OutboxThread
 from pocd.tasks import LOOK_SECONDS
-from pocd.worker.messages import Load, Message, Recompute
+from pocd.worker.messages import Distances, Load, Message, Recompute
 from tests.support.waiting import PATIENCE, soon, until
 
 if TYPE_CHECKING:
@@ -69,12 +69,13 @@ async def pooled(
 
 
 async def recompute(pool: Pool, round_: Round, nonces: tuple[int, ...], *, last: bool = True) -> list[float]:
-    wanted = Recomputation(round_, nonces, last, asyncio.get_running_loop().create_future())
+    result = asyncio.get_running_loop().create_future()
+    wanted = Recomputation(round_, nonces, last, with_reference=False, result=result)
     async with asyncio.timeout(PATIENCE):
         await pool.recomputations.put(wanted)
-        found = await wanted.results
-    assert isinstance(found, list)
-    return found
+        answer = await wanted.result
+        assert isinstance(answer, Distances)
+        return answer.distances
 
 
 async def test_workers_share_one_cursor_and_the_death_of_one_leaves_no_gap(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pocd.admin.orchestrator.bodies import LARGEST_GENERATE
 from pocd.http.parsing import apart, refuse_shape
 from pocd.http.server import LARGE_BODY, RefusalError, json_answer
+from pocd.protocol.bodies import VECTOR_FIELD
 from pocd.store.errors import StoreUnavailableError
 from pocd.validation.jobs import MOST_NONCES
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
 MOST_COMMAS = 3 * MOST_NONCES + 1000  # in a body: between the nonces, the artifacts, and the fields of each
-MOST_COLONS = 2 * MOST_NONCES + 1000
 
 
 class DetailError(Exception):
@@ -77,7 +77,7 @@ async def parse(request: web.Request, model: type[Parsed]) -> Parsed:
     raw = await request.read()
 
     def parsed() -> Parsed:
-        refuse_shape(raw, MOST_COMMAS, MOST_COLONS)
+        refuse_shape(raw, MOST_COMMAS, VECTOR_FIELD)
         return model.model_validate_json(raw or b"{}")
 
     try:
