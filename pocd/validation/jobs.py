@@ -38,7 +38,7 @@ class Jobs:
 
     Attributes:
         current: Id of the job that is being done; None while there is none.
-        judges: Whether that job judges artifacts.
+        judges: Whether the job that is being done judges artifacts.
     """
 
     def __init__(
