@@ -25,7 +25,7 @@ SEQ_LEN = 16
 ENCODING = {"dtype": "f16", "k_dim": 12, "endian": "le"}
 
 
-def init_body(url: str, *, node_id: int = 0, node_count: int = 2, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
+def init_body(origin: str, *, node_id: int = 0, node_count: int = 2, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
     """The body of an init/generate."""
     body = {
         "block_hash": REGULAR,
@@ -34,7 +34,7 @@ def init_body(url: str, *, node_id: int = 0, node_count: int = 2, **changes: Any
         "node_id": node_id,
         "node_count": node_count,
         "params": {"model": MODEL, "seq_len": SEQ_LEN},
-        "url": f"{url}{PLACE}",
+        "url": f"{origin}{PLACE}",
     }
     return body | changes
 
