@@ -19,7 +19,9 @@ from pocd.config.types import (
     Device,
     HostName,
     HttpUrl,
+    ModelName,
     Origin,
+    PathPrefix,
     Port,
     PublicKey,
     ReceiverName,
@@ -209,6 +211,28 @@ class AdminSettings(_Section):
         return self
 
 
+class OrchestratorSettings(_Section):
+    """The API that the live network's orchestrators call; it is off unless a port is set."""
+
+    host: str = "127.0.0.1"
+    port: Port | None = None
+    prefix: PathPrefix = ""
+    token_file: SecretFile | None = None
+    allowed_hosts: list[HostName] = []
+    aliases: list[ModelName] = []
+    late_seconds: float = Field(default=60.0, ge=0, le=3600)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether rounds come from an orchestrator, and none from the chain."""
+        return self.port is not None
+
+    @property
+    def beyond_loopback(self) -> bool:
+        """Tell whether other hosts can reach the API."""
+        return self.host not in LOOPBACK_HOSTS
+
+
 class ValidationSettings(_Section):
     """Terms of judging other miners' batches, and limits of validation."""
 
@@ -271,6 +295,7 @@ class Settings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
     delivery: DeliverySettings = DeliverySettings()
     admin: AdminSettings = AdminSettings()
+    orchestrator: OrchestratorSettings = OrchestratorSettings()
     validation: ValidationSettings = ValidationSettings()
     store: StoreSettings = StoreSettings()
     log: LogSettings = LogSettings()

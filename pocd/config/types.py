@@ -89,6 +89,12 @@ def _check_origin(text: str) -> str:
     return normal
 
 
+def _check_prefix(path: str) -> str:
+    if not re.fullmatch(r"(/[A-Za-z0-9._-]+)*", path):
+        raise ValueError('must be "", or begin with / and hold letters, digits, . _ - and no / at its end: "/v3.0.8"')
+    return path
+
+
 BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_parse_batch_size)]
 Device = Annotated[str | list[str], BeforeValidator(_check_device)]
 HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
@@ -101,4 +107,6 @@ ReceiverName = Annotated[
 ]
 SchemeName = Annotated[str, AfterValidator(_check_scheme)]
 SocketPath = Annotated[Path, AfterValidator(_check_socket)]
+ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+PathPrefix = Annotated[str, AfterValidator(_check_prefix)]
 Port = Annotated[int, Field(ge=0, le=65535)]

@@ -15,9 +15,12 @@ from pocd.chain.rpc import Rpc
 from pocd.clock import SYSTEM, SteadyClock
 from pocd.config.secrets import read_keys
 from pocd.config.settings import ConfigError
+from pocd.config.types import CALLBACK_PREFIX
 from pocd.delivery.batcher import Batcher
 from pocd.delivery.dispatcher import Dispatcher
 from pocd.delivery.keeper import MIB, Keeper, StoreLimits
+from pocd.delivery.late import LateArtifacts
+from pocd.delivery.policy import BACKOFF_SECONDS
 from pocd.delivery.posting import Receiver
 from pocd.delivery.receivers import Receivers
 from pocd.mining.control import Control
@@ -36,8 +39,9 @@ from pocd.protocol.names import largest_batch_size
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.protocol.rounds import RoundPolicy
-from pocd.protocol.schemes import with_stronger_rng
+from pocd.protocol.schemes import LIVE_SCHEME, with_stronger_rng
 from pocd.store.rounds import recent_rounds
+from pocd.validation.jobs import Jobs
 from pocd.validation.queue import Validator
 from pocd.worker.messages import Load
 
@@ -55,6 +59,7 @@ if TYPE_CHECKING:
     from pocd.protocol.names import ChainKind
     from pocd.store.thread import OutboxThread
 
+CALLBACK_SECONDS = 5.0  # between two attempts at an orchestrator's callback URL: its rounds last minutes
 KNOWN_ROUNDS = 256  # whose block hashes are held against what nodes say after a restart
 
 
@@ -69,6 +74,8 @@ class Composition:
         scheduler: Decides which round the chain wants at each head.
         batcher: Forms batches of what was found.
         keeper: Keeps the store small, and mining within what the disk can take.
+        jobs: Does what orchestrators ask for by a list of nonces.
+        late: Sets aside what an orchestrator's round found and nobody took in time.
     """
 
     parts: Parts
@@ -77,6 +84,8 @@ class Composition:
     scheduler: RoundScheduler | EpochScheduler
     batcher: Batcher
     keeper: Keeper
+    jobs: Jobs
+    late: LateArtifacts
 
 
 def compose(
@@ -128,9 +137,10 @@ def compose(
         log=log,
         events=events,
     )
-    return Composition(
-        parts, changes, source, make_scheduler(parts, source), make_batcher(parts), make_keeper(parts, steady)
-    )
+    jobs = Jobs(outbox, workers, served, lambda: control.mode, changes, clock=steady, log=log)
+    late = LateArtifacts(control, outbox, seconds=settings.orchestrator.late_seconds, clock=steady, log=log)
+    scheduler, batcher, keeper = make_scheduler(parts, source), make_batcher(parts), make_keeper(parts, steady)
+    return Composition(parts, changes, source, scheduler, batcher, keeper, jobs, late)
 
 
 def make_scheduler(parts: Parts, source: Failover) -> RoundScheduler | EpochScheduler:
@@ -208,6 +218,7 @@ def make_batcher(parts: Parts) -> Batcher:
         size=parts.settings.delivery.batch_nonces,
         age=parts.settings.delivery.batch_seconds,
         withdraw=withdraws(parts.settings),
+        is_live=parts.settings.orchestrator.is_on,
         clock=parts.clock,
         events=parts.events,
     )
@@ -238,10 +249,12 @@ def make_delivery(
     """Return all receivers with their dispatchers: the configured ones, and callback URLs of allowed origins."""
 
     def make(receiver: Receiver) -> Dispatcher:
+        hurries = settings.orchestrator.is_on and receiver.name.startswith(CALLBACK_PREFIX)
         return Dispatcher(
             receiver,
             outbox,
             expire_after=settings.delivery.expire_after,
+            longest_backoff=CALLBACK_SECONDS if hurries else BACKOFF_SECONDS[-1],
             clock=clock,
             jitter=lambda: random.uniform(-1, 1),  # noqa: S311 - it spreads load, it hides nothing
             log=log,
@@ -317,7 +330,7 @@ def make_loads(settings: Settings) -> list[Load]:
             dtype=model.dtype,
             devices=devices,
             cards=name_cards(devices, visible),
-            scheme=settings.round.scheme,
+            scheme=LIVE_SCHEME if settings.orchestrator.is_on else settings.round.scheme,
             seq_len=settings.round.seq_len,
             batch_size=largest_batch_size(settings.round.seq_len) if worker.batch_size == "auto" else worker.batch_size,
             is_auto=worker.batch_size == "auto",

@@ -77,6 +77,7 @@ def config(folder: Path, chain_url: str, receivers: dict[str, str], **changes: A
         "worker": {"batch_size": 8},
         "delivery": {"batch_seconds": 0.2},
         "admin": {"port": 0},
+        "orchestrator": {},
         "validation": {},
         "store": {"path": str(folder / "outbox.db"), "free_space_mib": 0},
         "log": {"format": "json"},
