@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from pocd import __version__
 from pocd.admin.answers import (
     CardStatus,
-    ChainStatus,
     ControlStatus,
     Funnel,
     NodeStatus,
@@ -25,6 +24,7 @@ from pocd.admin.answers import (
     WorkersStatus,
     WorkerStatus,
 )
+from pocd.admin.chain import chain_status
 from pocd.admin.text import progress
 from pocd.mining.phases import Mode, state_of
 from pocd.observe.mask import mask_url
@@ -37,12 +37,12 @@ if TYPE_CHECKING:
     from pocd.admin.parts import Parts
     from pocd.delivery.dispatcher import Dispatcher
     from pocd.mining.control import Control
-    from pocd.mining.follower import ChainHealth
     from pocd.mining.miner import Miner, Mining
     from pocd.mining.phases import DaemonState
     from pocd.pool.cards import CardReading, Cards
     from pocd.pool.pool import Pool
     from pocd.pool.state import WorkerState
+    from pocd.protocol.conditioning import Conditioning
     from pocd.protocol.proof import Round
     from pocd.worker.messages import CardIdentity, Ready
 
@@ -77,6 +77,8 @@ def problems(parts: Parts) -> list[Problem]:
     chain = parts.chain.problem(parts.clock.wall(), parts.settings.chain.poll_interval)
     if chain and parts.control.mode is Mode.FOLLOWING:  # else nothing waits for the chain
         found.append(Problem(part="chain", reason=chain))
+    if parts.chain.epoch and parts.chain.epoch.refused and parts.control.mode is Mode.FOLLOWING:
+        found.append(Problem(part="chain", reason=parts.chain.epoch.refused))
     return found
 
 
@@ -127,7 +129,7 @@ def parked(state: ReceiverState) -> str | None:
     return f"parked since {since} ({state.error}); `pocd outbox retry` asks it again"
 
 
-def _fields(value: Totals | Queue | Round | Ready | CardReading | CardIdentity) -> dict[str, Any]:
+def _fields(value: Totals | Queue | Round | Ready | Conditioning | CardReading | CardIdentity) -> dict[str, Any]:
     """Return a flat dataclass as a dictionary. `asdict` copies deeply, which is most of what a status would cost."""
     return {name: getattr(value, name) for name in value.__slots__}
 
@@ -142,17 +144,6 @@ def _round(mining: Mining) -> RoundStatus:
         valid=mining.valid,
         expected_valid_rate=mining.expected_valid_rate,
         observed_valid_rate=mining.valid / mining.checked if mining.checked else None,
-    )
-
-
-def _chain(chain: ChainHealth, problem: str | None) -> ChainStatus:
-    block = chain.head.block if chain.head else None
-    return ChainStatus(
-        chain_id=block.chain_id if block else None,
-        height=block.height if block else None,
-        hash=block.hash if block else None,
-        block_time=block.time.isoformat() if block else None,
-        problem=problem,
     )
 
 
@@ -192,9 +183,7 @@ def _worker(parts: Parts, worker: WorkerState) -> WorkerStatus:
         computed_per_second_1m=worker.computed_rate.per_second(60),
         computed_per_second_15m=worker.computed_rate.per_second(900),
         cards=[_card(parts.cards, device, card) for device, card in worker.cards.items()],
-        rounding=RoundingStatus(error=measured.error, flipped=measured.flipped, alarm=measured.alarm)
-        if measured
-        else None,
+        rounding=RoundingStatus(**_fields(measured), alarm=measured.alarm) if measured else None,
     )
 
 
@@ -277,7 +266,7 @@ def view(parts: Parts) -> Status:
         total_valid=mining.valid if mining else 0,
         elapsed_seconds=elapsed,
         rate_per_second=(mining.checked - mining.checked_before) / elapsed if mining and elapsed else 0.0,
-        r_target=mining.round.r_target if mining else settings.round.r_target,
+        r_target=mining.round.r_target if mining else settings.round.target,
         round=_round(mining) if mining else None,
         control=_control(parts.control),
         node=NodeStatus(**settings.node.model_dump()),
@@ -288,7 +277,7 @@ def view(parts: Parts) -> Status:
             valid_per_second_1m=miner.valid_rate.per_second(60),
             valid_per_second_15m=miner.valid_rate.per_second(900),
         ),
-        chain=_chain(parts.chain, parts.chain.problem(now, settings.chain.poll_interval)),
+        chain=chain_status(parts.chain, parts.chain.problem(now, settings.chain.poll_interval)),
         worker=_workers(parts.workers, miner),
         workers=[_worker(parts, worker) for worker in parts.workers.workers],
         receivers=receivers(parts),

@@ -19,7 +19,6 @@ from pocd.check.probe import Probe, probe
 from pocd.check.receivers import check_receiver
 from pocd.clock import SYSTEM, Clock
 from pocd.compute.toolchain import find_lack
-from pocd.config.model import check_rounds
 from pocd.config.secrets import read_keys
 from pocd.config.settings import ConfigError
 from pocd.delivery.policy import certificate_problem
@@ -100,10 +99,6 @@ def check_configuration(config: Path, settings: Settings) -> list[Finding]:
         findings.append(
             red(name, "node.public_key is the example's: nobody is paid", "set it to the miner's public key")
         )
-    try:
-        check_rounds(settings)
-    except ConfigError as error:
-        findings.append(red(name, str(error), "nothing is mined until then"))
     if not settings.delivery.receivers:
         remedy = "add a table [[delivery.receivers]]"
         findings.append(yellow(name, "no receiver is configured: proofs are kept until there is one", remedy))

@@ -25,7 +25,7 @@ from pocd.cli.fleet import fleet
 from pocd.cli.outbox import app as outbox_app
 from pocd.cli.validate import validate
 from pocd.cli.watch import watch
-from pocd.config.model import check_model, check_rounds
+from pocd.config.model import check_model
 from pocd.config.settings import DEFAULT_PATH, ConfigError, foreign_variables, load
 from pocd.observe.journal import goes_to_journal, marked
 from pocd.observe.lines import writer_to
@@ -294,7 +294,6 @@ def config_check(config: ConfigOption = DEFAULT_PATH) -> None:
     from pocd.config.secrets import check_secrets, unit_of
 
     settings = load(config)
-    check_rounds(settings)
     check_model(settings)
     unseen = check_secrets(settings, config)
     echo(

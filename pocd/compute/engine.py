@@ -179,13 +179,17 @@ class BlockRun:
         program = self.model.program
         if program is not None and program.serves(self.scheme, self.seq_len, len(nonces)):
             return program(self.host_seeds(nonces), self.block)
-        return self.measure(_states(self.model, self.scheme, self.vectors, self.inputs(nonces)), nonces)
+        return self.measure(self.states(nonces), nonces)
 
     def inputs(self, nonces: Sequence[int]) -> torch.Tensor:
         """Draw random input embeddings [B, S, H] in the model's dtype."""
         shape = len(nonces), self.seq_len, self.model.hidden_size
         out = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
         return stages.fill_inputs(out, self._seeds(nonces), self.scheme)
+
+    def states(self, nonces: Sequence[int]) -> torch.Tensor:
+        """Compute the hidden states that the scheme reads, normed: of the last position [B, H], or of all [B, S, H]."""
+        return _states(self.model, self.scheme, self.vectors, self.inputs(nonces))
 
     def readout(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
         """Return what the scheme reads [B, H] of hidden states: of the last position [B, H], or of all [B, S, H]."""
@@ -194,6 +198,12 @@ class BlockRun:
     def measure(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
         """Compute distances, float32 [B], or vectors [B, VECTOR_SIZE], from hidden states as `readout` takes them."""
         return stages.measure_states(states, self._seeds(nonces), self.block, scheme=self.scheme)
+
+    def differences(
+        self, states: torch.Tensor, exact: torch.Tensor, nonces: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the results by two sets of states, and the expected squared error of a number; see `stages`."""
+        return stages.find_differences(states, exact, self._seeds(nonces), self.block, scheme=self.scheme)
 
     def factors(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
         """Return the factors whose product is the readout of all positions, float32 [B, SEGMENTS, H]."""
@@ -311,7 +321,6 @@ HEADS: dict[HeadSource, Callable[[Model, str], torch.Tensor | None]] = {
 }
 
 
-@torch.inference_mode()
 def _states(model: Model, scheme: Scheme, vectors: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
     """Compute the hidden states that the scheme reads, normed: of the last position [B, H], or of all [B, S, H]."""
     join = join_of(scheme.layer_step, model.layers)

@@ -251,6 +251,9 @@ def load_model(
             tensors = matrices(stored, way, name=name)
             weights = stored_fingerprint(stored, config, way)
             causal, report = load_causal(config, tensors, dtype=getattr(torch, dtype), device=target, placed=placed)
+        check_loaded(causal, report, name=name, dtype=getattr(torch, dtype))
+        with _loading(name):
+            model = adapt(causal, name=name, fingerprint=weights)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -258,9 +261,6 @@ def load_model(
             f"model {name!r} does not fit into the memory of {device} in {dtype}: split it over several devices "
             "(model.parallel), or take a smaller model or dtype"
         ) from error
-    check_loaded(causal, report, name=name, dtype=getattr(torch, dtype))
-    with _loading(name):
-        model = adapt(causal, name=name, fingerprint=weights)
     # transformers' own layers know how they are split; the flat decoder does not.
     if ranks > 1:
         return replace(model, decoder=model.by_layers, decoder_reason="the flat decoder knows nothing of split models")
@@ -360,7 +360,8 @@ def _choose(causal: Any, by_layers: LayerDecoder, probe: torch.Tensor) -> tuple[
     carried = ", and all positions go through its last layer" if by_layers.carries_all else ""
     if not can_flatten(causal):
         return by_layers, f"the flat decoder does not know a {type(causal).__name__} as it is loaded here{carried}"
-    flat, vectors = flatten(causal.get_decoder()), probe.new_zeros(len(by_layers.layers), probe.shape[-1])
+    flat = flatten(causal.get_decoder(), merge=probe.device.type != "cpu")
+    vectors = probe.new_zeros(len(by_layers.layers), probe.shape[-1])
     ours, theirs = (
         decoder(probe, join_of("none", 1), vectors, all_positions=True).float()[0] for decoder in (flat, by_layers)
     )

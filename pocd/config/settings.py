@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from pocd.config.errors import ENV_PREFIX, describe
 from pocd.config.types import (
     BatchSize,
     Device,
     HostName,
     HttpUrl,
+    ModelName,
     Origin,
+    PathPrefix,
     Port,
     PublicKey,
     ReceiverName,
@@ -30,15 +33,15 @@ from pocd.protocol.names import ChainKind, Compile, Dtype, OnRounding
 from pocd.protocol.numbers import MOST_NODES, Count, Index
 from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH, MOST_NONCES
 from pocd.protocol.schemes import SCHEMES
+from pocd.protocol.verdicts import ALLOWANCE, LARGEST_ALLOWANCE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pydantic.fields import FieldInfo
-    from pydantic_core import ErrorDetails
 
 DEFAULT_PATH = Path("/etc/pocd/pocd.toml")
-ENV_PREFIX = "POCD_"
+R_TARGET = 1.4042  # by which about one nonce in ten is valid with "poc2"
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
@@ -76,24 +79,38 @@ class ChainSettings(_Section):
     poll_interval: float = Field(default=2.0, gt=0, le=3600)
     confirmations: Annotated[int, Field(ge=0, le=10_000)] | None = None
     replaced_blocks: Literal["withdraw", "deliver"] | None = None
+    model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     @model_validator(mode="after")
-    def _reorganisations_are_of_evm(self) -> Self:
+    def _keys_fit_the_kind(self) -> Self:
         for name in ("confirmations", "replaced_blocks"):
             if self.kind != "evm" and getattr(self, name) is not None:
                 raise ValueError(f'{name} can be set for kind "evm" only: other chains do not reorganise')
+        if self.kind != "gonka" and self.model is not None:
+            raise ValueError('model can be set for kind "gonka" only: it is the name of the model on that chain')
         return self
 
 
 class RoundSettings(_Section):
-    """Start and duration of rounds, and the conditions of a valid nonce."""
+    """Start and duration of rounds, and the conditions of a valid nonce.
+
+    A configuration that names no scheme was written when "poc2" was the only one; a new one, made of
+    `config/pocd.toml`, names "poc4".
+    """
 
     every: Count = 60
     offset: Index = 0
     duration: Count = 60
-    r_target: float = Field(default=1.4042, gt=0, le=2)
     scheme: SchemeName = "poc2"
+    r_target: Annotated[float, Field(gt=0, le=2)] | None = None
     seq_len: Count = 256
+
+    @property
+    def target(self) -> float | None:
+        """The r_target that holds: None with a scheme of vectors, by which every nonce counts."""
+        if SCHEMES[self.scheme].output == "vector":
+            return None
+        return R_TARGET if self.r_target is None else self.r_target
 
     @model_validator(mode="after")
     def _rounds_fit(self) -> Self:
@@ -101,6 +118,11 @@ class RoundSettings(_Section):
             raise ValueError(f"offset {self.offset} must be below every {self.every}")
         if self.duration > self.every:
             raise ValueError(f"duration {self.duration} must be at most every {self.every}")
+        if self.r_target is not None and SCHEMES[self.scheme].output == "vector":
+            raise ValueError(
+                f"r_target {self.r_target} has no meaning with scheme {self.scheme!r}, by which every nonce counts: "
+                "remove it, or take a scheme of distances"
+            )
         if self.seq_len < (least := SCHEMES[self.scheme].least_seq_len):
             raise ValueError(f"seq_len {self.seq_len} is too short for scheme {self.scheme!r}: {least} or more")
         return self
@@ -189,12 +211,35 @@ class AdminSettings(_Section):
         return self
 
 
+class OrchestratorSettings(_Section):
+    """The API that the live network's orchestrators call; it is off unless a port is set."""
+
+    host: str = "127.0.0.1"
+    port: Port | None = None
+    prefix: PathPrefix = ""
+    token_file: SecretFile | None = None
+    allowed_hosts: list[HostName] = []
+    aliases: list[ModelName] = []
+    late_seconds: float = Field(default=60.0, ge=0, le=3600)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether rounds come from an orchestrator, and none from the chain."""
+        return self.port is not None
+
+    @property
+    def beyond_loopback(self) -> bool:
+        """Tell whether other hosts can reach the API."""
+        return self.host not in LOOPBACK_HOSTS
+
+
 class ValidationSettings(_Section):
     """Terms of judging other miners' batches, and limits of validation."""
 
     fraud_threshold: float = Field(default=FRAUD_THRESHOLD, gt=0, lt=1)
     mismatch: float = Field(default=MISMATCH, gt=0, lt=1)
     tolerance: Annotated[float, Field(ge=0, le=2)] | None = None
+    allowance: float = Field(default=ALLOWANCE, ge=1, le=LARGEST_ALLOWANCE)
     max_nonces: int = Field(default=10_000, ge=1, le=MOST_NONCES)
     max_queued: int = Field(default=16, ge=1, le=1000)
 
@@ -250,9 +295,20 @@ class Settings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
     delivery: DeliverySettings = DeliverySettings()
     admin: AdminSettings = AdminSettings()
+    orchestrator: OrchestratorSettings = OrchestratorSettings()
     validation: ValidationSettings = ValidationSettings()
     store: StoreSettings = StoreSettings()
     log: LogSettings = LogSettings()
+
+    @model_validator(mode="after")
+    def _rounds_come_by_epoch(self) -> Self:
+        if self.chain.kind == "gonka":
+            for name in ("every", "offset", "duration"):
+                if getattr(self.round, name) != RoundSettings.model_fields[name].default:
+                    raise ValueError(f'round.{name} cannot be set with chain.kind "gonka": rounds come by its epochs')
+            if self.round.scheme != "artifacts":
+                raise ValueError('round.scheme must be "artifacts" with chain.kind "gonka", whose rounds are of those')
+        return self
 
     @model_validator(mode="after")
     def _what_a_split_model_can(self) -> Self:
@@ -286,7 +342,7 @@ def load(path: Path) -> Settings:
     try:
         return Settings(**values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_describe(item, path) for item in error.errors())) from None
+        raise ConfigError("; ".join(describe(item, path) for item in error.errors())) from None
 
 
 def load_admin(path: Path, token_file: Path | None) -> AdminSettings:
@@ -328,7 +384,7 @@ def _load_section(path: Path, name: str, section: type[S], given: dict[str, Any]
         return section(**table | _Environment(Settings)().get(name, {}) | given)
     except ValidationError as error:
         found = [item | {"loc": (name, *item["loc"])} for item in error.errors()]
-        raise ConfigError("; ".join(_describe(item, path) for item in found)) from None
+        raise ConfigError("; ".join(describe(item, path) for item in found)) from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -363,29 +419,3 @@ def _refuse_unknown_environment(environment: Mapping[str, str]) -> None:
         section, _, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
         if name != name.upper() or section not in Settings.model_fields or not key:
             raise ConfigError(f"environment: {name} names no key; variables are called POCD_SECTION__KEY")
-
-
-def _describe(error: ErrorDetails, path: Path) -> str:
-    keys = ".".join(str(part) for part in error["loc"])
-    source = _source(error["loc"], path)
-    match error["type"]:
-        case "extra_forbidden":
-            return f"{source}: unknown key {keys}"
-        case "missing":
-            return f"{source}: {keys} is missing"
-        case "model_type":
-            return f"{source}: {keys}: must be a table of keys"
-        case "list_type":
-            return f"{source}: {keys}: must be a list (in the environment: as JSON)"
-        case _:
-            return f"{source}: {keys}: {error['msg'].removeprefix('Value error, ')}"
-
-
-def _source(location: tuple[int | str, ...], path: Path) -> str:
-    """Name the file or the variables that the value at `location` came from, or both for a whole section."""
-    name = ENV_PREFIX + "__".join(str(part).upper() for part in location)
-    variables = sorted(v for v in os.environ if f"{name}__".startswith(f"{v}__") or v.startswith(f"{name}__"))
-    if not variables:
-        return str(path)
-    environment = f"environment {', '.join(variables)}"
-    return environment if len(location) > 1 else f"{path} and {environment}"

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pocd.http.addresses import origin
 from pocd.http.urls import unusable
 from pocd.protocol.names import DEVICE_PATTERN
-from pocd.protocol.schemes import DISTANCE_SCHEMES, SCHEMES
+from pocd.protocol.schemes import SCHEMES
 
 LARGEST_BATCH = 65536
 MOST_DEVICES = 64
@@ -30,12 +30,7 @@ def _check_http_url(url: str) -> str:
 
 def _check_scheme(name: str) -> str:
     if name not in SCHEMES:
-        raise ValueError(f"unknown scheme {name!r}; allowed are: {', '.join(DISTANCE_SCHEMES)}")
-    if name not in DISTANCE_SCHEMES:
-        raise ValueError(
-            f"scheme {name!r} gives vectors, which the daemon does not mine yet; "
-            f"allowed are: {', '.join(DISTANCE_SCHEMES)}"
-        )
+        raise ValueError(f"unknown scheme {name!r}; allowed are: {', '.join(SCHEMES)}")
     return name
 
 
@@ -94,6 +89,12 @@ def _check_origin(text: str) -> str:
     return normal
 
 
+def _check_prefix(path: str) -> str:
+    if not re.fullmatch(r"(/[A-Za-z0-9._-]+)*", path):
+        raise ValueError('must be "", or begin with / and hold letters, digits, . _ - and no / at its end: "/v3.0.8"')
+    return path
+
+
 BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_parse_batch_size)]
 Device = Annotated[str | list[str], BeforeValidator(_check_device)]
 HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
@@ -106,4 +107,6 @@ ReceiverName = Annotated[
 ]
 SchemeName = Annotated[str, AfterValidator(_check_scheme)]
 SocketPath = Annotated[Path, AfterValidator(_check_socket)]
+ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+PathPrefix = Annotated[str, AfterValidator(_check_prefix)]
 Port = Annotated[int, Field(ge=0, le=65535)]

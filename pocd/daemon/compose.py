@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,12 +15,16 @@ from pocd.chain.rpc import Rpc
 from pocd.clock import SYSTEM, SteadyClock
 from pocd.config.secrets import read_keys
 from pocd.config.settings import ConfigError
+from pocd.config.types import CALLBACK_PREFIX
 from pocd.delivery.batcher import Batcher
 from pocd.delivery.dispatcher import Dispatcher
 from pocd.delivery.keeper import MIB, Keeper, StoreLimits
+from pocd.delivery.late import LateArtifacts
+from pocd.delivery.policy import BACKOFF_SECONDS
 from pocd.delivery.posting import Receiver
 from pocd.delivery.receivers import Receivers
 from pocd.mining.control import Control
+from pocd.mining.epochs import EpochScheduler
 from pocd.mining.follower import ChainHealth
 from pocd.mining.miner import Miner
 from pocd.mining.scheduler import RoundScheduler
@@ -35,12 +39,14 @@ from pocd.protocol.names import largest_batch_size
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.protocol.rounds import RoundPolicy
+from pocd.protocol.schemes import LIVE_SCHEME, with_stronger_rng
 from pocd.store.rounds import recent_rounds
+from pocd.validation.jobs import Jobs
 from pocd.validation.queue import Validator
 from pocd.worker.messages import Load
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import aiohttp
@@ -49,8 +55,11 @@ if TYPE_CHECKING:
     from pocd.chain.source import Block, ChainSource
     from pocd.clock import Clock
     from pocd.config.settings import Settings
+    from pocd.protocol.epochs import Recipe
+    from pocd.protocol.names import ChainKind
     from pocd.store.thread import OutboxThread
 
+CALLBACK_SECONDS = 5.0  # between two attempts at an orchestrator's callback URL: its rounds last minutes
 KNOWN_ROUNDS = 256  # whose block hashes are held against what nodes say after a restart
 
 
@@ -65,20 +74,24 @@ class Composition:
         scheduler: Decides which round the chain wants at each head.
         batcher: Forms batches of what was found.
         keeper: Keeps the store small, and mining within what the disk can take.
+        jobs: Does what orchestrators ask for by a list of nonces.
+        late: Sets aside what an orchestrator's round found and nobody took in time.
     """
 
     parts: Parts
     changes: Changes
     source: ChainSource
-    scheduler: RoundScheduler
+    scheduler: RoundScheduler | EpochScheduler
     batcher: Batcher
     keeper: Keeper
+    jobs: Jobs
+    late: LateArtifacts
 
 
 def compose(
     settings: Settings,
     outbox: OutboxThread,
-    source: ChainSource,
+    source: Failover,
     receivers: Sequence[Receiver],
     loads: Sequence[Load],
     *,
@@ -124,14 +137,26 @@ def compose(
         log=log,
         events=events,
     )
-    return Composition(
-        parts, changes, source, make_scheduler(parts, source), make_batcher(parts), make_keeper(parts, steady)
-    )
+    jobs = Jobs(outbox, workers, served, lambda: control.mode, changes, clock=steady, log=log)
+    late = LateArtifacts(control, outbox, seconds=settings.orchestrator.late_seconds, clock=steady, log=log)
+    scheduler, batcher, keeper = make_scheduler(parts, source), make_batcher(parts), make_keeper(parts, steady)
+    return Composition(parts, changes, source, scheduler, batcher, keeper, jobs, late)
 
 
-def make_scheduler(parts: Parts, source: ChainSource) -> RoundScheduler:
+def make_scheduler(parts: Parts, source: Failover) -> RoundScheduler | EpochScheduler:
     """Return the scheduler of the chain's rounds."""
     settings = parts.settings
+    if settings.chain.kind == "gonka":
+        return EpochScheduler(
+            source,
+            parts.control,
+            parts.outbox,
+            health=parts.chain,
+            model=settings.chain.model or settings.model.name,
+            make_round=partial(make_epoch_round, parts),
+            clock=parts.clock,
+            log=parts.log,
+        )
     return RoundScheduler(
         source,
         parts.control,
@@ -152,10 +177,20 @@ def make_round(parts: Parts, block: Block) -> Round:
         block_hash=block.hash,
         block_height=block.height,
         public_key=settings.node.public_key,
-        r_target=settings.round.r_target,
+        r_target=settings.round.target,
         scheme=settings.round.scheme,
         model=settings.model.name,
         seq_len=settings.round.seq_len,
+    )
+
+
+def make_epoch_round(parts: Parts, block: Block, recipe: Recipe, stronger_rng: bool) -> Round:  # noqa: FBT001 - as the chain says
+    """Return the round of the live network that a block starts, by the chain's parameters."""
+    scheme = parts.settings.round.scheme
+    return replace(
+        make_round(parts, block),
+        scheme=with_stronger_rng(scheme) if stronger_rng else scheme,
+        seq_len=recipe.seq_len,
     )
 
 
@@ -183,6 +218,7 @@ def make_batcher(parts: Parts) -> Batcher:
         size=parts.settings.delivery.batch_nonces,
         age=parts.settings.delivery.batch_seconds,
         withdraw=withdraws(parts.settings),
+        is_live=parts.settings.orchestrator.is_on,
         clock=parts.clock,
         events=parts.events,
     )
@@ -213,10 +249,12 @@ def make_delivery(
     """Return all receivers with their dispatchers: the configured ones, and callback URLs of allowed origins."""
 
     def make(receiver: Receiver) -> Dispatcher:
+        hurries = settings.orchestrator.is_on and receiver.name.startswith(CALLBACK_PREFIX)
         return Dispatcher(
             receiver,
             outbox,
             expire_after=settings.delivery.expire_after,
+            longest_backoff=CALLBACK_SECONDS if hurries else BACKOFF_SECONDS[-1],
             clock=clock,
             jitter=lambda: random.uniform(-1, 1),  # noqa: S311 - it spreads load, it hides nothing
             log=log,
@@ -259,11 +297,18 @@ async def make_chain(
     return Failover(
         make_sources(chain.kind, nodes, confirmations=confirmations_of(chain.kind, chain.confirmations)),
         chain_id=known.chain_id if known else chain.id,
-        hashes={round_.block_height: round_.block_hash for round_, replaced in rounds.items() if not replaced},
+        hashes=_hashes(chain.kind, rounds),
         highest=known.height if known else None,
         clock=SYSTEM,
         log=log,
     )
+
+
+def _hashes(kind: ChainKind, rounds: Mapping[Round, bool]) -> dict[int, str]:
+    """Return the known block hashes by height, from rounds and whether the block of each was replaced."""
+    if kind == "gonka":  # a confirmation round's hash is not that of the block at its height
+        return {}
+    return {round_.block_height: round_.block_hash for round_, replaced in rounds.items() if not replaced}
 
 
 def make_loads(settings: Settings) -> list[Load]:
@@ -285,7 +330,7 @@ def make_loads(settings: Settings) -> list[Load]:
             dtype=model.dtype,
             devices=devices,
             cards=name_cards(devices, visible),
-            scheme=settings.round.scheme,
+            scheme=LIVE_SCHEME if settings.orchestrator.is_on else settings.round.scheme,
             seq_len=settings.round.seq_len,
             batch_size=largest_batch_size(settings.round.seq_len) if worker.batch_size == "auto" else worker.batch_size,
             is_auto=worker.batch_size == "auto",

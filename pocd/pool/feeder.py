@@ -11,11 +11,12 @@ from pocd.pool.causes import Cause, WorkerError
 from pocd.pool.processes import FailedError
 from pocd.pool.recomputations import NoResultError, WorkerLostError
 from pocd.store.proofs import Weights
-from pocd.tasks import run_forever, within
+from pocd.tasks import run_forever, shielded, within
 from pocd.worker.messages import (
     BatchShrunk,
     Cancel,
     Cancelled,
+    Compared,
     Compute,
     Distances,
     Heartbeat,
@@ -118,14 +119,16 @@ class Feeder:
                     pass
 
     async def _recompute(self, recomputation: Recomputation) -> bool:
-        """Have the worker do one recomputation; returns whether it is the last of its round."""
+        """Have the worker do one recomputation; returns whether no other of its round follows."""
         number = next(self._ids)
         self._recomputing[number] = recomputation
         self._busy.set()
-        nonces = list(recomputation.nonces)
-        await self._link.send(Recompute(number, recomputation.round, nonces, recomputation.last))
-        await asyncio.wait([recomputation.distances])
-        return recomputation.last
+        wanted, nonces = recomputation, list(recomputation.nonces)
+        await self._link.send(Recompute(number, wanted.round, nonces, wanted.last, wanted.with_reference))
+        await asyncio.wait([wanted.result])
+        if wanted.result.cancelled():
+            await self._link.send(Cancel([number]))
+        return wanted.last or wanted.result.cancelled()
 
     async def _watch(self) -> NoReturn:
         """End the worker's life when it has something to do, and finishes nothing while this process runs."""
@@ -150,12 +153,15 @@ class Feeder:
             await self._miner.until_replaced(await self._miner.until_mining())
             stale = [number for number, lease in self._in_flight.items() if lease.mining is not self._miner.current]
             if stale:
-                await self._link.send(Cancel(through=max(stale)))
+                await self._link.send(Cancel(stale))
 
     async def _receive(self) -> None:
         while True:
             message = await self._link.receive(self._limits.heartbeat)
-            if isinstance(message, Distances | Refused) and message.id in self._recomputing:
+            if (
+                isinstance(message, Distances | Vectors | Compared | Refused | Cancelled)
+                and message.id in self._recomputing
+            ):
                 self._recomputed(message)
             elif isinstance(message, Distances | Vectors):
                 await self._commits.put(self._completed(message))
@@ -182,9 +188,10 @@ class Feeder:
 
     async def _commit(self) -> NoReturn:
         """Wait for the commits, so that one that fails is heard of."""
+        name = f"worker {self._state.number}: what it computed"
         while True:
             # Shielded: when this task is cancelled, what was computed is committed and counted all the same.
-            await asyncio.shield(await self._commits.get())
+            await shielded(name, _end_of(await self._commits.get()), self._log)
 
     def _round_begun(self, message: RoundBegun) -> None:
         """Record the rate that theory expects of a round, and log where the round runs in another way than usual."""
@@ -200,13 +207,13 @@ class Feeder:
             if lease.mining.round.id == message.round_id:
                 lease.mining.expected_valid_rate = message.expected_valid_rate
 
-    def _recomputed(self, message: Distances | Refused) -> None:
+    def _recomputed(self, message: Distances | Vectors | Compared | Refused | Cancelled) -> None:
         recomputation = self._recomputing.pop(message.id)
         self._progressed()
         if isinstance(message, Refused):
             recomputation.fail(NoResultError(message.reason))
-        elif not recomputation.distances.done():
-            recomputation.distances.set_result(message.distances)
+        elif not isinstance(message, Cancelled) and not recomputation.result.done():
+            recomputation.result.set_result(message)
 
     def _finished(self, number: int) -> Lease:
         lease = self._in_flight.pop(number)
@@ -232,6 +239,10 @@ def take_batch_size(message: BatchShrunk, state: WorkerState, log: FilteringBoun
     text = f"{message.reason}; batches are of {message.size} nonces now"
     log.warning(text, action="batch_size", size=message.size)
     state.batch_size = state.most = message.size
+
+
+async def _end_of(commit: asyncio.Task[None]) -> None:
+    await commit
 
 
 def _refused(batches: str, reason: str) -> WorkerError:

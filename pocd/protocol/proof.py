@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from pocd.protocol.schemes import Output
+    from pocd.protocol.verdicts import DifferenceVerdict, Result
 
 MOST_NONCES = 100_000  # that a batch to be validated may have
 MISMATCH = 5e-4  # share of an honest miner's nonces that may recompute as invalid (docs/protocol.md section 5)
+LIVE_FIELDS = ("public_key", "block_hash", "block_height", "node_id", "artifacts", "encoding")  # docs/live.md
 FRAUD_THRESHOLD = 0.01  # fraud is when an honest miner is less probable than this (docs/protocol.md section 5)
 
 
@@ -109,17 +111,22 @@ class Proofs:
         return len(self.nonces)
 
     def __getitem__(self, part: slice) -> Proofs:
-        parts = [(self.nonces[i], self._result(i)) for i in range(*part.indices(len(self)))]
-        return Proofs(tuple(nonce for nonce, _ in parts), b"".join(result for _, result in parts))
+        start, stop, step = part.indices(len(self))
+        assert step == 1, "the order is that in which they were checked"
+        return Proofs(self.nonces[start:stop], self.results[self._width * start : self._width * stop])
 
-    def only(self, counts: Iterable[bool]) -> Proofs:
+    def only(self, counts: Sequence[bool]) -> Proofs:
         """Return the proofs that count, by one truth for each."""
-        kept = list(compress(range(len(self)), counts))
-        return Proofs(tuple(self.nonces[i] for i in kept), b"".join(map(self._result, kept)))
+        if all(counts):
+            return self
+        width = self._width
+        kept = (self.results[width * i : width * (i + 1)] for i in compress(range(len(self)), counts))
+        return Proofs(tuple(compress(self.nonces, counts)), b"".join(kept))
 
-    def _result(self, index: int) -> bytes:
-        width = len(self.results) // len(self)
-        return self.results[width * index : width * (index + 1)]
+    @property
+    def _width(self) -> int:
+        """Bytes of one result."""
+        return len(self.results) // max(1, len(self))
 
     @property
     def distances(self) -> tuple[float, ...]:
@@ -140,6 +147,7 @@ class ProofBatch:
     Attributes:
         model_fingerprint: Fingerprint of the weights; None where an earlier version stored the proofs.
         dtype: Precision in which the proofs were computed; None where an earlier version stored them.
+        is_live: Whether the batch is sent in the live network's body (docs/live.md).
     """
 
     kind: ClassVar = "generated"
@@ -149,6 +157,7 @@ class ProofBatch:
     model_fingerprint: str | None
     dtype: str | None
     proofs: Proofs
+    is_live: bool = False
 
     @property
     def size(self) -> int:
@@ -172,7 +181,9 @@ class ProofBatch:
         return content_id(self._content)
 
     def to_json(self) -> bytes:
-        """The exact bytes of every POST of this batch: canonical JSON with `batch_id`."""
+        """The exact bytes of every POST of this batch: canonical JSON with `batch_id`; or the live network's body."""
+        if self.is_live:
+            return canonical_json({name: self._content[name] for name in LIVE_FIELDS})
         return canonical_json(self._content | {"batch_id": self.id})
 
 
@@ -190,12 +201,19 @@ def results_in(batch: Mapping[str, Any]) -> list[tuple[int, float | str]]:
     return list(zip(nonces_in(batch), batch["dist"], strict=True))
 
 
+_OF_ONE_OUTPUT = (
+    *("received_dist", "dist", "reference_dist"),
+    *("received_vectors", "vectors", "reference_vectors"),
+)
+
+
 @dataclass(frozen=True, slots=True)
 class ValidatedBatch:
-    """The verdict on a batch of claims, with the recomputed distances (docs/protocol.md section 5, "Verdict").
+    """The verdict on a batch of claims, with the recomputed results (docs/protocol.md section 5, "Verdict").
 
-    The four lists stand beside each other: the entries of the batch whose nonces were recomputed, as they
-    came, repeats included. The counts are of distinct nonces, but for `duplicates` and `non_finite`.
+    The lists stand beside each other: the entries of the batch whose nonces were recomputed, as they came, repeats
+    included. The counts are of distinct nonces, but for `duplicates` and `non_finite`. Of the fields of distances and
+    of those of vectors, the batch has the ones of its scheme; the others are None, and left out of the JSON.
 
     Attributes:
         round: Round that the distances were recomputed for.
@@ -206,22 +224,34 @@ class ValidatedBatch:
         nonces: Nonce of each entry.
         received_dist: Claimed distance of each entry; None where the claim was no finite number.
         dist: Recomputed distance of each entry, in [0, 2].
-        valid: Whether each entry's nonce is valid, by all its claims and its recomputed distance.
+        reference_dist: Distance of each entry by the reference; None where there is no `differences`.
+        received_vectors: Claimed vector of each entry, float16 in base64; None where it was no finite vector.
+        vectors: Recomputed vector of each entry, float16 in base64.
+        reference_vectors: Vector of each entry by the reference, float32 in base64.
+        valid: Whether each entry's nonce is valid, by all its claims and its recomputed distance; of vectors, by its
+            claims alone.
         n: Number of recomputed nonces.
         n_invalid: Number of recomputed nonces that are not valid.
         n_batch: Number of nonces in the whole batch.
-        impossible_claims: Number of nonces in the whole batch with a claim outside [0, r_target).
+        impossible_claims: Number of nonces in the whole batch with a claim outside [0, r_target), or that is no vector
+            of finite numbers.
         duplicates: Entries in the whole batch that repeat an earlier one's nonce.
         non_finite: Entries in the whole batch whose claim is no finite number.
         density: The share of the node's nonces up to the largest of the batch that are in it, see section 5.
         sparse: Whether `density` is 1% or less.
-        shifted: Recomputed nonces with a finite claim further than `tolerance` from the recomputed distance.
-        largest_difference: Largest difference of a finite claim from the recomputed distance; None without such claims.
+        shifted: Recomputed nonces with a finite claim, some number of which is further than `tolerance` from the
+            recomputed one.
+        largest_difference: Largest difference of a finite claim's numbers from the recomputed ones; None without such
+            claims.
         tolerance: How far above `r_target` a recomputed distance still counts as valid.
         mismatch: The probability that an honest miner's nonce recomputes as invalid.
         fraud_threshold: The batch is fraud when the probability of an honest miner is below this.
         probability_honest: Probability that an honest miner has at least as many invalid nonces, or impossible claims.
-        fraud_detected: The verdict.
+        differences: The verdict by differences and all that it follows from; None where rounding cannot be measured:
+            for distances in float32.
+        verdict: "honest", "fraud" or "undecidable": of distances by `probability_honest`; of vectors by `differences`,
+            or fraud by `probability_honest`.
+        fraud_detected: Whether the verdict is "fraud".
         sample: Number of nonces drawn for recomputation; None for all.
         seed: Seed of the sample; None for all.
         suspicions: Names of what is odd about the batch, but no fraud by itself.
@@ -235,8 +265,12 @@ class ValidatedBatch:
     model_fingerprint: str
     dtype: str
     nonces: tuple[int, ...]
-    received_dist: tuple[float | None, ...]
-    dist: tuple[float, ...]
+    received_dist: tuple[float | None, ...] | None
+    dist: tuple[float, ...] | None
+    reference_dist: tuple[float, ...] | None
+    received_vectors: tuple[str | None, ...] | None
+    vectors: tuple[str, ...] | None
+    reference_vectors: tuple[str, ...] | None
     valid: tuple[bool, ...]
     n: int
     n_invalid: int
@@ -252,6 +286,8 @@ class ValidatedBatch:
     mismatch: float
     fraud_threshold: float
     probability_honest: float
+    differences: DifferenceVerdict | None
+    verdict: Result
     fraud_detected: bool
     sample: int | None
     seed: str | None
@@ -264,6 +300,9 @@ class ValidatedBatch:
 
     def _content(self) -> dict[str, Any]:
         own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "round"}
+        for name in _OF_ONE_OUTPUT:
+            if own[name] is None:
+                del own[name]
         return self.round.named | own
 
     @property

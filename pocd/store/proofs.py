@@ -7,6 +7,8 @@ transaction for each would be most of what the daemon does.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from struct import pack, unpack
 from typing import TYPE_CHECKING
 
@@ -76,39 +78,49 @@ def commit_spans(outbox: Outbox, spans: Sequence[CheckedSpan], now: float) -> li
     What was committed as another node's before is not counted and not stored again.
     """
     with outbox.transaction():
-        return [_commit(outbox, span, now) for span in spans]
+        return [
+            counted
+            for (round_, node), share in groupby(spans, key=attrgetter("round", "node"))
+            for counted in _commit(outbox, outbox.round_number(round_), node, list(share), now)
+        ]
 
 
-def _commit(outbox: Outbox, done: CheckedSpan, now: float) -> Counted:
-    """Store one span. Part of a transaction."""
-    node, number = done.node, outbox.round_number(done.round)
+def _commit(outbox: Outbox, number: int, node: Node, spans: Sequence[CheckedSpan], now: float) -> list[Counted]:
+    """Store spans of one node's share of a round. Part of a transaction."""
     before = progress_in(outbox.db, number, node)
-    progress, checked = before.progress.add(done.span), len(unskipped(done.span, before.skipped))
-    proofs = done.proofs
-    if before.skipped:
-        positions = [(nonce - node.id) // node.count for nonce in proofs.nonces]
-        proofs = proofs.only(not any(position in skipped for skipped in before.skipped) for position in positions)
+    progress = before.progress
+    for done in spans:
+        progress = progress.add(done.span)
+    found = [
+        Counted(len(unskipped(done.span, before.skipped)), _unskipped(done.proofs, node, before.skipped))
+        for done in spans
+    ]
+    counts = sum(each.checked for each in found), sum(len(each.proofs) for each in found)
+    islands = orjson.dumps([(island.start, island.stop) for island in progress.islands]).decode()
     outbox.db.execute(
         "UPDATE progress SET cursor = ?, islands = ?, checked = checked + ?, valid = valid + ?"
         " WHERE (round, node_id, node_count) = (?, ?, ?)",
-        (
-            progress.cursor,
-            orjson.dumps([(island.start, island.stop) for island in progress.islands]).decode(),
-            checked,
-            len(proofs),
-            number,
-            node.id,
-            node.count,
-        ),
+        (progress.cursor, islands, *counts, number, node.id, node.count),
     )
-    if proofs:
-        outbox.db.execute(
-            "INSERT INTO proofs (round, node_id, fingerprint, dtype, found_at, size, nonces, results)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (number, node.id, done.weights.fingerprint, done.weights.dtype, now, *_columns(proofs)),
-        )
-    outbox.db.execute("UPDATE totals SET checked = checked + ?, valid = valid + ?", (checked, len(proofs)))
-    return Counted(checked, proofs)
+    outbox.db.executemany(
+        "INSERT INTO proofs (round, node_id, fingerprint, dtype, found_at, size, nonces, results)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        [
+            (number, node.id, done.weights.fingerprint, done.weights.dtype, now, *_columns(each.proofs))
+            for done, each in zip(spans, found, strict=True)
+            if each.proofs
+        ],
+    )
+    outbox.db.execute("UPDATE totals SET checked = checked + ?, valid = valid + ?", counts)
+    return found
+
+
+def _unskipped(proofs: Proofs, node: Node, skipped: Sequence[range]) -> Proofs:
+    """Return the proofs of nonces that no other share has."""
+    if not skipped:
+        return proofs
+    positions = [(nonce - node.id) // node.count for nonce in proofs.nonces]
+    return proofs.only([not any(position in others for others in skipped) for position in positions])
 
 
 def waiting(outbox: Outbox) -> list[Waiting]:

@@ -6,19 +6,30 @@ from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
+
 from pocd.compute.engine import BlockRun, block_run
 from pocd.compute.memory import is_out_of_memory
-from pocd.protocol.errors import MemoryShortError, OutOfMemoryError
+from pocd.compute.reference import Comparison, compare
+from pocd.protocol.errors import InputError, MemoryShortError, OutOfMemoryError
 from pocd.protocol.schemes import SCHEMES
 from pocd.protocol.theory import expected_valid_rate
 from pocd.protocol.vectors import encode_vectors
-from pocd.worker.messages import BatchShrunk, Compute, Distances, Load, Message, Recompute, RoundBegun, Vectors
+from pocd.worker.messages import (
+    BatchShrunk,
+    Compared,
+    Compute,
+    Distances,
+    Load,
+    Message,
+    Recompute,
+    RoundBegun,
+    Vectors,
+)
 from pocd.worker.self_test import smaller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    import torch
 
     from pocd.compute.model import Model
     from pocd.protocol.proof import Round
@@ -69,12 +80,13 @@ class DistanceComputer:
         self._mined = PreparedRound(model)
         self._recomputed = PreparedRound(model)
         self._fitting: dict[tuple[str, int], int] = {}  # nonces per batch by scheme and length that had to be halved
+        self._comparing: dict[tuple[str, int], int] = {}  # likewise, where the float32 reference is computed too
 
-    def start(self, message: Compute | Recompute) -> Callable[[], torch.Tensor]:
+    def start(self, message: Compute | Recompute) -> Callable[[], torch.Tensor | Comparison]:
         """Start to compute what a message asks for; returns a function that waits for it (see `BlockRun.values`).
 
         Raises:
-            InputError: The model cannot take the message's nonces or round.
+            InputError: The model cannot take the message's nonces or round, or there is no memory for a reference.
             NonFiniteError: The model gave NaN or infinity; the returned function raises it too.
             MemoryShortError: A batch does not fit into memory.
         """
@@ -93,7 +105,7 @@ class DistanceComputer:
         run = self._mined.begin(round_)
         return self._start(run, round_, message.nonces, other=self._recomputed, gaps=True)
 
-    def _recompute(self, message: Recompute) -> Callable[[], torch.Tensor]:
+    def _recompute(self, message: Recompute) -> Callable[[], torch.Tensor | Comparison]:
         """Start to compute a message of another round, in the shape in which it would be mined."""
         prepared, other = self._recomputed, self._mined
         if message.round == self._mined.round:
@@ -102,7 +114,10 @@ class DistanceComputer:
             self._mined.end()  # both rounds would draw into the same weights
         try:
             run = self._begin(prepared, message.round, other=other)
-            wait = self._start(run, message.round, message.nonces, other=other)
+            if message.with_reference:
+                compared = self._compare(run, message.round, message.nonces, other=other)
+                return lambda: compared
+            wait = self._start(run, message.round, message.nonces, other=other, gaps=True)
             if not message.last:
                 return wait
             values = wait()  # before the prepared round ends
@@ -144,6 +159,24 @@ class DistanceComputer:
             else:
                 return lambda: values
 
+    def _compare(self, run: BlockRun, round_: Round, nonces: Sequence[int], *, other: PreparedRound) -> Comparison:
+        """Compute nonces by the run's own arithmetic and by the reference's, in batches that fit into memory."""
+        shape = round_.scheme, round_.seq_len
+        while True:
+            rows = min(len(nonces), self._comparing.get(shape, self._rows(run, round_)))
+            try:
+                return compare(run, nonces, batch_size=rows)
+            except OutOfMemoryError as error:
+                if self._load.is_split:  # in the middle of what the other ranks still do
+                    raise MemoryShortError(str(error)) from error
+                if other.round is not None:
+                    other.end()
+                    continue
+                if rows == 1:
+                    raise InputError(f"{error}; so this host cannot judge claims by their differences") from error
+            torch.cuda.empty_cache()  # does nothing without a GPU
+            self._comparing[shape] = rows // 2
+
     def _shrink(self, run: BlockRun, round_: Round, rows: int, error: OutOfMemoryError) -> None:
         """Halve the batches of the round's scheme and sequence length; those of the configured ones are leased so."""
         if run.execution(rows).path != "eager":  # compiled code serves one size; the next life compiles for another
@@ -156,6 +189,9 @@ class DistanceComputer:
             self._fitting[round_.scheme, round_.seq_len] = half
 
 
-def result(number: int, values: torch.Tensor) -> Distances | Vectors:
+def result(number: int, values: torch.Tensor | Comparison) -> Distances | Vectors | Compared:
     """Return the message with the result of the message `number`."""
+    if isinstance(values, Comparison):
+        own, reference = (each.view(len(each), -1).tolist() for each in (values.own, values.reference))
+        return Compared(number, own, reference, values.errors.tolist())
     return Distances(number, values.tolist()) if values.dim() == 1 else Vectors(number, encode_vectors(values))

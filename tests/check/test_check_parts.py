@@ -65,11 +65,11 @@ GIB = 2**30
     [
         (None, "yellow", "no worker has measured it yet"),
         (
-            {"error": 0.0125, "flipped": 0.0, "alarm": None},
+            {"error": 0.0125, "flipped": 0.0, "own_share": 0.5, "alarm": None},
             "green",
-            "results are off by at most 1.25% of their scatter",
+            "results are off by at most 1.25% of their scatter; 50% of the outputs are the nonce's own",
         ),
-        ({"error": 0.9, "flipped": 0.4, "alarm": "rounding decides"}, "red", "rounding decides"),
+        ({"error": 0.9, "flipped": 0.4, "own_share": 0.5, "alarm": "rounding decides"}, "red", "rounding decides"),
     ],
 )
 async def test_rounding_is_what_the_workers_of_the_running_daemon_measured(

@@ -253,8 +253,8 @@ def test_the_flat_decoder_is_taken_only_where_it_agrees_on_these_weights(monkeyp
     assert (model.decoder.kind, model.decoder_reason[:46]) == ("flat", "on these weights the flat decoder is within 0.")
     right = flatten
 
-    def wrong(decoder: object) -> FlatDecoder:
-        flat = right(decoder)
+    def wrong(decoder: object, *, merge: bool) -> FlatDecoder:
+        flat = right(decoder, merge=merge)
         return replace(flat, norm=flat.norm * 1.1)
 
     monkeypatch.setattr("pocd.compute.model.flatten", wrong)

@@ -46,7 +46,7 @@ MINED = Round("block_alpha", 1, "node_A", 1.4142, "poc2", MODEL, 16)
 THEIRS = Round("block_beta", 2, "node_B", 1.4142, "poc2", MODEL, 16)
 
 
-def computed(round_: Round, nonces: range, *, batch_size: int = 8) -> dict[int, float]:
+def computed(round_: Round, nonces: range, *, batch_size: int = 8, dtype: str = "float32") -> dict[int, float]:
     """Distances by the command line's way, without a worker."""
     request = command.ComputeRequest(
         model=round_.model,
@@ -54,7 +54,7 @@ def computed(round_: Round, nonces: range, *, batch_size: int = 8) -> dict[int, 
         block_hash=round_.block_hash,
         public_key=round_.public_key,
         seq_len=round_.seq_len,
-        dtype="float32",
+        dtype=dtype,
         device="cpu",
         batch_size=batch_size,
     )
@@ -182,6 +182,32 @@ async def test_a_batch_is_validated_between_those_that_are_mined_and_disturbs_no
     after = {nonce: distance for nonce, distance in latest.items() if nonce >= before}
     expected = computed(mined, range(before, max(after) + 1))
     assert after == pytest.approx({nonce: expected[nonce] for nonce in after}, abs=2e-5)
+
+
+async def test_claims_are_judged_by_the_size_of_their_differences_beside_the_count(tmp_path: Path) -> None:
+    """Claims ten times as far off as an honest miner's, within the tolerance, so that counting finds nothing."""
+    theirs = dataclasses.replace(THEIRS, r_target=2.0)
+    honest = computed(theirs, range(48), dtype="bfloat16")
+    cheap = {nonce: distance + 1.5e-3 * (-1) ** nonce for nonce, distance in honest.items()}
+    async with running(tmp_path, dataclasses.replace(LOAD, dtype="bfloat16")) as bench:
+        verdicts = [
+            await bench.verdict(
+                await bench.request(claim_of(theirs, each), r_target=2.0, tolerance=2e-3, dtype="bfloat16")
+            )
+            for each in (honest, cheap)
+        ]
+    assert [verdict["verdict"] for verdict in verdicts] == ["honest", "honest"]
+    assert [verdict["differences"]["result"] for verdict in verdicts] == ["honest", "fraud"]
+    for verdict in verdicts:
+        found = verdict["differences"]
+        assert (found["numbers"], found["allowance"]) == (1, 1.5)
+        for claimed, reference, error in zip(
+            verdict["received_dist"], verdict["reference_dist"], found["claimed_errors"], strict=True
+        ):
+            assert error == pytest.approx((claimed - reference) ** 2)
+    (one, other) = (verdict["differences"]["own_errors"] for verdict in verdicts)
+    assert one == pytest.approx(other, rel=1e-3)
+    assert len(one) == 48
 
 
 async def test_the_same_question_has_the_same_answer_and_is_computed_once(tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""What an orchestrator's round found is set aside when it is late, and not before."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
+
+import structlog
+
+from pocd.delivery.late import LateArtifacts
+from pocd.mining.control import Control, RoundRequest
+from pocd.mining.phases import Mode
+from pocd.protocol.live_jobs import JudgedArtifacts
+from pocd.protocol.nonces import Node, Span
+from pocd.protocol.proof import Proofs, Round
+from pocd.store import jobs
+from pocd.store.batches import form_batches
+from pocd.store.deliveries import next_pending
+from pocd.store.outbox import Outbox
+from pocd.store.proofs import Weights
+from pocd.store.thread import OutboxThread
+from tests.support.clocks import ManualClock
+from tests.support.stored import commit_span
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+CALLBACK, URL = "callback-1", "http://127.0.0.1:9/v2"
+NODE = Node(0, 1)
+FIRST = Round("AB", 10, "key", None, "artifacts", "tiny", 16)
+NEXT = Round("cd", 20, "key", None, "artifacts", "tiny", 16)
+
+
+@dataclass
+class Decided:
+    """What decides which round is open."""
+
+    mode: Mode
+    asked: RoundRequest | None
+
+
+async def found(outbox: OutboxThread, round_: Round, clock: ManualClock) -> None:
+    """Begin a round, and queue three of its artifacts."""
+    asked = RoundRequest(round_, NODE, 0.01, CALLBACK, URL)
+    proofs = Proofs((0, 1, 2), bytes(72))
+    await outbox(Outbox.begin_round, asked.work, clock.now)
+    await outbox(commit_span, round_, NODE, Span(0, 3), proofs, Weights("f00d", "float32"), clock.now)
+    await outbox(form_batches, [], size=10, age=0.0, now=clock.now, current=None, is_live=True)
+
+
+async def test_a_round_is_open_while_it_is_mined_and_some_seconds_after(tmp_path: Path) -> None:
+    clock = ManualClock()
+    with closing(OutboxThread(tmp_path / "outbox.db")) as outbox:
+        decided = Decided(Mode.GENERATING, RoundRequest(FIRST, NODE, 0.01, CALLBACK, URL))
+        log = structlog.get_logger()
+        late = LateArtifacts(cast("Control", decided), outbox, seconds=60.0, clock=clock, log=log)
+
+        async def waiting() -> tuple[int, int]:
+            await late.look()
+            queue = outbox.view.queues[CALLBACK]
+            return queue.pending_nonces, queue.expired_nonces
+
+        await found(outbox, FIRST, clock)
+        clock.advance(1000.0)
+        assert await waiting() == (3, 0), "it is mined"
+        decided.mode = Mode.STOPPED
+        clock.advance(59.0)
+        assert await waiting() == (3, 0)
+        clock.advance(1.0)
+        assert await waiting() == (0, 3)
+
+        decided.mode, decided.asked = Mode.GENERATING, RoundRequest(NEXT, NODE, 0.01, CALLBACK, URL)
+        await found(outbox, NEXT, clock)
+        assert await waiting() == (3, 3)
+
+
+async def test_the_next_round_ends_the_one_before_and_its_verdicts(tmp_path: Path) -> None:
+    clock = ManualClock()
+    with closing(OutboxThread(tmp_path / "outbox.db")) as outbox:
+        decided = Decided(Mode.STOPPED, RoundRequest(FIRST, NODE, 0.01, CALLBACK, URL))
+        log = structlog.get_logger()
+        late = LateArtifacts(cast("Control", decided), outbox, seconds=60.0, clock=clock, log=log)
+        await found(outbox, FIRST, clock)
+        clock.advance(10.0)
+        verdict = JudgedArtifacts("asked", 200, b"{}")
+        asked = {"nonces": 200, "callback": (CALLBACK, URL), "most": 1000, "now": clock.now}
+        await outbox(jobs.ask, "asked", b"{}", **asked)
+        done = {"verdict": verdict, "receiver": CALLBACK, "now": clock.now}
+        await outbox(jobs.finish, "asked", "completed", b"{}", **done)
+        clock.advance(100.0)
+        await late.look()
+        head = await outbox(next_pending, CALLBACK)
+        assert head is not None
+        assert head.kind == "validated", "its round may be validated for long"
+        decided.mode, decided.asked = Mode.GENERATING, RoundRequest(NEXT, NODE, 0.01, CALLBACK, URL)
+        await found(outbox, NEXT, clock)
+        await late.look()
+        head = await outbox(next_pending, CALLBACK)
+        assert head is not None
+        assert b'"cd"' in head.body
+        assert outbox.view.queues[CALLBACK].expired_batches == 2
