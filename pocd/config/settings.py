@@ -10,10 +10,12 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from pocd.config.ray import RaySettings, check_model
 from pocd.config.types import (
+    SECTION,
     BatchSize,
     Device,
     HostName,
@@ -47,7 +49,7 @@ class ConfigError(Exception):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
+    model_config = SECTION
 
 
 S = TypeVar("S", bound=_Section)
@@ -127,8 +129,9 @@ class ModelSettings(_Section):
 
 
 class WorkerSettings(_Section):
-    """Batches and compilation of the workers, and what follows where rounding decides too much."""
+    """Where workers run, their batches and compilation, and what follows where rounding decides too much."""
 
+    engine: Literal["local", "ray"] = "local"
     batch_size: BatchSize = "auto"
     batch_timeout: float = Field(default=300.0, gt=0)
     compile: Compile = "auto"
@@ -248,6 +251,7 @@ class Settings(BaseSettings):
     round: RoundSettings = RoundSettings()
     model: ModelSettings = ModelSettings()
     worker: WorkerSettings = WorkerSettings()
+    ray: RaySettings = RaySettings()
     delivery: DeliverySettings = DeliverySettings()
     admin: AdminSettings = AdminSettings()
     validation: ValidationSettings = ValidationSettings()
@@ -255,7 +259,9 @@ class Settings(BaseSettings):
     log: LogSettings = LogSettings()
 
     @model_validator(mode="after")
-    def _what_a_split_model_can(self) -> Self:
+    def _model_can_run_so(self) -> Self:
+        if self.worker.engine == "ray":
+            check_model(self.model.parallel, self.model.device)
         if self.model.parallel > 1 and SCHEMES[self.round.scheme].weights != "trained":
             raise ValueError(f"model.parallel must be 1 with round.scheme {self.round.scheme!r}, which draws weights")
         if self.model.parallel > 1 and self.worker.compile == "always":

@@ -14,7 +14,7 @@ from pocd.admin import status
 from pocd.admin.server import AdminApi
 from pocd.chain.make import CHAIN_TIMEOUT
 from pocd.clock import SYSTEM
-from pocd.config.model import check_model, check_rounds
+from pocd.config.model import check_engine, check_model, check_rounds
 from pocd.config.secrets import read_token
 from pocd.daemon.compose import compose, make_chain, make_loads, make_receivers
 from pocd.daemon.reload import Reloader
@@ -54,6 +54,7 @@ async def run(settings: Settings, path: Path, *, log: FilteringBoundLogger, noti
         EndedError: The store cannot be used, or the worker cannot work on this machine, or as configured.
     """
     check_rounds(settings)
+    check_engine(settings)
     check_model(settings)
     token = read_token(settings.admin.token_file, path)
     receivers = make_receivers(settings, path)
