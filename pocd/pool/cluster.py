@@ -36,6 +36,7 @@ SILENCE_SECONDS = 30.0  # between two of its reports
 END_SECONDS = 1.0  # for the bridge to end by itself
 PLACE_SECONDS = 150.0  # for a worker's place; the bridge itself gives up before
 LONGEST_BACKOFF = 30.0  # seconds until a bridge that ended is started again
+STARTING = "the bridge to the cluster is being started"
 KEPT = ("PATH", "HOME", "LANG", "TZ", "LD_LIBRARY_PATH", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV")
 
 
@@ -71,10 +72,15 @@ class Cluster:
         self._tell = changed
         self._log = log
         self._room = Room(0, 0, "")
-        self._reason: str | None = "the bridge to the cluster is being started"
+        self._reason: str | None = STARTING
         self._used = 0
         self._changed = asyncio.Event()
         self._requests: socket.socket | None = None
+
+    @property
+    def machines(self) -> int:
+        """How many machines the cluster has now."""
+        return self._room.machines
 
     @property
     def problem(self) -> str | None:
@@ -84,8 +90,10 @@ class Cluster:
         if self._room.problem:
             return self._room.problem
         if self._room.workers < max(1, self.most):
-            machines = f"{self._room.machines} machine{'s' if self._room.machines != 1 else ''}"
-            return f"the cluster of {machines} has room for {self._room.workers} of {max(1, self.most)} workers"
+            return (
+                f"the cluster has {self._room.machines} machines, and room for {self._room.workers} of "
+                f"{max(1, self.most)} workers"
+            )
         return None
 
     @asynccontextmanager
@@ -117,7 +125,7 @@ class Cluster:
                 theirs.close()  # else its end would not be seen here
                 placed = await link.receive(PLACE_SECONDS)
                 assert isinstance(placed, Placed), f"unexpected {placed}"
-                _check_versions(placed)
+                check_versions(placed)
                 cards = placed.cards if self._gpus else ()
                 await link.send(dataclasses.replace(load, cards=cards))
             except (EOFError, OSError):
@@ -142,12 +150,13 @@ class Cluster:
                     joined, reason = await self._watch(bridge)
                 finally:
                     self.pid, self._requests = None, None
+                    self._set_room(Room(0, 0, ""))
                     ended = await bridge.end()
             failures = 0 if joined else failures + 1
             delay = min(LONGEST_BACKOFF, 2.0 ** max(0, failures - 1))
             self._reason = reason or f"the bridge to the cluster {ended}"
             self._log.error("no bridge to the cluster", action="bridge", reason=self._reason, after_s=delay)
-            self._set_room(Room(0, 0, ""))
+            self._tell()
             await asyncio.sleep(delay)
 
     async def _watch(self, bridge: _Bridge) -> tuple[bool, str]:
@@ -233,7 +242,7 @@ class _Bridge:
         return f"was killed by signal {-code}" if code and code < 0 else f"ended: {self.output.last or code}"
 
 
-def _check_versions(placed: Placed) -> None:
+def check_versions(placed: Placed) -> None:
     """Check that a worker's machine has what this one has.
 
     Raises:

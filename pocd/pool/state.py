@@ -170,7 +170,8 @@ class WorkerState:
         self.unusable = isinstance(error, WorkerRefusedError)
         lasted = self.was_ready and lived > LONGEST_BACKOFF
         self.failures = 1 if lasted else self.failures + 1
-        self.left_out = self.failures >= MOST_FAILURES and others_work
+        # What a cluster loses it may have again at any time.
+        self.left_out = self.failures >= MOST_FAILURES and others_work and error.cause is not Cause.CLUSTER
         return LEFT_OUT_SECONDS if self.left_out else min(LONGEST_BACKOFF, 2.0 ** (self.failures - 1))
 
     def count(self, distances: int) -> None:

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import os
 import shutil
-import signal
-import tempfile
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 import structlog
 
-import pocd.models
 from pocd.clock import SYSTEM
 from pocd.config.ray import RaySettings
 from pocd.mining.miner import Miner
 from pocd.observe.changes import Changes
 from pocd.observe.events import Events
 from pocd.pool.causes import Cause
-from pocd.pool.cluster import Cluster, bridge_environment
+from pocd.pool.cluster import Cluster
 from pocd.pool.limits import WorkerLimits
 from pocd.pool.pool import Pool
+from pocd.protocol.names import BUNDLED
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.store.outbox import Outbox, Work
@@ -36,6 +32,7 @@ from tests.support.waiting import PATIENCE, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
+    from pathlib import Path
 
     from pocd.pool.state import WorkerState
     from tests.support.ray_machines import Machines
@@ -44,6 +41,7 @@ pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not ins
 
 NODE = Node(1, 3)
 ROUND = Round("block_alpha", 1, "node_A", 1.4142, "poc2", "a model", 16)
+MOST_IN_FLIGHT = 3 * 2 * 8  # nonces: workers, leases at each, nonces of a lease
 SECRET = "whsec_c2VjcmV0"  # of no use to anybody
 
 
@@ -104,78 +102,86 @@ def has_ended(each: psutil.Process) -> bool:
     return not each.is_running() or each.status() == psutil.STATUS_ZOMBIE
 
 
+async def lose_a_process(pool: Pool) -> None:
+    _, two = await at_work(pool, "one", "two")
+    killed = process(two)
+    killed.kill()
+    await until(lambda: two.causes[Cause.CRASH])
+    assert two.last_error == f"worker process {killed.pid} was killed by signal 9"
+
+
+async def lose_an_actor(pool: Pool) -> None:
+    _, two = await at_work(pool, "one", "two")
+    orphan = process(two)
+    actor = orphan.parent()
+    assert actor is not None
+    actor.kill()
+    await until(lambda: two.causes[Cause.CLUSTER])
+    assert str(two.last_error).startswith("Ray lost the worker's actor: ")
+    await until(lambda: has_ended(orphan))
+
+
+async def lose_the_bridge(pool: Pool, cluster: Cluster) -> None:
+    workers = await at_work(pool, "one", "two")
+    lost = [worker.causes[Cause.CLUSTER] for worker in workers]
+    orphans = [process(worker) for worker in workers]
+    assert cluster.pid is not None
+    psutil.Process(cluster.pid).kill()
+    await until(lambda: all(each.causes[Cause.CLUSTER] > was for each, was in zip(workers, lost, strict=True)))
+    assert workers[0].last_error == "the bridge to the cluster ended"
+    await until(lambda: cluster.problem == "the bridge to the cluster was killed by signal 9")
+    await until(lambda: all(map(has_ended, orphans)))
+    await at_work(pool, "one", "two")
+    assert cluster.problem is None
+
+
+async def come_with_another_model(pool: Pool, machines: Machines, model: Path) -> None:
+    aside = model.with_name("aside")
+    model.rename(aside)
+    shutil.copytree(BUNDLED / "tiny-qwen3", model)
+    await machines.start("three")
+    await until(lambda: len(pool.workers) == 3 and pool.workers[2].causes[Cause.CONFIGURATION])
+    assert "give all machines the same model" in str(pool.workers[2].last_error)
+    await at_work(pool, "one", "two")
+    shutil.rmtree(model)
+    aside.rename(model)
+
+
+async def lose_a_machine(pool: Pool, cluster: Cluster, machines: Machines) -> None:
+    *_, three = await at_work(pool, "one", "two", "three")
+    orphan = process(three)
+    machines.kill_raylet("three")
+    await until(lambda: three.causes[Cause.CLUSTER])
+    await until(lambda: has_ended(orphan))
+    await until(lambda: "room for 2 of 3 workers" in str(cluster.problem))
+    await at_work(pool, "one", "two")
+
+
+async def lose_the_head(pool: Pool, cluster: Cluster, machines: Machines) -> None:
+    for name in ("three", "two", "one"):
+        machines.kill(name)
+    await until(lambda: not pool.ready.is_set() and "cannot be reached" in str(cluster.problem))
+    await machines.start("anew")
+
+
 async def test_machines_come_and_go_and_every_nonce_is_checked_once(tmp_path: Path, machines: Machines) -> None:
     model = tmp_path / "model"
-    bundled = Path(next(iter(pocd.models.__path__)))
-    shutil.copytree(bundled / "tiny-llama", model)
+    shutil.copytree(BUNDLED / "tiny-llama", model)
     await machines.start("one")
     await machines.start("two")
     async with pooled(tmp_path, model, machines.address) as (pool, miner):
         cluster = pool.cluster
         assert cluster is not None
-        one, two = await at_work(pool, "one", "two")
-        assert cluster.problem is None
+        workers = await at_work(pool, "one", "two")
         assert cluster.pid is not None
-
-        # Secrets of the daemon's environment are not the cluster's.
-        bridge = psutil.Process(cluster.pid)
-        for each in (bridge, process(one), process(two)):
-            assert SECRET not in each.environ().values()
-            assert SECRET not in " ".join(each.cmdline())
-
-        # The process of a worker.
-        killed = process(two)
-        killed.kill()
-        await until(lambda: two.causes[Cause.CRASH])
-        assert two.last_error == f"worker process {killed.pid} was killed by signal 9"
-        one, two = await at_work(pool, "one", "two")
-
-        # The actor that carries a worker's messages; the process ends with it.
-        orphan = process(two)
-        actor = orphan.parent()
-        assert actor is not None
-        actor.kill()
-        await until(lambda: two.causes[Cause.CLUSTER])
-        assert str(two.last_error).startswith("Ray lost the worker's actor: ")
-        await until(lambda: has_ended(orphan))
-        one, two = await at_work(pool, "one", "two")
-
-        # The bridge; both workers end with it.
-        orphans = [process(one), process(two)]
-        bridge.kill()
-        await until(lambda: one.causes[Cause.CLUSTER] and two.causes[Cause.CLUSTER] == 2)
-        assert one.last_error == "the bridge to the cluster ended"
-        assert cluster.problem == "the bridge to the cluster was killed by signal 9"
-        await until(lambda: all(map(has_ended, orphans)))
-        one, two = await at_work(pool, "one", "two")
-        assert cluster.problem is None
-
-        # A machine that comes in mid-round, with another model: it is refused by name until it has the right one.
-        aside = tmp_path / "aside"
-        model.rename(aside)
-        shutil.copytree(bundled / "tiny-qwen3", model)
-        await machines.start("three")
-        await until(lambda: len(pool.workers) == 3 and pool.workers[2].causes[Cause.CONFIGURATION])
-        assert "give all machines the same model" in str(pool.workers[2].last_error)
-        await at_work(pool, "one", "two")
-        shutil.rmtree(model)
-        aside.rename(model)
-        one, two, three = await at_work(pool, "one", "two", "three")
-
-        # A machine's raylet; its worker ends, and what is left goes on.
-        orphan = process(three)
-        machines.kill_raylet("three")
-        await until(lambda: three.causes[Cause.CLUSTER])
-        await until(lambda: has_ended(orphan))
-        await until(lambda: "has room for 2 of 3 workers" in str(cluster.problem))
-        await at_work(pool, "one", "two")
-
-        # The head, and all else with it; a cluster at the same address takes its place.
-        for name in ("three", "two", "one"):
-            machines.kill(name)
-        await until(lambda: not pool.ready.is_set() and cluster.pid is None)
-        await until(lambda: "cannot be reached" in str(cluster.problem))
-        await machines.start("anew")
+        for each in (psutil.Process(cluster.pid), *map(process, workers)):
+            assert SECRET not in each.environ().values(), "what the daemon's environment has"
+        await lose_a_process(pool)
+        await lose_an_actor(pool)
+        await lose_the_bridge(pool, cluster)
+        await come_with_another_model(pool, machines, model)
+        await lose_a_machine(pool, cluster, machines)
+        await lose_the_head(pool, cluster, machines)
         (last,) = await at_work(pool, "anew")
         await miner.close(PATIENCE)
         assert miner.mining is not None
@@ -186,5 +192,5 @@ async def test_machines_come_and_go_and_every_nonce_is_checked_once(tmp_path: Pa
     with contextlib.closing(OutboxThread(tmp_path / "outbox.db")) as outbox:
         found = await outbox(Outbox.begin_round, Work(ROUND, NODE), 0.0)
     gaps = sum(map(len, found.progress.gaps()))
-    assert found.checked == done == found.progress.end - gaps
-    assert gaps <= 3 * 3 * 8, "what the end took back, and no more"
+    assert found.checked == done == found.progress.end - gaps, "each once"
+    assert gaps <= MOST_IN_FLIGHT, "what the end took back, and no more"

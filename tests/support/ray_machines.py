@@ -57,7 +57,7 @@ class Machines:
         what = [f"--num-cpus={cpus}", "--num-gpus=0", f"--object-store-memory={MEMORY}", f"--node-name={name}"]
         log = self._folder / f"{name}.log"
         with log.open("w") as output:
-            process = subprocess.Popen(
+            process = subprocess.Popen(  # noqa: ASYNC220 - it takes milliseconds, and is watched
                 [RAY, "start", *place, *what, "--node-ip-address=127.0.0.1", "--disable-usage-stats", "--block"],
                 env=os.environ | QUICK,
                 stdout=output,
