@@ -159,7 +159,7 @@ def test_the_units_of_a_cluster_keep_its_workers_from_the_daemons_files(path: Pa
     (user,) = re.findall(r"^User=(.*)$", text, flags=re.MULTILINE)
     assert user != value("User")
     (group,) = re.findall(
-        r"^SupplementaryGroups=(.*)$", (UNIT.with_suffix(".service.d") / "ray.conf").read_text(), re.M
+        r"^SupplementaryGroups=(.*)$", (UNIT.with_suffix(".service.d") / "ray.conf").read_text(), re.MULTILINE
     )
     assert group == user, "the daemon's bridge reaches Ray's sockets"
     hardening = UNIT.read_text(encoding="utf-8").partition("NoNewPrivileges=")[2].partition("[Install]")[0]
