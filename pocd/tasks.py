@@ -128,7 +128,7 @@ async def cancel(tasks: Iterable[asyncio.Task[object]]) -> None:
         raise asyncio.CancelledError
 
 
-async def shielded(name: str, work: Coroutine[Any, Any, T], log: FilteringBoundLogger) -> T:
+async def shielded(name: str, work: Coroutine[Any, Any, T] | asyncio.Task[T], log: FilteringBoundLogger) -> T:
     """Wait for `work`, which goes on by itself when the caller is cancelled; how it then fails is logged.
 
     `asyncio.shield` alone leaves a task behind of whose error Python complains when nobody is there to take it.
@@ -138,7 +138,7 @@ async def shielded(name: str, work: Coroutine[Any, Any, T], log: FilteringBoundL
         work: What has to be done to its end.
         log: Told of the work's failure, or its end by cancellation, that no caller waits for.
     """
-    task = asyncio.create_task(work, name=name)
+    task = work if isinstance(work, asyncio.Task) else asyncio.create_task(work, name=name)
 
     def left_behind(_: object) -> None:
         if task.cancelled():

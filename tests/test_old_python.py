@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import sysconfig
 from functools import cache
 from pathlib import Path
 
@@ -39,5 +38,6 @@ def test_a_cancelled_task_cleans_up_on_the_old_interpreter_too() -> None:
     if reason := lack():
         pytest.skip(reason)
     root = Path(__file__).parent.parent
-    paths = {"PYTHONPATH": f"{root}:{sysconfig.get_paths()['purelib']}", "PYTHONDONTWRITEBYTECODE": "1"}
+    packages = Path(pytest.__file__).parent.parent
+    paths = {"PYTHONPATH": f"{root}:{packages}", "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run([DEBIANS, "-W", "error", cleaning_up.__file__], cwd=root, env=os.environ | paths, check=True)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from pocd.admin.chain import ChainStatus
 from pocd.mining.phases import DaemonState, Mode
 from pocd.pool.causes import Cause
 
@@ -19,8 +20,11 @@ class RoundStatus(BaseModel):
     block_hash: str = Field(description="Block hash exactly as the chain's node wrote it.")
     block_height: int
     public_key: str = Field(description="The miner's public key.")
-    r_target: float = Field(description="A nonce is valid when its distance is below this.")
-    scheme: str = Field(description="Name of the scheme by which distances are computed.")
+    r_target: float | None = Field(
+        description="A nonce is valid when its distance is below this; null with a scheme of vectors, where every "
+        "nonce with a finite vector is valid."
+    )
+    scheme: str = Field(description="Name of the scheme by which distances or vectors are computed.")
     model: str = Field(description="Name of the model, as configured.")
     seq_len: int = Field(description="Sequence length in positions.")
     id: str = Field(description="Hash of block_hash, block_height, public_key, r_target, scheme, model and seq_len.")
@@ -63,8 +67,10 @@ class NodeStatus(BaseModel):
 class Funnel(BaseModel):
     """Nonces since the store was made; each number is on disk."""
 
-    checked: int = Field(description="Nonces whose distance was computed and committed.")
-    valid: int = Field(description="Nonces that were found valid and committed.")
+    checked: int = Field(description="Nonces that were computed and committed.")
+    valid: int = Field(
+        description="Nonces that were found valid and committed, by a distance below r_target or a finite vector."
+    )
     stored: int = Field(description="Valid nonces in a batch with its final bytes.")
     delivered: int = Field(description="Valid nonces that every receiver accepted.")
     dead: int = Field(description="Valid nonces in batches that a receiver refused for good, now.")
@@ -80,16 +86,6 @@ class Rates(BaseModel):
     checked_per_second_15m: float
     valid_per_second_1m: float
     valid_per_second_15m: float
-
-
-class ChainStatus(BaseModel):
-    """The newest block that the chain's node reported; all fields but `problem` are null until one did."""
-
-    chain_id: str | None
-    height: int | None
-    hash: str | None
-    block_time: str | None = Field(description="Time of the block by the chain, ISO 8601.")
-    problem: str | None = Field(description="Why the chain is not followed as it should; null when it is.")
 
 
 class WorkersStatus(BaseModel):
@@ -113,12 +109,13 @@ class ModelStatus(BaseModel):
     """What the workers run, as the first of them reported it when it was ready."""
 
     model: str
-    fingerprint: str = Field(description="Fingerprint of the model's weights, 32 hex digits.")
+    fingerprint: str = Field(description="Fingerprint of the model's weights and configuration: v2- and 32 hex digits.")
     dtype: str
     device: str
     hidden_size: int
     layers: int
     decoder: str = Field(description='"flat", or "layers" for a model that runs by transformers\' own layers.')
+    decoder_reason: str = Field(description="Why the layers are run so.")
     execution: str = Field(description='"eager", "compiled", or "captured": compiled, and one CUDA graph a batch.')
     execution_reason: str = Field(description="Why this execution path was chosen.")
     load_seconds: float = Field(description="Seconds that loading the model took.")
@@ -159,7 +156,10 @@ class RoundingStatus(BaseModel):
         description="Share of an honest miner's valid nonces that another honest host would find invalid; null for "
         "schemes of vectors, with which every nonce counts."
     )
-    alarm: str | None = Field(description="Why a person should act; null while rounding is harmless.")
+    own_share: float = Field(
+        description="Share of the squares of the model's outputs that is the nonce's own; near 0 all nonces have one."
+    )
+    alarm: str | None = Field(description="Why a person should act; null while results are worth something.")
 
 
 class WorkerStatus(BaseModel):
@@ -181,7 +181,7 @@ class WorkerStatus(BaseModel):
     batch_size: int = Field(description="Nonces per forward pass.")
     execution: str | None = Field(description='"eager", "compiled" or "captured", once it is known.')
     execution_reason: str | None = Field(description="Why this execution path was chosen.")
-    computed_per_second_1m: float = Field(description="Distances computed for mining per second.")
+    computed_per_second_1m: float = Field(description="Nonces computed for mining per second.")
     computed_per_second_15m: float
     cards: list[CardStatus] = Field(description="GPUs of the worker, once they are known.")
     rounding: RoundingStatus | None = Field(
@@ -232,12 +232,14 @@ class Status(BaseModel):
     status: DaemonState = Field(description="Equal to `state`, under the name of an earlier API.")
     is_model_initialized: bool = Field(description="Whether a model is ready, under the name of an earlier API.")
     valid_nonces: list[int] = Field(description="Latest valid nonces of the active round, at most 20.")
-    valid_distances: list[float] = Field(description="Distances of `valid_nonces`, in the same order.")
+    valid_distances: list[float] = Field(
+        description="Distances of `valid_nonces`, in the same order; empty with a scheme of vectors."
+    )
     total_checked: int
     total_valid: int
     elapsed_seconds: float = Field(description="Seconds since this process began the active round.")
     rate_per_second: float = Field(description="Nonces checked per second, on average over `elapsed_seconds`.")
-    r_target: float
+    r_target: float | None = Field(description="Null with a scheme of vectors.")
     round: RoundStatus | None = Field(description="Null while no round is active.")
     control: ControlStatus
     node: NodeStatus
@@ -262,62 +264,6 @@ class Done(BaseModel):
     state: DaemonState
     ignored: list[str] = Field(description="Fields of the body that were not used.")
     pow_status: Status = Field(description="Status after the call, as GET /api/v1/pow/status answers it.")
-
-
-class Verdict(BaseModel):
-    """A ValidatedBatch: what was recomputed, and whether it is fraud (docs/protocol.md section 5, "Verdict").
-
-    The four lists stand beside each other: the batch's entries as they came, repeats included; of a sample, the
-    entries of its nonces.
-    """
-
-    public_key: str
-    block_hash: str
-    block_height: int
-    node_id: int
-    nonces: list[int]
-    received_dist: list[float | None] = Field(
-        description="Claimed distances; null where the claim is no finite number."
-    )
-    dist: list[float] = Field(description="Recomputed distances, in [0, 2].")
-    valid: list[bool] = Field(description="Whether each entry's nonce is valid.")
-    r_target: float
-    fraud_threshold: float
-    n_invalid: int = Field(description="Recomputed distinct nonces that are not valid.")
-    probability_honest: float = Field(description="Probability that an honest miner has at least as many bad nonces.")
-    fraud_detected: bool = Field(description="Whether probability_honest is below fraud_threshold.")
-    n: int = Field(description="Distinct nonces that were recomputed.")
-    n_batch: int = Field(description="Distinct nonces of the whole batch.")
-    impossible_claims: int = Field(description="Distinct nonces in the whole batch with a claim outside [0, r_target).")
-    duplicates: int = Field(description="Entries in the whole batch that repeat a nonce; each nonce counts once.")
-    non_finite: int = Field(description="Claims in the whole batch that are no finite number.")
-    density: float = Field(description="Share of the node's nonces, up to the largest, that the batch holds.")
-    sparse: bool = Field(description="Whether density is 1% or less: suspicious, but no fraud by itself.")
-    shifted: int = Field(
-        description="Recomputed nonces whose claim is further than `tolerance` from the recomputed distance."
-    )
-    largest_difference: float | None = Field(
-        description="Largest difference between a claimed and a recomputed distance; null without a finite claim."
-    )
-    tolerance: float = Field(description="How far above r_target a recomputed distance still counts as valid.")
-    mismatch: float = Field(description="The probability that an honest miner's nonce recomputes as invalid.")
-    scheme: str
-    model: str
-    model_fingerprint: str = Field(description="Fingerprint of the weights that the distances were recomputed with.")
-    dtype: str = Field(description="Precision in which the distances were recomputed.")
-    seq_len: int
-    node_count: int
-    sample: int | None = Field(description="Number of nonces drawn for recomputation; null when all were recomputed.")
-    seed: str | None = Field(description="Seed of the sample; null when all nonces were recomputed.")
-    suspicions: list[str] = Field(description="Names of what is odd about the batch, fraud or not.")
-    batch_id: str = Field(description="Id of this verdict, a hash of its content.")
-
-
-class Waiting(BaseModel):
-    """A validation that is not done yet; GET /api/v1/pow/validate/{id} returns the verdict later."""
-
-    id: str
-    state: Literal["pending"]
 
 
 class Stopping(BaseModel):

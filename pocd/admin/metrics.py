@@ -28,7 +28,7 @@ READINGS = {
     "utilization": ("utilization_ratio", "Share of the last second or so in which the card computed."),
 }
 STAGES = {
-    "checked": "Nonces whose distance was computed and committed.",
+    "checked": "Nonces that were computed and committed.",
     "valid": "Nonces that were found valid and committed.",
     "stored": "Valid nonces in a batch on disk.",
     "delivered": "Valid nonces that every receiver accepted.",
@@ -113,7 +113,7 @@ class DaemonCollector(Collector):
         alarm = GaugeMetricFamily("pocd_worker_alarm", "1 while the worker fails again and again.", labels=labels)
         size = GaugeMetricFamily("pocd_worker_batch_size", "Nonces per forward pass.", labels=labels)
         computed = CounterMetricFamily(
-            "pocd_worker_computed_nonces", "Distances that the worker computed for what is mined.", labels=labels
+            "pocd_worker_computed_nonces", "Nonces that the worker computed for what is mined.", labels=labels
         )
         error = GaugeMetricFamily(
             "pocd_worker_rounding_error_ratio",
@@ -123,6 +123,11 @@ class DaemonCollector(Collector):
         flipped = GaugeMetricFamily(
             "pocd_worker_flipped_ratio",
             "Share of honest valid nonces that another honest host would find invalid, for rounding.",
+            labels=labels,
+        )
+        own_share = GaugeMetricFamily(
+            "pocd_worker_own_share_ratio",
+            "Share of the squares of the model's outputs that is the nonce's own.",
             labels=labels,
         )
         rounding = GaugeMetricFamily(
@@ -144,11 +149,12 @@ class DaemonCollector(Collector):
             measured = worker.info.conditioning if worker.info else None
             if measured is not None:
                 error.add_metric(name, measured.error)
+                own_share.add_metric(name, measured.own_share)
                 if measured.flipped is not None:
                     flipped.add_metric(name, measured.flipped)
             if worker.info is not None:
                 info.add_metric(name, {key: str(getattr(worker.info, key) or "") for key in INFO})
-        yield from (ready, restarts, alarm, size, computed, error, flipped, rounding, info, place)
+        yield from (ready, restarts, alarm, size, computed, error, flipped, own_share, rounding, info, place)
         if cluster := self._parts.workers.cluster:
             degraded = int(cluster.problem is not None)
             yield GaugeMetricFamily("pocd_cluster_degraded", "1 while the Ray cluster is away or lacks room.", degraded)

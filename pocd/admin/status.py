@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from pocd import __version__
 from pocd.admin.answers import (
     CardStatus,
-    ChainStatus,
     ControlStatus,
     Funnel,
     NodeStatus,
@@ -25,10 +24,12 @@ from pocd.admin.answers import (
     WorkersStatus,
     WorkerStatus,
 )
+from pocd.admin.chain import chain_status
 from pocd.admin.text import progress
 from pocd.mining.phases import Mode, state_of
 from pocd.observe.mask import mask_url
 from pocd.pool.causes import Cause
+from pocd.protocol.proof import Proofs
 from pocd.store.callbacks import ENDED
 from pocd.store.outbox import Queue, ReceiverState, Totals
 
@@ -36,12 +37,12 @@ if TYPE_CHECKING:
     from pocd.admin.parts import Parts
     from pocd.delivery.dispatcher import Dispatcher
     from pocd.mining.control import Control
-    from pocd.mining.follower import ChainHealth
     from pocd.mining.miner import Miner, Mining
     from pocd.mining.phases import DaemonState
     from pocd.pool.cards import CardReading, Cards
     from pocd.pool.pool import Pool
     from pocd.pool.state import WorkerState
+    from pocd.protocol.conditioning import Conditioning
     from pocd.protocol.proof import Round
     from pocd.worker.messages import CardIdentity, Ready
 
@@ -77,6 +78,8 @@ def problems(parts: Parts) -> list[Problem]:
     chain = parts.chain.problem(parts.clock.wall(), parts.settings.chain.poll_interval)
     if chain and parts.control.mode is Mode.FOLLOWING:  # else nothing waits for the chain
         found.append(Problem(part="chain", reason=chain))
+    if parts.chain.epoch and parts.chain.epoch.refused and parts.control.mode is Mode.FOLLOWING:
+        found.append(Problem(part="chain", reason=parts.chain.epoch.refused))
     return found
 
 
@@ -138,7 +141,7 @@ def parked(state: ReceiverState) -> str | None:
     return f"parked since {since} ({state.error}); `pocd outbox retry` asks it again"
 
 
-def _fields(value: Totals | Queue | Round | Ready | CardReading | CardIdentity) -> dict[str, Any]:
+def _fields(value: Totals | Queue | Round | Ready | Conditioning | CardReading | CardIdentity) -> dict[str, Any]:
     """Return a flat dataclass as a dictionary. `asdict` copies deeply, which is most of what a status would cost."""
     return {name: getattr(value, name) for name in value.__slots__}
 
@@ -153,17 +156,6 @@ def _round(mining: Mining) -> RoundStatus:
         valid=mining.valid,
         expected_valid_rate=mining.expected_valid_rate,
         observed_valid_rate=mining.valid / mining.checked if mining.checked else None,
-    )
-
-
-def _chain(chain: ChainHealth, problem: str | None) -> ChainStatus:
-    block = chain.head.block if chain.head else None
-    return ChainStatus(
-        chain_id=block.chain_id if block else None,
-        height=block.height if block else None,
-        hash=block.hash if block else None,
-        block_time=block.time.isoformat() if block else None,
-        problem=problem,
     )
 
 
@@ -205,9 +197,7 @@ def _worker(parts: Parts, worker: WorkerState) -> WorkerStatus:
         computed_per_second_1m=worker.computed_rate.per_second(60),
         computed_per_second_15m=worker.computed_rate.per_second(900),
         cards=[_card(parts.cards, device, card) for device, card in worker.cards.items()],
-        rounding=RoundingStatus(error=measured.error, flipped=measured.flipped, alarm=measured.alarm)
-        if measured
-        else None,
+        rounding=RoundingStatus(**_fields(measured), alarm=measured.alarm) if measured else None,
     )
 
 
@@ -278,19 +268,19 @@ def view(parts: Parts) -> Status:
     mining = miner.mining
     now, monotonic = parts.clock.wall(), parts.clock.monotonic()
     elapsed = monotonic - mining.started_at if mining else 0.0
-    latest = list(mining.latest) if mining else []
+    latest = mining.latest if mining else Proofs()
     now_state = state(parts)
     return Status(
         state=now_state,
         status=now_state,
         is_model_initialized=parts.workers.ready.is_set(),
-        valid_nonces=[proof.nonce for proof in latest],
-        valid_distances=[proof.distance for proof in latest],
+        valid_nonces=list(latest.nonces),
+        valid_distances=list(latest.distances) if mining and mining.round.output == "distance" else [],
         total_checked=mining.checked if mining else 0,
         total_valid=mining.valid if mining else 0,
         elapsed_seconds=elapsed,
         rate_per_second=(mining.checked - mining.checked_before) / elapsed if mining and elapsed else 0.0,
-        r_target=mining.round.r_target if mining else settings.round.r_target,
+        r_target=mining.round.r_target if mining else settings.round.target,
         round=_round(mining) if mining else None,
         control=_control(parts.control),
         node=NodeStatus(**settings.node.model_dump()),
@@ -301,7 +291,7 @@ def view(parts: Parts) -> Status:
             valid_per_second_1m=miner.valid_rate.per_second(60),
             valid_per_second_15m=miner.valid_rate.per_second(900),
         ),
-        chain=_chain(parts.chain, parts.chain.problem(now, settings.chain.poll_interval)),
+        chain=chain_status(parts.chain, parts.chain.problem(now, settings.chain.poll_interval)),
         worker=_workers(parts.workers, miner),
         workers=[_worker(parts, worker) for worker in parts.workers.workers],
         receivers=receivers(parts),

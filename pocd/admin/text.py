@@ -75,3 +75,9 @@ def local_time(seconds: float, form: str = "%H:%M:%S") -> str:
         return datetime.fromtimestamp(seconds, UTC).astimezone().strftime(form)
     except (OverflowError, ValueError, OSError):
         return f"{seconds:.0f} s after 1970"
+
+
+def epoch_text(epoch: dict[str, Any]) -> str:
+    """Return the phase of the live network's epoch, what it waits for and until when."""
+    until = "" if epoch["until"] is None else f" until block {epoch['until']}"
+    return f"{epoch['number']}, {epoch['phase']}{until}, then {epoch['awaits']}"

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
+from pocd.chain.gonka import Gonka
 from pocd.chain.source import (
     STALE_AFTER,
     Block,
@@ -18,6 +19,7 @@ from pocd.chain.source import (
     same_hash,
 )
 from pocd.observe.levels import CALM, Level
+from pocd.protocol.epochs import EpochInfo
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
     from pocd.clock import Clock
 
-BlockOrHead = TypeVar("BlockOrHead", Block, Head)
+Answer = TypeVar("Answer", Block, Head, EpochInfo)
 
 KNOWN_HASHES = 256
 """How many heights' hashes are remembered, those seen last."""
@@ -190,12 +192,26 @@ class Failover:
                 return block
         raise _joined(errors)
 
+    async def epoch_info(self) -> EpochInfo:
+        """Return what the chain says of its latest epoch by the first source that answers, which all are of `Gonka`.
+
+        Raises:
+            ChainError: No source answered, or with a height that cannot be; the message joins all their errors.
+        """
+        errors: list[ChainError] = []
+        for node in self._nodes:
+            try:
+                return await self._ask(node, _epoch_info_of, self._check_info)
+            except ChainError as error:
+                errors.append(error)
+        raise _joined(errors)
+
     async def _ask(
         self,
         node: _Node,
-        ask: Callable[[ChainSource], Awaitable[BlockOrHead]],
-        check: Callable[[BlockOrHead, ChainSource], None],
-    ) -> BlockOrHead:
+        ask: Callable[[ChainSource], Awaitable[Answer]],
+        check: Callable[[Answer, ChainSource], None],
+    ) -> Answer:
         left = node.rests_until - self._clock.monotonic()
         if left > 0 and (node.asked_for_rest or len(self._nodes) > 1):
             raise ChainError(f"{node.error} (left alone for {math.ceil(left)} s more)")
@@ -215,6 +231,13 @@ class Failover:
             raise
         node.failures = 0
         return answer
+
+    def _check_info(self, info: EpochInfo, source: ChainSource) -> None:
+        if self._highest is not None and info.height > self._highest + LEAP:
+            raise ChainError(
+                f"{source} says of its epoch that the newest block is {info.height}, but the highest seen is "
+                f"{self._highest}"
+            )
 
     def _check_head(self, head: Head, source: ChainSource) -> None:
         height = head.block.height
@@ -311,6 +334,11 @@ class Failover:
             self._log.warning("another node is followed", action="chain_source", source=str(source), because=reasons)
             self._followed = source
         return head
+
+
+async def _epoch_info_of(source: ChainSource) -> EpochInfo:
+    assert isinstance(source, Gonka), "only the live network has epochs"
+    return await source.epoch_info()
 
 
 def _joined(errors: list[ChainError]) -> ChainError:

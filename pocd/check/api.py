@@ -75,7 +75,10 @@ async def check_rounding(admin: AdminSettings, config: Path, *, runs: bool, limi
         return red(name, alarm, 'see docs/protocol.md, "Depth"; validators need the same scheme and dtype')
     if not measured:
         return yellow(name, "no worker has measured it yet", again)
-    return green(name, f"results are off by at most {max(each['error'] for each in measured):.2%} of their scatter")
+    off, own = max(each["error"] for each in measured), min(each["own_share"] for each in measured)
+    return green(
+        name, f"results are off by at most {off:.2%} of their scatter; {own:.0%} of the outputs are the nonce's own"
+    )
 
 
 def _host_and_port(admin: AdminSettings) -> str:

@@ -8,6 +8,7 @@ It prints a JSON object for each thing that it found out, so that what hangs or 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -17,14 +18,22 @@ def _tell(**found: object) -> None:
 
 
 def _look_at_model(folder: Path) -> None:
-    from pocd.compute.fingerprint import checkpoint_tensors, fingerprint
+    from pocd.compute.checkpoint import read_config
+    from pocd.compute.fingerprint import stored_fingerprint
+    from pocd.compute.harmless import is_harmless
+    from pocd.compute.stored import read_headers
+    from pocd.compute.ways import matrices
     from pocd.protocol.errors import ModelError
 
     try:
-        tensors = list(checkpoint_tensors(folder))
-        _tell(fingerprint=fingerprint(tensors), parameters=sum(tensor.numel() for _, tensor in tensors))
-    except (OSError, ModelError) as error:
-        _tell(model_error=str(error))
+        stored = read_headers(folder)
+        config, way = read_config(str(folder), "main")
+        weights = [each for each in matrices(stored, way, name=str(folder)) if not is_harmless(each.name)]
+        fingerprint = stored_fingerprint(stored, config, way)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ModelError) as error:
+        _tell(model_error=str(error).partition("\n")[0] or type(error).__name__)
+    else:
+        _tell(fingerprint=fingerprint, parameters=sum(math.prod(each.shape) for each in weights))
 
 
 def _look_at_cards() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pynvml
@@ -26,6 +28,18 @@ if TYPE_CHECKING:
 GIB = 2**30
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 ROOM = 1.2  # of the weights' size: what a model needs at least, with small batches
+
+
+MEMINFO = Path("/proc/meminfo")
+CONTAINER = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Memory of a host in bytes: all of it, and what can be had without swapping."""
+
+    total: int
+    available: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +156,40 @@ def used_cards(probe: Probe, model: ModelSettings) -> tuple[str, ...]:
         return ()
     devices = {device for worker in place(model.device, model.parallel, lambda: len(seen)) for device in worker}
     return tuple(seen[number] for number in sorted(map(_number, devices)) if number < len(seen))
+
+
+def host_memory() -> Memory:
+    """Return the memory of this host, or of the container that this process is in."""
+    words = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in MEMINFO.read_text().splitlines()}
+    total, available = words["MemTotal"], words["MemAvailable"]
+    with contextlib.suppress(OSError, ValueError):  # there is no container, or it has no limit
+        total = min(total, int(CONTAINER.read_text()))
+    return Memory(total, min(total, available))
+
+
+def check_host_memory(memory: Memory, probe: Probe, model: ModelSettings, *, runs: bool) -> list[Finding]:
+    """Check that the weights of all workers on the CPU fit into the host's memory; nothing where there are none.
+
+    Args:
+        memory: Memory of the host.
+        probe: Result of the probe; without its number of parameters nothing is judged.
+        model: Settings of the model and its devices.
+        runs: Whether our own daemon runs, and so holds memory itself.
+    """
+    if needs_cuda(model) or probe.parameters is None:
+        return []
+    shares = 1 if isinstance(model.device, str) else len(model.device) / model.parallel
+    weights = probe.parameters * BYTES[model.dtype] * shares
+    name = "memory"
+    text = (
+        f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB available, the weights need {weights / GIB:.1f} "
+        f"in {model.dtype}"
+    )
+    if weights * ROOM > memory.total:
+        return [red(name, text, "take a smaller model or dtype, fewer devices, or a host with more memory")]
+    if weights * ROOM > memory.available and not runs:
+        return [yellow(name, text, "end what else uses this host's memory")]
+    return [green(name, text)]
 
 
 def check_memory(

@@ -19,7 +19,6 @@ from pocd.check.probe import Probe, probe
 from pocd.check.receivers import check_receiver
 from pocd.clock import SYSTEM, Clock
 from pocd.compute.toolchain import find_lack
-from pocd.config.model import check_rounds
 from pocd.config.secrets import read_keys
 from pocd.config.settings import ConfigError
 from pocd.delivery.policy import certificate_problem
@@ -83,6 +82,7 @@ async def check_host(
                 }
             ),
             "model": (_model(place, seen, settings), long),
+            "memory": (_memory(seen, held, settings), long),
             "store": (_store(held, settings), local),
             "fsync": (_syncs(settings, clock), local),
             "disk space": (_space(settings), local),
@@ -105,10 +105,6 @@ def check_configuration(config: Path, settings: Settings) -> list[Finding]:
         findings.append(
             red(name, "node.public_key is the example's: nobody is paid", "set it to the miner's public key")
         )
-    try:
-        check_rounds(settings)
-    except ConfigError as error:
-        findings.append(red(name, str(error), "nothing is mined until then"))
     if not settings.delivery.receivers:
         remedy = "add a table [[delivery.receivers]]"
         findings.append(yellow(name, "no receiver is configured: proofs are kept until there is one", remedy))
@@ -165,6 +161,11 @@ async def _cards(seen: asyncio.Task[Probe], held: asyncio.Task[int | None], sett
     runs = await held is not None
     memory = devices.check_memory(readings, used, found, settings.model, runs=runs)
     return [card, *memory] if card else memory
+
+
+async def _memory(seen: asyncio.Task[Probe], held: asyncio.Task[int | None], settings: Settings) -> list[Finding]:
+    memory = await in_thread(devices.host_memory)
+    return devices.check_host_memory(memory, await seen, settings.model, runs=await held is not None)
 
 
 async def _store(held: asyncio.Task[int | None], settings: Settings) -> list[Finding]:

@@ -27,7 +27,7 @@ class Probe:
     Attributes:
         torch: Version of torch.
         cuda_build: The CUDA version that this torch was built for; None as well for a build without CUDA.
-        fingerprint: Fingerprint of the model's weights, 32 hex digits.
+        fingerprint: Fingerprint of the model's weights and configuration, v2- and 32 hex digits.
         parameters: Number of the model's parameters.
         model_error: Why the weights cannot be read.
         cards: The GPUs that torch sees, in its order, by the driver's names for them.

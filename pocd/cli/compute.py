@@ -10,6 +10,7 @@ import typer
 from pocd.cli.api import echo
 from pocd.process import EXIT_CONFIG, EXIT_NO_DEVICE, EndedError
 from pocd.protocol.errors import ComputeError, DeviceError
+from pocd.protocol.schemes import SCHEMES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -134,13 +135,20 @@ def audit(  # noqa: PLR0913 - one argument per option
     public_key: PublicKeyOption = "audit",
     seed: SeedOption = "pocd",
     revision: RevisionOption = None,
+    claims: Annotated[
+        bool,
+        typer.Option(
+            "--claims",
+            help="Judge claims of cheap results by their differences, as vectors always are.",
+        ),
+    ] = False,
     as_json: ReportOption = False,
 ) -> None:
     """Measure what a cheater could save by shortcuts through the model."""
     import orjson
 
     from pocd.lab import audit as judging
-    from pocd.lab import calibration, command
+    from pocd.lab import calibration, command, residual
 
     plan = calibration.Plan(
         model=model,
@@ -156,6 +164,12 @@ def audit(  # noqa: PLR0913 - one argument per option
         seed=seed,
         revision=revision,
     )
+    if claims or (scheme in SCHEMES and SCHEMES[scheme].output == "vector"):
+        with compute_errors(), calibration.progress(blocks * nonces) as advance:
+            measured = command.measure_claims(plan, advance)
+        judged = residual.judge_residuals(plan, measured)
+        echo(orjson.dumps(judged).decode() if as_json else residual.as_text(judged))
+        return
     with compute_errors(), calibration.progress(blocks * nonces) as advance:
         found = command.attack(plan, advance)
     report = judging.audit(plan, found)

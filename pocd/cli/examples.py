@@ -29,6 +29,10 @@ EXAMPLES = {
         "pocd devchain --port 26658 --block-seconds 30 --seed test",
     ],
     "receiver": ["pocd receiver --store proofs.db", "pocd receiver --host 0.0.0.0 --secret-file secrets"],
+    "relay": [
+        "pocd relay --to http://api:9100",
+        "pocd relay --to http://10.0.0.5:9100 --host 10.0.0.7 --store relay.db",
+    ],
     "compute": [
         f"pocd compute --model bundled:tiny-qwen3 {_OF_BLOCK} --nonces 0:8",
         f"pocd compute --model Qwen/Qwen3-0.6B --device cuda {_OF_BLOCK} --nonces 0:1000,5000",

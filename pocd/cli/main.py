@@ -25,7 +25,7 @@ from pocd.cli.fleet import fleet
 from pocd.cli.outbox import app as outbox_app
 from pocd.cli.validate import validate
 from pocd.cli.watch import watch
-from pocd.config.model import check_model, check_rounds
+from pocd.config.model import check_model
 from pocd.config.settings import DEFAULT_PATH, ConfigError, foreign_variables, load
 from pocd.observe.journal import goes_to_journal, marked
 from pocd.observe.lines import writer_to
@@ -250,6 +250,35 @@ def receiver(
         raise ConfigError(str(error)) from error
 
 
+@app.command()
+def relay(
+    *,
+    to: Annotated[str, typer.Option(help="The orchestrator: what comes for PATH goes to {to}PATH.")],
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 9101,
+    store: Annotated[Path, typer.Option(help="The SQLite file that keeps the callbacks.")] = Path("relay.db"),
+    generated_seconds: Annotated[float, typer.Option(help="How long artifacts are of use.", min=1)] = 240.0,
+    validated_seconds: Annotated[float, typer.Option(help="How long a verdict is of use.", min=1)] = 1500.0,
+) -> None:
+    """Run a relay that keeps a proof server's callbacks until the orchestrator has taken them."""
+    from pocd.http.urls import unusable
+    from pocd.observe import logs
+    from pocd.relay import app as program
+
+    log = logs.configure("info", "auto")
+    if reason := unusable(to):
+        raise ConfigError(f"--to {reason}")
+    plan = program.RelayPlan(
+        to=to,
+        host=host,
+        port=port,
+        store=store,
+        windows={"generated": generated_seconds, "validated": validated_seconds},
+    )
+    with _port_errors(host, port):
+        _run_until_signal(program.serve(plan, log, _announce(log, "relay")))
+
+
 @contextlib.contextmanager
 def _port_errors(host: str, port: int) -> Iterator[None]:
     try:
@@ -265,7 +294,6 @@ def config_check(config: ConfigOption = DEFAULT_PATH) -> None:
     from pocd.config.secrets import check_secrets, unit_of
 
     settings = load(config)
-    check_rounds(settings)
     check_model(settings)
     unseen = check_secrets(settings, config)
     echo(

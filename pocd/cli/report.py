@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from pocd.admin.text import age, card_text, funnel_text, local_time, rates_text, speed, valid_rate_text
+from pocd.admin.text import age, card_text, epoch_text, funnel_text, local_time, rates_text, speed, valid_rate_text
 from pocd.observe.mask import clean, escape_json
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _worker(worker: dict[str, Any]) -> str:
 
 
 _SUSPICIONS = {
-    "impossible_claims": "what no honest miner claims (no finite number, or not from 0 to below r_target): "
+    "impossible_claims": "what no honest miner claims (no finite numbers, or not from 0 to below r_target): "
     "{impossible_claims} nonces",
     "duplicates": "repeated nonces: {duplicates} entries; each nonce counts once",
     "sparse": "few of the node's nonces (density {density:.2g}): the others may have been skipped without computing; "
@@ -103,19 +103,39 @@ def verdict_as_text(body: dict[str, Any]) -> str:
     largest = body["largest_difference"]
     difference = "no claim is a number" if largest is None else f"{largest:.2g} at most from claimed to recomputed"
     chance, threshold = f"{body['probability_honest']:.2g}", f"{body['fraud_threshold']:g}"
-    verdict = f"FRAUD: {chance} < {threshold}" if body["fraud_detected"] else f"honest: {chance} ≥ {threshold}"
+    if body["fraud_detected"] and body["probability_honest"] < body["fraud_threshold"]:
+        verdict = f"FRAUD: {chance} < {threshold}"
+    elif body.get("vectors") is None:
+        verdict = f"honest: {chance} ≥ {threshold}"
+    else:
+        verdict = {"fraud": "FRAUD", "honest": "honest"}.get(body["verdict"], "UNDECIDABLE") + ", by the differences"
+    target = f"r_target {body['r_target']}, " if body.get("r_target") is not None else ""
     rows = [
         ("block", f"{body['block_height']} {_quoted(body['block_hash'])}"),
         ("miner", f"{_quoted(body['public_key'])}, node {body['node_id']} of {body['node_count']}"),
-        ("held to", "r_target {r_target}, scheme {scheme}, {dtype}, {seq_len} positions".format(**body)),
+        ("held to", f"{target}scheme {body['scheme']}, {body['dtype']}, {body['seq_len']} positions"),
         ("weights", f"{body['model_fingerprint']} of {_quoted(body['model'])}"),
         ("recomputed", f"{body['n']} nonces, {which}; invalid: {body['n_invalid']}"),
         ("difference", f"{difference}; tolerance {body['tolerance']:.2g}"),
         *(("suspicious", _SUSPICIONS.get(word, word).format(**body)) for word in body["suspicions"]),
         ("chance", f"{chance} that an honest miner has so many bad nonces, or more, at {body['mismatch']:g} each"),
+        *_differences(body["differences"]),
         ("verdict", verdict),
     ]
     return _lines(rows)
+
+
+def _differences(found: dict[str, Any] | None) -> list[tuple[str, str]]:
+    """Return what the verdict by differences says."""
+    if found is None:
+        return []
+    chance, blank = (f"{found[name]:.2g}" for name in ("probability_honest", "probability_blank"))
+    said = {
+        "fraud": f"they are no honest miner's: {chance} < {found['threshold']:g}",
+        "honest": f"as an honest miner's: {chance} ≥ {found['threshold']:g}",
+        "undecidable": f"they tell nothing: claims without a computation would pass as well, by {blank}",
+    }
+    return [("by size", f"of the differences, allowance {found['allowance']:g}: {said[found['result']]}")]
 
 
 def _quoted(text: str) -> str:
@@ -139,6 +159,8 @@ def as_text(body: dict[str, Any]) -> str:
         ("state", body["state"] if mode in {"FOLLOWING", body["state"]} else f"{body['state']}, mode {mode}"),
         ("chain", f"{chain['chain_id'] or '–'}, height {chain['height'] or '–'}{_block_time(chain)}"),
     ]
+    if epoch := chain.get("epoch"):
+        rows.append(("epoch", epoch_text(epoch)))
     if round_:
         block = f"block {round_['block_height']} {round_['block_hash'][:16]}…"
         asked = "" if mode in {"FOLLOWING", "STOPPED"} else "asked for by the API: "

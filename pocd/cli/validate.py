@@ -21,22 +21,23 @@ from pocd.cli.compute import (
     compute_errors,
 )
 from pocd.cli.files import name_of, read_file
-from pocd.config.settings import DEFAULT_PATH, RoundSettings
+from pocd.config.settings import DEFAULT_PATH, R_TARGET
 from pocd.process import EXIT_CRASH, EXIT_FRAUD, EXIT_OK, EXIT_UNUSABLE, EndedError
 from pocd.protocol.names import default_tolerance
-from pocd.validation.claim import LARGEST_CLAIM, BodyError, Claim, parse_json
+from pocd.protocol.verdicts import ALLOWANCE, LARGEST_ALLOWANCE
+from pocd.validation.claim import LARGEST_CLAIM, AnyClaim, BodyError, Claim, VectorClaim, parse_json
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from pocd.lab.command import ComputeRequest
 
-DEFAULT_R_TARGET = RoundSettings().r_target
+EXITS = {"honest": EXIT_OK, "fraud": EXIT_FRAUD, "undecidable": EXIT_UNUSABLE}
 POLL_SECONDS = 0.5  # between two looks at a validation that takes long
 OF_THE_DAEMON = ("config", "url", "token_file", "timeout")
 OF_THE_ENGINE = (
     *("scheme", "seq_len", "dtype", "device", "batch_size", "revision"),
-    *("r_target", "fraud_threshold", "tolerance", "node_count"),
+    *("r_target", "fraud_threshold", "tolerance", "allowance", "node_count"),
 )
 
 RTargetOption = Annotated[float, typer.Option(help="A nonce is valid when its distance is below this.", min=0, max=2)]
@@ -47,8 +48,14 @@ FraudThresholdOption = Annotated[
 ToleranceOption = Annotated[
     float | None, typer.Option(help="Difference of distances allowed for rounding. Default: by dtype.", min=0, max=2)
 ]
+AllowanceOption = Annotated[
+    float,
+    typer.Option(help="How many times the own rounding error an honest miner's may be.", min=1, max=LARGEST_ALLOWANCE),
+]
 NodeCountOption = Annotated[int, typer.Option(help="Nodes that share the nonces.", min=1, max=2**63 - 1)]
-WANTED = "wanted is one batch: a JSON object with public_key, block_hash, block_height, nonces and dist"
+WANTED = (
+    "wanted is one batch: a JSON object with public_key, block_hash, block_height, and nonces and dist, or artifacts"
+)
 
 
 def validate(  # noqa: PLR0913 - one argument per option
@@ -69,14 +76,15 @@ def validate(  # noqa: PLR0913 - one argument per option
     device: DeviceOption = "cpu",
     batch_size: BatchSizeOption = 32,
     revision: RevisionOption = None,
-    r_target: RTargetOption = DEFAULT_R_TARGET,
+    r_target: RTargetOption = R_TARGET,
     fraud_threshold: FraudThresholdOption = None,
     tolerance: ToleranceOption = None,
+    allowance: AllowanceOption = ALLOWANCE,
     node_count: NodeCountOption = 1,
 ) -> None:
-    """Judge a batch of proofs: exit status 0 honest, 3 fraud, 2 unusable.
+    """Judge a batch of proofs: exit status 0 honest, 3 fraud, 2 unusable or undecidable.
 
-    The daemon recomputes the distances; with --model it is done here, and the batch is held to the options.
+    The daemon recomputes the results; with --model it is done here, and the batch is held to the options.
     """
     _refuse_strays(
         context, *((OF_THE_ENGINE, "without --model") if model is None else (OF_THE_DAEMON, "beside --model"))
@@ -100,10 +108,11 @@ def validate(  # noqa: PLR0913 - one argument per option
             r_target=r_target,
             fraud_threshold=fraud_threshold,
             tolerance=tolerance,
+            allowance=allowance,
             node_count=node_count,
         )
     echo(report.as_json(body) if as_json else report.verdict_as_text(body))
-    raise typer.Exit(EXIT_FRAUD if body["fraud_detected"] else EXIT_OK)
+    raise typer.Exit(EXITS[body["verdict"]])
 
 
 def _refuse_strays(context: typer.Context, names: tuple[str, ...], where: str) -> None:
@@ -121,11 +130,11 @@ def _check_sample(sample: int | None, seed: str | None) -> None:
         raise typer.BadParameter("--seed must be a text of printable characters")
 
 
-def _read(file: str) -> tuple[bytes, Claim]:
+def _read(file: str) -> tuple[bytes, Claim | VectorClaim]:
     """Return the bytes of the batch, and the batch parsed."""
     raw = read_file(file, LARGEST_CLAIM, WANTED, EXIT_UNUSABLE)
     try:
-        return raw, parse_json(Claim, raw)
+        return raw, parse_json(AnyClaim, raw).root
     except BodyError as error:
         raise EndedError(EXIT_UNUSABLE, f"{name_of(file)} cannot be used: {error}; {WANTED}") from None
 
@@ -148,7 +157,7 @@ def _ask(
 
 
 def _compute(
-    claim: Claim,
+    claim: Claim | VectorClaim,
     request: ComputeRequest,
     sample: int | None,
     seed: str | None,
@@ -156,17 +165,18 @@ def _compute(
     r_target: float,
     fraud_threshold: float | None,
     tolerance: float | None,
+    allowance: float,
     node_count: int,
 ) -> dict[str, Any]:
-    """Recompute the distances here, and judge."""
-    from pocd.lab.command import prepared
+    """Recompute the results here, and judge."""
+    from pocd.lab.command import compared, prepared
     from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH
     from pocd.validation.conditions import MismatchError
-    from pocd.validation.verdict import Terms, check, judge, sampled
+    from pocd.validation.verdict import Recomputed, Terms, check, judge, sampled
 
-    with compute_errors(), prepared(request, "distance") as run:
+    with compute_errors(), prepared(request) as run:
         terms = Terms(
-            r_target=r_target,
+            r_target=r_target if run.scheme.output == "distance" else None,
             fraud_threshold=FRAUD_THRESHOLD if fraud_threshold is None else fraud_threshold,
             mismatch=MISMATCH,
             tolerance=default_tolerance(request.dtype, run.scheme, run.model.hidden_size)
@@ -179,13 +189,18 @@ def _compute(
             seq_len=request.seq_len,
             node_count=node_count,
             revision=request.revision,
+            allowance=allowance,
         )
         try:
             check(claim, terms)
         except MismatchError as error:
             raise EndedError(EXIT_UNUSABLE, str(error)) from None
         nonces = sampled(claim.nonces, sample, seed)
-        found = run.distances(nonces, batch_size=request.batch_size)
-    batch = judge(claim, terms, dict(zip(nonces, found, strict=True)), sample, seed)
+        if terms.has_reference:
+            found = Recomputed(*compared(run, nonces, request.batch_size))
+        else:
+            distances = run.distances(nonces, batch_size=request.batch_size)
+            found = Recomputed({nonce: (distance,) for nonce, distance in zip(nonces, distances, strict=True)})
+    batch = judge(claim, terms, found, sample, seed)
     body: dict[str, Any] = orjson.loads(batch.to_json())
     return body

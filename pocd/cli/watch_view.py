@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from pocd.admin.text import MAIN_STAGES, age, card_text, funnel_text, local_time, percent
+from pocd.admin.text import MAIN_STAGES, age, card_text, epoch_text, funnel_text, local_time, percent
 from pocd.observe.mask import clean
 
 if TYPE_CHECKING:
@@ -204,6 +204,8 @@ def _chain(chain: dict[str, Any], now: float) -> Text:
         f"{chain['chain_id'] or '–'}, block {chain['height']:,} {chain['hash'][:12]}…",
         (f", {age(old)} old", "yellow" if chain["problem"] else "dim"),
     )
+    if epoch := chain.get("epoch"):
+        text.append(f"; epoch {epoch_text(epoch)}")
     return text.append(f"; {chain['problem']}", "yellow") if chain["problem"] else text
 
 

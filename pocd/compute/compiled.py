@@ -12,7 +12,7 @@ import os
 import time
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -42,6 +42,10 @@ AGREEING = 0.99  # share of a batch whose compiled distances have to be the eage
 VARIANTS = 64  # compilations of one function in a process: shapes, dtypes, transforms
 OWN_HEADS = ("trained", "embedding")  # that are the model's own memory, whatever is drawn into it
 BLOCK = "compiling"  # as block hash and key: any will do
+FOR_GPUS: dict[str, Any] = {  # how torch's compiler makes kernels for them
+    "emulate_precision_casts": True,  # rounds where the eager path rounds, else each layer adds a difference
+    "realize_opcount_threshold": 64,  # operations: those roundings are no reason to cut a kernel in two
+}
 
 
 class WrongDistancesError(Exception):
@@ -262,12 +266,13 @@ def _build(run: BlockRun, rows: int, mode: Compile, *, capture: bool) -> tuple[P
         torch._dynamo.config.patch(recompile_limit=VARIANTS),  # noqa: SLF001 - as its documentation has it
         torch._inductor.config.patch(  # noqa: SLF001 - as its documentation has it
             compile_threads=1,  # no processes beside this one
-            emulate_precision_casts=is_gpu,  # rounds where the eager path rounds, else each layer adds a difference
+            **(FOR_GPUS if is_gpu else {}),
         ),
         warnings.catch_warnings(),
     ):
         warnings.filterwarnings("ignore", message="`torch.jit", category=DeprecationWarning)  # the compiler's own
         warnings.filterwarnings("ignore", message="TensorFloat32")  # the protocol wants none
+        warnings.filterwarnings("ignore", message="CUDA libdevice not found")  # powers are squares alone
         compiled = Compiled(run, rows)
         _check(run, compiled(seeds, run.block), expected)
         if not is_gpu:

@@ -1,17 +1,17 @@
-"""The reference of a computation, float32 arithmetic on the same rounded weights, and how far a host is from it."""
+"""How far a host's results are from those of exact arithmetic, and how much of them is the nonce's own."""
 
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from pocd.compute.wide import WideDecoder
-from pocd.protocol.conditioning import Conditioning, flipped_share
+from pocd.compute.reference import compare
+from pocd.protocol.conditioning import Conditioning
 from pocd.protocol.errors import NonFiniteError
 from pocd.protocol.names import default_tolerance
+from pocd.protocol.theory import flipped_share
 
 if TYPE_CHECKING:
     from pocd.compute.engine import BlockRun
@@ -19,12 +19,28 @@ if TYPE_CHECKING:
 NONCES = 16  # that are measured
 
 
-def reference_of(run: BlockRun) -> BlockRun:
-    """Return the run that computes the same in float32 arithmetic, from the same rounded weights and inputs.
+class OwnShare:
+    """Share of the outputs' squares that is the nonce's own: what is left when the mean over nonces is taken away."""
 
-    Means and deviations of a block's samples (`poc3`) remain those of `run`.
-    """
-    return replace(run, model=replace(run.model, decoder=WideDecoder(run.model.by_layers), program=None))
+    def __init__(self) -> None:
+        self._sum: torch.Tensor | float = 0.0
+        self._count = 0
+
+    def add(self, states: torch.Tensor) -> None:
+        """Take in the hidden states [B, H] or [B, S, H] of some nonces; each position's are scaled to unit length."""
+        unit = torch.nn.functional.normalize(states.double(), dim=-1)
+        self._sum = self._sum + unit.sum(dim=0)
+        self._count += len(states)
+
+    def value(self) -> float:
+        """Return the share, estimated without bias from 2 nonces or more: about 1 where nonces have nothing in common.
+
+        It is the mean over positions.
+        """
+        assert isinstance(self._sum, torch.Tensor), "some states were added"
+        n = self._count
+        common = float((self._sum / n).square().sum(dim=-1).mean())
+        return max(0.0, (1 - common) * n / (n - 1))
 
 
 def measure_conditioning(run: BlockRun, *, batch_size: int) -> Conditioning | None:
@@ -40,18 +56,18 @@ def measure_conditioning(run: BlockRun, *, batch_size: int) -> Conditioning | No
     Raises:
         OutOfMemoryError: A batch of this size does not fit.
     """
-    wide, pairs = reference_of(run), []
+    found, own_share = [], OwnShare()
     for start in range(0, NONCES, batch_size):
         nonces = range(start, min(start + batch_size, NONCES))
         with suppress(NonFiniteError):  # a batch of what is mined is refused for this, not the model
-            pairs.append([each.values(nonces, batch_size=batch_size) for each in (run, wide)])
-    if sum(len(own) for own, _ in pairs) < 2:
+            found.append(compare(run, nonces, batch_size=batch_size, observe=own_share.add))
+    if sum(len(each.own) for each in found) < 2:
         return None
-    own, reference = (torch.cat(results) for results in zip(*pairs, strict=True))
-    difference = float((own - reference).square().mean().sqrt())
+    own, reference = torch.cat([each.own for each in found]), torch.cat([each.reference for each in found])
+    difference, share = float((own - reference).square().mean().sqrt()), own_share.value()
     if run.scheme.output == "vector":
-        return Conditioning(difference / float(reference.square().mean().sqrt()), None)
+        return Conditioning(difference / float(reference.square().mean().sqrt()), None, share)
     scatter = float(reference.std())
     dtype = str(run.model.dtype).removeprefix("torch.")
     tolerance = default_tolerance(dtype, run.scheme, run.model.hidden_size)
-    return Conditioning(difference / scatter, flipped_share(difference / scatter, tolerance / scatter))
+    return Conditioning(difference / scatter, flipped_share(difference / scatter, tolerance / scatter), share)

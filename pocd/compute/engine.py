@@ -48,10 +48,13 @@ class Pending:
         found: list[float] = self.values().tolist()
         return found
 
-    def values(self) -> torch.Tensor:
+    def values(self, *, gaps: bool = False) -> torch.Tensor:
         """Wait for the batch; returns distances, float32 [n], or vectors [n, VECTOR_SIZE], in the order of its nonces.
 
         Call this before the run ends: finding where NaN came from needs the block's weights.
+
+        Args:
+            gaps: Whether some vectors, but not all of the batch, may have NaN or infinity.
 
         Raises:
             NonFiniteError: The model gave NaN or infinity; the message names the nonces and the layer.
@@ -61,7 +64,8 @@ class Pending:
         values = self._values[: len(self._nonces)]
         good = (values >= 0) & (values <= 2) if values.dim() == 1 else values.isfinite().all(dim=-1)
         broken = [nonce for nonce, is_good in zip(self._nonces, good.tolist(), strict=True) if not is_good]
-        if broken:
+        may_pass = gaps and values.dim() > 1 and len(broken) < len(self._nonces)
+        if broken and not may_pass:
             raise NonFiniteError(self._run.explain(broken))
         return values
 
@@ -115,12 +119,13 @@ class BlockRun:
         found: list[float] = self.values(nonces, batch_size=batch_size).tolist()
         return found
 
-    def values(self, nonces: Sequence[int], *, batch_size: int) -> torch.Tensor:
+    def values(self, nonces: Sequence[int], *, batch_size: int, gaps: bool = False) -> torch.Tensor:
         """Compute the distance or the vector of each nonce, with the next batch under way while one is waited for.
 
         Args:
             nonces: Distinct nonces that the scheme allows, in any order; at least one.
             batch_size: Nonces per forward pass.
+            gaps: Whether some vectors, but not all of a batch, may have NaN or infinity.
 
         Returns:
             Distances, float32 [n], or vectors [n, VECTOR_SIZE], on the host, in the order of `nonces`.
@@ -135,9 +140,9 @@ class BlockRun:
         under_way: deque[Pending] = deque()
         for start in range(0, len(nonces), batch_size):
             if len(under_way) == UNDER_WAY:
-                found.append(under_way.popleft().values())
+                found.append(under_way.popleft().values(gaps=gaps))
             under_way.append(self.start(nonces[start : start + batch_size], batch_size=batch_size))
-        return torch.cat([*found, *(pending.values() for pending in under_way)])
+        return torch.cat([*found, *(pending.values(gaps=gaps) for pending in under_way)])
 
     @torch.inference_mode()
     def start(self, nonces: Sequence[int], *, batch_size: int) -> Pending:
@@ -174,13 +179,17 @@ class BlockRun:
         program = self.model.program
         if program is not None and program.serves(self.scheme, self.seq_len, len(nonces)):
             return program(self.host_seeds(nonces), self.block)
-        return self.measure(_states(self.model, self.scheme, self.vectors, self.inputs(nonces)), nonces)
+        return self.measure(self.states(nonces), nonces)
 
     def inputs(self, nonces: Sequence[int]) -> torch.Tensor:
         """Draw random input embeddings [B, S, H] in the model's dtype."""
         shape = len(nonces), self.seq_len, self.model.hidden_size
         out = torch.empty(shape, dtype=self.model.dtype, device=self.model.device)
         return stages.fill_inputs(out, self._seeds(nonces), self.scheme)
+
+    def states(self, nonces: Sequence[int]) -> torch.Tensor:
+        """Compute the hidden states that the scheme reads, normed: of the last position [B, H], or of all [B, S, H]."""
+        return _states(self.model, self.scheme, self.vectors, self.inputs(nonces))
 
     def readout(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
         """Return what the scheme reads [B, H] of hidden states: of the last position [B, H], or of all [B, S, H]."""
@@ -189,6 +198,12 @@ class BlockRun:
     def measure(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
         """Compute distances, float32 [B], or vectors [B, VECTOR_SIZE], from hidden states as `readout` takes them."""
         return stages.measure_states(states, self._seeds(nonces), self.block, scheme=self.scheme)
+
+    def differences(
+        self, states: torch.Tensor, exact: torch.Tensor, nonces: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the results by two sets of states, and the expected squared error of a number; see `stages`."""
+        return stages.find_differences(states, exact, self._seeds(nonces), self.block, scheme=self.scheme)
 
     def factors(self, states: torch.Tensor, nonces: Sequence[int]) -> torch.Tensor:
         """Return the factors whose product is the readout of all positions, float32 [B, SEGMENTS, H]."""
@@ -306,7 +321,6 @@ HEADS: dict[HeadSource, Callable[[Model, str], torch.Tensor | None]] = {
 }
 
 
-@torch.inference_mode()
 def _states(model: Model, scheme: Scheme, vectors: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
     """Compute the hidden states that the scheme reads, normed: of the last position [B, H], or of all [B, S, H]."""
     join = join_of(scheme.layer_step, model.layers)

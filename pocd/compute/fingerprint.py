@@ -1,28 +1,32 @@
-"""A short name for a checkpoint's weights, by which hosts notice that theirs differ (docs/protocol.md section 5).
+"""A short name for a checkpoint, by which hosts notice that theirs differ (docs/protocol.md section 5).
 
-It finds mistakes (another model, revision, fine-tuning, or quantisation), not fraud: only a sample of
-each tensor counts. It is taken from the files, before any conversion, so it is the same for every
-dtype, device, sharding and version of transformers.
+It finds mistakes (another model, revision, fine-tuning, quantisation, or configuration), not fraud: only a sample of
+each tensor counts. It is taken from the files, before any conversion, so it is the same for every dtype, device and
+sharding.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from contextlib import contextmanager
-from pathlib import PurePosixPath
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from pocd.protocol.errors import ModelError
+from pocd.compute.checkpoint import read_config
+from pocd.compute.stored import read_headers
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
     from torch import nn
+
+    from pocd.compute.stored import Stored
+    from pocd.compute.ways import Way
+
+FORM = "v2-"  # what fingerprints of this form begin with; the first form had no configuration, and no such beginning
 
 SAMPLE = 64  # elements of each tensor, evenly spaced, the first and the last among them
 
@@ -35,70 +39,79 @@ def _sample(tensor: torch.Tensor) -> bytes:
     return flat[places].to("cpu", torch.float32).numpy().astype("<f4").tobytes()
 
 
-def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Return 32 hex digits: SHA-256 over names, shapes and samples, in the order of the names."""
+def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]], configuration: Mapping[str, Any]) -> str:
+    """Return `FORM` and 32 hex digits: SHA-256 over names, shapes and samples in the order of the names, and JSON."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-        digest.update(f"{name}\0{list(tensor.shape)}\0".encode())
-        digest.update(_sample(tensor))
-    return digest.hexdigest()[:32]
+    for name, shape, sample in sorted((name, list(tensor.shape), _sample(tensor)) for name, tensor in tensors):
+        digest.update(f"{name}\0{shape}\0".encode())
+        digest.update(sample)
+    digest.update(json.dumps(configuration, sort_keys=True, separators=(",", ":"), default=str).encode())
+    return FORM + digest.hexdigest()[:32]
 
 
-def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that transformers reads: one, or those that an index names."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file() or not index.is_file():
-        return [folder / "model.safetensors"]
-    return [folder / name for name in named_files(index)]
+IRRELEVANT = re.compile(
+    r"_.*|.*_token_(id|ids|index)|.*dropout.*|.*pdrop|output_.*|initializer_.*|(vision|audio)_config"
+    r"|transformers_version|(torch_)?dtype|architectures|auto_map|name_or_path|use_cache|return_dict|id2label|label2id"
+    r"|problem_type|.*aux_loss.*|quantization_config|compression_config"
+)
+"""Keys of configurations without a part in a result: versions, names, training, tokens, and how tensors are stored."""
 
 
-def named_files(index: Path) -> list[str]:
-    """Return the files that the index of a checkpoint names, each a path from the model's folder.
+def deciding(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a configuration decides a result, in one form however it was written.
 
-    Raises:
-        ModelError: One is no safetensors file in that folder. A pickle is a program. A link in the folder may lead
-            out of it, as in a hub's cache, but no path in a file that others wrote.
+    Args:
+        config: The configuration as transformers understands it.
+        defaults: Configuration of its class where nothing is written: what equals it counts as not written.
     """
+    return {
+        key: _one_form(value)
+        for key, value in config.items()
+        if not IRRELEVANT.fullmatch(key) and (key == "model_type" or _one_form(value) != _one_form(defaults.get(key)))
+    }
+
+
+def _one_form(value: Any) -> Any:  # noqa: ANN401 - JSON
+    """Return a value of JSON in one of its forms: whole numbers as such, without keys that are null or said twice."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, (list, tuple)):
+        return [_one_form(each) for each in value]
+    if isinstance(value, dict):
+        twice = {"type"} if "rope_type" in value else set()
+        return {key: _one_form(each) for key, each in value.items() if each is not None and key not in twice}
+    return value
+
+
+def _defaults(kind: type[Any]) -> dict[str, Any]:
+    """Return the configuration of a class where nothing is written; empty where it wants something."""
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(
-            f"{index} cannot be loaded: it is no index of weights ({type(error).__name__}); copy or download it again"
-        ) from error
-    for name in names:
-        if not isinstance(name, str):
-            raise ModelError(f"{index} cannot be loaded: it names {name!r} as a file; copy or download it again")
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
-            raise ModelError(f"{index} names {name!r}, which is no safetensors file in its folder")
-    return names
+        defaults: dict[str, Any] = kind().to_dict()
+    except (TypeError, ValueError):
+        return {}
+    return defaults
 
 
-@contextmanager
-def opened(file: Path) -> Iterator[Any]:
-    """Give the tensors of a safetensors file; a ModelError says that it is missing or damaged, and which it is."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except FileNotFoundError as error:
-        raise ModelError(f"{file} cannot be loaded: it is missing; copy or download it again") from error
-    except SafetensorError as error:
-        raise ModelError(f"{file} cannot be loaded: it is damaged ({error}); copy or download it again") from error
+def configuration_of(config: Any, way: Way | None) -> dict[str, Any]:  # noqa: ANN401 - each family has its own class
+    """Return what decides a result beside the tensors: the configuration of the text model, and the way of weights."""
+    text = config.get_text_config()
+    tied = config.tie_word_embeddings
+    defaults = _defaults(type(text))
+    decides = deciding({**text.to_dict(), "tie_word_embeddings": tied}, defaults)
+    return {"config": decides, "weights": {"dequantised": None if way is None else way.decides}}
 
 
-def checkpoint_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Give the name and the tensor of each weight of the safetensors checkpoint in `folder`."""
-    for file in checkpoint_files(folder):
-        with opened(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - it is no mapping
-                yield name, tensors.get_tensor(name)  # mapped, not read: only the sample's pages are
+def stored_fingerprint(stored: Mapping[str, Stored], config: Any, way: Way | None) -> str:  # noqa: ANN401 - as above
+    """Return the fingerprint of a checkpoint: its tensors, its configuration, and how its weights are quantised."""
+    # Mapped, not read: only the sample's pages are.
+    return fingerprint(((name, at.read()) for name, at in stored.items()), configuration_of(config, way))
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
     """Return the fingerprint of the safetensors checkpoint in `folder`."""
-    return fingerprint(checkpoint_tensors(folder))
+    return stored_fingerprint(read_headers(folder), *read_config(str(folder), "main"))
 
 
 def module_fingerprint(module: nn.Module) -> str:
-    """Return the fingerprint of a model that was made in memory; a tied tensor counts once."""
-    return fingerprint(module.named_parameters())
+    """Return the fingerprint of a transformers model that was made in memory; a tied tensor counts once."""
+    return fingerprint(module.named_parameters(), configuration_of(module.config, None))

@@ -46,21 +46,45 @@ class Linear(NamedTuple):
     bias: torch.Tensor | None
 
 
-class Gated(NamedTuple):
-    """The parameters of a gated MLP."""
+class Linears(NamedTuple):
+    """Linear layers that have the same input.
 
-    gate: Linear
-    up: Linear
+    Attributes:
+        parts: The layers.
+        whole: All of them as one layer, which shares their memory; None where each is computed by itself.
+    """
+
+    parts: tuple[Linear, ...]
+    whole: Linear | None
+
+
+class Gated(NamedTuple):
+    """The parameters of a gated MLP.
+
+    Attributes:
+        gate_up: The gate, and what it is multiplied with, each [I, H].
+        down: The output [H, I].
+    """
+
+    gate_up: Linears
     down: Linear
 
 
 class LayerWeights(NamedTuple):
-    """A layer's parameters, which share memory with transformers' modules, so that drawn weights appear here."""
+    """A layer's parameters, which share memory with transformers' modules, so that drawn weights appear here.
+
+    Attributes:
+        input_norm: Gain of the norm before attention [H].
+        attention: Queries [heads·head_dim, H], keys and values, each [kv_heads·head_dim, H].
+        query_norm: Gain of the queries' norm [head_dim]; None where there is none.
+        key_norm: Gain of the keys' norm [head_dim]; None where there is none.
+        output: Attention's output [H, heads·head_dim].
+        mlp_norm: Gain of the norm before the MLP [H].
+        mlp: A gated MLP, or a mixture of such.
+    """
 
     input_norm: torch.Tensor
-    query: Linear
-    key: Linear
-    value: Linear
+    attention: Linears
     query_norm: torch.Tensor | None
     key_norm: torch.Tensor | None
     output: Linear
@@ -132,8 +156,7 @@ def run_layer(
     if isinstance(weights.mlp, Mixture):
         branch = mix(h, weights.mlp, form.activation)
     else:
-        gate = form.activation(functional.linear(h, *weights.mlp.gate))
-        branch = functional.linear(gate.mul_(functional.linear(h, *weights.mlp.up)), *weights.mlp.down)
+        branch = functional.linear(_gate(h, weights.mlp.gate_up, form.activation), *weights.mlp.down)
     return join(branch, residual, vector)
 
 
@@ -149,9 +172,7 @@ def _attend(
     """Return the stream after attention, from position `first` on [B, S - first, H]."""
     cos, sin = turn
     h = _norm(stream, weights.input_norm, form.epsilon)
-    query = functional.linear(h[:, first:], *weights.query).unflatten(-1, (form.heads, -1))
-    key = functional.linear(h, *weights.key).unflatten(-1, (form.kv_heads, -1))
-    value = functional.linear(h, *weights.value).unflatten(-1, (form.kv_heads, -1))
+    query, key, value = _project(h, weights.attention, form, first)
     if weights.query_norm is not None and weights.key_norm is not None:
         query = _norm(query, weights.query_norm, form.epsilon)
         key = _norm(key, weights.key_norm, form.epsilon)
@@ -167,6 +188,28 @@ def _attend(
             enable_gqa=form.heads != form.kv_heads,
         )
     return functional.linear(mixed.transpose(1, 2).flatten(2), *weights.output).add_(stream[:, first:])
+
+
+def _gate(h: torch.Tensor, gate_up: Linears, activation: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Return the activated gate times what it is multiplied with [B, S, I]."""
+    if gate_up.whole is None:  # one after the other: the memory of the first output serves the second
+        gate, up = gate_up.parts
+        return activation(functional.linear(h, *gate)).mul_(functional.linear(h, *up))
+    left, right = functional.linear(h, *gate_up.whole).chunk(2, dim=-1)
+    return activation(left).mul_(right)
+
+
+def _project(h: torch.Tensor, attention: Linears, form: Form, first: int) -> list[torch.Tensor]:
+    """Return queries from position `first` on, and keys and values of all, each [B, positions, heads, head_dim]."""
+    heads = [form.heads, form.kv_heads, form.kv_heads]
+    if attention.whole is not None and first == 0:
+        return list(functional.linear(h, *attention.whole).unflatten(-1, (sum(heads), -1)).split(heads, dim=-2))
+    # Contiguous: else it is a product for each nonce, which cuBLAS is free to sum in half precision.
+    inputs = h[:, first:].contiguous(), h, h
+    return [
+        functional.linear(x, *part).unflatten(-1, (count, -1))
+        for x, part, count in zip(inputs, attention.parts, heads, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,19 +285,26 @@ def _is_plain(layer: Any, dtype: torch.dtype) -> bool:  # noqa: ANN401 - as abov
     weights += [linear.weight for linear in linears]
     return (
         is_known
+        and len({projection.bias is None for projection in linears[:3]}) == 1
         and all(type(linear) is nn.Linear for linear in linears)
         and all(type(weight) is nn.Parameter and weight.dtype == dtype for weight in weights)
     )
 
 
-def flatten(decoder: Any) -> FlatDecoder:  # noqa: ANN401 - as above
-    """Return a flat decoder over the weights of a transformers decoder whose model `can_flatten`."""
+def flatten(decoder: Any, *, merge: bool) -> FlatDecoder:  # noqa: ANN401 - as above
+    """Return a flat decoder over the weights of a transformers decoder whose model `can_flatten`.
+
+    Args:
+        decoder: The decoder.
+        merge: Whether matrices of one input become one, in new memory, of which the modules' own weights are parts. It
+            is slower on the CPU, where it would also end that a checkpoint is mapped.
+    """
     config, first = decoder.config, decoder.layers[0]
     # Mistral and Mixtral keep their window in the configuration, the Qwens in each layer; Llama has none, whatever
     # its configuration says.
     common = config.sliding_window if config.model_type in ONE_WINDOW else None
     return FlatDecoder(
-        layers=[_weights(layer) for layer in decoder.layers],
+        layers=[_weights(layer, merge=merge) for layer in decoder.layers],
         windows=[getattr(layer.self_attn, "sliding_window", common) for layer in decoder.layers],
         norm=decoder.norm.weight.detach(),
         rotary=decoder.rotary_emb,
@@ -268,30 +318,55 @@ def flatten(decoder: Any) -> FlatDecoder:  # noqa: ANN401 - as above
     )
 
 
-def _weights(layer: Any) -> LayerWeights:  # noqa: ANN401 - as above
+def _weights(layer: Any, *, merge: bool) -> LayerWeights:  # noqa: ANN401 - as above
     attention, mlp = layer.self_attn, layer.mlp
-
-    def linear(module: Any) -> Linear:  # noqa: ANN401 - as above
-        return Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())
 
     def gain(module: Any) -> torch.Tensor | None:  # noqa: ANN401 - as above
         return None if module is None else module.weight.detach()
 
-    return LayerWeights(
+    def linears(*modules: nn.Linear) -> Linears:
+        whole = _merged(modules) if merge else None  # first, as it moves the parts
+        return Linears(tuple(map(_linear, modules)), whole)
+
+    weights = LayerWeights(
         input_norm=layer.input_layernorm.weight.detach(),
-        query=linear(attention.q_proj),
-        key=linear(attention.k_proj),
-        value=linear(attention.v_proj),
+        attention=linears(attention.q_proj, attention.k_proj, attention.v_proj),
         query_norm=gain(getattr(attention, "q_norm", None)),
         key_norm=gain(getattr(attention, "k_norm", None)),
-        output=linear(attention.o_proj),
+        output=_linear(attention.o_proj),
         mlp_norm=layer.post_attention_layernorm.weight.detach(),
         mlp=(
             mixture_of(mlp)
             if hasattr(mlp, "experts")
-            else Gated(linear(mlp.gate_proj), linear(mlp.up_proj), linear(mlp.down_proj))
+            else Gated(linears(mlp.gate_proj, mlp.up_proj), _linear(mlp.down_proj))
         ),
     )
+    torch.cuda.empty_cache()  # else what the parts had is kept, of all layers; does nothing without a GPU
+    return weights
+
+
+def _linear(module: nn.Linear) -> Linear:
+    return Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())
+
+
+def _merged(modules: Sequence[nn.Linear]) -> Linear:
+    """Return linear layers of one input as one layer."""
+    biases = [module.bias for module in modules if module.bias is not None]
+    return Linear(_joined([module.weight for module in modules]), _joined(biases) if biases else None)
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Move tensors below one another, unless they are; each then is a part of what is returned."""
+    first, memory = parts[0].detach(), parts[0].untyped_storage()
+    places = [part.data_ptr() for part in parts]
+    ends = [part.data_ptr() + part.nbytes for part in parts]
+    is_joined = places[1:] == ends[:-1] and ends[-1] <= memory.data_ptr() + memory.nbytes()
+    if is_joined and all(part.is_contiguous() for part in parts):
+        return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+    whole = torch.cat([part.detach() for part in parts])
+    for part, own in zip(parts, whole.split(list(map(len, parts))), strict=True):
+        part.data = own
+    return whole
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:

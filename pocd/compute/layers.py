@@ -57,6 +57,7 @@ FORMS = (
     LayerForm(residual="mlp", branch="post_feedforward_layernorm"),  # OLMo 2
     LayerForm(residual="post_attention_layernorm", branch="post_mlp_layernorm"),  # GLM-4
     LayerForm(residual="post_attention_layernorm", branch="mlp"),  # Llama, Mistral, Qwen, Phi-3, GPT-NeoX
+    LayerForm(residual="post_attention_layernorm", branch="feed_forward"),  # Llama 4
     LayerForm(residual="ln_2", branch="mlp"),  # GPT-2
     LayerForm(residual=None, attention="attention", branch="mlp"),  # GPT-NeoX, parallel
     LayerForm(residual=None, attention="self_attn", branch="mlp"),  # Phi, Cohere
@@ -107,6 +108,9 @@ class _Edges:
         self.output = _tensor(output)
         self.calls += 1
 
+    def branch(self, form: LayerForm) -> torch.Tensor:
+        return self.left[form.branch].reshape(self.entered[""].shape)  # Llama 4's mixtures give rows
+
     def residual(self, form: LayerForm) -> torch.Tensor:
         if form.residual is not None:
             return self.entered[form.residual]
@@ -117,7 +121,9 @@ class _Edges:
         """Tell whether the layer's output was the sum of this form's halves, bit for bit."""
         if not set(form.parts) <= self.entered.keys() or self.output is None:
             return False
-        branch = self.left[form.branch]
+        if self.left[form.branch].numel() != self.entered[""].numel():
+            return False
+        branch = self.branch(form)
         if form.residual is not None:
             totals = [self.entered[form.residual] + branch]
         else:
@@ -197,12 +203,15 @@ class LayerDecoder:
         layers: Layers of the decoder.
         forms: Form of each layer.
         norm: Norm after the last layer.
+        carries_all: Whether all positions go through the last layer where the last one is wanted, as some families
+            need it.
     """
 
     decoder: nn.Module
     layers: Sequence[nn.Module]
     forms: Sequence[LayerForm]
     norm: nn.Module
+    carries_all: bool = False
     kind = "layers"
 
     def __call__(
@@ -216,7 +225,8 @@ class LayerDecoder:
     ) -> torch.Tensor:
         """Return the last position's hidden state after the final norm [B, H], or all positions' [B, S, H].
 
-        In the first case nothing else is carried through what follows the last layer's keys and values.
+        In the first case nothing else is carried through what follows the last layer's keys and values, unless
+        the decoder `carries_all`.
 
         Args:
             embeddings: [B, S, H] in the model's dtype.
@@ -227,7 +237,7 @@ class LayerDecoder:
         """
         with ExitStack() as hooks:
             last = self.layers[-1]
-            if not all_positions:
+            if not all_positions and not self.carries_all:
                 hooks.enter_context(last.register_forward_pre_hook(_carry_last_position, with_kwargs=True))
                 hooks.enter_context(last.register_forward_pre_hook(_entering_one_query(hooks)))
             for index, (layer, form) in enumerate(zip(self.layers, self.forms, strict=True)):
@@ -311,7 +321,7 @@ def _joining(
     """Return the hook that replaces a layer's output by the joined branch and residual."""
 
     def replace(_layer: nn.Module, _args: object, output: Any) -> Any:  # noqa: ANN401 - tensor or tuple, as the layer has it
-        branch, residual = edges.left[form.branch], edges.residual(form)
+        branch, residual = edges.branch(form), edges.residual(form)
         edges.entered.clear()
         edges.left.clear()
         if observe is not None:

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
-from pocd.compute.checkpoint import is_harmless, some
+from pocd.compute.harmless import is_harmless
+from pocd.compute.loading import ROUTER_BIASES
+from pocd.compute.stored import some
 from pocd.protocol.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
 RESTORE = "restore the config.json that belongs to these weights, or take a checkpoint without them"
-
-ROUTER_BIASES = ("e_score_correction_bias", "expert_bias")
-"""Biases that pick a mixture's experts: float32 in every dtype, as they differ by less than bfloat16 can tell."""
-
-
-@contextmanager
-def exact_router_biases() -> Iterator[None]:
-    """Have transformers keep `ROUTER_BIASES` in float32, also in classes that do not say it themselves (MiniMax-M2)."""
-    before = PreTrainedModel._keep_in_fp32_modules_strict  # noqa: SLF001 - there is no argument for it
-    PreTrainedModel._keep_in_fp32_modules_strict = list(ROUTER_BIASES)  # noqa: SLF001 - as above
-    try:
-        yield
-    finally:
-        PreTrainedModel._keep_in_fp32_modules_strict = before  # noqa: SLF001 - as above
 
 
 def check_loaded(causal: Any, report: Mapping[str, Any], *, name: str, dtype: torch.dtype) -> None:  # noqa: ANN401 - transformers gives its classes no common type
@@ -58,8 +44,6 @@ def check_loaded(causal: Any, report: Mapping[str, Any], *, name: str, dtype: to
         raise ModelError(
             f"{owner}: {some(untied)} differ from what config.json ties them to (tie_word_embeddings); {RESTORE}"
         )
-    if getattr(causal, "hf_quantizer", None) is not None:
-        raise ModelError(f"{owner} stays quantised when it is loaded; take an unquantised checkpoint")
     weights = dict(causal.named_parameters())
     if packed := {key for key, tensor in weights.items() if tensor.dtype not in {dtype, torch.float32}}:
         raise ModelError(f"{owner}: {some(packed)} are not in {dtype}, but packed; take an unquantised checkpoint")

@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from pocd.compute.arithmetic import fix_arithmetic
-from pocd.compute.checkpoint import check_folder, check_stored, fetched, read_config, read_headers
-from pocd.compute.fingerprint import checkpoint_fingerprint, module_fingerprint
+from pocd.compute.checkpoint import check_folder, fetched, read_config
+from pocd.compute.fingerprint import module_fingerprint, stored_fingerprint
 from pocd.compute.flat import FlatDecoder, can_flatten, flatten
 from pocd.compute.layers import NORMS, LayerDecoder, find_forms
-from pocd.compute.loaded import check_loaded, exact_router_biases
+from pocd.compute.loaded import check_loaded
+from pocd.compute.loading import load_causal
 from pocd.compute.memory import is_fault, is_out_of_memory
 from pocd.compute.random import normal, seeds_tensor
 from pocd.compute.ranks import check_split, split_as_planned
+from pocd.compute.stored import read_headers
 from pocd.compute.transforms import join_of
+from pocd.compute.ways import matrices
 from pocd.process import may_pass
 from pocd.protocol.errors import ComputeError, DeviceError, InputError, MemoryShortError, ModelError
 from pocd.protocol.names import check_device, check_dtype, resolve
@@ -80,6 +82,7 @@ class Model:
         causal: The transformers model.
         decoder: Computes hidden states of the last position or of all from embeddings, in the fastest way that the
             model's class allows.
+        decoder_reason: Why that is it.
         by_layers: The decoder run through transformers' own layers, as every model can be.
         hidden_size: Hidden size H.
         dtype: Precision of weights and activations.
@@ -92,6 +95,7 @@ class Model:
     fingerprint: str
     causal: Any
     decoder: FlatDecoder | LayerDecoder | WideDecoder
+    decoder_reason: str
     by_layers: LayerDecoder
     hidden_size: int
     dtype: torch.dtype
@@ -233,32 +237,20 @@ def load_model(
     source, revision = resolve(name, revision), revision or "main"
     transformers_logging.disable_progress_bar()
     with _loading(name):
-        config, quantization = read_config(source, revision)
+        config, way = read_config(source, revision)
         check_folder(source, revision)
         check_seq_len(seq_len, config, name)
     placed: dict[str, Any] = {"device_map": {"": target}}
     if ranks > 1:
         check_split(config, name, ranks)
         placed = split_as_planned(ranks, target)
-    loader: Any = AutoModelForCausalLM  # its annotation knows nothing of output_loading_info
     try:
-        with _loading(name), exact_router_biases():
+        with _loading(name):
             folder = fetched(source, revision)
-            check_stored(config, quantization, read_headers(folder), name=name, dtype=dtype, ranks=ranks)
-            causal, report = loader.from_pretrained(
-                source,
-                config=config,
-                revision=revision,
-                dtype=getattr(torch, dtype),
-                **placed,
-                attn_implementation=None,  # whatever the configuration says: transformers chooses
-                experts_implementation=None,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # are in the report, by name
-            )
-            weights = checkpoint_fingerprint(folder)
+            stored = read_headers(folder)
+            tensors = matrices(stored, way, name=name)
+            weights = stored_fingerprint(stored, config, way)
+            causal, report = load_causal(config, tensors, dtype=getattr(torch, dtype), device=target, placed=placed)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -270,14 +262,16 @@ def load_model(
     with _loading(name):
         model = adapt(causal, name=name, fingerprint=weights)
     # transformers' own layers know how they are split; the flat decoder does not.
-    return replace(model, decoder=model.by_layers) if ranks > 1 else model
+    if ranks > 1:
+        return replace(model, decoder=model.by_layers, decoder_reason="the flat decoder knows nothing of split models")
+    return model
 
 
 def adapt(causal: Any, *, name: str, fingerprint: str | None = None) -> Model:  # noqa: ANN401 - transformers gives its classes no common type
     """Wrap a transformers model for the engine, in evaluation mode.
 
-    It runs the model on a few positions to find each layer's residual and branch, and to check that
-    carrying only the last position through the last layer changes nothing.
+    It runs the model on a few positions to find each layer's residual and branch, to find out whether carrying only
+    the last position through the last layer changes nothing, and whether the flat decoder computes the same.
 
     Args:
         causal: The model, on its device and in its dtype.
@@ -291,6 +285,8 @@ def adapt(causal: Any, *, name: str, fingerprint: str | None = None) -> Model:  
     owner = f"model {name!r} ({type(causal).__name__})"
     causal.requires_grad_(requires_grad=False).eval()
     decoder = causal.get_decoder()
+    if decoder is causal:  # where transformers does not find it (Llama 4)
+        decoder = getattr(causal, "model", decoder)
     layers = getattr(decoder, "layers", None) or getattr(decoder, "h", None)
     if not layers:
         raise ModelError(f"{owner}: its decoder, a {type(decoder).__name__}, has no list of layers in .layers or .h")
@@ -305,12 +301,14 @@ def adapt(causal: Any, *, name: str, fingerprint: str | None = None) -> Model:  
     probe = normal(seeds, PROBE_LENGTH * config.hidden_size, dtype=weight.dtype)
     probe = probe.view(1, PROBE_LENGTH, config.hidden_size)
     by_layers = LayerDecoder(decoder, list(layers), find_forms(decoder, list(layers), probe, owner=owner), norm)
-    _check_last_position(by_layers, probe, owner)
+    by_layers = _carrying(by_layers, probe, owner)
+    chosen, reason = _choose(causal, by_layers, probe)
     return Model(
         name=name,
         fingerprint=fingerprint or module_fingerprint(causal),
         causal=causal,
-        decoder=flatten(decoder) if can_flatten(causal) else by_layers,
+        decoder=chosen,
+        decoder_reason=reason,
         by_layers=by_layers,
         hidden_size=config.hidden_size,
         dtype=weight.dtype,
@@ -319,8 +317,15 @@ def adapt(causal: Any, *, name: str, fingerprint: str | None = None) -> Model:  
 
 
 @torch.inference_mode()
-def _check_last_position(by_layers: LayerDecoder, probe: torch.Tensor, owner: str) -> None:
-    """Check that no position looks ahead, and that the last one can be carried alone through the last layer."""
+def _carrying(by_layers: LayerDecoder, probe: torch.Tensor, owner: str) -> LayerDecoder:
+    """Check that no position looks ahead, and find out whether the last one can go alone through the last layer.
+
+    Returns:
+        The decoder that carries one position there, or, where that gives another result or none, all of them.
+
+    Raises:
+        ModelError: Attention looks ahead, or the layers do not give what the decoder does.
+    """
 
     def bare(embeddings: torch.Tensor) -> torch.Tensor:
         states: torch.Tensor = by_layers.decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state
@@ -328,18 +333,40 @@ def _check_last_position(by_layers: LayerDecoder, probe: torch.Tensor, owner: st
 
     states = bare(probe)
     if not states.isfinite().all():
-        return  # its distances will be refused
+        return by_layers  # its distances will be refused
     tolerance = PROBE_TOLERANCE[probe.dtype]
     earlier, other_end = states[:, :-1], probe.clone()
     other_end[:, -1] = -other_end[:, -1]
     if (bare(other_end)[:, :-1] - earlier).norm() > tolerance * earlier.norm():
         raise ModelError(f"{owner} is not causal: its attention looks ahead")
     whole = states[:, -1]
-    try:
-        alone = by_layers(probe, join_of("none", 1), probe.new_zeros(len(by_layers.layers), 1)).float()
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        if is_fault(error):
-            raise
-        raise ModelError(f"{owner} cannot carry one position: {type(error).__name__}: {error}") from error
-    if (alone - whole).norm() > tolerance * whole.norm():
-        raise ModelError(f"{owner} gives another result when only the last position is carried through its last layer")
+    vectors = probe.new_zeros(len(by_layers.layers), probe.shape[-1])
+    for carries_all in (False, True):
+        decoder = replace(by_layers, carries_all=carries_all)
+        try:
+            alone = decoder(probe, join_of("none", 1), vectors).float()
+        except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError, ModelError) as error:
+            if is_fault(error) or carries_all:
+                raise
+            continue
+        if (alone - whole).norm() <= tolerance * whole.norm():
+            return decoder
+    raise ModelError(f"{owner} gives another result when its layers are run one by one")
+
+
+@torch.inference_mode()
+def _choose(causal: Any, by_layers: LayerDecoder, probe: torch.Tensor) -> tuple[FlatDecoder | LayerDecoder, str]:  # noqa: ANN401 - transformers gives its classes no common type
+    """Return the decoder that runs, and why: the flat one only where it agrees with the layers on these weights."""
+    carried = ", and all positions go through its last layer" if by_layers.carries_all else ""
+    if not can_flatten(causal):
+        return by_layers, f"the flat decoder does not know a {type(causal).__name__} as it is loaded here{carried}"
+    flat = flatten(causal.get_decoder(), merge=probe.device.type != "cpu")
+    vectors = probe.new_zeros(len(by_layers.layers), probe.shape[-1])
+    ours, theirs = (
+        decoder(probe, join_of("none", 1), vectors, all_positions=True).float()[0] for decoder in (flat, by_layers)
+    )
+    # The median, since a router that finds two experts all but equal may choose otherwise at a position.
+    far = float(((ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)).median())
+    if far > PROBE_TOLERANCE[probe.dtype]:
+        return by_layers, f"on these weights the flat decoder is {far:.1e} from the layers of transformers"
+    return flat, f"on these weights the flat decoder is within {far:.1e} of the layers of transformers"

@@ -92,13 +92,16 @@ def _(_start: int, n: int, like: torch.Tensor) -> torch.Tensor:
     return like.new_empty(n, dtype=torch.int32)
 
 
-def _keys(start: int, n: int, seeds: torch.Tensor) -> torch.Tensor:
-    """Return the keys start, start + 1, … that are hashed, `n` of them, int32."""
+def keys(start: int, n: int, seeds: torch.Tensor) -> torch.Tensor:
+    """Return the keys start, start + 1, … that are hashed, `n` of them, int32, on the device of `seeds`.
+
+    Nothing else is to be hashed: these the compiler for GPUs does not know.
+    """
     if torch.compiler.is_compiling() and seeds.device.type == "cuda":
         # Known to the compiler, their products with the hash's constants become constants of 64 bits, which Triton
         # refuses, or numbers of 64 bits, which do not wrap.
-        keys: torch.Tensor = _positions(start, n, seeds)
-        return keys
+        found: torch.Tensor = _positions(start, n, seeds)
+        return found
     return torch.arange(start, start + n, dtype=torch.int32, device=seeds.device)
 
 
@@ -113,7 +116,7 @@ def uniform(seeds: torch.Tensor, n: int, *, start: int = 0) -> torch.Tensor:
     Returns:
         float32 [..., n].
     """
-    bits = hash32(_keys(start, n, seeds), seeds.unsqueeze(-1))
+    bits = hash32(keys(start, n, seeds), seeds.unsqueeze(-1))
     return bits.view(torch.uint32).to(torch.float32).mul_(2.0**-32)  # a power of two: exact
 
 
@@ -176,7 +179,7 @@ def normal(seeds: torch.Tensor, n: int, *, dtype: torch.dtype = torch.float32) -
 
 def signs(seeds: torch.Tensor, n: int) -> torch.Tensor:
     """Draw `n` signs of each stream, float32 [..., n]: 1 where the hash's highest bit is 0, else −1."""
-    return 1 - 2 * hash32(_keys(0, n, seeds), seeds.unsqueeze(-1)).lt(0).float()
+    return 1 - 2 * hash32(keys(0, n, seeds), seeds.unsqueeze(-1)).lt(0).float()
 
 
 def unit_normal(seeds: torch.Tensor, n: int) -> torch.Tensor:

@@ -72,8 +72,8 @@ def factors(states: torch.Tensor, signs: torch.Tensor, standard: Standard) -> to
         standard: Mean and deviation of the block.
     """
     inside = _segments(states.shape[1], states.device)
-    is_fused = torch.compiler.is_compiling() and states.device.type == "cuda"
-    sums = _sum_fused(states, signs) if is_fused else _sum_in_chunks(states, signs, inside)
+    bounds = _bounds(states.shape[1])
+    sums = _sum_fused(states, signs, bounds) if _is_fused(states) else _sum_in_chunks(states, signs, inside)
     x = (sums - (inside * signs.unsqueeze(1)) @ standard.mean) / standard.deviation
     unit: torch.Tensor = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return unit
@@ -93,10 +93,15 @@ def _weighted(states: torch.Tensor, signs: torch.Tensor) -> Iterator[tuple[torch
         yield wide, sign / torch.linalg.vector_norm(wide, dim=-1)
 
 
-def _sum_fused(states: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
-    """Return the same sums for torch's compiler: it makes a kernel per segment of them, and no copy of the states."""
+def _is_fused(states: torch.Tensor) -> bool:
+    """Tell whether torch's compiler is at work for a GPU: it would make kernels for each of the chunks."""
+    return torch.compiler.is_compiling() and states.device.type == "cuda"
+
+
+def _sum_fused(states: torch.Tensor, signs: torch.Tensor, bounds: list[int]) -> torch.Tensor:
+    """Return Σ (ε/‖h‖) h between bounds: for torch's compiler, which makes a kernel of each, and no copy of states."""
     weight = (signs / torch.linalg.vector_norm(states.float(), dim=-1)).unsqueeze(-1)
-    parts = [slice(start, stop) for start, stop in pairwise(_bounds(states.shape[1]))]
+    parts = [slice(start, stop) for start, stop in pairwise(bounds)]
     return torch.stack([(states[:, part].float() * weight[:, part]).sum(dim=1) for part in parts], dim=1)
 
 
@@ -112,9 +117,15 @@ def signed_sum(states: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
         states: Hidden states after the final norm [B, S, H].
         signs: 1 or −1, float32 [B, S].
     """
-    # Not as a product of matrices: of one row, its rounding may depend on the place in the batch.
-    sums = [(wide * weight.unsqueeze(-1)).sum(dim=1) for wide, weight in _weighted(states, signs)]
-    return torch.cat(sums).mul_(states.shape[1] ** -0.5)
+    length = states.shape[1]
+    if _is_fused(states):
+        sums = _sum_fused(states, signs, [0, length])[:, 0]
+    else:
+        # Not as a product of matrices: of one row, its rounding may depend on the place in the batch.
+        parts = [(wide * weight.unsqueeze(-1)).sum(dim=1) for wide, weight in _weighted(states, signs)]
+        sums = torch.cat(parts)
+    scale: float = length**-0.5
+    return sums * scale
 
 
 def _segments(length: int, device: torch.device) -> torch.Tensor:

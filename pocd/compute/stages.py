@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch.library import custom_op
 
-from pocd.compute.random import fill_normal, hash32, normal, seed32, seeds256, signs, unit_normal
+from pocd.compute.random import fill_normal, hash32, keys, normal, seed32, seeds256, signs, unit_normal
 from pocd.compute.segments import factors, signed_sum
 from pocd.compute.transforms import reflect_in_order
 from pocd.protocol.schemes import VECTOR_SIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from pocd.compute.segments import Standard
     from pocd.protocol.schemes import Scheme
@@ -124,8 +125,8 @@ def pick(h: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
     of the live network's GPUs: ascending, but for the one with the largest of these hashes, which comes last.
     """
     picked = seeds[:, -VECTOR_SIZE]
-    keys = torch.arange(h.shape[-1], dtype=torch.int32, device=h.device)
-    scores = hash32(keys, picked.unsqueeze(-1)).bitwise_xor_(-(2**31))  # so that signed numbers have the unsigned order
+    hashes = hash32(keys(0, h.shape[-1], picked), picked.unsqueeze(-1))
+    scores = hashes.bitwise_xor_(-(2**31))  # so that signed numbers have the unsigned order
     smallest = scores.topk(VECTOR_SIZE, largest=False, sorted=True).indices
     order = torch.cat([smallest[:, :-1].sort().values, smallest[:, -1:]], dim=1)
     rotations = unit_normal(seeds[:, 1 - VECTOR_SIZE :], VECTOR_SIZE)
@@ -159,16 +160,42 @@ def find_distance(h: torch.Tensor, seeds: torch.Tensor, block: BlockTensors) -> 
     return (2 - 2 * along / square.sqrt()).clamp_min(0).sqrt().float()
 
 
+# An operation of our own: the compiler would unroll its loop, and make kernels for each part of a large head.
+@custom_op("pocd::through_head", mutates_args=())
 def _through_head(h: torch.Tensor, head: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return z·t and ‖z‖² of z = W h, float64 [B], with only a part of W and z in memory at a time."""
     rows = max(1, HEAD_CHUNK // h.shape[-1])
     along = h.new_zeros(len(h), dtype=torch.float64)
     square = torch.zeros_like(along)
-    for weight, aim in zip(head.split(rows), target.split(rows), strict=True):
-        z = (h @ weight.float().T).double()
+    for z, aim in zip(_outputs(h, head, rows), target.split(rows), strict=True):
         along += (z * aim).sum(dim=-1)
         square += z.square().sum(dim=-1)
     return along, square
+
+
+@_through_head.register_fake
+def _(h: torch.Tensor, _head: torch.Tensor, _target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return h.new_empty(len(h), dtype=torch.float64), h.new_empty(len(h), dtype=torch.float64)
+
+
+def _outputs(h: torch.Tensor, head: torch.Tensor, rows: int) -> Iterator[torch.Tensor]:
+    """Yield z = W h in parts of so many rows of W, float64 [B, rows]."""
+    return ((h @ weight.float().T).double() for weight in head.split(rows))
+
+
+def find_separation(one: torch.Tensor, other: torch.Tensor, head: torch.Tensor | None) -> torch.Tensor:
+    """Return ‖z/‖z‖ − z'/‖z'‖‖² of z = W h and z' = W h', or of z = h without a head, float64 [B]."""
+    if head is None:
+        pairs = iter([(one.double(), other.double())])
+    else:
+        rows = max(1, HEAD_CHUNK // one.shape[-1])
+        pairs = zip(_outputs(one, head, rows), _outputs(other, head, rows), strict=True)
+    along, square, other_square = (one.new_zeros(len(one), dtype=torch.float64) for _ in range(3))
+    for z, z_other in pairs:
+        along += (z * z_other).sum(dim=-1)
+        square += z.square().sum(dim=-1)
+        other_square += z_other.square().sum(dim=-1)
+    return (2 - 2 * along / (square * other_square).sqrt()).clamp_min(0)
 
 
 def measure_states(states: torch.Tensor, seeds: torch.Tensor, block: BlockTensors, *, scheme: Scheme) -> torch.Tensor:
@@ -178,3 +205,29 @@ def measure_states(states: torch.Tensor, seeds: torch.Tensor, block: BlockTensor
         return project(readout, seeds)
     hidden = find_hidden(readout, seeds, scheme)
     return pick(hidden, seeds) if scheme.head == "pick" else find_distance(hidden, seeds, block)
+
+
+def find_differences(
+    states: torch.Tensor, exact: torch.Tensor, seeds: torch.Tensor, block: BlockTensors, *, scheme: Scheme
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the results by hidden states and by exact ones, and the expected squared error of a number of the former.
+
+    A projected number is the product of the readout and normal numbers of variance 1, so an error e of the readout
+    makes an error of variance ‖e‖² of it. A distance d is that of a unit vector to a unit vector in a random direction
+    of D dimensions, so an error e of the former makes one of variance ‖e‖²/(D·d²). Of k picked coordinates of a unit
+    vector, scaled to unit length, e is as large a share as of the whole, less what lies along them: (k − 1)/k.
+
+    Returns:
+        Results by `states`, float32 [B] or [B, VECTOR_SIZE]; results by `exact`; expected squared error, float64 [B].
+    """
+    one, other = (find_readout(each, seeds, scheme, block.standard) for each in (states, exact))
+    if scheme.head == "projection":
+        errors = (one - other).double().square().sum(dim=-1)
+        return project(one, seeds), project(other, seeds), errors
+    one, other = (find_hidden(each, seeds, scheme) for each in (one, other))
+    separation = find_separation(one, other, block.head)
+    if scheme.head == "pick":
+        return pick(one, seeds), pick(other, seeds), separation * (VECTOR_SIZE - 1) / VECTOR_SIZE**2
+    own, reference = (find_distance(each, seeds, block) for each in (one, other))
+    dimension = one.shape[-1] if block.head is None else len(block.head)
+    return own, reference, separation / (dimension * reference.double().square())

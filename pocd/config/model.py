@@ -1,4 +1,4 @@
-"""Whether what is configured can be mined, and the model is there."""
+"""Whether the configured model is there."""
 
 from __future__ import annotations
 
@@ -14,19 +14,6 @@ from pocd.protocol.names import resolve
 
 if TYPE_CHECKING:
     from pocd.config.settings import Settings
-
-
-def check_rounds(settings: Settings) -> None:
-    """Check that rounds of the configured kind can be mined.
-
-    Raises:
-        ConfigError: Rounds of that kind cannot be mined.
-    """
-    if settings.chain.kind == "gonka":
-        raise ConfigError(
-            'chain.kind: rounds of "gonka" are of artifacts, which this version does not mine: `pocd chain` shows '
-            'them; set "cometbft" or "evm"'
-        )
 
 
 def check_engine(settings: Settings) -> None:

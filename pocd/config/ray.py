@@ -38,16 +38,19 @@ class RaySettings(BaseModel):
     cpus: int = Field(default=1, ge=1, le=1024)
 
 
-def check_model(parallel: int, device: str | list[str]) -> None:
-    """Check that a cluster's workers can run the model so.
+def check_model(engine: str, parallel: int, device: str | list[str]) -> None:
+    """Check that the workers can run the model so where they come from a cluster.
 
     Args:
+        engine: "local", of which nothing is asked here, or "ray".
         parallel: Over how many devices each worker splits the model.
         device: The devices as they are configured.
 
     Raises:
         ValueError: They cannot.
     """
+    if engine == "local":
+        return
     if parallel > 1:
         raise ValueError('model.parallel must be 1 with worker.engine "ray": a worker there is one process')
     if device not in ("auto", "cpu", "cuda"):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from pocd.config.errors import ENV_PREFIX, describe
 from pocd.config.ray import RaySettings, check_model
 from pocd.config.types import (
     SECTION,
@@ -32,15 +33,15 @@ from pocd.protocol.names import ChainKind, Compile, Dtype, OnRounding
 from pocd.protocol.numbers import MOST_NODES, Count, Index
 from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH, MOST_NONCES
 from pocd.protocol.schemes import SCHEMES
+from pocd.protocol.verdicts import ALLOWANCE, LARGEST_ALLOWANCE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pydantic.fields import FieldInfo
-    from pydantic_core import ErrorDetails
 
 DEFAULT_PATH = Path("/etc/pocd/pocd.toml")
-ENV_PREFIX = "POCD_"
+R_TARGET = 1.4042  # by which about one nonce in ten is valid with "poc2"
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
@@ -78,24 +79,38 @@ class ChainSettings(_Section):
     poll_interval: float = Field(default=2.0, gt=0, le=3600)
     confirmations: Annotated[int, Field(ge=0, le=10_000)] | None = None
     replaced_blocks: Literal["withdraw", "deliver"] | None = None
+    model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     @model_validator(mode="after")
-    def _reorganisations_are_of_evm(self) -> Self:
+    def _keys_fit_the_kind(self) -> Self:
         for name in ("confirmations", "replaced_blocks"):
             if self.kind != "evm" and getattr(self, name) is not None:
                 raise ValueError(f'{name} can be set for kind "evm" only: other chains do not reorganise')
+        if self.kind != "gonka" and self.model is not None:
+            raise ValueError('model can be set for kind "gonka" only: it is the name of the model on that chain')
         return self
 
 
 class RoundSettings(_Section):
-    """Start and duration of rounds, and the conditions of a valid nonce."""
+    """Start and duration of rounds, and the conditions of a valid nonce.
+
+    A configuration that names no scheme was written when "poc2" was the only one; a new one, made of
+    `config/pocd.toml`, names "poc4".
+    """
 
     every: Count = 60
     offset: Index = 0
     duration: Count = 60
-    r_target: float = Field(default=1.4042, gt=0, le=2)
     scheme: SchemeName = "poc2"
+    r_target: Annotated[float, Field(gt=0, le=2)] | None = None
     seq_len: Count = 256
+
+    @property
+    def target(self) -> float | None:
+        """The r_target that holds: None with a scheme of vectors, by which every nonce counts."""
+        if SCHEMES[self.scheme].output == "vector":
+            return None
+        return R_TARGET if self.r_target is None else self.r_target
 
     @model_validator(mode="after")
     def _rounds_fit(self) -> Self:
@@ -103,6 +118,11 @@ class RoundSettings(_Section):
             raise ValueError(f"offset {self.offset} must be below every {self.every}")
         if self.duration > self.every:
             raise ValueError(f"duration {self.duration} must be at most every {self.every}")
+        if self.r_target is not None and SCHEMES[self.scheme].output == "vector":
+            raise ValueError(
+                f"r_target {self.r_target} has no meaning with scheme {self.scheme!r}, by which every nonce counts: "
+                "remove it, or take a scheme of distances"
+            )
         if self.seq_len < (least := SCHEMES[self.scheme].least_seq_len):
             raise ValueError(f"seq_len {self.seq_len} is too short for scheme {self.scheme!r}: {least} or more")
         return self
@@ -159,8 +179,7 @@ class DeliverySettings(_Section):
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
         names = [receiver.name for receiver in self.receivers]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"receivers must have different names; repeated: {', '.join(repeated)}")
         return self
 
@@ -198,6 +217,7 @@ class ValidationSettings(_Section):
     fraud_threshold: float = Field(default=FRAUD_THRESHOLD, gt=0, lt=1)
     mismatch: float = Field(default=MISMATCH, gt=0, lt=1)
     tolerance: Annotated[float, Field(ge=0, le=2)] | None = None
+    allowance: float = Field(default=ALLOWANCE, ge=1, le=LARGEST_ALLOWANCE)
     max_nonces: int = Field(default=10_000, ge=1, le=MOST_NONCES)
     max_queued: int = Field(default=16, ge=1, le=1000)
 
@@ -259,9 +279,18 @@ class Settings(BaseSettings):
     log: LogSettings = LogSettings()
 
     @model_validator(mode="after")
+    def _rounds_come_by_epoch(self) -> Self:
+        if self.chain.kind == "gonka":
+            for name in ("every", "offset", "duration"):
+                if getattr(self.round, name) != RoundSettings.model_fields[name].default:
+                    raise ValueError(f'round.{name} cannot be set with chain.kind "gonka": rounds come by its epochs')
+            if self.round.scheme != "artifacts":
+                raise ValueError('round.scheme must be "artifacts" with chain.kind "gonka", whose rounds are of those')
+        return self
+
+    @model_validator(mode="after")
     def _model_can_run_so(self) -> Self:
-        if self.worker.engine == "ray":
-            check_model(self.model.parallel, self.model.device)
+        check_model(self.worker.engine, self.model.parallel, self.model.device)
         if self.model.parallel > 1 and SCHEMES[self.round.scheme].weights != "trained":
             raise ValueError(f"model.parallel must be 1 with round.scheme {self.round.scheme!r}, which draws weights")
         if self.model.parallel > 1 and self.worker.compile == "always":
@@ -292,7 +321,7 @@ def load(path: Path) -> Settings:
     try:
         return Settings(**values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_describe(item, path) for item in error.errors())) from None
+        raise ConfigError("; ".join(describe(item, path) for item in error.errors())) from None
 
 
 def load_admin(path: Path, token_file: Path | None) -> AdminSettings:
@@ -334,7 +363,7 @@ def _load_section(path: Path, name: str, section: type[S], given: dict[str, Any]
         return section(**table | _Environment(Settings)().get(name, {}) | given)
     except ValidationError as error:
         found = [item | {"loc": (name, *item["loc"])} for item in error.errors()]
-        raise ConfigError("; ".join(_describe(item, path) for item in found)) from None
+        raise ConfigError("; ".join(describe(item, path) for item in found)) from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -369,29 +398,3 @@ def _refuse_unknown_environment(environment: Mapping[str, str]) -> None:
         section, _, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
         if name != name.upper() or section not in Settings.model_fields or not key:
             raise ConfigError(f"environment: {name} names no key; variables are called POCD_SECTION__KEY")
-
-
-def _describe(error: ErrorDetails, path: Path) -> str:
-    keys = ".".join(str(part) for part in error["loc"])
-    source = _source(error["loc"], path)
-    match error["type"]:
-        case "extra_forbidden":
-            return f"{source}: unknown key {keys}"
-        case "missing":
-            return f"{source}: {keys} is missing"
-        case "model_type":
-            return f"{source}: {keys}: must be a table of keys"
-        case "list_type":
-            return f"{source}: {keys}: must be a list (in the environment: as JSON)"
-        case _:
-            return f"{source}: {keys}: {error['msg'].removeprefix('Value error, ')}"
-
-
-def _source(location: tuple[int | str, ...], path: Path) -> str:
-    """Name the file or the variables that the value at `location` came from, or both for a whole section."""
-    name = ENV_PREFIX + "__".join(str(part).upper() for part in location)
-    variables = sorted(v for v in os.environ if f"{name}__".startswith(f"{v}__") or v.startswith(f"{name}__"))
-    if not variables:
-        return str(path)
-    environment = f"environment {', '.join(variables)}"
-    return environment if len(location) > 1 else f"{path} and {environment}"

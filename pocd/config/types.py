@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 from pocd.http.addresses import origin
 from pocd.http.urls import unusable
 from pocd.protocol.names import DEVICE_PATTERN
-from pocd.protocol.schemes import DISTANCE_SCHEMES, SCHEMES
+from pocd.protocol.schemes import SCHEMES
 
 SECTION = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)  # of all tables
 LARGEST_BATCH = 65536
@@ -31,12 +31,7 @@ def _check_http_url(url: str) -> str:
 
 def _check_scheme(name: str) -> str:
     if name not in SCHEMES:
-        raise ValueError(f"unknown scheme {name!r}; allowed are: {', '.join(DISTANCE_SCHEMES)}")
-    if name not in DISTANCE_SCHEMES:
-        raise ValueError(
-            f"scheme {name!r} gives vectors, which the daemon does not mine yet; "
-            f"allowed are: {', '.join(DISTANCE_SCHEMES)}"
-        )
+        raise ValueError(f"unknown scheme {name!r}; allowed are: {', '.join(SCHEMES)}")
     return name
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from pocd.delivery.keeper import MIB, Keeper, StoreLimits
 from pocd.delivery.posting import Receiver
 from pocd.delivery.receivers import Receivers
 from pocd.mining.control import Control
+from pocd.mining.epochs import EpochScheduler
 from pocd.mining.follower import ChainHealth
 from pocd.mining.miner import Miner
 from pocd.mining.scheduler import RoundScheduler
@@ -37,12 +38,13 @@ from pocd.protocol.names import largest_batch_size
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.protocol.rounds import RoundPolicy
+from pocd.protocol.schemes import with_stronger_rng
 from pocd.store.rounds import recent_rounds
 from pocd.validation.queue import Validator
 from pocd.worker.messages import Load
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     import aiohttp
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
     from pocd.chain.source import Block, ChainSource
     from pocd.clock import Clock
     from pocd.config.settings import Settings
+    from pocd.protocol.epochs import Recipe
+    from pocd.protocol.names import ChainKind
     from pocd.store.thread import OutboxThread
 
 KNOWN_ROUNDS = 256  # whose block hashes are held against what nodes say after a restart
@@ -72,7 +76,7 @@ class Composition:
     parts: Parts
     changes: Changes
     source: ChainSource
-    scheduler: RoundScheduler
+    scheduler: RoundScheduler | EpochScheduler
     batcher: Batcher
     keeper: Keeper
 
@@ -80,7 +84,7 @@ class Composition:
 def compose(
     settings: Settings,
     outbox: OutboxThread,
-    source: ChainSource,
+    source: Failover,
     receivers: Sequence[Receiver],
     loads: Sequence[Load],
     *,
@@ -149,9 +153,20 @@ def make_cluster(settings: Settings, changes: Changes, log: FilteringBoundLogger
     return Cluster(settings.ray, gpus=gpus, environment=os.environ, changed=changes.notify, log=log)
 
 
-def make_scheduler(parts: Parts, source: ChainSource) -> RoundScheduler:
+def make_scheduler(parts: Parts, source: Failover) -> RoundScheduler | EpochScheduler:
     """Return the scheduler of the chain's rounds."""
     settings = parts.settings
+    if settings.chain.kind == "gonka":
+        return EpochScheduler(
+            source,
+            parts.control,
+            parts.outbox,
+            health=parts.chain,
+            model=settings.chain.model or settings.model.name,
+            make_round=partial(make_epoch_round, parts),
+            clock=parts.clock,
+            log=parts.log,
+        )
     return RoundScheduler(
         source,
         parts.control,
@@ -172,10 +187,20 @@ def make_round(parts: Parts, block: Block) -> Round:
         block_hash=block.hash,
         block_height=block.height,
         public_key=settings.node.public_key,
-        r_target=settings.round.r_target,
+        r_target=settings.round.target,
         scheme=settings.round.scheme,
         model=settings.model.name,
         seq_len=settings.round.seq_len,
+    )
+
+
+def make_epoch_round(parts: Parts, block: Block, recipe: Recipe, stronger_rng: bool) -> Round:  # noqa: FBT001 - as the chain says
+    """Return the round of the live network that a block starts, by the chain's parameters."""
+    scheme = parts.settings.round.scheme
+    return replace(
+        make_round(parts, block),
+        scheme=with_stronger_rng(scheme) if stronger_rng else scheme,
+        seq_len=recipe.seq_len,
     )
 
 
@@ -279,11 +304,18 @@ async def make_chain(
     return Failover(
         make_sources(chain.kind, nodes, confirmations=confirmations_of(chain.kind, chain.confirmations)),
         chain_id=known.chain_id if known else chain.id,
-        hashes={round_.block_height: round_.block_hash for round_, replaced in rounds.items() if not replaced},
+        hashes=_hashes(chain.kind, rounds),
         highest=known.height if known else None,
         clock=SYSTEM,
         log=log,
     )
+
+
+def _hashes(kind: ChainKind, rounds: Mapping[Round, bool]) -> dict[int, str]:
+    """Return the known block hashes by height, from rounds and whether the block of each was replaced."""
+    if kind == "gonka":  # a confirmation round's hash is not that of the block at its height
+        return {}
+    return {round_.block_height: round_.block_hash for round_, replaced in rounds.items() if not replaced}
 
 
 def make_loads(settings: Settings) -> list[Load]:

@@ -14,7 +14,7 @@ from pocd.admin import status
 from pocd.admin.server import AdminApi
 from pocd.chain.make import CHAIN_TIMEOUT
 from pocd.clock import SYSTEM
-from pocd.config.model import check_engine, check_model, check_rounds
+from pocd.config.model import check_engine, check_model
 from pocd.config.secrets import read_token
 from pocd.daemon.compose import compose, make_chain, make_loads, make_receivers
 from pocd.daemon.reload import Reloader
@@ -53,7 +53,6 @@ async def run(settings: Settings, path: Path, *, log: FilteringBoundLogger, noti
         ConfigError: A file or the address that the settings name cannot be used.
         EndedError: The store cannot be used, or the worker cannot work on this machine, or as configured.
     """
-    check_rounds(settings)
     check_engine(settings)
     check_model(settings)
     token = read_token(settings.admin.token_file, path)

@@ -93,7 +93,14 @@ Decision = Accept | Retry | SetAside | Park
 
 
 def decide(
-    outcome: Outcome, *, failures: int, faults: int, overtaken: bool, others_pass: bool, jitter: float
+    outcome: Outcome,
+    *,
+    failures: int,
+    faults: int,
+    overtaken: bool,
+    others_pass: bool,
+    jitter: float,
+    longest_backoff: float = BACKOFF_SECONDS[-1],
 ) -> Decision:
     """Return the decision after an attempt to deliver the head of a queue.
 
@@ -104,6 +111,7 @@ def decide(
         overtaken: Whether the receiver has accepted a later batch.
         others_pass: Whether the receiver has just accepted another batch, though it refused this one before.
         jitter: Uniformly random in [-1, 1].
+        longest_backoff: Most seconds to wait where the receiver asks for no other time.
     """
     if outcome.accepted:
         return Accept()
@@ -117,7 +125,7 @@ def decide(
         # Never earlier than asked for.
         wait = min(max(outcome.retry_after, BACKOFF_SECONDS[0]), LONGEST_RETRY_AFTER)
         return Retry(wait * (1 + JITTER * abs(jitter)))
-    return Retry(backoff(failures, jitter))
+    return Retry(min(backoff(failures, jitter), longest_backoff))
 
 
 def calls_a_person(outcome: Outcome, failures: int) -> bool:

@@ -26,6 +26,9 @@ from pocd.admin.client import AdminError, call
 from pocd.admin.text import funnel_text, percent, progress, rates_text, valid_rate_text
 from pocd.dev.processes import started
 from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_OK, EndedError
+from pocd.protocol.proof import results_in
+from pocd.protocol.vectors import decode_vectors
+from pocd.store.bodies import unpack_body
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -37,7 +40,8 @@ REFRESH_SECONDS = 0.5
 STALLED_SECONDS = 120.0  # without a nonce checked
 LINE_SECONDS = 2.0  # between two lines where there is no terminal
 RECOMPUTED = 8  # proofs that are computed again
-TOLERANCE = 1e-5
+TOLERANCE = 0.005  # of vectors' numbers: they are rounded to float16
+SCHEME = "poc4"
 SEQ_LEN = 64
 CONFIG_NAME = "pocd.toml"
 
@@ -54,6 +58,7 @@ poll_interval = 0.5
 [round]
 every = 1
 duration = 1
+scheme = "{scheme}"
 seq_len = {seq_len}
 
 [model]
@@ -125,6 +130,7 @@ async def run(plan: DemoPlan) -> int:
                 receiver=receiver.url,
                 model=plan.model,
                 seq_len=SEQ_LEN,
+                scheme=SCHEME,
                 store=plan.folder / "outbox.db",
             )
         )
@@ -221,19 +227,19 @@ async def held_by(url: str) -> list[dict[str, Any]]:
     return batches
 
 
-def _proofs(batches: list[dict[str, Any]]) -> list[tuple[str, str, int, float]]:
-    """List (block hash, public key, nonce, distance) of all proofs in `batches`."""
+def _proofs(batches: list[dict[str, Any]]) -> list[tuple[str, str, int, str]]:
+    """List (block hash, public key, nonce, vector in base64) of all proofs in `batches`."""
     return [
-        (batch["block_hash"], batch["public_key"], nonce, distance)
+        (batch["block_hash"], batch["public_key"], nonce, str(vector))
         for batch in batches
-        for nonce, distance in zip(batch["nonces"], batch["dist"], strict=True)
+        for nonce, vector in results_in(batch)
     ]
 
 
 async def _compare(plan: DemoPlan, held: list[dict[str, Any]]) -> DemoVerdict:
     """Compare the receiver's proofs with the daemon's store, and a sample with `pocd compute`."""
     with contextlib.closing(sqlite3.connect(plan.folder / "outbox.db")) as store:
-        stored = [orjson.loads(body) for (body,) in store.execute("SELECT body FROM batches")]
+        stored = [orjson.loads(unpack_body(body)) for (body,) in store.execute("SELECT body FROM batches")]
         progress = store.execute("SELECT cursor, islands, checked FROM progress").fetchall()
     complaints = []
     theirs, ours = _proofs(held), _proofs(stored)
@@ -247,25 +253,26 @@ async def _compare(plan: DemoPlan, held: list[dict[str, Any]]) -> DemoVerdict:
     return DemoVerdict(len(theirs), len({proof[0] for proof in theirs}), complaints)
 
 
-async def _recompute(plan: DemoPlan, proofs: list[tuple[str, str, int, float]]) -> list[str]:
+async def _recompute(plan: DemoPlan, proofs: list[tuple[str, str, int, str]]) -> list[str]:
     """Recompute those of `proofs` that are of the last one's block, by the command that anyone can run."""
     if not proofs:
         return []
     block_hash, public_key = proofs[-1][:2]
-    claimed = {nonce: distance for block, _, nonce, distance in proofs if block == block_hash}
+    claimed = {nonce: vector for block, _, nonce, vector in proofs if block == block_hash}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "pocd", "compute", "--json", "--model", plan.model, "--seq-len", str(SEQ_LEN)),
+        *("--scheme", SCHEME),
         *("--block-hash", block_hash, "--public-key", public_key, "--nonces", ",".join(map(str, claimed))),
         stdout=asyncio.subprocess.PIPE,
         start_new_session=True,
     )
     async with asyncio.timeout(RECOMPUTE_SECONDS):
         output, _ = await process.communicate()
-    computed = {entry["nonce"]: entry["distance"] for entry in map(orjson.loads, output.splitlines())}
+    computed = {entry["nonce"]: entry["vector_b64"] for entry in map(orjson.loads, output.splitlines())}
     return [
-        f"nonce {nonce} was delivered with {distance} and recomputes to {computed.get(nonce)}"
-        for nonce, distance in claimed.items()
-        if abs(distance - computed.get(nonce, float("inf"))) > TOLERANCE
+        f"nonce {nonce} was delivered with {vector} and recomputes to {computed.get(nonce)}"
+        for nonce, vector in claimed.items()
+        if nonce not in computed or abs(decode_vectors(vector) - decode_vectors(computed[nonce])).max() > TOLERANCE
     ]
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from aiohttp import web
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, RootModel, ValidationError
 
 from pocd.http.server import LARGE_BODY, RefusalError
 
@@ -37,17 +37,24 @@ async def apart(work: Callable[[], T]) -> T:
         return await loop.run_in_executor(_thread, work)
 
 
-def refuse_shape(raw: bytes, most_values: int) -> None:
+def refuse_shape(raw: bytes, most_values: int, pair: bytes | None = None) -> None:
     """Refuse a large body that no caller of ours can mean, before it is unpacked: that would take seconds, and memory.
 
+    Args:
+        raw: The body.
+        most_values: Most values that a body may have.
+        pair: A field, in quotes, that any number of objects may have beside another; None where no body has many.
+
     Raises:
-        RefusalError: 400 `too_many_values`: more values, fields, lists or objects than `most_values` and `MOST_NAMES`.
+        RefusalError: 400 `too_many_values`: more values than `most_values`, or more fields, lists or objects than
+            `MOST_NAMES` and those with a `pair`.
     """
     if len(raw) <= LARGE_BODY:
         return
     if raw.count(b",") > most_values:
         raise RefusalError(400, "too_many_values", f"the body has more than {most_values} commas")
-    if raw.count(b":") > MOST_NAMES or raw.count(b"[") + raw.count(b"{") > MOST_NAMES:
+    pairs = raw.count(pair) if pair else 0
+    if raw.count(b":") > MOST_NAMES + 2 * pairs or raw.count(b"[") + raw.count(b"{") > MOST_NAMES + pairs:
         raise RefusalError(400, "too_many_values", f"the body has more than {MOST_NAMES} fields, lists or objects")
 
 
@@ -57,7 +64,9 @@ class Input(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-async def parse_body(request: web.Request, model: type[Parsed], *, most_values: int = MOST_NAMES) -> Parsed:
+async def parse_body(
+    request: web.Request, model: type[Parsed], *, most_values: int = MOST_NAMES, pair: bytes | None = None
+) -> Parsed:
     """Return the JSON body as a `model`; an empty body counts as `{}`.
 
     Strict: a string where a number belongs is refused.
@@ -66,6 +75,7 @@ async def parse_body(request: web.Request, model: type[Parsed], *, most_values: 
         request: The request.
         model: Model of the body.
         most_values: Most values in a large body, see `refuse_shape`.
+        pair: A field that any number of objects may have, see `refuse_shape`.
 
     Raises:
         RefusalError: 400 `unreadable_body`, `malformed_json`, `too_many_values`, or `invalid_request` with the field.
@@ -77,7 +87,7 @@ async def parse_body(request: web.Request, model: type[Parsed], *, most_values: 
         raise RefusalError(400, "unreadable_body", f"the body is cut short or malformed: {error}") from None
 
     def parse() -> Parsed:
-        refuse_shape(raw, most_values)
+        refuse_shape(raw, most_values, pair)
         return model.model_validate_json(raw or b"{}", strict=True)
 
     try:
@@ -107,13 +117,14 @@ def _refusal(error: ValidationError, model: type[BaseModel]) -> RefusalError:
     kind, message = first["type"], first["msg"].removeprefix("Value error, ")
     if kind == "json_invalid":
         return RefusalError(400, "malformed_json", message)
-    if not first["loc"]:
+    place = first["loc"][1:] if issubclass(model, RootModel) else first["loc"]  # without which of several it is
+    if not place:
         message = "the body has to be a JSON object" if kind == "model_type" else message
         return RefusalError(400, "invalid_request", message)
-    if kind == "extra_forbidden" and len(first["loc"]) == 1:
+    if kind == "extra_forbidden" and len(place) == 1:
         message = f"there is no such field; known are {', '.join(_names(model)) or 'none'}"
-    where = ".".join(map(str, first["loc"]))
-    return RefusalError(400, "invalid_request", f"{where}: {message}", str(first["loc"][0]))
+    where = ".".join(map(str, place))
+    return RefusalError(400, "invalid_request", f"{where}: {message}", str(place[0]))
 
 
 def _names(model: type[BaseModel]) -> list[str]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from pocd.lab.audit_statistics import BEST, Estimate, detection, gain, mismatch, r_squared, winners, winners_among_best
 from pocd.lab.calibration import LEAST_EXPECTED, WIDTH, Plan
+from pocd.lab.rendering import rendered
 from pocd.protocol.errors import InputError
 from pocd.protocol.names import DTYPES, default_tolerance
 from pocd.protocol.schemes import SCHEMES
@@ -199,7 +198,7 @@ def _table(report: Audit) -> str:
             *_interval(row.winners, 100, 0, "%"),
             *_interval(row.gain, 1, 2),
         )
-    return _rendered(table)
+    return rendered(table)
 
 
 def _table_of_claims(report: Audit) -> str:
@@ -215,13 +214,7 @@ def _table_of_claims(report: Audit) -> str:
             *_interval(each.mismatch, 100, 1, "%"),
             *(f"{100 * probability:.0f}%" for probability in each.detection.values()),
         )
-    return _rendered(table)
-
-
-def _rendered(table: Table) -> str:
-    file = io.StringIO()
-    Console(file=file, width=WIDTH, color_system=None).print(table)
-    return "\n".join(line.rstrip() for line in file.getvalue().rstrip().splitlines())
+    return rendered(table)
 
 
 def _interval(found: Estimate, scale: float, places: int, sign: str = "") -> tuple[str, str]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from pocd.lab.audit import Attack, Attacks, check_audit
 from pocd.lab.calibration import Measurement, Plan, block_hashes, check_plan
+from pocd.lab.residual import check_claims
 from pocd.lab.statistics import head_valid_rate
 from pocd.process import WAITING
 from pocd.protocol.errors import InputError
@@ -23,10 +24,12 @@ from pocd.protocol.schemes import DISTANCE_SCHEMES, SCHEMES
 from pocd.protocol.theory import r_target_for
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from pocd.compute.engine import BlockRun
     from pocd.compute.model import Model
+    from pocd.lab.cheap import Measured
+    from pocd.lab.shortcuts import Prepared
     from pocd.protocol.schemes import Output
 
 HEAD_ROWS = 4096  # of the head that are in float32 at a time
@@ -72,11 +75,11 @@ def parse_nonces(text: str) -> Iterator[int]:
     return itertools.chain.from_iterable(ranges)
 
 
-def _check_names(asked: ComputeRequest | Plan, output: Output) -> None:
-    """Refuse unknown names and other outputs before torch is imported, which takes seconds; prepare that import."""
+def _check_names(asked: ComputeRequest | Plan, output: Output | None) -> None:
+    """Refuse unknown names, and other outputs if one is given, before torch is imported, which takes seconds."""
     if asked.scheme not in SCHEMES:
         raise InputError(f"scheme {asked.scheme!r} is unknown; allowed are: {', '.join(SCHEMES)}")
-    if SCHEMES[asked.scheme].output != output:
+    if output is not None and SCHEMES[asked.scheme].output != output:
         raise InputError(
             f"scheme {asked.scheme!r} gives vectors, all of which count: there are no distances, and no r_target; "
             f"allowed are: {', '.join(DISTANCE_SCHEMES)}"
@@ -88,8 +91,8 @@ def _check_names(asked: ComputeRequest | Plan, output: Output) -> None:
 
 
 @contextlib.contextmanager
-def prepared(request: ComputeRequest, output: Output) -> Iterator[BlockRun]:
-    """Load the model and prepare it for the block, while the context lasts; the scheme has to have this output.
+def prepared(request: ComputeRequest, output: Output | None = None) -> Iterator[BlockRun]:
+    """Load the model and prepare it for the block, while the context lasts; the scheme has to have the output, if any.
 
     Raises:
         ComputeError: The input, the model or the device cannot be used.
@@ -135,6 +138,22 @@ def vectors(request: ComputeRequest, nonces: Iterable[int]) -> Iterator[tuple[in
     with prepared(request, "vector") as run:
         for batch in _batches(nonces, request):
             yield from zip(batch, run.values(batch, batch_size=request.batch_size).tolist(), strict=True)
+
+
+def compared(
+    run: BlockRun, nonces: Sequence[int], batch_size: int
+) -> tuple[dict[int, list[float]], dict[int, list[float]], dict[int, float]]:
+    """Return, by nonce, its numbers, those of the reference in float32 arithmetic, and their expected squared error.
+
+    Raises:
+        ComputeError: A nonce has no result, or a batch does not fit into memory.
+    """
+    from pocd.compute.reference import compare
+
+    found = compare(run, nonces, batch_size=batch_size)
+    own, reference = (each.view(len(nonces), -1).tolist() for each in (found.own, found.reference))
+    errors = dict(zip(nonces, found.errors.tolist(), strict=True))
+    return dict(zip(nonces, own, strict=True)), dict(zip(nonces, reference, strict=True)), errors
 
 
 def _batches(nonces: Iterable[int], request: ComputeRequest) -> Iterator[list[int]]:
@@ -208,29 +227,20 @@ def attack(plan: Plan, advance: Callable[[float], None]) -> Attacks:
     """
     check_audit(plan)
     _check_names(plan, "distance")
-    from pocd.compute.engine import block_run
-    from pocd.compute.model import load_model
     from pocd.lab import cheater
 
-    model = load_model(plan.model, dtype=plan.dtype, device=plan.device, revision=plan.revision, seq_len=plan.seq_len)
-
-    def prepare(block_hash: str) -> contextlib.AbstractContextManager[BlockRun]:
-        scheme = SCHEMES[plan.scheme]
-        return block_run(model, scheme, block_hash=block_hash, public_key=plan.public_key, seq_len=plan.seq_len)
-
-    blocks = []
-    # The first has a block before it, too.
-    for before, block_hash in itertools.pairwise(block_hashes(plan.seed, plan.blocks + 1)):
-        with prepare(block_hash) as run:
-            found = cheater.attack(
-                run,
-                functools.partial(prepare, before),
-                range(plan.nonces),
-                trained_on=plan.nonces // 2,
-                batch_size=plan.batch_size,
-                advance=advance,
-            )
-            blocks.append(found)
+    model, runs = _blocks_of(plan)
+    blocks = [
+        cheater.attack(
+            run,
+            previous,
+            range(plan.nonces),
+            trained_on=plan.nonces // 2,
+            batch_size=plan.batch_size,
+            advance=advance,
+        )
+        for run, previous in runs
+    ]
     attacks = [
         Attack(
             name=tried.name,
@@ -242,3 +252,42 @@ def attack(plan: Plan, advance: Callable[[float], None]) -> Attacks:
         for i, tried in enumerate(blocks[0].shortcuts)
     ]
     return Attacks(model.fingerprint, model.hidden_size, np.array([block.true for block in blocks]), attacks)
+
+
+def measure_claims(plan: Plan, advance: Callable[[float], None]) -> list[Measured]:
+    """Compute every block of `plan` in every cheap way, and compare the results with those of exact arithmetic.
+
+    Args:
+        plan: Plan of the audit.
+        advance: Told how many nonces' worth of work has just been done.
+
+    Raises:
+        ComputeError: The plan, the model or the device cannot be used.
+    """
+    check_claims(plan)
+    _check_names(plan, None)
+    from pocd.lab import cheap
+
+    _, runs = _blocks_of(plan)
+    nonces = range(plan.nonces)
+    return [cheap.measure(run, previous, nonces, batch_size=plan.batch_size, advance=advance) for run, previous in runs]
+
+
+def _blocks_of(plan: Plan) -> tuple[Model, Iterator[tuple[BlockRun, Prepared]]]:
+    """Return the model of an audit, and its blocks: each prepared, with what prepares the block before it."""
+    from pocd.compute.engine import block_run
+    from pocd.compute.model import load_model
+
+    model = load_model(plan.model, dtype=plan.dtype, device=plan.device, revision=plan.revision, seq_len=plan.seq_len)
+
+    def prepare(block_hash: str) -> contextlib.AbstractContextManager[BlockRun]:
+        scheme = SCHEMES[plan.scheme]
+        return block_run(model, scheme, block_hash=block_hash, public_key=plan.public_key, seq_len=plan.seq_len)
+
+    def runs() -> Iterator[tuple[BlockRun, Prepared]]:
+        # The first has a block before it, too.
+        for before, block_hash in itertools.pairwise(block_hashes(plan.seed, plan.blocks + 1)):
+            with prepare(block_hash) as run:
+                yield run, functools.partial(prepare, before)
+
+    return model, runs()

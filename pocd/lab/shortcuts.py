@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from pocd.compute.transforms import join_of
+from pocd.lab.few_bits import to_bits
 from pocd.lab.linear import LinearMap
 from pocd.protocol.schemes import SEGMENTS
 
@@ -232,13 +233,13 @@ def _with_few_positions(run: BlockRun, cost: _Cost) -> Iterator[Shortcut]:
 def _with_other_weights(run: BlockRun, known: Known, cost: _Cost, batch_size: int) -> Iterator[Shortcut]:
     whole, reduced = _whole(run), cost.of_low_rank()
     for bits in (8, 4):
-        rounding = functools.partial(_replacing, run, functools.partial(_rounded, bits=bits))
+        rounding = functools.partial(replacing, run, functools.partial(_rounded, bits=bits))
         yield Shortcut(f"{bits}-bit weights", bits / BITS_OF_FULL, 1, rounding, whole, is_claimed=True)
-    yield Shortcut("low-rank MLP", reduced, 1, functools.partial(_replacing, run, _reduced), whole)
+    yield Shortcut("low-rank MLP", reduced, 1, functools.partial(replacing, run, _reduced), whole)
     # Two at once: a rounded pass is worth most, so whatever makes it cheaper is tried with it.
     eighth = 8 / BITS_OF_FULL
-    rounding = functools.partial(_replacing, run, functools.partial(_rounded, bits=8))
-    yield Shortcut("8-bit, low-rank MLP", eighth * reduced, 1, functools.partial(_replacing, run, _both), whole)
+    rounding = functools.partial(replacing, run, functools.partial(_rounded, bits=8))
+    yield Shortcut("8-bit, low-rank MLP", eighth * reduced, 1, functools.partial(replacing, run, _both), whole)
     if run.model.layers > 1:
         spans = _every_other(run.model.layers)
         share = eighth * (cost.of(layers=run.model.layers - len(spans)) + len(spans) * cost.of_linear())
@@ -301,10 +302,7 @@ def _is_mlp(name: str) -> bool:
 
 
 def _rounded(_name: str, weight: torch.Tensor, *, bits: int) -> torch.Tensor:
-    """Round each row to whole multiples of its largest element / (2^(bits−1) − 1)."""
-    step = weight.abs().amax(dim=-1, keepdim=True).float() / (2 ** (bits - 1) - 1)
-    rounded: torch.Tensor = (weight.float() / step.clamp_min(torch.finfo(torch.float32).tiny)).round() * step
-    return rounded
+    return to_bits(weight, bits)
 
 
 def _rank(weight: torch.Tensor) -> int:
@@ -327,7 +325,7 @@ def _both(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _replacing(run: BlockRun, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Iterator[BlockRun]:
+def replacing(run: BlockRun, change: Callable[[str, torch.Tensor], torch.Tensor]) -> Iterator[BlockRun]:
     """Replace the layers' matrices while the context lasts; afterwards they are as before, bit for bit."""
     saved: list[tuple[torch.Tensor, torch.Tensor]] = []
     try:

@@ -20,12 +20,28 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from pocd.clock import Clock
+    from pocd.protocol.epochs import Stage
 
 LAG = 3
 """Blocks below the highest one seen that are no sign of a node that lags: balanced public nodes differ by a few."""
 
 LOG_EVERY = 60.0
 """Seconds between two log lines while the chain is down."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpochState:
+    """The live network's epoch, by the chain's newest answer.
+
+    Attributes:
+        number: Number of the epoch.
+        stage: What is due.
+        refused: Why the round that is due is not mined; None where it is.
+    """
+
+    number: int
+    stage: Stage
+    refused: str | None
 
 
 @dataclass(slots=True)
@@ -38,6 +54,7 @@ class ChainHealth:
         error: Error of the last poll; None when it succeeded.
         failures: Number of polls that failed since the last good one.
         highest: The highest head ever seen, also before this daemon's start, less those that were lies.
+        epoch: Epoch of the live network; None on other chains, and until the chain tells.
     """
 
     head: Head | None = None
@@ -45,6 +62,7 @@ class ChainHealth:
     error: str | None = None
     failures: int = 0
     highest: int = 0
+    epoch: EpochState | None = None
 
     def problem(self, now: float, poll_interval: float, stale_after: float = STALE_AFTER) -> str | None:
         """Return why the chain is degraded; None when it is well (docs/protocol.md section 8).

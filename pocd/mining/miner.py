@@ -1,20 +1,23 @@
-"""The miner: leases spans of nonces to idle workers, filters their distances, commits the proofs."""
+"""The miner: leases spans of nonces to idle workers, takes out those that count, and commits the proofs."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import math
-from collections import Counter, deque
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pocd.observe.changes import Changes
 from pocd.observe.rates import RateWindow
 from pocd.protocol.nonces import Ledger, Span, unskipped
-from pocd.protocol.proof import Proof
+from pocd.protocol.proof import Proofs
+from pocd.protocol.schemes import VECTOR_BYTES
+from pocd.protocol.vectors import are_finite
 from pocd.store.errors import StoreUnavailableError
-from pocd.store.outbox import Outbox, Weights, Work
+from pocd.store.outbox import Outbox, Work
+from pocd.store.proofs import CheckedSpan, commit_spans
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,9 +26,11 @@ if TYPE_CHECKING:
     from pocd.protocol.nonces import Node
     from pocd.protocol.proof import Round
     from pocd.store.progress import RoundProgress
+    from pocd.store.proofs import Counted, Weights
     from pocd.store.thread import OutboxThread
 
 LATEST = 20  # proofs that status shows
+GROUP_SECONDS = 0.1  # from one commit to the next, at least: what comes meanwhile is committed together
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +64,39 @@ class Mining:
     checked_before: int
     checked: int
     valid: int
-    latest: deque[Proof] = field(default_factory=lambda: deque(maxlen=LATEST))
+    latest: Proofs = field(default_factory=Proofs)
     expected_valid_rate: float | None = None
+
+    def count(self, counted: Counted) -> None:
+        """Count what was committed of the round."""
+        self.checked += counted.checked
+        self.valid += len(counted.proofs)
+        self.latest = Proofs.joined([self.latest, counted.proofs[-LATEST:]])[-LATEST:]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Leases with their results, which are committed together, and the task that does it."""
+
+    leases: list[tuple[Lease, CheckedSpan]]
+    commit: asyncio.Task[None]
+
+
+def those_that_count(round_: Round, nonces: Sequence[int], results: Sequence[float] | bytes) -> Proofs:
+    """Return the proofs among computed nonces: those with a distance below r_target, or with a finite vector."""
+    if isinstance(results, bytes):
+        assert round_.output == "vector", "only a round of vectors has them"
+        assert len(results) == VECTOR_BYTES * len(nonces), "one vector per nonce"
+        return Proofs(tuple(nonces), results).only(are_finite(results))
+    assert round_.r_target is not None, "a round of distances has a target"
+    assert len(results) == len(nonces), "one distance per nonce"
+    assert all(math.isfinite(distance) for distance in results), "workers refuse NaN and infinity"
+    pairs = zip(nonces, results, strict=True)
+    return Proofs.of_distances((nonce, distance) for nonce, distance in pairs if distance < round_.r_target)
 
 
 class Miner:
-    """Owns the active round. Workers take leases from it and bring distances back.
+    """Owns the active round. Workers take leases from it and bring results back.
 
     Attributes:
         paused: Whether mining is stopped by a call of the API, see `pocd.mining.control`.
@@ -72,10 +104,16 @@ class Miner:
         held: Why mining waits for the store, which cannot take proofs; None while it can.
     """
 
-    def __init__(self, outbox: OutboxThread, changes: Changes, *, clock: Clock) -> None:
+    def __init__(
+        self, outbox: OutboxThread, changes: Changes, *, clock: Clock, group_seconds: float = GROUP_SECONDS
+    ) -> None:
         self._outbox = outbox
         self._changes = changes
         self._clock = clock
+        self._group_seconds = group_seconds
+        self._group: _Group | None = None  # the one that still takes leases
+        self._committing = asyncio.Lock()
+        self._commit_at = 0.0  # not before, in the loop's time
         self._leased: Counter[Mining] = Counter()  # how many leases of each round are out; no zeros
         self._closed = False
         self.paused = False
@@ -166,44 +204,58 @@ class Miner:
         """Wait until `mining` is no longer the round to work on."""
         await self._changes.until(lambda: self.current is not mining)
 
-    async def complete(self, lease: Lease, distances: Sequence[float], weights: Weights) -> None:
-        """Commit a lease's result: the valid nonces are on disk when this returns, or mining is held.
+    def complete(self, lease: Lease, results: Sequence[float] | bytes, weights: Weights) -> asyncio.Task[None]:
+        """Have a lease's result committed, with those of others that come within `GROUP_SECONDS`.
 
-        `weights` computed the distances. A result that the store cannot take is not counted, and its nonces are leased
-        again.
+        What the store cannot take is not counted, and its nonces are leased again.
+
+        Args:
+            lease: What was computed.
+            results: Distances, or vectors as they travel, in the order of the lease's nonces.
+            weights: What the results were computed with.
+
+        Returns:
+            The commit: when it is done, the nonces that count are on disk, or mining is held. Whoever waits for it and
+            may be cancelled has to shield it, since others' results are in it.
         """
         mining = lease.mining
-        assert len(distances) == len(lease.nonces), "one distance per nonce"
-        assert all(math.isfinite(distance) for distance in distances), "workers refuse NaN and infinity"
-        proofs = [
-            Proof(nonce, distance)
-            for nonce, distance in zip(lease.nonces, distances, strict=True)
-            if distance < mining.round.r_target
-        ]
-        try:
-            checked, stored = await self._outbox(
-                Outbox.commit_span, mining.round, mining.node, lease.span, proofs, weights, self._clock.wall()
-            )
-        except StoreUnavailableError as error:
-            self.hold(str(error))
-            self.give_back(lease)
-            return
-        self._count(mining, checked, stored)
+        proofs = those_that_count(mining.round, lease.nonces, results)
+        if self._group is None:
+            leases: list[tuple[Lease, CheckedSpan]] = []
+            self._group = _Group(leases, asyncio.create_task(self._commit(leases), name="miner: commit"))
+        self._group.leases.append((lease, CheckedSpan(mining.round, mining.node, lease.span, proofs, weights)))
+        return self._group.commit
+
+    async def _commit(self, results: Sequence[tuple[Lease, CheckedSpan]]) -> None:
+        """Commit a group of results, once the one before is committed and its time has come."""
+        async with self._committing:
+            await asyncio.sleep(self._commit_at - asyncio.get_running_loop().time())
+            self._group = None  # what comes from now on is in another one
+            try:
+                found = await self._outbox(commit_spans, [span for _, span in results], self._clock.wall())
+            except StoreUnavailableError as error:
+                self.hold(str(error))
+                for lease, _ in results:
+                    self.give_back(lease)
+                return
+            finally:
+                self._commit_at = asyncio.get_running_loop().time() + self._group_seconds
+            for (lease, _), counted in zip(results, found, strict=True):
+                self._committed(lease, counted)
+            if any(counted.proofs for counted in found):
+                self.batchable.notify()
+
+    def _committed(self, lease: Lease, counted: Counted) -> None:
+        mining = lease.mining
+        mining.count(counted)
         if self.mining is not None and self.mining is not mining and self.mining.round == mining.round:
             # It is mined as another node now, to which this comes too late to be in what the store told it.
-            self._count(self.mining, checked, stored)
+            self.mining.count(counted)
             ledger = self.mining.ledger
             ledger.skipped = (*ledger.skipped, self.mining.node.positions(mining.node.nonces(lease.span)))
-        self.checked_rate.add(checked)
-        self.valid_rate.add(len(stored))
-        if stored:
-            self.batchable.notify()
+        self.checked_rate.add(counted.checked)
+        self.valid_rate.add(len(counted.proofs))
         self._returned(mining)
-
-    def _count(self, mining: Mining, checked: int, stored: Sequence[Proof]) -> None:
-        mining.checked += checked
-        mining.valid += len(stored)
-        mining.latest.extend(stored)
 
     def give_back(self, lease: Lease) -> None:
         """Take back a lease that its worker did not finish, for another worker."""

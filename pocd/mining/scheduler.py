@@ -10,10 +10,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from pocd.chain.source import BlockUnavailableError, ChainError, same_hash
-from pocd.observe.levels import Level
+from pocd.mining.highest import Highest
 from pocd.protocol.rounds import active_start
 from pocd.store.errors import StoreUnavailableError
-from pocd.store.outbox import Outbox
 from pocd.store.rounds import recent_rounds, reinstate_round, replace_round
 
 if TYPE_CHECKING:
@@ -83,9 +82,7 @@ class RoundScheduler:
         self._buried: set[Round] = set()  # replaced for good, as far as this process can find out
         self._clock = clock
         self._log = log
-        known = outbox.view.chain
-        self._highest = known.height if known else 0
-        self._went_back = Level()
+        self._highest = Highest(outbox, clock=clock, log=log)
 
     async def on_head(self, head: Head) -> None:
         """Pass the round that should be active at `head` to `control`.
@@ -94,49 +91,20 @@ class RoundScheduler:
             ChainError: A block that is needed could not be read.
             StoreUnavailableError: The store cannot remember now what it must.
         """
-        self._note(head)
-        start = active_start(self._highest, self._policy)
+        self._highest.note(head, self._control.chain_round)
+        start = active_start(self._highest.height, self._policy)
         mined = self._control.chain_round
         if mined is not None and mined.block_height != start:
             mined = None  # it is over, whatever comes next
         round_ = mined
         try:
-            await self._remember(head.block)
+            await self._highest.remember(head.block.chain_id)
             round_ = await self._wanted(start, head.block, mined)
             await self._control.follow(round_)
         except (ChainError, StoreUnavailableError):
             if round_ != self._control.chain_round:
                 await self._control.follow(None)
             raise
-
-    def _note(self, looked_at: Head) -> None:
-        """Raise the highest height seen; log when the head goes back, and when it is no longer back."""
-        head = looked_at.block
-        if looked_at.corrects:
-            self._log.warning(
-                "the highest head was a lie", action="head_corrected", height=head.height, highest=self._highest
-            )
-            self._highest = head.height
-        turn = self._went_back.look(self._clock.monotonic(), bad=head.height < self._highest)
-        if turn == "worse":
-            mined = self._control.chain_round
-            self._log.warning(
-                "head went back",
-                action="head_back",
-                height=head.height,
-                highest=self._highest,
-                round=mined.block_height if mined else None,
-            )
-        elif turn == "better":
-            self._log.info(
-                "head is where it was again", action="head_well", height=head.height, times=self._went_back.times
-            )
-        self._highest = max(self._highest, head.height)
-
-    async def _remember(self, head: Block) -> None:
-        known = self._outbox.view.chain
-        if known is None or known.height != self._highest:
-            await self._outbox(Outbox.remember_head, head.chain_id, self._highest)
 
     async def _wanted(self, start: int | None, head: Block, mined: Round | None) -> Round | None:
         """Return the round that starts at `start`: `mined`, if it is the same, or a new one."""

@@ -1,26 +1,29 @@
-"""A ready worker at work: leases are sent to it, and distances received from it."""
+"""A ready worker at work: leases are sent to it, and results received from it."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+from base64 import b64decode
 from typing import TYPE_CHECKING, NoReturn
 
 from pocd.pool.causes import Cause, WorkerError
 from pocd.pool.processes import FailedError
 from pocd.pool.recomputations import NoResultError, WorkerLostError
-from pocd.store.outbox import Weights
+from pocd.store.proofs import Weights
 from pocd.tasks import run_forever, shielded, within
 from pocd.worker.messages import (
     BatchShrunk,
     Cancel,
     Cancelled,
+    Compared,
     Compute,
     Distances,
     Heartbeat,
     Recompute,
     Refused,
     RoundBegun,
+    Vectors,
 )
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 # Leases at a worker: one that is computed, on a GPU one that it goes on with, and one that waits, so that the device
 # never does.
 IN_FLIGHT = {"cpu": 2, "cuda": 3}
+MOST_UNCOMMITTED = 256  # results that wait to be committed, until no more are taken from the worker
 MOST_REFUSED_IN_A_ROW = 3  # batches without a result, until the worker is restarted
 MOST_REFUSED = 100  # batches without a result in one life of the worker, until it is restarted
 
@@ -66,6 +70,7 @@ class Feeder:
         self._recomputing: dict[int, Recomputation] = {}
         self._busy = asyncio.Event()
         self._progress = asyncio.Event()
+        self._commits: asyncio.Queue[asyncio.Task[None]] = asyncio.Queue(MOST_UNCOMMITTED)
 
     async def run(self) -> NoReturn:
         """Feed the worker; the leases and recomputations that it holds go back when this ends.
@@ -83,6 +88,7 @@ class Feeder:
                     f"{name}: leases": self._send(),
                     f"{name}: recomputations": self._send_recomputations(),
                     f"{name}: results": self._receive(),
+                    f"{name}: commits": self._commit(),
                     f"{name}: cancelling": self._cancel_replaced(),
                     f"{name}: progress": self._watch(),
                 },
@@ -113,14 +119,16 @@ class Feeder:
                     pass
 
     async def _recompute(self, recomputation: Recomputation) -> bool:
-        """Have the worker do one recomputation; returns whether it is the last of its round."""
+        """Have the worker do one recomputation; returns whether no other of its round follows."""
         number = next(self._ids)
         self._recomputing[number] = recomputation
         self._busy.set()
-        nonces = list(recomputation.nonces)
-        await self._link.send(Recompute(number, recomputation.round, nonces, recomputation.last))
-        await asyncio.wait([recomputation.distances])
-        return recomputation.last
+        wanted, nonces = recomputation, list(recomputation.nonces)
+        await self._link.send(Recompute(number, wanted.round, nonces, wanted.last, wanted.with_reference))
+        await asyncio.wait([wanted.result])
+        if wanted.result.cancelled():
+            await self._link.send(Cancel([number]))
+        return wanted.last or wanted.result.cancelled()
 
     async def _watch(self) -> NoReturn:
         """End the worker's life when it has something to do, and finishes nothing while this process runs."""
@@ -145,22 +153,18 @@ class Feeder:
             await self._miner.until_replaced(await self._miner.until_mining())
             stale = [number for number, lease in self._in_flight.items() if lease.mining is not self._miner.current]
             if stale:
-                await self._link.send(Cancel(through=max(stale)))
+                await self._link.send(Cancel(stale))
 
     async def _receive(self) -> None:
         while True:
             message = await self._link.receive(self._limits.heartbeat)
-            if isinstance(message, Distances | Refused) and message.id in self._recomputing:
+            if (
+                isinstance(message, Distances | Vectors | Compared | Refused | Cancelled)
+                and message.id in self._recomputing
+            ):
                 self._recomputed(message)
-            elif isinstance(message, Distances):
-                lease = self._finished(message.id)
-                self._refused_in_a_row = 0
-                self._state.count(len(message.distances))
-                assert self._state.info is not None, "a worker that computes is ready"
-                weights = Weights(self._state.info.fingerprint, self._state.info.dtype)
-                # Shielded: when this task is cancelled, what was computed is committed and counted all the same.
-                name = f"worker {self._state.number}: what it computed"
-                await shielded(name, self._miner.complete(lease, message.distances, weights), self._log)
+            elif isinstance(message, Distances | Vectors):
+                await self._commits.put(self._completed(message))
             elif isinstance(message, Refused):
                 await self._refuse(self._finished(message.id), message.reason)
             elif isinstance(message, BatchShrunk):
@@ -171,6 +175,23 @@ class Feeder:
                 self._round_begun(message)
             else:
                 assert isinstance(message, Heartbeat), f"unexpected {message}"
+
+    def _completed(self, message: Distances | Vectors) -> asyncio.Task[None]:
+        """Hand a result to the miner, and return the task that commits it."""
+        lease = self._finished(message.id)
+        self._refused_in_a_row = 0
+        self._state.count(len(lease.nonces))
+        assert self._state.info is not None, "a worker that computes is ready"
+        weights = Weights(self._state.info.fingerprint, self._state.info.dtype)
+        results = message.distances if isinstance(message, Distances) else b64decode(message.vectors)
+        return self._miner.complete(lease, results, weights)
+
+    async def _commit(self) -> NoReturn:
+        """Wait for the commits, so that one that fails is heard of."""
+        name = f"worker {self._state.number}: what it computed"
+        while True:
+            # Shielded: when this task is cancelled, what was computed is committed and counted all the same.
+            await shielded(name, _end_of(await self._commits.get()), self._log)
 
     def _round_begun(self, message: RoundBegun) -> None:
         """Record the rate that theory expects of a round, and log where the round runs in another way than usual."""
@@ -186,13 +207,13 @@ class Feeder:
             if lease.mining.round.id == message.round_id:
                 lease.mining.expected_valid_rate = message.expected_valid_rate
 
-    def _recomputed(self, message: Distances | Refused) -> None:
+    def _recomputed(self, message: Distances | Vectors | Compared | Refused | Cancelled) -> None:
         recomputation = self._recomputing.pop(message.id)
         self._progressed()
         if isinstance(message, Refused):
             recomputation.fail(NoResultError(message.reason))
-        elif not recomputation.distances.done():
-            recomputation.distances.set_result(message.distances)
+        elif not isinstance(message, Cancelled) and not recomputation.result.done():
+            recomputation.result.set_result(message)
 
     def _finished(self, number: int) -> Lease:
         lease = self._in_flight.pop(number)
@@ -218,6 +239,10 @@ def take_batch_size(message: BatchShrunk, state: WorkerState, log: FilteringBoun
     text = f"{message.reason}; batches are of {message.size} nonces now"
     log.warning(text, action="batch_size", size=message.size)
     state.batch_size = state.most = message.size
+
+
+async def _end_of(commit: asyncio.Task[None]) -> None:
+    await commit
 
 
 def _refused(batches: str, reason: str) -> WorkerError:

@@ -1,4 +1,4 @@
-"""Recomputations: distances of given nonces that a validator wants computed, beside what is mined."""
+"""Recomputations: results of given nonces that a validator wants computed, beside what is mined."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
     from pocd.protocol.proof import Round
+    from pocd.worker.messages import Compared, Distances, Vectors
 
 
 class NoResultError(Exception):
@@ -23,22 +24,25 @@ class WorkerLostError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Recomputation:
-    """A request for the distances of some nonces of any round, at most a batch of them.
+    """A request for the results of some nonces of any round, at most a batch of them.
 
     Attributes:
         last: Whether this is the last recomputation of its round.
-        distances: The result: distances in the order of `nonces`, or a `NoResultError`, or a `WorkerLostError`.
+        with_reference: Whether the reference in float32 arithmetic is wanted too.
+        result: The worker's answer, in the order of `nonces`; or a `NoResultError`, or a `WorkerLostError`. Who no
+            longer wants it cancels it.
     """
 
     round: Round
     nonces: tuple[int, ...]
     last: bool
-    distances: asyncio.Future[list[float]]
+    with_reference: bool
+    result: asyncio.Future[Distances | Vectors | Compared]
 
     def fail(self, error: NoResultError | WorkerLostError) -> None:
         """End the wait for the result with an error, unless it came or nobody waits any more."""
-        if not self.distances.done():
-            self.distances.set_exception(error)
+        if not self.result.done():
+            self.result.set_exception(error)
 
 
 class Recomputations:

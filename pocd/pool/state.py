@@ -69,7 +69,7 @@ class WorkerState:
         unusable: Whether the worker's last life ended because it cannot work, so that starting it again will not help.
         last_error: Why the worker's last life ended.
         last_refusal: Why the last batch without a result has none.
-        computed: Distances that the worker computed for what is mined.
+        computed: Nonces that the worker computed for what is mined.
     """
 
     number: int

@@ -11,9 +11,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
-from pocd.protocol.bodies import ShortName
+from pocd.protocol.bodies import RoundBody, ShortName
 from pocd.protocol.commitment import HASH_BYTES, LARGEST_COUNT, LARGEST_NONCE, MOST_DEPTH, Proof, Subtree
 from pocd.protocol.numbers import Index
+from pocd.protocol.proof import MOST_NONCES
 from pocd.protocol.schemes import VECTOR_SIZE
 
 VECTOR = Struct(f"<{VECTOR_SIZE}e")  # float16, little endian
@@ -61,12 +62,25 @@ class Encoding(_Body):
     endian: Literal["le"]
 
 
+Vector = Annotated[bytes, BeforeValidator(_vector)]
+
+
 @dataclass(frozen=True, slots=True)  # a million of them take a fifth of what pydantic's own models would
 class Artifact:
     """A nonce and the vector that was computed for it."""
 
     nonce: Nonce
-    vector: Annotated[bytes, BeforeValidator(_vector), Field(alias="vector_b64")]
+    vector: Annotated[Vector, Field(alias="vector_b64")]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchArtifact:
+    """A nonce of pocd's own batches, which may be any, and the vector that was computed for it."""
+
+    __pydantic_config__ = ConfigDict(strict=False)  # made from a dictionary as well
+
+    nonce: Annotated[Index, Field(strict=True)]
+    vector: Annotated[Vector, Field(alias="vector_b64")]
 
 
 class ArtifactsBody(_Body):
@@ -79,12 +93,24 @@ class ArtifactsBody(_Body):
     encoding: Encoding | None = None
 
 
+class VectorsBody(RoundBody):
+    """A ProofBatch of vectors, which is such a body too; unknown fields are ignored."""
+
+    artifacts: Annotated[list[BatchArtifact], FailFast(), Field(min_length=1, max_length=MOST_NONCES)]
+    encoding: Encoding
+
+    @property
+    def nonces(self) -> list[int]:
+        """The nonces, in the order of the artifacts."""
+        return [artifact.nonce for artifact in self.artifacts]
+
+
 class CommittedArtifact(_Body):
     """An artifact, its index, and its siblings from the root's child down, each a hash and a count."""
 
     leaf_index: Annotated[int, Field(ge=0, lt=LARGEST_COUNT)]
     nonce_value: Nonce
-    vector_bytes: Annotated[bytes, BeforeValidator(_vector)]
+    vector_bytes: Vector
     proof: Annotated[list[Annotated[Subtree, PlainValidator(_sibling)]], FailFast(), Field(max_length=MOST_DEPTH)]
 
     def as_proof(self) -> Proof:

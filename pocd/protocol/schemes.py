@@ -24,6 +24,8 @@ Output = Literal["distance", "vector"]
 RANDOM_HEAD_DIM = 8192  # D of a random head
 SEGMENTS = 6  # of the sequence, where a product of them is read
 VECTOR_SIZE = 12  # numbers per nonce, where they are the result
+VECTOR_BYTES = 2 * VECTOR_SIZE  # as they travel, in float16
+VECTOR_ENCODING = {"dtype": "f16", "k_dim": VECTOR_SIZE, "endian": "le"}  # how a batch says so
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 
-from scipy.special import betainc, betaincinv, poch
+import numpy as np
+from scipy.special import betainc, betaincinv, ndtr, ndtri, poch
+
+RATE = 0.1  # of valid nonces, for which the share of flipped ones is told
 
 
 def expected_valid_rate(r_target: float, dimension: int) -> float:
@@ -62,3 +65,27 @@ def probability_honest(n_invalid: int, n: int, mismatch: float) -> float:
     if not 0 <= mismatch <= 1:
         raise ValueError(f"mismatch must be a probability from 0 to 1, got {mismatch}")
     return float(betainc(n_invalid, n - n_invalid + 1, mismatch)) if n_invalid else 1.0
+
+
+def flipped_share(error: float, tolerance: float, rate: float = RATE) -> float:
+    """Return the share of one honest host's valid nonces that are invalid for another one.
+
+    Both distances of a nonce are taken as normal numbers, and each host's rounding as its own. A difference of variance
+    e² from the reference, where distances have variance 1, is a correlation of 1 − e²/2 with it; two hosts correlate by
+    its square.
+
+    Args:
+        error: Root mean square of a host's differences from the reference, in standard deviations of distances.
+        tolerance: How far beyond r_target a nonce still counts, in the same unit.
+        rate: Share of valid nonces.
+    """
+    correlation = max(0.0, 1 - error * error / 2) ** 2
+    if correlation == 1:
+        return 0.0
+    r_target = float(ndtri(rate))
+    below = np.concatenate([[0.0], np.geomspace(1e-9, 8, 4000)])  # how far below r_target the miner's distance lies
+    distance = r_target - below
+    density = np.exp(-(distance**2) / 2) / math.sqrt(2 * math.pi)
+    beyond = ndtr((correlation * distance - r_target - tolerance) / math.sqrt(1 - correlation**2))
+    both = density * beyond
+    return float(((both[1:] + both[:-1]) / 2 * np.diff(below)).sum()) / rate

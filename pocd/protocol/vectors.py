@@ -7,17 +7,33 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pocd.protocol.schemes import VECTOR_SIZE
+from pocd.protocol.schemes import VECTOR_BYTES, VECTOR_SIZE
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-VECTOR_BYTES = 2 * VECTOR_SIZE
+
+def are_finite(vectors: bytes) -> list[bool]:
+    """Tell of each vector, packed one after the other, whether all its numbers are finite."""
+    found: list[bool] = np.isfinite(np.frombuffer(vectors, dtype="<f2")).reshape(-1, VECTOR_SIZE).all(axis=1).tolist()
+    return found
 
 
 def encode_vectors(vectors: ArrayLike) -> str:
     """Return vectors [n, VECTOR_SIZE], or one [VECTOR_SIZE], in base64, each number rounded to float16."""
     return b64encode(np.asarray(vectors, dtype="<f2").tobytes()).decode()
+
+
+def rounding_variance(vectors: ArrayLike) -> NDArray[np.float64]:
+    """Return the expected squared error that rounding to float16 makes of a number, by vector, of vectors [n, k].
+
+    A number between two neighbours of float16 is off by a uniform error, whose variance is a twelfth of their squared
+    distance.
+    """
+    sizes = np.minimum(np.abs(np.asarray(vectors, np.float64)), float(np.finfo(np.float16).max) / 2)
+    gaps = np.spacing(sizes.astype(np.float16)).astype(np.float64)
+    variance: NDArray[np.float64] = np.square(gaps).mean(axis=-1) / 12
+    return variance
 
 
 def decode_vectors(text: str) -> NDArray[np.float32]:

@@ -19,10 +19,12 @@ import structlog
 from aiohttp import web
 from pydantic import BaseModel, FailFast, Field, ValidationError
 
+from pocd.http.pages import refuse_pages
 from pocd.http.parsing import apart, refuse_shape
 from pocd.http.server import LARGE_BODY, RefusalError, errors_as_json, json_answer, listening
 from pocd.http.webhooks import ID_HEADER, SignatureError, WebhookKeys, is_message_id
-from pocd.protocol.bodies import MOST_VALUES, BatchBody
+from pocd.protocol.artifacts import VectorsBody
+from pocd.protocol.bodies import MOST_VALUES, VECTOR_FIELD, BatchBody
 from pocd.protocol.numbers import Index
 from pocd.receiver.store import Arrival, ArrivalOutcome, BatchKind, ReceiverStoreError, Store, StoredBatch
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MAX_BODY_BYTES = 16 * 1024 * 1024
+MAX_BODY_BYTES = 32 * 1024 * 1024
 REJECTIONS = frozenset({400, 401, 408, 413, 415})
 SHUTDOWN_TIMEOUT_S = 10.0
 """Seconds that requests under way have to end when the receiver stops."""
@@ -63,6 +65,17 @@ class ValidatedBody(GeneratedBody):
     fraud_detected: bool
 
 
+class ValidatedVectorsBody(BatchBody):
+    """A ValidatedBatch of vectors: what a validator recomputed, and its verdict."""
+
+    received_vectors: Annotated[list[str | None], FailFast()]
+    vectors: Annotated[list[str], FailFast()]
+    fraud_threshold: float
+    n_invalid: Index
+    probability_honest: Annotated[float, Field(ge=0, le=1)]
+    fraud_detected: bool
+
+
 class PageQuery(BaseModel):
     """The query of GET /batches."""
 
@@ -71,7 +84,13 @@ class PageQuery(BaseModel):
     kind: BatchKind | None = None
 
 
-_BODIES: dict[BatchKind, type[GeneratedBody]] = {"generated": GeneratedBody, "validated": ValidatedBody}
+Body = GeneratedBody | VectorsBody | ValidatedVectorsBody
+
+# Of distances, and of vectors, by the field that tells them apart.
+_BODIES: dict[BatchKind, tuple[type[Body], str, type[Body]]] = {
+    "generated": (GeneratedBody, "artifacts", VectorsBody),
+    "validated": (ValidatedBody, "vectors", ValidatedVectorsBody),
+}
 
 
 def application(store: Store, keys: WebhookKeys | None, clock: Callable[[], float] = time.time) -> web.Application:
@@ -85,7 +104,7 @@ def application(store: Store, keys: WebhookKeys | None, clock: Callable[[], floa
         clock: Seconds since the Unix epoch.
     """
     receiver = _Routes(store, keys, clock)
-    middlewares = [errors_as_json, _refuse_pages, _store_failures, receiver.count_rejected]
+    middlewares = [errors_as_json, refuse_pages, _store_failures, receiver.count_rejected]
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
     app.add_routes(
         [
@@ -219,16 +238,17 @@ async def _promptly(body: bytes, work: Callable[[], T]) -> T:
     return await apart(work) if len(body) > LARGE_BODY else work()
 
 
-def _parse(kind: BatchKind, body: bytes) -> GeneratedBody:
-    refuse_shape(body, MOST_VALUES)
+def _parse(kind: BatchKind, body: bytes) -> Body:
+    refuse_shape(body, MOST_VALUES, VECTOR_FIELD)
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise RefusalError(400, "malformed_json", str(error)) from None
     if not isinstance(value, dict):
         raise RefusalError(400, "not_an_object", "the body has to be a JSON object")
+    of_distances, telling, of_vectors = _BODIES[kind]
     try:
-        return _BODIES[kind].model_validate(value)
+        return (of_vectors if telling in value else of_distances).model_validate(value)
     except ValidationError as error:
         raise _invalid(error, "invalid_body") from None
 
@@ -250,17 +270,6 @@ def _item(batch: StoredBatch) -> dict[str, object]:
         "attempts": batch.attempts,
         "batch": orjson.Fragment(batch.body),  # the very bytes: they were JSON when they came
     }
-
-
-@web.middleware
-async def _refuse_pages(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuse what a browser sends for a web page, of whatever name it has made point here (DNS rebinding).
-
-    Browsers name the page in Origin whenever a call may change something; senders of batches are no browsers.
-    """
-    if "Origin" in request.headers:
-        raise RefusalError(403, "foreign_origin", "web pages may not call the receiver", "Origin")
-    return await handler(request)
 
 
 @web.middleware

@@ -5,26 +5,43 @@ Functions over the open `Outbox`, called in its thread.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import orjson
 
-from pocd.protocol.proof import Proof, ProofBatch, Round
+from pocd.protocol.proof import ProofBatch, Round
+from pocd.store.bodies import pack_body
 from pocd.store.deliveries import CHUNK
+from pocd.store.proofs import take_oldest, waiting
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pocd.protocol.proof import ValidatedBatch
     from pocd.store.outbox import Outbox
+    from pocd.store.proofs import Waiting
 
 MOST_BATCHES = 64  # formed in one transaction, so that others get their turn
 MOST_NONCES = 100_000  # in them
 
-_OF_GROUP = "WHERE round = ? AND node_id = ? AND fingerprint IS ? AND dtype IS ?"
-_OLDEST = f"SELECT number, nonce, distance FROM proofs {_OF_GROUP} ORDER BY number LIMIT ?"  # noqa: S608 - made of constants
-_DELETE = f"DELETE FROM proofs {_OF_GROUP} AND number <= ?"  # noqa: S608 - made of constants
+
+class Batch(Protocol):
+    """What is stored and queued whole, and sent by its bytes."""
+
+    @property
+    def id(self) -> str:
+        """Webhook-id of the batch."""
+
+    @property
+    def kind(self) -> str:
+        """Last part of the path that it is posted to."""
+
+    @property
+    def size(self) -> int:
+        """Number of nonces in it."""
+
+    def to_json(self) -> bytes:
+        """Return the exact bytes of every POST of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,59 +75,64 @@ def form_batches(
     whose block was replaced are withdrawn at once, if `withdraw` is true.
     """
     most = max(1, min(MOST_BATCHES, MOST_NONCES // size, CHUNK // max(1, len(receivers))))
-    formed: list[ProofBatch] = []
+    planned: list[tuple[_Pool, int]] = []
     due: list[float] = []
+    for pool in [pool for group in waiting(outbox) if (pool := _pool(outbox, group, receivers)).receivers]:
+        left, found_at = pool.waiting.proofs, pool.waiting.found_at
+        # A clock that was set back must not keep a proof for ever.
+        ripe = pool.round != current or not 0 <= now - found_at < age
+        count = min(most, -(-left // size) if ripe else left // size)
+        planned += [(pool, count)] if count else []
+        most, left = most - count, left - min(left, count * size)
+        if left:
+            due.append(now if ripe or left >= size else found_at + age)
+    if not planned:  # most of the times, and then nothing is written
+        return Formed((), min(due, default=None))
     with outbox.transaction():
         register_receivers(outbox, receivers)
-        # The groups come from an index alone, as this is looked at whenever something was found.
-        groups = outbox.db.execute(
-            "SELECT waiting.round, waiting.node_id, waiting.fingerprint, waiting.dtype, count, found_at"
-            " FROM proofs JOIN"
-            " (SELECT round, node_id, fingerprint, dtype, count(*) AS count, min(number) AS first FROM proofs"
-            "  GROUP BY round, node_id, fingerprint, dtype) AS waiting ON number = first ORDER BY first"
-        ).fetchall()
-        for number, node_id, fingerprint, dtype, left, oldest in groups:
-            encoded, replaced, callback = outbox.db.execute(
-                "SELECT round, replaced, callback FROM rounds WHERE number = ?", (number,)
-            ).fetchone()
-            names = [*receivers, *({callback} - {None, *receivers})]
-            if not names:
-                continue  # they wait for a receiver
-            round_ = Round(**orjson.loads(encoded))
-            # A clock that was set back must not keep a proof for ever.
-            ripe = round_ != current or not 0 <= now - oldest < age
-            while len(formed) < most and (left >= size or (ripe and left > 0)):
-                empty = ProofBatch(round_, node_id, fingerprint, dtype, ())
-                reason = replaced if withdraw else None
-                formed.append(_form_batch(outbox, number, empty, names, size=size, now=now, withdrawn=reason))
-                left -= formed[-1].size  # noqa: PLW2901 - what is left of the group
-            if left:
-                due.append(now if ripe or left >= size else oldest + age)
+        formed = [
+            _form_batch(outbox, pool, size=size, now=now, withdraw=withdraw)
+            for pool, count in planned
+            for _ in range(count)
+        ]
     return Formed(tuple(formed), min(due, default=None))
 
 
-def _form_batch(
-    outbox: Outbox,
-    number: int,
-    empty: ProofBatch,
-    receivers: Sequence[str],
-    *,
-    size: int,
-    now: float,
-    withdrawn: str | None,
-) -> ProofBatch:
-    """Move the oldest proofs of the group of `empty` into a batch, and queue it. Part of a transaction."""
-    group = (number, empty.node_id, empty.model_fingerprint, empty.dtype)
-    rows = outbox.db.execute(_OLDEST, (*group, size)).fetchall()
-    batch = replace(empty, proofs=tuple(Proof(nonce, distance) for _, nonce, distance in rows))
-    queue_batch(outbox, batch, receivers, round_number=number, now=now, withdrawn=withdrawn)
-    outbox.db.execute(_DELETE, (*group, rows[-1][0]))
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """Proofs that wait for a batch, their round, and the receivers of that batch.
+
+    Attributes:
+        replaced: Why the block of the round is no longer the chain's; None while it is.
+    """
+
+    waiting: Waiting
+    round: Round
+    replaced: str | None
+    receivers: list[str]
+
+
+def _pool(outbox: Outbox, waiting: Waiting, receivers: Sequence[str]) -> _Pool:
+    encoded, replaced, callback = outbox.db.execute(
+        "SELECT round, replaced, callback FROM rounds WHERE number = ?", (waiting.group.round,)
+    ).fetchone()
+    names = [*receivers, *({callback} - {None, *receivers})]
+    return _Pool(waiting, Round(**orjson.loads(encoded)), replaced, names)
+
+
+def _form_batch(outbox: Outbox, pool: _Pool, *, size: int, now: float, withdraw: bool) -> ProofBatch:
+    """Move the oldest proofs of a pool into a batch, and queue it. Part of a transaction."""
+    group = pool.waiting.group
+    proofs = take_oldest(outbox, group, size)
+    batch = ProofBatch(pool.round, group.node_id, group.fingerprint, group.dtype, proofs)
+    withdrawn = pool.replaced if withdraw else None
+    queue_batch(outbox, batch, pool.receivers, round_number=group.round, now=now, withdrawn=withdrawn)
     return batch
 
 
 def queue_batch(
     outbox: Outbox,
-    batch: ProofBatch | ValidatedBatch,
+    batch: Batch,
     receivers: Sequence[str],
     *,
     round_number: int | None,
@@ -121,7 +143,7 @@ def queue_batch(
     row = outbox.db.execute(
         "INSERT INTO batches (id, kind, round, nonces, created_at, state, changed_at, body)"
         " VALUES (?, ?, ?, ?, ?, 'pending', ?, ?)",
-        (batch.id, batch.kind, round_number, batch.size, now, now, batch.to_json()),
+        (batch.id, batch.kind, round_number, batch.size, now, now, pack_body(batch.to_json())),
     ).lastrowid
     assert row is not None
     queue_for(outbox, row, receivers, now=now, withdrawn=withdrawn)

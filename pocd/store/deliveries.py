@@ -5,8 +5,10 @@ Functions over the open `Outbox`, called in its thread; each that writes is one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+from pocd.store.bodies import unpack_body
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -49,7 +51,10 @@ def next_pending(outbox: Outbox, receiver: str, after: int = 0) -> PendingDelive
         " WHERE receiver = ? AND deliveries.state = 'pending' AND sequence > ? ORDER BY sequence LIMIT 1",
         (receiver, after),
     ).fetchone()
-    return PendingDelivery(*row) if row else None
+    if row is None:
+        return None
+    found = PendingDelivery(*row)
+    return replace(found, body=unpack_body(found.body))
 
 
 def is_overtaken(outbox: Outbox, receiver: str, sequence: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sqlite3
+import struct
 import time
 from contextlib import closing, suppress
 from typing import TYPE_CHECKING
@@ -209,6 +210,7 @@ def _bring_up_to_date(connection: sqlite3.Connection, version: int) -> None:
     """Make the tables, or change those of an earlier version, in one transaction."""
     if version == VERSION:
         return
+    connection.create_function("packed", 2, struct.pack, deterministic=True)
     connection.execute("BEGIN IMMEDIATE")
     if version == 0:
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")

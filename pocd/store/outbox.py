@@ -1,8 +1,8 @@
 """The outbox: proofs, batches and their deliveries, in one SQLite file that survives anything but its disk.
 
 Everything here is synchronous and runs in one thread, see `thread.py`. Each public method that
-writes is one transaction, fsynced before it returns (WAL, synchronous FULL). Single deliveries are in
-`deliveries.py`; pruning, which keeps the file small, is in `upkeep.py`.
+writes is one transaction, fsynced before it returns (WAL, synchronous FULL). What was found is in `proofs.py`, single
+deliveries in `deliveries.py`; pruning, which keeps the file small, is in `upkeep.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Self
 import orjson
 
 from pocd.process import EXIT_TEMPORARY
-from pocd.protocol.nonces import unskipped
 from pocd.store.errors import StoreError, StoreUnavailableError, unusable
 from pocd.store.opening import MARK, open_store
 from pocd.store.place import Place
@@ -26,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from pocd.protocol.nonces import Node, Span
-    from pocd.protocol.proof import Proof, Round
+    from pocd.protocol.nonces import Node
+    from pocd.protocol.proof import Round
     from pocd.store.progress import RoundProgress
 
 _SET_META = "INSERT INTO meta VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value"
@@ -67,14 +66,6 @@ class Work:
     by_chain: bool = True
     callback: str | None = None
     callback_url: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """The weights that nonces were checked with: the fingerprint of the model, and the precision."""
-
-    fingerprint: str
-    dtype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,49 +303,6 @@ class Outbox:
         (number,) = self.db.execute("SELECT number FROM rounds WHERE id = ?", (round_.id,)).fetchone()
         assert isinstance(number, int)
         return number
-
-    def commit_span(
-        self, round_: Round, node: Node, span: Span, proofs: Sequence[Proof], weights: Weights, now: float
-    ) -> tuple[int, list[Proof]]:
-        """Store that `span` was checked with `weights`, and the proofs found in it, in one transaction.
-
-        What was committed as another node's before is not counted and not stored again.
-
-        Returns:
-            Number of nonces counted, and the proofs stored.
-        """
-        with self.transaction():
-            number = self.round_number(round_)
-            done = progress_in(self.db, number, node)
-            progress, checked = done.progress.add(span), len(unskipped(span, done.skipped))
-            stored = [
-                proof
-                for proof in proofs
-                if not any((proof.nonce - node.id) // node.count in positions for positions in done.skipped)
-            ]
-            self.db.execute(
-                "UPDATE progress SET cursor = ?, islands = ?, checked = checked + ?, valid = valid + ?"
-                " WHERE (round, node_id, node_count) = (?, ?, ?)",
-                (
-                    progress.cursor,
-                    orjson.dumps([(island.start, island.stop) for island in progress.islands]).decode(),
-                    checked,
-                    len(stored),
-                    number,
-                    node.id,
-                    node.count,
-                ),
-            )
-            self.db.executemany(
-                "INSERT INTO proofs (round, node_id, nonce, distance, found_at, fingerprint, dtype)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?)",
-                [
-                    (number, node.id, proof.nonce, proof.distance, now, weights.fingerprint, weights.dtype)
-                    for proof in stored
-                ],
-            )
-            self.db.execute("UPDATE totals SET checked = checked + ?, valid = valid + ?", (checked, len(stored)))
-        return checked, stored
 
     # Queues
 

@@ -6,7 +6,7 @@ follows from the first, and the counts in `queues` and `stages` follow from both
 
 from __future__ import annotations
 
-VERSION = 4
+VERSION = 5
 APPLICATION_ID = 0x706F6364  # "pocd"
 
 _META = "CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT"
@@ -28,13 +28,15 @@ CREATE TABLE progress (round INTEGER NOT NULL REFERENCES rounds, node_id INTEGER
   checked INTEGER NOT NULL, valid INTEGER NOT NULL,
   PRIMARY KEY (round, node_id, node_count)) STRICT, WITHOUT ROWID"""
 
-# Valid nonces that no batch holds yet.
+# Nonces that count and that no batch holds yet, as many in a row as were found in a span: `size` of them, as integers
+# of 8 bytes, and their results, see `pocd.protocol.proof.Proofs`. All is little endian.
 _PROOFS = """
 CREATE TABLE proofs (number INTEGER PRIMARY KEY AUTOINCREMENT, round INTEGER NOT NULL REFERENCES rounds,
-  node_id INTEGER NOT NULL, nonce INTEGER NOT NULL, distance REAL NOT NULL, found_at REAL NOT NULL,
-  fingerprint TEXT, dtype TEXT) STRICT"""
+  node_id INTEGER NOT NULL, fingerprint TEXT, dtype TEXT, found_at REAL NOT NULL,
+  size INTEGER NOT NULL, nonces BLOB NOT NULL, results BLOB NOT NULL) STRICT"""
 
-# The body comes last: what stands behind a long one is slow to read. `round` is null in batches of version 2.
+# The body comes last: what stands behind a long one is slow to read. `bodies.py` says how it is stored. `round`
+# is null in batches of version 2.
 _BATCHES = """
 CREATE TABLE batches (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL, kind TEXT NOT NULL,
   round INTEGER REFERENCES rounds, nonces INTEGER NOT NULL, created_at REAL NOT NULL,
@@ -71,7 +73,9 @@ CREATE TABLE validations (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT 
 
 _VALIDATIONS_BY_STATE = "CREATE INDEX validations_by_state ON validations (state, number)"
 
-_PROOFS_THAT_GO_TOGETHER = "CREATE INDEX proofs_that_go_together ON proofs (round, node_id, fingerprint, dtype)"
+_PROOFS_THAT_GO_TOGETHER = (
+    "CREATE INDEX proofs_that_go_together ON proofs (round, node_id, fingerprint, dtype, number, size)"
+)
 
 _INDEXES = [
     "CREATE INDEX batches_by_id ON batches (id)",
@@ -176,7 +180,6 @@ UPDATE receivers SET (failures, next_at, error) = (
         "ALTER TABLE proofs ADD COLUMN dtype TEXT",
         "ALTER TABLE receivers ADD COLUMN url TEXT",
         "DROP INDEX IF EXISTS proofs_that_go_together",
-        _PROOFS_THAT_GO_TOGETHER,
         _VALIDATIONS,
         _VALIDATIONS_BY_STATE,
         "DROP TRIGGER batch_formed",
@@ -185,4 +188,16 @@ UPDATE receivers SET (failures, next_at, error) = (
         """INSERT INTO meta SELECT 'control', '{"mode":"STOPPED","asked":null}' FROM meta WHERE key = 'paused'""",
         "DELETE FROM meta WHERE key = 'paused'",
     ],
+    # Version 4 had a row for each proof.
+    4: [
+        "DROP INDEX IF EXISTS proofs_that_go_together",
+        "ALTER TABLE proofs RENAME TO old_proofs",
+        _PROOFS,
+        """
+INSERT INTO proofs SELECT number, round, node_id, fingerprint, dtype, found_at, 1, packed('<q', nonce),
+  packed('<d', distance) FROM old_proofs ORDER BY number""",
+        "DROP TABLE old_proofs",
+        _PROOFS_THAT_GO_TOGETHER,
+    ],
 }
+"""Statements that bring a store of each version to the next; `packed` is Python's `struct.pack`."""

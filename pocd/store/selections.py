@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from pocd.store.bodies import unpack_body
 from pocd.store.deliveries import CHUNK
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def shown(outbox: Outbox, batch_id: str) -> tuple[list[Delivery], bytes] | None:
         return None
     return [
         Delivery(*row) for row in outbox.db.execute(f"{_DELIVERY} WHERE id = ? ORDER BY receiver", (batch_id,))
-    ], row[0]
+    ], unpack_body(row[0])
 
 
 def send_again(outbox: Outbox, selection: Selection, now: float) -> list[tuple[str, int]]:

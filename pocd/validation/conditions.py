@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pocd.protocol.bodies import ShortName
 from pocd.protocol.numbers import Count, Index
+from pocd.protocol.schemes import SCHEMES, VECTOR_SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,9 +69,9 @@ class Conditions(BaseModel):
     ] = None
     group_id: Annotated[Index | None, Field(description="Index of the group of the node's nonces: must be 0.")] = None
     n_groups: Annotated[Count | None, Field(description="Number of groups of the node's nonces: must be 1.")] = None
-    k_dim: Annotated[Index | None, Field(description="Length of a result vector: not supported, must be absent.")] = (
-        None
-    )
+    k_dim: Annotated[
+        Index | None, Field(description="Length of a result vector: 12 with a scheme of vectors, else must be absent.")
+    ] = None
     max_tokens: Annotated[
         Index | None, Field(description="Number of tokens to decode: not supported, must be absent.")
     ] = None
@@ -117,7 +118,7 @@ def running(
         "poc_stronger_rng": False,
         "group_id": 0,
         "n_groups": 1,
-        "k_dim": None,
+        "k_dim": VECTOR_SIZE if SCHEMES[scheme].output == "vector" else None,
         "max_tokens": None,
         "quantization": None,
         "kv_cache_dtype": None,

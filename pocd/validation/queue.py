@@ -16,8 +16,9 @@ from pocd.http.parsing import apart
 from pocd.pool.recomputations import NoResultError, Recomputation, WorkerLostError
 from pocd.protocol.proof import canonical_json, hash_name
 from pocd.store import validations
-from pocd.validation.claim import Claim
-from pocd.validation.verdict import Terms, judge, round_of, sampled
+from pocd.validation.claim import AnyClaim
+from pocd.validation.verdict import Recomputed, Terms, judge, round_of, sampled
+from pocd.worker.messages import Compared, Distances
 
 if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
@@ -29,8 +30,12 @@ if TYPE_CHECKING:
     from pocd.protocol.proof import Round
     from pocd.store.thread import OutboxThread
     from pocd.store.validations import Validation
+    from pocd.validation.claim import Claim, Numbers, VectorClaim
+    from pocd.worker.messages import Vectors
 
 MOST_TRIES = 3  # of one part of a batch, each ended by the end of its worker
+SMALLER = 4  # times fewer nonces are asked for at a time with a reference, which may take so many times as long
+MOST_AT_ONCE = 4096  # nonces, whose answer is 2 MiB at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +47,7 @@ class ValidationRequest:
         callback_url: URL of that receiver; None where it is a configured one. No answer depends on it.
     """
 
-    claim: Claim
+    claim: Claim | VectorClaim
     terms: Terms
     sample: int | None
     seed: str | None
@@ -70,7 +75,7 @@ class ValidationRequest:
     def from_json(cls, encoded: bytes) -> ValidationRequest:
         """Return the request that `to_json` wrote."""
         fields = orjson.loads(encoded)
-        claim, terms = Claim.model_validate(fields.pop("claim")), Terms(**fields.pop("terms"))
+        claim, terms = AnyClaim.model_validate(fields.pop("claim")).root, Terms(**fields.pop("terms"))
         return cls(claim, terms, **fields)
 
 
@@ -79,7 +84,7 @@ class QueueFullError(Exception):
 
 
 class Validator:
-    """Takes validations in, has their distances recomputed, and stores the verdicts."""
+    """Takes validations in, has their results recomputed, and stores the verdicts."""
 
     def __init__(
         self,
@@ -149,16 +154,14 @@ class Validator:
         encoded = await self._outbox.persistently(validations.request_of, name)
         request = await asyncio.to_thread(ValidationRequest.from_json, encoded)
         try:
-            distances = await self._recompute(request)
+            found = await self._recompute(request)
         except NoResultError as error:
             await self._outbox.persistently(validations.fail, name, str(error), self._clock.wall())
             self._log.error("validation has no result", action="validation_failed", id=name, cause=str(error))
             state = "failed"
         else:
             # In a thread: of 100,000 nonces it takes half a second.
-            batch = await asyncio.to_thread(
-                judge, request.claim, request.terms, distances, request.sample, request.seed
-            )
+            batch = await asyncio.to_thread(judge, request.claim, request.terms, found, request.sample, request.seed)
             receivers = self._receivers.names(request.callback)
             await self._outbox.persistently(validations.finish, name, batch, receivers, self._clock.wall())
             self._receivers.wake()
@@ -170,36 +173,51 @@ class Validator:
                 height=batch.round.block_height,
                 checked=batch.n,
                 invalid=batch.n_invalid,
-                fraud=batch.fraud_detected,
+                verdict=batch.verdict,
+                by_differences=batch.differences and batch.differences.result,
             )
             state = "done"
         self._events.publish("validation", id=name, state=state)
         async with self._finished:
             self._finished.notify_all()
 
-    async def _recompute(self, request: ValidationRequest) -> dict[int, float]:
-        """Let the workers compute the distances of a request, a batch at a time.
+    async def _recompute(self, request: ValidationRequest) -> Recomputed:
+        """Let the workers compute the results of a request, a part of a batch at a time.
 
         Raises:
-            NoResultError: The model gives no distance, its worker ended each time, or another model is loaded now.
+            NoResultError: The model gives no result, its worker ended each time, or another model is loaded now.
         """
-        round_ = round_of(request.claim, request.terms)
+        round_, terms = round_of(request.claim, request.terms), request.terms
         nonces = await asyncio.to_thread(sampled, request.claim.nonces, request.sample, request.seed)
-        distances: dict[int, float] = {}
-        while len(distances) < len(nonces):
+        own: dict[int, Numbers] = {}
+        reference: dict[int, Numbers] = {}
+        errors: dict[int, float] = {}
+        while len(own) < len(nonces):
             await self._workers.ready.wait()
-            self._check_model(request.terms)
-            part = nonces[len(distances) : len(distances) + self._workers.batch_size]
-            last = len(distances) + len(part) == len(nonces)
-            distances |= zip(part, await self._distances(round_, part, last=last), strict=True)
-        return distances
+            self._check_model(terms)
+            size = min(MOST_AT_ONCE, self._workers.batch_size)
+            if terms.has_reference:
+                size = max(1, size // SMALLER)
+            part = nonces[len(own) : len(own) + size]
+            last = len(own) + len(part) == len(nonces)
+            answer = await self._answer(round_, part, last=last, with_reference=terms.has_reference)
+            if isinstance(answer, Compared):
+                own |= zip(part, answer.own, strict=True)
+                reference |= zip(part, answer.reference, strict=True)
+                errors |= zip(part, answer.errors, strict=True)
+            else:
+                assert isinstance(answer, Distances), "vectors are recomputed with a reference"
+                own |= zip(part, ((distance,) for distance in answer.distances), strict=True)
+        return Recomputed(own, reference, errors) if terms.has_reference else Recomputed(own)
 
-    async def _distances(self, round_: Round, nonces: tuple[int, ...], *, last: bool) -> list[float]:
+    async def _answer(
+        self, round_: Round, nonces: tuple[int, ...], *, last: bool, with_reference: bool
+    ) -> Distances | Vectors | Compared:
         for _ in range(MOST_TRIES):
-            wanted = Recomputation(round_, nonces, last, asyncio.get_running_loop().create_future())
+            wanted = Recomputation(round_, nonces, last, with_reference, asyncio.get_running_loop().create_future())
             await self._workers.recomputations.put(wanted)
             with contextlib.suppress(WorkerLostError):
-                return await wanted.distances
+                return await wanted.result
         raise NoResultError(f"the worker ended {MOST_TRIES} times in a row over the same nonces")
 
     def _check_model(self, terms: Terms) -> None:

@@ -1,21 +1,27 @@
-"""Verdict on a batch of claimed proofs: pure and exact; the caller recomputes the distances.
+"""Verdict on a batch of claimed proofs: pure and exact; the caller recomputes the results.
 
-Source: docs/protocol.md section 5, "Verdict".
+Source: docs/protocol.md section 5, "Verdict" and "Verdict by differences".
 """
 
 from __future__ import annotations
 
 import hashlib
+from base64 import b64encode
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from struct import pack
+from typing import TYPE_CHECKING, Any
 
 from pocd.protocol.proof import Round, ValidatedBatch
+from pocd.protocol.schemes import SCHEMES
+from pocd.protocol.verdicts import ALLOWANCE
 from pocd.validation.conditions import BY_NAME, BY_WEIGHTS, MismatchError, named, refuse_mismatch, running
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from pocd.validation.claim import Claim
+    from pocd.protocol.verdicts import DifferenceVerdict, Result
+    from pocd.validation.claim import Claim, Numbers, VectorClaim
+
 
 SPARSE = 100  # times as far from one nonce to the next as dense ones lie
 
@@ -25,7 +31,7 @@ class Terms:
     """The terms that a validator judges a batch by.
 
     Attributes:
-        r_target: A nonce is valid when its distance (in [0, 2]) is below this.
+        r_target: A nonce is valid when its distance (in [0, 2]) is below this; None with a scheme of vectors.
         fraud_threshold: A batch is fraud when the probability of an honest miner is below this.
         mismatch: The probability that an honest miner's nonce recomputes as invalid.
         tolerance: How far above `r_target` a recomputed distance still counts as valid.
@@ -36,9 +42,10 @@ class Terms:
         seq_len: Sequence length in positions.
         node_count: Number of nodes that share the nonces, where the batch does not give it.
         revision: Revision of the model, as configured.
+        allowance: How many times the validator's own error an honest miner's may be.
     """
 
-    r_target: float
+    r_target: float | None
     fraud_threshold: float
     mismatch: float
     tolerance: float
@@ -49,9 +56,39 @@ class Terms:
     seq_len: int
     node_count: int
     revision: str | None = None
+    allowance: float = ALLOWANCE  # requests that an earlier version stored have none
+
+    @property
+    def is_of_vectors(self) -> bool:
+        """Whether a nonce has a vector, rather than a distance."""
+        return SCHEMES[self.scheme].output == "vector"
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether claims are judged by their differences from a reference in float32 arithmetic.
+
+        Distances in float32 are not: there the reference rounds as much as the result. Vectors are rounded to float16
+        whatever computes them.
+        """
+        return self.is_of_vectors or self.dtype != "float32"
 
 
-def check(claim: Claim, terms: Terms) -> None:
+@dataclass(frozen=True, slots=True)
+class Recomputed:
+    """What a validator computed of the nonces that were drawn.
+
+    Attributes:
+        own: Numbers of each nonce, as a miner computes them.
+        reference: Numbers of each nonce in float32 arithmetic; None where no differences are judged.
+        errors: Expected squared error of a number of `own`, by nonce; None where no differences are judged.
+    """
+
+    own: Mapping[int, Numbers]
+    reference: Mapping[int, Numbers] | None = None
+    errors: Mapping[int, float] | None = None
+
+
+def check(claim: Claim | VectorClaim, terms: Terms) -> None:
     """Refuse a batch that names another scheme, weights, dtype, length or target than `terms`; absent fields agree.
 
     A miner may not choose the target or the sequence length, so these must agree as well. Weights are
@@ -70,6 +107,13 @@ def check(claim: Claim, terms: Terms) -> None:
     )
     if BY_WEIGHTS & named(claim).keys():
         runs = {name: value for name, value in runs.items() if name not in BY_NAME}
+    output = SCHEMES[terms.scheme].output
+    if claim.output != output:
+        field = "dist" if claim.output == "distance" else "artifacts"
+        raise MismatchError(
+            f"{field}: the batch is of {claim.output}s, but scheme {terms.scheme!r} has {output}s; nothing was judged",
+            field,
+        )
     phrase, done = "the batch says {asked}, but it is held to {runs}", "nothing was judged"
     refuse_mismatch(claim, runs, phrase, done)
     if claim.r_target is not None and claim.r_target != terms.r_target:
@@ -77,7 +121,7 @@ def check(claim: Claim, terms: Terms) -> None:
         raise MismatchError(f"r_target: {differs}; {done}", "r_target")
 
 
-def round_of(claim: Claim, terms: Terms) -> Round:
+def round_of(claim: Claim | VectorClaim, terms: Terms) -> Round:
     """Return the round that the batch belongs to, once `check` has passed it."""
     return Round(
         block_hash=claim.block_hash,
@@ -107,27 +151,27 @@ def sampled(nonces: Sequence[int], count: int | None, seed: str | None) -> tuple
 
 
 def judge(
-    claim: Claim, terms: Terms, distances: Mapping[int, float], sample: int | None, seed: str | None
+    claim: Claim | VectorClaim, terms: Terms, found: Recomputed, sample: int | None, seed: str | None
 ) -> ValidatedBatch:
     """Judge a batch that `check` has passed.
 
     Args:
         claim: The batch.
         terms: The terms to judge it by.
-        distances: Recomputed distances, in [0, 2], at least of the nonces that `sampled` returns.
+        found: What was recomputed, at least of the nonces that `sampled` returns.
         sample: Number of nonces drawn, as given to `sampled`; None for all.
         seed: Seed of the sample, as given to `sampled`; None for all.
     """
     from pocd.protocol.theory import probability_honest  # noqa: PLC0415 - scipy costs 24 MB, and few daemons validate
 
-    drawn, distinct = set(sampled(claim.nonces, sample, seed)), set(claim.nonces)
-    claims = list(zip(claim.nonces, claim.dist, strict=True))
+    order = sampled(claim.nonces, sample, seed)
+    drawn, distinct = set(order), set(claim.nonces)
+    claims = list(zip(claim.nonces, claim.outputs, strict=True))
     impossible = {nonce for nonce, claimed in claims if not _is_possible(claimed, terms)}
-    limit = terms.r_target + terms.tolerance
-    invalid = {nonce for nonce in drawn if nonce in impossible or not distances[nonce] < limit}
+    invalid = {nonce for nonce in drawn if nonce in impossible or not _is_valid(found.own[nonce], terms)}
     entries = [(nonce, claimed) for nonce, claimed in claims if nonce in drawn]
-    differences = [(nonce, abs(claimed - distances[nonce])) for nonce, claimed in entries if claimed is not None]
-    shifted = {nonce for nonce, difference in differences if difference > terms.tolerance}
+    apart = [(nonce, _apart(claimed, found.own[nonce])) for nonce, claimed in entries if claimed is not None]
+    shifted = {nonce for nonce, difference in apart if difference > terms.tolerance}
     node_count = terms.node_count if claim.node_count is None else claim.node_count
     sparse = max(distinct) >= SPARSE * node_count * len(distinct)
     # Without a sample the first is never the larger; with one, bad claims beside the sample count as well.
@@ -135,6 +179,11 @@ def judge(
         probability_honest(len(invalid), len(drawn), terms.mismatch),
         probability_honest(len(impossible), len(distinct), terms.mismatch),
     )
+    differences = _differences(order, entries, found, terms)
+    verdict: Result = "fraud" if probability < terms.fraud_threshold else "honest"
+    if terms.is_of_vectors and verdict == "honest":
+        assert differences is not None, "vectors are judged by their differences"
+        verdict = differences.result
     return ValidatedBatch(
         round=round_of(claim, terms),
         node_id=claim.node_id,
@@ -142,36 +191,104 @@ def judge(
         model_fingerprint=terms.model_fingerprint,
         dtype=terms.dtype,
         nonces=tuple(nonce for nonce, _ in entries),
-        received_dist=tuple(claimed for _, claimed in entries),
-        dist=tuple(distances[nonce] for nonce, _ in entries),
+        **_shown(entries, found, terms),
         valid=tuple(nonce not in invalid for nonce, _ in entries),
         n=len(drawn),
         n_invalid=len(invalid),
         n_batch=len(distinct),
         impossible_claims=len(impossible),
         duplicates=len(claims) - len(distinct),
-        non_finite=claim.dist.count(None),
+        non_finite=sum(claimed is None for _, claimed in claims),
         density=len(distinct) * node_count / (max(distinct) or len(distinct) * node_count),
         sparse=sparse,
         shifted=len(shifted),
-        largest_difference=max((difference for _, difference in differences), default=None),
+        largest_difference=max((difference for _, difference in apart), default=None),
         tolerance=terms.tolerance,
         mismatch=terms.mismatch,
         fraud_threshold=terms.fraud_threshold,
         probability_honest=probability,
-        fraud_detected=probability < terms.fraud_threshold,
+        differences=differences,
+        verdict=verdict,
+        fraud_detected=verdict == "fraud",
         sample=sample,
         seed=seed,
         suspicions=_suspicions(claim, impossible=bool(impossible), sparse=sparse, shifted=bool(shifted)),
     )
 
 
-def _is_possible(claimed: float | None, terms: Terms) -> bool:
-    """Tell whether an honest miner can claim this distance at all: it is a number from 0 to below r_target."""
-    return claimed is not None and 0 <= claimed < terms.r_target
+def _is_possible(claimed: Numbers | None, terms: Terms) -> bool:
+    """Tell whether an honest miner can claim this: a distance from 0 to below r_target, or any finite vector."""
+    return claimed is not None and (terms.r_target is None or 0 <= claimed[0] < terms.r_target)
 
 
-def _suspicions(claim: Claim, *, impossible: bool, sparse: bool, shifted: bool) -> tuple[str, ...]:
+def _is_valid(own: Numbers, terms: Terms) -> bool:
+    """Tell whether a recomputed nonce counts."""
+    return terms.r_target is None or own[0] < terms.r_target + terms.tolerance
+
+
+def _apart(claimed: Numbers, own: Numbers) -> float:
+    """Return the largest difference of two numbers."""
+    return max(abs(one - other) for one, other in zip(claimed, own, strict=True))
+
+
+def _differences(
+    order: Sequence[int], entries: Sequence[tuple[int, Numbers | None]], found: Recomputed, terms: Terms
+) -> DifferenceVerdict | None:
+    """Judge claims by how far they are from the reference; of a nonce that is claimed repeatedly, the worst one."""
+    if found.reference is None or found.errors is None:
+        return None
+    import numpy as np  # noqa: PLC0415 - as scipy, which follows
+
+    from pocd.protocol.differences import judge_differences  # noqa: PLC0415 - as above
+    from pocd.protocol.vectors import rounding_variance  # noqa: PLC0415 - as above
+
+    worst: dict[int, Numbers | None] = {}
+    for nonce, claimed in entries:
+        known = worst.setdefault(nonce, claimed)
+        if claimed is None or known is None:
+            worst[nonce] = None
+        elif _squared(claimed, found.reference[nonce]) > _squared(known, found.reference[nonce]):
+            worst[nonce] = claimed
+    reference = np.array([found.reference[nonce] for nonce in order], np.float64)
+    errors = np.array([found.errors[nonce] for nonce in order], np.float64)
+    if terms.is_of_vectors:
+        errors += rounding_variance(reference)  # of those that travel
+    if SCHEMES[terms.scheme].head != "projection":
+        # One target serves a whole block, and coordinates differ in size: what follows shows in the own results too.
+        own = np.array([found.own[nonce] for nonce in order], np.float64)
+        errors *= max(1.0, float(np.square(own - reference).mean() / (errors.mean() or np.inf)))
+    return judge_differences([worst[nonce] for nonce in order], reference, errors, allowance=terms.allowance)
+
+
+def _squared(one: Numbers, other: Numbers) -> float:
+    return sum((a - b) * (a - b) for a, b in zip(one, other, strict=True))  # a power of large ones would raise
+
+
+def _shown(entries: Sequence[tuple[int, Numbers | None]], found: Recomputed, terms: Terms) -> dict[str, Any]:
+    """Return the claimed, the recomputed and the reference's results of each entry, as a ValidatedBatch has them."""
+    names = ("received_dist", "dist", "reference_dist"), ("received_vectors", "vectors", "reference_vectors")
+    of_distances, of_vectors = names
+    results = (
+        [claimed for _, claimed in entries],
+        [found.own[nonce] for nonce, _ in entries],
+        None if found.reference is None else [found.reference[nonce] for nonce, _ in entries],
+    )
+    if not terms.is_of_vectors:
+        firsts = (None if each is None else tuple(numbers and numbers[0] for numbers in each) for each in results)
+        return dict.fromkeys(of_vectors) | dict(zip(of_distances, firsts, strict=True))
+    texts = (
+        tuple(numbers and _text(numbers, form) for numbers in each or ())
+        for each, form in zip(results, ("e", "e", "f"), strict=True)
+    )
+    return dict.fromkeys(of_distances) | dict(zip(of_vectors, texts, strict=True))
+
+
+def _text(numbers: Numbers, form: str) -> str:
+    """Return numbers as float16 ("e") or float32 ("f"), little endian, in base64."""
+    return b64encode(pack(f"<{len(numbers)}{form}", *numbers)).decode()
+
+
+def _suspicions(claim: Claim | VectorClaim, *, impossible: bool, sparse: bool, shifted: bool) -> tuple[str, ...]:
     """Return the names of what is odd about the batch, fraud or not."""
     node_count = claim.node_count
     found = {

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pocd.compute.model import Model
+    from pocd.compute.reference import Comparison
 
 HEARTBEAT_SECONDS = 2.0
 NICENESS = 5  # on the CPU the daemon goes first: its answers are short, a batch is long
@@ -72,16 +73,16 @@ class Inbox:
     """
 
     def __init__(self) -> None:
-        self._waiting: deque[Compute] = deque()
-        self._urgent: deque[Recompute] = deque()
-        self._cancelled_through = -1
+        self._waiting: deque[Compute | Recompute] = deque()
+        self._urgent: deque[Compute | Recompute] = deque()
+        self._cancelled: deque[int] = deque()
         self._changed = threading.Condition()
 
     def put(self, message: messages.Message) -> None:
         """Queue a Compute or a Recompute, or apply a Cancel to those that are queued."""
         with self._changed:
             if isinstance(message, Cancel):
-                self._cancelled_through = message.through
+                self._take_out(set(message.ids))
             elif isinstance(message, Recompute):
                 self._urgent.append(message)
             else:
@@ -89,26 +90,30 @@ class Inbox:
                 self._waiting.append(message)
             self._changed.notify()
 
+    def _take_out(self, ids: set[int]) -> None:
+        for queue in (self._urgent, self._waiting):
+            for message in [each for each in queue if each.id in ids]:
+                queue.remove(message)
+                self._cancelled.append(message.id)
+
     def get(self, report: Callable[[Cancelled], None]) -> Compute | Recompute:
-        """Wait for the next Recompute or Compute; a Compute that was cancelled is passed to `report` instead."""
+        """Wait for the next Recompute or Compute; one that was cancelled is passed to `report` instead."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._urgent or self._waiting)
+                self._changed.wait_for(lambda: self._urgent or self._waiting or self._cancelled)
             message = self.get_nowait(report)
             if message is not None:
                 return message
 
     def get_nowait(self, report: Callable[[Cancelled], None]) -> Compute | Recompute | None:
         """Return the next Recompute or Compute, or None where there is none; see `get`."""
-        while True:
-            with self._changed:
-                queue = self._urgent or self._waiting
-                if not queue:
-                    return None
-                message = queue.popleft()
-            if isinstance(message, Recompute) or message.id > self._cancelled_through:
-                return message
-            report(Cancelled(message.id))
+        with self._changed:
+            cancelled, queue = list(self._cancelled), self._urgent or self._waiting
+            self._cancelled.clear()
+            message = queue.popleft() if queue else None
+        for number in cancelled:
+            report(Cancelled(number))
+        return message
 
 
 class DaemonLink:
@@ -204,6 +209,7 @@ def prepare(link: DaemonLink, load: Load) -> tuple[Model, int]:
                 hidden_size=model.hidden_size,
                 layers=model.layers,
                 decoder=model.decoder.kind,
+                decoder_reason=model.decoder_reason,
                 execution=model.execution.path,
                 execution_reason=model.execution.reason,
                 load_seconds=load_seconds,
@@ -224,7 +230,7 @@ def lead(link: DaemonLink, load: Load, followers: list[socket.socket]) -> None:
     # Ranks go in step, and drawn weights are gone with their round: there each batch is finished before the next.
     is_simple = not load.is_split and SCHEMES[load.scheme].weights == "trained"
     at_once = AT_ONCE if is_simple and model.device.type == "cuda" else 1
-    under_way: deque[tuple[int, Callable[[], torch.Tensor]]] = deque()
+    under_way: deque[tuple[int, Callable[[], torch.Tensor | Comparison]]] = deque()
     while True:
         message = link.inbox.get_nowait(link.send) if under_way else link.inbox.get(link.send)
         if message is not None:

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING
+
+import torch
 
 from pocd.compute.engine import BlockRun, block_run
 from pocd.compute.memory import is_out_of_memory
-from pocd.protocol.errors import MemoryShortError, OutOfMemoryError
+from pocd.compute.reference import Comparison, compare
+from pocd.protocol.errors import InputError, MemoryShortError, OutOfMemoryError
 from pocd.protocol.schemes import SCHEMES
 from pocd.protocol.theory import expected_valid_rate
 from pocd.protocol.vectors import encode_vectors
-from pocd.worker.messages import BatchShrunk, Compute, Distances, Load, Message, Recompute, RoundBegun, Vectors
+from pocd.worker.messages import (
+    BatchShrunk,
+    Compared,
+    Compute,
+    Distances,
+    Load,
+    Message,
+    Recompute,
+    RoundBegun,
+    Vectors,
+)
 from pocd.worker.self_test import smaller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    import torch
 
     from pocd.compute.model import Model
     from pocd.protocol.proof import Round
@@ -68,12 +80,13 @@ class DistanceComputer:
         self._mined = PreparedRound(model)
         self._recomputed = PreparedRound(model)
         self._fitting: dict[tuple[str, int], int] = {}  # nonces per batch by scheme and length that had to be halved
+        self._comparing: dict[tuple[str, int], int] = {}  # likewise, where the float32 reference is computed too
 
-    def start(self, message: Compute | Recompute) -> Callable[[], torch.Tensor]:
+    def start(self, message: Compute | Recompute) -> Callable[[], torch.Tensor | Comparison]:
         """Start to compute what a message asks for; returns a function that waits for it (see `BlockRun.values`).
 
         Raises:
-            InputError: The model cannot take the message's nonces or round.
+            InputError: The model cannot take the message's nonces or round, or there is no memory for a reference.
             NonFiniteError: The model gave NaN or infinity; the returned function raises it too.
             MemoryShortError: A batch does not fit into memory.
         """
@@ -86,12 +99,13 @@ class DistanceComputer:
             if SCHEMES[round_.scheme].weights != "trained":
                 self._recomputed.end()  # both rounds would draw into the same weights
             run = self._begin(self._mined, round_, other=self._recomputed)
-            execution, has_target = run.execution(self._rows(run, round_)), run.scheme.output == "distance"
-            rate = expected_valid_rate(round_.r_target, run.dimension) if has_target else 1.0  # every nonce counts
+            execution = run.execution(self._rows(run, round_))
+            rate = expected_valid_rate(round_.r_target, run.dimension) if round_.r_target else 1.0  # every nonce counts
             self._report(RoundBegun(round_.id, rate, execution.path, execution.reason))
-        return self._start(self._mined.begin(round_), round_, message.nonces, other=self._recomputed)
+        run = self._mined.begin(round_)
+        return self._start(run, round_, message.nonces, other=self._recomputed, gaps=True)
 
-    def _recompute(self, message: Recompute) -> Callable[[], torch.Tensor]:
+    def _recompute(self, message: Recompute) -> Callable[[], torch.Tensor | Comparison]:
         """Start to compute a message of another round, in the shape in which it would be mined."""
         prepared, other = self._recomputed, self._mined
         if message.round == self._mined.round:
@@ -100,6 +114,9 @@ class DistanceComputer:
             self._mined.end()  # both rounds would draw into the same weights
         try:
             run = self._begin(prepared, message.round, other=other)
+            if message.with_reference:
+                compared = self._compare(run, message.round, message.nonces, other=other)
+                return lambda: compared
             wait = self._start(run, message.round, message.nonces, other=other)
             if not message.last:
                 return wait
@@ -125,14 +142,15 @@ class DistanceComputer:
         return max(1, min(rows, self._fitting.get((round_.scheme, round_.seq_len), rows)))
 
     def _start(
-        self, run: BlockRun, round_: Round, nonces: Sequence[int], *, other: PreparedRound
+        self, run: BlockRun, round_: Round, nonces: Sequence[int], *, other: PreparedRound, gaps: bool = False
     ) -> Callable[[], torch.Tensor]:
+        """Start to compute nonces; `gaps`: a nonce without a finite vector does not keep the others from counting."""
         while True:
             rows = self._rows(run, round_)
             try:
                 if len(nonces) <= rows:
-                    return run.start(nonces, batch_size=rows).values
-                values = run.values(nonces, batch_size=rows)
+                    return partial(run.start(nonces, batch_size=rows).values, gaps=gaps)
+                values = run.values(nonces, batch_size=rows, gaps=gaps)
             except OutOfMemoryError as error:
                 if other.round is not None and not self._load.is_split:
                     other.end()  # the self-test, which showed that the size fits, had only one round prepared
@@ -140,6 +158,24 @@ class DistanceComputer:
                 self._shrink(run, round_, rows, error)
             else:
                 return lambda: values
+
+    def _compare(self, run: BlockRun, round_: Round, nonces: Sequence[int], *, other: PreparedRound) -> Comparison:
+        """Compute nonces by the run's own arithmetic and by the reference's, in batches that fit into memory."""
+        shape = round_.scheme, round_.seq_len
+        while True:
+            rows = min(len(nonces), self._comparing.get(shape, self._rows(run, round_)))
+            try:
+                return compare(run, nonces, batch_size=rows)
+            except OutOfMemoryError as error:
+                if self._load.is_split:  # in the middle of what the other ranks still do
+                    raise MemoryShortError(str(error)) from error
+                if other.round is not None:
+                    other.end()
+                    continue
+                if rows == 1:
+                    raise InputError(f"{error}; so this host cannot judge claims by their differences") from error
+            torch.cuda.empty_cache()  # does nothing without a GPU
+            self._comparing[shape] = rows // 2
 
     def _shrink(self, run: BlockRun, round_: Round, rows: int, error: OutOfMemoryError) -> None:
         """Halve the batches of the round's scheme and sequence length; those of the configured ones are leased so."""
@@ -153,6 +189,9 @@ class DistanceComputer:
             self._fitting[round_.scheme, round_.seq_len] = half
 
 
-def result(number: int, values: torch.Tensor) -> Distances | Vectors:
+def result(number: int, values: torch.Tensor | Comparison) -> Distances | Vectors | Compared:
     """Return the message with the result of the message `number`."""
+    if isinstance(values, Comparison):
+        own, reference = (each.view(len(each), -1).tolist() for each in (values.own, values.reference))
+        return Compared(number, own, reference, values.errors.tolist())
     return Distances(number, values.tolist()) if values.dim() == 1 else Vectors(number, encode_vectors(values))

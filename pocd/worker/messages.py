@@ -85,23 +85,25 @@ class Compute:
 
 @dataclass(frozen=True, slots=True)
 class Recompute:
-    """To the worker: compute the distances of these nonces, before any Compute that is not begun.
+    """To the worker: compute the results of these nonces, before any Compute that is not begun.
 
     Attributes:
         last: Whether no Recompute of the same round follows.
+        with_reference: Whether float32 arithmetic computes them too: the answer is then a Compared.
     """
 
     id: int
     round: Round
     nonces: list[int]
     last: bool
+    with_reference: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """To the worker: leave out every Compute with an id up to `through` that was not begun."""
+    """To the worker: leave out those of these messages that are not begun, each a Compute or a Recompute."""
 
-    through: int
+    ids: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,7 @@ class Ready:
         hidden_size: Length of the model's hidden states.
         layers: How many layers the model has.
         decoder: How the model's layers are run: "flat" by our own code, "layers" by that of transformers.
+        decoder_reason: Why they are run so.
         execution: How a batch is run: "eager", "compiled" or "captured".
         execution_reason: Why a batch is run so.
         load_seconds: How long it took to load the model.
@@ -133,6 +136,7 @@ class Ready:
     hidden_size: int
     layers: int
     decoder: str
+    decoder_reason: str
     execution: str
     execution_reason: str
     load_seconds: float
@@ -211,6 +215,22 @@ class Vectors:
 
 
 @dataclass(frozen=True, slots=True)
+class Compared:
+    """From the worker: the result of a Recompute with a reference, in the order of its nonces.
+
+    Attributes:
+        own: Numbers of each nonce as a miner computes them: one distance, or those of a vector.
+        reference: Numbers of each nonce in float32 arithmetic on the same rounded weights.
+        errors: Expected squared error of a number of `own`, by nonce.
+    """
+
+    id: int
+    own: list[list[float]]
+    reference: list[list[float]]
+    errors: list[float]
+
+
+@dataclass(frozen=True, slots=True)
 class Refused:
     """From the worker: a Compute or a Recompute has no result: the model gave NaN or infinity, or cannot take it."""
 
@@ -228,7 +248,7 @@ class BatchShrunk:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """From the worker: a Compute was left out."""
+    """From the worker: a Compute or a Recompute was left out."""
 
     id: int
 
@@ -297,6 +317,7 @@ Message = (
     | RoundBegun
     | Distances
     | Vectors
+    | Compared
     | Refused
     | BatchShrunk
     | Cancelled

@@ -44,10 +44,11 @@ from pocd.delivery.posting import Receiver
 from pocd.http.server import listening
 from pocd.observe.events import Events
 from pocd.protocol.nonces import Node, Span
-from pocd.protocol.proof import Proof, Round
+from pocd.protocol.proof import Proofs, Round
 from pocd.store import deliveries, upkeep
 from pocd.store.batches import form_batches
-from pocd.store.outbox import Outbox, Weights, Work
+from pocd.store.outbox import Outbox, Work
+from pocd.store.proofs import CheckedSpan, Weights, commit_spans
 from pocd.store.thread import OutboxThread
 from scripts.bench.measuring import in_turns, new_table, ratio, resident, show
 from scripts.bench.mining import mining
@@ -77,8 +78,9 @@ def fill(path: Path, receivers: list[str], batches: int, nonces: int) -> None:
             count = nonces * min(BATCHES_OF_ROUND, batches - begin)
             round_ = Round(f"{height:064X}", height, "bench", 1.4, "poc2", "bench", 256)
             outbox.begin_round(Work(round_, NODE), time.time())
-            proofs = [Proof(nonce, 1.25 + nonce / 7e6) for nonce in range(count)]
-            outbox.commit_span(round_, NODE, Span(0, count), proofs, Weights("bench", "float32"), time.time())
+            proofs = Proofs.of_distances((nonce, 1.25 + nonce / 7e6) for nonce in range(count))
+            span = CheckedSpan(round_, NODE, Span(0, count), proofs, Weights("bench", "float32"))
+            commit_spans(outbox, [span], time.time())
             while form_batches(outbox, receivers, size=nonces, age=0, now=time.time(), current=None).due:
                 pass
         assert all(outbox.queues[name].pending_batches == batches for name in receivers)

@@ -20,9 +20,7 @@ It needs torch, transformers, numpy, scipy, orjson and rich, and a checkout: no 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -37,14 +35,16 @@ from torch.nn.functional import linear
 from pocd.compute.compiled import compile_model
 from pocd.compute.engine import block_run
 from pocd.compute.model import adapt
-from pocd.compute.segments import measure
-from pocd.compute.transforms import join_of
-from pocd.protocol.differences import compare, honest_law, judge_differences
+from pocd.compute.reference import reference_of
+from pocd.lab.cheap import multiplying
+from pocd.lab.few_bits import to_bits
+from pocd.protocol.differences import allowed_errors, compare, honest_law, judge_differences
 from pocd.protocol.names import default_tolerance
 from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH
 from pocd.protocol.schemes import SCHEMES
 from pocd.protocol.theory import probability_honest
 from scripts.bench.models import NAMES, build, random_model
+from scripts.bench.rounding import rounded_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,11 +53,11 @@ if TYPE_CHECKING:
 
     from pocd.compute.engine import BlockRun
     from pocd.compute.model import Model
+    from pocd.lab.cheap import Product
     from pocd.protocol.schemes import Scheme
 
     Floats = NDArray[np.float64]
     Indices = NDArray[np.int64]
-    Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 RATE = 0.1
 BATCH = 32
@@ -90,64 +90,25 @@ class Row:
 
 
 @torch.inference_mode()
-def results(run: BlockRun, count: int, inputs: BlockRun | None = None) -> Results:
-    """Compute nonces 0 to `count` − 1; with the inputs that another run draws, in another precision."""
+def results(run: BlockRun, count: int) -> Results:
+    """Compute nonces 0 to `count` − 1."""
     vectors, distances = [], []
     for start in range(0, count, BATCH):
         nonces = range(start, min(start + BATCH, count))
-        embeddings = (inputs or run).inputs(nonces).to(run.model.dtype)
-        everywhere = run.scheme.reads == "segments"
-        join = join_of(run.scheme.layer_step, run.model.layers)
-        states = run.model.decoder(embeddings, join, run.vectors, all_positions=everywhere)
-        readout = run.readout(states, nonces)
+        readout = run.readout(run.states(nonces), nonces)
         vectors.append(run.hidden(readout, nonces).double().numpy())
         distances.append(run.distance(readout, nonces).double().numpy())
     return Results(np.concatenate(vectors), np.concatenate(distances))
 
 
-@torch.inference_mode()
-def reference_of(run: BlockRun) -> BlockRun:
-    """Return the same run in float32 arithmetic, on the weights and layer vectors of its dtype."""
-    model, vectors = adapt(copy.deepcopy(run.model.causal).float(), name=run.model.name), run.vectors.float()
-    join = join_of(run.scheme.layer_step, model.layers)
-    standard = run.standard and measure(
-        lambda inputs: model.decoder(inputs.float(), join, vectors, all_positions=True),
-        run.block_hash,
-        run.seq_len,
-        model.hidden_size,
-        like=run.vectors,
-    )
-    return replace(run, model=model, vectors=vectors, standard=standard)
-
-
 # Ways of computing.
 
-
-def rounded(values: torch.Tensor, bits: int) -> torch.Tensor:
-    """Round each row to whole multiples of its largest element / (2^(bits−1) − 1)."""
-    step = values.abs().amax(dim=-1, keepdim=True).float() / (2 ** (bits - 1) - 1)
-    nearest: torch.Tensor = (values.float() / step.clamp_min(1e-30)).round() * step
-    return nearest.to(values.dtype)
-
-
 PRODUCTS: dict[str, Product] = {
-    "products in float32, rounded once": lambda x, w: linear(x.float(), w.float()).to(x.dtype),
-    "8-bit weights": lambda x, w: linear(x, rounded(w, 8)),
-    "8-bit weights and activations": lambda x, w: linear(rounded(x, 8), rounded(w, 8)),
-    "4-bit weights": lambda x, w: linear(x, rounded(w, 4)),
+    "products in float32, rounded once": rounded_once,
+    "8-bit weights": lambda x, w, b: linear(x, to_bits(w, 8), b),
+    "8-bit weights and activations": lambda x, w, b: linear(to_bits(x, 8), to_bits(w, 8), b),
+    "4-bit weights": lambda x, w, b: linear(x, to_bits(w, 4), b),
 }
-
-
-@contextmanager
-def products(model: Model, product: Product) -> Iterator[Model]:
-    """Let the layers' matrices multiply in another way while the context lasts."""
-    matrices = [m for layer in model.by_layers.layers for m in layer.modules() if isinstance(m, torch.nn.Linear)]
-    hooks = [m.register_forward_hook(lambda m, inputs, _output: product(inputs[0], m.weight)) for m in matrices]
-    try:
-        yield replace(model, decoder=model.by_layers)
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def ways(run: BlockRun, count: int) -> Iterator[tuple[str, Results]]:
@@ -170,8 +131,8 @@ def ways(run: BlockRun, count: int) -> Iterator[tuple[str, Results]]:
     yield "eager attention", of(by_layers)
     model.causal.set_attn_implementation("sdpa")
     for name, product in PRODUCTS.items():
-        with products(model, product) as acting:
-            yield name, of(acting)
+        with multiplying(model.by_layers.layers, product):
+            yield name, of(by_layers)
 
 
 # Judging.
@@ -190,7 +151,7 @@ def share(accused: Callable[[Indices], bool | None], among: Indices, size: int) 
 def by_differences(claims: Floats, reference: Floats, own_errors: Floats) -> Callable[[Indices], bool | None]:
     """Return what tells whether a batch of some nonces is fraud, None where that is undecidable."""
     whole = judge_differences(claims.tolist(), reference, own_errors)
-    law, allowed = honest_law(whole.numbers), whole.allowance**2 * own_errors
+    law, allowed = honest_law(whole.numbers), allowed_errors(own_errors, whole.allowance)
     claimed, blank = (np.array(errors) / allowed for errors in (whole.claimed_errors, whole.blank_errors))
 
     def accused(some: Indices) -> bool | None:
@@ -235,7 +196,7 @@ def compared(model: Model, scheme: Scheme, options: argparse.Namespace) -> Itera
     count = options.nonces
     with block_run(model, scheme, block_hash="block_alpha", public_key="differences", seq_len=options.seq_len) as run:
         own = results(run, count)
-        reference = results(reference_of(run), count, inputs=run)
+        reference = results(reference_of(run), count)
         errors = np.square(own.vectors - reference.vectors).sum(axis=1)
         related = np.corrcoef(own.distances, reference.distances)[0, 1]
         yield (

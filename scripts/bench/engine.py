@@ -42,6 +42,7 @@ from pocd.protocol.names import DTYPES, largest_batch_size
 from pocd.protocol.schemes import SCHEMES
 from scripts.bench.models import LARGE, NAMES, build, random_model
 from scripts.bench.profiling import shares
+from scripts.bench.roofline import predict_path
 from tests.reference.plain_torch import PlainRun
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Figures:
     round_seconds: float
     bare_memory: float
     engine_memory: float
+    predicted: float | None
     profile: dict[str, float] | None = None
     compile_seconds: float | None = None
     compiled_bare_seconds: float | None = None
@@ -105,6 +107,8 @@ class Bench:
     ) -> None:
         self.device, self.dtype, self.repeats, self.scheme = device, dtype, repeats, scheme
         self.profiled = profiled
+        is_gpu = device.type == "cuda"
+        self.machine = torch.cuda.get_device_name(device) if is_gpu else platform.processor() or "cpu"
 
     def seconds(self, call: Callable[[], object]) -> float:
         """Return the seconds that `call` takes, with all that it leaves to the device."""
@@ -196,7 +200,7 @@ def measure(bench: Bench, model: Model, seq_len: int, batch_size: int, *, plain:
         memory = {name: bench.peak_memory(calls[name]) for name in ("bare", "engine")}
         profile = shares(run, batch_size, bench.repeats) if bench.profiled else None
     middle = {name: statistics.median(values) for name, values in samples.items()}
-    flop = flop_per_nonce(model, seq_len)
+    flop, dtype = flop_per_nonce(model, seq_len), str(model.dtype).removeprefix("torch.")
 
     def over(name: str, nonces_per_sample: int) -> float | None:
         if name not in samples:
@@ -210,7 +214,7 @@ def measure(bench: Bench, model: Model, seq_len: int, batch_size: int, *, plain:
         scheme=bench.scheme.name,
         parameters=sum(p.numel() for p in model.causal.parameters()),
         hidden_size=model.hidden_size,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype,
         seq_len=seq_len,
         batch_size=batch_size,
         plain=1 / middle["plain"] if "plain" in middle else None,
@@ -228,6 +232,7 @@ def measure(bench: Bench, model: Model, seq_len: int, batch_size: int, *, plain:
         round_seconds=statistics.median(bench.seconds(prepare) for _ in range(bench.repeats)),
         bare_memory=memory["bare"],
         engine_memory=memory["engine"],
+        predicted=predict_path(bench.machine, model.causal.config, bench.scheme, seq_len, dtype, model.execution.path),
         profile=profile,
     )
 
@@ -338,7 +343,6 @@ def main() -> None:
         device, getattr(torch, options.dtype), options.repeats, SCHEMES[options.scheme], profiled=options.profile
     )
     rate = bench.matrix_rate()
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu"
     rows, more = [], []
     for name in options.models:
         model = build(name, bench.dtype, device)
@@ -351,7 +355,7 @@ def main() -> None:
     if options.growth:
         more = growth(bench, rate)
     facts = {
-        "device": machine,
+        "device": bench.machine,
         "threads": options.threads,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -361,7 +365,9 @@ def main() -> None:
         print(json.dumps(facts | {"models": [asdict(row) for row in rows], "growth": [asdict(row) for row in more]}))
         return
     console = Console(highlight=False)
-    console.print(f"{machine}, {options.threads} threads, torch {torch.__version__}, {options.dtype}, {options.scheme}")
+    console.print(
+        f"{bench.machine}, {options.threads} threads, torch {torch.__version__}, {options.dtype}, {options.scheme}"
+    )
     console.print(f"a large matrix product reaches {rate / 1e9:.0f} GFLOP/s")
     console.print(table("nonces/s of (a) plain, (b) bare and (c) engine", rows))
     console.print("S sequence length, B batch size; peak: GFLOP/s as a share of the product's;")
@@ -371,6 +377,10 @@ def main() -> None:
         line = f"{row.model.removeprefix('bundled:')}: {row.round_seconds * 1000:.0f} ms to prepare a round"
         if row.compile_seconds is not None:
             line += f"; compiled in {row.compile_seconds:.0f} s (the bare decoder: {row.compiled_bare_seconds:.0f} s)"
+        if row.predicted is not None:
+            line += (
+                f"; {row.predicted:,.0f} nonces/s were predicted, so it does {row.engine / row.predicted:.2f} of that"
+            )
         console.print(line)
         if row.profile is not None:
             parts = ", ".join(f"{group} {share:.1%}" for group, share in row.profile.items())

@@ -88,10 +88,10 @@ def _group_of_operation(event: Any) -> str:  # noqa: ANN401 - the profiler gives
 
 def _group_of_kernel(name: str) -> str:
     """Return the group of a kernel on a GPU, by the kernel's name."""
-    if IS_ATTENTION.search(name):
-        return ATTENTION
-    if IS_PRODUCT.search(name):
-        return MATRICES
     if IS_GENERATOR.search(name):
         return GENERATOR
-    return DECODER if "triton" in name else OTHER
+    if name.startswith("triton_"):  # and then whatever it is fused of, and whom it is for
+        return DECODER
+    if IS_ATTENTION.search(name):
+        return ATTENTION
+    return MATRICES if IS_PRODUCT.search(name) else OTHER

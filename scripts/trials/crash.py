@@ -1,6 +1,6 @@
 """Kill the daemon again and again on one store, then count: is any proof lost, or any doubled?
 
-Usage: .venv/bin/python -m scripts.trials.crash [--runs 300] [--seed 1] [--folder FOLDER]
+Usage: .venv/bin/python -m scripts.trials.crash [--runs 300] [--seed 1] [--scheme poc2] [--folder FOLDER]
 
 Development chain, receiver and daemon are real processes. The daemon mines a bundled model, every nonce of which is
 valid; each run ends it with SIGKILL, from outside at a random moment or inside at a fail point (failpoints.py). What
@@ -33,6 +33,7 @@ from rich.table import Table
 from pocd.admin.client import AdminError, call
 from pocd.dev.processes import Running, launch, started
 from pocd.process import EXIT_OK, EndedError
+from pocd.protocol.schemes import SCHEMES
 from pocd.tasks import cancel
 from scripts.trials.crash_verdict import CrashVerdict, judge
 from scripts.trials.failpoints import MINING, Point
@@ -52,7 +53,7 @@ poll_interval = 0.2
 [round]
 every = 1
 duration = 1
-r_target = 2.0
+scheme = "{scheme}"{r_target}
 seq_len = 16
 [model]
 name = "bundled:tiny-llama"
@@ -271,7 +272,7 @@ async def _unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
         await cancel((task, stopped))
 
 
-async def crash(folder: Path, runs: list[Run], console: Console) -> tuple[Table, bool]:
+async def crash(folder: Path, runs: list[Run], console: Console, scheme: str = "poc2") -> tuple[Table, bool]:
     """Do all runs and the last one, which delivers what is left. `judge` compares the stores afterwards.
 
     Returns:
@@ -283,7 +284,9 @@ async def crash(folder: Path, runs: list[Run], console: Console) -> tuple[Table,
     options = ("--port", "0", "--block-seconds", str(BLOCK_SECONDS))
     began = time.monotonic()
     async with started(folder, "devchain", *options) as chain, _witness(folder) as witness:
-        config.write_text(CONFIG.format(chain=chain.url, receiver=witness.url, folder=folder))
+        r_target = "\nr_target = 2.0" if SCHEMES[scheme].output == "distance" else ""
+        names = {"chain": chain.url, "receiver": witness.url, "folder": folder}
+        config.write_text(CONFIG.format(**names, scheme=scheme, r_target=r_target))
         state = Crash(folder, config)
         for number, run in enumerate(runs, start=1):
             await witness.be(run.service)
@@ -323,15 +326,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Kill the daemon again and again, and count what is lost.")
     parser.add_argument("--runs", type=int, default=300)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--scheme", choices=list(SCHEMES), default="poc2", help="that is mined")
     parser.add_argument("--folder", type=Path, help="an empty or missing folder that is kept")
     arguments = parser.parse_args()
     console = Console(highlight=False)
-    console.print(f"seed {arguments.seed}, {arguments.runs} runs")
+    console.print(f"seed {arguments.seed}, {arguments.runs} runs, scheme {arguments.scheme}")
     with contextlib.ExitStack() as stack:
         folder = arguments.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            table, complete = asyncio.run(crash(folder, plan(arguments.runs, arguments.seed), console))
+            table, complete = asyncio.run(
+                crash(folder, plan(arguments.runs, arguments.seed), console, arguments.scheme)
+            )
         except (EndedError, AdminError) as error:
             console.print(f"wrong: {error}", soft_wrap=True)
             return 1

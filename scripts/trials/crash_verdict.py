@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 import orjson
 
+from pocd.protocol.proof import nonces_in
+from pocd.store.bodies import unpack_body
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -61,31 +64,31 @@ def judge(store: Path, receiver: Path) -> CrashVerdict:
 
 def _compare_batches(verdict: CrashVerdict, ours: sqlite3.Connection, theirs: sqlite3.Connection) -> Counter[Nonce]:
     """Compare the batches of both stores; returns how often the receiver holds each nonce."""
-    formed: list[tuple[str, bytes]] = ours.execute(
-        "SELECT id, body FROM batches JOIN deliveries ON batch = number ORDER BY sequence"
-    ).fetchall()
+    rows = ours.execute("SELECT id, body FROM batches JOIN deliveries ON batch = number ORDER BY sequence")
+    formed: list[tuple[str, bytes]] = [(name, unpack_body(body)) for name, body in rows]
     arrived: list[tuple[str, bytes]] = theirs.execute("SELECT id, body FROM batches ORDER BY seq").fetchall()
     verdict.batches = len(formed)
-    (waiting,) = ours.execute("SELECT count(*) FROM proofs").fetchone()
+    (waiting,) = ours.execute("SELECT coalesce(sum(size), 0) FROM proofs").fetchone()
     verdict.demand(waiting == 0, f"{waiting} proofs are in no batch")
     (left,) = ours.execute("SELECT count(*) FROM batches WHERE state <> 'delivered'").fetchone()
     verdict.demand(left == 0, f"{left} batches are not delivered")
 
-    known, held = dict(formed), dict(arrived)
+    known, came = dict(formed), dict(arrived)
     verdict.demand(len(known) == len(formed), "two batches have one id")
-    missing, unknown = known.keys() - held.keys(), held.keys() - known.keys()
+    missing, unknown = known.keys() - came.keys(), came.keys() - known.keys()
     verdict.demand(not missing, f"{len(missing)} batches did not arrive, such as {min(missing, default='')}")
     verdict.demand(
         not unknown, f"{len(unknown)} batches arrived that are in no store, such as {min(unknown, default='')}"
     )
-    changed = [name for name in known.keys() & held.keys() if known[name] != held[name]]
+    changed = [name for name in known.keys() & came.keys() if known[name] != came[name]]
     verdict.demand(not changed, f"{len(changed)} batches arrived with another body")
     verdict.demand(
         [name for name, _ in arrived] == [name for name, _ in formed], "first arrivals are not in the queue's order"
     )
     bodies = [orjson.loads(body) for _, body in arrived]
-    verdict.proofs = sum(len(body["nonces"]) for body in bodies)
-    return Counter((body["block_hash"], nonce) for body in bodies for nonce in body["nonces"])
+    held = Counter((body["block_hash"], nonce) for body in bodies for nonce in nonces_in(body))
+    verdict.proofs = held.total()
+    return held
 
 
 def _compare_nonces(verdict: CrashVerdict, ours: sqlite3.Connection, held: Counter[Nonce]) -> None:

@@ -6,10 +6,10 @@ Usage: python -m scripts.trials.depth [--models NAME …] [--schemes NAME …] [
 NAME is a model (bundled:NAME, a folder) or random:LAYERS, random weights of the Qwen3 form. The ways differ in where
 they round, as kernels do:
 
-- engine: the flat decoder, which rounds after each operation;
-- fused: float32 arithmetic within a block, which is rounded once, at its end;
-- once: products in float32 whose result is rounded, where the engine leaves it to the library;
-- split: products in two halves, each rounded before they are added.
+- engine: the engine's own decoder, which rounds after each operation;
+- fused: float32 arithmetic within a layer, which is rounded once, at its end;
+- once: transformers' layers, with products in float32 whose result is rounded;
+- split: transformers' layers, with products in two halves, each rounded before they are added.
 
 All are in units of the scatter of results between nonces, by float32 arithmetic on the same rounded weights (the
 reference). *error*: the root mean square of the difference from the reference, of the worst way. *apart*: the same
@@ -25,119 +25,79 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch.nn import functional
 
-from pocd.compute.conditioning import reference_of
 from pocd.compute.engine import block_run
-from pocd.compute.flat import FlatDecoder, Gated
 from pocd.compute.model import adapt, load_model
-from pocd.protocol.conditioning import flipped_share
+from pocd.compute.reference import reference_of
+from pocd.compute.wide import WideDecoder
+from pocd.lab.cheap import multiplying
 from pocd.protocol.names import DTYPES, default_tolerance
 from pocd.protocol.schemes import SCHEMES
+from pocd.protocol.theory import flipped_share
 from scripts.bench.models import random_model, rounded
+from scripts.bench.rounding import in_halves, rounded_once
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
 
     from pocd.compute.engine import BlockRun
-    from pocd.compute.flat import Form, LayerWeights, Linear
+    from pocd.compute.flat import FlatDecoder
     from pocd.compute.model import Model
     from pocd.compute.transforms import Join
-
-    Product = Callable[[torch.Tensor, Linear], torch.Tensor]
+    from pocd.lab.cheap import Product
 
 BATCH = 8
 
 
-# Ways of computing a layer.
+# Ways of computing: each gives a run that computes so while the context lasts.
 
 
-def _in_float32(x: torch.Tensor, matrix: Linear) -> torch.Tensor:
-    bias = None if matrix.bias is None else matrix.bias.float()
-    return functional.linear(x.float(), matrix.weight.float(), bias)
+@contextmanager
+def _as_it_is(run: BlockRun) -> Iterator[BlockRun]:
+    yield run
 
 
-def _rounded_once(x: torch.Tensor, matrix: Linear) -> torch.Tensor:
-    return _in_float32(x, matrix).to(x.dtype)
+@contextmanager
+def _fused(run: BlockRun) -> Iterator[BlockRun]:
+    def rounding(join: Join) -> Join:
+        def rounded_join(branch: torch.Tensor, residual: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+            return join(branch, residual, vector).to(run.model.dtype).float()
+
+        return rounded_join
+
+    wide = WideDecoder(run.model.by_layers)
+
+    def decoder(embeddings: torch.Tensor, join: Join, vectors: torch.Tensor, **options: bool) -> torch.Tensor:
+        return wide(embeddings, rounding(join), vectors, **options).to(run.model.dtype)
+
+    yield replace(run, model=replace(run.model, decoder=cast("FlatDecoder", decoder), program=None))
 
 
-def _split(x: torch.Tensor, matrix: Linear) -> torch.Tensor:
-    half = x.shape[-1] // 2
-    first = functional.linear(x[..., :half], matrix.weight[:, :half], matrix.bias)
-    return first + functional.linear(x[..., half:], matrix.weight[:, half:])
+@contextmanager
+def _by(product: Product, run: BlockRun) -> Iterator[BlockRun]:
+    with multiplying(run.model.by_layers.layers, product):
+        yield replace(run, model=replace(run.model, decoder=run.model.by_layers))
 
 
-def _norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    return functional.rms_norm(x, weight.shape, weight.to(x.dtype), epsilon)
-
-
-def _rotate(x: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return x * turn[0].to(x.dtype) + torch.cat([-second, first], dim=-1) * turn[1].to(x.dtype)
-
-
-class Way:
-    """Runs one layer as `run_layer` does, with other places at which it rounds.
-
-    Args:
-        product: Multiplies by a matrix.
-        within: Precision of what is between products; None for the model's own.
-    """
-
-    def __init__(self, product: Product, within: torch.dtype | None = None) -> None:
-        self._product = product
-        self._within = within
-
-    def __call__(
-        self,
-        stream: torch.Tensor,
-        weights: LayerWeights,
-        turn: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None,
-        vector: torch.Tensor,
-        *,
-        form: Form,
-        join: Join,
-        first: int,
-    ) -> torch.Tensor:
-        """Run one layer, with all positions; see `run_layer`."""
-        dtype, product = stream.dtype, self._product
-        x = stream.to(self._within or dtype)
-        h = _norm(x, weights.input_norm, form.epsilon)
-        query = product(h, weights.query).unflatten(-1, (form.heads, -1))
-        key = product(h, weights.key).unflatten(-1, (form.kv_heads, -1))
-        value = product(h, weights.value).unflatten(-1, (form.kv_heads, -1))
-        if weights.query_norm is not None and weights.key_norm is not None:
-            query = _norm(query, weights.query_norm, form.epsilon)
-            key = _norm(key, weights.key_norm, form.epsilon)
-        mixed = functional.scaled_dot_product_attention(
-            _rotate(query, turn).transpose(1, 2),
-            _rotate(key, turn).transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=form.scale,
-            enable_gqa=form.heads != form.kv_heads,
-        )
-        x = (product(mixed.transpose(1, 2).flatten(2), weights.output) + x).to(dtype).to(x.dtype)
-        h = _norm(x, weights.mlp_norm, form.epsilon)
-        mlp = weights.mlp
-        assert isinstance(mlp, Gated), "mixtures of experts have no other ways here"
-        branch = product(form.activation(product(h, mlp.gate)) * product(h, mlp.up), mlp.down)
-        return join(branch, x, vector).to(dtype)[:, first:]
-
-
-WAYS = {"fused": Way(_in_float32, torch.float32), "once": Way(_rounded_once), "split": Way(_split)}
+WAYS: dict[str, Callable[[BlockRun], AbstractContextManager[BlockRun]]] = {
+    "engine": _as_it_is,
+    "fused": _fused,
+    "once": partial(_by, rounded_once),
+    "split": partial(_by, in_halves),
+}
 
 
 # Measuring.
@@ -175,19 +135,19 @@ def build(name: str, dtype: str, hidden_size: int) -> Model:
     return adapt(rounded(causal, getattr(torch, dtype)), name=name)
 
 
-def results(run: BlockRun, decoder: Any, nonces: int) -> NDArray[np.float64]:  # noqa: ANN401 - of any kind
-    """Return distances [n], or vectors' numbers [12 n], of one way."""
-    way = replace(run, model=replace(run.model, decoder=decoder))
-    return way.values(range(nonces), batch_size=BATCH).double().flatten().numpy()
+def results(run: BlockRun, nonces: int) -> NDArray[np.float64]:
+    """Return distances [n], or vectors' numbers [12 n]."""
+    return run.values(range(nonces), batch_size=BATCH).double().flatten().numpy()
 
 
 def measure(model: Model, scheme: str, dtype: str, nonces: int, seq_len: int) -> Row:
     """Compare all ways."""
-    assert isinstance(model.decoder, FlatDecoder), "the ways are of the flat decoder"
+    found = {}
     with block_run(model, SCHEMES[scheme], block_hash="block_alpha", public_key="depth", seq_len=seq_len) as run:
-        exact = reference_of(run).values(range(nonces), batch_size=BATCH).double().flatten().numpy()
-        found = {"engine": results(run, model.decoder, nonces)}
-        found |= {name: results(run, replace(model.decoder, layer=way), nonces) for name, way in WAYS.items()}
+        exact = results(reference_of(run), nonces)
+        for name, way in WAYS.items():
+            with way(run) as acting:
+                found[name] = results(acting, nonces)
     scatter = exact.std()
 
     def size(difference: NDArray[np.float64]) -> float:

@@ -52,6 +52,7 @@ from pocd.protocol.errors import InputError, ModelError
 from pocd.protocol.names import DTYPES, check_device, resolve
 from pocd.protocol.schemes import DISTANCE_SCHEMES, SCHEMES
 from pocd.protocol.theory import r_target_for
+from pocd.store.bodies import unpack_body
 from scripts.trials.e2e_verdict import Line, Said, StoredProgress, TrialRound, complaints, results_table, spread_table
 
 if TYPE_CHECKING:
@@ -252,11 +253,11 @@ def said_by(status: dict[str, Any], path: Path) -> Said:
     with closing(sqlite3.connect(path)) as store:
         progress = store.execute("SELECT node_id, node_count, cursor, islands, checked, valid FROM progress")
         batches = store.execute("SELECT state = 'delivered', body FROM batches ORDER BY number")
-        (waiting,) = store.execute("SELECT count(*) FROM proofs").fetchone()
+        (waiting,) = store.execute("SELECT coalesce(sum(size), 0) FROM proofs").fetchone()
         return Said(
             status,
             [StoredProgress(*row) for row in progress],
-            [(bool(delivered), orjson.loads(body)) for delivered, body in batches],
+            [(bool(delivered), orjson.loads(unpack_body(body))) for delivered, body in batches],
             waiting,
         )
 

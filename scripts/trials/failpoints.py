@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from pocd.cli import main as cli
 from pocd.delivery import batcher
+from pocd.mining import miner
 from pocd.store import deliveries
 from pocd.store.batches import Formed, form_batches
 from pocd.store.outbox import Outbox
+from pocd.store.proofs import commit_spans
 
 if TYPE_CHECKING:
-    from pocd.protocol.proof import Proof
+    from pocd.store.proofs import Counted
 
 MINING = "mining has begun\n"  # on standard error, once the first nonces are to be committed
 
@@ -59,7 +61,7 @@ class Countdown:
 
 def arm(countdown: Countdown) -> None:
     """Wrap the functions with the points. All run in the outbox's thread, so nobody sees a point half passed."""
-    commit, commit_span = Outbox._commit, Outbox.commit_span  # noqa: SLF001 - it is wrapped
+    commit = Outbox._commit  # noqa: SLF001 - it is wrapped
     record_delivered = deliveries.record_delivered
 
     def committing(outbox: Outbox) -> None:
@@ -67,11 +69,11 @@ def arm(countdown: Countdown) -> None:
         commit(outbox)
         countdown.passes(Point.AFTER_COMMIT)
 
-    def committing_span(outbox: Outbox, *args: Any) -> tuple[int, list[Proof]]:  # noqa: ANN401 - passed on
+    def committing_spans(outbox: Outbox, *args: Any) -> list[Counted]:  # noqa: ANN401 - passed on
         if not countdown.mining:
             countdown.mining = countdown.begun = True
             sys.stderr.write(MINING)
-        return commit_span(outbox, *args)
+        return commit_spans(outbox, *args)
 
     def forming(outbox: Outbox, *args: Any, **kwargs: Any) -> Formed:  # noqa: ANN401 - passed on
         formed = form_batches(outbox, *args, **kwargs)
@@ -85,7 +87,7 @@ def arm(countdown: Countdown) -> None:
 
     for owner, name, wrapper in (
         (Outbox, "_commit", committing),
-        (Outbox, "commit_span", committing_span),
+        (miner, "commit_spans", committing_spans),
         (batcher, "form_batches", forming),
         (deliveries, "record_delivered", recording),
     ):

@@ -17,12 +17,14 @@ from pocd.admin.server import AdminApi
 from pocd.cli.outbox import app
 from pocd.http.server import listening
 from pocd.protocol.nonces import Node, Span
-from pocd.protocol.proof import Proof
+from pocd.protocol.proof import Proofs
 from pocd.store import deliveries, selections
 from pocd.store.batches import form_batches
-from pocd.store.outbox import Outbox, Weights, Work
+from pocd.store.outbox import Outbox, Work
+from pocd.store.proofs import Weights
 from tests.admin.test_status import made
 from tests.support.clocks import NOW, ROUND, ManualClock
+from tests.support.stored import commit_span
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -50,8 +52,8 @@ async def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
 def fill(outbox: Outbox) -> None:
     outbox.begin_round(Work(ROUND, NODE), NOW)
     span = Span(0, MANY)
-    proofs = [Proof(nonce, 1.0) for nonce in NODE.nonces(span)]
-    outbox.commit_span(ROUND, NODE, span, proofs, Weights("f00d", "float32"), NOW)
+    proofs = Proofs.of_distances((nonce, 1.0) for nonce in NODE.nonces(span))
+    commit_span(outbox, ROUND, NODE, span, proofs, Weights("f00d", "float32"), NOW)
     form_batches(outbox, ["one"], size=1, age=0.0, now=NOW, current=ROUND)
     for batch in range(1, MANY + 1):
         deliveries.record_set_aside(outbox, "one", batch, "refused", NOW)

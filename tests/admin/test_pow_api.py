@@ -669,3 +669,40 @@ async def test_a_daemon_of_poc3_expects_and_tolerates_what_its_hidden_size_says(
         claim = claim_of("hidden", found["valid_nonces"], found["valid_distances"])
         verdict = await api.done("/validate", claim | {"scheme": "poc3"})
         assert (verdict["n_invalid"], verdict["tolerance"]) == (0, pytest.approx(1.6e-4))
+
+
+async def test_a_daemon_of_poc4_mines_delivers_and_judges_vectors(tmp_path: Path) -> None:
+    async with serving_api(tmp_path, round__scheme="poc4", round__r_target=None) as api:
+        body = init_body(api, "vectors", params={"k_dim": 12})
+        status, answer = await api.post("/init/generate", body)
+        assert (status, answer["error"]["field"]) == (409, "r_target")
+        assert "every nonce with a finite vector is valid; nothing was changed" in answer["error"]["message"]
+        del body["r_target"]
+        await api.done("/init/generate", body)
+        found = await api.found(2)
+        assert (found["r_target"], found["valid_distances"], found["round"]["expected_valid_rate"]) == (None, [], 1.0)
+        assert found["total_valid"] == found["total_checked"]
+
+        batch = await api.delivered(api.server, "generated", "vectors")
+        assert batch["encoding"] == {"dtype": "f16", "k_dim": 12, "endian": "le"}
+        nonces = [artifact["nonce"] for artifact in batch["artifacts"]]
+        assert nonces == list(range(len(nonces)))
+        verdict = await api.done("/validate", batch)
+        assert (verdict["nonces"], verdict["impossible_claims"], verdict["fraud_detected"]) == (nonces, 0, False)
+
+        halves = len(nonces) // 2
+        rotated = [nonces[halves:] + nonces[:halves], batch["artifacts"]]
+        others = [artifact | {"nonce": nonce} for nonce, artifact in zip(*rotated, strict=True)]
+        assert (await api.done("/validate", batch | {"artifacts": others}))["verdict"] == "fraud"
+        odd = [{"nonce": 0, "vector_b64": None}, {"nonce": 1, "vector_b64": "AAAA"}, *batch["artifacts"][2:]]
+        assert (await api.done("/validate", batch | {"artifacts": odd}))["impossible_claims"] == 2
+
+        for wrong, expected, field in (
+            ({"artifacts": [{"nonce": 0, "vector_b64": "?"}]}, 400, "artifacts"),
+            ({"encoding": {"dtype": "f32", "k_dim": 12, "endian": "le"}}, 400, "encoding"),
+            ({"k_dim": 8}, 409, "k_dim"),
+        ):
+            status, answer = await api.post("/validate", batch | wrong)
+            assert (status, answer["error"]["field"]) == (expected, field)
+        status, answer = await api.post("/validate", claim_of("vectors", [0], [1.0]))
+        assert (status, answer["error"]["code"], answer["error"]["field"]) == (409, "mismatch", "dist")

@@ -27,7 +27,7 @@ from pocd.protocol.proof import Round
 from pocd.store import deliveries
 from pocd.store.batches import form_batches
 from pocd.store.callbacks import ENDED
-from pocd.store.outbox import Weights
+from pocd.store.proofs import Weights
 from pocd.store.thread import OutboxThread
 from pocd.worker.messages import CardIdentity, Ready
 from tests.support.clocks import NOW, ManualClock
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import pytest
 
     from pocd.admin.parts import Parts
-    from pocd.chain.source import ChainSource
+    from pocd.chain.failover import Failover
 
 RECORDED = Path(__file__).parent.parent / "data" / "status.jsonl"  # at the start; while mining
 ROUND = Round("9F2E", 4_100_040, "gonka1ö", 1.5, "poc2", "bundled:tiny-llama", 16)
@@ -51,6 +51,7 @@ READY = Ready(
     hidden_size=64,
     layers=2,
     decoder="flat",
+    decoder_reason="it agrees",
     execution="eager",
     execution_reason="on the CPU",
     load_seconds=0.25,
@@ -58,7 +59,7 @@ READY = Ready(
     batch_size=8,
     longest_seq_len=128,
     torch="2.9.1",
-    conditioning=Conditioning(error=0.015625, flipped=0.0),
+    conditioning=Conditioning(error=0.015625, flipped=0.0, own_share=0.5),
 )
 READING = CardReading(temperature=61.0, power=None, memory_used=2**30, memory_total=2**36, utilization=0.5)
 
@@ -68,7 +69,7 @@ def made(folder: Path, clock: ManualClock) -> Iterator[Parts]:
     """The parts of a daemon of two workers and two receivers, of which none runs."""
     urls = {"one": "http://user:secret@127.0.0.1:9/pow", "two": "http://127.0.0.1:9"}
     settings = load(config(folder, "http://127.0.0.1:9", urls, model__device=["cpu", "cpu"]))
-    nowhere = cast("ChainSource", None)  # nothing is asked of it
+    nowhere = cast("Failover", None)  # nothing is asked of it
     receivers, loads, log = make_receivers(settings, folder), make_loads(settings), structlog.get_logger()
     with contextlib.closing(OutboxThread(settings.store.path)) as outbox:
         yield compose(settings, outbox, nowhere, receivers, loads, clock=clock, log=log).parts
@@ -157,7 +158,7 @@ async def test_a_worker_whose_results_depend_on_rounding_is_an_alarm(tmp_path: P
         for worker, flipped in ((first, 0.0), (second, 0.25)):
             worker.start()
             worker.load("loading the model")
-            worker.become_ready(dataclasses.replace(READY, conditioning=Conditioning(0.5, flipped)))
+            worker.become_ready(dataclasses.replace(READY, conditioning=Conditioning(0.5, flipped, 0.75)))
         (alarm,) = status.alarms(parts)
         assert alarm.part == "worker 1 (cpu)"
         assert "25.00% of honest nonces would be found invalid" in alarm.reason
@@ -166,3 +167,4 @@ async def test_a_worker_whose_results_depend_on_rounding_is_an_alarm(tmp_path: P
     assert 'pocd_worker_rounding_alarm{worker="1"} 1.0' in text
     assert 'pocd_worker_flipped_ratio{worker="1"} 0.25' in text
     assert 'pocd_worker_rounding_error_ratio{worker="0"} 0.5' in text
+    assert 'pocd_worker_own_share_ratio{worker="0"} 0.75' in text

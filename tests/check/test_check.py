@@ -123,11 +123,11 @@ async def test_a_good_host_is_green_and_its_secrets_stay_secret(tmp_path: Path) 
     assert levels(found) == [
         (name, "green")
         for name in (
-            *("configuration", "secrets", "torch", "driver", "model", "store", "fsync", "disk space"),
+            *("configuration", "secrets", "torch", "driver", "model", "memory", "store", "fsync", "disk space"),
             *("chain", "clock", "receiver main", "admin API", "rounding"),
         )
     ], out
-    assert "fingerprint c583d865ce57ae68f1d6946c08b3275c" in out
+    assert "fingerprint v2-8c43e6bc409e3e4cc7a315927a46e1c9" in out
     assert not any(word in out for word in ("hunter22", TOKEN, SECRET, SECRET.removeprefix("whsec_")))
     assert not (tmp_path / "outbox.db").exists()
     assert not list(tmp_path.glob(".pocd-check-*"))

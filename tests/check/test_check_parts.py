@@ -65,11 +65,11 @@ GIB = 2**30
     [
         (None, "yellow", "no worker has measured it yet"),
         (
-            {"error": 0.0125, "flipped": 0.0, "alarm": None},
+            {"error": 0.0125, "flipped": 0.0, "own_share": 0.5, "alarm": None},
             "green",
-            "results are off by at most 1.25% of their scatter",
+            "results are off by at most 1.25% of their scatter; 50% of the outputs are the nonce's own",
         ),
-        ({"error": 0.9, "flipped": 0.4, "alarm": "rounding decides"}, "red", "rounding decides"),
+        ({"error": 0.9, "flipped": 0.4, "own_share": 0.5, "alarm": "rounding decides"}, "red", "rounding decides"),
     ],
 )
 async def test_rounding_is_what_the_workers_of_the_running_daemon_measured(
@@ -416,6 +416,33 @@ def test_the_memory_that_others_leave(used: int, *, runs: bool, level: str) -> N
     reading = CardReading(40.0, 100.0, used * GIB, 80 * GIB, 0.0)
     (finding,) = devices.check_memory({"GPU-b": reading}, ["GPU-b"], Probe(parameters=GIB), CUDA, runs=runs)
     assert (finding.level, "the weights need 2.0" in finding.text) == (level, True)
+
+
+@pytest.mark.parametrize(
+    ("total", "available", "device", "runs", "level"),
+    [
+        (8, 4, "cpu", False, "green"),
+        (8, 2, "cpu", False, "yellow"),
+        (8, 2, "cpu", True, "green"),
+        (2, 2, "cpu", True, "red"),
+        (8, 8, ["cpu"] * 4, False, "red"),
+    ],
+)
+def test_the_memory_that_workers_on_the_cpu_need(
+    total: int, available: int, device: str | list[str], *, runs: bool, level: str
+) -> None:
+    model = CPU.model_copy(update={"device": device, "dtype": "bfloat16"})
+    memory = devices.Memory(total * GIB, available * GIB)
+    (finding,) = devices.check_host_memory(memory, Probe(parameters=GIB), model, runs=runs)
+    assert finding.level == level
+    assert f"the weights need {2.0 if device == 'cpu' else 8.0} in bfloat16" in finding.text
+    assert devices.check_host_memory(memory, Probe(), model, runs=runs) == []
+    assert devices.check_host_memory(memory, Probe(parameters=GIB), CUDA, runs=runs) == []
+
+
+def test_this_hosts_memory_is_read() -> None:
+    memory = devices.host_memory()
+    assert 0 < memory.available <= memory.total
 
 
 def test_weights_that_no_card_holds() -> None:

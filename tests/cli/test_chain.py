@@ -7,16 +7,10 @@ from typing import TYPE_CHECKING
 
 import orjson
 import pytest
-import structlog
 
-from pocd.check.finding import Level
-from pocd.check.host import check_configuration
-from pocd.config.settings import ConfigError, load
-from pocd.daemon import daemon
 from pocd.dev.chain import DevChain
 from pocd.dev.epochs import EpochChain, application
 from pocd.http.server import listening
-from pocd.observe.notify import Notifier
 from pocd.process import EXIT_CONFIG, EXIT_OK, EXIT_TEMPORARY
 from tests.support.command_line import pocd_here
 
@@ -84,15 +78,3 @@ async def test_what_cannot_be_asked_is_said(tmp_path: Path) -> None:
     assert 'chain.kind is "cometbft": only "gonka" has epochs' in other.stderr
     wrong = await chain("--url", "ftp://host")
     assert (wrong.returncode, wrong.stdout) == (EXIT_CONFIG, "")
-
-
-async def test_the_daemon_and_the_checks_refuse_to_mine_it_by_name(tmp_path: Path) -> None:
-    path = configuration(tmp_path, "gonka", "http://127.0.0.1:1")
-    refused = 'chain.kind: rounds of "gonka" are of artifacts, which this version does not mine'
-    with pytest.raises(ConfigError, match=refused):
-        await daemon.run(load(path), path, log=structlog.get_logger(), notifier=Notifier(None, None))
-    ended = await asyncio.to_thread(pocd_here, "config", "check", "--config", path)
-    assert ended.returncode == EXIT_CONFIG, ended
-    assert refused in ended.stderr
-    (red,) = [finding for finding in check_configuration(path, load(path)) if finding.level is Level.RED]
-    assert red.text.startswith("chain.kind: ")

@@ -148,7 +148,7 @@ def test_the_report(here: Callable[..., Ended], forged: dict[str, Any]) -> None:
         f"weights    {lines[3].split()[1]} of {MODEL}",
         f"recomputed {count} nonces, all distinct ones; invalid: 6",
         f"difference {lines[5].split()[1]} at most from claimed to recomputed; tolerance 1e-05",
-        "suspicious what no honest miner claims (no finite number, or not from 0 to below r_target): 1 nonces",
+        "suspicious what no honest miner claims (no finite numbers, or not from 0 to below r_target): 1 nonces",
         "suspicious repeated nonces: 1 entries; each nonce counts once",
         "suspicious claims further than the tolerance from what was recomputed: 5 nonces",
         f"chance     {chance} that an honest miner has so many bad nonces, or more, at 0.0005 each",
@@ -247,7 +247,7 @@ def test_a_batch_of_another_making_ends_with_2(
         ([*HERE, "--r-target=nan"], EXIT_UNUSABLE, "Invalid value for '--r-target'"),
         ([*HERE, "--tolerance=nan"], EXIT_UNUSABLE, "Invalid value for '--tolerance'"),
         ([*HERE, "--dtype=int8"], EXIT_CONFIG, "dtype 'int8' is unknown"),
-        ([*HERE, "--scheme=poc4"], EXIT_CONFIG, "scheme 'poc4' gives vectors, all of which count"),
+        ([*HERE, "--scheme=poc4"], EXIT_UNUSABLE, "dist: the batch is of distances, but scheme 'poc4' has vectors"),
         ([*HERE, "--model=bundled:huge"], EXIT_CONFIG, "model 'bundled:huge' is not bundled"),
         ([*HERE, "--device=cuda:99"], EXIT_NO_DEVICE, "device 'cuda:99' "),
         (["--config=missing.toml", "--token-file=missing"], EXIT_CONFIG, "admin.token_file missing cannot be read"),
@@ -283,6 +283,8 @@ VERDICT_FIELDS: dict[str, Any] = {
     "probability_honest": 1.0,
     "mismatch": 5e-4,
     "fraud_threshold": 0.01,
+    "differences": None,
+    "verdict": "honest",
     "fraud_detected": False,
     "suspicions": [],
 }
@@ -321,7 +323,7 @@ async def test_a_verdict_that_takes_long_is_waited_for(
         seen.append((request.method, request.match_info.get("id")))
         if len(seen) < 4:
             return json_answer({"id": "a 1", "state": "pending"}, 202)
-        return json_answer(VERDICT_FIELDS | {"fraud_detected": True})
+        return json_answer(VERDICT_FIELDS | {"fraud_detected": True, "verdict": "fraud"})
 
     code, out, _ = await asked(answer, here, "--json", given=json.dumps(honest).encode())
     assert (code, orjson.loads(out)["fraud_detected"]) == (EXIT_FRAUD, True)

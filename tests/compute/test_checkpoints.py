@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -23,13 +24,15 @@ from transformers import (
     PreTrainedModel,
 )
 
-from pocd.compute.checkpoint import check_stored, read_headers
+from pocd.compute.flat import flatten
 from pocd.compute.model import adapt, load_model
 from pocd.protocol.errors import ModelError
 from pocd.protocol.names import DTYPES
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from pocd.compute.flat import FlatDecoder
 
 SMALL: dict[str, Any] = {
     "vocab_size": 16,
@@ -167,25 +170,15 @@ def test_a_tensor_that_two_shards_hold_is_named(tmp_path: Path) -> None:
     refused(str(tmp_path), rf"both hold {re.escape(min(twice))}")
 
 
-@pytest.mark.parametrize(
-    "method", ["awq", "gptq", "bitsandbytes", "compressed-tensors", "modelopt", "fbgemm_fp8", "mxfp4", "torchao", None]
-)
-def test_a_quantised_checkpoint_is_refused_by_its_method_whether_its_package_is_there_or_not(
-    tmp_path: Path, method: str | None
-) -> None:
-    folder = saved(tmp_path, llama(), quantization_config={"quant_method": method, "load_in_4bit": True})
-    refused(folder, rf"is quantised .*quant_method {method!r} is not read exactly.*unquantised checkpoint")
-
-
 @pytest.mark.parametrize("place", ["compression_config", "text_config", "file"])
 def test_quantisation_is_found_wherever_it_is_written(tmp_path: Path, place: str) -> None:
-    quantization: dict[str, object] = {"quant_method": "compressed-tensors"}
+    quantization: dict[str, object] = {"quant_method": "torchao"}
     written = {"text_config": {"quantization_config": quantization}, "compression_config": quantization}
     changed: dict[str, Any] = {place: written[place]} if place in written else {}
     folder = saved(tmp_path, llama(), **changed)
     if place == "file":
         (tmp_path / "hf_quant_config.json").write_bytes(b"{}")
-    refused(folder, r"hf_quant_config\.json|'compressed-tensors' is not read exactly")
+    refused(folder, r"\(hf_quant_config\.json\)|'torchao' is not read exactly|has a text_config, and a llama")
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.uint8, torch.int32])
@@ -196,83 +189,6 @@ def test_packed_weights_without_a_quantization_config_are_refused(tmp_path: Path
     refused(
         saved(tmp_path, llama(), pack), rf"1 tensor \({QUERY}\.weight\) are quantised or packed .*no quantization_c"
     )
-
-
-def to_fp8(block: int | None, truth: Tensors) -> Change:
-    """Quantise the projections in blocks, or whole for None; the exact values, rounded to bfloat16, go into `truth`."""
-
-    def quantise(tensors: Tensors) -> None:
-        truth.update(tensors)
-        for name, weight in list(tensors.items()):
-            if "_proj" in name:
-                height, width = (block, block) if block else weight.shape
-                rows, columns = -(-weight.shape[0] // height), -(-weight.shape[1] // width)
-                scale = torch.rand(rows, columns) + 0.5
-                spread = scale.repeat_interleave(height, 0).repeat_interleave(width, 1)
-                spread = spread[: weight.shape[0], : weight.shape[1]]
-                tensors[name] = (weight.float() / spread).to(torch.float8_e4m3fn)
-                tensors[f"{name}_scale_inv"] = scale if block else scale.view(())
-                truth[name] = (tensors[name].float() * spread).bfloat16()
-
-    return quantise
-
-
-def fp8(block: int | None) -> dict[str, object]:
-    return {
-        "quant_method": "fp8",
-        "weight_block_size": [block, block] if block else None,
-        "activation_scheme": "static",
-    }
-
-
-@pytest.mark.parametrize("block", [16, None], ids=["blocks", "one scale"])
-def test_fp8_is_dequantised_exactly_in_bfloat16_and_refused_in_other_dtypes(tmp_path: Path, block: int | None) -> None:
-    truth: Tensors = {}
-    folder = saved(tmp_path, llama(), to_fp8(block, truth), quantization_config=fp8(block))
-    model = load(folder)
-    assert model.decoder.kind == "flat"
-    found = model.causal.state_dict()
-    assert found.keys() == truth.keys()
-    assert all(torch.equal(found[name], truth[name]) for name in truth)
-    for dtype in ("float32", "float16"):
-        refused(folder, "FP8 is read exactly in bfloat16 only: set model.dtype = 'bfloat16'", dtype)
-
-
-@pytest.mark.parametrize(
-    ("block", "change", "reason"),
-    [
-        (24, {}, "14 tensors .* are not FP8 in whole blocks of weight_block_size with their scales"),
-        (16, {f"{QUERY}.weight_scale_inv": None}, rf"1 tensor \({QUERY}\.weight\) are not FP8"),
-        (16, {f"{QUERY}.weight": torch.ones(32, 32)}, rf"1 tensor \({QUERY}\.weight_scale_inv\) are not FP8"),
-    ],
-    ids=["not whole", "no scale", "no FP8"],
-)
-def test_fp8_that_is_not_read_exactly_is_refused(
-    tmp_path: Path, block: int, change: dict[str, torch.Tensor | None], reason: str
-) -> None:
-    def quantise(tensors: Tensors) -> None:
-        to_fp8(block, {})(tensors)
-        for name, tensor in change.items():
-            del tensors[name]
-            if tensor is not None:
-                tensors[name] = tensor
-
-    refused(saved(tmp_path, llama(), quantise, quantization_config=fp8(block)), reason)
-
-
-def test_dequantisation_is_asked_for_on_every_device(tmp_path: Path) -> None:
-    """A card with FP8 would keep the weights, and round activations, which others do not."""
-    saved(tmp_path, llama(), to_fp8(16, {}))
-    config = LlamaConfig()
-    check_stored(config, fp8(16), read_headers(tmp_path), name="small", dtype="bfloat16", ranks=1)
-    assert config.quantization_config == {**fp8(16), "dequantize": True}
-
-
-def test_quantised_weights_are_not_split(tmp_path: Path) -> None:
-    """A rank's share need not be whole blocks."""
-    saved(tmp_path, llama(), to_fp8(16, {}))
-    with pytest.raises(ModelError, match=r"not split exactly over several devices \(model\.parallel\)"):
-        check_stored(LlamaConfig(), fp8(16), read_headers(tmp_path), name="small", dtype="bfloat16", ranks=2)
 
 
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -330,6 +246,21 @@ def test_the_flat_decoder_takes_torchs_own_matrices_only() -> None:
     model.model.layers[1].mlp.up_proj.float()
     with pytest.raises(ModelError):
         adapt(model, name="small")
+
+
+def test_the_flat_decoder_is_taken_only_where_it_agrees_on_these_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapt(llama(), name="small")
+    assert (model.decoder.kind, model.decoder_reason[:46]) == ("flat", "on these weights the flat decoder is within 0.")
+    right = flatten
+
+    def wrong(decoder: object, *, merge: bool) -> FlatDecoder:
+        flat = right(decoder, merge=merge)
+        return replace(flat, norm=flat.norm * 1.1)
+
+    monkeypatch.setattr("pocd.compute.model.flatten", wrong)
+    model = adapt(llama(), name="small")
+    assert model.decoder.kind == "layers"
+    assert re.match(r"on these weights the flat decoder is \S+ from the layers", model.decoder_reason)
 
 
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])

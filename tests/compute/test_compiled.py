@@ -15,7 +15,7 @@ import structlog.testing
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pocd.compute import compiled
+from pocd.compute import compiled, stages
 from pocd.compute.compiled import compile_model
 from pocd.compute.engine import block_run
 from pocd.compute.flat import FlatDecoder, run_layer
@@ -117,6 +117,25 @@ def test_more_layers_compile_nothing_more(models: dict[str, Model]) -> None:
     fast = ready(deep)
     assert compilations() == before
     assert results(fast, "poc2", "block") == pytest.approx(results(deep, "poc2", "block"), abs=ROUNDING)
+
+
+@pytest.mark.parametrize("scheme", ["trained", "poc2"])
+def test_a_large_head_is_no_longer_program(monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    """It is multiplied in parts, for the memory's sake, which the compiler would unroll."""
+    model = load_model("bundled:tiny-llama", dtype="float32", device="cpu")
+    counts: list[int] = []
+
+    def count(graph: Any, _inputs: object) -> Any:  # noqa: ANN401 - a compiler of torch's
+        counts.append(len(graph.graph.nodes))
+        return graph.forward
+
+    with block_run(model, SCHEMES[scheme], block_hash="b", public_key="k", seq_len=SEQ_LEN) as run:
+        states, seeds = torch.ones(BATCH, model.hidden_size), run.host_seeds(range(BATCH))
+        for chunk in (stages.HEAD_CHUNK, 8 * model.hidden_size):
+            torch._dynamo.reset()
+            monkeypatch.setattr(stages, "HEAD_CHUNK", chunk)
+            torch.compile(stages.measure_states, backend=count)(states, seeds, run.block, scheme=run.scheme)
+    assert counts[0] == counts[1]
 
 
 def test_a_mixture_of_experts_is_compiled_whole(cache: Path) -> None:

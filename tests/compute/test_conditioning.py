@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -10,15 +11,16 @@ import pytest
 import torch
 from scipy import stats
 
-from pocd.compute.conditioning import measure_conditioning, reference_of
+from pocd.compute.conditioning import OwnShare, measure_conditioning
 from pocd.compute.engine import BlockRun, block_run
 from pocd.compute.model import Model, adapt, load_model
+from pocd.compute.reference import reference_of
 from pocd.compute.transforms import join_of
 from pocd.compute.wide import WideDecoder
-from pocd.protocol.conditioning import LARGEST_ERROR, RATE, Conditioning, flipped_share
-from pocd.protocol.errors import NonFiniteError
+from pocd.protocol.conditioning import LARGEST_ERROR, Conditioning
 from pocd.protocol.proof import MISMATCH
 from pocd.protocol.schemes import SCHEMES
+from pocd.protocol.theory import RATE, flipped_share
 from scripts.bench.models import random_model, rounded
 from tests.reference import plain
 from tests.support.family_models import FAMILIES, SEQ_LEN
@@ -147,15 +149,13 @@ def test_nonces_that_give_nan_are_left_out(broken: Sequence[int], measured: bool
     with block_run(model, SCHEMES["poc2"], block_hash="a", public_key="b", seq_len=16) as run:
 
         class Overflowing(BlockRun):
-            def values(self, nonces: Sequence[int], *, batch_size: int) -> torch.Tensor:
-                if set(nonces) & set(broken):
-                    raise NonFiniteError("NaN")
-                return super().values(nonces, batch_size=batch_size)
+            def states(self, nonces: Sequence[int]) -> torch.Tensor:
+                return super().states(nonces) * (math.nan if set(nonces) & set(broken) else 1)
 
         overflowing = Overflowing(**{field.name: getattr(run, field.name) for field in fields(run)})
         found = measure_conditioning(overflowing, batch_size=4)
     assert (found is not None) == measured
-    assert found is None or found.error > 0
+    assert found is None or (found.error > 0 and 0.1 < found.own_share < 1)
 
 
 def test_nobody_flips_without_rounding_and_chance_decides_with_nothing_in_common() -> None:
@@ -176,12 +176,41 @@ def test_the_share_is_what_two_normal_hosts_find(error: float, tolerance: float)
     assert stats.binomtest(invalid, int(valid.sum()), flipped_share(error, tolerance)).pvalue > 1e-4
 
 
+def test_a_model_with_one_output_for_all_nonces_is_red() -> None:
+    """However well it is reproduced: whoever has one nonce's output has all of them."""
+    model = load_model("bundled:tiny-qwen3", dtype="bfloat16", device="cpu")
+    with block_run(model, SCHEMES["poc2"], block_hash="a", public_key="b", seq_len=16) as run:
+
+        class Collapsed(BlockRun):
+            def inputs(self, nonces: Sequence[int]) -> torch.Tensor:
+                every = super().inputs(nonces)
+                return super().inputs([0]) + 1e-3 * every
+
+        one = Collapsed(**{field.name: getattr(run, field.name) for field in fields(run)})
+        found = measure_conditioning(one, batch_size=4)
+    assert found is not None
+    assert found.own_share < 0.01
+    assert found.alarm is not None
+    assert "all nonces have nearly the same output" in found.alarm
+
+
+@pytest.mark.parametrize(("common", "expected"), [(0.0, 1.0), (1.0, 0.5), (3.0, 0.1), (1e6, 0.0)])
+def test_the_own_share_is_what_the_mean_leaves(common: float, expected: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    own = torch.nn.functional.normalize(torch.randn(64, 3, 512, generator=generator), dim=-1)
+    same = torch.nn.functional.normalize(torch.randn(3, 512, generator=generator), dim=-1)
+    share = OwnShare()
+    for part in (common * same + own).split(16):
+        share.add(7 * part)
+    assert share.value() == pytest.approx(expected, abs=0.01)
+
+
 def test_the_limits_are_those_of_the_verdict_and_of_vectors() -> None:
-    assert Conditioning(0.5, MISMATCH).alarm is None
-    told = Conditioning(0.5, 0.25).alarm
+    assert Conditioning(0.5, MISMATCH, 0.5).alarm is None
+    told = Conditioning(0.5, 0.25, 0.5).alarm
     assert told is not None
     assert "25.00% of honest nonces would be found invalid by another honest host, and 0.05% is the limit" in told
-    assert Conditioning(LARGEST_ERROR, None).alarm is None
-    told = Conditioning(0.5, None).alarm
+    assert Conditioning(LARGEST_ERROR, None, 0.5).alarm is None
+    told = Conditioning(0.5, None, 0.5).alarm
     assert told is not None
     assert "vectors are off by 50.0% of their size, and 10% is the limit" in told

@@ -79,8 +79,8 @@ def test_after_the_last_layers_keys_and_values_only_the_last_position_is_carried
     is_gpt2 = model.name == "gpt2"
     watched = {
         "output projection": last.get_submodule("attn.c_proj" if is_gpt2 else "self_attn.o_proj"),
-        "MLP": last.get_submodule("mlp.c_fc" if is_gpt2 else "mlp.up_proj"),
-        "earlier MLP": earlier.get_submodule("mlp.c_fc" if is_gpt2 else "mlp.up_proj"),
+        "MLP": last.get_submodule("mlp.c_fc" if is_gpt2 else "mlp.gate_proj"),
+        "earlier MLP": earlier.get_submodule("mlp.c_fc" if is_gpt2 else "mlp.gate_proj"),
         "keys": last.get_submodule("attn.c_attn" if is_gpt2 else "self_attn.k_proj"),
     }
     for decoder in both(model):

@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -16,7 +17,7 @@ from pocd.compute.model import adapt
 from pocd.protocol.errors import ModelError
 from pocd.protocol.schemes import SCHEMES
 from tests.reference import plain
-from tests.support.family_models import BASE, SEQ_LEN, WINDOW, layers_of
+from tests.support.family_models import BASE, SEQ_LEN, WINDOW, decoder_of, layers_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Hooked:
             hooks.append(layer.register_forward_hook(replacing(i)))
         with torch.inference_mode():
             embeddings = torch.from_numpy(x).float()[None]
-            states = self.causal.get_decoder()(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+            states = decoder_of(self.causal)(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         for hook in hooks:
             hook.remove()
         found: plain.Array = states[0].double().numpy()
@@ -109,6 +110,56 @@ def test_other_classes_are_refused_by_name_or_right(case: str) -> None:
         return
     with block_run(model, SCHEMES["poc2"], block_hash="ABC", public_key="key", seq_len=SEQ_LEN) as run:
         assert run.distances([0, 9], batch_size=2) == pytest.approx(expected, abs=2e-5)
+
+
+MLA: dict[str, Any] = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+SPARSE: dict[str, Any] = MLA | {"index_topk": 5, "index_n_heads": 2, "index_head_dim": 8}
+LINEAR: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 24,
+    "head_dim": 8,
+    "layer_types": ["full_attention", "full_attention", "linear_attention"],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("DeepseekV32ForCausalLM", SPARSE), ("GlmMoeDsaForCausalLM", SPARSE), ("Qwen3NextForCausalLM", LINEAR)],
+)
+def test_what_cannot_carry_one_position_carries_all(name: str, config: dict[str, Any]) -> None:
+    """An index of keys wants a cache of its own, and a linear attention a state."""
+    causal = build(name, **config)
+    weights = {key: value.detach().double().numpy() for key, value in causal.named_parameters()}
+    decoder = plain.Decoder(weights, Hooked(causal, "mlp"), "model.embed_tokens.weight")
+    model = adapt(causal, name="small")
+    assert model.by_layers.carries_all
+    assert "all positions go through its last layer" in model.decoder_reason
+    for scheme in ("poc2", "poc3"):
+        expected = [
+            plain.result(decoder, block_hash="ABC", public_key="key", nonce=nonce, seq_len=SEQ_LEN, scheme=scheme)
+            for nonce in (0, 9)
+        ]
+        with block_run(model, SCHEMES[scheme], block_hash="ABC", public_key="key", seq_len=SEQ_LEN) as run:
+            assert run.values([0, 9], batch_size=2).numpy() == pytest.approx(np.array(expected), abs=2e-5)
 
 
 @pytest.mark.parametrize(

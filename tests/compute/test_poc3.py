@@ -211,5 +211,7 @@ def test_the_sums_of_compiled_code_are_those_of_the_eager_path(length: int) -> N
     states, signs = torch.randn(3, length, 16), torch.randint(0, 2, (3, length)) * 2.0 - 1
     inside = segments._segments(length, states.device)
     assert inside.sum(dim=0).tolist() == [1.0] * length
-    found = segments._sum_fused(states, signs)
+    found = segments._sum_fused(states, signs, segments._bounds(length))
     assert torch.allclose(found, segments._sum_in_chunks(states, signs, inside), rtol=0, atol=1e-5)
+    whole = segments._sum_fused(states, signs, [0, length])[:, 0] * length**-0.5
+    assert torch.allclose(whole, segments.signed_sum(states, signs), rtol=0, atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from base64 import b64decode
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from pocd.compute import segments
-from pocd.compute.engine import BlockRun, block_run
+from pocd.compute.engine import BlockRun, Pending, block_run
 from pocd.compute.model import Model, adapt, load_model
 from pocd.compute.transforms import join_of
 from pocd.protocol.errors import NonFiniteError
@@ -148,6 +149,18 @@ def test_a_model_that_says_nothing_has_no_vectors() -> None:
     model.causal.model.norm.weight.zero_()
     with pytest.raises(NonFiniteError, match="first in what follows it; 4 nonces, the first is 0"):
         compute(model, range(4))
+
+
+def test_one_nonce_without_a_vector_does_not_keep_the_others_from_counting(bundled: Model) -> None:
+    """Where that is asked for; and where no nonce has one, the fault is not the nonces'."""
+    with block_run(bundled, SCHEMES["poc4"], block_hash="a", public_key="b", seq_len=8) as run:
+        values = run.start(range(3), batch_size=3).values().clone()
+        values[1, 5] = torch.nan
+        some, none = Pending(run, [0, 1, 2], values, None), Pending(run, [1], values[1:2], None)
+        assert some.values(gaps=True)[[0, 2]].isfinite().all()
+        for refused in (some.values, partial(none.values, gaps=True)):
+            with pytest.raises(NonFiniteError, match="but not when it ran again"):
+                refused()
 
 
 # As they travel.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,13 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from pocd.compute.engine import block_run
+from pocd.compute.flat import Gated, flatten
 from pocd.compute.model import Model, adapt, load_model
 from pocd.compute.weights import drawn_weights
 from pocd.protocol.names import BUNDLED, DTYPES
 from pocd.protocol.schemes import SCHEMES
 from tests.reference import plain
+from tests.support.family_models import FAMILIES
 
 if TYPE_CHECKING:
     from pocd.protocol.schemes import WeightSource
@@ -133,3 +136,33 @@ def bare_outputs(model: Model) -> torch.Tensor:
         decoder: Any = model.causal.get_decoder()
         states: torch.Tensor = decoder(inputs_embeds=inputs.to(model.dtype), use_cache=False).last_hidden_state
     return states
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mixtral"])
+def test_matrices_of_one_input_become_one_in_memory_that_is_not_doubled(family: str) -> None:
+    """As on a GPU."""
+    causal = FAMILIES[family].build()
+    model = adapt(causal, name=family)
+    before = {name: weight.clone() for name, weight in causal.named_parameters()}
+    decoders = [flatten(causal.model, merge=True) for _ in range(2)]
+    assert all(torch.equal(weight, before[name]) for name, weight in causal.named_parameters())
+    memory = {weight.untyped_storage().data_ptr(): weight.untyped_storage().nbytes() for weight in causal.parameters()}
+    assert sum(memory.values()) == sum(weight.nbytes for weight in causal.parameters())
+    for first, second in zip(*(decoder.layers for decoder in decoders), strict=True):
+        pairs = [(first.attention, second.attention)]
+        if isinstance(first.mlp, Gated) and isinstance(second.mlp, Gated):
+            pairs.append((first.mlp.gate_up, second.mlp.gate_up))
+        for merged, again in pairs:
+            assert merged.whole is not None
+            assert again.whole is not None
+            assert merged.whole.weight.data_ptr() == again.whole.weight.data_ptr(), "nothing is moved again"
+            with drawn_weights(causal, "drawn", BLOCK):
+                assert torch.equal(merged.whole.weight, torch.cat([part.weight for part in merged.parts]))
+                assert merged.whole.weight.std() < 0.03, "these are the drawn ones"
+    found = []
+    for decoder in (decoders[0], model.by_layers):
+        with block_run(
+            replace(model, decoder=decoder), SCHEMES["random-weights"], block_hash=BLOCK, public_key="k", seq_len=6
+        ) as run:
+            found.append(run.distances(range(4), batch_size=4))
+    assert found[0] == pytest.approx(found[1], abs=2e-5)

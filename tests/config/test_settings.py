@@ -90,7 +90,10 @@ def everything_set() -> str:
 
 def everything_set_for_evm() -> str:
     """The shipped file with everything set, for the kind of chain that has all of it."""
-    return everything_set().replace('kind = "cometbft"', 'kind = "evm"')
+    of_gonka = 'model = "MiniMaxAI/MiniMax-M2.7"\n'
+    assert of_gonka in everything_set()
+    of_distances = everything_set().replace('scheme = "poc4"', 'scheme = "poc2"')  # else r_target is refused
+    return of_distances.replace('kind = "cometbft"', 'kind = "evm"').replace(of_gonka, "")
 
 
 def test_the_shipped_file_shows_every_key_and_no_other() -> None:
@@ -103,14 +106,15 @@ def test_the_shipped_file_shows_the_defaults() -> None:
     required = {name for name, field in code.items() if field.is_required()}
     unset = {name for name, field in code.items() if not field.is_required() and field.get_default() is None}
     assert required == {"node.public_key", "chain.urls"}
-    evm = {"chain.confirmations", "chain.replaced_blocks"}
+    of_one_kind = {"chain.confirmations", "chain.replaced_blocks", "chain.model"}
     assert (
         unset
         == {"admin.token_file", "admin.socket", "model.revision", "chain.id", "validation.tolerance", "worker.cache"}
-        | evm
+        | {"round.r_target"}
+        | of_one_kind
     )
     assert shown.keys() == code.keys() - unset
-    for name in shown.keys() - required:
+    for name in shown.keys() - required - {"round.scheme"}:  # a new configuration has another than those before it
         default = code[name].get_default()
         assert shown[name] == (str(default) if isinstance(default, Path) else default), name
         assert type(shown[name]) is (str if isinstance(default, Path) else type(default)), name
@@ -127,7 +131,16 @@ def test_the_shipped_file_loads_to_the_defaults(tmp_path: Path) -> None:
     settings = load(SHIPPED)
     minimal = load(written(tmp_path, GOOD))
     changed = {"node": settings.node, "chain": minimal.chain.model_copy(update={"urls": settings.chain.urls})}
+    changed["round"] = minimal.round.model_copy(update={"scheme": "poc4"})
     assert settings == minimal.model_copy(update=changed)
+
+
+def test_a_new_configuration_mines_vectors_and_one_that_names_no_scheme_what_it_always_did(tmp_path: Path) -> None:
+    assert (load(SHIPPED).round.scheme, load(SHIPPED).round.target) == ("poc4", None)
+    before = load(written(tmp_path, GOOD)).round
+    assert (before.scheme, before.target) == ("poc2", 1.4042)
+    other = load(written(tmp_path, f"{GOOD}[round]\nr_target = 1.3\n")).round
+    assert (other.scheme, other.target) == ("poc2", 1.3)
 
 
 def test_the_shipped_file_loads_with_everything_set(tmp_path: Path) -> None:
@@ -162,9 +175,9 @@ def test_the_shipped_file_loads_with_everything_set(tmp_path: Path) -> None:
             "[round]\nscheme = 'poc9'", "round.scheme: unknown scheme 'poc9'; allowed are: trained, ", id="scheme"
         ),
         pytest.param(
-            "[round]\nscheme = 'poc4'",
-            "round.scheme: scheme 'poc4' gives vectors, which the daemon does not mine yet; allowed are: trained, ",
-            id="scheme of vectors",
+            "[round]\nscheme = 'poc4'\nr_target = 1.4",
+            "round: r_target 1.4 has no meaning with scheme 'poc4', by which every nonce counts: remove it",
+            id="target of vectors",
         ),
         pytest.param("[model]\ndtype = 'int8'", "model.dtype: Input should be 'float32', 'float16'", id="dtype"),
         pytest.param(
@@ -476,6 +489,20 @@ def test_what_only_one_kind_of_chain_has_is_refused_for_another(tmp_path: Path, 
     assert f'{line.partition(" ")[0]} can be set for kind "evm" only' in text
     settings = load(written(tmp_path, f'{GOOD}kind = "evm"\n{line}\n'))
     assert settings.chain.kind == "evm"
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ('model = "other"\n', 'model can be set for kind "gonka" only'),
+        ('kind = "gonka"\n', 'round.scheme must be "artifacts" with chain.kind "gonka"'),
+        ('kind = "gonka"\n[round]\nevery = 40\nduration = 40\n', 'round.every cannot be set with chain.kind "gonka"'),
+        ('kind = "gonka"\n[round]\noffset = 3\n', 'round.offset cannot be set with chain.kind "gonka"'),
+        ('kind = "gonka"\nconfirmations = 1\n', 'confirmations can be set for kind "evm" only'),
+    ],
+)
+def test_what_does_not_fit_rounds_by_epoch_is_refused(tmp_path: Path, text: str, refused: str) -> None:
+    assert refused in refusal(written(tmp_path, f"{GOOD}{text}"))
 
 
 def test_a_models_folder_that_is_not_mounted_yet_may_come_and_one_that_holds_something_else_does_not(

@@ -21,11 +21,12 @@ from pocd.delivery.posting import Receiver
 from pocd.delivery.receivers import CallbackError
 from pocd.http.webhooks import WebhookKeys
 from pocd.protocol.nonces import Span
-from pocd.protocol.proof import Proof
+from pocd.protocol.proof import Proofs
 from pocd.store.outbox import Outbox, Work
 from tests.support.clocks import NOW, ROUND
 from tests.support.delivering import NODE, WEIGHTS, dispatchers, prepared, serving
 from tests.support.processes import Chain, Daemon, config, running
+from tests.support.stored import commit_span
 from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
@@ -212,7 +213,7 @@ async def next_reload(response: aiohttp.ClientResponse) -> dict[str, Any]:
 async def test_a_first_receiver_gets_what_was_found_before_it_came(tmp_path: Path) -> None:
     def find(outbox: Outbox) -> None:
         outbox.begin_round(Work(ROUND, NODE), NOW)
-        outbox.commit_span(ROUND, NODE, Span(0, 1), [Proof(0, 1.0)], WEIGHTS, NOW)
+        commit_span(outbox, ROUND, NODE, Span(0, 1), Proofs.of_distances([(0, 1.0)]), WEIGHTS, NOW)
 
     with prepared(tmp_path / "outbox.db") as bench:
         await bench.outbox(find)

@@ -44,7 +44,7 @@ class Mine:
 
 
 def mine(bench: Bench, url: str, *, size: int, age: float, withdraw: bool = True) -> Mine:
-    miner = Miner(bench.outbox, Changes(), clock=bench.clock)
+    miner = Miner(bench.outbox, Changes(), clock=bench.clock, group_seconds=0)
     dispatchers = bench.dispatchers(url)
     batcher = Batcher(
         miner, bench.outbox, dispatchers, size=size, age=age, withdraw=withdraw, clock=bench.clock, events=events()

@@ -14,16 +14,18 @@ from pocd.delivery.keeper import MIB, Keeper, StoreLimits, shortage
 from pocd.mining.miner import Miner
 from pocd.observe.changes import Changes
 from pocd.protocol.nonces import Node, Span
-from pocd.protocol.proof import Proof, Round
+from pocd.protocol.proof import Proofs, Round
 from pocd.store import deliveries, selections, upkeep
 from pocd.store.batches import form_batches
-from pocd.store.outbox import Outbox, Totals, Weights, Work
+from pocd.store.outbox import Outbox, Totals, Work
 from pocd.store.place import copies
+from pocd.store.proofs import Weights
 from pocd.store.rounds import recent_rounds
 from pocd.store.selections import Selection
 from pocd.store.thread import OutboxThread
 from tests.support.clocks import NOW, ROUND, ManualClock
 from tests.support.delivering import dispatchers
+from tests.support.stored import commit_span, proofs_of
 
 WEIGHTS = Weights("f00d", "float32")
 NODE = Node(0, 1)
@@ -60,7 +62,7 @@ def room() -> Room:
 
 @pytest.fixture
 def miner(outbox: OutboxThread, clock: ManualClock) -> Miner:
-    return Miner(outbox, Changes(), clock=clock)
+    return Miner(outbox, Changes(), clock=clock, group_seconds=0)
 
 
 @pytest.fixture
@@ -83,8 +85,8 @@ async def store(outbox: OutboxThread, *receivers: str, now: float = NOW, nonces:
     def write(opened: Outbox) -> None:
         start = opened.begin_round(Work(ROUND, NODE), now).checked
         span = Span(start, start + nonces)
-        proofs = [Proof(nonce, 1.0) for nonce in NODE.nonces(span)]
-        opened.commit_span(ROUND, NODE, span, proofs, WEIGHTS, now)
+        proofs = Proofs.of_distances((nonce, 0.5 + nonce * 0.61803398874989 % 1) for nonce in NODE.nonces(span))
+        commit_span(opened, ROUND, NODE, span, proofs, WEIGHTS, now)
         form_batches(opened, receivers, size=nonces, age=0.0, now=now, current=ROUND)
 
     await outbox(write)
@@ -165,7 +167,8 @@ async def test_rounds_long_past_are_forgotten_but_not_what_they_found(
     await store(outbox, "a")  # of round 10, and pending
     waiting = Round("AB", 9, "miner", 1.4, "poc2", "tiny", 16)
     await outbox(Outbox.begin_round, Work(waiting, NODE), NOW)
-    await outbox(Outbox.commit_span, waiting, NODE, Span(0, 1), [Proof(0, 1.0)], WEIGHTS, NOW)  # in no batch yet
+    proofs = proofs_of(waiting, [0])
+    await outbox(commit_span, waiting, NODE, Span(0, 1), proofs, WEIGHTS, NOW)  # in no batch yet
     for height in range(11, 16):
         round_ = Round("AB", height, "miner", 1.4, "poc2", "tiny", 16)
         await outbox(Outbox.begin_round, Work(round_, NODE), NOW)
@@ -184,7 +187,7 @@ async def test_the_file_does_not_grow_for_ever(
         round_ = Round("AB", height, "miner", 1.4, "poc2", "tiny", 16)
         opened.begin_round(Work(round_, NODE), clock.now)
         span = Span(0, 3000)
-        opened.commit_span(round_, NODE, span, [Proof(nonce, 1.0) for nonce in NODE.nonces(span)], WEIGHTS, clock.now)
+        commit_span(opened, round_, NODE, span, proofs_of(round_, NODE.nonces(span)), WEIGHTS, clock.now)
         form_batches(opened, ["a", "b"], size=1000, age=0.0, now=clock.now, current=None)
         for name in ("a", "b"):
             while head := deliveries.next_pending(opened, name):

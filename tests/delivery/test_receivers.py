@@ -13,13 +13,14 @@ import pytest
 from pocd.delivery.posting import Receiver
 from pocd.delivery.receivers import MOST_CALLBACKS, MOST_KNOWN, CallbackError, callback_name
 from pocd.protocol.nonces import Span
-from pocd.protocol.proof import Proof, canonical_json
+from pocd.protocol.proof import Proofs, canonical_json
 from pocd.store import deliveries, selections, upkeep, validations
 from pocd.store.batches import form_batches
 from pocd.store.callbacks import ENDED
 from pocd.store.outbox import Outbox, Work
 from tests.support.clocks import NOW, ROUND
 from tests.support.delivering import NODE, WEIGHTS, Bench, Server, dispatchers
+from tests.support.stored import commit_span
 from tests.support.waiting import soon, until
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ async def queue(bench: Bench, callback: Receiver, round_: Round = ROUND) -> None
 
     def write(outbox: Outbox) -> None:
         done = outbox.begin_round(Work(round_, NODE), NOW).progress.cursor
-        outbox.commit_span(round_, NODE, Span(done, done + 1), [Proof(done, 1.0)], WEIGHTS, NOW)
+        commit_span(outbox, round_, NODE, Span(done, done + 1), Proofs.of_distances([(done, 1.0)]), WEIGHTS, NOW)
         form_batches(outbox, [], size=1, age=0.0, now=NOW, current=None)
 
     await bench.outbox(write)
@@ -223,7 +224,7 @@ async def test_a_callback_url_ends_only_when_nothing_can_come_for_it(bench: Benc
     assert await stays()
     checking.clear()
     # Proofs of its round are in no batch yet; then in a batch that waits; then in one that was refused.
-    await bench.outbox(Outbox.commit_span, ROUND, NODE, Span(0, 1), [Proof(0, 1.0)], WEIGHTS, NOW)
+    await bench.outbox(commit_span, ROUND, NODE, Span(0, 1), Proofs.of_distances([(0, 1.0)]), WEIGHTS, NOW)
     assert await stays()
     await bench.outbox(form_batches, [], size=1, age=0.0, now=NOW, current=None)
     assert await stays()
@@ -249,7 +250,7 @@ async def test_a_batch_that_was_given_up_stays_given_up_when_another_receiver_ha
     each = over(bench, "http://127.0.0.1:1/main")
     receiver = await each.callback("http://127.0.0.1:1/one", wanted=None)
     await ask(bench, receiver)
-    await bench.outbox(Outbox.commit_span, ROUND, NODE, Span(0, 1), [Proof(0, 1.0)], WEIGHTS, NOW)
+    await bench.outbox(commit_span, ROUND, NODE, Span(0, 1), Proofs.of_distances([(0, 1.0)]), WEIGHTS, NOW)
     await bench.outbox(form_batches, ["a"], size=1, age=0.0, now=NOW, current=None)
     await bench.outbox(selections.purge, selections.Selection(("pending",), receiver.name), NOW)
     await each.end_idle()

@@ -427,7 +427,7 @@ def test_the_weights_come_back_also_after_a_failure(small: Model) -> None:
     with prepared(small) as run:
         honest = cheater.compute_honestly(run, range(8), 4, 4)
         shortcut = tried(run, honest)["4-bit weights"]
-        broken = replace(shortcut, prepared=lambda: shortcuts._replacing(run, to_nan))
+        broken = replace(shortcut, prepared=lambda: shortcuts.replacing(run, to_nan))
         with pytest.raises(NonFiniteError, match="'4-bit weights' gave NaN or infinity, though the honest pass did"):
             cheater.predict(run, broken, honest, range(8), 4, 4)
         with shortcut.prepared():

@@ -100,7 +100,7 @@ class Controlled:
 
     def __init__(self, path: Path, runs: Runs = RUNS) -> None:
         self.outbox = OutboxThread(path)
-        self.miner = Miner(self.outbox, Changes(), clock=ManualClock())
+        self.miner = Miner(self.outbox, Changes(), clock=ManualClock(), group_seconds=0)
         self.events = Events(SYSTEM)
         self.control = Control(
             self.miner, self.outbox, OURS, runs=runs, clock=ManualClock(), log=QUIET, events=self.events

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from struct import pack, unpack
 from typing import Any
 
 import pytest
@@ -15,11 +16,14 @@ from hypothesis import strategies as st
 from pocd.mining.miner import LATEST, Lease, Miner
 from pocd.observe.changes import Changes
 from pocd.protocol.nonces import Node, Progress, Span
-from pocd.protocol.proof import Proof, Round
+from pocd.protocol.proof import Proofs, Round
+from pocd.protocol.schemes import VECTOR_SIZE
 from pocd.store.deliveries import next_pending
-from pocd.store.outbox import Outbox, Totals, Weights, Work
+from pocd.store.outbox import Outbox, Totals, Work
+from pocd.store.proofs import Weights
 from pocd.store.thread import OutboxThread
 from tests.support.clocks import NEXT, NOW, ROUND, ManualClock
+from tests.support.stored import VECTORS, proofs_of, vector_of
 from tests.support.waiting import soon
 
 WEIGHTS = Weights("f00d", "float32")
@@ -48,7 +52,7 @@ def miner(outbox: OutboxThread, clock: ManualClock) -> Miner:
 
 
 def open_miner(outbox: OutboxThread, clock: ManualClock | None = None) -> Miner:
-    return Miner(outbox, Changes(), clock=clock or ManualClock())
+    return Miner(outbox, Changes(), clock=clock or ManualClock(), group_seconds=0)
 
 
 async def let_all_run(outbox: OutboxThread) -> None:
@@ -59,15 +63,17 @@ async def let_all_run(outbox: OutboxThread) -> None:
 
 
 async def complete(miner: Miner, lease: Lease, distance: float = 1.0) -> None:
-    """Bring a lease back with the same distance for each of its nonces."""
-    await soon(miner.complete(lease, [distance] * len(lease.nonces), WEIGHTS))
+    """Bring a lease back with the same distance for each of its nonces, or with a vector that only the nonce has."""
+    distances, vectors = [distance] * len(lease.nonces), b"".join(map(vector_of, lease.nonces))
+    await soon(miner.complete(lease, distances if lease.mining.round.output == "distance" else vectors, WEIGHTS))
 
 
-async def stored(outbox: OutboxThread) -> list[Proof]:
+async def stored(outbox: OutboxThread) -> Proofs:
     """Return the proofs on disk, in order."""
 
-    def read(store: Outbox) -> list[Proof]:
-        return [Proof(*row) for row in store.db.execute("SELECT nonce, distance FROM proofs ORDER BY number")]
+    def read(store: Outbox) -> Proofs:
+        rows = store.db.execute("SELECT size, nonces, results FROM proofs ORDER BY number")
+        return Proofs.joined([Proofs(unpack(f"<{size}q", nonces), results) for size, nonces, results in rows])
 
     return await outbox(read)
 
@@ -135,7 +141,7 @@ async def test_valid_is_strictly_below_the_target(miner: Miner, outbox: OutboxTh
     lease = await miner.lease(5)
     below, above = math.nextafter(1.4, 0), math.nextafter(1.4, 2)
     await soon(miner.complete(lease, [1.4, below, above, 0.0, 2.0], WEIGHTS))
-    assert await stored(outbox) == [Proof(4, below), Proof(10, 0.0)]
+    assert await stored(outbox) == Proofs.of_distances([(4, below), (10, 0.0)])
     assert outbox.view.totals == Totals(checked=5, valid=2, stored=0, delivered=0)
 
 
@@ -145,7 +151,7 @@ async def test_a_completed_lease_is_on_disk(path: Path) -> None:
         await miner.set_round(Work(ROUND, NODE))
         await soon(miner.complete(await miner.lease(2), [1.5, 1.25], WEIGHTS))
     with closing(OutboxThread(path)) as outbox:
-        assert await stored(outbox) == [Proof(4, 1.25)]
+        assert await stored(outbox) == Proofs.of_distances([(4, 1.25)])
         assert await progress(outbox) == Progress(2)
 
 
@@ -161,7 +167,7 @@ async def test_what_is_not_one_finite_distance_per_nonce_commits_nothing(
     lease = await miner.lease(2)
     with pytest.raises(AssertionError):
         await miner.complete(lease, distances, WEIGHTS)
-    assert await stored(outbox) == []
+    assert await stored(outbox) == Proofs()
     assert await progress(outbox) == Progress()
     await complete(miner, lease)  # it is still lent, and may be completed yet
 
@@ -173,7 +179,7 @@ async def test_counts_and_rates_follow_what_is_committed(miner: Miner, clock: Ma
     clock.advance(10)
     await soon(miner.complete(await miner.lease(4), [1.0, 1.0, 2.0, 1.5], WEIGHTS))
     assert (mining.checked_before, mining.checked, mining.valid) == (0, 4, 2)
-    assert list(mining.latest) == [Proof(1, 1.0), Proof(4, 1.0)]
+    assert mining.latest == Proofs.of_distances([(1, 1.0), (4, 1.0)])
     assert (miner.checked_rate.per_second(60), miner.valid_rate.per_second(60)) == (0.4, 0.2)
     assert mining.started_at == 100.0
 
@@ -182,7 +188,7 @@ async def test_only_the_latest_proofs_are_held(miner: Miner) -> None:
     await miner.set_round(Work(ROUND, NODE))
     await complete(miner, await miner.lease(LATEST + 5))
     assert miner.mining is not None
-    assert [proof.nonce for proof in miner.mining.latest] == [1 + 3 * x for x in range(5, LATEST + 5)]
+    assert miner.mining.latest.nonces == tuple(1 + 3 * x for x in range(5, LATEST + 5))
 
 
 async def test_a_batch_may_be_due_after_proofs_were_stored(miner: Miner) -> None:
@@ -192,6 +198,86 @@ async def test_a_batch_may_be_due_after_proofs_were_stored(miner: Miner) -> None
     assert miner.batchable.count == seen, "nothing was found"
     await complete(miner, await miner.lease(2))
     assert miner.batchable.count == seen + 1
+
+
+def without_numbers(*places: int) -> bytes:
+    """Return a vector of ones, but for places that have no finite number."""
+    numbers = [math.nan if place % 2 else math.inf for place in range(VECTOR_SIZE)]
+    return pack("<12e", *(number if place in places else 1.0 for place, number in enumerate(numbers)))
+
+
+async def test_every_nonce_with_a_finite_vector_counts(miner: Miner, outbox: OutboxThread) -> None:
+    await miner.set_round(Work(VECTORS, NODE))
+    lease = await miner.lease(5)
+    broken = [without_numbers(0), without_numbers(11), without_numbers(*range(12))]
+    vectors = [broken[0], vector_of(4), broken[1], broken[2], vector_of(13)]
+    await soon(miner.complete(lease, b"".join(vectors), WEIGHTS))
+    assert await stored(outbox) == proofs_of(VECTORS, [4, 13])
+    assert outbox.view.totals == Totals(checked=5, valid=2)
+    assert await progress(outbox, VECTORS) == Progress(5)
+
+
+@pytest.mark.parametrize(
+    ("round_", "results"),
+    [(VECTORS, vector_of(1)), (VECTORS, vector_of(1) * 3), (VECTORS, [1.0, 1.0]), (ROUND, vector_of(1) * 2)],
+    ids=["fewer", "more", "distances", "vectors of a round of distances"],
+)
+async def test_results_of_another_kind_or_number_commit_nothing(
+    miner: Miner, outbox: OutboxThread, round_: Round, results: bytes | list[float]
+) -> None:
+    await miner.set_round(Work(round_, NODE))
+    lease = await miner.lease(2)
+    with pytest.raises(AssertionError):
+        await miner.complete(lease, results, WEIGHTS)
+    assert await progress(outbox, round_) == Progress()
+
+
+# Groups
+
+
+async def commits(outbox: OutboxThread) -> int:
+    """Return how many transactions the store has seen."""
+    return await outbox(
+        lambda store: int(store.db.execute("SELECT value FROM meta WHERE key = 'commits'").fetchone()[0])
+    )
+
+
+@pytest.mark.parametrize("round_", [ROUND, VECTORS], ids=["distances", "vectors"])
+async def test_what_comes_at_once_is_committed_in_one_transaction(outbox: OutboxThread, round_: Round) -> None:
+    miner = Miner(outbox, Changes(), clock=ManualClock(), group_seconds=0.05)
+    await miner.set_round(Work(round_, NODE))
+    leases = [await miner.lease(3) for _ in range(8)]
+    before, seen = await commits(outbox), miner.batchable.count
+    await asyncio.gather(*(complete(miner, lease) for lease in leases))
+    assert await commits(outbox) == before + 1
+    assert miner.batchable.count == seen + 1
+    assert await progress(outbox, round_) == Progress(24)
+    assert miner.mining is not None
+    assert (miner.mining.checked, miner.mining.valid, outbox.view.totals.valid) == (24, 24, 24)
+
+
+async def test_what_comes_while_a_group_is_committed_is_in_the_next(miner: Miner, outbox: OutboxThread) -> None:
+    await miner.set_round(Work(VECTORS, NODE))
+    leases = [await miner.lease(2) for _ in range(20)]
+    for lease in leases:  # one after the other, without waiting for any
+        waiting = asyncio.ensure_future(complete(miner, lease))
+        await asyncio.sleep(0)
+    await soon(waiting)
+    await soon(miner.close(3600))
+    assert await stored(outbox) == proofs_of(VECTORS, NODE.nonces(Span(0, 40)))
+    assert await progress(outbox, VECTORS) == Progress(40)
+
+
+async def test_a_group_that_the_store_cannot_take_is_leased_again(miner: Miner, outbox: OutboxThread) -> None:
+    await miner.set_round(Work(VECTORS, NODE))
+    first, second = await miner.lease(2), await miner.lease(3)
+    await outbox(lambda store: store.db.execute("PRAGMA query_only = ON"))
+    await asyncio.gather(complete(miner, first), complete(miner, second))
+    assert miner.held is not None
+    await outbox(lambda store: store.db.execute("PRAGMA query_only = OFF"))
+    assert await progress(outbox, VECTORS) == Progress()
+    miner.hold(None)
+    assert [(await miner.lease(3)).span for _ in range(2)] == [first.span, second.span]
 
 
 # Rounds
@@ -303,7 +389,7 @@ async def test_what_was_under_way_when_the_share_changed_is_counted_once(miner: 
     assert (miner.mining.checked, miner.mining.valid, outbox.view.totals.checked) == (4, 4, 4)
     miner.give_back(second)
     assert (await miner.lease(2)).nonces == [4, 6]
-    assert [proof.nonce for proof in await stored(outbox)] == [0, 1, 2, 3]
+    assert (await stored(outbox)).nonces == (0, 1, 2, 3)
 
 
 async def test_a_share_that_comes_back_leaves_out_what_the_other_did_meanwhile(miner: Miner) -> None:
@@ -330,25 +416,28 @@ STEPS = st.one_of(
 )
 
 
-@given(steps=st.lists(STEPS, max_size=40))
+@given(steps=st.lists(STEPS, max_size=40), round_=st.sampled_from([ROUND, VECTORS]))
 @settings(max_examples=40, deadline=None)
 def test_however_shares_change_no_nonce_is_counted_twice_and_none_is_left_out(
-    steps: list[tuple[str, Any]],
+    steps: list[tuple[str, Any]], round_: Round
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run(change_shares(Path(folder) / "store.db", steps))
+        asyncio.run(change_shares(Path(folder) / "store.db", round_, steps))
 
 
-async def change_shares(path: Path, steps: list[tuple[str, Any]]) -> None:
+async def change_shares(path: Path, round_: Round, steps: list[tuple[str, Any]]) -> None:
     """Do the steps on one round, and hold what is stored against what was computed."""
-    bench = Sharing(path)
+    bench = Sharing(path, round_)
     with closing(bench):
         await bench.share(SHARES[0])
         for step, what in steps:
             await getattr(bench, step)(what)
         await bench.finish_share()
         assert bench.miner.mining is not None
-        nonces = [proof.nonce for proof in await stored(bench.outbox)]
+        proofs = await stored(bench.outbox)
+        nonces = proofs.nonces
+        if round_.output == "vector":
+            assert proofs == proofs_of(round_, nonces), "a nonce has another's vector"
         assert sorted(nonces) == sorted(bench.committed), "a nonce was stored twice, or not at all"
         counts = bench.outbox.view.totals.checked, bench.miner.mining.checked, bench.miner.mining.valid
         assert set(counts) == {len(bench.committed)}
@@ -357,8 +446,9 @@ async def change_shares(path: Path, steps: list[tuple[str, Any]]) -> None:
 class Sharing:
     """One round, mined in shares that change; every nonce is valid."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, round_: Round) -> None:
         self.path = path
+        self.round = round_
         self.outbox = OutboxThread(path)
         self.miner = open_miner(self.outbox)
         self.node = SHARES[0]
@@ -370,7 +460,7 @@ class Sharing:
 
     async def share(self, node: Node) -> None:
         self.node = node
-        await self.miner.set_round(Work(ROUND, node))
+        await self.miner.set_round(Work(self.round, node))
 
     async def restart(self, _: None) -> None:
         self.close()

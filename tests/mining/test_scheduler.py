@@ -31,7 +31,8 @@ from pocd.protocol.proof import Round
 from pocd.protocol.rounds import RoundPolicy
 from pocd.store.batches import form_batches
 from pocd.store.errors import StoreUnavailableError
-from pocd.store.outbox import KnownChain, Outbox, Weights
+from pocd.store.outbox import KnownChain, Outbox
+from pocd.store.proofs import Weights
 from pocd.store.rounds import recent_rounds
 from pocd.store.thread import OutboxThread
 from tests.support.anvil import needs_anvil, running_anvil
@@ -95,7 +96,7 @@ class Scheduled:
     ) -> None:
         self.chain = chain
         self.outbox = OutboxThread(path)
-        self.miner = Miner(self.outbox, Changes(), clock=ManualClock())
+        self.miner = Miner(self.outbox, Changes(), clock=ManualClock(), group_seconds=0)
         self.log = cast("FilteringBoundLogger", structlog.get_logger())
         self.control = Control(
             self.miner, self.outbox, Node(0, 1), runs={}, clock=ManualClock(), log=self.log, events=Events(SYSTEM)

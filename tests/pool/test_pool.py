@@ -32,7 +32,7 @@ from pocd.protocol.proof import Round
 from pocd.store.outbox import Outbox, Work
 from pocd.store.thread import OutboxThread
 from pocd.tasks import LOOK_SECONDS
-from pocd.worker.messages import Load, Message, Recompute
+from pocd.worker.messages import Distances, Load, Message, Recompute
 from tests.support.waiting import PATIENCE, soon, until
 
 if TYPE_CHECKING:
@@ -69,10 +69,13 @@ async def pooled(
 
 
 async def recompute(pool: Pool, round_: Round, nonces: tuple[int, ...], *, last: bool = True) -> list[float]:
-    wanted = Recomputation(round_, nonces, last, asyncio.get_running_loop().create_future())
+    result = asyncio.get_running_loop().create_future()
+    wanted = Recomputation(round_, nonces, last, with_reference=False, result=result)
     async with asyncio.timeout(PATIENCE):
         await pool.recomputations.put(wanted)
-        return await wanted.distances
+        answer = await wanted.result
+        assert isinstance(answer, Distances)
+        return answer.distances
 
 
 async def test_workers_share_one_cursor_and_the_death_of_one_leaves_no_gap(tmp_path: Path) -> None:
@@ -102,7 +105,7 @@ async def test_workers_share_one_cursor_and_the_death_of_one_leaves_no_gap(tmp_p
     # Each nonce once, and dense, but for what the end took back from one worker while the other was ahead of it.
     gaps = sum(map(len, found.progress.gaps()))
     assert found.checked == done == found.progress.end - gaps
-    assert found.progress.cursor >= done - 4 * LOAD.batch_size
+    assert gaps <= 4 * LOAD.batch_size, "each worker had two batches"
 
 
 async def test_a_card_that_is_not_there_leaves_the_others_at_work(tmp_path: Path) -> None:
@@ -150,7 +153,7 @@ async def test_why_a_worker_failed_is_told_by_itself(tmp_path: Path, monkeypatch
     (tmp_path / "sitecustomize.py").write_text(
         "import tempfile\ntempfile._candidate_tempdir_list = lambda: ['/none']\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     async with pooled(tmp_path, [LOAD], exit=PATIENCE) as (pool, _):
         (worker,) = pool.workers
         await until(lambda: worker.causes[Cause.CRASH])
@@ -160,7 +163,7 @@ async def test_why_a_worker_failed_is_told_by_itself(tmp_path: Path, monkeypatch
 async def test_why_a_worker_could_not_even_begin_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A library that it imports is gone, as in the middle of an upgrade: that ends no daemon, and no other worker."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     async with pooled(tmp_path, [LOAD], exit=PATIENCE) as (pool, _):
         (worker,) = pool.workers
         await until(lambda: worker.causes[Cause.CRASH] == 2)

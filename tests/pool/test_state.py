@@ -15,7 +15,9 @@ from pocd.worker.messages import Ready
 from tests.support.clocks import ManualClock
 
 CRASH = WorkerError(Cause.CRASH, "gone")
-READY = Ready("m", "f00d", "float32", "cuda:0", 128, 4, "flat", "captured", "asked", 1.5, 0.0, 8, 4096, "2.13.0")
+READY = Ready(
+    "m", "f00d", "float32", "cuda:0", 128, 4, "flat", "it agrees", "captured", "asked", 1.5, 0.0, 8, 4096, "2.13.0"
+)
 
 
 def state() -> WorkerState:

@@ -23,7 +23,6 @@ from pocd.protocol.differences import (
     RARE,
     SPREAD,
     THRESHOLD,
-    DifferenceVerdict,
     HonestLaw,
     compare,
     honest_law,
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from numpy.typing import NDArray
+
+    from pocd.protocol.verdicts import DifferenceVerdict
 
     Floats = NDArray[np.float64]
 
@@ -46,7 +47,7 @@ NOISE = 0.03  # an honest result's error, as a share of the vector's length
 
 @pytest.mark.parametrize(
     ("numbers", "median", "rare", "mean", "deviation"),
-    [(12, 0.925, 4.82, 0.729, 0.404), (1, 0.429, 8.60, 0.571, 0.611)],
+    [(12, 0.923, 6.98, 0.763, 0.499), (1, 0.416, 11.02, 0.594, 0.667)],
 )
 def test_all_constants_follow_from_one_number(
     numbers: int, median: float, rare: float, mean: float, deviation: float
@@ -192,7 +193,7 @@ def test_honest_miners_are_not_accused(n: int) -> None:
 
 
 def test_without_an_allowance_they_would_be() -> None:
-    assert accused(lambda world: world.claims(1.5), 100, allowance=1.0) > 90
+    assert accused(lambda world: world.claims(1.8), 100, allowance=1.0) > 90
 
 
 # Whom it catches.
@@ -210,10 +211,10 @@ def caught(*, n: int, factor: float, share: float = 1.0, allowance: float = 1.5,
     ("numbers", "factor", "share", "allowance", "n"),
     [
         (12, 4, 1.0, 1.5, 20),
-        (12, 2, 1.0, 1.5, 100),
+        (12, 2, 1.0, 1.5, 150),
         (12, 1.3, 1.0, 1.0, 150),
         (12, 4, 0.25, 1.5, 200),
-        (12, 4, 0.1, 1.5, 1000),
+        (12, 4, 0.1, 1.5, 1500),
         (12, 8, 0.25, 1.5, 100),
         (12, 8, 0.1, 1.5, 400),
         (1, 4, 1.0, 1.5, 50),
@@ -303,10 +304,10 @@ def test_one_wild_claim_accuses_nobody() -> None:
 
 @pytest.mark.parametrize(
     ("error", "results"),
-    [(0.034, "honest"), (0.15, "honest"), (1.12, "undecidable"), (1.41, "undecidable")],
+    [(0.034, "honest"), (0.1, "honest"), (1.12, "undecidable"), (1.41, "undecidable")],
 )
 def test_where_the_validators_own_error_hides_all_it_is_undecidable(error: float, results: str) -> None:
-    """Errors of a unit vector by bfloat16 at 8, 16 and 28 layers of `poc2`, and of vectors that nothing connects."""
+    """Errors of a unit vector by bfloat16 at 8, 14 and 28 layers of `poc2`, and of vectors that nothing connects."""
     for n in (20, 100, 300):
         world = World(n, 12, n, noise=error)
         assert world.judge(world.claims()).result == results
@@ -316,7 +317,7 @@ def test_where_the_validators_own_error_hides_all_it_is_undecidable(error: float
 
 
 def test_between_the_two_more_nonces_decide() -> None:
-    few, many = (World(n, 12, 1, noise=0.5) for n in (3, 300))
+    few, many = (World(n, 12, 1, noise=0.15) for n in (3, 300))
     assert [few.judge(claims).result for claims in (FREE["zeros"](few), few.claims())] == ["undecidable"] * 2
     assert [many.judge(claims).result for claims in (FREE["zeros"](many), many.claims())] == ["fraud", "honest"]
 
@@ -339,9 +340,26 @@ def test_one_or_two_nonces_decide_nothing(n: int) -> None:
 
 def test_a_validator_whose_result_is_the_reference_has_no_measure() -> None:
     world = World(30, 12, 1)
-    for errors in (np.zeros(30), np.where(np.arange(30) == 7, 0.0, world.own_errors)):
-        verdict = judge_differences((world.reference + 1e-9).tolist(), world.reference, errors)
-        assert verdict.result == "undecidable"
+    verdict = judge_differences((world.reference + 1e-9).tolist(), world.reference, np.zeros(30))
+    assert verdict.result == "undecidable"
+    once = np.where(np.arange(30) == 7, 0.0, world.own_errors)
+    assert judge_differences(world.claims().tolist(), world.reference, once).result == "honest"
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.5])
+@pytest.mark.parametrize("n", [20, 100, 300, 1000])
+def test_who_chooses_another_expert_at_some_nonces_is_not_accused(n: int, share: float) -> None:
+    """A router at its boundary makes a few errors ten times as large, not at the same nonces for a miner."""
+
+    def claims(world: World) -> Floats:
+        def sometimes() -> Floats:
+            return np.where(world.generator.random(n) < share, 10.0, 1.0)
+
+        own = sometimes()[:, None] * world.error()
+        world.own_errors = np.square(own).sum(axis=1)
+        return world.project(world.vectors + sometimes()[:, None] * world.error())
+
+    assert accused(claims, n, batches=40) <= 1
 
 
 # Properties.
@@ -389,7 +407,8 @@ def test_a_verdict_holds_all_it_follows_from(world: World, factor: float, data: 
     read = orjson.loads(orjson.dumps(asdict(verdict)))
     assert orjson.loads(orjson.dumps(verdict)) == read
     law = honest_law(read["numbers"], read["spread"])
-    allowed = read["allowance"] ** 2 * np.array(read["own_errors"])
+    own = np.array(read["own_errors"])
+    allowed = read["allowance"] ** 2 * np.maximum(own, np.quantile(own, 0.98) / 16)
     for name, probability in (("claimed", "probability_honest"), ("blank", "probability_blank")):
         errors = np.array([math.inf if each is None else each for each in read[f"{name}_errors"]])
         again = compare(errors / allowed, law)

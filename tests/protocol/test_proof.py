@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from base64 import b64encode
 from pathlib import Path
 
 import orjson
@@ -11,14 +12,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocd.protocol.proof import Proof, ProofBatch, Round, ValidatedBatch, canonical_json, content_id
+from pocd.protocol.proof import (
+    ProofBatch,
+    Proofs,
+    Round,
+    ValidatedBatch,
+    canonical_json,
+    content_id,
+    nonces_in,
+    results_in,
+)
+from tests.support.stored import proofs_of, vector_of
 
 PROTOCOL = Path(__file__).resolve().parent.parent.parent / "docs" / "protocol.md"
 ROUND = Round(
     block_hash="9F2E", block_height=4_100_000, public_key="02ab", r_target=1.4, scheme="poc2", model="tiny", seq_len=16
 )
 BATCH = ProofBatch(
-    ROUND, node_id=3, model_fingerprint="f00d", dtype="float16", proofs=(Proof(11, 1.25), Proof(3, 1.390625))
+    ROUND, node_id=3, model_fingerprint="f00d", dtype="float16", proofs=Proofs.of_distances([(11, 1.25), (3, 1.390625)])
 )
 
 ROUND_FIELDS = {
@@ -48,6 +59,10 @@ VALIDATED = ValidatedBatch(
     nonces=(11, 3),
     received_dist=(1.25, None),
     dist=(1.25, 1.390625),
+    reference_dist=None,
+    received_vectors=None,
+    vectors=None,
+    reference_vectors=None,
     valid=(True, False),
     n=2,
     n_invalid=1,
@@ -63,6 +78,8 @@ VALIDATED = ValidatedBatch(
     mismatch=0.0005,
     fraud_threshold=0.01,
     probability_honest=0.001,
+    differences=None,
+    verdict="fraud",
     fraud_detected=True,
     sample=2,
     seed="é",
@@ -87,6 +104,8 @@ VALIDATED_FIELDS = {
     "mismatch": 0.0005,
     "fraud_threshold": 0.01,
     "probability_honest": 0.001,
+    "differences": None,
+    "verdict": "fraud",
     "fraud_detected": True,
     "sample": 2,
     "seed": "é",
@@ -96,7 +115,7 @@ VALIDATED_FIELDS = {
 # Written down once: if they change, every store and every receiver sees other ids.
 ROUND_ID = "40f41c29c1ff8bef376677a0376213a9"
 BATCH_ID = "4c20921eb43341ab315826d821601b6d"
-VALIDATED_ID = "d7303c84f9b2aa5603928dfb9d0f9243"
+VALIDATED_ID = "9a2bf05b2f3da72b7cb419cf65e12d37"
 
 
 def reference_json(value: object) -> bytes:
@@ -156,9 +175,9 @@ def test_another_value_of_any_field_is_another_round_and_another_batch(field: st
     "changed",
     [
         dataclasses.replace(BATCH, node_id=4),
-        dataclasses.replace(BATCH, proofs=BATCH.proofs[::-1]),
+        dataclasses.replace(BATCH, proofs=Proofs.joined([BATCH.proofs[1:], BATCH.proofs[:1]])),
         dataclasses.replace(BATCH, proofs=BATCH.proofs[:1]),
-        dataclasses.replace(BATCH, proofs=(Proof(11, 1.25), Proof(3, 1.375))),
+        dataclasses.replace(BATCH, proofs=Proofs.of_distances([(11, 1.25), (3, 1.375)])),
     ],
     ids=["node", "order", "fewer", "distance"],
 )
@@ -192,7 +211,7 @@ def test_canonical_json_has_no_white_space_and_plain_utf_8() -> None:
 
 @given(distance=st.floats(0, 2), nonce=st.integers(0, 2**63 - 1))
 def test_nonces_and_distances_come_out_of_the_bytes_bit_for_bit(distance: float, nonce: int) -> None:
-    batch = ProofBatch(ROUND, 0, "f00d", "float16", (Proof(nonce, distance),))
+    batch = ProofBatch(ROUND, 0, "f00d", "float16", Proofs.of_distances([(nonce, distance)]))
     body = orjson.loads(batch.to_json())
     assert (body["nonces"], body["dist"]) == ([nonce], [distance])
     assert json.loads(batch.to_json()) == body
@@ -204,3 +223,32 @@ def test_rounds_and_batches_cannot_be_changed() -> None:
         ROUND.r_target = 2.0  # type: ignore[misc] # that is what is refused
     with pytest.raises(dataclasses.FrozenInstanceError):
         BATCH.node_id = 0  # type: ignore[misc] # that is what is refused
+
+
+def test_a_batch_of_vectors_has_the_live_networks_body_and_no_target() -> None:
+    round_ = dataclasses.replace(ROUND, scheme="poc4", r_target=None)
+    batch = ProofBatch(round_, 3, "f00d", "float16", proofs_of(round_, [11, 2**63 - 1]))
+    fields = {name: value for name, value in BATCH_FIELDS.items() if name not in {"r_target", "nonces", "dist"}}
+    vectors = {nonce: b64encode(vector_of(nonce)).decode() for nonce in (11, 2**63 - 1)}
+    content = fields | {
+        "scheme": "poc4",
+        "artifacts": [{"nonce": nonce, "vector_b64": vector} for nonce, vector in vectors.items()],
+        "encoding": {"dtype": "f16", "k_dim": 12, "endian": "le"},
+    }
+    assert orjson.loads(batch.to_json()) == content | {"batch_id": batch.id}
+    assert batch.id == content_id(content)
+    assert batch.size == 2
+    assert (nonces_in(content), results_in(content)) == (list(vectors), list(vectors.items()))
+
+
+@given(found=st.lists(st.tuples(st.integers(0, 2**63 - 1), st.floats(0, 2))), cut=st.integers(0, 9), data=st.data())
+def test_proofs_are_cut_joined_and_chosen_with_their_results(
+    found: list[tuple[int, float]], cut: int, data: st.DataObject
+) -> None:
+    proofs = Proofs.of_distances(found)
+    assert list(zip(proofs.nonces, proofs.distances, strict=True)) == found
+    assert Proofs.joined([proofs[:cut], proofs[cut:]]) == proofs
+    assert proofs[cut:] == Proofs.of_distances(found[cut:])
+    wanted = data.draw(st.lists(st.booleans(), min_size=len(found), max_size=len(found)))
+    kept = [pair for pair, keep in zip(found, wanted, strict=True) if keep]
+    assert proofs.only(wanted) == Proofs.of_distances(kept)

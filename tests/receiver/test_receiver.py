@@ -19,12 +19,13 @@ import pytest
 from pocd.http.server import DEFAULT_BOUNDS, Bounds, listening
 from pocd.http.webhooks import WebhookKeys, unsigned_headers
 from pocd.protocol.bodies import MOST_VALUES
-from pocd.protocol.proof import Proof, ProofBatch, Round
+from pocd.protocol.proof import ProofBatch, Proofs, Round
 from pocd.receiver import store as receiver_store
 from pocd.receiver.app import MAX_BODY_BYTES, application, serve
 from pocd.receiver.store import Arrival, ReceiverStoreBusyError, ReceiverStoreError, Store
 from pocd.validation.claim import Claim, parse_json
-from pocd.validation.verdict import Terms, judge
+from pocd.validation.verdict import Recomputed, Terms, judge
+from tests.support.stored import VECTORS, proofs_of
 from tests.support.waiting import PATIENCE, soon
 
 NOW = 1_700_000_000
@@ -161,7 +162,7 @@ async def test_a_verdict_is_taken_as_pocd_sends_it(client: Client) -> None:
     body = GENERATED | {"nonces": [3, 5, 5], "dist": [1.25, None, 3]}
     claim = parse_json(Claim, orjson.dumps(body))
     terms = Terms(1.4, 0.01, 5e-4, 1e-5, "poc2", "tiny", "f00d", "float32", 16, 1)
-    batch = judge(claim, terms, {3: 1.25, 5: 1.5}, sample=2, seed="s")
+    batch = judge(claim, terms, Recomputed({3: (1.25,), 5: (1.5,)}), sample=2, seed="s")
     assert await client.post(batch.to_json(), kind="validated") == Answer(200, {"status": "stored", "id": batch.id})
     (item,) = (await client.get("/batches"))["batches"]
     assert (item["kind"], item["batch"]) == ("validated", orjson.loads(batch.to_json()))
@@ -200,12 +201,47 @@ async def test_another_body_under_the_same_id_is_a_conflict(client: Client) -> N
 
 
 async def test_the_id_is_the_header_or_the_batch_id_or_a_hash(client: Client) -> None:
-    batch = ProofBatch(ROUND, 0, "f00d", "float32", (Proof(3, 1.25),))
+    batch = ProofBatch(ROUND, 0, "f00d", "float32", Proofs.of_distances([(3, 1.25)]))
     assert (await client.post(batch.to_json(), "header")).body["id"] == "header"
     assert (await client.post(batch.to_json())).body["id"] == batch.id
     nameless = orjson.dumps(GENERATED)
     assert (await client.post(nameless)).body["id"] == hashlib.sha256(nameless).hexdigest()
     assert (await client.post(nameless)).body["status"] == "duplicate"
+
+
+async def test_a_batch_of_vectors_is_stored_and_its_nonces_counted(client: Client) -> None:
+    batch = ProofBatch(VECTORS, 0, "f00d", "float16", proofs_of(VECTORS, range(0, 40_000, 2)))
+    again = ProofBatch(VECTORS, 0, "f00d", "float16", proofs_of(VECTORS, range(39_998, 40_010)))
+    assert (await client.post(batch.to_json())).body == {"status": "stored", "id": batch.id}
+    assert (await client.post(batch.to_json())).body == {"status": "duplicate", "id": batch.id}
+    assert (await client.post(again.to_json())).status == 200
+    validated = VALIDATED | {"vectors": ["AAAA"] * 2, "received_vectors": ["AAAA", None]}
+    validated = {name: value for name, value in validated.items() if name not in {"dist", "received_dist", "r_target"}}
+    assert (await client.post(validated, kind="validated")).status == 200
+    counts = {"batches": 2, "nonces": 20_012, "distinct_nonces": 20_011, "duplicates": 1, "validated_batches": 1}
+    assert await client.totals() == counts
+    assert (await client.get("/batches"))["batches"][0]["batch"] == orjson.loads(batch.to_json())
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"encoding": {"dtype": "f32", "k_dim": 12, "endian": "le"}}, "encoding"),
+        ({"encoding": None}, "encoding"),
+        ({"artifacts": []}, "artifacts"),
+        ({"artifacts": [{"nonce": 1, "vector_b64": "AAAA"}]}, "artifacts"),
+        ({"artifacts": [{"nonce": 1, "vector_b64": "?"}]}, "artifacts"),
+        ({"artifacts": [{"nonce": 1, "vector_b64": "AH4A" + "A" * 28}]}, "artifacts"),
+        ({"artifacts": [{"nonce": -1, "vector_b64": "A" * 32}]}, "artifacts"),
+        ({"artifacts": [{"nonce": 1}]}, "artifacts"),
+    ],
+    ids=["encoding", "no encoding", "empty", "short", "no base64", "NaN", "nonce", "no vector"],
+)
+async def test_what_is_no_batch_of_vectors_is_refused(client: Client, change: dict[str, object], field: str) -> None:
+    body = orjson.loads(ProofBatch(VECTORS, 0, "f00d", "float16", proofs_of(VECTORS, [1])).to_json())
+    answer = await client.post(body | change)
+    assert (answer.status, answer.body["error"]["field"]) == (400, field)
+    assert await client.totals() == {"rejected": 1}
 
 
 async def test_distinct_nonces_are_counted_by_round_and_key(client: Client) -> None:

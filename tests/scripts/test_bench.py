@@ -23,6 +23,20 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 
+# As a GPU's profile, and torch's compiler, name them.
+KERNELS = [
+    "_draw_normal",
+    "triton_poi_fused_add_clamp_min_copy_cos_log_mul_sin_sqrt_0",
+    "nvjet_tst_128x256_64x4_2x1_v_bz_coopA_TNT",
+    "sm90_xmma_gemm_f32f32_f32f32_f32_tn_n_tilesize32x32x8_stage3",
+    "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4>>",
+    "fmha_cutlassF_bf16_aligned_64x64_rf_sm80",
+    "triton_per_fused__to_copy_add_div_linalg_vector_norm_mul_sum_5",
+    "triton_per_fused__fused_rms_norm__scaled_dot_product_flash_attention_addcmul_mul_1",  # of what attention takes
+    "Memcpy DtoD (Device -> Device)",
+]
+
+
 def run(script: str, *options: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-c", WITHOUT, f"scripts.bench.{script}", *options, "--json"],
@@ -100,3 +114,10 @@ def test_honest_ways_of_computing_lie_about_as_far_from_the_reference_as_the_val
     assert (threads.way, threads.error, threads.by_projections[0]) == ("another number of threads", 1, 0)
     assert (layers.way, layers.by_projections[0]) == ("transformers' layers", 0)
     assert 0.5 < layers.error < 2
+
+
+def test_kernels_belong_to_groups_by_their_names() -> None:
+    from scripts.bench.profiling import ATTENTION, DECODER, GENERATOR, MATRICES, OTHER, _group_of_kernel
+
+    groups = [GENERATOR, GENERATOR, MATRICES, MATRICES, ATTENTION, ATTENTION, DECODER, DECODER, OTHER]
+    assert [_group_of_kernel(name) for name in KERNELS] == groups

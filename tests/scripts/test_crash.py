@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING
 import pytest
 
 from pocd.protocol.nonces import Node, Span
-from pocd.protocol.proof import Proof, Round
+from pocd.protocol.proof import Proofs, Round
 from pocd.receiver.store import Arrival, Store
 from pocd.store.batches import form_batches
 from pocd.store.deliveries import next_pending, record_delivered
-from pocd.store.outbox import Outbox, Weights, Work
+from pocd.store.outbox import Outbox, Work
+from pocd.store.proofs import Weights
 from scripts.trials import crash
 from scripts.trials.crash_verdict import judge
 from scripts.trials.failpoints import Point
 from tests.support.clocks import NOW
+from tests.support.stored import commit_span
 from tests.support.waiting import until
 
 if TYPE_CHECKING:
@@ -100,11 +102,11 @@ async def stores(folder: Path) -> tuple[Path, Path]:
     receiver = await Store.open(theirs)
     with closing(Outbox.open(ours)) as outbox:
         outbox.begin_round(Work(ROUND, NODE), NOW)
-        proofs = [Proof(nonce, 1.0) for nonce in NODE.nonces(Span(0, 6))]
-        outbox.commit_span(ROUND, NODE, Span(0, 6), proofs, WEIGHTS, NOW)
+        proofs = Proofs.of_distances((nonce, 1.0) for nonce in NODE.nonces(Span(0, 6)))
+        commit_span(outbox, ROUND, NODE, Span(0, 6), proofs, WEIGHTS, NOW)
         form_batches(outbox, ["witness"], size=2, age=1, now=NOW, current=None)
         while head := next_pending(outbox, "witness"):
-            nonces = tuple(proof.nonce for proof in proofs[2 * head.batch - 2 : 2 * head.batch])
+            nonces = proofs.nonces[2 * head.batch - 2 : 2 * head.batch]
             await receiver.add(
                 Arrival(head.id, "generated", "2023-11-14T22:13:20Z", head.body, "AB", 10, "miner", nonces)
             )
@@ -138,7 +140,7 @@ SECOND = "(SELECT id FROM batches ORDER BY seq LIMIT 1 OFFSET 1)"
         ("outbox", "UPDATE progress SET cursor = 5, checked = 5", ["1 nonces arrived that were never checked"]),
         ("outbox", "UPDATE progress SET cursor = 4, islands = '[[4, 6]]'", ["has gaps", "up to position 4"]),
         ("outbox", "UPDATE batches SET state = 'pending' WHERE number = 3", ["1 batches are not delivered"]),
-        ("outbox", "INSERT INTO proofs VALUES (99, 1, 1, 19, 1.0, 0, NULL, NULL)", ["1 proofs are in no batch"]),
+        ("outbox", "INSERT INTO proofs VALUES (99, 1, 1, NULL, NULL, 0, 1, x'', x'')", ["1 proofs are in no batch"]),
     ],
 )
 async def test_the_judge_names_what_is_wrong(tmp_path: Path, store: str, damage: str, complaints: list[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,31 +15,43 @@ import pytest
 from scripts.trials.first_contact import Steps
 
 if TYPE_CHECKING:
-    from scripts.trials.first_contact import Facts
+    from scripts.trials.first_contact_steps import Facts
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_a_step_that_fails_or_has_no_time_left_stops_no_other(tmp_path: Path) -> None:
-    now = [0.0]
-    steps = Steps(tmp_path, 10, clock=lambda: now[0])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # from Python 3.12 on
+def test_a_step_that_fails_dies_hangs_or_has_no_time_left_stops_no_other(tmp_path: Path) -> None:
+    clock = iter([0.0, 0, 1, 1, 2, 2, 3, 3, 4, 8, 9.5])
+    steps = Steps(tmp_path, 10, clock=clock.__next__)
 
     def fails() -> Facts:
-        now[0] += 8
+        sys.stdout.write("what it says\n")
         raise ValueError("so it is")
 
+    def hangs() -> Facts:
+        signal.pause()
+        return {}
+
     steps.run("fails", fails, least=5)
-    steps.run("too long", lambda: pytest.fail("there is no time"), least=5)
-    steps.run("short", lambda: {"found": 1}, least=2)
-    assert orjson.loads((tmp_path / "facts.json").read_bytes()) == {
-        "fails": {"error": "ValueError: so it is", "seconds": 8},
-        "too long": {"skipped": "2 s were left, and it takes 5", "seconds": 0},
-        "short": {"found": 1, "seconds": 0},
+    steps.run("dies", lambda: os._exit(3), least=5)
+    steps.run("spoils", lambda: {"found": os.getpid()}, least=5)
+    steps.run("too long", lambda: pytest.fail("there is no time"), least=8)
+    steps.run("hangs", hangs, least=1)
+    facts = orjson.loads((tmp_path / "facts.json").read_bytes())
+    assert facts.pop("spoils")["found"] != os.getpid()
+    assert facts == {
+        "fails": {"error": "ValueError: so it is", "seconds": 1},
+        "dies": {"error": "its process ended with status 3", "seconds": 1},
+        "too long": {"skipped": "7 s were left, and it takes 8", "seconds": 1},
+        "hangs": {"error": "it was not done after 2 s", "seconds": 1.5},
     }
+    assert (tmp_path / "fails.txt").read_text().startswith("what it says\nTraceback")
 
 
-def test_all_steps_run_to_their_end(tmp_path: Path) -> None:
+def test_steps_run_to_their_end(tmp_path: Path) -> None:
     options = ["--device", "cpu", "--dtype", "float32", "--model", "bundled:tiny-llama", "--rows", "2"]
+    options += ["--steps", "machine", "products", "attention", "generator", "agreement in float32", "poc3", "profile"]
     done = subprocess.run(
         [sys.executable, "-m", "scripts.trials.first_contact", *options, "--seconds", "900", "--out", tmp_path],
         cwd=ROOT,
@@ -49,4 +63,5 @@ def test_all_steps_run_to_their_end(tmp_path: Path) -> None:
     facts = orjson.loads((tmp_path / "facts.json").read_bytes())
     assert not [name for name, found in facts.items() if found.keys() & {"error", "skipped"}], done.stdout
     assert facts["generator"]["hash exact"] is True
-    assert facts["bundled:tiny-llama, poc3"]["fast"]["path"] == "eager"
+    assert facts["poc3"]["fast"]["path"] == "eager"
+    assert len(facts) == 7

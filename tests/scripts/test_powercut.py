@@ -146,8 +146,9 @@ def test_any_sectors_of_a_write_are_there_and_no_byte_beside_them_is_harmed() ->
         ("UPDATE progress SET cursor = cursor + 1", "nonces of a round were checked"),
         (
             (
-                "INSERT INTO proofs SELECT 999, round, 1, json_extract(body, '$.nonces[0]'), 1, 0, NULL, NULL"
-                " FROM batches WHERE kind = 'generated' LIMIT 1"
+                "INSERT INTO proofs SELECT 999, round, 1, NULL, NULL, 0, 1,"
+                " CAST(char(json_extract(body, '$.nonces[0]'), 0, 0, 0, 0, 0, 0, 0) AS BLOB), x''"
+                " FROM batches WHERE kind = 'generated' AND json_extract(body, '$.nonces[0]') < 128 LIMIT 1"
             ),
             "is there twice",
         ),

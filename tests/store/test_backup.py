@@ -12,15 +12,17 @@ import pytest
 
 from pocd.process import EXIT_CONFIG
 from pocd.protocol.nonces import Node, Span
-from pocd.protocol.proof import Proof
+from pocd.protocol.proof import Proofs
 from pocd.receiver.store import Arrival, Store
 from pocd.store.backup import BackupError, back_up, back_up_closed, restore
 from pocd.store.batches import form_batches
 from pocd.store.deliveries import next_pending, record_delivered
 from pocd.store.errors import StoreError
 from pocd.store.opening import wal_of
-from pocd.store.outbox import Outbox, Weights, Work
+from pocd.store.outbox import Outbox, Work
+from pocd.store.proofs import Weights
 from tests.support.clocks import NOW, ROUND
+from tests.support.stored import commit_span
 
 NODE = Node(1, 3)
 
@@ -38,7 +40,7 @@ def outbox(path: Path) -> Iterator[Outbox]:
 
 
 def commit(outbox: Outbox, start: int, stop: int) -> None:
-    outbox.commit_span(ROUND, NODE, Span(start, stop), [], Weights("f00d", "float32"), NOW)
+    commit_span(outbox, ROUND, NODE, Span(start, stop), Proofs(), Weights("f00d", "float32"), NOW)
 
 
 def checked(path: Path) -> int:
@@ -156,8 +158,8 @@ async def test_a_receiver_knows_what_a_restored_store_sends_again_by_its_id_or_i
     receiver = await Store.open(tmp_path / "receiver.db")
 
     def mine(outbox: Outbox, start: int, stop: int) -> None:
-        proofs = [Proof(nonce, 1.0) for nonce in NODE.nonces(Span(start, stop))]
-        outbox.commit_span(ROUND, NODE, Span(start, stop), proofs, Weights("f00d", "float32"), NOW)
+        proofs = Proofs.of_distances((nonce, 1.0) for nonce in NODE.nonces(Span(start, stop)))
+        commit_span(outbox, ROUND, NODE, Span(start, stop), proofs, Weights("f00d", "float32"), NOW)
 
     async def deliver(outbox: Outbox, size: int) -> list[str]:
         """Send all that was found, and return how it was taken."""

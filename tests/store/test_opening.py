@@ -14,12 +14,15 @@ import pytest
 
 from pocd.process import EXIT_CONFIG, EXIT_TEMPORARY
 from pocd.protocol.nonces import Node, Span
+from pocd.protocol.proof import Proofs
 from pocd.store import opening
 from pocd.store.errors import StoreError, StoreHeldError, StoreUnavailableError, unopened, unusable
 from pocd.store.opening import open_store
-from pocd.store.outbox import Outbox, Weights, Work
+from pocd.store.outbox import Outbox, Work
+from pocd.store.proofs import Weights
 from pocd.store.thread import OutboxThread
 from tests.support.clocks import NOW, ROUND
+from tests.support.stored import commit_span
 
 NODE = Node(1, 3)
 
@@ -30,7 +33,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def commit(outbox: Outbox, start: int, stop: int) -> None:
-    outbox.commit_span(ROUND, NODE, Span(start, stop), [], Weights("f00d", "float32"), NOW)
+    commit_span(outbox, ROUND, NODE, Span(start, stop), Proofs(), Weights("f00d", "float32"), NOW)
 
 
 @contextmanager

@@ -17,19 +17,22 @@ import pytest
 from pocd.mining.control import decode
 from pocd.mining.phases import Mode
 from pocd.protocol.nonces import Node, Progress, Span
-from pocd.protocol.proof import Proof, ProofBatch, Round
-from pocd.store import deliveries, opening
+from pocd.protocol.proof import ProofBatch, Proofs, Round
+from pocd.store import deliveries, opening, selections
 from pocd.store import thread as module
 from pocd.store.batches import form_batches
 from pocd.store.deliveries import PendingDelivery, next_pending, record_delivered, record_failed
 from pocd.store.errors import StoreError, StoreUnavailableError
-from pocd.store.outbox import KnownChain, Outbox, Queue, ReceiverState, Totals, Weights, Work
+from pocd.store.outbox import KnownChain, Outbox, Queue, ReceiverState, Totals, Work
 from pocd.store.progress import RoundProgress
+from pocd.store.proofs import CheckedSpan, Counted, Weights, commit_spans
 from pocd.store.requested import MOST_SHARES, TooManySharesError
 from pocd.store.rounds import recent_rounds, replace_round
 from pocd.store.schema import APPLICATION_ID, VERSION
 from pocd.store.thread import OutboxThread
+from tests.support import stored
 from tests.support.clocks import NEXT, NOW, ROUND
+from tests.support.stored import commit_span
 from tests.support.waiting import PATIENCE, soon
 
 WEIGHTS = Weights("f00d", "float32")
@@ -54,15 +57,15 @@ def opened(path: Path) -> Iterator[Outbox]:
         yield store
 
 
-def proofs_of(span: Span, node: Node = NODE) -> list[Proof]:
+def proofs_of(span: Span, node: Node = NODE) -> Proofs:
     """Make a proof of every nonce of `span`."""
-    return [Proof(nonce, 1 + nonce / 1000) for nonce in node.nonces(span)]
+    return Proofs.of_distances((nonce, 1 + nonce / 1000) for nonce in node.nonces(span))
 
 
-def commit(outbox: Outbox, start: int, stop: int, *, round_: Round = ROUND, now: float = NOW) -> list[Proof]:
+def commit(outbox: Outbox, start: int, stop: int, *, round_: Round = ROUND, now: float = NOW) -> Proofs:
     """Commit a span in which every nonce is valid."""
     proofs = proofs_of(Span(start, stop))
-    outbox.commit_span(round_, NODE, Span(start, stop), proofs, WEIGHTS, now)
+    commit_span(outbox, round_, NODE, Span(start, stop), proofs, WEIGHTS, now)
     return proofs
 
 
@@ -103,9 +106,8 @@ def batched(outbox: Outbox) -> list[list[int]]:
 
 
 def waiting(outbox: Outbox) -> int:
-    (count,) = outbox.db.execute("SELECT count(*) FROM proofs").fetchone()
-    assert isinstance(count, int)
-    return count
+    (count,) = outbox.db.execute("SELECT total(size) FROM proofs").fetchone()
+    return int(count)
 
 
 def recount(outbox: Outbox) -> Totals:
@@ -255,8 +257,8 @@ def test_a_store_of_version_1_is_brought_up_to_date_and_loses_nothing(path: Path
         first, old_proof, new_proof = drain(store, "main")
         assert (first.body, first.attempts) == (b'{"nonces":[1]}', 3)
         # Version 1 did not say which weights a proof is of.
-        assert old_proof.body == ProofBatch(ROUND, 1, None, None, (Proof(10, 1.25),)).to_json()
-        assert new_proof.body == ProofBatch(ROUND, 1, "f00d", "float32", (Proof(13, 1.013),)).to_json()
+        assert old_proof.body == ProofBatch(ROUND, 1, None, None, Proofs.of_distances([(10, 1.25)])).to_json()
+        assert new_proof.body == ProofBatch(ROUND, 1, "f00d", "float32", Proofs.of_distances([(13, 1.013)])).to_json()
     with opened(path) as again:
         assert again.db.execute("PRAGMA user_version").fetchone() == (VERSION,)
         assert again.totals == Totals(checked=5, valid=3, stored=3, delivered=3)
@@ -280,7 +282,9 @@ def test_a_store_of_version_2_is_brought_up_to_date_and_loses_nothing(path: Path
         }
         assert store.begin_round(Work(ROUND, NODE), NOW) == RoundProgress(Progress(8), checked=8, valid=4)
         form(store, "main", "other", size=1)
-        new = ProofBatch(ROUND, 1, "f00d", None, (Proof(10, 1.25),)).to_json()  # it did not say which dtype
+        new = ProofBatch(
+            ROUND, 1, "f00d", None, Proofs.of_distances([(10, 1.25)])
+        ).to_json()  # it did not say which dtype
         first, second = b'{"nonces":[1]}', b'{"nonces":[4,7]}'
         found = {name: drain(store, name) for name in ("main", "other")}
         assert [(each.sequence, each.body, each.attempts) for each in found["main"]] == [
@@ -304,11 +308,25 @@ def test_a_store_of_version_3_is_brought_up_to_date_and_mining_stays_stopped(pat
         form(store, "main", "other", size=1)
         last = drain(store, "main")[-1]
         # Version 3 did not say in which precision a proof was found.
-        assert last.body == ProofBatch(ROUND, 1, "f00d", None, (Proof(25, 1.25),)).to_json()
+        assert last.body == ProofBatch(ROUND, 1, "f00d", None, Proofs.of_distances([(25, 1.25)])).to_json()
         drain(store, "other")
         assert store.totals == recount(store) == Totals(checked=9, valid=5, stored=5, delivered=5)
         # A share of another size leaves out what the old version checked.
         assert store.begin_round(Work(ROUND, Node(0, 1)), NOW).skipped == (range(1, 26, 3),)
+    assert_schema_is_as_made_anew(path)
+
+
+def test_a_store_of_version_4_is_brought_up_to_date_and_loses_nothing(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as old:
+        old.executescript((Path(__file__).parent.parent / "data" / "store_v4.sql").read_text())
+    with opened(path) as store:
+        assert store.totals == recount(store) == Totals(checked=9, valid=4, stored=2)
+        assert waiting(store) == 2
+        assert store.begin_round(Work(ROUND, NODE), NOW) == RoundProgress(Progress(9), checked=9, valid=4)
+        form(store, "main", size=2, current=None)
+        _, single, half = drain(store, "main")
+        assert single.body == ProofBatch(ROUND, 1, "f00d", "float32", Proofs.of_distances([(13, 1.013)])).to_json()
+        assert half.body == ProofBatch(ROUND, 1, "f00d", "bfloat16", Proofs.of_distances([(25, 1.25)])).to_json()
     assert_schema_is_as_made_anew(path)
 
 
@@ -336,11 +354,33 @@ def columns(path: Path) -> list[tuple[str, str, str]]:
         ).fetchall()
 
 
+def test_vectors_go_into_batches_by_the_size_wanted_whatever_the_spans(outbox: Outbox) -> None:
+    round_ = Round("AB", 11, "miner", None, "poc4", "tiny", 16)
+    outbox.begin_round(Work(round_, NODE), NOW)
+    spans = [Span(0, 300), Span(300, 301), Span(301, 500)]
+    done = [CheckedSpan(round_, NODE, span, stored.proofs_of(round_, NODE.nonces(span)), WEIGHTS) for span in spans]
+    commit_spans(outbox, done, NOW)
+    form(outbox, "a", size=200, current=round_)
+    assert waiting(outbox) == 100
+    form(outbox, "a", size=200, now=NOW + 60, current=round_)
+    nonces = NODE.nonces(Span(0, 500))
+    batches = [
+        ProofBatch(round_, NODE.id, WEIGHTS.fingerprint, WEIGHTS.dtype, stored.proofs_of(round_, nonces[start:stop]))
+        for start, stop in ((0, 200), (200, 400), (400, 500))
+    ]
+    (deflated,) = outbox.db.execute("SELECT length(body) FROM batches WHERE number = 1").fetchone()
+    assert deflated < len(batches[0].to_json()) / 2
+    shown = selections.shown(outbox, batches[0].id)
+    assert shown is not None
+    assert shown[1] == batches[0].to_json()
+    assert [(each.id, each.body) for each in drain(outbox, "a")] == [(each.id, each.to_json()) for each in batches]
+
+
 def test_proofs_of_other_weights_go_into_another_batch(outbox: Outbox) -> None:
     half, full = Weights("old", "float16"), Weights("old", "float32")
     for start, weights in enumerate([full, full, Weights("new", "float32"), half, full]):
         span = Span(start, start + 1)
-        outbox.commit_span(ROUND, NODE, span, proofs_of(span), weights, NOW)
+        commit_span(outbox, ROUND, NODE, span, proofs_of(span), weights, NOW)
     form(outbox, "a", size=2, now=NOW + 60)
     found = [orjson.loads(delivery.body) for delivery in drain(outbox, "a")]
     assert [(body["model_fingerprint"], body["dtype"], body["nonces"]) for body in found] == [
@@ -409,16 +449,18 @@ def test_what_a_killed_process_announced_is_there(path: Path) -> None:
     code = (
         "import sys, pathlib\n"
         "from pocd.store.batches import form_batches\n"
-        "from pocd.store.outbox import Outbox, Weights, Work\n"
+        "from pocd.store.outbox import Outbox, Work\n"
+        "from pocd.store.proofs import Weights\n"
+        "from tests.support.stored import commit_span\n"
         "from pocd.protocol.nonces import Node, Span\n"
-        "from pocd.protocol.proof import Proof, Round\n"
+        "from pocd.protocol.proof import Proofs, Round\n"
         "outbox, node = Outbox.open(pathlib.Path(sys.argv[1])), Node(1, 3)\n"
         "round_ = Round('AB', 10, 'miner', 1.4, 'poc2', 'tiny', 16)\n"
         "outbox.begin_round(Work(round_, node), 0.0)\n"
         "for start in range(0, 10**9, 10):\n"
         "    span = Span(start, start + 10)\n"
-        "    proofs = [Proof(nonce, 1.0) for nonce in node.nonces(span)[:3]]\n"
-        "    outbox.commit_span(round_, node, span, proofs, Weights('f00d', 'float32'), 0.0)\n"
+        "    proofs = Proofs.of_distances((nonce, 1.0) for nonce in node.nonces(span)[:3])\n"
+        "    commit_span(outbox, round_, node, span, proofs, Weights('f00d', 'float32'), 0.0)\n"
         "    form_batches(outbox, ['a'], size=2, age=1e9, now=0.0, current=round_)\n"
         "    print(span.stop, flush=True)\n"
     )
@@ -445,7 +487,7 @@ def test_a_batch_keeps_its_bytes_and_id_across_failures_and_restarts(path: Path,
     form(outbox, "a", size=3)
     first = next_pending(outbox, "a")
     assert first is not None
-    batch = ProofBatch(ROUND, NODE.id, WEIGHTS.fingerprint, WEIGHTS.dtype, tuple(proofs))
+    batch = ProofBatch(ROUND, NODE.id, WEIGHTS.fingerprint, WEIGHTS.dtype, proofs)
     assert (first.id, first.kind, first.body) == (batch.id, "generated", batch.to_json())
     assert (first.sequence, first.attempts, first.queued_at) == (1, 0, NOW)
 
@@ -479,10 +521,9 @@ def test_what_was_checked_as_another_node_is_neither_counted_nor_stored_again(ou
     """Leases of the share before were under way when it changed: 1, 4, 7 and 10."""
     all_ = Node(0, 1)
     outbox.begin_round(Work(ROUND, all_), NOW)
-    outbox.commit_span(ROUND, all_, Span(2, 6), proofs_of(Span(2, 6), all_), WEIGHTS, NOW)
-    assert outbox.commit_span(ROUND, NODE, Span(0, 4), proofs_of(Span(0, 4)), WEIGHTS, NOW) == (
-        3,
-        [proof for proof in proofs_of(Span(0, 4)) if proof.nonce != 4],
+    commit_span(outbox, ROUND, all_, Span(2, 6), proofs_of(Span(2, 6), all_), WEIGHTS, NOW)
+    assert commit_span(outbox, ROUND, NODE, Span(0, 4), proofs_of(Span(0, 4)), WEIGHTS, NOW) == Counted(
+        3, proofs_of(Span(0, 4)).only([True, False, True, True])
     )
     assert outbox.totals == recount(outbox) == Totals(checked=7, valid=7)
     form(outbox, "a", current=None)
@@ -505,11 +546,11 @@ def test_a_span_cannot_be_committed_twice(outbox: Outbox) -> None:
 def test_progress_and_proofs_are_one_transaction(path: Path, outbox: Outbox) -> None:
     commit(outbox, 0, 2)
     outbox.db.execute(
-        "CREATE TEMP TRIGGER broken BEFORE INSERT ON proofs WHEN new.nonce > 10"
+        "CREATE TEMP TRIGGER broken BEFORE UPDATE ON totals WHEN new.checked > 4"
         " BEGIN SELECT RAISE(ABORT, 'broken'); END"
     )
     with pytest.raises(sqlite3.IntegrityError, match="broken"):
-        commit(outbox, 2, 6)  # nonces 7, 10, 13: the last ones fail when the first are already inserted
+        commit(outbox, 2, 6)  # it fails when the proofs are already inserted
     assert outbox.totals == recount(outbox) == Totals(2, 2, 0, 0)
     assert waiting(outbox) == 2
     assert outbox.begin_round(Work(ROUND, NODE), NOW).progress == Progress(2)
@@ -519,13 +560,6 @@ def test_progress_and_proofs_are_one_transaction(path: Path, outbox: Outbox) -> 
         assert again.begin_round(Work(ROUND, NODE), NOW) == RoundProgress(Progress(2), 2, 2)
         commit(again, 2, 6)
         assert again.totals == recount(again) == Totals(6, 6, 0, 0)
-
-
-def test_a_distance_that_is_no_number_is_never_stored(outbox: Outbox) -> None:
-    with pytest.raises(sqlite3.IntegrityError):
-        outbox.commit_span(ROUND, NODE, Span(0, 1), [Proof(1, float("nan"))], WEIGHTS, NOW)
-    assert outbox.totals == recount(outbox) == Totals()
-    assert outbox.begin_round(Work(ROUND, NODE), NOW).progress == Progress()
 
 
 def test_a_full_disk_is_named_as_the_cause_and_costs_nothing_committed(outbox: Outbox) -> None:
@@ -678,8 +712,8 @@ def test_a_batch_holds_proofs_of_one_round_and_one_node_only(outbox: Outbox) -> 
     expected = []
     for round_, node in ((ROUND, NODE), (NEXT, NODE), (ROUND, other)):
         proofs = proofs_of(Span(0, 2), node)
-        outbox.commit_span(round_, node, Span(0, 2), proofs, WEIGHTS, NOW)
-        expected.append(ProofBatch(round_, node.id, WEIGHTS.fingerprint, WEIGHTS.dtype, tuple(proofs)))
+        commit_span(outbox, round_, node, Span(0, 2), proofs, WEIGHTS, NOW)
+        expected.append(ProofBatch(round_, node.id, WEIGHTS.fingerprint, WEIGHTS.dtype, proofs))
     form(outbox, "a", current=None)
     accepted = drain(outbox, "a")
     assert [delivery.id for delivery in accepted] == [batch.id for batch in expected]

@@ -6,10 +6,13 @@ The network is the only thing that is played: the store is real SQLite, the disp
 import asyncio
 import shutil
 import tempfile
+from base64 import b64decode
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
+from struct import unpack
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import orjson
@@ -22,16 +25,18 @@ from pocd.delivery.dispatcher import Dispatcher
 from pocd.delivery.policy import Outcome
 from pocd.delivery.posting import Receiver
 from pocd.protocol.nonces import Ledger, Node, Span
-from pocd.protocol.proof import Proof, Round
+from pocd.protocol.proof import Proofs, Round, results_in
 from pocd.store import deliveries, selections, upkeep
 from pocd.store.batches import form_batches
 from pocd.store.deliveries import PendingDelivery, next_pending
-from pocd.store.outbox import Outbox, Queue, Totals, Weights, Work
+from pocd.store.outbox import Outbox, Queue, Totals, Work
+from pocd.store.proofs import CheckedSpan, Weights, commit_spans
 from pocd.store.rounds import replace_round
 from pocd.store.selections import Selection
 from pocd.store.thread import OutboxThread
 from tests.support.clocks import ManualClock
 from tests.support.delivering import events
+from tests.support.stored import proofs_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,7 +45,11 @@ WEIGHTS = Weights("f00d", "float32")
 NODE = Node(1, 3)
 WEEK = 604_800.0
 MEMORY = Path("/dev/shm")  # thousands of transactions: their fsyncs are tested elsewhere
-ROUNDS = tuple(Round(name, height, "miner", 1.4, "poc2", "tiny", 16) for height, name in enumerate("XYZ", start=1))
+ROUNDS = (
+    Round("X", 1, "miner", 1.4, "poc2", "tiny", 16),
+    Round("Y", 2, "miner", None, "poc4", "tiny", 16),
+    Round("Z", 3, "miner", 1.4, "poc2", "tiny", 16),
+)
 RECEIVERS = ("a", "b")
 QUIET = structlog.wrap_logger(structlog.PrintLogger(), wrapper_class=structlog.make_filtering_bound_logger(50))
 SET_ASIDE: tuple[selections.DeliveryState, ...] = ("dead", "expired", "withdrawn")
@@ -78,11 +87,17 @@ class Model:
     """What the store has to hold, kept in plain lists. Deliveries are pairs of receiver and batch number."""
 
     done: dict[Round, set[int]] = field(default_factory=dict)
-    found: list[tuple[str, int, float]] = field(default_factory=list)  # round id, nonce, distance
+    found: list[tuple[str, int, float | bytes]] = field(default_factory=list)  # round id, nonce, distance or vector
     batches: dict[int, tuple[str, bytes, int, tuple[str, ...]]] = field(default_factory=dict)  # id, body, nonces, whose
     arrived: dict[str, list[PendingDelivery]] = field(default_factory=lambda: {name: [] for name in RECEIVERS})
     accepted: set[tuple[str, int]] = field(default_factory=set)
     purged: set[tuple[str, int]] = field(default_factory=set)
+
+
+def listed(round_: Round, proofs: Proofs) -> list[tuple[str, int, float | bytes]]:
+    """Return proofs as `Model.found` has them."""
+    results: Sequence[float | bytes] = proofs.distances if round_.output == "distance" else proofs.vectors
+    return [(round_.id, nonce, result) for nonce, result in zip(proofs.nonces, results, strict=True)]
 
 
 class OutboxLife(RuleBasedStateMachine):
@@ -152,15 +167,29 @@ class OutboxLife(RuleBasedStateMachine):
         self.leased.append(self.ledger.take(count))
 
     @precondition(lambda self: self.leased)
-    @rule(data=st.data())
-    def commit_span(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), count=st.integers(1, 3))
+    def commit_spans(self, data: st.DataObject, count: int) -> None:
+        """Commit some of what is leased, in one group."""
         assert self.active is not None
-        span = self.leased.pop(data.draw(st.integers(0, len(self.leased) - 1)))
-        valid = data.draw(st.lists(st.sampled_from(NODE.nonces(span)), unique=True))
-        proofs = [Proof(nonce, data.draw(st.floats(0, 1.4, exclude_max=True))) for nonce in sorted(valid)]
-        self.call(Outbox.commit_span, self.active, NODE, span, proofs, WEIGHTS, self.clock.now)
+        spans = [self.leased.pop(data.draw(st.integers(0, len(self.leased) - 1))) for _ in self.leased[:count]]
+        group = [CheckedSpan(self.active, NODE, span, self.draw_proofs(data, span), WEIGHTS) for span in spans]
+        counted = self.call(commit_spans, group, self.clock.now)
+        assert [(each.checked, each.proofs) for each in counted] == [(len(done.span), done.proofs) for done in group]
+        for done in group:
+            self.note_found(done.span, done.proofs)
+
+    def draw_proofs(self, data: st.DataObject, span: Span) -> Proofs:
+        assert self.active is not None
+        valid = sorted(data.draw(st.lists(st.sampled_from(NODE.nonces(span)), unique=True)))
+        if self.active.output == "vector":
+            return proofs_of(self.active, valid)
+        below = st.floats(0, 1.4, exclude_max=True)
+        return Proofs.of_distances((nonce, data.draw(below)) for nonce in valid)
+
+    def note_found(self, span: Span, proofs: Proofs) -> None:
+        assert self.active is not None
         self.model.done[self.active] |= set(range(span.start, span.stop))
-        self.model.found += [(self.active.id, proof.nonce, proof.distance) for proof in proofs]
+        self.model.found += listed(self.active, proofs)
 
     @rule(
         receivers=st.sampled_from([(), ("a",), RECEIVERS, RECEIVERS]),
@@ -186,10 +215,9 @@ class OutboxLife(RuleBasedStateMachine):
         """Find nonces and form batches of them, so that there is something to deliver."""
         assert self.active is not None
         span = self.ledger.take(count)
-        proofs = [Proof(nonce, 1.0) for nonce in NODE.nonces(span)]
-        self.call(Outbox.commit_span, self.active, NODE, span, proofs, WEIGHTS, self.clock.now)
-        self.model.done[self.active] |= set(range(span.start, span.stop))
-        self.model.found += [(self.active.id, proof.nonce, proof.distance) for proof in proofs]
+        proofs = proofs_of(self.active, NODE.nonces(span))
+        self.call(commit_spans, [CheckedSpan(self.active, NODE, span, proofs, WEIGHTS)], self.clock.now)
+        self.note_found(span, proofs)
         self.form_batches(receivers, size, over=True)
 
     def delivery_states(self) -> dict[tuple[str, int], str]:
@@ -299,12 +327,22 @@ class OutboxLife(RuleBasedStateMachine):
         self.the_counts_are_those_of_the_rows()
 
     def every_proof_is_in_one_place(self) -> None:
-        held = self.rows("SELECT rounds.id, nonce, distance FROM proofs JOIN rounds ON rounds.number = proofs.round")
+        held: list[tuple[str, int, float | bytes]] = []
+        for name, size, nonces, results in self.rows(
+            "SELECT id, size, nonces, results FROM proofs JOIN rounds ON rounds.number = proofs.round"
+        ):
+            proofs = Proofs(unpack(f"<{size}q", nonces), results)
+            (round_,) = [round_ for round_ in ROUNDS if round_.id == name]
+            held += listed(round_, proofs)
         for _, body, _, _ in self.model.batches.values():
             batch = orjson.loads(body)
             (round_,) = [round_ for round_ in ROUNDS if round_.block_hash == batch["block_hash"]]
-            held += [(round_.id, *pair) for pair in zip(batch["nonces"], batch["dist"], strict=True)]
-        assert sorted(held) == sorted(self.model.found)
+            held += [
+                (round_.id, nonce, b64decode(result) if isinstance(result, str) else result)
+                for nonce, result in results_in(batch)
+            ]
+        order = itemgetter(0, 1)  # a nonce is in one place, so there is nothing else to order by
+        assert sorted(held, key=order) == sorted(self.model.found, key=order)
 
     def every_delivery_is_in_one_state(self) -> None:
         """Nothing vanishes: what has no row any more was accepted or given up by every receiver."""

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 
 from pocd.protocol.nonces import Node, Span
+from pocd.protocol.proof import Proofs
 from pocd.store.backup import restore
 from pocd.store.errors import StoreUnavailableError
 from pocd.store.opening import wal_of
-from pocd.store.outbox import Outbox, Weights, Work
+from pocd.store.outbox import Outbox, Work
 from pocd.store.place import copies, exposure
+from pocd.store.proofs import Weights
 from pocd.store.thread import OutboxThread
 from tests.support.clocks import NOW, ROUND
+from tests.support.stored import commit_span
 
 NODE = Node(1, 3)
 
@@ -26,7 +29,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def commit(outbox: Outbox, start: int, stop: int) -> None:
-    outbox.commit_span(ROUND, NODE, Span(start, stop), [], Weights("f00d", "float32"), NOW)
+    commit_span(outbox, ROUND, NODE, Span(start, stop), Proofs(), Weights("f00d", "float32"), NOW)
 
 
 def begun(path: Path) -> Outbox:

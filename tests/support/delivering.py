@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,12 +17,15 @@ from pocd.delivery.posting import Receiver
 from pocd.delivery.receivers import Receivers
 from pocd.observe.events import Events
 from pocd.protocol.nonces import Node, Span
-from pocd.protocol.proof import Proof
+from pocd.protocol.proof import Proofs
 from pocd.store import deliveries, selections
 from pocd.store.batches import form_batches
-from pocd.store.outbox import Weights, Work
+from pocd.store.bodies import unpack_body
+from pocd.store.outbox import Work
+from pocd.store.proofs import Weights
 from pocd.store.thread import OutboxThread
 from tests.support.clocks import ROUND, ManualClock
+from tests.support.stored import commit_span
 from tests.support.waiting import soon
 
 if TYPE_CHECKING:
@@ -218,15 +221,16 @@ class Bench:
             (last,) = outbox.db.execute("SELECT coalesce(max(number), 0) FROM batches").fetchone()
             done = outbox.begin_round(Work(ROUND, NODE), self.clock.now).progress.cursor
             span = Span(done, done + batches * size)
-            proofs = [Proof(nonce, 1 + nonce / 2**20) for nonce in NODE.nonces(span)]
-            outbox.commit_span(ROUND, NODE, span, proofs, WEIGHTS, self.clock.now)
+            proofs = Proofs.of_distances((nonce, 1 + nonce / 2**20) for nonce in NODE.nonces(span))
+            commit_span(outbox, ROUND, NODE, span, proofs, WEIGHTS, self.clock.now)
             form_batches(outbox, receivers, size=size, age=0.0, now=self.clock.now, current=ROUND)
             rows = outbox.db.execute(
                 "SELECT number, sequence, id, kind, body, created_at, 0, 0"
                 " FROM deliveries JOIN batches ON number = batch WHERE receiver = ? AND number > ? ORDER BY number",
                 (receivers[0], last),
             )
-            return [deliveries.PendingDelivery(*row) for row in rows]
+            found = [deliveries.PendingDelivery(*row) for row in rows]
+            return [replace(each, body=unpack_body(each.body)) for each in found]
 
         return await self.outbox(write)
 

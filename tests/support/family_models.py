@@ -229,6 +229,11 @@ FAMILIES = {
 }
 
 
-def layers_of(model: Any) -> Any:  # noqa: ANN401 - transformers gives its classes no common type
+def decoder_of(model: Any) -> Any:  # noqa: ANN401 - transformers gives its classes no common type
     decoder = model.get_decoder()
+    return decoder if hasattr(decoder, "h") or hasattr(decoder, "layers") else decoder.model
+
+
+def layers_of(model: Any) -> Any:  # noqa: ANN401 - as above
+    decoder = decoder_of(model)
     return decoder.h if hasattr(decoder, "h") else decoder.layers

@@ -54,7 +54,7 @@ def worker(number: int, rate: float, *, ready: bool = True, **changes: Any) -> d
         "computed_per_second_1m": rate,
         "computed_per_second_15m": rate,
         "cards": [card],
-        "rounding": {"error": 0.002, "flipped": 0.0, "alarm": None} if ready else None,
+        "rounding": {"error": 0.002, "flipped": 0.0, "own_share": 0.6, "alarm": None} if ready else None,
         **changes,
     }
 
@@ -127,6 +127,14 @@ def sample() -> dict[str, Any]:
             "height": 4_100_047,
             "hash": BLOCK_HASH[::-1],
             "block_time": datetime.now(UTC).isoformat(),
+            "epoch": {
+                "number": 7,
+                "phase": "confirmation announced",
+                "until": 4_100_009,
+                "awaits": "the round's block hash, and generation",
+                "due": None,
+                "refused": None,
+            },
             "problem": None,
         },
         "worker": {

@@ -27,19 +27,21 @@ from pocd.http.server import listening
 from pocd.mining.miner import Miner
 from pocd.observe.changes import Changes
 from pocd.protocol.nonces import Node, Span
-from pocd.protocol.proof import Proof, Round
+from pocd.protocol.proof import Proofs, Round
 from pocd.receiver import app as receiver
 from pocd.receiver import store as receiver_store
 from pocd.store.batches import form_batches
 from pocd.store.deliveries import next_pending, record_delivered
 from pocd.store.errors import StoreError, StoreUnavailableError
-from pocd.store.outbox import Outbox, Totals, Weights, Work
+from pocd.store.outbox import Outbox, Totals, Work
+from pocd.store.proofs import Weights
 from pocd.store.thread import OutboxThread
 from pocd.worker import messages
 from pocd.worker.messages import Failed, Load
 from tests.support.clocks import NOW, ManualClock
 from tests.support.delivering import dispatchers
 from tests.support.processes import Chain, Daemon, config, fails, running
+from tests.support.stored import commit_span
 from tests.support.waiting import PATIENCE
 from tests.system.test_daemon import batches, dense, receiving, stored_proofs
 
@@ -59,8 +61,8 @@ def fill(path: Path, round_: Round = ROUND, *, nonces: int = 50_000, delivered: 
     now = time.time()
     with closing(Outbox.open(path)) as outbox:
         outbox.begin_round(Work(round_, NODE), now)
-        proofs = [Proof(nonce, 1 + nonce / 3e6) for nonce in NODE.nonces(Span(0, nonces))]
-        outbox.commit_span(round_, NODE, Span(0, nonces), proofs, WEIGHTS, now)
+        proofs = Proofs.of_distances((nonce, 1 + nonce / 3e6) for nonce in NODE.nonces(Span(0, nonces)))
+        commit_span(outbox, round_, NODE, Span(0, nonces), proofs, WEIGHTS, now)
         form_batches(outbox, ["one"], size=1000, age=1, now=now, current=None)
         while delivered and (head := next_pending(outbox, "one")):
             record_delivered(outbox, "one", head.batch, now)
@@ -204,9 +206,9 @@ async def test_what_a_full_disk_refused_is_lent_again_once_there_is_room(tmp_pat
         assert miner.held is not None
         assert "SQLITE_FULL" in miner.held
         assert outbox.view.totals == Totals()
-        proofs = [Proof(nonce, 1.0) for nonce in lease.nonces]
+        proofs = Proofs.of_distances((nonce, 1.0) for nonce in lease.nonces)
         with pytest.raises(StoreUnavailableError, match="SQLITE_FULL"):
-            await outbox(Outbox.commit_span, ROUND, NODE, lease.span, proofs, WEIGHTS, NOW)
+            await outbox(commit_span, ROUND, NODE, lease.span, proofs, WEIGHTS, NOW)
         await keeper.look()
         assert miner.current is None, "the probe found no room"
 

@@ -115,7 +115,7 @@ def test_the_wheel_holds_all_of_the_package(wheel: Path) -> None:
 
 def test_an_install_is_complete(stage: Stage) -> None:
     assert stage.config.read_text() == (ROOT / "config" / "pocd.toml").read_text()
-    for unit in ("pocd.service", "pocd@.service"):
+    for unit in ("pocd.service", "pocd@.service", "pocd-relay.service"):
         installed = stage.prefix / "etc" / "systemd" / "system" / unit
         assert installed.read_text() == (ROOT / "systemd" / unit).read_text()
         assert not installed.with_name(f"{unit}.d").exists()

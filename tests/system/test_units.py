@@ -18,6 +18,7 @@ from pocd.store.opening import HELD_SECONDS
 FOLDER = Path(__file__).resolve().parent.parent.parent / "systemd"
 UNIT = FOLDER / "pocd.service"
 TEMPLATE = FOLDER / "pocd@.service"
+RELAY = FOLDER / "pocd-relay.service"
 ONLY_GPUS = FOLDER / "pocd.service.d" / "gpu.conf"
 RAY = [FOLDER / "pocd-ray-head.service", FOLDER / "pocd-ray-worker.service"]
 USERS = FOLDER / "sysusers.d" / "pocd.conf"
@@ -60,7 +61,7 @@ def verified(text: str, folder: Path, name: str = "pocd.service") -> str:
     return done.stdout or ("" if done.returncode == 0 else f"exit status {done.returncode}")
 
 
-@pytest.mark.parametrize("path", [UNIT, TEMPLATE, *RAY], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [UNIT, TEMPLATE, RELAY, *RAY], ids=lambda path: path.name)
 def test_systemd_has_nothing_to_say_about_the_unit(path: Path, tmp_path: Path) -> None:
     assert verified(path.read_text(encoding="utf-8"), tmp_path, path.name) == ""
 

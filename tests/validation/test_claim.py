@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from struct import unpack
 from typing import Any
 
 import orjson
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pocd.protocol.proof import MOST_NONCES, Proof, ProofBatch, Round
-from pocd.validation.claim import LARGEST_CLAIM, BodyError, Claim, parse_json
+from pocd.protocol.proof import MOST_NONCES, ProofBatch, Proofs, Round
+from pocd.validation.claim import LARGEST_CLAIM, AnyClaim, BodyError, Claim, VectorClaim, parse_json
+from tests.support.stored import VECTORS, proofs_of
 
 BODY: dict[str, Any] = {
     "public_key": "02ab",
@@ -41,7 +43,7 @@ def test_what_pocd_sends_is_taken_bit_for_bit(
 ) -> None:
     fingerprint, dtype = known
     round_ = Round(text, 7, text, 1.4042, "poc2", "tiny", 256)
-    batch = ProofBatch(round_, 3, fingerprint, dtype, tuple(Proof(*proof) for proof in proofs))
+    batch = ProofBatch(round_, 3, fingerprint, dtype, Proofs.of_distances(proofs))
     claim = parse_json(Claim, batch.to_json())
     said = orjson.loads(batch.to_json())
     assert claim.model_dump(exclude_none=True) == {name: value for name, value in said.items() if value is not None}
@@ -143,3 +145,61 @@ def test_the_most_nonces_in_their_longest_form_fit_and_one_more_is_refused() -> 
     raw = json.dumps(body | {"nonces": body["nonces"][1:], "dist": body["dist"][1:]}, indent=1).encode()
     assert len(parse_json(Claim, raw).nonces) == MOST_NONCES
     assert len(raw) <= LARGEST_CLAIM
+
+
+# Vectors
+
+
+VECTOR = "zLE+LOqw86RaJ9S4BTThM8Ssorhis5Iz"
+OF_VECTORS = {name: value for name, value in BODY.items() if name not in {"nonces", "dist"}} | {
+    "artifacts": [{"nonce": 11, "vector_b64": VECTOR}]
+}
+
+
+@given(nonces=st.lists(st.integers(0, LARGEST), min_size=1, max_size=20))
+def test_vectors_that_pocd_sends_are_taken_bit_for_bit(nonces: list[int]) -> None:
+    batch = ProofBatch(VECTORS, 3, "f00d", "bfloat16", proofs_of(VECTORS, nonces))
+    claim = parse_json(AnyClaim, batch.to_json()).root
+    assert isinstance(claim, VectorClaim)
+    assert (claim.nonces, claim.batch_id, claim.r_target) == (nonces, batch.id, None)
+    assert claim.outputs == [unpack("<12e", vector) for vector in batch.proofs.vectors]
+    assert AnyClaim.model_validate(claim.model_dump()).root == claim, "as the queue of validations stores it"
+
+
+def test_the_kind_of_a_claim_follows_from_its_fields() -> None:
+    of_distances, of_vectors = (parse_json(AnyClaim, orjson.dumps(body)).root for body in (BODY, OF_VECTORS))
+    assert (of_distances.output, of_vectors.output) == ("distance", "vector")
+    assert of_distances.outputs == [None if distance is None else (distance,) for distance in BODY["dist"]]
+
+
+@pytest.mark.parametrize(
+    "vector", [None, "", "AAAA", VECTOR + "AAAA", "AH4A" + VECTOR[4:], "AHwA" + VECTOR[4:], "APwA" + VECTOR[4:]]
+)
+def test_a_vector_of_another_length_or_without_finite_numbers_is_a_claim_that_counts_against_the_miner(
+    vector: str | None,
+) -> None:
+    body = OF_VECTORS | {"artifacts": [{"nonce": 11, "vector_b64": vector}, {"nonce": 12, "vector_b64": VECTOR}]}
+    first, second = parse_json(AnyClaim, orjson.dumps(body)).root.outputs
+    assert first is None
+    assert second is not None
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"artifacts": []}, "artifacts: "),
+        ({"artifacts": [{"nonce": 1}]}, "artifacts.0.vector_b64: Field required"),
+        ({"artifacts": [{"nonce": "1", "vector_b64": VECTOR}]}, "artifacts.0.nonce: "),
+        ({"artifacts": [{"nonce": -1, "vector_b64": VECTOR}]}, "artifacts.0.nonce: "),
+        ({"artifacts": [{"nonce": 1, "vector_b64": "not base64!"}]}, "artifacts.0.vector_b64: it has to be base64"),
+        ({"artifacts": [{"nonce": 1, "vector_b64": 7}]}, "artifacts.0.vector_b64: "),
+        ({"artifacts": {}}, "artifacts: "),
+        ({"encoding": {"dtype": "f32", "k_dim": 12, "endian": "le"}}, "encoding.dtype: "),
+        ({"encoding": {"dtype": "f16", "k_dim": 8, "endian": "le"}}, "encoding.k_dim: "),
+    ],
+)
+def test_what_is_no_claim_of_vectors_is_refused_by_its_field(change: dict[str, object], where: str) -> None:
+    with pytest.raises(BodyError) as caught:
+        parse_json(AnyClaim, orjson.dumps(OF_VECTORS | change))
+    assert str(caught.value).startswith(where)
+    assert caught.value.field == where.partition(".")[0].partition(":")[0]

@@ -19,7 +19,7 @@ from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH
 from pocd.protocol.schemes import SCHEMES
 from pocd.validation.claim import BodyError, Claim, parse_json
 from pocd.validation.conditions import MismatchError
-from pocd.validation.verdict import Terms, check, judge, sampled
+from pocd.validation.verdict import Recomputed, Terms, check, judge, sampled
 
 if TYPE_CHECKING:
     from pocd.compute.model import Model
@@ -51,22 +51,27 @@ class Validator:
     terms: Terms
     distances: list[float]
 
+    @property
+    def r_target(self) -> float:
+        assert self.terms.r_target is not None
+        return self.terms.r_target
+
     def judge(self, claims: list[tuple[int, float]], sample: int | None = None, **said: Any) -> ValidatedBatch:  # noqa: ANN401 - any field
         """Take the JSON that a miner sends, hold it to our terms, and judge."""
         seed = None if sample is None else "seed"
         claim = parse_json(Claim, body(claims, **said))
         check(claim, self.terms)
         drawn = {nonce: self.distances[nonce] for nonce in sampled(claim.nonces, sample, seed)}
-        return judge(claim, self.terms, drawn, sample, seed)
+        return judge(claim, self.terms, Recomputed({nonce: (d,) for nonce, d in drawn.items()}), sample, seed)
 
     @property
     def valid(self) -> list[int]:
-        return [nonce for nonce, distance in enumerate(self.distances) if distance < self.terms.r_target]
+        return [nonce for nonce, distance in enumerate(self.distances) if distance < self.r_target]
 
     @property
     def others(self) -> list[int]:
         """Those that no rounding makes valid: the tolerance could be claimed by anybody."""
-        limit = self.terms.r_target + self.terms.tolerance
+        limit = self.r_target + self.terms.tolerance
         return [nonce for nonce, distance in enumerate(self.distances) if distance >= limit]
 
     def honest(self, count: int) -> list[tuple[int, float]]:
@@ -179,7 +184,7 @@ def test_a_twentieth_of_forged_nonces_among_a_thousand_is_always_fraud(validator
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_wider_tolerance_lets_no_forger_through(dtype: str) -> None:
     validator, _ = honest_miners(MODELS[0], dtype)
-    forged = [(nonce, validator.terms.r_target - 1e-3) for nonce in validator.others[:6]]
+    forged = [(nonce, validator.r_target - 1e-3) for nonce in validator.others[:6]]
     batch = validator.judge(validator.honest(114) + forged)
     assert (batch.n_invalid, batch.fraud_detected) == (6, True)
 
@@ -188,7 +193,7 @@ def test_a_wider_tolerance_lets_no_forger_through(dtype: str) -> None:
 def test_another_block_key_or_scheme_under_a_false_name_is_fraud(validator: Validator, lie: dict[str, str]) -> None:
     found = computed(loaded(MODELS[1], "float32"), 200, batch_size=256, **lie)
     target = sorted(found)[100]
-    claims = [(nonce, min(each, validator.terms.r_target - 1e-6)) for nonce, each in enumerate(found) if each < target]
+    claims = [(nonce, min(each, validator.r_target - 1e-6)) for nonce, each in enumerate(found) if each < target]
     batch = validator.judge(claims)
     assert (batch.fraud_detected, batch.impossible_claims) == (True, 0)
     assert batch.n_invalid > 20
@@ -196,7 +201,7 @@ def test_another_block_key_or_scheme_under_a_false_name_is_fraud(validator: Vali
 
 def test_another_model_under_a_false_name_is_fraud(validator: Validator) -> None:
     found = computed(loaded(MODELS[0], "float32"), 200, batch_size=256)
-    claims = [(nonce, each) for nonce, each in enumerate(found) if each < validator.terms.r_target]
+    claims = [(nonce, each) for nonce, each in enumerate(found) if each < validator.r_target]
     batch = validator.judge(claims, model_fingerprint=validator.terms.model_fingerprint)
     assert batch.fraud_detected
     assert batch.shifted > 0.9 * len(claims)  # one or another may come near by chance
@@ -228,7 +233,7 @@ def test_distances_shifted_within_the_valid_ones_are_reported(validator: Validat
 
 
 def test_distances_shifted_across_the_target_are_fraud(validator: Validator) -> None:
-    target = validator.terms.r_target
+    target = validator.r_target
     claims = [(nonce, each - 0.02) for nonce, each in enumerate(validator.distances) if each - 0.02 < target][:200]
     batch = validator.judge(claims)
     assert batch.fraud_detected
@@ -258,13 +263,13 @@ def test_one_borderline_nonce_called_fraud(validator: Validator) -> None:
     nonce = validator.valid[0]
     for above in (0.0, 0.9 * validator.terms.tolerance):
         rounded = list(validator.distances)
-        rounded[nonce] = validator.terms.r_target + above
-        claims = [(nonce, math.nextafter(validator.terms.r_target, 0)), *validator.honest(31)[1:]]
+        rounded[nonce] = validator.r_target + above
+        claims = [(nonce, math.nextafter(validator.r_target, 0)), *validator.honest(31)[1:]]
         for size in (1, 2, 30):
             batch = replace(validator, distances=rounded).judge(claims[:size])
             assert (batch.n_invalid, batch.fraud_detected, batch.suspicions) == (0, False, ())
     # And one that lies beyond it is not fraud either, in a batch that is large enough to tell.
-    rounded[nonce] = validator.terms.r_target + 0.01
+    rounded[nonce] = validator.r_target + 0.01
     batch = replace(validator, distances=rounded).judge(claims)
     assert (batch.n_invalid, batch.fraud_detected, batch.suspicions) == (1, False, ("shifted",))
 
@@ -316,6 +321,6 @@ def test_a_sample_misses_nothing_that_claims_alone_show(validator: Validator) ->
 
 def test_a_sample_finds_the_forger(validator: Validator) -> None:
     """Half of the nonces are forged, so that 3 or more of 50 are drawn but for a chance of 1e-12."""
-    forged = [(nonce, validator.terms.r_target - 1e-3) for nonce in validator.others[:250]]
+    forged = [(nonce, validator.r_target - 1e-3) for nonce in validator.others[:250]]
     batch = validator.judge(validator.honest(250) + forged, sample=50)
     assert (batch.n, batch.sample, batch.seed, batch.fraud_detected) == (50, 50, "seed", True)

@@ -22,7 +22,7 @@ from pocd.observe.events import Events
 from pocd.pool.limits import WorkerLimits
 from pocd.pool.pool import Pool
 from pocd.protocol.nonces import Node
-from pocd.protocol.proof import Round
+from pocd.protocol.proof import Proofs, Round
 from pocd.store import validations
 from pocd.store.deliveries import next_pending
 from pocd.store.outbox import Work
@@ -46,7 +46,7 @@ MINED = Round("block_alpha", 1, "node_A", 1.4142, "poc2", MODEL, 16)
 THEIRS = Round("block_beta", 2, "node_B", 1.4142, "poc2", MODEL, 16)
 
 
-def computed(round_: Round, nonces: range, *, batch_size: int = 8) -> dict[int, float]:
+def computed(round_: Round, nonces: range, *, batch_size: int = 8, dtype: str = "float32") -> dict[int, float]:
     """Distances by the command line's way, without a worker."""
     request = command.ComputeRequest(
         model=round_.model,
@@ -54,7 +54,7 @@ def computed(round_: Round, nonces: range, *, batch_size: int = 8) -> dict[int, 
         block_hash=round_.block_hash,
         public_key=round_.public_key,
         seq_len=round_.seq_len,
-        dtype="float32",
+        dtype=dtype,
         device="cpu",
         batch_size=batch_size,
     )
@@ -77,8 +77,13 @@ def terms(fingerprint: str, scheme: str = "poc2", **changes: Any) -> Terms:  # n
     return Terms(**known | changes)
 
 
+def those_valid(round_: Round, distances: dict[int, float]) -> dict[int, float]:
+    assert round_.r_target is not None
+    return {nonce: distance for nonce, distance in distances.items() if distance < round_.r_target}
+
+
 def claim_of(round_: Round, distances: dict[int, float]) -> Claim:
-    valid = {nonce: distance for nonce, distance in distances.items() if distance < round_.r_target}
+    valid = those_valid(round_, distances)
     return Claim(
         public_key=round_.public_key,
         block_hash=round_.block_hash,
@@ -168,14 +173,41 @@ async def test_a_batch_is_validated_between_those_that_are_mined_and_disturbs_no
         verdict = await bench.verdict(await bench.request(claim_of(theirs, distances), scheme=scheme))
         before = checked(bench)
         await until(bench, 16)
-        latest = {proof.nonce: proof.distance for proof in bench.miner.mining.latest} if bench.miner.mining else {}
-    valid = {nonce: distance for nonce, distance in distances.items() if distance < theirs.r_target}
+        proofs = bench.miner.mining.latest if bench.miner.mining else Proofs()
+        latest = dict(zip(proofs.nonces, proofs.distances, strict=True))
+    valid = those_valid(theirs, distances)
     assert verdict["nonces"] == list(valid)
     assert verdict["dist"] == pytest.approx(list(valid.values()), abs=2e-5)
     assert (verdict["n"], verdict["n_invalid"], verdict["fraud_detected"]) == (len(valid), 0, False)
     after = {nonce: distance for nonce, distance in latest.items() if nonce >= before}
     expected = computed(mined, range(before, max(after) + 1))
     assert after == pytest.approx({nonce: expected[nonce] for nonce in after}, abs=2e-5)
+
+
+async def test_claims_are_judged_by_the_size_of_their_differences_beside_the_count(tmp_path: Path) -> None:
+    """Claims ten times as far off as an honest miner's, within the tolerance, so that counting finds nothing."""
+    theirs = dataclasses.replace(THEIRS, r_target=2.0)
+    honest = computed(theirs, range(48), dtype="bfloat16")
+    cheap = {nonce: distance + 1.5e-3 * (-1) ** nonce for nonce, distance in honest.items()}
+    async with running(tmp_path, dataclasses.replace(LOAD, dtype="bfloat16")) as bench:
+        verdicts = [
+            await bench.verdict(
+                await bench.request(claim_of(theirs, each), r_target=2.0, tolerance=2e-3, dtype="bfloat16")
+            )
+            for each in (honest, cheap)
+        ]
+    assert [verdict["verdict"] for verdict in verdicts] == ["honest", "honest"]
+    assert [verdict["differences"]["result"] for verdict in verdicts] == ["honest", "fraud"]
+    for verdict in verdicts:
+        found = verdict["differences"]
+        assert (found["numbers"], found["allowance"]) == (1, 1.5)
+        for claimed, reference, error in zip(
+            verdict["received_dist"], verdict["reference_dist"], found["claimed_errors"], strict=True
+        ):
+            assert error == pytest.approx((claimed - reference) ** 2)
+    (one, other) = (verdict["differences"]["own_errors"] for verdict in verdicts)
+    assert one == pytest.approx(other, rel=1e-3)
+    assert len(one) == 48
 
 
 async def test_the_same_question_has_the_same_answer_and_is_computed_once(tmp_path: Path) -> None:

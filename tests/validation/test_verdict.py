@@ -18,7 +18,7 @@ from scipy.stats import binomtest
 from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH
 from pocd.validation.claim import Claim, parse_json
 from pocd.validation.conditions import MismatchError
-from pocd.validation.verdict import Terms, check, judge, round_of, sampled
+from pocd.validation.verdict import Recomputed, Terms, check, judge, round_of, sampled
 
 if TYPE_CHECKING:
     from pocd.protocol.proof import ValidatedBatch
@@ -43,6 +43,10 @@ def claim_of(nonces: list[int], dist: list[float | None], **said: Any) -> Claim:
     return parse_json(Claim, json.dumps(body).encode())
 
 
+def of_distances(distances: dict[int, float]) -> Recomputed:
+    return Recomputed({nonce: (distance,) for nonce, distance in distances.items()})
+
+
 def verdict(
     nonces: list[int],
     dist: list[float | None],
@@ -51,7 +55,7 @@ def verdict(
 ) -> ValidatedBatch:
     """Judge by `TERMS`; distances are as claimed unless given."""
     true = {nonce: 1.39 if claimed is None else claimed for nonce, claimed in zip(nonces, dist, strict=True)}
-    return judge(claim_of(nonces, dist, **said), TERMS, true | (distances or {}), None, None)
+    return judge(claim_of(nonces, dist, **said), TERMS, of_distances(true | (distances or {})), None, None)
 
 
 # The whole against a plain implementation, which knows nothing of sets.
@@ -67,16 +71,18 @@ def plain(
     drawn: list[int],
 ) -> dict[str, Any]:
     """Every field that a verdict counts."""
+    r_target = terms.r_target
+    assert r_target is not None
     entries = list(range(len(nonces)))
     claims = [value if value is not None and math.isfinite(value) else None for value in dist]
     distinct = [nonce for i, nonce in enumerate(nonces) if nonce not in nonces[:i]]
     mine = {nonce: [claims[i] for i in entries if nonces[i] == nonce] for nonce in distinct}
 
     def impossible(nonce: int) -> bool:
-        return any(value is None or value < 0 or value >= terms.r_target for value in mine[nonce])
+        return any(value is None or value < 0 or value >= r_target for value in mine[nonce])
 
     def invalid(nonce: int) -> bool:
-        return impossible(nonce) or distances[nonce] >= terms.r_target + terms.tolerance
+        return impossible(nonce) or distances[nonce] >= r_target + terms.tolerance
 
     def differences(nonce: int) -> list[float]:
         return [abs(value - distances[nonce]) for value in mine[nonce] if value is not None]
@@ -149,7 +155,7 @@ def test_a_verdict_is_what_the_protocol_says(
     claim = claim_of(theirs, dist, node_id=node[0], node_count=node[1])
     drawn = sampled(theirs, sample, seed)
     only_drawn = {nonce: distances[nonce] for nonce in drawn}
-    body = orjson.loads(judge(claim, terms, only_drawn, sample, seed).to_json())
+    body = orjson.loads(judge(claim, terms, of_distances(only_drawn), sample, seed).to_json())
 
     expected = plain(theirs, dist, distances, terms, node=node, drawn=list(drawn))
     assert {name: body[name] for name in expected} == expected
@@ -166,6 +172,8 @@ def test_a_verdict_is_what_the_protocol_says(
         "tolerance": TOLERANCE,
         "mismatch": mismatch,
         "fraud_threshold": threshold,
+        "differences": None,
+        "verdict": "fraud" if expected["fraud_detected"] else "honest",
         "sample": sample,
         "seed": seed,
     }
@@ -175,8 +183,8 @@ def test_a_verdict_is_what_the_protocol_says(
 def test_a_sample_misses_nothing_that_claims_alone_show(entries: list[tuple[int, float | None]], sample: int) -> None:
     claim = claim_of([nonce for nonce, _ in entries], [value for _, value in entries])
     distances = dict.fromkeys(claim.nonces, 1.39)
-    whole = judge(claim, TERMS, distances, None, None)
-    part = judge(claim, TERMS, distances, sample, "seed")
+    whole = judge(claim, TERMS, of_distances(distances), None, None)
+    part = judge(claim, TERMS, of_distances(distances), sample, "seed")
     assert part.probability_honest <= whole.probability_honest
     assert part.fraud_detected >= whole.fraud_detected
     same = ("n_batch", "impossible_claims", "duplicates", "non_finite", "density", "sparse")
@@ -232,7 +240,7 @@ def test_the_smallest_batch_in_which_one_bad_nonce_is_no_fraud() -> None:
 def test_the_limits_themselves_are_allowed() -> None:
     """A probability that equals the threshold is no fraud, a difference that equals the tolerance is no shift."""
     terms = replace(TERMS, fraud_threshold=1.0, tolerance=2**-10)
-    batch = judge(claim_of([7], [1.0]), terms, {7: 1 + 2**-10}, None, None)
+    batch = judge(claim_of([7], [1.0]), terms, of_distances({7: 1 + 2**-10}), None, None)
     assert (batch.probability_honest, batch.fraud_detected) == (1.0, False)
     assert (batch.largest_difference, batch.shifted) == (2**-10, 0)
 
@@ -262,7 +270,7 @@ def test_sparse_is_a_hundredth_of_the_nodes_nonces(
 ) -> None:
     claim = claim_of(nonces, [1.3] * len(nonces))
     terms = replace(TERMS, node_count=node_count)
-    batch = judge(claim, terms, dict.fromkeys(nonces, 1.3), None, None)
+    batch = judge(claim, terms, of_distances(dict.fromkeys(nonces, 1.3)), None, None)
     assert (batch.density, batch.sparse, "sparse" in batch.suspicions) == (density, sparse, sparse)
     assert (batch.fraud_detected, batch.node_count) == (False, node_count)
 

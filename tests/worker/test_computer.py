@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import TYPE_CHECKING
+
 import numpy as np
+import pytest
+import torch
 
 from pocd.compute.engine import block_run
 from pocd.compute.model import load_model
+from pocd.compute.reference import Comparison, compare
+from pocd.protocol.errors import InputError, OutOfMemoryError
 from pocd.protocol.proof import Round
 from pocd.protocol.schemes import SCHEMES
 from pocd.protocol.vectors import decode_vectors
+from pocd.worker import computer as computer_module
 from pocd.worker.computer import DistanceComputer, result
-from pocd.worker.messages import Compute, Distances, Load, Message, Recompute, RoundBegun, Vectors
+from pocd.worker.messages import (
+    BatchShrunk,
+    Compared,
+    Compute,
+    Distances,
+    Load,
+    Message,
+    Recompute,
+    RoundBegun,
+    Vectors,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pocd.compute.engine import BlockRun
 
 
 def test_a_span_of_a_scheme_of_vectors_is_answered_by_one_text() -> None:
     """With more nonces than a batch takes, mined and recomputed alike."""
     load = Load("bundled:tiny-llama", "float32", ("cpu",), "poc4", 16, 4)
-    round_ = Round("block_alpha", 1, "node_A", 2.0, "poc4", load.model, load.seq_len)
+    round_ = Round("block_alpha", 1, "node_A", None, "poc4", load.model, load.seq_len)
     nonces = list(range(3, 17, 2))
     model, reported = load_model(load.model, dtype=load.dtype, device="cpu"), list[Message]()
     with block_run(model, SCHEMES["poc4"], block_hash="block_alpha", public_key="node_A", seq_len=16) as run:
@@ -38,3 +61,61 @@ def test_distances_are_answered_as_numbers() -> None:
     assert isinstance(answer, Distances)
     assert len(answer.distances) == 3
     assert all(0 < distance < 2 for distance in answer.distances)
+
+
+@pytest.mark.parametrize(("scheme", "numbers"), [("poc2", 1), ("poc4", 12)])
+def test_a_recomputation_with_a_reference_answers_both_and_how_they_differ(scheme: str, numbers: int) -> None:
+    load = Load("bundled:tiny-llama", "bfloat16", ("cpu",), scheme, 16, 4)
+    mined, theirs = (Round(block, 1, "node_A", 1.4, scheme, load.model, load.seq_len) for block in ("one", "two"))
+    model, nonces = load_model(load.model, dtype=load.dtype, device="cpu"), [9, 4, 6, 7, 1]
+    with block_run(model, SCHEMES[scheme], block_hash="two", public_key="node_A", seq_len=16) as run:
+        expected = run.values(nonces, batch_size=4).view(5, -1).numpy()
+    computer = DistanceComputer(model, load, 4, lambda _: None)
+    first = computer.start(Compute(1, mined, nonces))()
+    answer = result(2, computer.start(Recompute(2, theirs, nonces, last=True, with_reference=True))())
+    assert isinstance(answer, Compared)
+    assert answer.id == 2
+    assert np.array(answer.own) == pytest.approx(expected, abs=1e-6)
+    assert [len(each) for each in answer.reference] == [numbers] * 5
+    differences = np.abs(np.array(answer.reference) - expected).max(axis=1)
+    assert (differences > 0).all()
+    assert len(answer.errors) == 5
+    assert min(answer.errors) > 0
+    again = computer.start(Compute(3, mined, nonces))()
+    assert isinstance(first, torch.Tensor)
+    assert isinstance(again, torch.Tensor)
+    assert torch.equal(first, again)
+
+
+def test_a_reference_for_which_memory_is_short_takes_smaller_batches_or_has_no_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is mined goes on as before, whatever somebody wants judged."""
+    tried: list[int] = []
+    fits = 2
+
+    def short(run: BlockRun, nonces: Sequence[int], *, batch_size: int) -> Comparison:
+        tried.append(batch_size)
+        if batch_size > fits:
+            raise OutOfMemoryError("too large")
+        return compare(run, nonces, batch_size=batch_size)
+
+    monkeypatch.setattr(computer_module, "compare", short)
+    load = Load("bundled:tiny-llama", "bfloat16", ("cpu",), "poc2", 16, 8)
+    mined = Round("one", 1, "node_A", 1.4, "poc2", load.model, load.seq_len)
+    theirs = dataclasses.replace(mined, block_hash="two")
+    reported: list[Message] = []
+    computer = DistanceComputer(load_model(load.model, dtype=load.dtype, device="cpu"), load, 8, reported.append)
+    computer.start(Compute(1, mined, [1]))()
+    for nonces in (list(range(8)), [1, 2, 3], [4]):
+        found = computer.start(Recompute(2, theirs, nonces, last=True, with_reference=True))()
+        assert isinstance(found, Comparison)
+        assert len(found.errors) == len(nonces)
+    assert tried == [8, 8, 4, 2, 2, 1], "at first without the other round beside it"
+    fits = 0
+    with pytest.raises(InputError, match="cannot judge claims by their differences"):
+        computer.start(Recompute(3, theirs, [1, 2], last=True, with_reference=True))
+    whole = computer.start(Compute(4, mined, list(range(8))))()
+    assert isinstance(whole, torch.Tensor)
+    assert len(whole) == 8
+    assert not any(isinstance(message, BatchShrunk) for message in reported)

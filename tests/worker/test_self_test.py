@@ -71,7 +71,7 @@ def test_a_batch_whose_rows_do_not_agree_with_one_alone_is_refused(monkeypatch: 
     assert asked == [8, 1]
 
 
-RED = Conditioning(error=1.0, flipped=0.5)
+RED = Conditioning(error=1.0, flipped=0.5, own_share=0.5)
 
 
 def test_rounding_that_decides_is_told_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:

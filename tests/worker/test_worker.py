@@ -147,8 +147,8 @@ async def test_a_replaced_round_is_left_at_once_and_its_leases_come_back(
         os.kill(pid_of(pool), signal.SIGSTOP)  # so that leases stay in its hands
         await miner.set_round(None)
         await until(lambda: isinstance(sent[-1], Cancel))
-        last = max(message.id for message in sent if isinstance(message, Compute))
-        assert sent[-1] == Cancel(through=last)
+        out = [message.id for message in sent if isinstance(message, Compute)][-2:]
+        assert sent[-1] == Cancel(out)
         os.kill(pid_of(pool), signal.SIGCONT)
         await miner.close(PATIENCE)  # returns when no lease is out
         assert old.ledger.take(1000).start == old.checked, "the next free position is the first that was not checked"
@@ -158,7 +158,7 @@ def test_a_worker_leaves_out_what_was_cancelled_before_it_began() -> None:
     from pocd.worker.__main__ import Inbox
 
     inbox = Inbox()
-    for message in (compute(1, 0, 8), compute(2, 8, 8), Cancel(2), compute(3, 16, 8)):
+    for message in (compute(1, 0, 8), compute(2, 8, 8), Cancel([1, 2]), compute(3, 16, 8)):
         inbox.put(message)
     reported: list[Cancelled] = []
     assert inbox.get(reported.append).id == 3
@@ -380,12 +380,26 @@ def test_a_recomputation_goes_before_what_is_not_begun() -> None:
     inbox = Inbox()
     for message in (compute(1, 0, 8), compute(2, 8, 8), Recompute(3, ROUND, [7], last=True)):
         inbox.put(message)
-    inbox.put(Cancel(2))
+    inbox.put(Cancel([1, 2]))
     reported: list[Cancelled] = []
     assert inbox.get(reported.append).id == 3
     inbox.put(compute(4, 16, 8))
     assert inbox.get(reported.append).id == 4
     assert reported == [Cancelled(1), Cancelled(2)]
+
+
+def test_a_recomputation_that_nobody_wants_any_more_is_left_out() -> None:
+    from pocd.worker.__main__ import Inbox
+
+    inbox = Inbox()
+    for message in (Recompute(1, ROUND, [7], last=False), compute(2, 0, 8), Recompute(3, ROUND, [8], last=True)):
+        inbox.put(message)
+    inbox.put(Cancel([3, 99]))
+    reported: list[Cancelled] = []
+    assert [inbox.get(reported.append).id for _ in range(2)] == [1, 2]
+    inbox.put(Cancel([2]))  # it is begun
+    assert inbox.get_nowait(reported.append) is None
+    assert reported == [Cancelled(3)]
 
 
 def test_rounds_that_draw_weights_are_never_prepared_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:

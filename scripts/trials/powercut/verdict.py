@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 from contextlib import closing
 from dataclasses import dataclass
+from struct import unpack
 from typing import TYPE_CHECKING, Self
 
 import orjson
 
+from pocd.protocol.proof import nonces_in
+from pocd.store.bodies import unpack_body
 from pocd.store.errors import StoreError
 from pocd.store.outbox import Outbox
 
@@ -124,7 +127,7 @@ def recount(db: sqlite3.Connection) -> Iterator[str]:
     }:
         yield "stages are counted wrongly"
     (valid,) = db.execute("SELECT valid FROM totals").fetchone()
-    (waiting,) = db.execute("SELECT count(*) FROM proofs").fetchone()
+    (waiting,) = db.execute("SELECT coalesce(sum(size), 0) FROM proofs").fetchone()
     if valid != waiting + sum(stages.values()):
         yield f"{valid} nonces were valid, {waiting} wait for a batch, and batches have {sum(stages.values())}"
     for cursor, islands, checked in db.execute("SELECT cursor, islands, checked FROM progress"):
@@ -132,9 +135,13 @@ def recount(db: sqlite3.Connection) -> Iterator[str]:
         if done != checked:
             yield f"{checked} nonces of a round were checked, and {done} are done"
     seen: set[tuple[int, int]] = set()
-    nonces = db.execute("SELECT round, nonce FROM proofs").fetchall()
+    nonces = [
+        (number, nonce)
+        for number, size, packed in db.execute("SELECT round, size, nonces FROM proofs")
+        for nonce in unpack(f"<{size}q", packed)
+    ]
     for number, body in db.execute("SELECT round, body FROM batches WHERE kind = 'generated'"):
-        nonces += [(number, nonce) for nonce in orjson.loads(body)["nonces"]]
+        nonces += [(number, nonce) for nonce in nonces_in(orjson.loads(unpack_body(body)))]
     for nonce in nonces:
         if nonce in seen:
             yield f"nonce {nonce[1]} is there twice"

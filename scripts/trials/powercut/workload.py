@@ -18,11 +18,12 @@ from typing import get_args
 import orjson
 
 from pocd.protocol.nonces import Node, Span
-from pocd.protocol.proof import Proof, Round
+from pocd.protocol.proof import Proofs, Round
 from pocd.store import deliveries, selections, upkeep, validations
 from pocd.store.backup import back_up
 from pocd.store.batches import form_batches
-from pocd.store.outbox import Outbox, Weights, Work
+from pocd.store.outbox import Outbox, Work
+from pocd.store.proofs import CheckedSpan, Weights, commit_spans
 from pocd.store.requested import register_callback
 from pocd.store.rounds import recent_rounds, reinstate_round, replace_round
 from pocd.store.selections import Selection, SetAsideState
@@ -108,8 +109,8 @@ class Life:
         start = progress.cursor if self._chance.random() < 0.8 else _end(progress.islands, progress.cursor) + 8
         stop = min([start + 8, *(island.start for island in progress.islands if island.start > start)])
         span = Span(start, stop)
-        proofs = [Proof(nonce, self._chance.uniform(0, 2)) for nonce in NODE.nonces(span)]
-        self._outbox.commit_span(self._round, NODE, span, proofs, WEIGHTS, self._now)
+        proofs = Proofs.of_distances((nonce, self._chance.uniform(0, 2)) for nonce in NODE.nonces(span))
+        commit_spans(self._outbox, [CheckedSpan(self._round, NODE, span, proofs, WEIGHTS)], self._now)
 
     def _form(self) -> None:
         form_batches(self._outbox, RECEIVERS, size=7, age=10.0, now=self._now, current=self._round)

@@ -75,6 +75,30 @@ CUresult cuPointerGetAttribute(void *data, CUpointer_attribute which, CUdevicept
     cuMemGetInfo(size_t *free, size_t *total) {
     return memory_info(free, total);
 }
+
+// Memory that torch's allocator puts together itself. A handle is its size.
+CUresult cuMemGetAllocationGranularity(size_t *size, const CUmemAllocationProp *p, CUmemAllocationGranularity_flags f)
+    SET(size, 2 << 20) CUresult
+    cuMemAddressReserve(CUdeviceptr *place, size_t size, size_t alignment, CUdeviceptr wanted, unsigned long long f) {
+    *place = next_place(size);
+    return 0;
+}
+CUresult cuMemAddressFree(CUdeviceptr place, size_t size) { return 0; }
+CUresult cuMemCreate(CUmemGenericAllocationHandle *made, size_t size, const CUmemAllocationProp *p,
+                     unsigned long long flags) {
+    *made = size;
+    return take_memory(size) ? 0 : CUDA_ERROR_OUT_OF_MEMORY;
+}
+CUresult cuMemRelease(CUmemGenericAllocationHandle size) {
+    give_memory(size);
+    return 0;
+}
+CUresult cuMemMap(CUdeviceptr place, size_t size, size_t offset, CUmemGenericAllocationHandle h, unsigned long long f) {
+    return 0;
+}
+CUresult cuMemSetAccess(CUdeviceptr place, size_t size, const CUmemAccessDesc *access, size_t count) { return 0; }
+CUresult cuMemUnmap(CUdeviceptr place, size_t size) { return 0; }
+
 CUresult cuStreamSynchronize(CUstream stream) { return synchronize(stream); }
 CUresult cuMemcpyDtoH_v2(void *to, CUdeviceptr from, size_t size) {
     memset(to, 0, size);

@@ -23,6 +23,11 @@ int attribute(int which);
 // Tells whether an unsafe call of this thread breaks the capture that is under way.
 int breaks_capture(void);
 int memory_info(size_t *free, size_t *total);
+// Takes memory of the card; returns 0 where there is not as much.
+int take_memory(uint64_t size);
+void give_memory(uint64_t size);
+// Gives an address on the card.
+uint64_t next_place(uint64_t size);
 int synchronize(const void *stream);
 // Finds a function of this library; one that does nothing where there is none.
 void *entry_point(const char *name);

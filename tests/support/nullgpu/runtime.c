@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 #undef cudaGetDeviceProperties
 
 #define MEMORY ((uint64_t)143771 << 20) // of an H200
@@ -33,6 +34,12 @@ void note(const char *format, ...) {
     fputc('\n', file);
     fflush(file);
     pthread_mutex_unlock(&lock);
+}
+
+// The card is lost from the moment on that the file exists which NULLGPU_LOST names.
+static int unless_lost(int otherwise) {
+    const char *file = getenv("NULLGPU_LOST");
+    return file && !access(file, F_OK) ? cudaErrorLaunchFailure : otherwise;
 }
 
 // Streams and captures
@@ -79,7 +86,7 @@ int synchronize(const void *handle) {
     if (stream->is_capturing) return violation("synchronisation of a captured stream");
     if (breaks_capture()) return violation("synchronisation of a stream");
     note("SYNC stream %llu", (unsigned long long)stream->id);
-    return 0;
+    return unless_lost(0);
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t s) { return synchronize(s); }
 cudaError_t cudaStreamQuery(cudaStream_t s) {
@@ -88,14 +95,17 @@ cudaError_t cudaStreamQuery(cudaStream_t s) {
 cudaError_t cudaDeviceSynchronize(void) {
     if (captured) return violation("synchronisation of the device");
     note("SYNC device");
-    return 0;
+    return unless_lost(0);
 }
 
 typedef struct {
     int is_captured;
+    unsigned flags;
 } Event;
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t *e, unsigned flags) {
-    *e = calloc(1, sizeof(Event));
+    Event *event = calloc(1, sizeof *event);
+    event->flags = flags;
+    *e = (cudaEvent_t)event;
     return 0;
 }
 cudaError_t cudaEventCreate(cudaEvent_t *e) { return cudaEventCreateWithFlags(e, 0); }
@@ -112,8 +122,8 @@ cudaError_t cudaEventQuery(cudaEvent_t e) {
 cudaError_t cudaEventSynchronize(cudaEvent_t e) {
     if (((Event *)e)->is_captured) return violation("wait for a captured event");
     if (breaks_capture()) return violation("wait for an event");
-    note("SYNC event");
-    return 0;
+    note("SYNC event, %s", ((Event *)e)->flags & cudaEventBlockingSync ? "asleep" : "spinning");
+    return unless_lost(0);
 }
 cudaError_t cudaEventElapsedTime(float *milliseconds, cudaEvent_t a, cudaEvent_t b) {
     *milliseconds = 1;
@@ -196,7 +206,7 @@ cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t *made, cudaGraph_t gra
 }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t s) {
     note("GRAPH nodes %d stream %llu", *(int *)graph, (unsigned long long)stream_of(s)->id);
-    return 0;
+    return unless_lost(0);
 }
 cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t *nodes, size_t *count) {
     *count = *(int *)graph;
@@ -214,9 +224,10 @@ static Block device_blocks[MOST_BLOCKS], host_blocks[MOST_BLOCKS];
 static int device_count, host_count;
 static uint64_t used, peak, next_address = FIRST_ADDRESS;
 
-static uint64_t memory(void) {
-    const char *bytes = getenv("NULLGPU_MEM");
-    return bytes ? strtoull(bytes, NULL, 10) : MEMORY;
+// What others have taken of the card's memory, and CUDA itself.
+static uint64_t taken(void) {
+    const char *bytes = getenv("NULLGPU_TAKEN");
+    return CONTEXT + (bytes ? strtoull(bytes, NULL, 10) : 0);
 }
 
 // Takes a block off its list, and returns its size; 0 where it is not on it.
@@ -233,27 +244,44 @@ static uint64_t take(Block *blocks, int *count, const void *address) {
     return size;
 }
 
+int take_memory(uint64_t size) {
+    pthread_mutex_lock(&lock);
+    int fits = used + size + taken() <= MEMORY;
+    if (fits) used += size;
+    if (used > peak) peak = used;
+    pthread_mutex_unlock(&lock);
+    if (!fits) note("OOM asked %llu used %llu", (unsigned long long)size, (unsigned long long)used);
+    return fits;
+}
+void give_memory(uint64_t size) {
+    pthread_mutex_lock(&lock);
+    used -= size;
+    pthread_mutex_unlock(&lock);
+}
+uint64_t next_place(uint64_t size) {
+    pthread_mutex_lock(&lock);
+    uint64_t place = next_address;
+    next_address += (size + PAGE - 1) / PAGE * PAGE + PAGE;
+    pthread_mutex_unlock(&lock);
+    return place;
+}
+
 cudaError_t cudaMalloc(void **address, size_t size) {
     int forbidden = unless_captured("cudaMalloc");
     if (forbidden) return forbidden;
     uint64_t pages = (size + PAGE - 1) / PAGE * PAGE;
     pthread_mutex_lock(&lock);
-    int fits = used + pages + CONTEXT <= memory() && device_count < MOST_BLOCKS;
+    int fits = device_count < MOST_BLOCKS && take_memory(pages);
     if (fits) {
-        used += pages;
-        if (used > peak) peak = used;
-        device_blocks[device_count++] = (Block){next_address, pages};
-        *address = (void *)next_address;
-        next_address += pages + PAGE;
-    } else {
-        note("OOM asked %zu used %llu", size, (unsigned long long)used);
+        *address = (void *)next_place(pages);
+        device_blocks[device_count++] = (Block){(uint64_t)*address, pages};
     }
     pthread_mutex_unlock(&lock);
     return fits ? 0 : cudaErrorMemoryAllocation;
 }
 cudaError_t cudaFree(void *address) {
     int forbidden = unless_captured("cudaFree");
-    if (!forbidden) used -= take(device_blocks, &device_count, address);
+    if (!forbidden) give_memory(take(device_blocks, &device_count, address));
     return forbidden;
 }
 cudaError_t cudaHostAlloc(void **address, size_t size, unsigned flags) {
@@ -272,8 +300,8 @@ cudaError_t cudaFreeHost(void *address) {
     return forbidden;
 }
 int memory_info(size_t *free, size_t *total) {
-    *total = memory();
-    *free = *total - used - CONTEXT;
+    *total = MEMORY;
+    *free = MEMORY > used + taken() ? MEMORY - used - taken() : 0;
     return 0;
 }
 cudaError_t cudaMemGetInfo(size_t *free, size_t *total) { return memory_info(free, total); }
@@ -394,7 +422,7 @@ cudaError_t __cudaGetKernel(cudaKernel_t *kernel, const void *entry) {
 }
 cudaError_t cudaLaunchKernel(const void *f, dim3 g, dim3 b, void **arguments, size_t shared, cudaStream_t s) {
     launched(name_of(f), g.x, g.y, g.z, b.x, stream_of(s));
-    return 0;
+    return unless_lost(0);
 }
 cudaError_t __cudaLaunchKernel(cudaKernel_t f, dim3 g, dim3 b, void **arguments, size_t shared, cudaStream_t s) {
     return cudaLaunchKernel(f, g, b, arguments, shared, s);
@@ -465,7 +493,7 @@ int attribute(int which) {
 cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
     memset(p, 0, sizeof *p);
     strcpy(p->name, "NVIDIA H200");
-    p->totalGlobalMem = memory();
+    p->totalGlobalMem = MEMORY;
     p->major = 9;
     p->warpSize = 32;
     p->sharedMemPerBlock = 49152;
@@ -482,7 +510,8 @@ cudaError_t cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
     p->memoryBusWidth = 6144;
     p->concurrentKernels = p->unifiedAddressing = 1;
     p->asyncEngineCount = 3;
-    for (int i = 0; i < 16; i++) p->uuid.bytes[i] = i;
+    const char *visible = getenv("CUDA_VISIBLE_DEVICES");
+    for (int i = 0; i < 16; i++) p->uuid.bytes[i] = visible && *visible ? *visible : i; // each card has its own
     return 0;
 }
 cudaError_t cudaGetDeviceCount(int *count) {
@@ -511,8 +540,8 @@ cudaError_t cudaDeviceGetPCIBusId(char *id, int size, int device) {
     snprintf(id, size, "0000:00:00.0");
     return 0;
 }
-cudaError_t cudaGetLastError(void) { return 0; }
-cudaError_t cudaPeekAtLastError(void) { return 0; }
+cudaError_t cudaGetLastError(void) { return unless_lost(0); }
+cudaError_t cudaPeekAtLastError(void) { return unless_lost(0); }
 const char *cudaGetErrorName(cudaError_t e) {
     return e == cudaErrorMemoryAllocation ? "cudaErrorMemoryAllocation" : "cudaError";
 }
@@ -520,6 +549,8 @@ const char *cudaGetErrorString(cudaError_t e) {
     switch (e) {
     case cudaErrorMemoryAllocation:
         return "out of memory";
+    case cudaErrorLaunchFailure:
+        return "unspecified launch failure";
     case cudaErrorNoDevice:
         return "no CUDA-capable device is detected";
     case cudaErrorStreamCaptureUnsupported:
