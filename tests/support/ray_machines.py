@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -36,7 +35,7 @@ class Machines:
 
     def __init__(self) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="ray-"))  # the path of a socket is short, so not a test's folder
-        self._running: dict[str, psutil.Process] = {}
+        self._running: dict[str, psutil.Popen] = {}
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.address = f"127.0.0.1:{free.getsockname()[1]}"
 
@@ -57,13 +56,13 @@ class Machines:
         what = [f"--num-cpus={cpus}", "--num-gpus=0", f"--object-store-memory={MEMORY}", f"--node-name={name}"]
         log = self._folder / f"{name}.log"
         with log.open("w") as output:
-            process = subprocess.Popen(  # noqa: ASYNC220 - it takes milliseconds, and is watched
+            process = psutil.Popen(
                 [RAY, "start", *place, *what, "--node-ip-address=127.0.0.1", "--disable-usage-stats", "--block"],
                 env=os.environ | QUICK,
                 stdout=output,
                 stderr=output,
             )
-        self._running[name] = psutil.Process(process.pid)
+        self._running[name] = process
         await until(lambda: "Ray runtime started" in log.read_text() or process.poll() is not None)
         assert process.poll() is None, log.read_text()
 
