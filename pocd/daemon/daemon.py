@@ -16,7 +16,7 @@ from pocd.admin.orchestrator.api import OrchestratorApi
 from pocd.admin.server import AdminApi
 from pocd.chain.make import CHAIN_TIMEOUT
 from pocd.clock import SYSTEM
-from pocd.config.model import check_model
+from pocd.config.model import check_engine, check_model
 from pocd.config.secrets import ORCHESTRATOR_TOKEN, read_token
 from pocd.daemon.compose import compose, make_chain, make_loads, make_receivers
 from pocd.daemon.reload import Reloader
@@ -55,6 +55,7 @@ async def run(settings: Settings, path: Path, *, log: FilteringBoundLogger, noti
         ConfigError: A file or the address that the settings name cannot be used.
         EndedError: The store cannot be used, or the worker cannot work on this machine, or as configured.
     """
+    check_engine(settings)
     check_model(settings)
     token = read_token(settings.admin.token_file, path)
     calls_token = read_token(settings.orchestrator.token_file, path, ORCHESTRATOR_TOKEN)

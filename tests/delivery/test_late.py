@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, cast
 
 import structlog
@@ -84,10 +85,9 @@ async def test_the_next_round_ends_the_one_before_and_its_verdicts(tmp_path: Pat
         await found(outbox, FIRST, clock)
         clock.advance(10.0)
         verdict = JudgedArtifacts("asked", 200, b"{}")
-        asked = {"nonces": 200, "callback": (CALLBACK, URL), "most": 1000, "now": clock.now}
-        await outbox(jobs.ask, "asked", b"{}", **asked)
-        done = {"verdict": verdict, "receiver": CALLBACK, "now": clock.now}
-        await outbox(jobs.finish, "asked", "completed", b"{}", **done)
+        await outbox(jobs.ask, "asked", b"{}", nonces=200, callback=(CALLBACK, URL), most=1000, now=clock.now)
+        finish = partial(jobs.finish, verdict=verdict, receiver=CALLBACK, now=clock.now)
+        await outbox(finish, "asked", "completed", b"{}")
         clock.advance(100.0)
         await late.look()
         head = await outbox(next_pending, CALLBACK)

@@ -29,16 +29,16 @@ def test_a_job_waits_and_is_done_once(tmp_path: Path) -> None:
         assert jobs.oldest(outbox) == ("first", b"{}")
         assert callbacks.idle(outbox, []) == [], "a verdict is to come"
         verdict = JudgedArtifacts("first", 3, b'{"n_total":3}')
-        done = {"verdict": verdict, "receiver": "callback-1", "now": NOW}
-        jobs.finish(outbox, "first", "completed", b'{"n_total":3}', **done)
+        done = b'{"n_total":3}'
+        jobs.finish(outbox, "first", "completed", done, verdict=verdict, receiver="callback-1", now=NOW)
         head = next_pending(outbox, "callback-1")
         assert head is not None
         assert (head.kind, head.id, head.body) == ("validated", "first", b'{"n_total":3}')
         assert jobs.find(outbox, "first") == jobs.Job("first", "completed", b'{"n_total":3}')
         assert jobs.oldest(outbox) == ("second", b"{}")
         jobs.cancel(outbox, NOW)
-        late = {"verdict": JudgedArtifacts("second", 7, b"{}"), "receiver": "callback-1", "now": NOW}
-        jobs.finish(outbox, "second", "completed", b"{}", **late)
+        late = JudgedArtifacts("second", 7, b"{}")
+        jobs.finish(outbox, "second", "completed", b"{}", verdict=late, receiver="callback-1", now=NOW)
         assert jobs.find(outbox, "second") == jobs.Job("second", "cancelled", None)
         assert outbox.queues["callback-1"].pending_batches == 1, "a cancelled job has no verdict"
         jobs.prune(outbox, NOW)
