@@ -20,7 +20,7 @@ def check_engine(settings: Settings) -> None:
     """Check that what the workers' engine needs is installed.
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: The package is missing.
     """
     if settings.worker.engine == "ray" and importlib.util.find_spec("ray") is None:
         raise ConfigError(

@@ -47,7 +47,7 @@ def check_model(engine: str, parallel: int, device: str | list[str]) -> None:
         device: The devices as they are configured.
 
     Raises:
-        ValueError: They cannot.
+        ValueError: Workers cannot run so.
     """
     if engine == "local":
         return

@@ -246,7 +246,7 @@ def check_versions(placed: Placed) -> None:
     """Check that a worker's machine has what this one has.
 
     Raises:
-        WorkerRefusedError: It has other versions.
+        WorkerRefusedError: The machine has other versions.
     """
     if differ := differences(versions(), placed.versions):
         raise WorkerRefusedError(

@@ -153,7 +153,7 @@ class Pool:
         """Check that a worker on another machine has the weights that all others have.
 
         Raises:
-            WorkerRefusedError: It has others.
+            WorkerRefusedError: The worker has other weights.
         """
         if not self.cluster or not self.info:
             return
