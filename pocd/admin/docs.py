@@ -110,7 +110,7 @@ def _call(method: str, path: str, operation: dict[str, Any], schemas: dict[str, 
         + "".join(f"<p>{_text(part)}</p>" for part in operation.get("description", "").split("\n\n") if part)
         + f"<pre>{escape(_curl(method, path, operation, named, origin))}</pre>"
         + (_table("Parameters", ["name", "type", "default", "limits", "meaning"], parameters) if parameters else "")
-        + (f"<p>Body: {_text(named.get('description'))}</p>{_fields(named)}" if body else "")
+        + (f"<p>Body: {_text(named.get('description'))}</p>{_body(named)}" if body else "")
         + _table("Answers", ["status", "content", "meaning"], answers)
         + "</section>"
     )
@@ -124,6 +124,11 @@ def _schema(name: str, schema: dict[str, Any]) -> str:
     else:
         fields = _fields(schema, [])
     return f'<section id="schema-{name}"><h3>{name}</h3><p>{_text(schema.get("description"))}</p>{fields}</section>'
+
+
+def _body(schema: dict[str, Any]) -> str:
+    """Return the fields of a body, or the links to those that it may be."""
+    return _fields(schema) if "properties" in schema else f"<p>{_type(schema)}</p>"
 
 
 def _fields(schema: dict[str, Any], required: list[str] | None = None) -> str:
@@ -162,8 +167,9 @@ def _type(schema: dict[str, Any]) -> str:
     if "$ref" in schema:
         name = schema["$ref"].removeprefix(COMPONENTS)
         return f'<a href="#schema-{name}">{name}</a>'
-    if "anyOf" in schema:
-        return " or ".join(map(_type, schema["anyOf"]))
+    for choice in ("anyOf", "oneOf"):
+        if choice in schema:
+            return " or ".join(map(_type, schema[choice]))
     if "enum" in schema or "const" in schema:
         return ", ".join(_code(value) for value in schema.get("enum", [schema.get("const")]))
     if schema.get("type") == "array":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from pocd.config.errors import ENV_PREFIX, describe
 from pocd.config.types import (
     BatchSize,
     Device,
@@ -38,10 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from pydantic.fields import FieldInfo
-    from pydantic_core import ErrorDetails
 
 DEFAULT_PATH = Path("/etc/pocd/pocd.toml")
-ENV_PREFIX = "POCD_"
 R_TARGET = 1.4042  # by which about one nonce in ten is valid with "poc2"
 LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 
@@ -343,7 +342,7 @@ def load(path: Path) -> Settings:
     try:
         return Settings(**values)
     except ValidationError as error:
-        raise ConfigError("; ".join(_describe(item, path) for item in error.errors())) from None
+        raise ConfigError("; ".join(describe(item, path) for item in error.errors())) from None
 
 
 def load_admin(path: Path, token_file: Path | None) -> AdminSettings:
@@ -385,7 +384,7 @@ def _load_section(path: Path, name: str, section: type[S], given: dict[str, Any]
         return section(**table | _Environment(Settings)().get(name, {}) | given)
     except ValidationError as error:
         found = [item | {"loc": (name, *item["loc"])} for item in error.errors()]
-        raise ConfigError("; ".join(_describe(item, path) for item in found)) from None
+        raise ConfigError("; ".join(describe(item, path) for item in found)) from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -420,29 +419,3 @@ def _refuse_unknown_environment(environment: Mapping[str, str]) -> None:
         section, _, key = name.removeprefix(ENV_PREFIX).lower().partition("__")
         if name != name.upper() or section not in Settings.model_fields or not key:
             raise ConfigError(f"environment: {name} names no key; variables are called POCD_SECTION__KEY")
-
-
-def _describe(error: ErrorDetails, path: Path) -> str:
-    keys = ".".join(str(part) for part in error["loc"])
-    source = _source(error["loc"], path)
-    match error["type"]:
-        case "extra_forbidden":
-            return f"{source}: unknown key {keys}"
-        case "missing":
-            return f"{source}: {keys} is missing"
-        case "model_type":
-            return f"{source}: {keys}: must be a table of keys"
-        case "list_type":
-            return f"{source}: {keys}: must be a list (in the environment: as JSON)"
-        case _:
-            return ": ".join(filter(None, (source, keys, error["msg"].removeprefix("Value error, "))))
-
-
-def _source(location: tuple[int | str, ...], path: Path) -> str:
-    """Name the file or the variables that the value at `location` came from, or both for a whole section."""
-    name = ENV_PREFIX + "__".join(str(part).upper() for part in location)
-    variables = sorted(v for v in os.environ if f"{name}__".startswith(f"{v}__") or v.startswith(f"{name}__"))
-    if not variables:
-        return str(path)
-    environment = f"environment {', '.join(variables)}"
-    return environment if len(location) > 1 else f"{path} and {environment}"

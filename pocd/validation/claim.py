@@ -7,7 +7,7 @@ from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from struct import unpack
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -30,12 +30,33 @@ from pocd.protocol.proof import MOST_NONCES
 from pocd.protocol.schemes import VECTOR_BYTES, VECTOR_SIZE, Output
 from pocd.validation.conditions import BodyConditions
 
+if TYPE_CHECKING:
+    from pydantic.config import JsonDict
+
 Numbers = Sequence[float]
 """Claimed numbers of one nonce: its distance, or those of its vector."""
 
 LARGEST_CLAIM = 8 * 2**20  # bytes; the longest numbers, one a line, are 5 MiB
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+OF_DISTANCES: JsonDict = {
+    "public_key": "gonka1abc",
+    "block_hash": "9F2E5C",
+    "block_height": 4100000,
+    "nonces": [11, 27],
+    "dist": [1.4031, 1.3987],
+    "node_id": 0,
+}
+OF_VECTORS: JsonDict = {
+    "public_key": "gonka1abc",
+    "block_hash": "9F2E5C",
+    "block_height": 4100000,
+    "artifacts": [{"nonce": 11, "vector_b64": "zLE+LOqw86RaJ9S4BTThM8Ssorhis5Iz"}],
+    "encoding": {"dtype": "f16", "k_dim": 12, "endian": "le"},
+    "node_id": 0,
+}
 
 
 class BodyError(Exception):
@@ -65,20 +86,7 @@ class Claim(BatchBody, _Claim):
     Fields that name how the batch was made must agree with what this daemon runs; other unknown fields are ignored.
     """
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "public_key": "gonka1abc",
-                    "block_hash": "9F2E5C",
-                    "block_height": 4100000,
-                    "nonces": [11, 27],
-                    "dist": [1.4031, 1.3987],
-                    "node_id": 0,
-                }
-            ]
-        },
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [OF_DISTANCES]})
 
     dist: Annotated[
         list[float | None],
@@ -145,20 +153,7 @@ class VectorClaim(_Claim):
     Fields that name how the batch was made must agree with what this daemon runs; other unknown fields are ignored.
     """
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "examples": [
-                {
-                    "public_key": "gonka1abc",
-                    "block_hash": "9F2E5C",
-                    "block_height": 4100000,
-                    "artifacts": [{"nonce": 11, "vector_b64": "zLE+LOqw86RaJ9S4BTThM8Ssorhis5Iz"}],
-                    "encoding": {"dtype": "f16", "k_dim": 12, "endian": "le"},
-                    "node_id": 0,
-                }
-            ]
-        },
-    )
+    model_config = ConfigDict(json_schema_extra={"examples": [OF_VECTORS]})
 
     artifacts: Annotated[list[ClaimedArtifact], FailFast(), Field(min_length=1, max_length=MOST_NONCES)]
     encoding: Annotated[Encoding | None, Field(description="Form of the vectors; without it, this one.")] = None
@@ -195,6 +190,8 @@ OneClaim = Annotated[Claim, Tag("distance")] | Annotated[VectorClaim, Tag("vecto
 
 class AnyClaim(RootModel[Annotated[OneClaim, Discriminator(_kind)]]):
     """A ProofBatch as a miner sends it: of vectors where it has artifacts, else of distances."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [OF_DISTANCES, OF_VECTORS]})
 
 
 def parse_json(model: type[Model], raw: bytes) -> Model:

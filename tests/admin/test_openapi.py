@@ -20,12 +20,12 @@ from pocd.admin.docs import DocsApi, render
 from pocd.admin.guard import OPEN_PATHS
 from pocd.admin.openapi import document
 from pocd.admin.operations import METHODS, Error, all_answers
-from pocd.admin.pow import InitBody
+from pocd.admin.requests import InitBody
 from pocd.admin.server import AdminApi
 from pocd.clock import SYSTEM
 from pocd.config.settings import AdminSettings
 from pocd.observe.events import Events
-from pocd.validation.claim import Claim
+from pocd.validation.claim import AnyClaim
 from pocd.validation.conditions import Conditions
 from tests.support.processes import Chain, config, running
 from tests.support.waiting import PATIENCE
@@ -84,7 +84,7 @@ def test_without_a_token_none_is_asked_for() -> None:
 
 
 # An init names what it did not use; a batch is what its miner made of it, and what is no number in it counts.
-FROM_OTHERS = {InitBody, Claim}
+FROM_OTHERS = {InitBody, AnyClaim}
 
 
 @pytest.mark.parametrize("operation", api().all_operations(), ids=lambda each: f"{each.method} {each.path}")
@@ -100,7 +100,7 @@ def test_what_is_parsed_knows_all_its_fields_and_gives_an_example(operation: Ope
 
 def test_bodies_show_everything_that_decides_a_result() -> None:
     shown = described()
-    for name in ("InitBody", "Claim", "Params"):
+    for name in ("InitBody", "Claim", "VectorClaim", "Params"):
         assert set(Conditions.model_fields) <= set(shown["components"]["schemas"][name]["properties"])
     for call_ in ("init", "init/generate", "init/validate", "validate"):
         assert "`mismatch`" in shown["paths"][f"/api/v1/pow/{call_}"]["post"]["responses"]["409"]["description"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from base64 import b64decode, b64encode
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
@@ -15,6 +15,9 @@ from pocd.protocol.vectors import rounding_variance
 from pocd.validation.claim import AnyClaim, parse_json
 from pocd.validation.verdict import Recomputed, judge
 from tests.validation.test_verdict import TERMS, claim_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 COUNT = 60
 HALF = replace(TERMS, r_target=2.0, dtype="bfloat16", tolerance=2e-3)
@@ -136,7 +139,7 @@ class World:
         return [(nonce, row.astype("<f2").tobytes()) for nonce, row in enumerate(numbers)]
 
 
-def judged(world: World, claims: list[tuple[int, bytes | None]], **terms: Any) -> dict[str, Any]:  # noqa: ANN401 - any term
+def judged(world: World, claims: Sequence[tuple[int, bytes | None]], **terms: Any) -> dict[str, Any]:  # noqa: ANN401 - any term
     artifacts = [
         {"nonce": nonce, "vector_b64": None if vector is None else b64encode(vector).decode()}
         for nonce, vector in claims
