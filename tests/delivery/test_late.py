@@ -26,6 +26,8 @@ from tests.support.stored import commit_span
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from pocd.store.jobs import JobState
+
 CALLBACK, URL = "callback-1", "http://127.0.0.1:9/v2"
 NODE = Node(0, 1)
 FIRST = Round("AB", 10, "key", None, "artifacts", "tiny", 16)
@@ -84,10 +86,9 @@ async def test_the_next_round_ends_the_one_before_and_its_verdicts(tmp_path: Pat
         await found(outbox, FIRST, clock)
         clock.advance(10.0)
         verdict = JudgedArtifacts("asked", 200, b"{}")
-        asked = {"nonces": 200, "callback": (CALLBACK, URL), "most": 1000, "now": clock.now}
-        await outbox(jobs.ask, "asked", b"{}", **asked)
-        done = {"verdict": verdict, "receiver": CALLBACK, "now": clock.now}
-        await outbox(jobs.finish, "asked", "completed", b"{}", **done)
+        await outbox(jobs.ask, "asked", b"{}", nonces=200, callback=(CALLBACK, URL), most=1000, now=clock.now)
+        state: JobState = "completed"
+        await outbox(jobs.finish, "asked", state, b"{}", verdict=verdict, receiver=CALLBACK, now=clock.now)
         clock.advance(100.0)
         await late.look()
         head = await outbox(next_pending, CALLBACK)
