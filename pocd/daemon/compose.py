@@ -65,6 +65,19 @@ KNOWN_ROUNDS = 256  # whose block hashes are held against what nodes say after a
 
 
 @dataclass(frozen=True, slots=True)
+class Orchestrated:
+    """What runs where rounds come from an orchestrator.
+
+    Attributes:
+        jobs: Does what is asked for by a list of nonces.
+        late: Sets aside what a round found and nobody took in time; elsewhere what was found is kept.
+    """
+
+    jobs: Jobs
+    late: LateArtifacts
+
+
+@dataclass(frozen=True, slots=True)
 class Composition:
     """Everything that the daemon runs.
 
@@ -75,8 +88,7 @@ class Composition:
         scheduler: Decides which round the chain wants at each head.
         batcher: Forms batches of what was found.
         keeper: Keeps the store small, and mining within what the disk can take.
-        jobs: Does what orchestrators ask for by a list of nonces.
-        late: Sets aside what an orchestrator's round found and nobody took in time.
+        orchestrated: What runs for an orchestrator only; None where rounds come from the chain.
     """
 
     parts: Parts
@@ -85,8 +97,7 @@ class Composition:
     scheduler: RoundScheduler | EpochScheduler
     batcher: Batcher
     keeper: Keeper
-    jobs: Jobs
-    late: LateArtifacts
+    orchestrated: Orchestrated | None
 
 
 def compose(
@@ -148,10 +159,13 @@ def compose(
         log=log,
         events=events,
     )
-    jobs = Jobs(outbox, workers, served, lambda: control.mode, changes, clock=steady, log=log)
-    late = LateArtifacts(control, outbox, seconds=settings.orchestrator.late_seconds, clock=steady, log=log)
+    orchestrated = None
+    if settings.orchestrator.is_on:
+        jobs = Jobs(outbox, workers, served, lambda: control.mode, changes, clock=steady, log=log)
+        late = LateArtifacts(control, outbox, seconds=settings.orchestrator.late_seconds, clock=steady, log=log)
+        orchestrated = Orchestrated(jobs, late)
     scheduler, batcher, keeper = make_scheduler(parts, source), make_batcher(parts), make_keeper(parts, steady)
-    return Composition(parts, changes, source, scheduler, batcher, keeper, jobs, late)
+    return Composition(parts, changes, source, scheduler, batcher, keeper, orchestrated)
 
 
 def make_cluster(settings: Settings, changes: Changes, log: FilteringBoundLogger) -> Cluster | None:

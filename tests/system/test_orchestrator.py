@@ -233,7 +233,7 @@ async def validates(url: str, callbacks: Callbacks) -> None:
         assert (code, queued["status"], queued["queued_count"]) == (200, "queued", 200)
         name = queued["request_id"]
         own_id = name.partition(":")[2]
-        await until(partial(callbacks.verdicts.__contains__, own_id))
+        await until(partial(callbacks.has_judged, own_id))
         verdict = {
             "n_total": 200,
             "n_mismatch": bad,
