@@ -68,7 +68,7 @@ def free_port() -> int:
 
 
 def config(folder: Path, chain_url: str, receivers: dict[str, str], **changes: Any) -> Path:  # noqa: ANN401 - any setting
-    """Write a configuration for small, quick batches; `changes` are SECTION__KEY=value."""
+    """Write a configuration for small, quick batches; `changes` are SECTION__KEY=value; None: unset."""
     values: dict[str, dict[str, Any]] = {
         "node": {"public_key": "test-key", "node_id": 1, "node_count": 3},
         "chain": {"urls": [chain_url], "poll_interval": 0.2},
@@ -86,7 +86,10 @@ def config(folder: Path, chain_url: str, receivers: dict[str, str], **changes: A
         values[section][key] = value
     lines: list[str] = []
     for section, pairs in values.items():
-        lines += [f"[{section}]", *(f"{key} = {orjson.dumps(value).decode()}" for key, value in pairs.items())]
+        lines += [
+            f"[{section}]",
+            *(f"{key} = {orjson.dumps(value).decode()}" for key, value in pairs.items() if value is not None),
+        ]
         if section == "delivery":
             entries = ", ".join(f'{{ name = "{name}", url = "{url}" }}' for name, url in receivers.items())
             lines.append(f"receivers = [{entries}]")
