@@ -102,21 +102,15 @@ def has_ended(each: psutil.Process) -> bool:
     return not each.is_running() or each.status() == psutil.STATUS_ZOMBIE
 
 
-async def lose_a_process(pool: Pool) -> None:
-    _, two = await at_work(pool, "one", "two")
-    killed = process(two)
-    killed.kill()
-    await until(lambda: two.causes[Cause.CRASH])
-    assert two.last_error == f"worker process {killed.pid} was killed by signal 9"
-
-
-async def lose_an_actor(pool: Pool) -> None:
-    _, two = await at_work(pool, "one", "two")
-    orphan = process(two)
+async def lose_a_process_and_an_actor(pool: Pool) -> None:
+    one, two = await at_work(pool, "one", "two")
+    killed, orphan = process(one), process(two)
     actor = orphan.parent()
     assert actor is not None
+    killed.kill()
     actor.kill()
-    await until(lambda: two.causes[Cause.CLUSTER])
+    await until(lambda: one.causes[Cause.CRASH] and two.causes[Cause.CLUSTER])
+    assert one.last_error == f"worker process {killed.pid} was killed by signal 9"
     assert str(two.last_error).startswith("Ray lost the worker's actor: ")
     await until(lambda: has_ended(orphan))
 
@@ -176,8 +170,7 @@ async def test_machines_come_and_go_and_every_nonce_is_checked_once(tmp_path: Pa
         assert cluster.pid is not None
         for each in (psutil.Process(cluster.pid), *map(process, workers)):
             assert SECRET not in each.environ().values(), "what the daemon's environment has"
-        await lose_a_process(pool)
-        await lose_an_actor(pool)
+        await lose_a_process_and_an_actor(pool)
         await lose_the_bridge(pool, cluster)
         await come_with_another_model(pool, machines, model)
         await lose_a_machine(pool, cluster, machines)

@@ -23,6 +23,7 @@ RAY = Path(sys.executable).with_name("ray")
 MEMORY = 80_000_000  # bytes for objects, of which pocd makes none: the least that Ray takes
 QUICK = {  # so that what is gone counts as gone within seconds
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # else any other process of a busy machine goes first
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_failure_threshold": "5",
