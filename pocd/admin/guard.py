@@ -1,4 +1,4 @@
-"""Who may call the admin API: the host that is asked, the page that asks, the token (docs/protocol.md section 7)."""
+"""Who may call an API of the daemon: the host that is asked, the page that asks, the token (docs/protocol.md, 7)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Handler, Middleware
 
-    from pocd.config.settings import AdminSettings
+    from pocd.config.settings import AdminSettings, OrchestratorSettings
 
 OPEN_PATHS = frozenset(
     {"/", "/healthz", "/readyz", "/docs", "/openapi.json"}
@@ -28,16 +28,20 @@ OWN_SITES = frozenset({"same-origin", "none"})  # none: what somebody typed into
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]*)?", re.ASCII)  # RFC 9110 section 7.2
 
 
-def middlewares(admin: AdminSettings, token: str | None) -> list[Middleware]:
-    """Return the middlewares that check every request before the API does, in this order.
+def middlewares(
+    served: AdminSettings | OrchestratorSettings, token: str | None, *, section: str = "admin", open_reads: bool = False
+) -> list[Middleware]:
+    """Return the middlewares that check every request before an API does, in this order.
 
     Args:
-        admin: Settings with the allowed host names, and whether reading needs no token.
+        served: Settings of the API, with the allowed host names.
         token: Bearer token that callers must give; None where none is needed.
+        section: Section of the configuration that `served` is.
+        open_reads: Whether reading needs no token.
     """
-    names = LOOPBACK_HOSTS | {admin.host.lower(), *admin.allowed_hosts}
-    guards = [_refuse_foreign_hosts(names, any_address=admin.beyond_loopback), _refuse_foreign_origins]
-    return [*guards, _require_token(token, open_reads=admin.open_reads)] if token else guards
+    names = LOOPBACK_HOSTS | {served.host.lower(), *served.allowed_hosts}
+    guards = [_refuse_foreign_hosts(names, section, any_address=served.beyond_loopback), _refuse_foreign_origins]
+    return [*guards, _require_token(token, section, open_reads=open_reads)] if token else guards
 
 
 def is_own_host(header: str, names: Container[str], *, any_address: bool) -> bool:
@@ -62,13 +66,13 @@ def is_own_host(header: str, names: Container[str], *, any_address: bool) -> boo
     return any_address or address in names
 
 
-def _refuse_foreign_hosts(names: Container[str], *, any_address: bool) -> Middleware:
+def _refuse_foreign_hosts(names: Container[str], section: str, *, any_address: bool) -> Middleware:
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         # HTTP/1.0 has no Host, and browsers always send one.
         if all(is_own_host(host, names, any_address=any_address) for host in request.headers.getall("Host", [])):
             return await handler(request)
-        message = "the API is not called by this name; admin.allowed_hosts says by which ones it is"
+        message = f"the API is not called by this name; {section}.allowed_hosts says by which ones it is"
         raise RefusalError(403, "foreign_host", message, "Host")
 
     return check
@@ -92,7 +96,7 @@ async def _refuse_foreign_origins(request: web.Request, handler: Handler) -> web
     raise RefusalError(403, "foreign_origin", "web pages of other servers may not call the API", "Sec-Fetch-Site")
 
 
-def _require_token(token: str, *, open_reads: bool) -> Middleware:
+def _require_token(token: str, section: str, *, open_reads: bool) -> Middleware:
     expected = f"Bearer {token}".encode()
 
     @web.middleware
@@ -101,7 +105,7 @@ def _require_token(token: str, *, open_reads: bool) -> Middleware:
         is_open = request.path in OPEN_PATHS or (open_reads and request.method in READS)
         if is_open or hmac.compare_digest(given, expected):
             return await handler(request)
-        message = "give the header 'Authorization: Bearer TOKEN' (admin.token_file)"
+        message = f"give the header 'Authorization: Bearer TOKEN' ({section}.token_file)"
         raise RefusalError(401, "unauthorized", message, headers={"WWW-Authenticate": "Bearer"})
 
     return check

@@ -54,7 +54,7 @@ class AdminApi:
         admin = self._parts.settings.admin
         secured = frozenset() if token is None else METHODS - guard.READS if admin.open_reads else METHODS
         operations += DocsApi(operations, secured).operations()
-        guards = guard.middlewares(admin, token)
+        guards = guard.middlewares(admin, token, open_reads=admin.open_reads)
         app = web.Application(middlewares=[errors_as_json, *guards, limit_bodies(operations), _store_failures])
         app.add_routes(routes(operations))
         app.on_shutdown.append(self._events.close)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pocd.check.finding import Finding, green, red, yellow
-from pocd.config.secrets import CredentialError, located, read_keys, read_token
+from pocd.config.secrets import ORCHESTRATOR_TOKEN, CredentialError, located, read_keys, read_token
 from pocd.config.settings import ConfigError
 from pocd.observe.mask import url_secrets
 
@@ -27,9 +27,11 @@ def check_secrets(settings: Settings, config: Path) -> list[Finding]:
     receivers = [each for each in settings.delivery.receivers if each.secret_file]
     findings = [_check_content(partial(read_keys, each.secret_file, config, each.name)) for each in receivers]
     files = {f"{each.name}'s secret_file": each.secret_file for each in receivers if each.secret_file}
-    if settings.admin.token_file:
-        files["admin.token_file"] = settings.admin.token_file
-        findings.append(_check_content(partial(read_token, settings.admin.token_file, config)))
+    tokens = {"admin.token_file": settings.admin.token_file, ORCHESTRATOR_TOKEN: settings.orchestrator.token_file}
+    for key, file in tokens.items():
+        if file:
+            files[key] = file
+            findings.append(_check_content(partial(read_token, file, config, key)))
     for key, file in files.items():
         with contextlib.suppress(CredentialError):
             findings.append(check_mode(key, located(file, config)))

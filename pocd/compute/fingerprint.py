@@ -62,7 +62,7 @@ def deciding(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
 
     Args:
         config: The configuration as transformers understands it.
-        defaults: Configuration of its class where nothing is written: what equals it counts as not written.
+        defaults: Configuration of the class where nothing is written; an equal value counts as not written.
     """
     return {
         key: _one_form(value)

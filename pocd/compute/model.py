@@ -251,6 +251,9 @@ def load_model(
             tensors = matrices(stored, way, name=name)
             weights = stored_fingerprint(stored, config, way)
             causal, report = load_causal(config, tensors, dtype=getattr(torch, dtype), device=target, placed=placed)
+        check_loaded(causal, report, name=name, dtype=getattr(torch, dtype))
+        with _loading(name):
+            model = adapt(causal, name=name, fingerprint=weights)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
@@ -258,9 +261,6 @@ def load_model(
             f"model {name!r} does not fit into the memory of {device} in {dtype}: split it over several devices "
             "(model.parallel), or take a smaller model or dtype"
         ) from error
-    check_loaded(causal, report, name=name, dtype=getattr(torch, dtype))
-    with _loading(name):
-        model = adapt(causal, name=name, fingerprint=weights)
     # transformers' own layers know how they are split; the flat decoder does not.
     if ranks > 1:
         return replace(model, decoder=model.by_layers, decoder_reason="the flat decoder knows nothing of split models")

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from pocd.config.settings import Settings
 
 
+ORCHESTRATOR_TOKEN = "orchestrator.token_file"  # noqa: S105 - the name of a key
+
+
 class CredentialError(ConfigError):
     """A credential of the service's unit is not here, or not for this user: the service alone can judge it."""
 
@@ -43,8 +46,8 @@ def located(file: Path, config: Path) -> Path:
     return path
 
 
-def read_token(file: Path | None, config: Path) -> str | None:
-    """Read the admin API's token.
+def read_token(file: Path | None, config: Path, key: str = "admin.token_file") -> str | None:
+    """Read the token of an API; `key` names it in the configuration.
 
     Raises:
         ConfigError: The file cannot be read or holds nothing.
@@ -55,15 +58,13 @@ def read_token(file: Path | None, config: Path) -> str | None:
         path = located(file, config)
         token = path.read_text().strip()
     except CredentialError as error:
-        raise CredentialError(f"admin.token_file: {error}") from None
+        raise CredentialError(f"{key}: {error}") from None
     except OSError as error:
-        raise ConfigError(f"admin.token_file {path} cannot be read: {error}") from error
+        raise ConfigError(f"{key} {path} cannot be read: {error}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"admin.token_file {path} cannot be read: {error}"
-        ) from None  # the cause has the file's bytes
+        raise ConfigError(f"{key} {path} cannot be read: {error}") from None  # the cause has the file's bytes
     if not token or not token.isascii():
-        raise ConfigError(f"admin.token_file {path} must hold one token of ASCII characters")
+        raise ConfigError(f"{key} {path} must hold one token of ASCII characters")
     return token
 
 
@@ -90,10 +91,12 @@ def check_secrets(settings: Settings, config: Path) -> list[str]:
         ConfigError: A file of secrets cannot be used.
     """
     unseen = []
-    try:
-        read_token(settings.admin.token_file, config)
-    except CredentialError:
-        unseen.append(str(settings.admin.token_file))
+    tokens = {"admin.token_file": settings.admin.token_file, ORCHESTRATOR_TOKEN: settings.orchestrator.token_file}
+    for key, file in tokens.items():
+        try:
+            read_token(file, config, key)
+        except CredentialError:
+            unseen.append(str(file))
     for receiver in settings.delivery.receivers:
         try:
             read_keys(receiver.secret_file, config, receiver.name)

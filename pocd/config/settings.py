@@ -10,16 +10,20 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from pocd.config.errors import ENV_PREFIX, describe
+from pocd.config.ray import RaySettings, check_model
 from pocd.config.types import (
+    SECTION,
     BatchSize,
     Device,
     HostName,
     HttpUrl,
+    ModelName,
     Origin,
+    PathPrefix,
     Port,
     PublicKey,
     ReceiverName,
@@ -48,7 +52,7 @@ class ConfigError(Exception):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
+    model_config = SECTION
 
 
 S = TypeVar("S", bound=_Section)
@@ -147,8 +151,9 @@ class ModelSettings(_Section):
 
 
 class WorkerSettings(_Section):
-    """Batches and compilation of the workers, and what follows where rounding decides too much."""
+    """Where workers run, their batches and compilation, and what follows where rounding decides too much."""
 
+    engine: Literal["local", "ray"] = "local"
     batch_size: BatchSize = "auto"
     batch_timeout: float = Field(default=300.0, gt=0)
     compile: Compile = "auto"
@@ -176,8 +181,7 @@ class DeliverySettings(_Section):
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
         names = [receiver.name for receiver in self.receivers]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"receivers must have different names; repeated: {', '.join(repeated)}")
         return self
 
@@ -207,6 +211,28 @@ class AdminSettings(_Section):
         if self.open_reads and self.token_file is None:
             raise ValueError("open_reads needs a token_file: without one nobody is asked for a token anyway")
         return self
+
+
+class OrchestratorSettings(_Section):
+    """The API that the live network's orchestrators call; it is off unless a port is set."""
+
+    host: str = "127.0.0.1"
+    port: Port | None = None
+    prefix: PathPrefix = ""
+    token_file: SecretFile | None = None
+    allowed_hosts: list[HostName] = []
+    aliases: list[ModelName] = []
+    late_seconds: float = Field(default=60.0, ge=0, le=3600)
+
+    @property
+    def is_on(self) -> bool:
+        """Whether rounds come from an orchestrator, and none from the chain."""
+        return self.port is not None
+
+    @property
+    def beyond_loopback(self) -> bool:
+        """Tell whether other hosts can reach the API."""
+        return self.host not in LOOPBACK_HOSTS
 
 
 class ValidationSettings(_Section):
@@ -269,8 +295,10 @@ class Settings(BaseSettings):
     round: RoundSettings = RoundSettings()
     model: ModelSettings = ModelSettings()
     worker: WorkerSettings = WorkerSettings()
+    ray: RaySettings = RaySettings()
     delivery: DeliverySettings = DeliverySettings()
     admin: AdminSettings = AdminSettings()
+    orchestrator: OrchestratorSettings = OrchestratorSettings()
     validation: ValidationSettings = ValidationSettings()
     store: StoreSettings = StoreSettings()
     log: LogSettings = LogSettings()
@@ -286,7 +314,8 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
-    def _what_a_split_model_can(self) -> Self:
+    def _model_can_run_so(self) -> Self:
+        check_model(self.worker.engine, self.model.parallel, self.model.device)
         if self.model.parallel > 1 and SCHEMES[self.round.scheme].weights != "trained":
             raise ValueError(f"model.parallel must be 1 with round.scheme {self.round.scheme!r}, which draws weights")
         if self.model.parallel > 1 and self.worker.compile == "always":

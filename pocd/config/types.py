@@ -7,13 +7,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from pocd.http.addresses import origin
 from pocd.http.urls import unusable
 from pocd.protocol.names import DEVICE_PATTERN
 from pocd.protocol.schemes import SCHEMES
 
+SECTION = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)  # of all tables
 LARGEST_BATCH = 65536
 MOST_DEVICES = 64
 DEVICE = re.compile(DEVICE_PATTERN)
@@ -89,6 +90,12 @@ def _check_origin(text: str) -> str:
     return normal
 
 
+def _check_prefix(path: str) -> str:
+    if not re.fullmatch(r"(/[A-Za-z0-9._-]+)*", path):
+        raise ValueError('must be "", or begin with / and hold letters, digits, . _ - and no / at its end: "/v3.0.8"')
+    return path
+
+
 BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_parse_batch_size)]
 Device = Annotated[str | list[str], BeforeValidator(_check_device)]
 HttpUrl = Annotated[str, AfterValidator(_check_http_url)]
@@ -101,4 +108,6 @@ ReceiverName = Annotated[
 ]
 SchemeName = Annotated[str, AfterValidator(_check_scheme)]
 SocketPath = Annotated[Path, AfterValidator(_check_socket)]
+ModelName = Annotated[str, Field(min_length=1, max_length=256)]
+PathPrefix = Annotated[str, AfterValidator(_check_prefix)]
 Port = Annotated[int, Field(ge=0, le=65535)]

@@ -15,9 +15,12 @@ from pocd.chain.rpc import Rpc
 from pocd.clock import SYSTEM, SteadyClock
 from pocd.config.secrets import read_keys
 from pocd.config.settings import ConfigError
+from pocd.config.types import CALLBACK_PREFIX, MOST_DEVICES
 from pocd.delivery.batcher import Batcher
 from pocd.delivery.dispatcher import Dispatcher
 from pocd.delivery.keeper import MIB, Keeper, StoreLimits
+from pocd.delivery.late import LateArtifacts
+from pocd.delivery.policy import BACKOFF_SECONDS
 from pocd.delivery.posting import Receiver
 from pocd.delivery.receivers import Receivers
 from pocd.mining.control import Control
@@ -28,6 +31,7 @@ from pocd.mining.scheduler import RoundScheduler
 from pocd.observe.changes import Changes
 from pocd.observe.events import Events
 from pocd.pool.cards import Cards, NoDriverError, list_cards
+from pocd.pool.cluster import Cluster
 from pocd.pool.limits import WorkerLimits
 from pocd.pool.placement import NoDeviceError, name_cards, place
 from pocd.pool.pool import Pool, cache_folder
@@ -36,8 +40,9 @@ from pocd.protocol.names import largest_batch_size
 from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round
 from pocd.protocol.rounds import RoundPolicy
-from pocd.protocol.schemes import with_stronger_rng
+from pocd.protocol.schemes import LIVE_SCHEME, with_stronger_rng
 from pocd.store.rounds import recent_rounds
+from pocd.validation.jobs import Jobs
 from pocd.validation.queue import Validator
 from pocd.worker.messages import Load
 
@@ -55,7 +60,21 @@ if TYPE_CHECKING:
     from pocd.protocol.names import ChainKind
     from pocd.store.thread import OutboxThread
 
+CALLBACK_SECONDS = 5.0  # between two attempts at an orchestrator's callback URL: its rounds last minutes
 KNOWN_ROUNDS = 256  # whose block hashes are held against what nodes say after a restart
+
+
+@dataclass(frozen=True, slots=True)
+class Orchestrated:
+    """What runs where rounds come from an orchestrator.
+
+    Attributes:
+        jobs: Does what is asked for by a list of nonces.
+        late: Sets aside what a round found and nobody took in time; elsewhere what was found is kept.
+    """
+
+    jobs: Jobs
+    late: LateArtifacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +88,7 @@ class Composition:
         scheduler: Decides which round the chain wants at each head.
         batcher: Forms batches of what was found.
         keeper: Keeps the store small, and mining within what the disk can take.
+        orchestrated: What runs for an orchestrator only; None where rounds come from the chain.
     """
 
     parts: Parts
@@ -77,6 +97,7 @@ class Composition:
     scheduler: RoundScheduler | EpochScheduler
     batcher: Batcher
     keeper: Keeper
+    orchestrated: Orchestrated | None
 
 
 def compose(
@@ -108,7 +129,17 @@ def compose(
     control = Control(miner, outbox, node, runs=runs(settings), clock=steady, log=log, events=events)
     limits = WorkerLimits(batch=settings.worker.batch_timeout)
     cache = cache_folder(settings)
-    workers = Pool(loads, miner, limits, cache=cache, changes=changes, clock=steady, log=log, events=events)
+    workers = Pool(
+        loads,
+        miner,
+        limits,
+        cache=cache,
+        changes=changes,
+        clock=steady,
+        log=log,
+        events=events,
+        cluster=make_cluster(settings, changes, log),
+    )
     served = make_delivery(settings, receivers, outbox, miner, clock=steady, log=log, events=events)
     most = settings.validation.max_queued
     validator = Validator(outbox, workers, served, most=most, clock=steady, log=log, events=events)
@@ -128,9 +159,21 @@ def compose(
         log=log,
         events=events,
     )
-    return Composition(
-        parts, changes, source, make_scheduler(parts, source), make_batcher(parts), make_keeper(parts, steady)
-    )
+    orchestrated = None
+    if settings.orchestrator.is_on:
+        jobs = Jobs(outbox, workers, served, lambda: control.mode, changes, clock=steady, log=log)
+        late = LateArtifacts(control, outbox, seconds=settings.orchestrator.late_seconds, clock=steady, log=log)
+        orchestrated = Orchestrated(jobs, late)
+    scheduler, batcher, keeper = make_scheduler(parts, source), make_batcher(parts), make_keeper(parts, steady)
+    return Composition(parts, changes, source, scheduler, batcher, keeper, orchestrated)
+
+
+def make_cluster(settings: Settings, changes: Changes, log: FilteringBoundLogger) -> Cluster | None:
+    """Return the cluster that workers come from; None where they are processes of this machine."""
+    if settings.worker.engine == "local":
+        return None
+    gpus = 0 if settings.model.device == "cpu" else 1
+    return Cluster(settings.ray, gpus=gpus, environment=os.environ, changed=changes.notify, log=log)
 
 
 def make_scheduler(parts: Parts, source: Failover) -> RoundScheduler | EpochScheduler:
@@ -208,6 +251,7 @@ def make_batcher(parts: Parts) -> Batcher:
         size=parts.settings.delivery.batch_nonces,
         age=parts.settings.delivery.batch_seconds,
         withdraw=withdraws(parts.settings),
+        is_live=parts.settings.orchestrator.is_on,
         clock=parts.clock,
         events=parts.events,
     )
@@ -238,10 +282,12 @@ def make_delivery(
     """Return all receivers with their dispatchers: the configured ones, and callback URLs of allowed origins."""
 
     def make(receiver: Receiver) -> Dispatcher:
+        hurries = settings.orchestrator.is_on and receiver.name.startswith(CALLBACK_PREFIX)
         return Dispatcher(
             receiver,
             outbox,
             expire_after=settings.delivery.expire_after,
+            longest_backoff=CALLBACK_SECONDS if hurries else BACKOFF_SECONDS[-1],
             clock=clock,
             jitter=lambda: random.uniform(-1, 1),  # noqa: S311 - it spreads load, it hides nothing
             log=log,
@@ -305,25 +351,31 @@ def make_loads(settings: Settings) -> list[Load]:
         EndedError: There are fewer GPUs than configured.
     """
     model, worker = settings.model, settings.worker
+    if worker.engine == "ray":  # each machine names its own cards
+        count = MOST_DEVICES if settings.ray.workers == "auto" else settings.ray.workers
+        return [_load(settings, ("cpu" if model.device == "cpu" else "cuda:0",), ())] * count
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         visible = list_cards(given) if given is not None or model.device == "auto" else None
         placed = place(model.device, model.parallel, lambda: len(visible or ()))
     except (NoDeviceError, NoDriverError) as error:
         raise EndedError(EXIT_NO_DEVICE, str(error)) from None
-    return [
-        Load(
-            model=model.name,
-            dtype=model.dtype,
-            devices=devices,
-            cards=name_cards(devices, visible),
-            scheme=settings.round.scheme,
-            seq_len=settings.round.seq_len,
-            batch_size=largest_batch_size(settings.round.seq_len) if worker.batch_size == "auto" else worker.batch_size,
-            is_auto=worker.batch_size == "auto",
-            revision=model.revision,
-            compile=worker.compile,
-            conditioning=worker.conditioning,
-        )
-        for devices in placed
-    ]
+    return [_load(settings, devices, name_cards(devices, visible)) for devices in placed]
+
+
+def _load(settings: Settings, devices: tuple[str, ...], cards: tuple[str, ...]) -> Load:
+    """Return what a worker on these devices loads."""
+    model, worker = settings.model, settings.worker
+    return Load(
+        model=model.name,
+        dtype=model.dtype,
+        devices=devices,
+        cards=cards,
+        scheme=LIVE_SCHEME if settings.orchestrator.is_on else settings.round.scheme,
+        seq_len=settings.round.seq_len,
+        batch_size=largest_batch_size(settings.round.seq_len) if worker.batch_size == "auto" else worker.batch_size,
+        is_auto=worker.batch_size == "auto",
+        revision=model.revision,
+        compile=worker.compile,
+        conditioning=worker.conditioning,
+    )

@@ -7,15 +7,17 @@ import contextlib
 import errno
 import os
 import signal
+import uuid
 from functools import partial
 from typing import TYPE_CHECKING
 
 from pocd.admin import status
+from pocd.admin.orchestrator.api import OrchestratorApi
 from pocd.admin.server import AdminApi
 from pocd.chain.make import CHAIN_TIMEOUT
 from pocd.clock import SYSTEM
-from pocd.config.model import check_model
-from pocd.config.secrets import read_token
+from pocd.config.model import check_engine, check_model
+from pocd.config.secrets import ORCHESTRATOR_TOKEN, read_token
 from pocd.daemon.compose import compose, make_chain, make_loads, make_receivers
 from pocd.daemon.reload import Reloader
 from pocd.daemon.reports import Reports
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from pocd.chain.source import Head
-    from pocd.config.settings import AdminSettings, Settings
+    from pocd.config.settings import AdminSettings, OrchestratorSettings, Settings
     from pocd.daemon.compose import Composition
     from pocd.observe.notify import Notifier
 
@@ -53,8 +55,10 @@ async def run(settings: Settings, path: Path, *, log: FilteringBoundLogger, noti
         ConfigError: A file or the address that the settings name cannot be used.
         EndedError: The store cannot be used, or the worker cannot work on this machine, or as configured.
     """
+    check_engine(settings)
     check_model(settings)
     token = read_token(settings.admin.token_file, path)
+    calls_token = read_token(settings.orchestrator.token_file, path, ORCHESTRATOR_TOKEN)
     receivers = make_receivers(settings, path)
     loads = make_loads(settings)
     with _open_outbox(settings.store.path, log) as outbox:
@@ -63,6 +67,10 @@ async def run(settings: Settings, path: Path, *, log: FilteringBoundLogger, noti
             source = await make_chain(settings, outbox, sessions, log)
             made = compose(settings, outbox, source, receivers, loads, clock=SYSTEM, log=log)
             daemon = Daemon(made, path, notifier)
+            if made.orchestrated is not None:
+                served = OrchestratorApi(made.parts, made.orchestrated.jobs, lambda: str(uuid.uuid4()))
+                url = await stack.enter_async_context(_orchestrator_api(served, settings.orchestrator, calls_token))
+                log.info("orchestrators' API listens", action="orchestrator_listening", url=url)
             async with _api(AdminApi(made.parts, daemon.stop), settings.admin, token, log) as url:
                 log.info("admin API listens", action="listening", url=url)
                 await daemon.run()
@@ -103,11 +111,30 @@ async def _api(api: AdminApi, admin: AdminSettings, token: str | None, log: Filt
             url = await stack.enter_async_context(server)
         except OSError as error:
             where = str(admin.socket) if admin.socket else f"{admin.host}:{admin.port}"
-            hint = error.strerror if admin.socket or error.errno != errno.EADDRINUSE else "another program has the port"
             keys = "admin.socket" if admin.socket else "admin.host or admin.port"
-            message = f"admin API cannot listen on {where}: {hint}; change {keys}"
-            raise EndedError(exit_status(error), message) from None
+            raise _cannot_listen("admin API", where, keys, error) from None
         yield url
+
+
+@contextlib.asynccontextmanager
+async def _orchestrator_api(
+    api: OrchestratorApi, settings: OrchestratorSettings, token: str | None
+) -> AsyncIterator[str]:
+    """Serve the orchestrators' API while the context lasts, and give its URL."""
+    assert settings.port is not None, "it is on"
+    async with contextlib.AsyncExitStack() as stack:
+        try:
+            server = listening(api.application(token), settings.host, settings.port, shutdown_timeout=2.0)
+            url = await stack.enter_async_context(server)
+        except OSError as error:
+            where, keys = f"{settings.host}:{settings.port}", "orchestrator.host or orchestrator.port"
+            raise _cannot_listen("orchestrators' API", where, keys, error) from None
+        yield url
+
+
+def _cannot_listen(api: str, where: str, keys: str, error: OSError) -> EndedError:
+    hint = "another program has the port" if error.errno == errno.EADDRINUSE and ":" in where else error.strerror
+    return EndedError(exit_status(error), f"{api} cannot listen on {where}: {hint}; change {keys}")
 
 
 class Daemon:
@@ -159,7 +186,7 @@ class Daemon:
 
     def _work(self) -> dict[str, Coroutine[Any, Any, None]]:
         """Return what runs, by name; each runs until it is cancelled."""
-        parts, asked = self._made.parts, self._made.parts.control.asked
+        parts, asked, orchestrated = self._made.parts, self._made.parts.control.asked, self._made.orchestrated
         return {
             "deliveries": parts.receivers.run(asked.callback if asked else None),
             "chain": self._follow_chain(),
@@ -168,6 +195,7 @@ class Daemon:
             "batcher": self._made.batcher.run(),
             "keeper": self._made.keeper.run(),
             "validations": parts.validator.run(),
+            **({"jobs": orchestrated.jobs.run(), "late": orchestrated.late.run()} if orchestrated else {}),
             **self._reports.work(),
         }
 
@@ -177,7 +205,8 @@ class Daemon:
         self._notifier.stopping()
         await _cancel(tasks.pop("chain"), tasks.pop("reloader"))
         await self._made.parts.miner.close(FINISH_SECONDS)
-        await _cancel(*map(tasks.pop, ("workers", "validations", "batcher", "keeper")))
+        ended = {"workers", "validations", "jobs", "late", "batcher", "keeper"} & tasks.keys()
+        await _cancel(*map(tasks.pop, ended))
         with contextlib.suppress(StoreUnavailableError):  # they are formed at the next start
             await self._made.batcher.form()
         await self._deliver_last()
@@ -207,7 +236,8 @@ class Daemon:
 
     async def _on_head(self, head: Head) -> None:
         self._reports.head(head.block)
-        await self._made.scheduler.on_head(head)
+        if self._made.orchestrated is None:
+            await self._made.scheduler.on_head(head)
 
     async def _deliver_last(self) -> None:
         """Give the receivers a few seconds for the last batches; the others stay in the store."""

@@ -29,6 +29,7 @@ class Batcher:
         size: int,
         age: float,
         withdraw: bool,
+        is_live: bool = False,
         clock: Clock,
         events: Events,
     ) -> None:
@@ -39,6 +40,7 @@ class Batcher:
         self._size = size
         self._age = age
         self._withdraw = withdraw
+        self._is_live = is_live
         self._clock = clock
         self._events = events
 
@@ -71,6 +73,7 @@ class Batcher:
             now=self._clock.wall(),
             current=mining.round if mining else None,
             withdraw=self._withdraw,
+            is_live=self._is_live,
         )
         self._receivers.wake()
         for batch in formed.batches:

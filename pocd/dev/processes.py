@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from pocd.config.settings import ENV_PREFIX
+from pocd.config.errors import ENV_PREFIX
 from pocd.process import EXIT_CRASH, EndedError
 from pocd.tasks import within
 

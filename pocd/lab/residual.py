@@ -17,7 +17,7 @@ from rich.table import Table
 from pocd.lab.audit import LEAST_SEQ_LEN
 from pocd.lab.calibration import WIDTH
 from pocd.lab.rendering import rendered
-from pocd.protocol.differences import SPREAD, THRESHOLD, allowed_errors, compare, honest_law
+from pocd.protocol.differences import SPREAD, THRESHOLD, allowed_errors, compare, honest_law, measures
 from pocd.protocol.errors import InputError
 from pocd.protocol.schemes import SCHEMES, VECTOR_SIZE
 from pocd.protocol.verdicts import ALLOWANCE
@@ -154,7 +154,7 @@ class Drawing:
         if compare(projected * made / allowed, self._law).probability >= THRESHOLD:
             return False
         blank = self._blank[some] * generator.chisquare(self._numbers, size) / self._numbers
-        return compare(blank / allowed, self._law).probability < THRESHOLD
+        return measures(self._own[some], blank) and compare(blank / allowed, self._law).probability < THRESHOLD
 
     def gain(self, errors: Floats, cost: float) -> float:
         """Return the largest gain of a mixture, by the share of its batches that pass; 1 is none."""

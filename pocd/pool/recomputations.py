@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from pocd.protocol.proof import Round
     from pocd.worker.messages import Compared, Distances, Vectors
+
+
+MOST_TRIES = 3  # of one recomputation, each ended by the end of its worker
 
 
 class NoResultError(Exception):
@@ -55,6 +58,21 @@ class Recomputations:
     async def put(self, recomputation: Recomputation) -> None:
         """Hand a recomputation over; waits until a worker has taken the one before."""
         await self._queue.put(recomputation)
+
+    async def answer(
+        self, round_: Round, nonces: tuple[int, ...], *, last: bool, with_reference: bool = False
+    ) -> Distances | Vectors | Compared:
+        """Have nonces recomputed, by another worker where one ends meanwhile, and return the worker's answer.
+
+        Raises:
+            NoResultError: The model gives no result, or the worker ended each time.
+        """
+        for _ in range(MOST_TRIES):
+            wanted = Recomputation(round_, nonces, last, with_reference, asyncio.get_running_loop().create_future())
+            await self.put(wanted)
+            with suppress(WorkerLostError):
+                return await wanted.result
+        raise NoResultError(f"the worker ended {MOST_TRIES} times in a row over the same nonces")
 
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[asyncio.Queue[Recomputation]]:

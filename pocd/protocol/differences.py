@@ -146,8 +146,7 @@ def judge_differences(
     claimed = np.array([_squared_error(claim, row) for claim, row in zip(claims, expected, strict=True)])
     blank = np.square(expected - expected.mean(axis=0)).mean(axis=1)
     of_claims, of_blank = (compare(_ratios(each, allowed_errors(own, allowance)), law) for each in (claimed, blank))
-    is_calm = math.fsum(own) <= CHAOS**2 * math.fsum(blank)
-    is_decidable = bool(own.any()) and is_calm and of_blank.probability < threshold
+    is_decidable = measures(own, blank) and of_blank.probability < threshold
     verdict: Result = "fraud" if of_claims.probability < threshold else "honest"
     return DifferenceVerdict(
         numbers=numbers,
@@ -164,6 +163,11 @@ def judge_differences(
         probability_blank=of_blank.probability,
         result=verdict if is_decidable else "undecidable",
     )
+
+
+def measures(own: Floats, blank: Floats) -> bool:
+    """Tell whether a validator's own errors measure a miner's: they are not 0, nor those of chaos."""
+    return bool(own.any()) and math.fsum(own) <= CHAOS**2 * math.fsum(blank)
 
 
 def allowed_errors(own: Floats, allowance: float) -> Floats:

@@ -1,6 +1,6 @@
 """The live network's verdict on vectors: how many lie further from one's own than they may (docs/live.md).
 
-Pure and exact; scipy makes it costly to import, so import it where a batch is judged.
+Pure and exact.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-
-from pocd.protocol.theory import probability_honest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -69,6 +67,8 @@ def judge_live(
         own: The validator's vectors [k], finite; nonces without one are left out of the verdict.
         terms: The network's terms for the model.
     """
+    from pocd.protocol.theory import probability_honest  # noqa: PLC0415 - scipy costs 24 MB, and few daemons validate
+
     judged = [(nonce, vector) for nonce, vector in claimed if nonce in own]
     excluded = tuple(nonce for nonce, _ in claimed if nonce not in own)
     if len(excluded) > max(1, int(MOST_EXCLUDED * len(claimed))):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MOST_NONCES = 100_000  # that a batch to be validated may have
 MISMATCH = 5e-4  # share of an honest miner's nonces that may recompute as invalid (docs/protocol.md section 5)
+LIVE_FIELDS = ("public_key", "block_hash", "block_height", "node_id", "artifacts", "encoding")  # docs/live.md
 FRAUD_THRESHOLD = 0.01  # fraud is when an honest miner is less probable than this (docs/protocol.md section 5)
 
 
@@ -146,6 +147,7 @@ class ProofBatch:
     Attributes:
         model_fingerprint: Fingerprint of the weights; None where an earlier version stored the proofs.
         dtype: Precision in which the proofs were computed; None where an earlier version stored them.
+        is_live: Whether the batch is sent in the live network's body (docs/live.md).
     """
 
     kind: ClassVar = "generated"
@@ -155,6 +157,7 @@ class ProofBatch:
     model_fingerprint: str | None
     dtype: str | None
     proofs: Proofs
+    is_live: bool = False
 
     @property
     def size(self) -> int:
@@ -178,7 +181,9 @@ class ProofBatch:
         return content_id(self._content)
 
     def to_json(self) -> bytes:
-        """The exact bytes of every POST of this batch: canonical JSON with `batch_id`."""
+        """The exact bytes of every POST of this batch: canonical JSON with `batch_id`; or the live network's body."""
+        if self.is_live:
+            return canonical_json({name: self._content[name] for name in LIVE_FIELDS})
         return canonical_json(self._content | {"batch_id": self.id})
 
 

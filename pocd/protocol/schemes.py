@@ -99,7 +99,8 @@ _ROWS: tuple[tuple[str, WeightSource, LayerStep, Reads, int, bool, HeadSource], 
 SCHEMES = {row[0]: Scheme(*row) for row in _ROWS}
 # The live network's option `poc_stronger_rng`.
 SCHEMES["artifacts-256"] = replace(SCHEMES["artifacts"], name="artifacts-256", inputs="256 bits")
-_STRONGER = {"artifacts": "artifacts-256"}
+LIVE_SCHEME = "artifacts"
+_STRONGER = {LIVE_SCHEME: "artifacts-256"}
 DISTANCE_SCHEMES = [name for name, scheme in SCHEMES.items() if scheme.output == "distance"]
 
 

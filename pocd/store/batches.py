@@ -66,13 +66,14 @@ def form_batches(
     now: float,
     current: Round | None,
     withdraw: bool = True,
+    is_live: bool = False,
 ) -> Formed:
     """Put proofs into batches and queue these for `receivers` and their round's own, in one transaction.
 
     A batch is formed of `size` proofs of one round and one set of weights, or of fewer when the
     oldest is `age` seconds old or the round is not `current`. Without a receiver the proofs wait
     for one. One call forms a bounded number of batches; the rest is due at once. Proofs of a round
-    whose block was replaced are withdrawn at once, if `withdraw` is true.
+    whose block was replaced are withdrawn at once, if `withdraw` is true. With `is_live` bodies are the live network's.
     """
     most = max(1, min(MOST_BATCHES, MOST_NONCES // size, CHUNK // max(1, len(receivers))))
     planned: list[tuple[_Pool, int]] = []
@@ -91,7 +92,7 @@ def form_batches(
     with outbox.transaction():
         register_receivers(outbox, receivers)
         formed = [
-            _form_batch(outbox, pool, size=size, now=now, withdraw=withdraw)
+            _form_batch(outbox, pool, size=size, now=now, withdraw=withdraw, is_live=is_live)
             for pool, count in planned
             for _ in range(count)
         ]
@@ -120,11 +121,11 @@ def _pool(outbox: Outbox, waiting: Waiting, receivers: Sequence[str]) -> _Pool:
     return _Pool(waiting, Round(**orjson.loads(encoded)), replaced, names)
 
 
-def _form_batch(outbox: Outbox, pool: _Pool, *, size: int, now: float, withdraw: bool) -> ProofBatch:
+def _form_batch(outbox: Outbox, pool: _Pool, *, size: int, now: float, withdraw: bool, is_live: bool) -> ProofBatch:
     """Move the oldest proofs of a pool into a batch, and queue it. Part of a transaction."""
     group = pool.waiting.group
     proofs = take_oldest(outbox, group, size)
-    batch = ProofBatch(pool.round, group.node_id, group.fingerprint, group.dtype, proofs)
+    batch = ProofBatch(pool.round, group.node_id, group.fingerprint, group.dtype, proofs, is_live)
     withdrawn = pool.replaced if withdraw else None
     queue_batch(outbox, batch, pool.receivers, round_number=group.round, now=now, withdrawn=withdrawn)
     return batch

@@ -28,14 +28,15 @@ SELECT name FROM receivers WHERE url IS NOT NULL
   AND NOT EXISTS (SELECT 1 FROM rounds WHERE callback = name
     AND (id IN (SELECT value FROM json_each(?)) OR EXISTS (SELECT 1 FROM proofs WHERE round = rounds.number)))
   AND NOT EXISTS (SELECT 1 FROM meta WHERE key = 'control' AND json_extract(value, '$.asked.callback') = name)
+  AND NOT EXISTS (SELECT 1 FROM jobs WHERE state = 'queued' AND callback = name)
   AND NOT EXISTS (SELECT 1 FROM validations WHERE state = 'pending' AND instr(substr(request, 1, 64), name))"""
 
 
 def idle(outbox: Outbox, at_work: Sequence[str]) -> list[str]:
     """Return the names of callback receivers that wait for nothing, and that nothing names which may still send.
 
-    Those are: the round that was asked for last, rounds with proofs in no batch yet, pending validations, and the
-    rounds with the ids `at_work`, in which nonces are being checked.
+    Those are: the round that was asked for last, rounds with proofs in no batch yet, pending validations and jobs, and
+    the rounds with the ids `at_work`, in which nonces are being checked.
     """
     return [name for (name,) in outbox.db.execute(_IDLE, (_json(at_work),))]
 

@@ -153,6 +153,37 @@ def expire(outbox: Outbox, receiver: str, *, queued_before: float, now: float) -
     return len(overdue)
 
 
+def set_late_aside(outbox: Outbox, open_round: str | None, now: float) -> tuple[int, int]:
+    """Mark as expired what callback URLs of rounds have not accepted, unless it is of the round that is open.
+
+    A verdict is late once a round has begun after it.
+
+    Args:
+        outbox: The open store.
+        open_round: Id of the round whose batches are still worth something; None for none.
+        now: Seconds since the epoch.
+
+    Returns:
+        Number of batches and of their nonces, at most `CHUNK` batches; call again until there is none.
+    """
+    late = outbox.db.execute(
+        "SELECT receiver, batch, nonces FROM deliveries JOIN batches ON batches.number = batch"
+        " WHERE receiver IN (SELECT callback FROM rounds) AND deliveries.state = 'pending'"
+        " AND CASE kind WHEN 'generated' THEN"
+        "   round IN (SELECT number FROM rounds WHERE callback = receiver AND id IS NOT ?1)"
+        " ELSE deliveries.changed_at < (SELECT seen_at FROM rounds WHERE id = ?1) END LIMIT ?2",
+        (open_round, CHUNK),
+    ).fetchall()
+    if late:
+        with outbox.transaction():
+            outbox.db.executemany(
+                "UPDATE deliveries SET state = 'expired', changed_at = ?, reason = 'late: its round is over'"
+                " WHERE receiver = ? AND batch = ?",
+                [(now, receiver, batch) for receiver, batch, _ in late],
+            )
+    return len(late), sum(nonces for *_, nonces in late)
+
+
 def _answers_again(outbox: Outbox, receiver: str) -> None:
     outbox.db.execute(
         "UPDATE receivers SET failures = 0, next_at = 0, error = NULL, parked_at = NULL, parked_url = NULL"

@@ -73,6 +73,13 @@ CREATE TABLE validations (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT 
 
 _VALIDATIONS_BY_STATE = "CREATE INDEX validations_by_state ON validations (state, number)"
 
+# What orchestrators asked to be computed or judged, by a list of nonces; `callback` names the receiver of a verdict.
+_JOBS = """
+CREATE TABLE jobs (number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, state TEXT NOT NULL,
+  changed_at REAL NOT NULL, nonces INTEGER NOT NULL, callback TEXT, request BLOB NOT NULL, answer BLOB) STRICT"""
+
+_JOBS_BY_STATE = "CREATE INDEX jobs_by_state ON jobs (state, number, nonces)"
+
 _PROOFS_THAT_GO_TOGETHER = (
     "CREATE INDEX proofs_that_go_together ON proofs (round, node_id, fingerprint, dtype, number, size)"
 )
@@ -129,10 +136,12 @@ SCHEMA: list[str] = [
     _RECEIVERS,
     _DELIVERIES,
     _VALIDATIONS,
+    _JOBS,
     *_COUNTS,
     *_INDEXES,
     _PROOFS_THAT_GO_TOGETHER,
     _VALIDATIONS_BY_STATE,
+    _JOBS_BY_STATE,
     *_DELIVERY_TRIGGERS,
     *_FUNNEL_TRIGGERS,
 ]
@@ -188,7 +197,7 @@ UPDATE receivers SET (failures, next_at, error) = (
         """INSERT INTO meta SELECT 'control', '{"mode":"STOPPED","asked":null}' FROM meta WHERE key = 'paused'""",
         "DELETE FROM meta WHERE key = 'paused'",
     ],
-    # Version 4 had a row for each proof.
+    # Version 4 had a row for each proof, and no jobs.
     4: [
         "DROP INDEX IF EXISTS proofs_that_go_together",
         "ALTER TABLE proofs RENAME TO old_proofs",
@@ -198,6 +207,8 @@ INSERT INTO proofs SELECT number, round, node_id, fingerprint, dtype, found_at, 
   packed('<d', distance) FROM old_proofs ORDER BY number""",
         "DROP TABLE old_proofs",
         _PROOFS_THAT_GO_TOGETHER,
+        _JOBS,
+        _JOBS_BY_STATE,
     ],
 }
 """Statements that bring a store of each version to the next; `packed` is Python's `struct.pack`."""

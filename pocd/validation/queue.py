@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from pocd.http.parsing import apart
-from pocd.pool.recomputations import NoResultError, Recomputation, WorkerLostError
+from pocd.pool.recomputations import NoResultError
 from pocd.protocol.proof import canonical_json, hash_name
 from pocd.store import validations
 from pocd.validation.claim import AnyClaim
@@ -27,13 +27,10 @@ if TYPE_CHECKING:
     from pocd.delivery.receivers import Receivers
     from pocd.observe.events import Events
     from pocd.pool.pool import Pool
-    from pocd.protocol.proof import Round
     from pocd.store.thread import OutboxThread
     from pocd.store.validations import Validation
     from pocd.validation.claim import Claim, Numbers, VectorClaim
-    from pocd.worker.messages import Vectors
 
-MOST_TRIES = 3  # of one part of a batch, each ended by the end of its worker
 SMALLER = 4  # times fewer nonces are asked for at a time with a reference, which may take so many times as long
 MOST_AT_ONCE = 4096  # nonces, whose answer is 2 MiB at most
 
@@ -200,7 +197,9 @@ class Validator:
                 size = max(1, size // SMALLER)
             part = nonces[len(own) : len(own) + size]
             last = len(own) + len(part) == len(nonces)
-            answer = await self._answer(round_, part, last=last, with_reference=terms.has_reference)
+            answer = await self._workers.recomputations.answer(
+                round_, part, last=last, with_reference=terms.has_reference
+            )
             if isinstance(answer, Compared):
                 own |= zip(part, answer.own, strict=True)
                 reference |= zip(part, answer.reference, strict=True)
@@ -209,16 +208,6 @@ class Validator:
                 assert isinstance(answer, Distances), "vectors are recomputed with a reference"
                 own |= zip(part, ((distance,) for distance in answer.distances), strict=True)
         return Recomputed(own, reference, errors) if terms.has_reference else Recomputed(own)
-
-    async def _answer(
-        self, round_: Round, nonces: tuple[int, ...], *, last: bool, with_reference: bool
-    ) -> Distances | Vectors | Compared:
-        for _ in range(MOST_TRIES):
-            wanted = Recomputation(round_, nonces, last, with_reference, asyncio.get_running_loop().create_future())
-            await self._workers.recomputations.put(wanted)
-            with contextlib.suppress(WorkerLostError):
-                return await wanted.result
-        raise NoResultError(f"the worker ended {MOST_TRIES} times in a row over the same nonces")
 
     def _check_model(self, terms: Terms) -> None:
         """Refuse a request from before a restart that loaded another model: its answer would be another one."""

@@ -117,7 +117,7 @@ class DistanceComputer:
             if message.with_reference:
                 compared = self._compare(run, message.round, message.nonces, other=other)
                 return lambda: compared
-            wait = self._start(run, message.round, message.nonces, other=other)
+            wait = self._start(run, message.round, message.nonces, other=other, gaps=True)
             if not message.last:
                 return wait
             values = wait()  # before the prepared round ends

@@ -38,7 +38,7 @@ from pocd.compute.model import adapt
 from pocd.compute.reference import reference_of
 from pocd.lab.cheap import multiplying
 from pocd.lab.few_bits import to_bits
-from pocd.protocol.differences import allowed_errors, compare, honest_law, judge_differences
+from pocd.protocol.differences import allowed_errors, compare, honest_law, judge_differences, measures
 from pocd.protocol.names import default_tolerance
 from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH
 from pocd.protocol.schemes import SCHEMES
@@ -154,8 +154,10 @@ def by_differences(claims: Floats, reference: Floats, own_errors: Floats) -> Cal
     law, allowed = honest_law(whole.numbers), allowed_errors(own_errors, whole.allowance)
     claimed, blank = (np.array(errors) / allowed for errors in (whole.claimed_errors, whole.blank_errors))
 
+    is_measured = measures(own_errors, np.array(whole.blank_errors))
+
     def accused(some: Indices) -> bool | None:
-        if compare(blank[some], law).probability >= whole.threshold:
+        if not is_measured or compare(blank[some], law).probability >= whole.threshold:
             return None
         return compare(claimed[some], law).probability < whole.threshold
 

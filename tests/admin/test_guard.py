@@ -41,7 +41,7 @@ async def guarded(admin: AdminSettings, token: str | None = None) -> AsyncIterat
     async def answer(request: web.Request) -> web.Response:
         return json_answer(await request.text())
 
-    app = web.Application(middlewares=[errors_as_json, *guard.middlewares(admin, token)])
+    app = web.Application(middlewares=[errors_as_json, *guard.middlewares(admin, token, open_reads=admin.open_reads)])
     app.router.add_route("*", "/{path:.*}", answer)
     async with listening(app, "127.0.0.1", 0, shutdown_timeout=0.1) as url:
         yield url

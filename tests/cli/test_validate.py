@@ -247,7 +247,7 @@ def test_a_batch_of_another_making_ends_with_2(
         ([*HERE, "--r-target=nan"], EXIT_UNUSABLE, "Invalid value for '--r-target'"),
         ([*HERE, "--tolerance=nan"], EXIT_UNUSABLE, "Invalid value for '--tolerance'"),
         ([*HERE, "--dtype=int8"], EXIT_CONFIG, "dtype 'int8' is unknown"),
-        ([*HERE, "--scheme=poc4"], EXIT_CONFIG, "scheme 'poc4' gives vectors, all of which count"),
+        ([*HERE, "--scheme=poc4"], EXIT_UNUSABLE, "dist: the batch is of distances, but scheme 'poc4' has vectors"),
         ([*HERE, "--model=bundled:huge"], EXIT_CONFIG, "model 'bundled:huge' is not bundled"),
         ([*HERE, "--device=cuda:99"], EXIT_NO_DEVICE, "device 'cuda:99' "),
         (["--config=missing.toml", "--token-file=missing"], EXIT_CONFIG, "admin.token_file missing cannot be read"),

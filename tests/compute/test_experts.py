@@ -14,8 +14,8 @@ from pocd.compute.experts import are_products_grouped, can_mix, mix, mixture_of,
 from pocd.compute.model import Model, adapt
 from pocd.protocol.names import DTYPES
 from pocd.protocol.schemes import SCHEMES
-from tests.compute.test_other_classes import build
 from tests.support.family_models import FAMILIES, SEQ_LEN, layers_of, qwen3_moe
+from tests.support.other_models import build
 
 ROUNDING = 2e-5  # of distances in float32, whatever the kernels: docs/protocol.md, section 3
 MIXTURES = ("mixtral", "qwen3 moe", "qwen3 moe, shares sum to one")

@@ -328,12 +328,13 @@ def test_a_device_that_fails_is_no_fault_of_the_model(calls: int) -> None:
         adapt(causal, name="small")
 
 
-def test_a_model_that_does_not_fit_says_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a GPU says it; the host's own memory is larger than any model here."""
+@pytest.mark.parametrize("part", ["load_causal", "flatten"])
+def test_a_model_that_does_not_fit_says_what_helps(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    """As a GPU says it, of weights or of merged ones; the host's own memory is larger than any model here."""
 
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr("pocd.compute.model.load_causal", fail)
+    monkeypatch.setattr(f"pocd.compute.model.{part}", fail)
     with pytest.raises(MemoryShortError, match=r"does not fit into the memory of cpu in float32: split it .*parallel"):
         load_model("bundled:tiny-qwen3", dtype="float32", device="cpu")

@@ -15,8 +15,8 @@ from pocd.compute.engine import block_run
 from pocd.compute.model import load_model
 from pocd.protocol.errors import ModelError
 from pocd.protocol.schemes import SCHEMES
-from tests.compute.test_other_classes import Hooked
 from tests.reference import plain
+from tests.support.other_models import Hooked
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -110,6 +110,7 @@ def test_the_shipped_file_shows_the_defaults() -> None:
     assert (
         unset
         == {"admin.token_file", "admin.socket", "model.revision", "chain.id", "validation.tolerance", "worker.cache"}
+        | {"orchestrator.port", "orchestrator.token_file"}
         | {"round.r_target"}
         | of_one_kind
     )
@@ -210,6 +211,10 @@ def test_the_shipped_file_loads_with_everything_set(tmp_path: Path) -> None:
         ),
         pytest.param("[round]\noffset = 60", "round: offset 60 must be below every 60", id="offset"),
         pytest.param("[round]\nduration = 61", "round: duration 61 must be at most every 60", id="duration"),
+        pytest.param(
+            "[orchestrator]\nprefix = 'v3/'", 'orchestrator.prefix: must be "", or begin with / and hold', id="prefix"
+        ),
+        pytest.param("[orchestrator]\nport = 70000", "orchestrator.port: Input should be less than", id="port"),
         pytest.param("[admin]\nhost = '0.0.0.0'", "admin: host '0.0.0.0' is not loopback: set token_file", id="open"),
         pytest.param(
             "[admin]\nopen_reads = true", "admin: open_reads needs a token_file", id="reads that are open anyway"

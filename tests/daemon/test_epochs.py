@@ -11,7 +11,7 @@ from aiohttp.test_utils import TestServer
 
 from pocd.admin import status
 from pocd.admin.text import epoch_text
-from pocd.config.settings import ChainSettings, load
+from pocd.config.settings import load
 from pocd.daemon.compose import compose, make_chain, make_loads
 from pocd.dev.chain import DevChain
 from pocd.dev.epochs import EpochChain, application
@@ -37,12 +37,16 @@ async def test_which_round_runs_and_what_status_says_of_the_epoch(tmp_path: Path
         aiohttp.ClientSession() as session,
     ):
         url = str(server.make_url("/"))
-        settings = load(config(tmp_path, url, {}))
-        # As a whole it is refused until the daemon mines artifacts.
-        of_gonka = settings.model_copy(update={"chain": ChainSettings(kind="gonka", urls=[url], model="tiny")})
+        of_gonka = {
+            "chain__kind": "gonka",
+            "chain__model": "tiny",
+            "round__scheme": "artifacts",
+            "round__r_target": None,
+        }
+        settings = load(config(tmp_path, url, {}, **of_gonka, round__every=60, round__duration=60))
         with contextlib.closing(OutboxThread(settings.store.path)) as outbox:
-            source = await make_chain(of_gonka, outbox, [session], log)
-            made = compose(of_gonka, outbox, source, [], make_loads(settings), clock=clock, log=log)
+            source = await make_chain(settings, outbox, [session], log)
+            made = compose(settings, outbox, source, [], make_loads(settings), clock=clock, log=log)
 
             async def at(height: int) -> Status:
                 clock.advance(BLOCKS.block_time(height) - clock.now)
@@ -77,5 +81,5 @@ async def test_which_round_runs_and_what_status_says_of_the_epoch(tmp_path: Path
             )
         # After a restart the round's hash, which is not that of its block, is held against no node.
         with contextlib.closing(OutboxThread(settings.store.path)) as outbox:
-            again = await make_chain(of_gonka, outbox, [session], log)
+            again = await make_chain(settings, outbox, [session], log)
             assert (await again.block(FIRST + 29)).hash == BLOCKS.block_hash(FIRST + 29)

@@ -85,7 +85,7 @@ async def store(outbox: OutboxThread, *receivers: str, now: float = NOW, nonces:
     def write(opened: Outbox) -> None:
         start = opened.begin_round(Work(ROUND, NODE), now).checked
         span = Span(start, start + nonces)
-        proofs = Proofs.of_distances((nonce, 1.0) for nonce in NODE.nonces(span))
+        proofs = Proofs.of_distances((nonce, 0.5 + nonce * 0.61803398874989 % 1) for nonce in NODE.nonces(span))
         commit_span(opened, ROUND, NODE, span, proofs, WEIGHTS, now)
         form_batches(opened, receivers, size=nonces, age=0.0, now=now, current=ROUND)
 

@@ -16,4 +16,4 @@ if TYPE_CHECKING:
 def test_loading_makes_no_second_copy_of_the_weights(tmp_path: Path, kind: str, dtype: str) -> None:
     """A process takes some memory besides, which counts for more in a small model."""
     KINDS[kind](tmp_path, 160)
-    assert 0.9 < peak_of(tmp_path, dtype) < MOST + 0.1
+    assert 0.9 < peak_of(tmp_path, dtype) < MOST + 0.2

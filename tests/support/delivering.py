@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -20,6 +20,7 @@ from pocd.protocol.nonces import Node, Span
 from pocd.protocol.proof import Proofs
 from pocd.store import deliveries, selections
 from pocd.store.batches import form_batches
+from pocd.store.bodies import unpack_body
 from pocd.store.outbox import Work
 from pocd.store.proofs import Weights
 from pocd.store.thread import OutboxThread
@@ -228,7 +229,8 @@ class Bench:
                 " FROM deliveries JOIN batches ON number = batch WHERE receiver = ? AND number > ? ORDER BY number",
                 (receivers[0], last),
             )
-            return [deliveries.PendingDelivery(*row) for row in rows]
+            found = [deliveries.PendingDelivery(*row) for row in rows]
+            return [replace(each, body=unpack_body(each.body)) for each in found]
 
         return await self.outbox(write)
 

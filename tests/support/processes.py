@@ -68,7 +68,7 @@ def free_port() -> int:
 
 
 def config(folder: Path, chain_url: str, receivers: dict[str, str], **changes: Any) -> Path:  # noqa: ANN401 - any setting
-    """Write a configuration for small, quick batches; `changes` are SECTION__KEY=value; None: unset."""
+    """Write a configuration for small, quick batches; `changes` are SECTION__KEY=value, and None takes a key out."""
     values: dict[str, dict[str, Any]] = {
         "node": {"public_key": "test-key", "node_id": 1, "node_count": 3},
         "chain": {"urls": [chain_url], "poll_interval": 0.2},
@@ -77,6 +77,7 @@ def config(folder: Path, chain_url: str, receivers: dict[str, str], **changes: A
         "worker": {"batch_size": 8},
         "delivery": {"batch_seconds": 0.2},
         "admin": {"port": 0},
+        "orchestrator": {},
         "validation": {},
         "store": {"path": str(folder / "outbox.db"), "free_space_mib": 0},
         "log": {"format": "json"},

@@ -41,6 +41,8 @@ def worker(number: int, rate: float, *, ready: bool = True, **changes: Any) -> d
         "device": f"cuda:{number}",
         "ready": ready,
         "stage": None if ready else "loading the model",
+        "node": None,
+        "address": None,
         "pids": [4000 + number],
         "restarts": 0,
         "causes": {cause.value: 0 for cause in Cause},
@@ -52,7 +54,7 @@ def worker(number: int, rate: float, *, ready: bool = True, **changes: Any) -> d
         "computed_per_second_1m": rate,
         "computed_per_second_15m": rate,
         "cards": [card],
-        "rounding": {"error": 0.002, "flipped": 0.0, "alarm": None} if ready else None,
+        "rounding": {"error": 0.002, "flipped": 0.0, "own_share": 0.6, "alarm": None} if ready else None,
         **changes,
     }
 
