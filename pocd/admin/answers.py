@@ -171,13 +171,13 @@ class WorkerStatus(BaseModel):
     stage: str | None = Field(
         description="Step of the worker's start, such as loading the model; null once it is ready."
     )
-    pids: list[int] = Field(description="Process ids of all ranks of the worker.")
+    node: str | None = Field(description="Machine of a Ray cluster that runs the worker; null on this one.")
+    address: str | None = Field(description="Address of that machine; null on this one.")
+    pids: list[int] = Field(description="Process ids of all ranks of the worker, on its machine.")
     restarts: int = Field(description="How often the worker ended and was started again.")
     causes: dict[Cause, int] = Field(description="How often the worker ended, by cause.")
     last_error: str | None = Field(description="Why the worker ended last; null if it never did.")
-    alarm: str | None = Field(
-        description="Why a person should look: the worker fails repeatedly, or runs eagerly on a GPU."
-    )
+    alarm: str | None = Field(description="Why a person should look: it fails repeatedly, or runs eagerly on a GPU.")
     batch_size: int = Field(description="Nonces per forward pass.")
     execution: str | None = Field(description='"eager", "compiled" or "captured", once it is known.')
     execution_reason: str | None = Field(description="Why this execution path was chosen.")

@@ -134,8 +134,11 @@ class DaemonCollector(Collector):
             "pocd_worker_rounding_alarm", "1 while rounding decides too much of the worker's results.", labels=labels
         )
         info = InfoMetricFamily("pocd_worker", "What the worker runs, and how.", labels=labels)
+        place = InfoMetricFamily("pocd_worker_place", "Machine of a Ray cluster that runs the worker.", labels=labels)
         for worker in self._parts.workers.workers:
             name = [str(worker.number)]
+            if worker.place:
+                place.add_metric(name, {"node": worker.place.node, "address": worker.place.address})
             ready.add_metric(name, int(worker.ready))
             for cause in Cause:
                 restarts.add_metric([*name, cause], worker.causes[cause])
@@ -151,7 +154,10 @@ class DaemonCollector(Collector):
                     flipped.add_metric(name, measured.flipped)
             if worker.info is not None:
                 info.add_metric(name, {key: str(getattr(worker.info, key) or "") for key in INFO})
-        yield from (ready, restarts, alarm, size, computed, error, flipped, own_share, rounding, info)
+        yield from (ready, restarts, alarm, size, computed, error, flipped, own_share, rounding, info, place)
+        if cluster := self._parts.workers.cluster:
+            degraded = int(cluster.problem is not None)
+            yield GaugeMetricFamily("pocd_cluster_degraded", "1 while the Ray cluster is away or lacks room.", degraded)
         yield CounterMetricFamily(
             "pocd_worker_refused_batches",
             "Batches without a result, since the model gave NaN or infinity.",

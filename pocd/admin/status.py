@@ -63,6 +63,7 @@ def problems(parts: Parts) -> list[Problem]:
         by_hand = "mining was stopped by hand; POST /api/v1/pow/resume goes on"
         found.append(Problem(part="miner", reason=parts.control.foreign or by_hand))
     if not parts.workers.ready.is_set():
+        found += _cluster(parts.workers)
         found += [
             Problem(part=worker_name(parts.workers, worker), reason=why_not_ready(worker))
             for worker in parts.workers.workers
@@ -102,16 +103,27 @@ def alarms(parts: Parts) -> list[Problem]:
         if reason
     ]
     cards = [Problem(part="cards", reason=parts.cards.problem)] if parts.cards.problem else []
-    return [*workers, *cards] + [
+    return [*_cluster(parts.workers), *workers, *cards] + [
         Problem(part=f"receiver {dispatcher.receiver.name}", reason=reason)
         for dispatcher in parts.receivers
         if (reason := dispatcher.alarm or parked(dispatcher.state))
     ]
 
 
+def _cluster(workers: Pool) -> list[Problem]:
+    """List why the cluster that workers come from has no room for all of them."""
+    reason = workers.cluster.problem if workers.cluster else None
+    return [Problem(part="cluster", reason=reason)] if reason else []
+
+
 def worker_name(workers: Pool, worker: WorkerState) -> str:
     """Return what a worker is called among `problems` and `alarms`."""
-    return "worker" if len(workers.workers) == 1 else f"worker {worker.number} ({worker.device})"
+    return "worker" if len(workers.workers) == 1 else f"worker {worker.number} ({_where(worker)})"
+
+
+def _where(worker: WorkerState) -> str:
+    """Return a worker's device, and the machine of a cluster that it is on."""
+    return f"{worker.device} on {worker.place.node}" if worker.place else worker.device
 
 
 def why_not_ready(worker: WorkerState) -> str:
@@ -172,6 +184,8 @@ def _worker(parts: Parts, worker: WorkerState) -> WorkerStatus:
         device=worker.device,
         ready=worker.ready,
         stage=worker.stage,
+        node=worker.place.node if worker.place else None,
+        address=worker.place.address if worker.place else None,
         pids=worker.pids,
         restarts=sum(worker.causes.values()),
         causes={cause: worker.causes[cause] for cause in Cause},

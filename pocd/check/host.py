@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pocd.chain.make import CHAIN_TIMEOUT, confirmations_of, make_sources
 from pocd.chain.rpc import Rpc
-from pocd.check import api, chain, devices, files, model, store
+from pocd.check import api, chain, cluster, devices, files, model, store
 from pocd.check.finding import Finding, bounded, green, in_thread, red, yellow
 from pocd.check.model import Place
 from pocd.check.probe import Probe, probe
@@ -71,10 +71,16 @@ async def check_host(
         seen = group.create_task(_probe(place, settings, limits.torch))
         checks = {
             "secrets": (in_thread(partial(files.check_secrets, settings, config)), local),
-            "torch": (_torch(seen, settings), long),
-            "compiler": (_compiler(settings), local),
-            "driver": (_driver(settings), local),
-            "gpu memory": (_cards(seen, held, settings), long),
+            **(
+                {"cluster": (_cluster(settings), long)}
+                if settings.worker.engine == "ray"  # whose machines have the devices
+                else {
+                    "torch": (_torch(seen, settings), long),
+                    "compiler": (_compiler(settings), local),
+                    "driver": (_driver(settings), local),
+                    "gpu memory": (_cards(seen, held, settings), long),
+                }
+            ),
             "model": (_model(place, seen, settings), long),
             "memory": (_memory(seen, held, settings), long),
             "store": (_store(held, settings), local),
@@ -115,6 +121,10 @@ async def _within(limit: float, work: Awaitable[T], otherwise: T) -> T:
 
 async def _probe(place: asyncio.Task[Place], settings: Settings, limit: float) -> Probe:
     return await probe((await place).folder, cuda=devices.needs_cuda(settings.model), limit=limit)
+
+
+async def _cluster(settings: Settings) -> list[Finding]:
+    return [await cluster.check_cluster(settings)]
 
 
 async def _torch(seen: asyncio.Task[Probe], settings: Settings) -> list[Finding]:

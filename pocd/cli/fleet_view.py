@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderResult
 
 FRAME = 3  # lines of the heading, of the table's head and of the line below it
-RIGHT = ("block", "1 min", "15 min", "checked", "delivered", "waiting", "workers")
+LEFT = ("daemon", "state", "node")
+COLUMNS = (*LEFT, "block", "1 min", "15 min", "checked", "delivered", "waiting", "workers")
+LEFT_OUT = {"block", "15 min", "checked"}  # where there are fewer columns than these
+NARROW = 110
 
 
 def total(members: Sequence[Member]) -> dict[str, Any]:
@@ -66,7 +69,7 @@ class FleetView:
             left_out, members = max(len(members) - room, 0), members[:room]
         yield _head(self.members, self.now)
         yield from lines
-        yield _table(members)
+        yield _table(members, options.max_width)
         if left_out:
             yield Text(f"… {left_out} more daemons do not fit", "dim")
 
@@ -99,21 +102,23 @@ def _line(finding: Finding) -> Text:
     return Text(f"{finding.kind.upper():8} {clean(told(finding))}", style, no_wrap=True, overflow="ellipsis")
 
 
-def _table(members: Sequence[Member]) -> Table:
+def _table(members: Sequence[Member], width: int) -> Table:
+    """Return a line for each daemon; where there is little room, of the columns those that tell most."""
+    columns = [name for name in COLUMNS if width >= NARROW or name not in LEFT_OUT]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
-    for name in ("daemon", "state", "node", "block", "1 min", "15 min", "checked", "delivered", "waiting", "workers"):
-        right = name in RIGHT
-        table.add_column(name, justify="right" if right else "left", no_wrap=True, overflow="ellipsis")
+    for name in columns:
+        table.add_column(name, justify="left" if name in LEFT else "right", no_wrap=True, overflow="ellipsis")
     for member in members:
-        table.add_row(*_row(member))
+        row = _row(member)
+        table.add_row(*(row.get(name, "") for name in columns))
     return table
 
 
-def _row(member: Member) -> list[Text]:
+def _row(member: Member) -> dict[str, Text]:
     name = Text(clean(member.name), "bold red" if member.away else "bold")
     status = member.status
     if status is None:
-        return [name, Text("away", "bold red") if member.away else Text("asking …", "dim")]
+        return {"daemon": name, "state": Text("away", "bold red") if member.away else Text("asking …", "dim")}
     state = status["state"]
     shown = (
         Text(f"away {age(member.age_seconds)}", "bold red") if member.away else Text(state, STATE_STYLES.get(state, ""))
@@ -121,15 +126,15 @@ def _row(member: Member) -> list[Text]:
     waiting = sum(receiver["pending_batches"] for receiver in status["receivers"])
     ready = sum(worker["ready"] for worker in status["workers"])
     all_ready = ready == len(status["workers"])
-    return [
-        name,
-        shown,
-        Text("{node_id} of {node_count}".format(**status["node"])),
-        Text("–" if status["round"] is None else f"{status['round']['block_height']:,}"),
-        Text(f"{status['rates']['checked_per_second_1m']:,.1f}"),
-        Text(f"{status['rates']['checked_per_second_15m']:,.1f}", "dim"),
-        Text(f"{status['funnel']['checked']:,}"),
-        Text(f"{status['funnel']['delivered']:,}"),
-        Text(f"{waiting:,}", "yellow" if waiting else "dim"),
-        Text(f"{ready}/{len(status['workers'])}", "dim" if all_ready else "yellow"),
-    ]
+    return {
+        "daemon": name,
+        "state": shown,
+        "node": Text("{node_id} of {node_count}".format(**status["node"])),
+        "block": Text("–" if status["round"] is None else f"{status['round']['block_height']:,}"),
+        "1 min": Text(f"{status['rates']['checked_per_second_1m']:,.1f}"),
+        "15 min": Text(f"{status['rates']['checked_per_second_15m']:,.1f}", "dim"),
+        "checked": Text(f"{status['funnel']['checked']:,}"),
+        "delivered": Text(f"{status['funnel']['delivered']:,}"),
+        "waiting": Text(f"{waiting:,}", "yellow" if waiting else "dim"),
+        "workers": Text(f"{ready}/{len(status['workers'])}", "dim" if all_ready else "yellow"),
+    }

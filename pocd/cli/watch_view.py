@@ -212,6 +212,8 @@ def _chain(chain: dict[str, Any], now: float) -> Text:
 def _worker(worker: dict[str, Any]) -> list[Text]:
     """Return a worker's line, with its card; where its model is split, a line for each further card."""
     text = Text.assemble(f"{worker['number']} ", (worker["device"], "bold"), no_wrap=True, overflow="ellipsis")
+    if worker.get("node"):
+        text.append(f" on {worker['node']}", "dim")
     if worker["ready"]:
         text.append(f"  {worker['execution'] or ''}  ", "dim")
         text.append(f"{worker['computed_per_second_1m']:,.1f}", "bold").append("/s", "dim")

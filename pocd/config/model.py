@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from typing import TYPE_CHECKING
 
 from pocd.config.settings import ConfigError
@@ -12,6 +14,18 @@ from pocd.protocol.names import resolve
 
 if TYPE_CHECKING:
     from pocd.config.settings import Settings
+
+
+def check_engine(settings: Settings) -> None:
+    """Check that what the workers' engine needs is installed.
+
+    Raises:
+        ConfigError: The package is missing.
+    """
+    if settings.worker.engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise ConfigError(
+            f"worker.engine: \"ray\" needs Ray, which is not installed: {sys.executable} -m pip install 'pocd[ray]'"
+        )
 
 
 def check_model(settings: Settings) -> None:

@@ -10,11 +10,13 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from pocd.config.errors import ENV_PREFIX, describe
+from pocd.config.ray import RaySettings, check_model
 from pocd.config.types import (
+    SECTION,
     BatchSize,
     Device,
     HostName,
@@ -50,7 +52,7 @@ class ConfigError(Exception):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
+    model_config = SECTION
 
 
 S = TypeVar("S", bound=_Section)
@@ -149,8 +151,9 @@ class ModelSettings(_Section):
 
 
 class WorkerSettings(_Section):
-    """Batches and compilation of the workers, and what follows where rounding decides too much."""
+    """Where workers run, their batches and compilation, and what follows where rounding decides too much."""
 
+    engine: Literal["local", "ray"] = "local"
     batch_size: BatchSize = "auto"
     batch_timeout: float = Field(default=300.0, gt=0)
     compile: Compile = "auto"
@@ -178,8 +181,7 @@ class DeliverySettings(_Section):
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
         names = [receiver.name for receiver in self.receivers]
-        repeated = sorted({name for name in names if names.count(name) > 1})
-        if repeated:
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"receivers must have different names; repeated: {', '.join(repeated)}")
         return self
 
@@ -293,6 +295,7 @@ class Settings(BaseSettings):
     round: RoundSettings = RoundSettings()
     model: ModelSettings = ModelSettings()
     worker: WorkerSettings = WorkerSettings()
+    ray: RaySettings = RaySettings()
     delivery: DeliverySettings = DeliverySettings()
     admin: AdminSettings = AdminSettings()
     orchestrator: OrchestratorSettings = OrchestratorSettings()
@@ -311,7 +314,8 @@ class Settings(BaseSettings):
         return self
 
     @model_validator(mode="after")
-    def _what_a_split_model_can(self) -> Self:
+    def _model_can_run_so(self) -> Self:
+        check_model(self.worker.engine, self.model.parallel, self.model.device)
         if self.model.parallel > 1 and SCHEMES[self.round.scheme].weights != "trained":
             raise ValueError(f"model.parallel must be 1 with round.scheme {self.round.scheme!r}, which draws weights")
         if self.model.parallel > 1 and self.worker.compile == "always":

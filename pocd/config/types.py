@@ -7,13 +7,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from pocd.http.addresses import origin
 from pocd.http.urls import unusable
 from pocd.protocol.names import DEVICE_PATTERN
 from pocd.protocol.schemes import SCHEMES
 
+SECTION = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True, allow_inf_nan=False)  # of all tables
 LARGEST_BATCH = 65536
 MOST_DEVICES = 64
 DEVICE = re.compile(DEVICE_PATTERN)

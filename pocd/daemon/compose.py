@@ -15,7 +15,7 @@ from pocd.chain.rpc import Rpc
 from pocd.clock import SYSTEM, SteadyClock
 from pocd.config.secrets import read_keys
 from pocd.config.settings import ConfigError
-from pocd.config.types import CALLBACK_PREFIX
+from pocd.config.types import CALLBACK_PREFIX, MOST_DEVICES
 from pocd.delivery.batcher import Batcher
 from pocd.delivery.dispatcher import Dispatcher
 from pocd.delivery.keeper import MIB, Keeper, StoreLimits
@@ -31,6 +31,7 @@ from pocd.mining.scheduler import RoundScheduler
 from pocd.observe.changes import Changes
 from pocd.observe.events import Events
 from pocd.pool.cards import Cards, NoDriverError, list_cards
+from pocd.pool.cluster import Cluster
 from pocd.pool.limits import WorkerLimits
 from pocd.pool.placement import NoDeviceError, name_cards, place
 from pocd.pool.pool import Pool, cache_folder
@@ -64,6 +65,19 @@ KNOWN_ROUNDS = 256  # whose block hashes are held against what nodes say after a
 
 
 @dataclass(frozen=True, slots=True)
+class Orchestrated:
+    """What runs where rounds come from an orchestrator.
+
+    Attributes:
+        jobs: Does what is asked for by a list of nonces.
+        late: Sets aside what a round found and nobody took in time; elsewhere what was found is kept.
+    """
+
+    jobs: Jobs
+    late: LateArtifacts
+
+
+@dataclass(frozen=True, slots=True)
 class Composition:
     """Everything that the daemon runs.
 
@@ -74,8 +88,7 @@ class Composition:
         scheduler: Decides which round the chain wants at each head.
         batcher: Forms batches of what was found.
         keeper: Keeps the store small, and mining within what the disk can take.
-        jobs: Does what orchestrators ask for by a list of nonces.
-        late: Sets aside what an orchestrator's round found and nobody took in time.
+        orchestrated: What runs for an orchestrator only; None where rounds come from the chain.
     """
 
     parts: Parts
@@ -84,8 +97,7 @@ class Composition:
     scheduler: RoundScheduler | EpochScheduler
     batcher: Batcher
     keeper: Keeper
-    jobs: Jobs
-    late: LateArtifacts
+    orchestrated: Orchestrated | None
 
 
 def compose(
@@ -117,7 +129,17 @@ def compose(
     control = Control(miner, outbox, node, runs=runs(settings), clock=steady, log=log, events=events)
     limits = WorkerLimits(batch=settings.worker.batch_timeout)
     cache = cache_folder(settings)
-    workers = Pool(loads, miner, limits, cache=cache, changes=changes, clock=steady, log=log, events=events)
+    workers = Pool(
+        loads,
+        miner,
+        limits,
+        cache=cache,
+        changes=changes,
+        clock=steady,
+        log=log,
+        events=events,
+        cluster=make_cluster(settings, changes, log),
+    )
     served = make_delivery(settings, receivers, outbox, miner, clock=steady, log=log, events=events)
     most = settings.validation.max_queued
     validator = Validator(outbox, workers, served, most=most, clock=steady, log=log, events=events)
@@ -137,10 +159,21 @@ def compose(
         log=log,
         events=events,
     )
-    jobs = Jobs(outbox, workers, served, lambda: control.mode, changes, clock=steady, log=log)
-    late = LateArtifacts(control, outbox, seconds=settings.orchestrator.late_seconds, clock=steady, log=log)
+    orchestrated = None
+    if settings.orchestrator.is_on:
+        jobs = Jobs(outbox, workers, served, lambda: control.mode, changes, clock=steady, log=log)
+        late = LateArtifacts(control, outbox, seconds=settings.orchestrator.late_seconds, clock=steady, log=log)
+        orchestrated = Orchestrated(jobs, late)
     scheduler, batcher, keeper = make_scheduler(parts, source), make_batcher(parts), make_keeper(parts, steady)
-    return Composition(parts, changes, source, scheduler, batcher, keeper, jobs, late)
+    return Composition(parts, changes, source, scheduler, batcher, keeper, orchestrated)
+
+
+def make_cluster(settings: Settings, changes: Changes, log: FilteringBoundLogger) -> Cluster | None:
+    """Return the cluster that workers come from; None where they are processes of this machine."""
+    if settings.worker.engine == "local":
+        return None
+    gpus = 0 if settings.model.device == "cpu" else 1
+    return Cluster(settings.ray, gpus=gpus, environment=os.environ, changed=changes.notify, log=log)
 
 
 def make_scheduler(parts: Parts, source: Failover) -> RoundScheduler | EpochScheduler:
@@ -318,25 +351,31 @@ def make_loads(settings: Settings) -> list[Load]:
         EndedError: There are fewer GPUs than configured.
     """
     model, worker = settings.model, settings.worker
+    if worker.engine == "ray":  # each machine names its own cards
+        count = MOST_DEVICES if settings.ray.workers == "auto" else settings.ray.workers
+        return [_load(settings, ("cpu" if model.device == "cpu" else "cuda:0",), ())] * count
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         visible = list_cards(given) if given is not None or model.device == "auto" else None
         placed = place(model.device, model.parallel, lambda: len(visible or ()))
     except (NoDeviceError, NoDriverError) as error:
         raise EndedError(EXIT_NO_DEVICE, str(error)) from None
-    return [
-        Load(
-            model=model.name,
-            dtype=model.dtype,
-            devices=devices,
-            cards=name_cards(devices, visible),
-            scheme=LIVE_SCHEME if settings.orchestrator.is_on else settings.round.scheme,
-            seq_len=settings.round.seq_len,
-            batch_size=largest_batch_size(settings.round.seq_len) if worker.batch_size == "auto" else worker.batch_size,
-            is_auto=worker.batch_size == "auto",
-            revision=model.revision,
-            compile=worker.compile,
-            conditioning=worker.conditioning,
-        )
-        for devices in placed
-    ]
+    return [_load(settings, devices, name_cards(devices, visible)) for devices in placed]
+
+
+def _load(settings: Settings, devices: tuple[str, ...], cards: tuple[str, ...]) -> Load:
+    """Return what a worker on these devices loads."""
+    model, worker = settings.model, settings.worker
+    return Load(
+        model=model.name,
+        dtype=model.dtype,
+        devices=devices,
+        cards=cards,
+        scheme=LIVE_SCHEME if settings.orchestrator.is_on else settings.round.scheme,
+        seq_len=settings.round.seq_len,
+        batch_size=largest_batch_size(settings.round.seq_len) if worker.batch_size == "auto" else worker.batch_size,
+        is_auto=worker.batch_size == "auto",
+        revision=model.revision,
+        compile=worker.compile,
+        conditioning=worker.conditioning,
+    )

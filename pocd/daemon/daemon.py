@@ -16,7 +16,7 @@ from pocd.admin.orchestrator.api import OrchestratorApi
 from pocd.admin.server import AdminApi
 from pocd.chain.make import CHAIN_TIMEOUT
 from pocd.clock import SYSTEM
-from pocd.config.model import check_model
+from pocd.config.model import check_engine, check_model
 from pocd.config.secrets import ORCHESTRATOR_TOKEN, read_token
 from pocd.daemon.compose import compose, make_chain, make_loads, make_receivers
 from pocd.daemon.reload import Reloader
@@ -55,6 +55,7 @@ async def run(settings: Settings, path: Path, *, log: FilteringBoundLogger, noti
         ConfigError: A file or the address that the settings name cannot be used.
         EndedError: The store cannot be used, or the worker cannot work on this machine, or as configured.
     """
+    check_engine(settings)
     check_model(settings)
     token = read_token(settings.admin.token_file, path)
     calls_token = read_token(settings.orchestrator.token_file, path, ORCHESTRATOR_TOKEN)
@@ -66,8 +67,8 @@ async def run(settings: Settings, path: Path, *, log: FilteringBoundLogger, noti
             source = await make_chain(settings, outbox, sessions, log)
             made = compose(settings, outbox, source, receivers, loads, clock=SYSTEM, log=log)
             daemon = Daemon(made, path, notifier)
-            if settings.orchestrator.is_on:
-                served = OrchestratorApi(made.parts, made.jobs, lambda: str(uuid.uuid4()))
+            if made.orchestrated is not None:
+                served = OrchestratorApi(made.parts, made.orchestrated.jobs, lambda: str(uuid.uuid4()))
                 url = await stack.enter_async_context(_orchestrator_api(served, settings.orchestrator, calls_token))
                 log.info("orchestrators' API listens", action="orchestrator_listening", url=url)
             async with _api(AdminApi(made.parts, daemon.stop), settings.admin, token, log) as url:
@@ -185,7 +186,7 @@ class Daemon:
 
     def _work(self) -> dict[str, Coroutine[Any, Any, None]]:
         """Return what runs, by name; each runs until it is cancelled."""
-        parts, asked = self._made.parts, self._made.parts.control.asked
+        parts, asked, orchestrated = self._made.parts, self._made.parts.control.asked, self._made.orchestrated
         return {
             "deliveries": parts.receivers.run(asked.callback if asked else None),
             "chain": self._follow_chain(),
@@ -194,8 +195,7 @@ class Daemon:
             "batcher": self._made.batcher.run(),
             "keeper": self._made.keeper.run(),
             "validations": parts.validator.run(),
-            "jobs": self._made.jobs.run(),
-            "late": self._made.late.run(),
+            **({"jobs": orchestrated.jobs.run(), "late": orchestrated.late.run()} if orchestrated else {}),
             **self._reports.work(),
         }
 
@@ -205,7 +205,8 @@ class Daemon:
         self._notifier.stopping()
         await _cancel(tasks.pop("chain"), tasks.pop("reloader"))
         await self._made.parts.miner.close(FINISH_SECONDS)
-        await _cancel(*map(tasks.pop, ("workers", "validations", "jobs", "late", "batcher", "keeper")))
+        ended = {"workers", "validations", "jobs", "late", "batcher", "keeper"} & tasks.keys()
+        await _cancel(*map(tasks.pop, ended))
         with contextlib.suppress(StoreUnavailableError):  # they are formed at the next start
             await self._made.batcher.form()
         await self._deliver_last()
@@ -235,7 +236,7 @@ class Daemon:
 
     async def _on_head(self, head: Head) -> None:
         self._reports.head(head.block)
-        if not self._made.parts.settings.orchestrator.is_on:  # else rounds are an orchestrator's
+        if self._made.orchestrated is None:
             await self._made.scheduler.on_head(head)
 
     async def _deliver_last(self) -> None:

@@ -28,6 +28,8 @@ class Cause(StrEnum):
     """The worker's device is not there."""
     CONFIGURATION = "configuration"
     """The worker cannot work as configured."""
+    CLUSTER = "cluster"
+    """The Ray cluster lost the worker, or did not start it."""
 
 
 class WorkerError(ForeseenError):

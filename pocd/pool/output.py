@@ -21,12 +21,19 @@ class Output:
         last: The last line with anything on it; of a Python process that failed, the error.
     """
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, log: FilteringBoundLogger) -> None:
+    def __init__(
+        self,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        log: FilteringBoundLogger,
+        name: str = "worker",
+    ) -> None:
         self.last = ""
         self._reader = reader
         self._writer = writer
         self._log = log
-        self._task = asyncio.create_task(self._read(), name="worker's output")
+        self._name = name
+        self._task = asyncio.create_task(self._read(), name=f"{name}'s output")
 
     async def close(self) -> None:
         """Take what the process, which has ended, wrote last."""
@@ -48,4 +55,4 @@ class Output:
         text = line.decode(errors="replace").rstrip()
         if text:
             self.last = text.strip()
-            self._log.warning(f"worker says: {text}", action="worker_output")
+            self._log.warning(f"{self._name} says: {text}", action="worker_output")

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import os
-import tempfile
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from pocd.observe.rates import RateWindow
-from pocd.pool.causes import WorkerError
+from pocd.pool.causes import Cause, WorkerError, WorkerRefusedError
+from pocd.pool.processes import Processes
 from pocd.pool.recomputations import Recomputations
 from pocd.pool.state import WorkerState
 from pocd.pool.supervisor import Supervisor
-from pocd.process import WAITING
 from pocd.tasks import run_forever
+from pocd.worker.environment import environment as worker_environment
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
     from structlog.typing import FilteringBoundLogger
 
@@ -27,18 +28,16 @@ if TYPE_CHECKING:
     from pocd.mining.miner import Miner
     from pocd.observe.changes import Changes
     from pocd.observe.events import Events
+    from pocd.pool.cluster import Cluster
     from pocd.pool.limits import WorkerLimits
     from pocd.worker.messages import Load, Ready
-
-
-ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # the second one before torch 2.9
 
 
 class Pool:
     """Runs the workers. A round's nonces go to whichever is idle, by the miner's one cursor.
 
     Attributes:
-        workers: The state of each worker, in the order of their numbers.
+        cluster: The cluster that the workers come from; None where they are processes of this machine.
         ready: Set while at least one worker has a model ready.
         last_error: Why the last life of any worker ended.
         recomputations: Recomputations that whoever validates wants of the workers.
@@ -55,8 +54,10 @@ class Pool:
         clock: Clock,
         log: FilteringBoundLogger,
         events: Events,
+        cluster: Cluster | None = None,
     ) -> None:
         assert loads, "there is at least one worker"
+        self.cluster = cluster
         self._changes = changes
         self._clock = clock
         self._log = log
@@ -64,7 +65,7 @@ class Pool:
         self.recomputations = Recomputations()
         self.ready = asyncio.Event()
         self.last_error: str | None = None
-        self.workers = [
+        self._states = [
             WorkerState(number, load.devices, load.batch_size, RateWindow(clock), is_compiling=load.compile != "never")
             for number, load in enumerate(loads)
         ]
@@ -75,14 +76,19 @@ class Pool:
                 miner,
                 limits,
                 self.recomputations,
-                environment=partial(environment, load, loads, cache),
+                start=cluster.start if cluster else _starting(partial(environment, load, loads, cache)),
+                accept=self._check_weights,
                 changed=self._changed,
-                clock=clock,
                 log=log.bind(worker=worker.number) if len(loads) > 1 else log,
                 events=events,
             )
-            for worker, load in zip(self.workers, loads, strict=True)
+            for worker, load in zip(self._states, loads, strict=True)
         ]
+
+    @property
+    def workers(self) -> list[WorkerState]:
+        """The state of each worker, in the order of their numbers; in a cluster those that ever had room there."""
+        return self._states[: max(1, self.cluster.most)] if self.cluster else self._states
 
     @property
     def info(self) -> Ready | None:
@@ -90,7 +96,9 @@ class Pool:
         return next((worker.info for worker in self.workers if worker.info), None)
 
     def card_uuids(self) -> set[str]:
-        """Return the identities of the cards that workers use, as far as workers have reported them."""
+        """Return the identities of this machine's cards that workers use, as far as workers have reported them."""
+        if self.cluster:
+            return set()
         return {card.uuid for worker in self.workers for card in list(worker.cards.values())}
 
     @property
@@ -107,24 +115,29 @@ class Pool:
         """Keep the workers running until cancelled.
 
         Raises:
-            WorkerRefusedError: The last life of each worker ended because it cannot work.
+            WorkerRefusedError: The last life of each worker ended because it cannot work, and no machine may come that
+                can.
         """
-        await run_forever({f"worker {each.state.number}": self._keep(each) for each in self._supervisors}, self._log)
+        keepers = {f"worker {each.state.number}": self._keep(each) for each in self._supervisors}
+        if self.cluster:
+            keepers["cluster"] = self.cluster.run()
+        await run_forever(keepers, self._log)
 
     async def _keep(self, supervisor: Supervisor) -> NoReturn:
         """Give a worker one life after another."""
         worker = supervisor.state
         while True:
-            began = self._clock.monotonic()
-            try:
-                await supervisor.live()
-            except WorkerError as error:
-                lived = self._clock.monotonic() - began
-                delay = worker.fail(error, lived=lived, others_work=any(other.ready for other in self.workers))
-                if all(each.unusable for each in self.workers):
-                    raise
-                self._report(worker, error, delay)
-                await asyncio.sleep(delay)
+            async with self.cluster.room(worker.number) if self.cluster else nullcontext():
+                began = self._clock.monotonic()
+                try:
+                    await supervisor.live()
+                except WorkerError as error:
+                    lived = self._clock.monotonic() - began
+                    delay = worker.fail(error, lived=lived, others_work=any(other.ready for other in self.workers))
+                    if all(each.unusable for each in self.workers) and not self.cluster:
+                        raise
+                    self._report(worker, error, delay)
+            await asyncio.sleep(delay)
 
     def _report(self, worker: WorkerState, error: WorkerError, delay: float) -> None:
         """Log and publish that a life of a worker ended, and when the next one begins."""
@@ -136,6 +149,22 @@ class Pool:
         self._events.publish("worker", what=what, worker=worker.number, **why)
         self._changed()
 
+    def _check_weights(self, info: Ready) -> None:
+        """Check that a worker on another machine has the weights that all others have.
+
+        Raises:
+            WorkerRefusedError: The worker has other weights.
+        """
+        if not self.cluster or not self.info:
+            return
+        expected, found = [f"{each.fingerprint} in {each.dtype}" for each in (self.info, info)]
+        if found != expected:
+            raise WorkerRefusedError(
+                Cause.CONFIGURATION,
+                f"its model {info.model} has the weights {found}, and those of the first worker that was ready are "
+                f"{expected}: give all machines the same model (a hub's by model.revision), and restart pocd",
+            )
+
     def _changed(self) -> None:
         """Set or clear `ready` after a worker changed its phase, and notify who waits for changes."""
         if any(worker.ready for worker in self.workers):
@@ -145,10 +174,15 @@ class Pool:
         self._changes.notify()
 
 
-def environment(load: Load, loads: Sequence[Load], cache: Path) -> dict[str, str]:
-    """Return the environment of a worker's processes. What the daemon's own environment sets stays, but for its cards.
+def _starting(
+    environment: Callable[[], dict[str, str]],
+) -> Callable[[Load, FilteringBoundLogger], Awaitable[Processes]]:
+    """Return what starts the processes of a worker of this machine."""
+    return lambda load, log: Processes.start(load, environment(), log)
 
-    All but PYTHONOPTIMIZE: transformers reads its own docstrings, which Python leaves out with -OO.
+
+def environment(load: Load, loads: Sequence[Load], cache: Path) -> dict[str, str]:
+    """Return the environment of the processes of a worker of this machine.
 
     Args:
         load: What the worker loads.
@@ -158,34 +192,12 @@ def environment(load: Load, loads: Sequence[Load], cache: Path) -> dict[str, str
     Raises:
         OSError: The system has no folder for temporary files, and none can be made in the cache.
     """
-    variables = {
-        **WAITING,
-        "TMPDIR": str(_temporary_folder(cache / "tmp")),
-        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
-        "TRITON_CACHE_DIR": str(cache / "triton"),
-        "GLOO_SOCKET_IFNAME": "lo",  # ranks of one host need no network
-        "NCCL_SOCKET_IFNAME": "lo",
-    }
-    if not ALLOCATOR & os.environ.keys():
-        # Else blocks that batches of several shapes leave behind do not serve one another.
-        variables |= dict.fromkeys(ALLOCATOR, "expandable_segments:True")
     on_cpu = sum(each.devices.count("cpu") for each in loads)
-    if on_cpu > 1:  # they share the cores, and each would start a thread for every core
-        variables["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // on_cpu))
-    dropped = {"TMPDIR", "PYTHONOPTIMIZE"}
-    variables |= {name: value for name, value in os.environ.items() if name not in dropped}
-    if load.cards or "cpu" in load.devices:  # no library is to take a GPU that is not the worker's
-        variables["CUDA_VISIBLE_DEVICES"] = ",".join(load.cards)
-    return variables
-
-
-def _temporary_folder(otherwise: Path) -> Path:
-    """Return the folder for temporary files: the system's, or where that has none that can be written, another one."""
-    try:
-        return Path(tempfile.gettempdir())
-    except FileNotFoundError:
-        otherwise.mkdir(parents=True, exist_ok=True)
-        return otherwise
+    # Workers on the CPU share the cores, and each would start a thread for every core.
+    threads = max(1, len(os.sched_getaffinity(0)) // on_cpu) if on_cpu > 1 else None
+    # No library is to take a GPU that is not the worker's.
+    cards = load.cards if load.cards or "cpu" in load.devices else None
+    return worker_environment(os.environ, cards=cards, cache=cache, threads=threads)
 
 
 def cache_folder(settings: Settings) -> Path:

@@ -10,13 +10,13 @@ import sys
 import tempfile
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from pocd.pool.causes import Cause, WorkerError
 from pocd.pool.output import Output
 from pocd.tasks import within
 from pocd.worker import messages
-from pocd.worker.messages import Failed
+from pocd.worker.messages import Failed, Gone
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -62,7 +62,7 @@ class RankLink:
         """Read one message.
 
         Raises:
-            WorkerError: None came within `limit` seconds.
+            WorkerError: None came within `limit` seconds, or a cluster reports how the process ended.
             FailedError: The process reports that it ends, and why.
             asyncio.IncompleteReadError: The process is gone.
             OSError: The process is gone.
@@ -73,6 +73,8 @@ class RankLink:
             raise WorkerError(Cause.SILENT, f"worker gave no sign of life for {limit:.0f} s, killed") from None
         if isinstance(message, Failed):
             raise FailedError(message.kind, message.message)
+        if isinstance(message, Gone):
+            raise WorkerError(Cause.CLUSTER if message.is_lost else Cause.CRASH, message.message)
         return message
 
     def close(self) -> None:
@@ -87,10 +89,44 @@ class Ended:
     Attributes:
         text: How the first process ended that ended by itself.
         by_signal: True if the process of that rank was killed by a signal that this daemon did not send.
+        cause: Why the worker's life ended where the process is gone and has not said why.
     """
 
     text: str
     by_signal: bool = False
+    cause: Cause = Cause.CRASH
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where in a cluster a worker runs.
+
+    Attributes:
+        node: The machine's name in the cluster.
+        address: The machine's address in the cluster.
+    """
+
+    node: str
+    address: str
+
+
+class Running(Protocol):
+    """The processes of one life of a worker, here or on another machine."""
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of all ranks."""
+
+    @property
+    def links(self) -> list[RankLink]:
+        """Links to all ranks, the leading one first."""
+
+    @property
+    def place(self) -> Place | None:
+        """Where in a cluster they run; None on this machine."""
+
+    async def end(self, limit: float) -> Ended:
+        """End all processes, by force after `limit` seconds; returns how the first one ended that ended by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +138,8 @@ class _Rank:
 
 class Processes:
     """The processes of one worker. Rank 0 leads: it alone is given work, and passes it on to the others."""
+
+    place: Place | None = None
 
     def __init__(self, ranks: list[_Rank], rendezvous: tempfile.TemporaryDirectory[str] | None) -> None:
         self._ranks = ranks
@@ -204,9 +242,9 @@ async def _start(peers: list[socket.socket], environment: Mapping[str, str], log
         OSError: The system lacks what a process needs, or has no Python any more.
     """
     with ExitStack() as theirs, ExitStack() as undo:  # all streams before there is a process, which nobody would end
-        messages_in, messages_out, inbox = await _connected(theirs)
+        messages_in, messages_out, inbox = await connected(theirs)
         undo.callback(messages_out.close)
-        lines, unused, output = await _connected(theirs)
+        lines, unused, output = await connected(theirs)
         undo.callback(unused.close)
         fds = [end.fileno() for end in (inbox, *peers)]
         process = await asyncio.create_subprocess_exec(
@@ -224,7 +262,7 @@ async def _start(peers: list[socket.socket], environment: Mapping[str, str], log
     return _Rank(process, RankLink(messages_in, messages_out), Output(lines, unused, log))
 
 
-async def _connected(theirs: ExitStack) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, socket.socket]:
+async def connected(theirs: ExitStack) -> tuple[asyncio.StreamReader, asyncio.StreamWriter, socket.socket]:
     """Return streams over a new pair of sockets, and the other end, which is a process's and which `theirs` closes."""
     ours, other = socket.socketpair()
     theirs.enter_context(other)

@@ -15,6 +15,7 @@ from pocd.pool.causes import Cause, WorkerRefusedError
 if TYPE_CHECKING:
     from pocd.observe.rates import RateWindow
     from pocd.pool.causes import WorkerError
+    from pocd.pool.processes import Place
     from pocd.worker.messages import CardIdentity, Ready
 
 LONGEST_BACKOFF = 60.0  # seconds until a worker that failed is started again
@@ -60,6 +61,7 @@ class WorkerState:
         was_ready: Whether the worker had a model ready in its present or last life.
         info: What the worker reported when it was last ready; None where it never was.
         cards: The GPUs among the worker's devices, by device, once the worker has reported them.
+        place: Where in a cluster the worker runs; None while it has no process, and on this machine.
         pids: Process ids of the worker's ranks, the leading rank's first; empty while it has no process.
         causes: How often the worker's lives ended by each cause.
         failures: How many of the worker's lives ended in a row without lasting.
@@ -81,6 +83,7 @@ class WorkerState:
     was_ready: bool = False
     info: Ready | None = None
     cards: dict[str, CardIdentity] = field(default_factory=dict)
+    place: Place | None = None
     pids: list[int] = field(default_factory=list)
     causes: Counter[Cause] = field(default_factory=Counter)
     failures: int = 0
@@ -167,7 +170,8 @@ class WorkerState:
         self.unusable = isinstance(error, WorkerRefusedError)
         lasted = self.was_ready and lived > LONGEST_BACKOFF
         self.failures = 1 if lasted else self.failures + 1
-        self.left_out = self.failures >= MOST_FAILURES and others_work
+        # What a cluster loses it may have again at any time.
+        self.left_out = self.failures >= MOST_FAILURES and others_work and error.cause is not Cause.CLUSTER
         return LEFT_OUT_SECONDS if self.left_out else min(LONGEST_BACKOFF, 2.0 ** (self.failures - 1))
 
     def count(self, distances: int) -> None:

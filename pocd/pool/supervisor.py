@@ -7,20 +7,19 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pocd.pool.causes import Cause, WorkerError, WorkerRefusedError
 from pocd.pool.feeder import Feeder, take_batch_size
-from pocd.pool.processes import FailedError, Processes
+from pocd.pool.processes import FailedError
 from pocd.tasks import run_forever, within
 from pocd.worker.messages import BatchShrunk, CardIdentity, Heartbeat, Ready, Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Awaitable, Callable
 
     from structlog.typing import FilteringBoundLogger
 
-    from pocd.clock import Clock
     from pocd.mining.miner import Miner
     from pocd.observe.events import Events
     from pocd.pool.limits import WorkerLimits
-    from pocd.pool.processes import Ended, RankLink
+    from pocd.pool.processes import Ended, RankLink, Running
     from pocd.pool.recomputations import Recomputations
     from pocd.pool.state import WorkerState
     from pocd.worker.messages import Load
@@ -37,9 +36,9 @@ class Supervisor:
         limits: WorkerLimits,
         recomputations: Recomputations,
         *,
-        environment: Callable[[], Mapping[str, str]],
+        start: Callable[[Load, FilteringBoundLogger], Awaitable[Running]],
+        accept: Callable[[Ready], None],
         changed: Callable[[], None],
-        clock: Clock,
         log: FilteringBoundLogger,
         events: Events,
     ) -> None:
@@ -48,9 +47,9 @@ class Supervisor:
         self._miner = miner
         self._limits = limits
         self._recomputations = recomputations
-        self._environment = environment
+        self._start = start
+        self._accept = accept
         self._changed = changed
-        self._clock = clock
         self._log = log
         self._events = events
 
@@ -73,22 +72,24 @@ class Supervisor:
 
     async def _live(self) -> NoReturn:
         try:
-            processes = await Processes.start(self.load, self._environment(), self._log)
+            processes = await self._start(self.load, self._log)
         except OSError as error:
             raise WorkerError(Cause.CRASH, f"worker could not be started: {error}") from error
-        self.state.pids = processes.pids
-        self._log.info("worker started", action="worker_start", pids=processes.pids, model=self._load.model)
+        self.state.pids, self.state.place = processes.pids, processes.place
+        where = {"node": processes.place.node, "address": processes.place.address} if processes.place else {}
+        self._log.info("worker started", action="worker_start", pids=processes.pids, model=self._load.model, **where)
         try:
             await self._watch(processes)
         except (OSError, EOFError) as error:
-            raise WorkerError(Cause.CRASH, (await processes.end(self._limits.exit)).text) from error
+            ended = await processes.end(self._limits.exit)
+            raise WorkerError(ended.cause, ended.text) from error
         except FailedError as error:
             raise self._failure(error, await processes.end(self._limits.exit)) from error
         finally:
-            self.state.pids = []
+            self.state.pids, self.state.place = [], None
             await processes.end(self._limits.exit)
 
-    async def _watch(self, processes: Processes) -> NoReturn:
+    async def _watch(self, processes: Running) -> NoReturn:
         """Feed the leading rank, and receive the other ranks' heartbeats, until one of them fails."""
         leader, *others = processes.links
         name = f"worker {self.state.number}"
@@ -105,6 +106,7 @@ class Supervisor:
         except TimeoutError:
             message = f"worker did not load {self._load.model!r} within {self._limits.load:.0f} s, killed"
             raise WorkerError(Cause.LOADING, message) from None
+        self._accept(info)
         self.state.become_ready(info)
         self._changed()
         self._log.info("worker ready", action="worker_ready", pids=self.state.pids, **dataclasses.asdict(info))

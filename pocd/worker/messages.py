@@ -254,6 +254,53 @@ class Cancelled:
 
 
 @dataclass(frozen=True, slots=True)
+class Placed:
+    """From the bridge to a cluster, before the worker's own messages: where the worker's process runs.
+
+    Attributes:
+        node: The machine's name in the cluster.
+        address: The machine's address in the cluster.
+        pid: The process's id on that machine.
+        cards: The names by which CUDA is shown the cards that the cluster gave the worker; empty on the CPU.
+        versions: Versions of pocd, Python and torch on that machine.
+    """
+
+    node: str
+    address: str
+    pid: int
+    cards: tuple[str, ...]
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """From the bridge to a cluster, last: the worker's process ended, or the cluster lost it.
+
+    Attributes:
+        is_lost: Whether the cluster lost it, or could not start it; else it ended by itself.
+        message: How, for people.
+    """
+
+    is_lost: bool
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """From the bridge to a cluster, every few seconds and not on a worker's socket: what the cluster has.
+
+    Attributes:
+        workers: How many workers its machines have room for.
+        machines: How many machines it has.
+        problem: Why that may be out of date; empty where it is not.
+    """
+
+    workers: int
+    machines: int
+    problem: str
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
     """From the worker, every two seconds: its process runs."""
 
@@ -274,6 +321,9 @@ Message = (
     | Refused
     | BatchShrunk
     | Cancelled
+    | Placed
+    | Gone
+    | Room
     | Heartbeat
 )
 
@@ -297,6 +347,8 @@ def _decode(body: bytes) -> Message:
         fields["conditioning"] = Conditioning(**fields["conditioning"])
     if kind is Load:
         fields |= {name: tuple(fields[name]) for name in ("devices", "cards")}
+    if kind is Placed:
+        fields["cards"] = tuple(fields["cards"])
     message: Message = kind(**fields)
     return message
 
@@ -323,4 +375,19 @@ async def receive(stream: asyncio.StreamReader) -> Message:
     Raises:
         asyncio.IncompleteReadError: The other side is gone.
     """
-    return _decode(await stream.readexactly(_length(await stream.readexactly(_LENGTH.size))))
+    return decode_frame(await receive_frame(stream))
+
+
+async def receive_frame(stream: asyncio.StreamReader) -> bytes:
+    """Read one whole frame.
+
+    Raises:
+        asyncio.IncompleteReadError: The other side is gone.
+    """
+    header = await stream.readexactly(_LENGTH.size)
+    return header + await stream.readexactly(_length(header))
+
+
+def decode_frame(frame: bytes) -> Message:
+    """Return the message in a whole frame."""
+    return _decode(frame[_LENGTH.size :])

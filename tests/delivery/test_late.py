@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, cast
 
 import structlog
 
+from pocd.config.settings import load
+from pocd.daemon.compose import compose, make_loads
 from pocd.delivery.late import LateArtifacts
 from pocd.mining.control import Control, RoundRequest
 from pocd.mining.phases import Mode
@@ -21,10 +23,14 @@ from pocd.store.outbox import Outbox
 from pocd.store.proofs import Weights
 from pocd.store.thread import OutboxThread
 from tests.support.clocks import ManualClock
+from tests.support.processes import config
 from tests.support.stored import commit_span
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from pocd.chain.failover import Failover
+    from pocd.store.jobs import JobState
 
 CALLBACK, URL = "callback-1", "http://127.0.0.1:9/v2"
 NODE = Node(0, 1)
@@ -75,6 +81,16 @@ async def test_a_round_is_open_while_it_is_mined_and_some_seconds_after(tmp_path
         assert await waiting() == (3, 3)
 
 
+async def test_only_the_rounds_of_an_orchestrator_are_ever_late(tmp_path: Path) -> None:
+    for port in (None, 0):
+        given = {} if port is None else {"orchestrator__port": port}
+        settings = load(config(tmp_path, "http://127.0.0.1:9", {}, **given))
+        source, log = cast("Failover", None), structlog.get_logger()
+        with closing(OutboxThread(settings.store.path)) as outbox:
+            made = compose(settings, outbox, source, [], make_loads(settings), clock=ManualClock(), log=log)
+        assert (made.orchestrated is None) == (port is None)
+
+
 async def test_the_next_round_ends_the_one_before_and_its_verdicts(tmp_path: Path) -> None:
     clock = ManualClock()
     with closing(OutboxThread(tmp_path / "outbox.db")) as outbox:
@@ -84,10 +100,9 @@ async def test_the_next_round_ends_the_one_before_and_its_verdicts(tmp_path: Pat
         await found(outbox, FIRST, clock)
         clock.advance(10.0)
         verdict = JudgedArtifacts("asked", 200, b"{}")
-        asked = {"nonces": 200, "callback": (CALLBACK, URL), "most": 1000, "now": clock.now}
-        await outbox(jobs.ask, "asked", b"{}", **asked)
-        done = {"verdict": verdict, "receiver": CALLBACK, "now": clock.now}
-        await outbox(jobs.finish, "asked", "completed", b"{}", **done)
+        await outbox(jobs.ask, "asked", b"{}", nonces=200, callback=(CALLBACK, URL), most=1000, now=clock.now)
+        state: JobState = "completed"
+        await outbox(jobs.finish, "asked", state, b"{}", verdict=verdict, receiver=CALLBACK, now=clock.now)
         clock.advance(100.0)
         await late.look()
         head = await outbox(next_pending, CALLBACK)

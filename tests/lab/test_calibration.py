@@ -274,7 +274,7 @@ def test_a_revision_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_sequence_beyond_the_model_is_refused_before_its_weights_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(model, "AutoModelForCausalLM")
+    monkeypatch.delattr(model, "read_headers")
     with pytest.raises(EndedError, match=r"^seq_len 1000000 is outside 1 to ") as caught:
         calibrate_here(seq_len=1_000_000)
     assert caught.value.code == EXIT_CONFIG

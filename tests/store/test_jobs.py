@@ -21,6 +21,10 @@ def ask(outbox: Outbox, name: str, *, nonces: int = 3, callback: str = "") -> bo
     return jobs.ask(outbox, name, b"{}", nonces=nonces, callback=(callback, URL), most=10, now=NOW)
 
 
+def finish(outbox: Outbox, name: str, answer: bytes, verdict: JudgedArtifacts) -> None:
+    jobs.finish(outbox, name, "completed", answer, verdict=verdict, receiver="callback-1", now=NOW)
+
+
 def test_a_job_waits_and_is_done_once(tmp_path: Path) -> None:
     with closing(Outbox.open(tmp_path / "outbox.db")) as outbox:
         assert ask(outbox, "first", callback="callback-1")
@@ -29,16 +33,14 @@ def test_a_job_waits_and_is_done_once(tmp_path: Path) -> None:
         assert jobs.oldest(outbox) == ("first", b"{}")
         assert callbacks.idle(outbox, []) == [], "a verdict is to come"
         verdict = JudgedArtifacts("first", 3, b'{"n_total":3}')
-        done = {"verdict": verdict, "receiver": "callback-1", "now": NOW}
-        jobs.finish(outbox, "first", "completed", b'{"n_total":3}', **done)
+        finish(outbox, "first", b'{"n_total":3}', verdict)
         head = next_pending(outbox, "callback-1")
         assert head is not None
         assert (head.kind, head.id, head.body) == ("validated", "first", b'{"n_total":3}')
         assert jobs.find(outbox, "first") == jobs.Job("first", "completed", b'{"n_total":3}')
         assert jobs.oldest(outbox) == ("second", b"{}")
         jobs.cancel(outbox, NOW)
-        late = {"verdict": JudgedArtifacts("second", 7, b"{}"), "receiver": "callback-1", "now": NOW}
-        jobs.finish(outbox, "second", "completed", b"{}", **late)
+        finish(outbox, "second", b"{}", JudgedArtifacts("second", 7, b"{}"))
         assert jobs.find(outbox, "second") == jobs.Job("second", "cancelled", None)
         assert outbox.queues["callback-1"].pending_batches == 1, "a cancelled job has no verdict"
         jobs.prune(outbox, NOW)

@@ -15,7 +15,7 @@ import structlog
 from pocd.check import probe
 from pocd.dev import processes as started
 from pocd.pool.output import Output
-from pocd.pool.processes import Processes, RankLink, _connected, _Rank
+from pocd.pool.processes import Processes, RankLink, _Rank, connected
 from pocd.tasks import within
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ class Stuck:
 async def end_a_worker() -> None:
     process = await asyncio.create_subprocess_exec("sleep", "1000")
     with ExitStack() as theirs:
-        reader, writer, _ = await _connected(theirs)
-        lines, unused, _ = await _connected(theirs)
+        reader, writer, _ = await connected(theirs)
+        lines, unused, _ = await connected(theirs)
         rank = _Rank(process, RankLink(reader, writer), Output(lines, unused, structlog.get_logger()))
         await cancelled(Processes([rank], None).end(0.01))
     assert process.returncode == -signal.SIGKILL

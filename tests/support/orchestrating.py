@@ -61,6 +61,9 @@ class Callbacks:
     def url(self) -> str:
         return self.server.url
 
+    def has_judged(self, request_id: str) -> bool:
+        return request_id in self.verdicts
+
     async def handle(self, request: web.Request) -> web.StreamResponse:
         assert request.raw_path.startswith(PLACE), request.raw_path
         body = orjson.loads(await request.read())

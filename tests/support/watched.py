@@ -41,6 +41,8 @@ def worker(number: int, rate: float, *, ready: bool = True, **changes: Any) -> d
         "device": f"cuda:{number}",
         "ready": ready,
         "stage": None if ready else "loading the model",
+        "node": None,
+        "address": None,
         "pids": [4000 + number],
         "restarts": 0,
         "causes": {cause.value: 0 for cause in Cause},

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import signal
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -232,7 +233,7 @@ async def validates(url: str, callbacks: Callbacks) -> None:
         assert (code, queued["status"], queued["queued_count"]) == (200, "queued", 200)
         name = queued["request_id"]
         own_id = name.partition(":")[2]
-        await until(lambda own_id=own_id: own_id in callbacks.verdicts)
+        await until(partial(callbacks.has_judged, own_id))
         verdict = {
             "n_total": 200,
             "n_mismatch": bad,

@@ -20,6 +20,7 @@ UNIT = FOLDER / "pocd.service"
 TEMPLATE = FOLDER / "pocd@.service"
 RELAY = FOLDER / "pocd-relay.service"
 ONLY_GPUS = FOLDER / "pocd.service.d" / "gpu.conf"
+RAY = [FOLDER / "pocd-ray-head.service", FOLDER / "pocd-ray-worker.service"]
 USERS = FOLDER / "sysusers.d" / "pocd.conf"
 BINARY = "/opt/pocd/bin/pocd"
 
@@ -49,7 +50,7 @@ def program(name: str) -> str:
 def verified(text: str, folder: Path, name: str = "pocd.service") -> str:
     """What `systemd-analyze verify` says of a unit, whose program is put in place: this machine has no /opt/pocd."""
     unit = folder / name
-    unit.write_text(text.replace(BINARY, "/bin/true"), encoding="utf-8")
+    unit.write_text(text.replace(BINARY, "/bin/true").replace("/opt/pocd/bin/ray", "/bin/true"), encoding="utf-8")
     done = subprocess.run(
         [program("systemd-analyze"), "verify", "--man=no", "--recursive-errors=no", unit],
         stdout=subprocess.PIPE,
@@ -60,7 +61,7 @@ def verified(text: str, folder: Path, name: str = "pocd.service") -> str:
     return done.stdout or ("" if done.returncode == 0 else f"exit status {done.returncode}")
 
 
-@pytest.mark.parametrize("path", [UNIT, TEMPLATE, RELAY], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [UNIT, TEMPLATE, RELAY, *RAY], ids=lambda path: path.name)
 def test_systemd_has_nothing_to_say_about_the_unit(path: Path, tmp_path: Path) -> None:
     assert verified(path.read_text(encoding="utf-8"), tmp_path, path.name) == ""
 
@@ -93,7 +94,7 @@ def confined(unit: Path) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("path", [UNIT, TEMPLATE], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [UNIT, TEMPLATE, *RAY], ids=lambda path: path.name)
 def test_systemd_finds_the_service_well_confined(path: Path, tmp_path: Path) -> None:
     status, judgement = confined(Path(shutil.copy(path, tmp_path)))
     assert status == 0, judgement
@@ -106,9 +107,9 @@ def test_systemd_would_have_found_a_service_that_is_not(tmp_path: Path) -> None:
     assert confined(unit)[0] != 0
 
 
-def test_every_directive_that_is_left_out_is_explained() -> None:
+def test_every_directive_that_is_left_out_is_explained(tmp_path: Path) -> None:
     """What systemd would like to see set, beside what a service on the network cannot do without."""
-    status, judgement = confined(UNIT)
+    status, judgement = confined(Path(shutil.copy(UNIT, tmp_path)))  # without the optional drop-ins beside it
     assert status == 0
     missing = {line.split()[1].partition("=")[0] for line in judgement.splitlines() if line.startswith("✗")}
     comments = " ".join(line for line in UNIT.read_text(encoding="utf-8").splitlines() if line.startswith("#"))
@@ -150,6 +151,20 @@ def test_directories_are_those_of_the_settings() -> None:
     caches = [line.partition("=")[2] for line in values("Environment")]
     assert caches
     assert all(cache.startswith(f"/var/cache/{value('CacheDirectory')}/") for cache in caches)
+
+
+@pytest.mark.parametrize("path", RAY, ids=lambda path: path.name)
+def test_the_units_of_a_cluster_keep_its_workers_from_the_daemons_files(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert "\nInaccessiblePaths=-/etc/pocd -/var/lib/pocd -/run/pocd\n" in text
+    (user,) = re.findall(r"^User=(.*)$", text, flags=re.MULTILINE)
+    assert user != value("User")
+    (group,) = re.findall(
+        r"^SupplementaryGroups=(.*)$", (UNIT.with_suffix(".service.d") / "ray.conf").read_text(), re.MULTILINE
+    )
+    assert group == user, "the daemon's bridge reaches Ray's sockets"
+    hardening = UNIT.read_text(encoding="utf-8").partition("NoNewPrivileges=")[2].partition("[Install]")[0]
+    assert [line for line in hardening.splitlines() if line[:1].isupper() and line not in text] == []
 
 
 def test_the_command_is_one_that_pocd_has() -> None:

@@ -349,7 +349,7 @@ def test_memory_that_is_short_for_two_rounds_is_left_to_the_one_that_is_computed
             if len(prepared) > 1:
                 raise OutOfMemoryError("two are too many")
             assert batch_size == 8
-            return SimpleNamespace(values=lambda: [1.0] * len(nonces))
+            return SimpleNamespace(values=lambda **_: [1.0] * len(nonces))
 
     @contextlib.contextmanager
     def block_run(_model: object, _scheme: object, *, block_hash: str, **_: object) -> Iterator[Run]:
@@ -418,7 +418,7 @@ def test_rounds_that_draw_weights_are_never_prepared_side_by_side(monkeypatch: p
             dimension=8192,
             scheme=SCHEMES["random-weights"],
             execution=lambda _batch_size: SimpleNamespace(path="eager", reason="asked"),
-            start=lambda nonces, **_: SimpleNamespace(values=lambda: [float(prepared[-1])] * len(nonces)),
+            start=lambda nonces, **_: SimpleNamespace(values=lambda **_: [float(prepared[-1])] * len(nonces)),
         )
         prepared.remove(block_hash)
 
@@ -447,9 +447,9 @@ def test_rounds_in_another_shape_find_their_own_batch_size(monkeypatch: pytest.M
             sizes.append(batch_size)
             if seq_len > LOAD.seq_len and batch_size > fitting:
                 raise OutOfMemoryError(f"{batch_size} are too many")
-            return SimpleNamespace(values=lambda: [1.0] * len(nonces))
+            return SimpleNamespace(values=lambda **_: [1.0] * len(nonces))
 
-        def values(nonces: Sequence[int], *, batch_size: int) -> list[float]:
+        def values(nonces: Sequence[int], *, batch_size: int, **_: bool) -> list[float]:
             start(nonces, batch_size=batch_size)
             return [1.0] * len(nonces)
 

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import PydanticCustomError
 
-from pocd.admin.pow import CALLBACK_URL
+from pocd.admin.requests import CALLBACK_URL
 from pocd.protocol.bodies import ShortName
 from pocd.protocol.commitment import LARGEST_NONCE
 from pocd.protocol.numbers import Count, Index

@@ -1,0 +1,106 @@
+"""What decides about a cluster's workers, without a cluster."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from pydantic import ValidationError
+
+from pocd.check.cluster import judge
+from pocd.check.finding import Level
+from pocd.cluster.room import room_for
+from pocd.cluster.versions import differences, versions
+from pocd.config.model import check_engine
+from pocd.config.ray import RaySettings
+from pocd.config.settings import ConfigError, Settings
+from pocd.pool.causes import Cause, WorkerRefusedError
+from pocd.pool.cluster import bridge_environment, check_versions
+from pocd.worker.messages import Gone, Placed, Room, decode_frame, encode
+
+if TYPE_CHECKING:
+    from pocd.worker.messages import Message
+
+PLACED = Placed("two", "10.0.0.2", 17, ("3",), versions())
+
+
+@pytest.mark.parametrize(
+    ("resources", "cpus", "gpus", "workers"),
+    [
+        ({"CPU": 8.0, "GPU": 2.0}, 1, 1, 2),
+        ({"CPU": 8.0, "GPU": 2.0}, 8, 1, 1),
+        ({"CPU": 8.0}, 1, 1, 0),
+        ({"CPU": 8.0}, 3, 0, 2),
+        ({}, 1, 0, 0),
+    ],
+)
+def test_the_room_of_a_machine(resources: dict[str, float], cpus: int, gpus: int, workers: int) -> None:
+    assert room_for({"Alive": True, "Resources": resources}, cpus=cpus, gpus=gpus) == workers
+    assert room_for({"Alive": False, "Resources": resources}, cpus=cpus, gpus=gpus) == 0
+
+
+def test_a_machine_with_other_versions_is_refused_by_name() -> None:
+    check_versions(PLACED)
+    assert differences({"pocd": "1", "torch": "2"}, {"pocd": "1", "torch": "2"}) == ""
+    other = Placed("two", "10.0.0.2", 17, (), versions() | {"torch": "2.0.1"})
+    ours = versions()["torch"]
+    with pytest.raises(
+        WorkerRefusedError, match=rf"machine two \(10.0.0.2\) has torch 2.0.1 instead of {ours}:"
+    ) as refused:
+        check_versions(other)
+    assert refused.value.cause is Cause.CONFIGURATION
+
+
+def test_the_bridge_gets_rays_own_variables_and_nothing_of_the_daemons() -> None:
+    given = {
+        "RAY_AUTH_MODE": "token",
+        "PATH": "/bin",
+        "POCD_ADMIN__TOKEN_FILE": "/etc/pocd/token",
+        "CREDENTIALS_DIRECTORY": "/run/credentials/pocd.service",
+        "HF_TOKEN": "hf_x",
+    }
+    assert bridge_environment(given) == {"RAY_AUTH_MODE": "token", "PATH": "/bin", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+@pytest.mark.parametrize("message", [PLACED, Gone(is_lost=True, message="why"), Room(3, 2, "")])
+def test_the_bridges_messages_arrive_as_they_were(message: Message) -> None:
+    assert decode_frame(encode(message)) == message
+
+
+@pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "10.0.0.1", "auto", "a b:1", "host:0", "host:65536"])
+def test_an_address_that_is_none_is_refused(address: str) -> None:
+    with pytest.raises(ValidationError, match=r"must be HOST:PORT|port must be"):
+        RaySettings(address=address)
+
+
+@pytest.mark.parametrize("workers", [0, 65, "some", True, 1.5])
+def test_a_number_of_workers_that_is_none_is_refused(workers: object) -> None:
+    with pytest.raises(ValidationError, match='must be "auto", or a whole number from 1 to 64'):
+        RaySettings.model_validate({"workers": workers})
+
+
+def settings(**model: object) -> Settings:
+    tables = {"node": {"public_key": "k"}, "chain": {"urls": ["http://127.0.0.1:1"]}, "worker": {"engine": "ray"}}
+    return Settings.model_validate(tables | {"model": model})
+
+
+def test_what_a_clusters_workers_cannot_run_is_refused_by_name() -> None:
+    assert settings().ray.workers == "auto"
+    with pytest.raises(ValidationError, match=r"model.parallel must be 1"):
+        settings(parallel=2)
+    for device in ("cuda:1", ["cuda:0", "cuda:1"]):
+        with pytest.raises(ValidationError, match=r"model.device must be"):
+            settings(device=device)
+
+
+def test_without_ray_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"worker.engine: .* -m pip install 'pocd\[ray\]'"):
+        check_engine(settings())
+
+
+def test_what_follows_from_a_clusters_state() -> None:
+    assert judge(None, 2, 3, "h:1").level is Level.GREEN
+    assert judge("room for 1 of 2 workers", 1, 2, "h:1").level is Level.YELLOW
+    away = judge("cannot be reached", 0, 0, "h:1")
+    assert (away.level, away.text) == (Level.RED, "cannot be reached")
