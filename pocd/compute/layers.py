@@ -362,7 +362,11 @@ def find_forms(decoder: nn.Module, layers: Sequence[nn.Module], probe: torch.Ten
         except (TypeError, ValueError, RuntimeError, AssertionError, KeyError, AttributeError) as error:
             if is_fault(error):
                 raise
-            raise ModelError(f"{owner} does not run on embeddings alone: {type(error).__name__}: {error}") from error
+            said = f": {error}" if isinstance(error, ValueError) else ""  # others say what a programmer wants to know
+            raise ModelError(
+                f"{owner} does not run on embeddings alone, as in one stream: its layers want token ids, several "
+                f"streams or other inputs{said}"
+            ) from error
     forms = []
     for index, (layer, edge) in enumerate(zip(layers, edges, strict=True)):
         kind = f"{owner}: its layer {index}, a {type(layer).__name__},"

@@ -15,7 +15,7 @@ from pocd.protocol.schemes import SCHEMES
 from tests.reference import plain
 from tests.support.family_models import SEQ_LEN
 from tests.support.model_table import row
-from tests.support.other_models import LINEAR, OTHERS, OWN, SPARSE, Hooked, build
+from tests.support.other_models import LINEAR, MLA, OTHERS, OWN, SPARSE, Hooked, build
 
 TABLE = (Path(__file__).parents[2] / "docs" / "models.md").read_text()
 
@@ -70,11 +70,13 @@ def test_what_cannot_carry_one_position_carries_all(name: str, config: dict[str,
         ("GraniteForCausalLM", {"residual_multiplier": 0.5}),  # residual + branch / 2
         ("MiniMaxForCausalLM", {"head_dim": 8, "num_local_experts": 4}),  # the residual is scaled, too
         ("MambaForCausalLM", {}),  # no attention, no MLP
+        ("DeepseekV4ForCausalLM", MLA),  # four streams, and experts by tokens' ids
         ("BertLMHeadModel", OWN | {"is_decoder": True}),  # the sum is normalised
         ("OPTForCausalLM", OWN | {"ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),  # likewise
         ("T5ForConditionalGeneration", OWN | {"d_model": 32, "d_kv": 8, "d_ff": 48}),  # it needs an encoder's input
     ],
 )
 def test_layers_that_do_not_end_in_residual_and_branch_are_refused_by_name(name: str, config: dict[str, Any]) -> None:
-    with pytest.raises(ModelError, match=name):
+    with pytest.raises(ModelError, match=name) as error:
         adapt(build(name, **config), name="small")
+    assert not any(word in str(error.value) for word in ("NoneType", "AttributeError"))
