@@ -53,7 +53,9 @@ class WorkerActor:
 
     async def send(self, data: bytes) -> None:
         """Give the process bytes, and wait until it has room for more."""
-        with suppress(ConnectionError):  # it ended; whoever receives finds out how
+        if self._writer.is_closing():  # it ended; whoever receives finds out how
+            return
+        with suppress(ConnectionError):
             self._writer.write(data)
             await self._writer.drain()
 

@@ -55,6 +55,8 @@ class RankLink:
         Raises:
             OSError: The process is gone.
         """
+        if self._writer.is_closing():  # else uvloop raises RuntimeError
+            raise ConnectionResetError("the process is gone")
         self._writer.write(messages.encode(message))
         await self._writer.drain()
 

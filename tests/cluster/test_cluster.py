@@ -99,7 +99,7 @@ def process(worker: WorkerState) -> psutil.Process:
 
 
 def has_ended(each: psutil.Process) -> bool:
-    return not each.is_running() or each.status() == psutil.STATUS_ZOMBIE
+    return bool(not each.is_running() or each.status() == psutil.STATUS_ZOMBIE)
 
 
 async def lose_a_process_and_an_actor(pool: Pool) -> None:

@@ -80,7 +80,11 @@ def test_a_number_of_workers_that_is_none_is_refused(workers: object) -> None:
 
 
 def settings(**model: object) -> Settings:
-    tables = {"node": {"public_key": "k"}, "chain": {"urls": ["http://127.0.0.1:1"]}, "worker": {"engine": "ray"}}
+    tables: dict[str, object] = {
+        "node": {"public_key": "k"},
+        "chain": {"urls": ["http://127.0.0.1:1"]},
+        "worker": {"engine": "ray"},
+    }
     return Settings.model_validate(tables | {"model": model})
 
 
