@@ -127,12 +127,14 @@ class Outbox:
         chain: The chain that the store belongs to, once one was seen.
         place: The store's files.
         suspect: Whether SQLite read what nobody wrote; then `look_again` comes before anything else.
+        unread: How often a stored body could not be read, each time from the file opened anew.
     """
 
     def __init__(self, connection: sqlite3.Connection, place: Place) -> None:
         self.db = connection
         self.place = place
         self.suspect = False
+        self.unread = 0
         self.totals, self.queues, self.receivers = self._read_views()
         self.control = self._read_meta("control")
         self.chain = self._read_chain()

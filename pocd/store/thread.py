@@ -7,8 +7,9 @@ import sqlite3
 from functools import partial
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
+from pocd.store.bodies import BodyError
 from pocd.store.database import CallRefusedError, DatabaseThread
-from pocd.store.errors import StoreUnavailableError, failure_of, is_damage
+from pocd.store.errors import StoreDamagedError, StoreUnavailableError, damaged, failure_of, is_damage
 from pocd.store.outbox import Outbox
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MOST_WAITING = 1024  # above what all parts of the daemon and all clients of its API ask for at once
+TRIES = 3  # to read a stored body: a disk may have read it wrongly
 AGAIN_SECONDS = 1.0  # between two tries to write what has to be recorded
 
 
@@ -62,4 +64,7 @@ def _trusting(outbox: Outbox, method: Callable[Concatenate[Outbox, P], T], /, *a
         return method(outbox, *args, **kwargs)
     except sqlite3.Error as error:
         outbox.suspect = is_damage(error)
+        outbox.unread += isinstance(error, BodyError)
+        if outbox.unread >= TRIES:  # which SQLite's own look through the file does not find
+            raise StoreDamagedError(damaged(outbox.place.path, str(error))) from error
         raise

@@ -969,3 +969,23 @@ async def test_what_asks_a_closed_store_is_refused_and_what_has_to_be_recorded_g
     record.cancel()  # as the end of the loop does
     with pytest.raises(asyncio.CancelledError):
         await record
+
+
+async def test_a_body_that_is_damaged_ends_with_the_remedy_and_is_never_sent(tmp_path: Path) -> None:
+    path = tmp_path / "outbox.db"
+    with closing(OutboxThread(path)) as outbox:
+
+        def spoil(opened: Outbox) -> None:
+            opened.begin_round(Work(ROUND, NODE), NOW)
+            span = Span(0, 2000)
+            proofs = Proofs.of_distances((nonce, 1 + nonce * 0.618 % 1) for nonce in NODE.nonces(span))
+            commit_span(opened, ROUND, NODE, span, proofs, WEIGHTS, NOW)
+            form_batches(opened, ["a"], size=2000, age=0.0, now=NOW, current=ROUND)
+            opened.db.execute("UPDATE batches SET body = CAST(substr(body, 1, 2000) || randomblob(2000) AS BLOB)")
+
+        await outbox(spoil)
+        for _ in range(2):
+            with pytest.raises(StoreUnavailableError, match="a stored batch cannot be read"):
+                await outbox(deliveries.next_pending, "a")
+        with pytest.raises(StoreError, match=r"is damaged: a stored batch cannot be read.*\.recover"):
+            await outbox(deliveries.next_pending, "a")

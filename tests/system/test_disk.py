@@ -56,14 +56,19 @@ ROUND = Round("AB", 10, "miner", 2.0, "poc2", "tiny", 16)
 PAGE = 4096
 
 
-def fill(path: Path, round_: Round = ROUND, *, nonces: int = 50_000, delivered: bool = False) -> None:
+FILLED = 100_000  # nonces, whose batches take more than a mebibyte
+
+
+def fill(path: Path, round_: Round = ROUND, *, nonces: int = FILLED, delivered: bool = False) -> None:
     """Make a store of more than a mebibyte, whose batches wait for the receiver "one" or were accepted by it."""
     now = time.time()
     with closing(Outbox.open(path)) as outbox:
         outbox.begin_round(Work(round_, NODE), now)
-        proofs = Proofs.of_distances((nonce, 1 + nonce / 3e6) for nonce in NODE.nonces(Span(0, nonces)))
+        proofs = Proofs.of_distances(
+            (nonce, 1 + nonce * 0.61803398874989 % 1) for nonce in NODE.nonces(Span(0, nonces))
+        )
         commit_span(outbox, round_, NODE, Span(0, nonces), proofs, WEIGHTS, now)
-        form_batches(outbox, ["one"], size=1000, age=1, now=now, current=None)
+        form_batches(outbox, ["one"], size=2000, age=1, now=now, current=None)
         while delivered and (head := next_pending(outbox, "one")):
             record_delivered(outbox, "one", head.batch, now)
 
@@ -246,7 +251,7 @@ async def test_a_store_at_its_limit_holds_mining_until_the_receiver_takes_someth
             body = await daemon.until(lambda body: body["total_checked"] > 0)
             assert reasons(body) == []
             async with asyncio.timeout(PATIENCE):
-                while (await store.stats())[0].nonces < 50_000:  # noqa: ASYNC110 - what delivers is another process
+                while (await store.stats())[0].nonces < FILLED:  # noqa: ASYNC110 - what delivers is another process
                     await asyncio.sleep(0.05)
             actions = [entry["action"] for entry in daemon.entries()]
             assert actions.index("store_held") < actions.index("pruned_early") < actions.index("store_released")
@@ -261,7 +266,7 @@ async def test_delivered_batches_go_before_mining_is_held(tmp_path: Path) -> Non
             actions = [entry["action"] for entry in daemon.entries()]
             assert "pruned_early" in actions
             assert "store_held" not in actions
-            assert (await daemon.status())["funnel"]["delivered"] == 50_000
+            assert (await daemon.status())["funnel"]["delivered"] == FILLED
 
 
 async def test_a_disk_with_too_little_room_holds_mining_from_the_start(tmp_path: Path) -> None:
