@@ -24,7 +24,7 @@ def test_a_process_that_is_gone_is_an_error_of_the_system_at_every_message(run: 
         theirs.close()
         for _ in range(3):
             with pytest.raises(OSError, match=r"lost|gone|pipe|reset"):
-                await link.send(Cancel(0))
+                await link.send(Cancel([0]))
             await asyncio.sleep(0)
 
     run(send())
