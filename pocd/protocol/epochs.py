@@ -213,7 +213,8 @@ def _confirming(info: EpochInfo, event: Confirmation, height: int) -> Stage | No
     end = event.start + windows.generation  # of generation; unlike a regular round's, exchange and delay count from
     accepted_through = end - 1 + windows.exchange  # its last block
     validation = accepted_through + windows.delay
-    if height < event.trigger or height >= validation + windows.validation:
+    over = max(end, validation + windows.validation)  # without a delay, validation counts from the last block before
+    if height < event.trigger or height >= over:
         return None
     if height < event.start:
         return Stage(Phase.ANNOUNCED, None, event.start, "the round's block hash, and generation")

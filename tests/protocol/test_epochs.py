@@ -143,6 +143,15 @@ def every(info: EpochInfo) -> dict[int, Stage]:
     return {height: stage_at(info, height) for height in range(info.start - 5, info.start + info.windows.epoch + 5)}
 
 
+def test_without_delay_and_validation_a_confirmation_round_still_generates_to_its_end() -> None:
+    short = Windows(epoch=100, generation=3, exchange=0, delay=0, validation=0, new_validators=0)
+    info = dataclasses.replace(
+        INFO, windows=short, confirmation=Confirmation(1, INFO.start + 50, INFO.start + 52, SEED)
+    )
+    stages = [stage_at(info, INFO.start + height) for height in range(50, 56)]
+    assert [stage.phase for stage in stages] == [*[Phase.ANNOUNCED] * 2, *[Phase.CONFIRM] * 3, Phase.INFERENCE]
+
+
 @given(infos())
 def test_a_phase_lasts_until_the_height_that_it_names(info: EpochInfo) -> None:
     stages = every(info)
