@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from pocd.config.settings import LOOPBACK_HOSTS
+from pocd.config.listeners import LOOPBACK_HOSTS
 from pocd.http.server import RefusalError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from aiohttp.typedefs import Handler, Middleware
 
-    from pocd.config.settings import AdminSettings, OrchestratorSettings
+    from pocd.config.listeners import AdminSettings, OrchestratorSettings
 
 OPEN_PATHS = frozenset(
     {"/", "/healthz", "/readyz", "/docs", "/openapi.json"}

@@ -18,7 +18,7 @@ from pocd.observe.mask import excerpt
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from pocd.config.settings import AdminSettings
+    from pocd.config.listeners import AdminSettings
 
 NAME = "admin API"
 

@@ -14,22 +14,17 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from pocd.config.errors import ENV_PREFIX, describe
+from pocd.config.listeners import AdminSettings, OrchestratorSettings
 from pocd.config.ray import RaySettings, check_model
 from pocd.config.types import (
     SECTION,
     BatchSize,
     Device,
-    HostName,
     HttpUrl,
-    ModelName,
-    Origin,
-    PathPrefix,
-    Port,
     PublicKey,
     ReceiverName,
     SchemeName,
     SecretFile,
-    SocketPath,
 )
 from pocd.protocol.names import ChainKind, Compile, Dtype, OnRounding
 from pocd.protocol.numbers import MOST_NODES, Count, Index
@@ -44,7 +39,6 @@ if TYPE_CHECKING:
 
 DEFAULT_PATH = Path("/etc/pocd/pocd.toml")
 R_TARGET = 1.4042  # by which about one nonce in ten is valid with "poc2"
-LOOPBACK_HOSTS = frozenset({"127.0.0.1", "::1", "localhost"})
 
 
 class ConfigError(Exception):
@@ -55,7 +49,7 @@ class _Section(BaseModel):
     model_config = SECTION
 
 
-S = TypeVar("S", bound=_Section)
+S = TypeVar("S", bound=BaseModel)
 
 
 class NodeSettings(_Section):
@@ -184,55 +178,6 @@ class DeliverySettings(_Section):
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"receivers must have different names; repeated: {', '.join(repeated)}")
         return self
-
-
-class AdminSettings(_Section):
-    """The admin API."""
-
-    host: str = "127.0.0.1"
-    port: Port = 8460
-    socket: SocketPath | None = None
-    token_file: SecretFile | None = None
-    open_reads: bool = False
-    allowed_hosts: list[HostName] = []
-    callback_origins: list[Origin] = []
-
-    @property
-    def beyond_loopback(self) -> bool:
-        """Tell whether other hosts can reach the API."""
-        return self.socket is None and self.host not in LOOPBACK_HOSTS
-
-    @model_validator(mode="after")
-    def _token_where_it_is_needed(self) -> Self:
-        if self.beyond_loopback and self.token_file is None:
-            raise ValueError(
-                f"host {self.host!r} is not loopback: set token_file, so that not everybody can stop mining"
-            )
-        if self.open_reads and self.token_file is None:
-            raise ValueError("open_reads needs a token_file: without one nobody is asked for a token anyway")
-        return self
-
-
-class OrchestratorSettings(_Section):
-    """The API that the live network's orchestrators call; it is off unless a port is set."""
-
-    host: str = "127.0.0.1"
-    port: Port | None = None
-    prefix: PathPrefix = ""
-    token_file: SecretFile | None = None
-    allowed_hosts: list[HostName] = []
-    aliases: list[ModelName] = []
-    late_seconds: float = Field(default=60.0, ge=0, le=3600)
-
-    @property
-    def is_on(self) -> bool:
-        """Whether rounds come from an orchestrator, and none from the chain."""
-        return self.port is not None
-
-    @property
-    def beyond_loopback(self) -> bool:
-        """Tell whether other hosts can reach the API."""
-        return self.host not in LOOPBACK_HOSTS
 
 
 class ValidationSettings(_Section):

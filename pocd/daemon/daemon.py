@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from structlog.typing import FilteringBoundLogger
 
     from pocd.chain.source import Head
-    from pocd.config.settings import AdminSettings, OrchestratorSettings, Settings
+    from pocd.config.listeners import AdminSettings, OrchestratorSettings
+    from pocd.config.settings import Settings
     from pocd.daemon.compose import Composition
     from pocd.observe.notify import Notifier
 

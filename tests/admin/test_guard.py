@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from pocd.admin import guard
 from pocd.admin.client import AdminError, call
-from pocd.config.settings import AdminSettings
+from pocd.config.listeners import AdminSettings
 from pocd.http.server import errors_as_json, json_answer, listening
 from tests.support.processes import Chain, config, fails, running
 from tests.support.waiting import PATIENCE

@@ -23,7 +23,7 @@ from pocd.admin.operations import METHODS, Error, all_answers
 from pocd.admin.requests import InitBody
 from pocd.admin.server import AdminApi
 from pocd.clock import SYSTEM
-from pocd.config.settings import AdminSettings
+from pocd.config.listeners import AdminSettings
 from pocd.observe.events import Events
 from pocd.validation.claim import AnyClaim
 from pocd.validation.conditions import Conditions

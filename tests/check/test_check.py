@@ -20,7 +20,8 @@ from pocd.check import api, devices, host, model, report, store
 from pocd.check.finding import Finding, Level, bounded, green, red, yellow
 from pocd.check.model import Place
 from pocd.check.probe import probe
-from pocd.config.settings import AdminSettings, ModelSettings, load
+from pocd.config.listeners import AdminSettings
+from pocd.config.settings import ModelSettings, load
 from pocd.http.server import listening
 from pocd.http.webhooks import WebhookKeys
 from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_OK

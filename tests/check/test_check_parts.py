@@ -32,7 +32,8 @@ from pocd.check.probe import Probe
 from pocd.check.receivers import check_receiver
 from pocd.clock import SYSTEM
 from pocd.compute.toolchain import Lack
-from pocd.config.settings import AdminSettings, ModelSettings, StoreSettings, load
+from pocd.config.listeners import AdminSettings
+from pocd.config.settings import ModelSettings, StoreSettings, load
 from pocd.delivery.posting import Receiver
 from pocd.http.client import open_session
 from pocd.http.server import listening

@@ -13,7 +13,7 @@ from pocd.admin import status
 from pocd.admin.answers import Status
 from pocd.admin.server import AdminApi
 from pocd.clock import SYSTEM
-from pocd.config.settings import AdminSettings
+from pocd.config.listeners import AdminSettings
 from pocd.http.server import listening
 from pocd.observe.events import Events
 from pocd.pool.causes import Cause
