@@ -115,13 +115,14 @@ class Cluster:
             WorkerError: The cluster did not start it.
             WorkerRefusedError: The machine has other versions than this one.
         """
-        if self._requests is None:
+        requests = self._requests
+        if requests is None:
             raise WorkerError(Cause.CLUSTER, self._reason or "there is no bridge to the cluster")
         ours, theirs = socket.socketpair()
         with theirs:
             link = RankLink(*await asyncio.open_connection(sock=ours))
             try:
-                socket.send_fds(self._requests, [b"w"], [theirs.fileno()])
+                socket.send_fds(requests, [b"w"], [theirs.fileno()])
                 theirs.close()  # else its end would not be seen here
                 placed = await link.receive(PLACE_SECONDS)
                 assert isinstance(placed, Placed), f"unexpected {placed}"

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import socket
 from typing import TYPE_CHECKING
 
 import pytest
+import structlog
 from pydantic import ValidationError
 
 from pocd.check.cluster import judge
@@ -14,9 +18,9 @@ from pocd.cluster.versions import differences, versions
 from pocd.config.model import check_engine
 from pocd.config.ray import RaySettings
 from pocd.config.settings import ConfigError, Settings
-from pocd.pool.causes import Cause, WorkerRefusedError
-from pocd.pool.cluster import bridge_environment, check_versions
-from pocd.worker.messages import Gone, Placed, Room, decode_frame, encode
+from pocd.pool.causes import Cause, WorkerError, WorkerRefusedError
+from pocd.pool.cluster import Cluster, bridge_environment, check_versions
+from pocd.worker.messages import Gone, Load, Placed, Room, decode_frame, encode
 
 if TYPE_CHECKING:
     from pocd.worker.messages import Message
@@ -108,3 +112,28 @@ def test_what_follows_from_a_clusters_state() -> None:
     assert judge("room for 1 of 2 workers", 1, 2, "h:1").level is Level.YELLOW
     away = judge("cannot be reached", 0, 0, "h:1")
     assert (away.level, away.text) == (Level.RED, "cannot be reached")
+
+
+async def test_a_bridge_that_ends_while_a_worker_is_asked_of_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(
+        RaySettings(address="127.0.0.1:1"),
+        gpus=0,
+        environment=os.environ,
+        changed=lambda: None,
+        log=structlog.get_logger(),
+    )
+    requests, bridge = socket.socketpair()
+    cluster._requests = requests
+    connect = asyncio.open_connection
+
+    async def connect_late(**given: socket.socket) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        connected = await connect(**given)  # type: ignore[arg-type]  # `sock` alone
+        cluster._requests = None  # as `run` does when the bridge has ended
+        requests.close()
+        return connected
+
+    monkeypatch.setattr(asyncio, "open_connection", connect_late)
+    load = Load("a model", "float32", ("cpu",), "poc2", 16, 8)
+    with bridge, pytest.raises(WorkerError, match="the bridge to the cluster ended") as lost:
+        await cluster.start(load, structlog.get_logger())
+    assert lost.value.cause is Cause.CLUSTER
