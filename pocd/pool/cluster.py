@@ -78,11 +78,6 @@ class Cluster:
         self._requests: socket.socket | None = None
 
     @property
-    def machines(self) -> int:
-        """How many machines the cluster has now."""
-        return self._room.machines
-
-    @property
     def problem(self) -> str | None:
         """Why fewer workers than there may be have room now; None where all have."""
         if self._reason is not None:
