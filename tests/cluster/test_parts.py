@@ -63,7 +63,9 @@ def test_the_bridge_gets_rays_own_variables_and_nothing_of_the_daemons() -> None
         "CREDENTIALS_DIRECTORY": "/run/credentials/pocd.service",
         "HF_TOKEN": "hf_x",
     }
-    assert bridge_environment(given) == {"RAY_AUTH_MODE": "token", "PATH": "/bin", "RAY_USAGE_STATS_ENABLED": "0"}
+    kept = {"RAY_AUTH_MODE": "token", "PATH": "/bin"}
+    own = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_event_log_reporter_enabled": "0"}
+    assert bridge_environment(given) == kept | own
 
 
 @pytest.mark.parametrize("message", [PLACED, Gone(is_lost=True, message="why"), Room(3, 2, "")])
