@@ -127,7 +127,7 @@ def by_expert(
     Args:
         positions: Input hidden states [positions, H].
         chosen: Experts of each position [positions, top]; numbers beyond the experts' are those of other devices.
-        shares: Their shares, float32 or the model's dtype [positions, top].
+        shares: Shares of these in the result, float32 or in the model's dtype [positions, top].
         experts: Number of experts.
         compute: Gives the outputs of rows from these, sorted by expert, the expert of each, and the row before which
             each expert's rows end, int32 [experts].
@@ -153,7 +153,7 @@ def in_tiles(module: Any, hidden_states: torch.Tensor, chosen: torch.Tensor, sha
         module: transformers' experts, with the properties that its decorator `use_experts_implementation` gives.
         hidden_states: [positions, H].
         chosen: Experts of each position [positions, top].
-        shares: Their shares [positions, top].
+        shares: Shares of these in the result [positions, top].
     """
     if hidden_states.device.type != "cpu":
         every: torch.Tensor = grouped_mm_experts_forward(module, hidden_states, chosen, shares)
@@ -161,7 +161,9 @@ def in_tiles(module: Any, hidden_states: torch.Tensor, chosen: torch.Tensor, sha
 
     def product(name: str, rows: torch.Tensor, numbers: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         matrices = getattr(module, name)
-        found: torch.Tensor = grouped_product(rows, matrices.transpose(-2, -1) if module.is_transposed else matrices, ends)
+        if module.is_transposed:
+            matrices = matrices.transpose(-2, -1)
+        found: torch.Tensor = grouped_product(rows, matrices, ends)
         if module.has_bias:
             found = found + getattr(module, f"{name}_bias")[numbers.clamp(max=module.num_experts - 1)]
         return found
