@@ -159,6 +159,10 @@ class RoundingStatus(BaseModel):
     own_share: float = Field(
         description="Share of the squares of the model's outputs that is the nonce's own; near 0 all nonces have one."
     )
+    turned: float | None = Field(
+        description="Share of nonces of which a mixture's router chooses other experts on a host that rounds "
+        "otherwise; null for models without such a router."
+    )
     alarm: str | None = Field(description="Why a person should act; null while results are worth something.")
 
 

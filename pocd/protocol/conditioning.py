@@ -25,11 +25,14 @@ class Conditioning:
             tolerance, where one nonce in ten is valid; None where all nonces count.
         own_share: Share of the squares of the model's outputs that is the nonce's own: what is left when the mean over
             nonces is taken away. Near 0 all nonces have one output, which tells nothing of who computed it.
+        turned: Share of nonces of which at least one choice of a mixture's router is another one on a host that rounds
+            otherwise; None where there is no such router.
     """
 
     error: float
     flipped: float | None
     own_share: float
+    turned: float | None = None
 
     @property
     def alarm(self) -> str | None:

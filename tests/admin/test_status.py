@@ -158,7 +158,7 @@ async def test_a_worker_whose_results_depend_on_rounding_is_an_alarm(tmp_path: P
         for worker, flipped in ((first, 0.0), (second, 0.25)):
             worker.start()
             worker.load("loading the model")
-            worker.become_ready(dataclasses.replace(READY, conditioning=Conditioning(0.5, flipped, 0.75)))
+            worker.become_ready(dataclasses.replace(READY, conditioning=Conditioning(0.5, flipped, 0.75, 0.125)))
         (alarm,) = status.alarms(parts)
         assert alarm.part == "worker 1 (cpu)"
         assert "25.00% of honest nonces would be found invalid" in alarm.reason
@@ -168,3 +168,4 @@ async def test_a_worker_whose_results_depend_on_rounding_is_an_alarm(tmp_path: P
     assert 'pocd_worker_flipped_ratio{worker="1"} 0.25' in text
     assert 'pocd_worker_rounding_error_ratio{worker="0"} 0.5' in text
     assert 'pocd_worker_own_share_ratio{worker="0"} 0.75' in text
+    assert 'pocd_worker_turned_ratio{worker="0"} 0.125' in text
