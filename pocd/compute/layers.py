@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pocd.compute.memory import is_fault
+from pocd.compute.routers import even_routers
 from pocd.protocol.errors import ModelError
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ class LayerDecoder:
                 edges = _Edges(layer, form.parts, hooks)
                 hook = _joining(edges, form, join, vectors[index], f"layer {index}", observe)
                 hooks.enter_context(layer.register_forward_hook(hook))
-            output = _output_of_last_layer(self.decoder, last, embeddings, hooks)
+            output = _output_of_last_layer(self.decoder, self.layers, embeddings, hooks)
         states: torch.Tensor = self.norm(output if all_positions else output[:, -1])
         return states
 
@@ -273,7 +274,7 @@ class LayerDecoder:
                 if index in between:
                     hook = _changing(edges, hook, between[index])
                 hooks.enter_context(layer.register_forward_hook(hook))
-            output = _output_of_last_layer(self.decoder, self.layers[-1], embeddings, hooks, positions)
+            output = _output_of_last_layer(self.decoder, self.layers, embeddings, hooks, positions)
         states: torch.Tensor = self.norm(output)
         return states
 
@@ -292,7 +293,7 @@ def _changing(edges: _Edges, joining: Callable[..., Any], between: Between) -> C
 
 def _output_of_last_layer(
     decoder: nn.Module,
-    layer: nn.Module,
+    layers: Sequence[nn.Module],
     embeddings: torch.Tensor,
     hooks: ExitStack,
     positions: torch.Tensor | None = None,
@@ -304,8 +305,8 @@ def _output_of_last_layer(
         found.append(_tensor(output))
         raise _Taken
 
-    hooks.enter_context(layer.register_forward_hook(leave))
-    with contextlib.suppress(_Taken):
+    hooks.enter_context(layers[-1].register_forward_hook(leave))
+    with contextlib.suppress(_Taken), even_routers(layers):
         where = {}
         if positions is not None:
             # Without a mask transformers takes a gap between positions for the start of another sequence.
