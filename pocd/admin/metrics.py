@@ -148,7 +148,8 @@ class DaemonCollector(Collector):
             rounding.add_metric(name, int(worker.rounding_alarm is not None))
             measured = worker.info.conditioning if worker.info else None
             if measured is not None:
-                error.add_metric(name, measured.error)
+                if measured.error is not None:
+                    error.add_metric(name, measured.error)
                 own_share.add_metric(name, measured.own_share)
                 if measured.flipped is not None:
                     flipped.add_metric(name, measured.flipped)
