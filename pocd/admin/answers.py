@@ -100,6 +100,10 @@ class WorkersStatus(BaseModel):
     last_error: str | None = Field(description="Why a worker ended last; null if none did.")
     batch_size: int = Field(description="Nonces per forward pass.")
     refused_batches: int = Field(description="Batches without a result: the model gave NaN or infinity.")
+    non_finite_nonces: int = Field(
+        description="Nonces without a result since the daemon's start: all of refused batches, and those whose vectors "
+        "have NaN or infinity."
+    )
     last_refusal: str | None = Field(
         description="Where NaN or infinity first appeared in the last batch without a result."
     )

@@ -164,6 +164,11 @@ class DaemonCollector(Collector):
             "Batches without a result, since the model gave NaN or infinity.",
             self._parts.miner.refused_batches,
         )
+        yield CounterMetricFamily(
+            "pocd_worker_non_finite_nonces",
+            "Nonces without a result: all of refused batches, and those whose vectors have NaN or infinity.",
+            self._parts.miner.non_finite,
+        )
 
     def _cards(self) -> Iterator[Metric]:
         parts, labels = self._parts, ["worker", "device"]
