@@ -68,8 +68,9 @@ def test_the_bench_measures_all_three_ways() -> None:
     assert abs(sum(row["profile"].values()) - 1) < 1e-9
     assert row["profile"].keys() >= {"matrix products", "attention", "generator", "norms and transforms"}
     assert (row["seq_len"], row["batch_size"], row["hidden_size"], row["dtype"]) == (8, 2, 128, "float32")
-    assert min(row["plain"], row["bare"], row["engine"], row["engine_gflops"], row["round_seconds"]) > 0
-    assert 0 < row["generator_share"] < 1
+    # Above one too, where the machine was busy: the generator is timed apart.
+    measured = "plain", "bare", "engine", "engine_gflops", "round_seconds", "generator_share"
+    assert min(row[name] for name in measured) > 0
     # With one sample each, the ratios are those of the rates.
     assert abs(row["engine_over_bare"] * row["bare"] / row["engine"] - 1) < 1e-9
     assert abs(row["engine_over_plain"] * row["plain"] / row["engine"] - 1) < 1e-9
