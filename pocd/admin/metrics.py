@@ -153,7 +153,8 @@ class DaemonCollector(Collector):
             rounding.add_metric(name, int(worker.rounding_alarm is not None))
             measured = worker.info.conditioning if worker.info else None
             if measured is not None:
-                error.add_metric(name, measured.error)
+                if measured.error is not None:
+                    error.add_metric(name, measured.error)
                 own_share.add_metric(name, measured.own_share)
                 if measured.turned is not None:
                     turned.add_metric(name, measured.turned)
@@ -169,6 +170,11 @@ class DaemonCollector(Collector):
             "pocd_worker_refused_batches",
             "Batches without a result, since the model gave NaN or infinity.",
             self._parts.miner.refused_batches,
+        )
+        yield CounterMetricFamily(
+            "pocd_worker_non_finite_nonces",
+            "Nonces without a result: all of refused batches, and those whose vectors have NaN or infinity.",
+            self._parts.miner.non_finite,
         )
 
     def _cards(self) -> Iterator[Metric]:

@@ -22,7 +22,7 @@ from pocd.mining.phases import Call
 from pocd.pool.cards import CardReading
 from pocd.pool.causes import Cause
 from pocd.protocol.conditioning import Conditioning
-from pocd.protocol.nonces import Node
+from pocd.protocol.nonces import Ledger, Node, Progress
 from pocd.protocol.proof import Round
 from pocd.store import deliveries
 from pocd.store.batches import form_batches
@@ -150,6 +150,22 @@ async def test_a_daemon_that_mines_and_computes_nothing_is_not_ready(tmp_path: P
         parts.miner.hold("the disk is full")
         assert "miner" not in {problem.part for problem in status.problems(parts)}, "the store is why"
         parts.miner.give_back(second)
+
+
+async def test_a_round_without_nonces_left_is_idle_and_says_why(tmp_path: Path) -> None:
+    clock = ManualClock()
+    with made(tmp_path, clock) as parts:
+        await mine(parts, clock)
+        assert parts.miner.mining
+        parts.miner.mining.ledger = Ledger(Progress(), size=1)
+        lease = await parts.miner.lease(8)
+        assert status.state(parts) == "GENERATING"
+        parts.miner.refuse(lease)
+        assert status.state(parts) == "IDLE"
+        told = {problem.part: problem.reason for problem in status.problems(parts)}
+        assert told["miner"].startswith("scheme 'poc2' has no nonce above 9223372036854775807, and all of this node's")
+        assert status.view(parts).worker.non_finite_nonces == 1
+        assert "pocd_worker_non_finite_nonces_total 1.0" in generate_latest(registry(parts)).decode()
 
 
 async def test_a_worker_whose_results_depend_on_rounding_is_an_alarm(tmp_path: Path) -> None:

@@ -147,6 +147,7 @@ def sample() -> dict[str, Any]:
             "last_error": None,
             "batch_size": 256,
             "refused_batches": 0,
+            "non_finite_nonces": 0,
             "last_refusal": None,
         },
         "workers": [worker(0, 424.9), worker(1, 424.3)],
