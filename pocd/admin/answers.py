@@ -200,6 +200,17 @@ class WorkerStatus(BaseModel):
     )
 
 
+class MachineStatus(BaseModel):
+    """A machine of a Ray cluster on which workers of this daemon run now."""
+
+    node: str
+    address: str
+    workers: int = Field(description="Workers that run there.")
+    ready: int = Field(description="Workers among them that have a model ready.")
+    computed_per_second_1m: float = Field(description="Nonces that these workers computed for mining per second.")
+    computed_per_second_15m: float
+
+
 class ReceiverStatus(BaseModel):
     """A receiver's queue and how it answers. Delivered and purged ones are counted for ever, the others are now."""
 
@@ -259,6 +270,9 @@ class Status(BaseModel):
     chain: ChainStatus
     worker: ReadyWorkersStatus | WorkersStatus = Field(description="All workers together.")
     workers: list[WorkerStatus]
+    machines: list[MachineStatus] = Field(
+        description="Machines of a Ray cluster on which workers run, by name; empty where all run on this one."
+    )
     receivers: list[ReceiverStatus]
     problems: list[Problem] = Field(description="Problems that keep the daemon from mining; empty when there is none.")
     alarms: list[Problem] = Field(

@@ -163,9 +163,13 @@ class DaemonCollector(Collector):
             if worker.info is not None:
                 info.add_metric(name, {key: str(getattr(worker.info, key) or "") for key in INFO})
         yield from (ready, restarts, alarm, size, computed, error, flipped, own_share, turned, rounding, info, place)
-        if cluster := self._parts.workers.cluster:
-            degraded = int(cluster.problem is not None)
-            yield GaugeMetricFamily("pocd_cluster_degraded", "1 while the Ray cluster is away or lacks room.", degraded)
+        cluster = self._parts.workers.cluster
+        degraded = int(cluster is not None and cluster.problem is not None)
+        yield GaugeMetricFamily(
+            "pocd_cluster_degraded",
+            "1 while the Ray cluster is away or lacks room; 0 where workers run on this machine.",
+            degraded,
+        )
         yield CounterMetricFamily(
             "pocd_worker_refused_batches",
             "Batches without a result, since the model gave NaN or infinity.",
