@@ -32,6 +32,7 @@ from pocd.mining.phases import Mode, state_of
 from pocd.observe.mask import mask_url
 from pocd.pool.causes import Cause
 from pocd.protocol.proof import Proofs
+from pocd.protocol.schemes import SCHEMES
 from pocd.store.callbacks import ENDED
 from pocd.store.outbox import Queue, ReceiverState, Totals
 
@@ -57,7 +58,8 @@ STALLED_SECONDS = 60.0  # without a nonce, after which a daemon that mines is no
 
 def state(parts: Parts) -> DaemonState:
     """Return what the daemon is doing, in one word."""
-    ready, mining = parts.workers.ready.is_set(), parts.miner.current is not None
+    miner = parts.miner
+    ready, mining = parts.workers.ready.is_set(), miner.current is not None and not miner.is_done
     return state_of(parts.control.mode, ready=ready, mining=mining)
 
 
@@ -75,6 +77,13 @@ def problems(parts: Parts) -> list[Problem]:
         ]
     if parts.miner.held:
         found.append(Problem(part="store", reason=parts.miner.held))
+    if parts.miner.is_done and parts.miner.mining:
+        scheme = SCHEMES[parts.miner.mining.round.scheme]
+        reason = (
+            f"scheme {scheme.name!r} has no nonce above {scheme.largest_nonce}, and all of this node's are checked, or "
+            "gave no result; mining goes on with the next round"
+        )
+        found.append(Problem(part="miner", reason=reason))
     if _is_stalled(parts):
         reason = (
             f"no nonce was computed for {STALLED_SECONDS:.0f} s or more; the worker's device hangs or is far too slow"
@@ -175,6 +184,7 @@ def _workers(workers: Pool, miner: Miner) -> WorkersStatus:
         "last_error": workers.last_error,
         "batch_size": workers.batch_size,
         "refused_batches": miner.refused_batches,
+        "non_finite_nonces": miner.non_finite,
         "last_refusal": next((each.last_refusal for each in workers.workers if each.last_refusal), None),
     }
     if workers.info is None:

@@ -110,6 +110,16 @@ def check_configuration(config: Path, settings: Settings) -> list[Finding]:
     if not settings.delivery.receivers:
         remedy = "add a table [[delivery.receivers]]"
         findings.append(yellow(name, "no receiver is configured: proofs are kept until there is one", remedy))
+    if "scheme" not in settings.round.model_fields_set:
+        findings.append(
+            yellow(
+                name,
+                f"round.scheme is not named, so it is {settings.round.scheme!r}, as before there was another: in deep "
+                "models of half precision honest hosts do not agree on its distances",
+                "name the scheme of your network under [round]: 'poc4', as new configurations do, agrees at any depth; "
+                f"name {settings.round.scheme!r} to keep it",
+            )
+        )
     return findings or [green(name, f"{config} can be used")]
 
 

@@ -119,6 +119,8 @@ def _rows(seen: Seen) -> Iterator[tuple[str, Text]]:
         yield "PROBLEM", Text(f"{problem['part']}: {problem['reason']}", "bold yellow")
     yield "state", _state(status)
     yield "funnel", _funnel(status["funnel"])
+    if broken := status["worker"].get("non_finite_nonces"):
+        yield "NaN", Text(f"{broken:,} nonces without a result: the model gave NaN or infinity", "yellow")
     yield "rate", _rate(status["rates"], seen.samples)
     if status["round"]:
         yield "valid", _valid(status["round"])

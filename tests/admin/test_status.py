@@ -23,7 +23,7 @@ from pocd.pool.cards import CardReading
 from pocd.pool.causes import Cause
 from pocd.pool.processes import Place
 from pocd.protocol.conditioning import Conditioning
-from pocd.protocol.nonces import Node
+from pocd.protocol.nonces import Ledger, Node, Progress
 from pocd.protocol.proof import Round
 from pocd.store import deliveries
 from pocd.store.batches import form_batches
@@ -153,6 +153,22 @@ async def test_a_daemon_that_mines_and_computes_nothing_is_not_ready(tmp_path: P
         parts.miner.give_back(second)
 
 
+async def test_a_round_without_nonces_left_is_idle_and_says_why(tmp_path: Path) -> None:
+    clock = ManualClock()
+    with made(tmp_path, clock) as parts:
+        await mine(parts, clock)
+        assert parts.miner.mining
+        parts.miner.mining.ledger = Ledger(Progress(), size=1)
+        lease = await parts.miner.lease(8)
+        assert status.state(parts) == "GENERATING"
+        parts.miner.refuse(lease)
+        assert status.state(parts) == "IDLE"
+        told = {problem.part: problem.reason for problem in status.problems(parts)}
+        assert told["miner"].startswith("scheme 'poc2' has no nonce above 9223372036854775807, and all of this node's")
+        assert status.view(parts).worker.non_finite_nonces == 1
+        assert "pocd_worker_non_finite_nonces_total 1.0" in generate_latest(registry(parts)).decode()
+
+
 async def test_the_machines_of_a_cluster_have_the_sums_of_their_workers(tmp_path: Path) -> None:
     clock = ManualClock()
     with made(tmp_path, clock) as parts:
@@ -182,7 +198,7 @@ async def test_a_worker_whose_results_depend_on_rounding_is_an_alarm(tmp_path: P
         for worker, flipped in ((first, 0.0), (second, 0.25)):
             worker.start()
             worker.load("loading the model")
-            worker.become_ready(dataclasses.replace(READY, conditioning=Conditioning(0.5, flipped, 0.75)))
+            worker.become_ready(dataclasses.replace(READY, conditioning=Conditioning(0.5, flipped, 0.75, 0.125)))
         (alarm,) = status.alarms(parts)
         assert alarm.part == "worker 1 (cpu)"
         assert "25.00% of honest nonces would be found invalid" in alarm.reason
@@ -192,3 +208,4 @@ async def test_a_worker_whose_results_depend_on_rounding_is_an_alarm(tmp_path: P
     assert 'pocd_worker_flipped_ratio{worker="1"} 0.25' in text
     assert 'pocd_worker_rounding_error_ratio{worker="0"} 0.5' in text
     assert 'pocd_worker_own_share_ratio{worker="0"} 0.75' in text
+    assert 'pocd_worker_turned_ratio{worker="0"} 0.125' in text

@@ -112,6 +112,14 @@ def test_what_is_wrong_comes_first() -> None:
     assert "dead 120, expired 40" in text
 
 
+def test_nonces_without_a_result_are_told() -> None:
+    body = sample()
+    assert "NaN" not in "\n".join([*drawn(seen(body)), as_text(body)])
+    body["worker"]["non_finite_nonces"] = 1234
+    assert "1,234 nonces without a result: the model gave NaN or infinity" in "\n".join(drawn(seen(body)))
+    assert "1,234 nonces without a result" in as_text(body)
+
+
 @pytest.mark.parametrize("body", [sample(), troubled()])
 @pytest.mark.parametrize("width", [20, 40, 55, 56, 80, 132])
 @pytest.mark.parametrize("height", [3, 12, 24, 60, None])

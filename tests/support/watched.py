@@ -54,7 +54,9 @@ def worker(number: int, rate: float, *, ready: bool = True, **changes: Any) -> d
         "computed_per_second_1m": rate,
         "computed_per_second_15m": rate,
         "cards": [card],
-        "rounding": {"error": 0.002, "flipped": 0.0, "own_share": 0.6, "alarm": None} if ready else None,
+        "rounding": {"error": 0.002, "flipped": 0.0, "own_share": 0.6, "turned": None, "alarm": None}
+        if ready
+        else None,
         **changes,
     }
 
@@ -166,6 +168,7 @@ def sample() -> dict[str, Any]:
             "last_error": None,
             "batch_size": 256,
             "refused_batches": 0,
+            "non_finite_nonces": 0,
             "last_refusal": None,
         },
         "workers": [worker(0, 424.9), worker(1, 424.3)],
