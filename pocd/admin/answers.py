@@ -166,6 +166,10 @@ class RoundingStatus(BaseModel):
     own_share: float = Field(
         description="Share of the squares of the model's outputs that is the nonce's own; near 0 all nonces have one."
     )
+    turned: float | None = Field(
+        description="Share of nonces of which a mixture's router chooses other experts on a host that rounds "
+        "otherwise; null for models without such a router."
+    )
     alarm: str | None = Field(description="Why a person should act; null while results are worth something.")
 
 
@@ -194,6 +198,17 @@ class WorkerStatus(BaseModel):
     rounding: RoundingStatus | None = Field(
         description="Effect of rounding on the worker's results; null until it is measured, and where it cannot be."
     )
+
+
+class MachineStatus(BaseModel):
+    """A machine of a Ray cluster on which workers of this daemon run now."""
+
+    node: str
+    address: str
+    workers: int = Field(description="Workers that run there.")
+    ready: int = Field(description="Workers among them that have a model ready.")
+    computed_per_second_1m: float = Field(description="Nonces that these workers computed for mining per second.")
+    computed_per_second_15m: float
 
 
 class ReceiverStatus(BaseModel):
@@ -255,6 +270,9 @@ class Status(BaseModel):
     chain: ChainStatus
     worker: ReadyWorkersStatus | WorkersStatus = Field(description="All workers together.")
     workers: list[WorkerStatus]
+    machines: list[MachineStatus] = Field(
+        description="Machines of a Ray cluster on which workers run, by name; empty where all run on this one."
+    )
     receivers: list[ReceiverStatus]
     problems: list[Problem] = Field(description="Problems that keep the daemon from mining; empty when there is none.")
     alarms: list[Problem] = Field(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import astuple
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from pocd.admin.answers import (
     CardStatus,
     ControlStatus,
     Funnel,
+    MachineStatus,
     NodeStatus,
     Problem,
     Rates,
@@ -35,6 +37,8 @@ from pocd.store.callbacks import ENDED
 from pocd.store.outbox import Queue, ReceiverState, Totals
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pocd.admin.parts import Parts
     from pocd.delivery.dispatcher import Dispatcher
     from pocd.mining.control import Control
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
     from pocd.mining.phases import DaemonState
     from pocd.pool.cards import CardReading, Cards
     from pocd.pool.pool import Pool
+    from pocd.pool.processes import Place
     from pocd.pool.state import WorkerState
     from pocd.protocol.conditioning import Conditioning
     from pocd.protocol.proof import Round
@@ -211,6 +216,25 @@ def _worker(parts: Parts, worker: WorkerState) -> WorkerStatus:
     )
 
 
+def machines(workers: Iterable[WorkerState]) -> list[MachineStatus]:
+    """Return the machines of a cluster that workers are on now, each with the sum of its workers' rates."""
+    found: defaultdict[Place, list[WorkerState]] = defaultdict(list)
+    for worker in workers:
+        if worker.place:
+            found[worker.place].append(worker)
+    return [
+        MachineStatus(
+            node=place.node,
+            address=place.address,
+            workers=len(there),
+            ready=sum(worker.ready for worker in there),
+            computed_per_second_1m=sum(worker.computed_rate.per_second(60) for worker in there),
+            computed_per_second_15m=sum(worker.computed_rate.per_second(900) for worker in there),
+        )
+        for place, there in sorted(found.items(), key=lambda each: (each[0].node, each[0].address))
+    ]
+
+
 def _card(cards: Cards, device: str, card: CardIdentity) -> CardStatus:
     reading = cards.reading(card.uuid)
     return CardStatus(device=device, **_fields(card), reading=SensorValues(**_fields(reading)) if reading else None)
@@ -304,6 +328,7 @@ def view(parts: Parts) -> Status:
         chain=chain_status(parts.chain, parts.chain.problem(now, settings.chain.poll_interval)),
         worker=_workers(parts.workers, miner),
         workers=[_worker(parts, worker) for worker in parts.workers.workers],
+        machines=machines(parts.workers.workers),
         receivers=receivers(parts),
         problems=problems(parts),
         alarms=alarms(parts),

@@ -126,6 +126,7 @@ def _rows(seen: Seen) -> Iterator[tuple[str, Text]]:
         yield "valid", _valid(status["round"])
         yield "round", _round(status["round"])
     yield "chain", _chain(status["chain"], seen.now)
+    yield from _labelled("machines", list(map(_machine, status.get("machines", []))))
     yield from _labelled("workers", [line for worker in status["workers"] for line in _worker(worker)])
     yield from _labelled("receivers", list(map(_receiver, status["receivers"])))
     if seen.deaf:
@@ -209,6 +210,13 @@ def _chain(chain: dict[str, Any], now: float) -> Text:
     if epoch := chain.get("epoch"):
         text.append(f"; epoch {epoch_text(epoch)}")
     return text.append(f"; {chain['problem']}", "yellow") if chain["problem"] else text
+
+
+def _machine(machine: dict[str, Any]) -> Text:
+    text = Text.assemble((machine["node"], "bold"), (f" {machine['address']}  ", "dim"))
+    all_ready = machine["ready"] == machine["workers"]
+    text.append(f"{machine['ready']} of {machine['workers']} workers  ", "dim" if all_ready else "yellow")
+    return text.append(f"{machine['computed_per_second_1m']:,.1f}", "bold").append("/s", "dim")
 
 
 def _worker(worker: dict[str, Any]) -> list[Text]:

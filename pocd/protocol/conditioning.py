@@ -27,11 +27,14 @@ class Conditioning:
         own_share: Share of the squares of the model's outputs that is the nonce's own: what is left when the mean over
             nonces is taken away. Near 0 all nonces have one output, which tells nothing of who computed it; 0 where
             nothing scatters.
+        turned: Share of nonces of which at least one choice of a mixture's router is another one on a host that rounds
+            otherwise; None where there is no such router.
     """
 
     error: float | None
     flipped: float | None
     own_share: float
+    turned: float | None = None
 
     @property
     def alarm(self) -> str | None:

@@ -71,6 +71,14 @@ GIB = 2**30
             "green",
             "results are off by at most 1.25% of their scatter; 50% of the outputs are the nonce's own",
         ),
+        (
+            {"error": 0.0125, "flipped": None, "own_share": 0.5, "turned": 0.125, "alarm": None},
+            "green",
+            (
+                "results are off by at most 1.25% of their scatter; 50% of the outputs are the nonce's own; "
+                "rounding turns a router's choice in 12.50% of nonces"
+            ),
+        ),
         ({"error": 0.9, "flipped": 0.4, "own_share": 0.5, "alarm": "rounding decides"}, "red", "rounding decides"),
     ],
 )

@@ -31,7 +31,7 @@ from pocd.cli.watch_view import Sample, Seen, View, seen_rates, sparkline, wilso
 from pocd.process import EXIT_CRASH, EXIT_OK
 from tests.support.processes import free_port
 from tests.support.waiting import PATIENCE, until
-from tests.support.watched import Watched, receiver, sample, troubled
+from tests.support.watched import Watched, on_machines, receiver, sample, troubled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -87,6 +87,17 @@ def test_a_healthy_daemon_at_a_glance() -> None:
     ):
         assert part in text
     assert "ALARM" not in text
+
+
+def test_the_machines_of_a_cluster_have_lines_of_their_own() -> None:
+    body = on_machines(sample())
+    text = "\n".join(drawn(seen(body)))
+    assert "machines  three 10.0.0.3  0 of 1 workers  0.0/s" in text
+    assert "two 10.0.0.2  1 of 1 workers  424.9/s" in text
+    assert "0 cuda:0 on two  captured" in text
+    told_ = as_text(body)
+    assert "machine    two (10.0.0.2), 1 of 1 workers ready, 424.9 nonces/s" in told_
+    assert "0: cuda:0 on two, captured" in told_
 
 
 def test_what_is_wrong_comes_first() -> None:
