@@ -43,6 +43,7 @@ from pocd.protocol.rounds import RoundPolicy
 from pocd.protocol.schemes import LIVE_SCHEME, with_stronger_rng
 from pocd.store.rounds import recent_rounds
 from pocd.validation.jobs import Jobs
+from pocd.validation.paired import Paired
 from pocd.validation.queue import Validator
 from pocd.worker.messages import Load
 
@@ -70,10 +71,12 @@ class Orchestrated:
 
     Attributes:
         jobs: Does what is asked for by a list of nonces.
+        paired: Has what jobs have judged judged by differences too.
         late: Sets aside what a round found and nobody took in time; elsewhere what was found is kept.
     """
 
     jobs: Jobs
+    paired: Paired
     late: LateArtifacts
 
 
@@ -141,8 +144,19 @@ def compose(
         cluster=make_cluster(settings, changes, log),
     )
     served = make_delivery(settings, receivers, outbox, miner, clock=steady, log=log, events=events)
-    most = settings.validation.max_queued
-    validator = Validator(outbox, workers, served, most=most, clock=steady, log=log, events=events)
+    jobs = None
+    if settings.orchestrator.is_on:
+        jobs = Jobs(outbox, workers, served, lambda: control.mode, changes, clock=steady, log=log)
+    validator = Validator(
+        outbox,
+        workers,
+        served,
+        most=settings.validation.max_queued,
+        clock=steady,
+        log=log,
+        events=events,
+        until_free=jobs.until_idle if jobs else None,
+    )
     known = outbox.view.chain
     parts = Parts(
         settings=settings,
@@ -160,10 +174,10 @@ def compose(
         events=events,
     )
     orchestrated = None
-    if settings.orchestrator.is_on:
-        jobs = Jobs(outbox, workers, served, lambda: control.mode, changes, clock=steady, log=log)
+    if jobs is not None:
+        paired = Paired(validator, workers, settings.validation, revision=settings.model.revision, log=log)
         late = LateArtifacts(control, outbox, seconds=settings.orchestrator.late_seconds, clock=steady, log=log)
-        orchestrated = Orchestrated(jobs, late)
+        orchestrated = Orchestrated(jobs, paired, late)
     scheduler, batcher, keeper = make_scheduler(parts, source), make_batcher(parts), make_keeper(parts, steady)
     return Composition(parts, changes, source, scheduler, batcher, keeper, orchestrated)
 

@@ -196,7 +196,8 @@ class Daemon:
             "batcher": self._made.batcher.run(),
             "keeper": self._made.keeper.run(),
             "validations": parts.validator.run(),
-            **({"jobs": orchestrated.jobs.run(), "late": orchestrated.late.run()} if orchestrated else {}),
+            **({"jobs": orchestrated.jobs.run(orchestrated.paired.ask)} if orchestrated else {}),
+            **({"late": orchestrated.late.run()} if orchestrated else {}),
             **self._reports.work(),
         }
 

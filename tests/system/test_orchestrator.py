@@ -248,6 +248,19 @@ async def validates(url: str, callbacks: Callbacks) -> None:
         assert {key: found[key] for key in verdict} == verdict
         assert (found["fraud_threshold"], found["fraud_by_p_value_threshold"]) == (0.01, by_other)
         assert (found["n_excluded"], len(found["distances"])) == (0, 200)
+        paired = await judged_by_differences(url, name)
+        assert (paired["verdict"], paired["malformed"]) == ("fraud" if bad else "honest", 0)
+        assert (paired["probability_honest"] < 1e-4) == bool(bad)
+
+
+async def judged_by_differences(url: str, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"state": "pending"}
+    async with asyncio.timeout(PATIENCE):
+        while found["state"] == "pending":
+            _, body = await ask(url, "GET", f"{POW}/generate/{name}")
+            found = body["by_differences"]
+    assert found["state"] == "done"
+    return found
 
 
 def negated(vector: str) -> str:
