@@ -62,8 +62,9 @@ def paired_request(
         revision=revision,
         allowance=settings.allowance,
     )
-    sample = (settings.max_nonces, job.id) if len(job.nonces) > settings.max_nonces else (None, None)
-    return ValidationRequest(claim, terms, *sample, callback=None)
+    is_sampled = len(job.nonces) > settings.max_nonces
+    count, seed = (settings.max_nonces, job.id) if is_sampled else (None, None)
+    return ValidationRequest(claim, terms, count, seed, callback=None)
 
 
 class Paired:
