@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from pocd.compute.arithmetic import fix_arithmetic
 from pocd.compute.checkpoint import check_folder, fetched, read_config
+from pocd.compute.experts import IN_TILES
 from pocd.compute.fingerprint import module_fingerprint, stored_fingerprint
 from pocd.compute.flat import FlatDecoder, can_flatten, flatten
 from pocd.compute.layers import NORMS, LayerDecoder, find_forms
@@ -22,6 +23,7 @@ from pocd.compute.loading import load_causal
 from pocd.compute.memory import is_fault, is_out_of_memory
 from pocd.compute.random import normal, seeds_tensor
 from pocd.compute.ranks import check_split, split_as_planned
+from pocd.compute.routers import even_routers
 from pocd.compute.stored import read_headers
 from pocd.compute.transforms import join_of
 from pocd.compute.ways import matrices
@@ -284,6 +286,7 @@ def adapt(causal: Any, *, name: str, fingerprint: str | None = None) -> Model:  
     fix_arithmetic()
     owner = f"model {name!r} ({type(causal).__name__})"
     causal.requires_grad_(requires_grad=False).eval()
+    causal.set_experts_implementation(IN_TILES)  # does nothing where there are none
     decoder = causal.get_decoder()
     if decoder is causal:  # where transformers does not find it (Llama 4)
         decoder = getattr(causal, "model", decoder)
@@ -328,7 +331,8 @@ def _carrying(by_layers: LayerDecoder, probe: torch.Tensor, owner: str) -> Layer
     """
 
     def bare(embeddings: torch.Tensor) -> torch.Tensor:
-        states: torch.Tensor = by_layers.decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        with even_routers(by_layers.layers):
+            states: torch.Tensor = by_layers.decoder(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         return states.float()
 
     states = bare(probe)
