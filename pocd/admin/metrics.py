@@ -130,6 +130,11 @@ class DaemonCollector(Collector):
             "Share of the squares of the model's outputs that is the nonce's own.",
             labels=labels,
         )
+        turned = GaugeMetricFamily(
+            "pocd_worker_turned_ratio",
+            "Share of nonces of which a router chooses other experts on a host that rounds otherwise.",
+            labels=labels,
+        )
         rounding = GaugeMetricFamily(
             "pocd_worker_rounding_alarm", "1 while rounding decides too much of the worker's results.", labels=labels
         )
@@ -148,20 +153,32 @@ class DaemonCollector(Collector):
             rounding.add_metric(name, int(worker.rounding_alarm is not None))
             measured = worker.info.conditioning if worker.info else None
             if measured is not None:
-                error.add_metric(name, measured.error)
+                if measured.error is not None:
+                    error.add_metric(name, measured.error)
                 own_share.add_metric(name, measured.own_share)
+                if measured.turned is not None:
+                    turned.add_metric(name, measured.turned)
                 if measured.flipped is not None:
                     flipped.add_metric(name, measured.flipped)
             if worker.info is not None:
                 info.add_metric(name, {key: str(getattr(worker.info, key) or "") for key in INFO})
-        yield from (ready, restarts, alarm, size, computed, error, flipped, own_share, rounding, info, place)
-        if cluster := self._parts.workers.cluster:
-            degraded = int(cluster.problem is not None)
-            yield GaugeMetricFamily("pocd_cluster_degraded", "1 while the Ray cluster is away or lacks room.", degraded)
+        yield from (ready, restarts, alarm, size, computed, error, flipped, own_share, turned, rounding, info, place)
+        cluster = self._parts.workers.cluster
+        degraded = int(cluster is not None and cluster.problem is not None)
+        yield GaugeMetricFamily(
+            "pocd_cluster_degraded",
+            "1 while the Ray cluster is away or lacks room; 0 where workers run on this machine.",
+            degraded,
+        )
         yield CounterMetricFamily(
             "pocd_worker_refused_batches",
             "Batches without a result, since the model gave NaN or infinity.",
             self._parts.miner.refused_batches,
+        )
+        yield CounterMetricFamily(
+            "pocd_worker_non_finite_nonces",
+            "Nonces without a result: all of refused batches, and those whose vectors have NaN or infinity.",
+            self._parts.miner.non_finite,
         )
 
     def _cards(self) -> Iterator[Metric]:

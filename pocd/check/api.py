@@ -76,9 +76,10 @@ async def check_rounding(admin: AdminSettings, config: Path, *, runs: bool, limi
     if not measured:
         return yellow(name, "no worker has measured it yet", again)
     off, own = max(each["error"] for each in measured), min(each["own_share"] for each in measured)
-    return green(
-        name, f"results are off by at most {off:.2%} of their scatter; {own:.0%} of the outputs are the nonce's own"
-    )
+    told = f"results are off by at most {off:.2%} of their scatter; {own:.0%} of the outputs are the nonce's own"
+    if turned := [each["turned"] for each in measured if each.get("turned") is not None]:
+        told += f"; rounding turns a router's choice in {max(turned):.2%} of nonces"
+    return green(name, told)
 
 
 def _host_and_port(admin: AdminSettings) -> str:

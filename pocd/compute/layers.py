@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
+    from pocd.compute.routers import Observe as Choices
     from pocd.compute.transforms import Join
 
     Observe = Callable[[str, torch.Tensor], None]
@@ -206,6 +207,7 @@ class LayerDecoder:
         norm: Norm after the last layer.
         carries_all: Whether all positions go through the last layer where the last one is wanted, as some families
             need it.
+        choices: Called at each choice of a mixture's router, see `even_routers`.
     """
 
     decoder: nn.Module
@@ -213,6 +215,7 @@ class LayerDecoder:
     forms: Sequence[LayerForm]
     norm: nn.Module
     carries_all: bool = False
+    choices: Choices | None = None
     kind = "layers"
 
     def __call__(
@@ -245,7 +248,7 @@ class LayerDecoder:
                 edges = _Edges(layer, form.parts, hooks)
                 hook = _joining(edges, form, join, vectors[index], f"layer {index}", observe)
                 hooks.enter_context(layer.register_forward_hook(hook))
-            output = _output_of_last_layer(self.decoder, self.layers, embeddings, hooks)
+            output = _output_of_last_layer(self, embeddings, hooks)
         states: torch.Tensor = self.norm(output if all_positions else output[:, -1])
         return states
 
@@ -274,7 +277,7 @@ class LayerDecoder:
                 if index in between:
                     hook = _changing(edges, hook, between[index])
                 hooks.enter_context(layer.register_forward_hook(hook))
-            output = _output_of_last_layer(self.decoder, self.layers, embeddings, hooks, positions)
+            output = _output_of_last_layer(self, embeddings, hooks, positions)
         states: torch.Tensor = self.norm(output)
         return states
 
@@ -292,26 +295,25 @@ def _changing(edges: _Edges, joining: Callable[..., Any], between: Between) -> C
 
 
 def _output_of_last_layer(
-    decoder: nn.Module,
-    layers: Sequence[nn.Module],
+    by_layers: LayerDecoder,
     embeddings: torch.Tensor,
     hooks: ExitStack,
     positions: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run `decoder` up to the end of its last layer; what follows may need all positions (GPT-2)."""
+    """Run a decoder up to the end of its last layer; what follows may need all positions (GPT-2)."""
     found: list[torch.Tensor] = []
 
     def leave(_layer: nn.Module, _args: object, output: object) -> None:
         found.append(_tensor(output))
         raise _Taken
 
-    hooks.enter_context(layers[-1].register_forward_hook(leave))
-    with contextlib.suppress(_Taken), even_routers(layers):
+    hooks.enter_context(by_layers.layers[-1].register_forward_hook(leave))
+    with contextlib.suppress(_Taken), even_routers(by_layers.layers, by_layers.choices):
         where = {}
         if positions is not None:
             # Without a mask transformers takes a gap between positions for the start of another sequence.
             where = {"position_ids": positions.unsqueeze(0), "attention_mask": positions.new_ones(embeddings.shape[:2])}
-        decoder(inputs_embeds=embeddings, use_cache=False, **where)
+        by_layers.decoder(inputs_embeds=embeddings, use_cache=False, **where)
     (last,) = found
     return last
 

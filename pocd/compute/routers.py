@@ -15,7 +15,7 @@ from pocd.compute.widened import Widened
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    Observe = Callable[[torch.Tensor, torch.Tensor], None]
+    Observe = Callable[[torch.Tensor], None]
 
 ROUTERS = ("gate", "router")  # what a mixture's router is called beside its `experts`
 
@@ -41,6 +41,12 @@ def routers_of(layers: Sequence[nn.Module]) -> list[nn.Module]:
     ]
 
 
+def _gaps(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Return by how much the last of the `count` chosen scores of each row is above the best of those that are left."""
+    ordered = scores.sort(dim=-1, descending=True).values
+    return ordered[:, count - 1] - ordered[:, count]
+
+
 class _Choosing(TorchFunctionMode):
     """Has torch.topk choose as `choose` does, and tells of each choice among a row's scores."""
 
@@ -63,7 +69,7 @@ class _Choosing(TorchFunctionMode):
         assert dim in (-1, input.dim() - 1), "routers choose among a row's scores"
         values, places = choose(input, k)
         if self._observe is not None and input.dim() == 2 and k < input.shape[-1]:  # more: scores of groups
-            self._observe(input, places)
+            self._observe(_gaps(input, k))
         return torch.return_types.topk((values, places))
 
 
@@ -87,7 +93,7 @@ def even_routers(layers: Sequence[nn.Module], observe: Observe | None = None) ->
 
     Args:
         layers: Layers of a decoder.
-        observe: Called with the scores of positions [positions, experts], and the places of the chosen ones.
+        observe: Called at each choice with the gap between the last chosen score and the best one left [positions].
     """
     with ExitStack() as stack:
         for router in routers_of(layers):

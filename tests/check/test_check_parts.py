@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import socket
 import sqlite3
@@ -24,7 +25,7 @@ from pocd.chain.cometbft import CometBFT
 from pocd.chain.make import CHAIN_TIMEOUT
 from pocd.chain.rpc import Rpc
 from pocd.chain.source import Block, ChainError, Head
-from pocd.check import api, chain, devices, files, model, store
+from pocd.check import api, chain, devices, files, host, model, store
 from pocd.check.chain import Expected
 from pocd.check.devices import Driver
 from pocd.check.finding import Finding, Level
@@ -69,6 +70,14 @@ GIB = 2**30
             {"error": 0.0125, "flipped": 0.0, "own_share": 0.5, "alarm": None},
             "green",
             "results are off by at most 1.25% of their scatter; 50% of the outputs are the nonce's own",
+        ),
+        (
+            {"error": 0.0125, "flipped": None, "own_share": 0.5, "turned": 0.125, "alarm": None},
+            "green",
+            (
+                "results are off by at most 1.25% of their scatter; 50% of the outputs are the nonce's own; "
+                "rounding turns a router's choice in 12.50% of nonces"
+            ),
         ),
         ({"error": 0.9, "flipped": 0.4, "own_share": 0.5, "alarm": "rounding decides"}, "red", "rounding decides"),
     ],
@@ -480,3 +489,21 @@ def test_a_model_that_is_not_there() -> None:
     finding = model.check(model.find(lost), Probe(), lost)
     assert (finding.level, "is not bundled" in finding.text) == (Level.RED, True)
     assert "correct model.name" in (finding.remedy or "")
+
+
+# The configuration
+
+
+def test_a_scheme_that_is_not_named_is_a_yellow_line_with_the_remedy(tmp_path: Path) -> None:
+    entry = '{ name = "main", url = "http://127.0.0.1:9" }'
+    path = configured(tmp_path, "http://127.0.0.1:9", entry)
+    (finding,) = host.check_configuration(path, load(path))
+    assert finding.level == "green"
+    text = path.read_text()
+    path.write_text(re.sub(r"(?m)^scheme = .*$", "", text))
+    assert path.read_text() != text
+    (finding,) = host.check_configuration(path, load(path))
+    assert (finding.name, finding.level) == ("configuration", "yellow")
+    assert "round.scheme is not named, so it is 'poc2'" in finding.text
+    assert "'poc4'" in (finding.remedy or "")
+    assert "name 'poc2' to keep it" in (finding.remedy or "")

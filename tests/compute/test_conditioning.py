@@ -11,7 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
-from pocd.compute.conditioning import OwnShare, measure_conditioning
+from pocd.compute.conditioning import OwnShare, measure_conditioning, measure_turned, turned_share
 from pocd.compute.engine import BlockRun, block_run
 from pocd.compute.model import Model, adapt, load_model
 from pocd.compute.reference import reference_of
@@ -194,6 +194,45 @@ def test_a_model_with_one_output_for_all_nonces_is_red() -> None:
     assert "all nonces have nearly the same output" in found.alarm
 
 
+@pytest.mark.parametrize("scheme", ["poc2", "trained", "poc4"])
+def test_results_that_do_not_scatter_are_red(scheme: str) -> None:
+    """As of a device that writes nothing: no division by 0, and no share of it."""
+    model = load_model("bundled:tiny-qwen3", dtype="bfloat16", device="cpu")
+    with block_run(model, SCHEMES[scheme], block_hash="a", public_key="b", seq_len=16) as run:
+
+        class Blank(BlockRun):
+            def differences(
+                self, states: torch.Tensor, exact: torch.Tensor, nonces: Sequence[int]
+            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                own, reference, errors = super().differences(states, exact, nonces)
+                return own, torch.zeros_like(reference), errors
+
+        blank = Blank(**{field.name: getattr(run, field.name) for field in fields(run)})
+        found = measure_conditioning(blank, batch_size=4)
+    assert found == Conditioning(None, None, 0.0)
+    assert found.alarm is not None
+    assert "all nonces have nearly the same output: 0.00% of its squares are the nonce's own" in found.alarm
+
+
+def test_two_nonces_are_enough_and_one_is_not() -> None:
+    model = load_model("bundled:tiny-qwen3", dtype="bfloat16", device="cpu")
+    with block_run(model, SCHEMES["poc2"], block_hash="a", public_key="b", seq_len=16) as run:
+        for left in (1, 2):
+
+            class Overflowing(BlockRun):
+                def states(self, nonces: Sequence[int], *, good: int = left) -> torch.Tensor:
+                    return super().states(nonces) * (math.nan if max(nonces) >= good else 1)
+
+            overflowing = Overflowing(**{field.name: getattr(run, field.name) for field in fields(run)})
+            assert (measure_conditioning(overflowing, batch_size=1) is not None) == (left == 2)
+
+
+def test_states_of_zeros_have_nothing_of_their_own() -> None:
+    share = OwnShare()
+    share.add(torch.zeros(4, 3, 8))
+    assert share.value() == 0
+
+
 @pytest.mark.parametrize(("common", "expected"), [(0.0, 1.0), (1.0, 0.5), (3.0, 0.1), (1e6, 0.0)])
 def test_the_own_share_is_what_the_mean_leaves(common: float, expected: float) -> None:
     generator = torch.Generator().manual_seed(1)
@@ -203,6 +242,50 @@ def test_the_own_share_is_what_the_mean_leaves(common: float, expected: float) -
     for part in (common * same + own).split(16):
         share.add(7 * part)
     assert share.value() == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("sigma", [1e-4, 1e-3, 1e-2])
+def test_the_turned_share_is_what_two_hosts_find(sigma: float) -> None:
+    """Experts' scores of many positions, which two hosts round with normal errors."""
+    generator = torch.Generator().manual_seed(0)
+    choices, rows, top = 8, 200, 2
+    gaps: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    turned = torch.zeros(rows, dtype=torch.bool)
+    for _ in range(choices):
+        exact = torch.rand(rows * 25, 16, generator=generator, dtype=torch.float64)
+        chosen = []
+        for host in gaps:
+            scores = exact + sigma * torch.randn(exact.shape, generator=generator, dtype=torch.float64) / 2**0.5
+            ordered, places = scores.sort(dim=-1, descending=True)
+            host.append(ordered[:, top - 1] - ordered[:, top])
+            chosen.append(places[:, :top].sort(dim=-1).values)
+        turned |= (chosen[0] != chosen[1]).any(dim=-1).view(rows, -1).any(dim=-1)
+    estimate = turned_share(*gaps, rows=rows)
+    assert stats.binomtest(int(turned.sum()), rows, estimate).pvalue > 1e-3
+
+
+def test_choices_that_nothing_moves_are_turned_only_between_equals() -> None:
+    gaps = [torch.tensor([0.5, 0.0, math.inf, 0.25])]
+    assert turned_share(gaps, gaps, rows=1) > 0.9  # two experts are equal
+    assert turned_share([gaps[0] + 1], [gaps[0] + 1], rows=1) == 0.0
+
+
+def test_only_a_mixture_has_choices_that_rounding_turns() -> None:
+    found = {}
+    for family, dtype in (("qwen3", "float32"), ("qwen3 moe", "float32"), ("qwen3 moe", "bfloat16")):
+        model = adapt(FAMILIES[family].build().to(getattr(torch, dtype)), name=family)
+        with block_run(model, SCHEMES["poc2"], block_hash="a", public_key="b", seq_len=SEQ_LEN) as run:
+            found[family, dtype] = measure_turned(run, batch_size=4)
+            whole = measure_conditioning(run, batch_size=4)
+        assert whole is not None
+        assert whole.turned == found[family, dtype]
+        assert whole.flipped is not None
+        assert dtype != "float32" or whole.flipped >= 0.9 * (whole.turned or 0)
+    dense, narrow, wide = found.values()
+    assert dense is None
+    assert narrow is not None
+    assert wide is not None
+    assert 0 < narrow < 0.05 < wide <= 1
 
 
 def test_the_limits_are_those_of_the_verdict_and_of_vectors() -> None:

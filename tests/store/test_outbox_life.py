@@ -164,7 +164,9 @@ class OutboxLife(RuleBasedStateMachine):
     @precondition(lambda self: self.active)
     @rule(count=st.integers(1, 4))
     def lease(self, count: int) -> None:
-        self.leased.append(self.ledger.take(count))
+        span = self.ledger.take(count)
+        assert span is not None
+        self.leased.append(span)
 
     @precondition(lambda self: self.leased)
     @rule(data=st.data(), count=st.integers(1, 3))

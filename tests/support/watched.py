@@ -54,9 +54,32 @@ def worker(number: int, rate: float, *, ready: bool = True, **changes: Any) -> d
         "computed_per_second_1m": rate,
         "computed_per_second_15m": rate,
         "cards": [card],
-        "rounding": {"error": 0.002, "flipped": 0.0, "own_share": 0.6, "alarm": None} if ready else None,
+        "rounding": {"error": 0.002, "flipped": 0.0, "own_share": 0.6, "turned": None, "alarm": None}
+        if ready
+        else None,
         **changes,
     }
+
+
+def on_machines(body: dict[str, Any]) -> dict[str, Any]:
+    """A status with its two workers on two machines of a cluster, the second of which loads its model."""
+    places = [("two", "10.0.0.2"), ("three", "10.0.0.3")]
+    for each, (node, address) in zip(body["workers"], places, strict=True):
+        each.update(node=node, address=address)
+    body["workers"][1] = worker(1, 0.0, ready=False, node="three", address="10.0.0.3")
+    rates = [("three", "10.0.0.3", 0, 0.0), ("two", "10.0.0.2", 1, 424.9)]
+    body["machines"] = [
+        {
+            "node": node,
+            "address": address,
+            "workers": 1,
+            "ready": ready,
+            "computed_per_second_1m": rate,
+            "computed_per_second_15m": rate,
+        }
+        for node, address, ready, rate in rates
+    ]
+    return checked(body)
 
 
 def receiver(name: str, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
@@ -145,9 +168,11 @@ def sample() -> dict[str, Any]:
             "last_error": None,
             "batch_size": 256,
             "refused_batches": 0,
+            "non_finite_nonces": 0,
             "last_refusal": None,
         },
         "workers": [worker(0, 424.9), worker(1, 424.3)],
+        "machines": [],
         "receivers": [receiver("main")],
         "problems": [],
         "alarms": [],
