@@ -418,6 +418,28 @@ def test_a_compiler_is_missed_where_something_is_to_be_compiled(
         assert finding.remedy == lack.remedy
 
 
+@pytest.mark.parametrize("chosen", [None, "/chosen"])
+async def test_the_compiler_is_looked_for_as_the_workers_will_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    """For the kind of the configured device, with the cache that a worker is given, unless the environment has one."""
+    asked: list[tuple[str, Path]] = []
+
+    def find(device: str, _environment: object, *, cache: Path) -> Lack:
+        asked.append((device, cache))
+        return LACK
+
+    monkeypatch.setattr(host, "find_lack", find)
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    if chosen:
+        monkeypatch.setenv("TRITON_CACHE_DIR", chosen)
+    for device, level in (("cpu", None), ("cuda", "yellow")):
+        path = configured(tmp_path, "http://127.0.0.1:9", "", model__device=device, worker__cache=str(tmp_path / "own"))
+        found = await host._compiler(load(path))
+        assert [finding.level for finding in found] == ([level] if level else [])
+    assert asked == [(device, Path(chosen or tmp_path / "own")) for device in ("cpu", "cuda")]
+
+
 @pytest.mark.parametrize(
     ("used", "runs", "level"),
     [(1, False, "green"), (45, False, "yellow"), (79, False, "yellow"), (79, True, "green")],

@@ -217,6 +217,7 @@ class OutboxLife(RuleBasedStateMachine):
         """Find nonces and form batches of them, so that there is something to deliver."""
         assert self.active is not None
         span = self.ledger.take(count)
+        assert span is not None
         proofs = proofs_of(self.active, NODE.nonces(span))
         self.call(commit_spans, [CheckedSpan(self.active, NODE, span, proofs, WEIGHTS)], self.clock.now)
         self.note_found(span, proofs)

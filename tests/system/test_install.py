@@ -298,6 +298,31 @@ def test_mistakes_in_the_call_change_nothing(script: str, tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+def looked_at(folder: Path, **environment: str) -> str:
+    """Run what scripts/install runs of Python where there is an NVIDIA driver; Triton is there, but empty."""
+    (source,) = re.findall(
+        r"/python\" - <<'END'[^\n]*\n(.*?)\nEND\n", (ROOT / "scripts" / "install").read_text(), flags=re.DOTALL
+    )
+    (folder / "triton").mkdir(exist_ok=True)
+    (folder / "triton" / "__init__.py").touch()
+    known = {"PYTHONPATH": f"{folder}:{ROOT}", "HOME": str(folder), "PATH": "/usr/bin:/bin"} | environment
+    done = subprocess.run([sys.executable, "-"], input=source, env=known, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_an_install_beside_a_driver_says_what_the_compiler_lacks(tmp_path: Path) -> None:
+    assert looked_at(tmp_path, PATH=str(tmp_path)) == (
+        "for full speed: there is no C compiler (gcc or clang); install one (Debian: gcc)\n"
+    )
+    (tmp_path / "gcc").touch(mode=0o755)
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    missing = f"for full speed: there is no {header}; install this Python's headers (Debian: python3-dev)\n"
+    assert looked_at(tmp_path, PATH=str(tmp_path)) == ("" if header.is_file() else missing)
+    if header.is_file() and os.statvfs("/proc").f_flag & os.ST_NOEXEC:
+        told = looked_at(tmp_path, PATH=str(tmp_path), TRITON_CACHE_DIR="/proc/cache")
+        assert told.startswith("for full speed: nothing in /proc/cache may be executed: it is mounted noexec; set wor")
+
+
 def test_shellcheck_has_nothing_to_say() -> None:
     program = shutil.which("shellcheck")
     if program is None:

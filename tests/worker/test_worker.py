@@ -152,7 +152,9 @@ async def test_a_replaced_round_is_left_at_once_and_its_leases_come_back(
         assert max(cancelled.ids) == max(message.id for message in sent if isinstance(message, Compute))
         os.kill(pid_of(pool), signal.SIGCONT)
         await miner.close(PATIENCE)  # returns when no lease is out
-        assert old.ledger.take(1000).start == old.checked, "the next free position is the first that was not checked"
+        following = old.ledger.take(1000)
+        assert following is not None
+        assert following.start == old.checked, "the next free position is the first that was not checked"
 
 
 def test_a_worker_leaves_out_what_was_cancelled_before_it_began() -> None:
