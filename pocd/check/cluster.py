@@ -36,9 +36,9 @@ class Machine:
     """A machine of the cluster.
 
     Attributes:
-        node: Its name.
-        address: Its address.
-        resources: Its cores (CPU) and GPUs, as Ray was started with.
+        node: Name of the machine.
+        address: Address of the machine.
+        resources: Cores (CPU) and GPUs of the machine, as Ray was started with.
         versions: Versions of what decides a worker's results; None where it did not tell.
         problem: Why it did not tell; empty where it did.
     """
@@ -91,7 +91,7 @@ def judge(machines: Sequence[Machine], settings: RaySettings, *, gpus: int) -> l
     """Return what follows from the machines that a cluster has.
 
     Args:
-        machines: Its machines.
+        machines: The cluster's machines.
         settings: How many workers are wanted, and how many cores each.
         gpus: GPUs that each worker gets.
     """
