@@ -107,7 +107,8 @@ async def measure(workers: int, address: str | None, seconds: float) -> Sample:
 
 async def _sample(pool: Pool, seconds: float) -> Sample:
     processes = [psutil.Process(each.pids[0]) for each in pool.workers]
-    bridge, actors = [], []
+    bridge: list[psutil.Process] = []
+    actors: list[psutil.Process] = []
     if pool.cluster:
         bridge = [psutil.Process(pool.cluster.pid)]
         actors = [parent for each in processes if (parent := each.parent())]
