@@ -80,7 +80,8 @@ async def test_proofs_arrive_and_recompute_also_when_the_worker_is_killed(tmp_pa
             manager.bind(str(notify))
             manager.setblocking(False)
             asyncio.get_running_loop().add_reader(manager, lambda: said.append(manager.recv(4096).decode()))
-            environment = {"NOTIFY_SOCKET": str(notify), "WATCHDOG_USEC": "500000"}
+            # Two threads, as a worker has them that is alone on its host.
+            environment = {"NOTIFY_SOCKET": str(notify), "WATCHDOG_USEC": "500000", "OMP_NUM_THREADS": "2"}
             async with running(config(tmp_path, chain.url, {"one": url}), **environment) as daemon:
                 assert "torch" not in Path(f"/proc/{daemon.process.pid}/maps").read_text()
                 await daemon.until(lambda body: body["total_valid"] > 50 and body["funnel"]["delivered"] > 20)
