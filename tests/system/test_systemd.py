@@ -116,6 +116,7 @@ def configure(host: Container) -> None:
 chmod 0600 /etc/pocd/token /etc/pocd/receiver-secret
 useradd --no-create-home --groups pocd alice
 useradd --no-create-home bob
+systemctl mask --quiet systemd-networkd-wait-online  # the container has no network that would come
 systemctl daemon-reload
 run() {{ systemd-run --quiet --unit="$1" --setenv=PYTHONPATH={LENT} /opt/pocd/bin/pocd "${{@:2}}"; }}
 run chain devchain --block-seconds 60
