@@ -59,7 +59,7 @@ class ControlStatus(BaseModel):
 class NodeStatus(BaseModel):
     """Who this daemon is: it checks the nonces `node_id + node_count · x`."""
 
-    public_key: str
+    public_key: str | None = Field(description="The miner's public key; null where each round brings its own.")
     node_id: int
     node_count: int
 
@@ -100,6 +100,10 @@ class WorkersStatus(BaseModel):
     last_error: str | None = Field(description="Why a worker ended last; null if none did.")
     batch_size: int = Field(description="Nonces per forward pass.")
     refused_batches: int = Field(description="Batches without a result: the model gave NaN or infinity.")
+    non_finite_nonces: int = Field(
+        description="Nonces without a result since the daemon's start: all of refused batches, and those whose vectors "
+        "have NaN or infinity."
+    )
     last_refusal: str | None = Field(
         description="Where NaN or infinity first appeared in the last batch without a result."
     )
@@ -151,10 +155,13 @@ class CardStatus(BaseModel):
 class RoundingStatus(BaseModel):
     """How far a worker's results lie from those of float32 arithmetic on the same weights, measured at its start."""
 
-    error: float = Field(description="Root mean square of the differences, as a share of the results' scatter.")
+    error: float | None = Field(
+        description="Root mean square of the differences, as a share of the results' scatter; null where they do not "
+        "scatter: all distances are the same, or all vectors are 0."
+    )
     flipped: float | None = Field(
         description="Share of an honest miner's valid nonces that another honest host would find invalid; null for "
-        "schemes of vectors, with which every nonce counts."
+        "schemes of vectors, with which every nonce counts, and where results do not scatter."
     )
     own_share: float = Field(
         description="Share of the squares of the model's outputs that is the nonce's own; near 0 all nonces have one."
@@ -191,6 +198,17 @@ class WorkerStatus(BaseModel):
     rounding: RoundingStatus | None = Field(
         description="Effect of rounding on the worker's results; null until it is measured, and where it cannot be."
     )
+
+
+class MachineStatus(BaseModel):
+    """A machine of a Ray cluster on which workers of this daemon run now."""
+
+    node: str
+    address: str
+    workers: int = Field(description="Workers that run there.")
+    ready: int = Field(description="Workers among them that have a model ready.")
+    computed_per_second_1m: float = Field(description="Nonces that these workers computed for mining per second.")
+    computed_per_second_15m: float
 
 
 class ReceiverStatus(BaseModel):
@@ -252,6 +270,9 @@ class Status(BaseModel):
     chain: ChainStatus
     worker: ReadyWorkersStatus | WorkersStatus = Field(description="All workers together.")
     workers: list[WorkerStatus]
+    machines: list[MachineStatus] = Field(
+        description="Machines of a Ray cluster on which workers run, by name; empty where all run on this one."
+    )
     receivers: list[ReceiverStatus]
     problems: list[Problem] = Field(description="Problems that keep the daemon from mining; empty when there is none.")
     alarms: list[Problem] = Field(

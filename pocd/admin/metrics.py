@@ -34,6 +34,7 @@ STAGES = {
     "delivered": "Valid nonces that every receiver accepted.",
     "purged": "Valid nonces that an operator gave up.",
 }
+VERDICTS = ("honest", "fraud", "undecidable", "failed")
 SET_ASIDE = {
     "dead": "Valid nonces that a receiver refused or failed at.",
     "expired": "Valid nonces that became too old for a receiver.",
@@ -55,6 +56,10 @@ class DaemonCollector(Collector):
         yield from self._workers()
         yield from self._cards()
         yield from self._receivers()
+        verdicts = CounterMetricFamily("pocd_validations", "Validations that ended, by verdict.", labels=["verdict"])
+        for verdict in VERDICTS:
+            verdicts.add_metric([verdict], self._parts.validator.results[verdict])
+        yield verdicts
         listeners = self._parts.events.listeners
         yield GaugeMetricFamily("pocd_event_listeners", "Open streams of events.", listeners)
 
@@ -153,7 +158,8 @@ class DaemonCollector(Collector):
             rounding.add_metric(name, int(worker.rounding_alarm is not None))
             measured = worker.info.conditioning if worker.info else None
             if measured is not None:
-                error.add_metric(name, measured.error)
+                if measured.error is not None:
+                    error.add_metric(name, measured.error)
                 own_share.add_metric(name, measured.own_share)
                 if measured.turned is not None:
                     turned.add_metric(name, measured.turned)
@@ -162,13 +168,22 @@ class DaemonCollector(Collector):
             if worker.info is not None:
                 info.add_metric(name, {key: str(getattr(worker.info, key) or "") for key in INFO})
         yield from (ready, restarts, alarm, size, computed, error, flipped, own_share, turned, rounding, info, place)
-        if cluster := self._parts.workers.cluster:
-            degraded = int(cluster.problem is not None)
-            yield GaugeMetricFamily("pocd_cluster_degraded", "1 while the Ray cluster is away or lacks room.", degraded)
+        cluster = self._parts.workers.cluster
+        degraded = int(cluster is not None and cluster.problem is not None)
+        yield GaugeMetricFamily(
+            "pocd_cluster_degraded",
+            "1 while the Ray cluster is away or lacks room; 0 where workers run on this machine.",
+            degraded,
+        )
         yield CounterMetricFamily(
             "pocd_worker_refused_batches",
             "Batches without a result, since the model gave NaN or infinity.",
             self._parts.miner.refused_batches,
+        )
+        yield CounterMetricFamily(
+            "pocd_worker_non_finite_nonces",
+            "Nonces without a result: all of refused batches, and those whose vectors have NaN or infinity.",
+            self._parts.miner.non_finite,
         )
 
     def _cards(self) -> Iterator[Metric]:

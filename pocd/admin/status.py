@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import astuple
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from pocd.admin.answers import (
     CardStatus,
     ControlStatus,
     Funnel,
+    MachineStatus,
     NodeStatus,
     Problem,
     Rates,
@@ -30,10 +32,13 @@ from pocd.mining.phases import Mode, state_of
 from pocd.observe.mask import mask_url
 from pocd.pool.causes import Cause
 from pocd.protocol.proof import Proofs
+from pocd.protocol.schemes import SCHEMES
 from pocd.store.callbacks import ENDED
 from pocd.store.outbox import Queue, ReceiverState, Totals
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from pocd.admin.parts import Parts
     from pocd.delivery.dispatcher import Dispatcher
     from pocd.mining.control import Control
@@ -41,6 +46,7 @@ if TYPE_CHECKING:
     from pocd.mining.phases import DaemonState
     from pocd.pool.cards import CardReading, Cards
     from pocd.pool.pool import Pool
+    from pocd.pool.processes import Place
     from pocd.pool.state import WorkerState
     from pocd.protocol.conditioning import Conditioning
     from pocd.protocol.proof import Round
@@ -52,7 +58,8 @@ STALLED_SECONDS = 60.0  # without a nonce, after which a daemon that mines is no
 
 def state(parts: Parts) -> DaemonState:
     """Return what the daemon is doing, in one word."""
-    ready, mining = parts.workers.ready.is_set(), parts.miner.current is not None
+    miner = parts.miner
+    ready, mining = parts.workers.ready.is_set(), miner.current is not None and not miner.is_done
     return state_of(parts.control.mode, ready=ready, mining=mining)
 
 
@@ -70,6 +77,13 @@ def problems(parts: Parts) -> list[Problem]:
         ]
     if parts.miner.held:
         found.append(Problem(part="store", reason=parts.miner.held))
+    if parts.miner.is_done and parts.miner.mining:
+        scheme = SCHEMES[parts.miner.mining.round.scheme]
+        reason = (
+            f"scheme {scheme.name!r} has no nonce above {scheme.largest_nonce}, and all of this node's are checked, or "
+            "gave no result; mining goes on with the next round"
+        )
+        found.append(Problem(part="miner", reason=reason))
     if _is_stalled(parts):
         reason = (
             f"no nonce was computed for {STALLED_SECONDS:.0f} s or more; the worker's device hangs or is far too slow"
@@ -170,6 +184,7 @@ def _workers(workers: Pool, miner: Miner) -> WorkersStatus:
         "last_error": workers.last_error,
         "batch_size": workers.batch_size,
         "refused_batches": miner.refused_batches,
+        "non_finite_nonces": miner.non_finite,
         "last_refusal": next((each.last_refusal for each in workers.workers if each.last_refusal), None),
     }
     if workers.info is None:
@@ -199,6 +214,25 @@ def _worker(parts: Parts, worker: WorkerState) -> WorkerStatus:
         cards=[_card(parts.cards, device, card) for device, card in worker.cards.items()],
         rounding=RoundingStatus(**_fields(measured), alarm=measured.alarm) if measured else None,
     )
+
+
+def machines(workers: Iterable[WorkerState]) -> list[MachineStatus]:
+    """Return the machines of a cluster that workers are on now, each with the sum of its workers' rates."""
+    found: defaultdict[Place, list[WorkerState]] = defaultdict(list)
+    for worker in workers:
+        if worker.place:
+            found[worker.place].append(worker)
+    return [
+        MachineStatus(
+            node=place.node,
+            address=place.address,
+            workers=len(there),
+            ready=sum(worker.ready for worker in there),
+            computed_per_second_1m=sum(worker.computed_rate.per_second(60) for worker in there),
+            computed_per_second_15m=sum(worker.computed_rate.per_second(900) for worker in there),
+        )
+        for place, there in sorted(found.items(), key=lambda each: (each[0].node, each[0].address))
+    ]
 
 
 def _card(cards: Cards, device: str, card: CardIdentity) -> CardStatus:
@@ -294,6 +328,7 @@ def view(parts: Parts) -> Status:
         chain=chain_status(parts.chain, parts.chain.problem(now, settings.chain.poll_interval)),
         worker=_workers(parts.workers, miner),
         workers=[_worker(parts, worker) for worker in parts.workers.workers],
+        machines=machines(parts.workers.workers),
         receivers=receivers(parts),
         problems=problems(parts),
         alarms=alarms(parts),

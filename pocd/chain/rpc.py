@@ -287,7 +287,7 @@ class Rpc:
             raise ChainError(
                 f"{where}: HTTP {status}, a redirect to {target}, which is not followed; configure that address"
             )
-        kind = _TransientError if status >= 500 and status != 501 else ChainError
+        kind = _TransientError if status >= 500 and status != 501 else RefusedError
         raise kind(f"{where}: HTTP {status}: {excerpt(body, secrets=self.secrets)}")
 
 

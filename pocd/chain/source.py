@@ -69,7 +69,7 @@ class SlowDownError(ChainError):
 
 
 class RefusedError(ChainError):
-    """The node answered the call with a JSON-RPC error."""
+    """The node answered, and does not do what it was asked: a JSON-RPC error, or an HTTP status that says so."""
 
 
 class UnreachableError(ChainError):

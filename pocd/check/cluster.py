@@ -1,62 +1,132 @@
-"""Check of the Ray cluster that workers come from: it is joined as the daemon joins it, and left again."""
+"""Checks of the Ray cluster that workers come from: a process of its own joins it, and asks its machines."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 import os
-from typing import TYPE_CHECKING
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import structlog
+import orjson
 
 from pocd.check.finding import Finding, green, red, yellow
+from pocd.cluster.room import room_for
+from pocd.cluster.versions import differences, versions
 from pocd.config.model import check_engine
 from pocd.config.settings import ConfigError
-from pocd.pool.cluster import STARTING, Cluster
-from pocd.tasks import cancel
+from pocd.observe.mask import excerpt
+from pocd.pool.cluster import bridge_environment
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from pocd.config.ray import RaySettings
     from pocd.config.settings import Settings
 
-SILENT = structlog.wrap_logger(
-    structlog.PrintLogger(), wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL)
+JOIN = (
+    "start Ray on this machine too, with the daemon's versions of Ray and Python, and check ray.address (and RAY_… "
+    "where the cluster has a token or TLS)"
 )
 
 
-async def check_cluster(settings: Settings) -> Finding:
-    """Check that the cluster can be joined, has the same Ray and Python, and has room for the workers."""
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A machine of the cluster.
+
+    Attributes:
+        node: Name of the machine.
+        address: Address of the machine.
+        resources: Cores (CPU) and GPUs of the machine, as Ray was started with.
+        versions: Versions of what decides a worker's results; None where it did not tell.
+        problem: Why it did not tell; empty where it did.
+    """
+
+    node: str
+    address: str
+    resources: Mapping[str, float]
+    versions: dict[str, str] | None = None
+    problem: str = ""
+
+
+async def check_cluster(settings: Settings, environment: Mapping[str, str] = os.environ) -> list[Finding]:
+    """Check that the cluster can be joined, and that its machines have this one's versions and room for the workers."""
     try:
         check_engine(settings)
     except ConfigError as error:
-        return red("cluster", str(error), "install it, or set worker.engine = 'local'")
-    told = asyncio.Event()
-    gpus = 0 if settings.model.device == "cpu" else 1
-    cluster = Cluster(settings.ray, gpus=gpus, environment=os.environ, changed=told.set, log=SILENT)
-    joining = asyncio.create_task(cluster.run(), name="joining the cluster")
+        return [red("cluster", str(error), "install it, or set worker.engine = 'local'")]
+    found = await _survey(settings.ray.address, environment)
+    if isinstance(found, str):
+        return [red("cluster", found, JOIN)]
+    return judge(found, settings.ray, gpus=0 if settings.model.device == "cpu" else 1)
+
+
+async def _survey(address: str, environment: Mapping[str, str]) -> list[Machine] | str:
+    """Return the cluster's machines, or why it cannot be joined."""
     try:
-        while cluster.problem == STARTING:
-            await told.wait()
-            told.clear()
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "pocd.cluster.survey", address),
+            env=bridge_environment(environment),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+    except OSError as error:
+        return f"no process can be started: {error.strerror}"
+    try:
+        said, complaints = await process.communicate()
     finally:
-        await cancel([joining])
-    return judge(cluster.problem, cluster.machines, cluster.most, settings.ray.address)
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+    if process.returncode:
+        last = complaints.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        return excerpt(last or f"exit status {process.returncode}", 500)
+    machines: list[dict[str, Any]] = orjson.loads(said.strip().rpartition(b"\n")[2])  # the rest is what Ray has to say
+    return [Machine(**each) for each in machines]
 
 
-def judge(problem: str | None, machines: int, workers: int, address: str) -> Finding:
-    """Return what follows from what a cluster has.
+def judge(machines: Sequence[Machine], settings: RaySettings, *, gpus: int) -> list[Finding]:
+    """Return what follows from the machines that a cluster has.
 
     Args:
-        problem: Why not all workers have room; None where all have.
-        machines: How many machines it has; 0 where it was not joined.
-        workers: For how many workers there is room.
-        address: The address of its head.
+        machines: The cluster's machines.
+        settings: How many workers are wanted, and how many cores each.
+        gpus: GPUs that each worker gets.
     """
-    if problem is None:
-        return green("cluster", f"{machines} machines at {address}, with room for {workers} workers")
-    if machines == 0:
-        return red(
-            "cluster",
-            problem,
-            "start Ray on this machine too, with the daemon's versions of Ray and Python, and check ray.address",
+    found = []
+    for machine in machines:
+        if machine.versions is None:
+            remedy = "install the daemon's version of pocd there, or look why Ray starts no process on it"
+            found.append(red(_name(machine), f"{machine.address}: {machine.problem}", remedy))
+        elif differ := differences(versions(), machine.versions):
+            remedy = "install the daemon's versions there: no worker is started on it until then"
+            found.append(red(_name(machine), f"{machine.address} has {differ}", remedy))
+        else:
+            told = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
+            found.append(green(_name(machine), f"{machine.address} has {told}"))
+    return [_judge_room(machines, settings, gpus), *found]
+
+
+def _name(machine: Machine) -> str:
+    return f"machine {machine.node}"
+
+
+def _judge_room(machines: Sequence[Machine], settings: RaySettings, gpus: int) -> Finding:
+    """Return whether the workers have room, each of them on one machine."""
+    needs = "a GPU and " * bool(gpus) + f"{settings.cpus} {'core' if settings.cpus == 1 else 'cores'}"
+    room = sum(
+        room_for({"Alive": True, "Resources": machine.resources}, cpus=settings.cpus, gpus=gpus) for machine in machines
+    )
+    has = f"{len(machines)} machines at {settings.address}, with room for {room} workers of {needs}"
+    if room == 0:
+        told = "; ".join(
+            f"{machine.node}: {machine.resources['CPU']:g} cores, {machine.resources['GPU']:g} GPUs"
+            for machine in machines
         )
-    return yellow("cluster", problem, "add machines, or change ray.workers, ray.cpus or model.device")
+        remedy = "lower ray.cpus, change model.device, or start Ray there with --num-cpus and --num-gpus as they are"
+        return red("cluster", f"no machine has room for a worker of {needs} ({told})", remedy)
+    if settings.workers != "auto" and room < settings.workers:
+        return yellow("cluster", f"{has}; ray.workers is {settings.workers}", "add machines, or lower ray.workers")
+    return green("cluster", has)

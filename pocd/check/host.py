@@ -41,17 +41,19 @@ EXAMPLE_KEY = "replace-with-the-miner-public-key"  # as in config/pocd.toml
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits of single checks in seconds; all together take at most `torch` and `local`, or three calls.
+    """Limits of single checks in seconds; all together take at most `torch` and `local`, or three calls, or `cluster`.
 
     Attributes:
         local: For a question to a disk, a driver or the kernel.
         call: For one question to a node or a receiver.
         torch: For torch to be imported, read the weights and find the cards.
+        cluster: For a Ray cluster to be joined, and each of its machines to tell its versions.
     """
 
     local: float = 5.0
     call: float = 5.0
     torch: float = 14.0
+    cluster: float = 60.0
 
 
 DEFAULT_LIMITS = Limits()
@@ -72,7 +74,7 @@ async def check_host(
         checks = {
             "secrets": (in_thread(partial(files.check_secrets, settings, config)), local),
             **(
-                {"cluster": (_cluster(settings), long)}
+                {"cluster": (cluster.check_cluster(settings), limits.cluster)}
                 if settings.worker.engine == "ray"  # whose machines have the devices
                 else {
                     "torch": (_torch(seen, settings), long),
@@ -108,6 +110,16 @@ def check_configuration(config: Path, settings: Settings) -> list[Finding]:
     if not settings.delivery.receivers:
         remedy = "add a table [[delivery.receivers]]"
         findings.append(yellow(name, "no receiver is configured: proofs are kept until there is one", remedy))
+    if "scheme" not in settings.round.model_fields_set:
+        findings.append(
+            yellow(
+                name,
+                f"round.scheme is not named, so it is {settings.round.scheme!r}, as before there was another: in deep "
+                "models of half precision honest hosts do not agree on its distances",
+                "name the scheme of your network under [round]: 'poc4', as new configurations do, agrees at any depth; "
+                f"name {settings.round.scheme!r} to keep it",
+            )
+        )
     return findings or [green(name, f"{config} can be used")]
 
 
@@ -121,10 +133,6 @@ async def _within(limit: float, work: Awaitable[T], otherwise: T) -> T:
 
 async def _probe(place: asyncio.Task[Place], settings: Settings, limit: float) -> Probe:
     return await probe((await place).folder, cuda=devices.needs_cuda(settings.model), limit=limit)
-
-
-async def _cluster(settings: Settings) -> list[Finding]:
-    return [await cluster.check_cluster(settings)]
 
 
 async def _torch(seen: asyncio.Task[Probe], settings: Settings) -> list[Finding]:

@@ -62,14 +62,15 @@ class FleetView:
         lines = [_line(finding) for finding in found]
         ranks = _ranks(found)
         members = sorted(self.members, key=lambda member: ranks.get(member.name, len(found)))
-        left_out = 0
+        left_out, with_machines = 0, True
         if options.height is not None:
             lines = _cut(lines, max((options.height - FRAME) // 2, 1))
             room = max(options.height - FRAME - len(lines) - 1, 1)
             left_out, members = max(len(members) - room, 0), members[:room]
+            with_machines = sum(1 + len(_machines(member)) for member in members) <= room
         yield _head(self.members, self.now)
         yield from lines
-        yield _table(members, options.max_width)
+        yield _table(members, options.max_width, with_machines=with_machines)
         if left_out:
             yield Text(f"… {left_out} more daemons do not fit", "dim")
 
@@ -102,16 +103,35 @@ def _line(finding: Finding) -> Text:
     return Text(f"{finding.kind.upper():8} {clean(told(finding))}", style, no_wrap=True, overflow="ellipsis")
 
 
-def _table(members: Sequence[Member], width: int) -> Table:
-    """Return a line for each daemon; where there is little room, of the columns those that tell most."""
+def _table(members: Sequence[Member], width: int, *, with_machines: bool) -> Table:
+    """Return a line for each daemon and, if asked for, each machine of its cluster.
+
+    Where there is little room, it has of the columns those that tell most.
+    """
     columns = [name for name in COLUMNS if width >= NARROW or name not in LEFT_OUT]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
     for name in columns:
         table.add_column(name, justify="left" if name in LEFT else "right", no_wrap=True, overflow="ellipsis")
     for member in members:
-        row = _row(member)
-        table.add_row(*(row.get(name, "") for name in columns))
+        for row in (_row(member), *(map(_machine, _machines(member)) if with_machines else ())):
+            table.add_row(*(row.get(name, "") for name in columns))
     return table
+
+
+def _machines(member: Member) -> list[dict[str, Any]]:
+    """Return the machines of a daemon's cluster; none for a release of pocd that does not tell."""
+    machines: list[dict[str, Any]] = (member.status or {}).get("machines", [])
+    return machines
+
+
+def _machine(machine: dict[str, Any]) -> dict[str, Text]:
+    all_ready = machine["ready"] == machine["workers"]
+    return {
+        "daemon": Text(f"  on {clean(machine['node'])}", "dim"),
+        "1 min": Text(f"{machine['computed_per_second_1m']:,.1f}", "dim"),
+        "15 min": Text(f"{machine['computed_per_second_15m']:,.1f}", "dim"),
+        "workers": Text(f"{machine['ready']}/{machine['workers']}", "dim" if all_ready else "yellow"),
+    }
 
 
 def _row(member: Member) -> dict[str, Text]:

@@ -78,12 +78,18 @@ def batch_as_text(body: dict[str, Any]) -> str:
 
 def _worker(worker: dict[str, Any]) -> str:
     """Describe one worker: its device, its rate, and its GPUs."""
-    text = f"{worker['number']}: {worker['device']}"
+    text = f"{worker['number']}: {worker['device']}" + (f" on {worker['node']}" if worker.get("node") else "")
     if worker["ready"]:
         text += f", {worker['execution']}, {speed(worker['computed_per_second_1m'])}"
     else:
         text += ", not ready" + (f": {worker['stage']}" if worker["stage"] else "")
     return "; ".join([text, *map(card_text, worker["cards"])])
+
+
+def _machine(machine: dict[str, Any]) -> str:
+    """Describe one machine of a cluster: how many workers it runs, and their rate."""
+    counts = f"{machine['ready']} of {machine['workers']} workers ready"
+    return f"{machine['node']} ({machine['address']}), {counts}, {speed(machine['computed_per_second_1m'])}"
 
 
 _SUSPICIONS = {
@@ -174,9 +180,12 @@ def as_text(body: dict[str, Any]) -> str:
         ("funnel", funnel_text(funnel)),
         ("worker", f"{device}, {worker['restarts']} restarts, {worker['refused_batches']} batches refused"),
         *(("", _worker(each)) for each in body["workers"]),
+        *(("machine", _machine(each)) for each in body.get("machines", [])),
     ]
     if "fingerprint" in worker:
         rows.append(("weights", worker["fingerprint"]))
+    if worker["non_finite_nonces"]:
+        rows.append(("NaN", f"{worker['non_finite_nonces']:,} nonces without a result"))
     if worker["last_refusal"]:
         rows.append(("refused", worker["last_refusal"]))
     rows += [("receiver", _receiver(receiver)) for receiver in body["receivers"]]

@@ -119,11 +119,14 @@ def _rows(seen: Seen) -> Iterator[tuple[str, Text]]:
         yield "PROBLEM", Text(f"{problem['part']}: {problem['reason']}", "bold yellow")
     yield "state", _state(status)
     yield "funnel", _funnel(status["funnel"])
+    if broken := status["worker"].get("non_finite_nonces"):
+        yield "NaN", Text(f"{broken:,} nonces without a result: the model gave NaN or infinity", "yellow")
     yield "rate", _rate(status["rates"], seen.samples)
     if status["round"]:
         yield "valid", _valid(status["round"])
         yield "round", _round(status["round"])
     yield "chain", _chain(status["chain"], seen.now)
+    yield from _labelled("machines", list(map(_machine, status.get("machines", []))))
     yield from _labelled("workers", [line for worker in status["workers"] for line in _worker(worker)])
     yield from _labelled("receivers", list(map(_receiver, status["receivers"])))
     if seen.deaf:
@@ -198,7 +201,7 @@ def _round(round_: dict[str, Any]) -> Text:
 
 def _chain(chain: dict[str, Any], now: float) -> Text:
     if chain["height"] is None:
-        return Text(f"no block yet{': ' + chain['problem'] if chain['problem'] else ''}", "yellow")
+        return Text(f"no block yet: {chain['problem']}", "yellow") if chain["problem"] else Text("none is followed")
     old = max(now - datetime.fromisoformat(chain["block_time"]).timestamp(), 0)
     text = Text.assemble(
         f"{chain['chain_id'] or '–'}, block {chain['height']:,} {chain['hash'][:12]}…",
@@ -207,6 +210,13 @@ def _chain(chain: dict[str, Any], now: float) -> Text:
     if epoch := chain.get("epoch"):
         text.append(f"; epoch {epoch_text(epoch)}")
     return text.append(f"; {chain['problem']}", "yellow") if chain["problem"] else text
+
+
+def _machine(machine: dict[str, Any]) -> Text:
+    text = Text.assemble((machine["node"], "bold"), (f" {machine['address']}  ", "dim"))
+    all_ready = machine["ready"] == machine["workers"]
+    text.append(f"{machine['ready']} of {machine['workers']} workers  ", "dim" if all_ready else "yellow")
+    return text.append(f"{machine['computed_per_second_1m']:,.1f}", "bold").append("/s", "dim")
 
 
 def _worker(worker: dict[str, Any]) -> list[Text]:

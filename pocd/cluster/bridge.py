@@ -8,7 +8,6 @@ actor is lost, the daemon is told why. It ends with the daemon, and Ray ends a d
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 import socket
@@ -20,6 +19,7 @@ import ray
 from ray.exceptions import RayError
 
 from pocd.cluster.actor import WorkerActor
+from pocd.cluster.joining import join
 from pocd.cluster.room import room_for
 from pocd.tasks import cancel
 from pocd.worker.messages import Gone, Placed, Room, decode_frame, encode
@@ -27,7 +27,6 @@ from pocd.worker.messages import Gone, Placed, Room, decode_frame, encode
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-CONNECT_SECONDS = 5.0  # to the cluster's head
 PLACE_SECONDS = 120.0  # for Ray to start an actor where there is room
 REPORT_SECONDS = 3.0  # between two looks at the cluster
 ANSWER_SECONDS = 10.0  # for the head to say which machines there are
@@ -132,20 +131,6 @@ def _reason(error: BaseException | None) -> str:
     return f"Ray lost the worker's actor: {lines[-1][:500]}"
 
 
-def _connect(address: str) -> None:
-    """Join the cluster; ends the process with the reason where that is not possible."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        sys.exit(f"the cluster's head at {address} cannot be reached: {error.strerror or error}")
-    try:
-        ray.init(address=address, log_to_driver=False, configure_logging=False, logging_level=logging.ERROR)
-    except (RayError, RuntimeError, OSError, ValueError) as error:  # such as another version of Ray or Python
-        first = " ".join(str(error).split())
-        sys.exit(f"the cluster at {address} cannot be joined: {first[:500]}")
-
-
 async def _run(requests: int, reports: int, cpus: int, gpus: int) -> None:
     _, writer = await asyncio.open_connection(sock=socket.socket(fileno=reports))
     await Bridge(socket.socket(fileno=requests), writer, cpus=cpus, gpus=gpus).run()
@@ -155,7 +140,7 @@ def main() -> None:
     """Run the bridge: `python -m pocd.cluster.bridge REQUESTS REPORTS ADDRESS CPUS GPUS`, the first two descriptors."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon decides
     requests, reports, address, cpus, gpus = sys.argv[1:]
-    _connect(address)
+    join(address)
     with suppress(ConnectionError):  # the daemon is gone
         asyncio.run(_run(int(requests), int(reports), int(cpus), int(gpus)))
 

@@ -37,23 +37,25 @@ class OwnShare:
 
     def __init__(self) -> None:
         self._sum: torch.Tensor | float = 0.0
+        self._squares = 0.0  # of all states, 1 each but for those that are 0
         self._count = 0
 
     def add(self, states: torch.Tensor) -> None:
         """Take in the hidden states [B, H] or [B, S, H] of some nonces; each position's are scaled to unit length."""
         unit = torch.nn.functional.normalize(states.double(), dim=-1)
         self._sum = self._sum + unit.sum(dim=0)
+        self._squares += len(states) * float(unit.square().sum(dim=-1).mean())
         self._count += len(states)
 
     def value(self) -> float:
         """Return the share, estimated without bias from 2 nonces or more: about 1 where nonces have nothing in common.
 
-        It is the mean over positions.
+        It is the mean over positions; a state of zeros has nothing of its own.
         """
         assert isinstance(self._sum, torch.Tensor), "some states were added"
         n = self._count
         common = float((self._sum / n).square().sum(dim=-1).mean())
-        return max(0.0, (1 - common) * n / (n - 1))
+        return max(0.0, (self._squares / n - common) * n / (n - 1))
 
 
 def _nudged(decoder: LayerDecoder) -> Callable[..., torch.Tensor]:
@@ -150,9 +152,12 @@ def measure_conditioning(run: BlockRun, *, batch_size: int) -> Conditioning | No
     own, reference = torch.cat([each.own for each in found]), torch.cat([each.reference for each in found])
     turned = measure_turned(run, batch_size=batch_size)
     difference, share = float((own - reference).square().mean().sqrt()), own_share.value()
-    if run.scheme.output == "vector":
-        return Conditioning(difference / float(reference.square().mean().sqrt()), None, share, turned)
-    scatter = float(reference.std())
+    is_of_vectors = run.scheme.output == "vector"
+    scatter = float(reference.square().mean().sqrt() if is_of_vectors else reference.std())
+    if not scatter:
+        return Conditioning(None, None, 0.0, turned)
+    if is_of_vectors:
+        return Conditioning(difference / scatter, None, share, turned)
     dtype = str(run.model.dtype).removeprefix("torch.")
     tolerance = default_tolerance(dtype, run.scheme, run.model.hidden_size)
     flipped = flipped_share(difference / scatter, tolerance / scatter)

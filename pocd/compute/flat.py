@@ -363,9 +363,10 @@ def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     is_joined = places[1:] == ends[:-1] and ends[-1] <= memory.data_ptr() + memory.nbytes()
     if is_joined and all(part.is_contiguous() for part in parts):
         return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
-    whole = torch.cat([part.detach() for part in parts])
-    for part, own in zip(parts, whole.split(list(map(len, parts))), strict=True):
-        part.data = own
+    with torch.inference_mode(mode=False), torch.no_grad():  # weights may be drawn in place, which inference forbids
+        whole = torch.cat([part.detach() for part in parts])
+        for part, own in zip(parts, whole.split(list(map(len, parts))), strict=True):
+            part.data = own
     return whole
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 BACKOFF_SECONDS = (1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 60.0)
+SHORT_SECONDS = 5.0  # at most, where this host was short of something: no receiver is spared by a longer wait
 JITTER = 0.2  # of the backoff, either way, so that hosts do not come back in step
 LONGEST_RETRY_AFTER = 600.0  # seconds; a receiver that asks for more is asked again all the same
 LONGEST_WAIT = LONGEST_RETRY_AFTER * (1 + JITTER) + 1.0  # and room for rounding
@@ -33,6 +34,7 @@ class Outcome:
         broke: Whether the answer was missing or incomplete: a timeout, a reset, no HTTP.
         barred: Whether nothing was sent because the receiver's address must not be called.
         untrusted: Whether nothing was sent because the receiver's certificate is not accepted, as when it has expired.
+        short: Whether nothing was sent because this host was short of files, memory or threads.
     """
 
     status: int | None
@@ -41,6 +43,7 @@ class Outcome:
     broke: bool = False
     barred: bool = False
     untrusted: bool = False
+    short: bool = False
 
     @property
     def accepted(self) -> bool:
@@ -125,7 +128,8 @@ def decide(
         # Never earlier than asked for.
         wait = min(max(outcome.retry_after, BACKOFF_SECONDS[0]), LONGEST_RETRY_AFTER)
         return Retry(wait * (1 + JITTER * abs(jitter)))
-    return Retry(min(backoff(failures, jitter), longest_backoff))
+    wait = min(backoff(failures, jitter), longest_backoff)
+    return Retry(min(wait, SHORT_SECONDS) if outcome.short else wait)
 
 
 def calls_a_person(outcome: Outcome, failures: int) -> bool:

@@ -16,6 +16,7 @@ from pocd.http.client import open_session
 from pocd.http.retry_after import parse_retry_after
 from pocd.http.urls import below
 from pocd.observe.mask import excerpt, mask_url, url_secrets
+from pocd.process import SHORT
 
 if TYPE_CHECKING:
     from typing import Self
@@ -99,9 +100,10 @@ class Poster:
                 return await self._outcome(response)
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             # An address that is barred is the reason, whether or not the others of its name could be reached.
+            if self._barred is not None:
+                return Outcome(None, self._barred, barred=True)
             untrusted = isinstance(error, aiohttp.ClientConnectorCertificateError)
-            detail = self._barred or self.describe(error)
-            return Outcome(None, detail, barred=self._barred is not None, untrusted=untrusted and not self._barred)
+            return Outcome(None, self.describe(error), untrusted=untrusted, short=error.errno in SHORT)
         except (aiohttp.ClientError, OSError, ValueError) as error:
             return Outcome(None, self.describe(error), broke=not isinstance(error, ValueError))
 

@@ -67,10 +67,12 @@ class TolerantParser:
 
     def _read_again(self, refused: HttpProcessingError) -> Messages:
         status, headers = read_head(self._came)
-        if status is None or (headers is None and len(self._came) > HEAD_BYTES):
+        if status is None or headers is None:
+            final = _final(self._came)
+            to_come = status is not None or (len(final) < len(self._came) and b"\n" not in final)
+            if to_come and len(self._came) <= HEAD_BYTES:
+                return []  # the rest of the head, or the answer that was announced
             raise refused
-        if headers is None:
-            return []  # the rest of the head is to come
         self._answered, self._came = True, b""
         raw = tuple((name.encode(), value.encode("utf-8", "surrogateescape")) for name, value in headers.items())
         message = RawResponseMessage(

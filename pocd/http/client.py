@@ -202,7 +202,7 @@ class ThreadResolver(AbstractResolver):
         try:
             threading.Thread(target=look_up, name=f"lookup {host}", daemon=True).start()
         except RuntimeError as error:  # too many threads
-            report(OSError(f"{host!r} cannot be looked up: {error}"))
+            report(OSError(errno.EAGAIN, f"{host!r} cannot be looked up: {error}"))
         return lookup
 
     def _look_up(self, host: str, port: int, family: socket.AddressFamily) -> Addresses:

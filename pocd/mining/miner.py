@@ -13,7 +13,7 @@ from pocd.observe.changes import Changes
 from pocd.observe.rates import RateWindow
 from pocd.protocol.nonces import Ledger, Span, unskipped
 from pocd.protocol.proof import Proofs
-from pocd.protocol.schemes import VECTOR_BYTES
+from pocd.protocol.schemes import SCHEMES, VECTOR_BYTES
 from pocd.protocol.vectors import are_finite
 from pocd.store.errors import StoreUnavailableError
 from pocd.store.outbox import Outbox, Work
@@ -102,6 +102,8 @@ class Miner:
         paused: Whether mining is stopped by a call of the API, see `pocd.mining.control`.
         batchable: Changes after which a batch may be due: proofs were committed, or what is mined changed.
         held: Why mining waits for the store, which cannot take proofs; None while it can.
+        refused_batches: Batches for which workers gave no result.
+        non_finite: Nonces without a result: all of refused batches, and those whose vectors have NaN or infinity.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class Miner:
         self.checked_rate = RateWindow(clock)
         self.valid_rate = RateWindow(clock)
         self.refused_batches = 0
+        self.non_finite = 0
         self.batchable = Changes()
 
     @property
@@ -161,7 +164,7 @@ class Miner:
         return Mining(
             round=work.round,
             node=work.node,
-            ledger=Ledger(done.progress, done.skipped),
+            ledger=Ledger(done.progress, done.skipped, size=work.node.size(SCHEMES[work.round.scheme].largest_nonce)),
             started_at=self._clock.monotonic(),
             checked_before=done.checked,
             checked=done.checked,
@@ -188,11 +191,20 @@ class Miner:
 
     async def lease(self, count: int) -> Lease:
         """Lease the next nonces, at most `count`; waits while there is nothing to mine."""
-        mining = await self.until_mining()
+        while True:
+            mining = await self.until_mining()
+            if span := mining.ledger.take(count):
+                break
+            await self._changes.until(lambda: self.current is None or not self.current.ledger.is_used_up)
         self._leased[mining] += 1
-        span = mining.ledger.take(count)
         nonces = [mining.node.id + mining.node.count * x for x in unskipped(span, mining.ledger.skipped)]
         return Lease(mining, span, nonces)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the active round has no nonce left: all that its scheme allows are checked, or have no result."""
+        mining = self.mining
+        return mining is not None and mining.ledger.is_used_up and not self._leased.get(mining)
 
     async def until_mining(self) -> Mining:
         """Wait until there is a round to work on, and return it."""
@@ -255,23 +267,28 @@ class Miner:
             ledger.skipped = (*ledger.skipped, self.mining.node.positions(mining.node.nonces(lease.span)))
         self.checked_rate.add(counted.checked)
         self.valid_rate.add(len(counted.proofs))
+        if mining.round.output == "vector":
+            self.non_finite += counted.checked - len(counted.proofs)
         self._returned(mining)
 
     def give_back(self, lease: Lease) -> None:
         """Take back a lease that its worker did not finish, for another worker."""
         lease.mining.ledger.give_back(lease.span)
         self._returned(lease.mining)
+        self._changes.notify()  # somebody may wait for nonces
 
     def refuse(self, lease: Lease) -> None:
         """Set a lease aside that has no result: its nonces do not count as checked."""
         lease.mining.ledger.set_aside(lease.span)
         self.refused_batches += 1
+        self.non_finite += len(lease.nonces)
         self._returned(lease.mining)
 
     def retry_refused(self) -> None:
         """Lease the nonces once more that had no result: another worker may give one."""
         if self.mining is not None:
             self.mining.ledger.retry()
+            self._changes.notify()
 
     def _returned(self, mining: Mining) -> None:
         self._leased[mining] -= 1

@@ -43,7 +43,8 @@ KEPT = ("PATH", "HOME", "LANG", "TZ", "LD_LIBRARY_PATH", "TMPDIR", "PYTHONPATH",
 def bridge_environment(given: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of the bridge: Ray's own variables (RAY_…, its token and TLS), and nothing of pocd's."""
     return {name: value for name, value in given.items() if name in KEPT or name.startswith("RAY_")} | {
-        "RAY_USAGE_STATS_ENABLED": "0"
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_event_log_reporter_enabled": "0",  # in a folder that only Ray's own user can write
     }
 
 
@@ -76,11 +77,6 @@ class Cluster:
         self._used = 0
         self._changed = asyncio.Event()
         self._requests: socket.socket | None = None
-
-    @property
-    def machines(self) -> int:
-        """How many machines the cluster has now."""
-        return self._room.machines
 
     @property
     def problem(self) -> str | None:

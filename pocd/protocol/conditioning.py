@@ -20,16 +20,18 @@ class Conditioning:
 
     Attributes:
         error: Root mean square of the differences, as a share of the scatter of results between nonces: the standard
-            deviation of distances, the root mean square of vectors' numbers. 1.4 and more: rounding alone decides.
+            deviation of distances, the root mean square of vectors' numbers. 1.4 and more: rounding alone decides. None
+            where nothing scatters: all distances are the same, or all vectors are 0.
         flipped: Share of an honest miner's valid nonces that another honest host finds invalid, with the default
-            tolerance, where one nonce in ten is valid; None where all nonces count.
+            tolerance, where one nonce in ten is valid; None where all nonces count, or nothing scatters.
         own_share: Share of the squares of the model's outputs that is the nonce's own: what is left when the mean over
-            nonces is taken away. Near 0 all nonces have one output, which tells nothing of who computed it.
+            nonces is taken away. Near 0 all nonces have one output, which tells nothing of who computed it; 0 where
+            nothing scatters.
         turned: Share of nonces of which at least one choice of a mixture's router is another one on a host that rounds
             otherwise; None where there is no such router.
     """
 
-    error: float
+    error: float | None
     flipped: float | None
     own_share: float
     turned: float | None = None
@@ -42,6 +44,7 @@ class Conditioning:
                 f"in this model and scheme all nonces have nearly the same output: {self.own_share:.2%} of its squares "
                 f"are the nonce's own, and {LEAST_OWN_SHARE:.0%} is the least; take another scheme or model"
             )
+        assert self.error is not None, "results scatter where a share of the outputs is the nonce's own"
         if self.flipped is None:
             if self.error <= LARGEST_ERROR:
                 return None

@@ -75,6 +75,10 @@ class Node:
     id: int
     count: int
 
+    def size(self, largest_nonce: int) -> int:
+        """How many positions there are, up to a largest nonce."""
+        return max(0, (largest_nonce - self.id) // self.count + 1)
+
     def nonces(self, span: Span) -> range:
         """The nonces at the positions of `span`."""
         first = self.id + self.count * span.start
@@ -119,15 +123,27 @@ class Ledger:
         skipped: Positions that are passed over: their nonces were checked as another node's.
     """
 
-    def __init__(self, progress: Progress, skipped: Sequence[range] = ()) -> None:
+    def __init__(
+        self, progress: Progress, skipped: Sequence[range] = (), *, size: int = Node(0, 1).size(LARGEST_NONCE)
+    ) -> None:
         self.skipped = skipped
+        self._size = size  # no position from here on
         self._aside: list[Span] = []
         self._retried: list[Span] = []
         self._free = progress.gaps()
         self._next = progress.end
 
-    def take(self, count: int) -> Span:
-        """Lease the lowest free positions: `count`, and those skipped between, or fewer where a gap is smaller."""
+    @property
+    def is_used_up(self) -> bool:
+        """Whether no position is known to be free: all are leased, done or set aside."""
+        return not self._free and self._next >= self._size
+
+    def take(self, count: int) -> Span | None:
+        """Lease the lowest free positions: `count`, and those skipped between, or fewer where there are no more.
+
+        Returns:
+            The positions; None where none is free.
+        """
         while self._free:
             gap = self._free.pop(0)
             stop = self._stop(gap.start, count)
@@ -136,9 +152,10 @@ class Ledger:
                 return Span(gap.start, stop)
             if unskipped(gap, self.skipped):
                 return gap
-        span = Span(self._next, self._stop(self._next, count))
-        self._next = span.stop
-        return span
+        start, self._next = self._next, min(self._stop(self._next, count), self._size)
+        if start >= self._next or not unskipped(Span(start, self._next), self.skipped):
+            return None
+        return Span(start, self._next)
 
     def _stop(self, start: int, count: int) -> int:
         """Return the position after the next `count` that are not skipped."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import orjson
 
-from pocd.protocol.nonces import LARGEST_NONCE
+from pocd.protocol.commitment import LARGEST_NONCE
 from pocd.protocol.proof import hash_name
 
 if TYPE_CHECKING:
@@ -114,7 +114,9 @@ def read_callback(kind: Kind, prefix: str, raw: bytes) -> Callback:
     for place, artifact in enumerate(artifacts):
         nonce = artifact.get("nonce") if isinstance(artifact, dict) else None
         if not isinstance(nonce, int) or isinstance(nonce, bool) or not 0 <= nonce <= LARGEST_NONCE:
-            raise CallbackError(f"artifacts[{place}].nonce: has to be a whole number from 0", "artifacts")
+            raise CallbackError(
+                f"artifacts[{place}].nonce: has to be a whole number from 0 to {LARGEST_NONCE}", "artifacts"
+            )
         first.setdefault(nonce, artifact)
     body["artifacts"] = list(first.values())
     return Callback(kind, prefix, body, _round(kind, prefix, body), tuple(first))

@@ -95,7 +95,7 @@ def check(claim: Claim | VectorClaim, terms: Terms) -> None:
     compared by their fingerprint where the batch names one, and by the model's name and revision where it does not.
 
     Raises:
-        MismatchError: A field of the batch differs.
+        MismatchError: A field of the batch differs, or its scheme has no such nonce.
     """
     runs = running(
         model=terms.model,
@@ -116,6 +116,13 @@ def check(claim: Claim | VectorClaim, terms: Terms) -> None:
         )
     phrase, done = "the batch says {asked}, but it is held to {runs}", "nothing was judged"
     refuse_mismatch(claim, runs, phrase, done)
+    largest, allowed = max(claim.nonces), SCHEMES[terms.scheme].largest_nonce
+    if largest > allowed:
+        field = "nonces" if claim.output == "distance" else "artifacts"
+        raise MismatchError(
+            f"{field}: scheme {terms.scheme!r} has nonces from 0 to {allowed}, and the batch claims {largest}; {done}",
+            field,
+        )
     if claim.r_target is not None and claim.r_target != terms.r_target:
         differs = phrase.format(asked=claim.r_target, runs=terms.r_target)
         raise MismatchError(f"r_target: {differs}; {done}", "r_target")

@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from contextlib import suppress
@@ -84,10 +85,12 @@ class Steps:
 
     def _apart(self, name: str, step: Callable[[], Facts], limit: float) -> Facts:
         ours, theirs = FORK.Pipe(duplex=False)
-        process = FORK.Process(target=_child, args=(step, theirs, self._folder / f"{name}.txt"))
+        life, held = os.pipe()  # `held` is in no process but this one, so `life` ends with it, however that is
+        process = FORK.Process(target=_child, args=(step, theirs, self._folder / f"{name}.txt", life, held))
         process.start()
         assert process.pid is not None, "it has begun"
         theirs.close()
+        os.close(life)
         try:
             found: Facts = ours.recv() if ours.poll(limit) else {"error": f"it was not done after {limit:.0f} s"}
         except EOFError:
@@ -97,11 +100,20 @@ class Steps:
             os.killpg(process.pid, signal.SIGKILL)  # with what it has started
         process.kill()  # where it has no group of its own yet
         process.join()
+        os.close(held)
         return found
 
 
-def _child(step: Callable[[], Facts], result: Any, said: Path) -> None:  # noqa: ANN401 - multiprocessing names no type of its ends
+def _end_with(life: int) -> None:
+    """End this process's group once nobody holds the other end of a pipe: the process that began it is gone."""
+    os.read(life, 1)
+    os.killpg(0, signal.SIGKILL)
+
+
+def _child(step: Callable[[], Facts], result: Any, said: Path, life: int, held: int) -> None:  # noqa: ANN401 - multiprocessing names no type of its ends
     os.setsid()
+    os.close(held)
+    threading.Thread(target=_end_with, args=(life,), daemon=True).start()
     with said.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

@@ -15,7 +15,7 @@ from tests.admin.test_outbox_api import Moody
 from tests.support.browser import browsing, needs_chromium
 from tests.support.processes import Chain, config, free_port, running
 from tests.support.waiting import until
-from tests.support.watched import Watched, receiver, sample, troubled
+from tests.support.watched import Watched, on_machines, receiver, sample, troubled
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -108,6 +108,7 @@ async def test_a_real_daemon_seen_live(tmp_path: Path) -> None:
 @needs_chromium
 async def test_it_fits_a_phone_and_reads_well_by_day_and_night(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     body = troubled()
+    body["machines"] = on_machines(sample())["machines"]
     body["alarms"].append({"part": "store", "reason": "x" * 300})
     body["receivers"].append(receiver("r" * 64, last_error="y" * 300))
     body["workers"][0]["cards"][0]["name"] = "z" * 100
@@ -126,7 +127,14 @@ async def test_it_fits_a_phone_and_reads_well_by_day_and_night(monkeypatch: pyte
             grounds.add(await tab.value("getComputedStyle(document.documentElement).backgroundColor"))
         assert len(grounds) == 2
         text = await tab.text()
-        for part in ("Alarm: worker 1 (cuda:1)", "Problem: chain", "loading the model", "HTTP 503", "again in 42 s"):
+        for part in (
+            "1 of 1 workers",
+            "Alarm: worker 1 (cuda:1)",
+            "Problem: chain",
+            "loading the model",
+            "HTTP 503",
+            "again in 42 s",
+        ):
             assert part in text
         low, high = wilson_interval(body["round"]["valid"], body["round"]["checked"])
         assert f"99% interval {percent(low)} to {percent(high)}; the expected rate is outside" in text

@@ -21,8 +21,9 @@ from pocd.mining.control import RoundRequest
 from pocd.mining.phases import Call
 from pocd.pool.cards import CardReading
 from pocd.pool.causes import Cause
+from pocd.pool.processes import Place
 from pocd.protocol.conditioning import Conditioning
-from pocd.protocol.nonces import Node
+from pocd.protocol.nonces import Ledger, Node, Progress
 from pocd.protocol.proof import Round
 from pocd.store import deliveries
 from pocd.store.batches import form_batches
@@ -150,6 +151,45 @@ async def test_a_daemon_that_mines_and_computes_nothing_is_not_ready(tmp_path: P
         parts.miner.hold("the disk is full")
         assert "miner" not in {problem.part for problem in status.problems(parts)}, "the store is why"
         parts.miner.give_back(second)
+
+
+async def test_a_round_without_nonces_left_is_idle_and_says_why(tmp_path: Path) -> None:
+    clock = ManualClock()
+    with made(tmp_path, clock) as parts:
+        await mine(parts, clock)
+        assert parts.miner.mining
+        parts.miner.mining.ledger = Ledger(Progress(), size=1)
+        lease = await parts.miner.lease(8)
+        assert status.state(parts) == "GENERATING"
+        parts.miner.refuse(lease)
+        assert status.state(parts) == "IDLE"
+        told = {problem.part: problem.reason for problem in status.problems(parts)}
+        assert told["miner"].startswith("scheme 'poc2' has no nonce above 9223372036854775807, and all of this node's")
+        assert status.view(parts).worker.non_finite_nonces == 1
+        assert "pocd_worker_non_finite_nonces_total 1.0" in generate_latest(registry(parts)).decode()
+
+
+async def test_the_machines_of_a_cluster_have_the_sums_of_their_workers(tmp_path: Path) -> None:
+    clock = ManualClock()
+    with made(tmp_path, clock) as parts:
+        workers = [*parts.workers.workers, *parts.workers.workers[:1]]
+        assert status.machines(workers) == [], "processes of this machine"
+        first, second = parts.workers.workers
+        first.place = second.place = Place("two", "10.0.0.2")
+        first.start()
+        first.load("loading the model")
+        first.become_ready(READY)
+        for worker in (first, second):
+            worker.count(30)
+        clock.advance(30)
+        (machine,) = status.machines(parts.workers.workers)
+        assert (machine.node, machine.address, machine.workers, machine.ready) == ("two", "10.0.0.2", 2, 1)
+        assert machine.computed_per_second_1m == sum(each.computed_rate.per_second(60) for each in (first, second)) > 0
+        second.place = Place("one", "10.0.0.1")
+        assert [each.node for each in status.machines(parts.workers.workers)] == ["one", "two"]
+        text = generate_latest(registry(parts)).decode()
+    assert "pocd_cluster_degraded 0.0" in text
+    assert 'pocd_worker_place_info{address="10.0.0.1",node="one",worker="1"} 1.0' in text
 
 
 async def test_a_worker_whose_results_depend_on_rounding_is_an_alarm(tmp_path: Path) -> None:

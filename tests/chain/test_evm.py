@@ -219,10 +219,20 @@ def test_a_quantity_beyond_63_bits() -> None:
         parse_quantity(result("0x8" + "0" * 15), WHERE)
 
 
-@pytest.mark.parametrize("status", [200, 403])
-async def test_a_gateway_that_does_not_offer_eth_syncing(status: int) -> None:
-    error = {"id": 1, "error": {"code": -32601, "message": "rpc method is not whitelisted"}}
-    async with node_of(HONEST | {"eth_syncing": web.Response(body=orjson.dumps(error), status=status)}) as (node, _):
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (200, b'{"id": 1, "error": {"code": -32601, "message": "rpc method is not whitelisted"}}'),
+        (403, b'{"id": 1, "error": {"code": -32601, "message": "rpc method is not whitelisted"}}'),
+        (200, b'{"error": "unsupported method"}'),
+        (400, b'{"error": "unsupported method"}'),
+        (403, b"<html><title>403 Forbidden</title></html>"),
+        (405, b""),
+        (501, b"Not Implemented"),
+    ],
+)
+async def test_a_gateway_that_does_not_offer_eth_syncing(status: int, body: bytes) -> None:
+    async with node_of(HONEST | {"eth_syncing": web.Response(body=body, status=status)}) as (node, _):
         with pytest.raises(ChainError, match="asked for block 15, got block 13"):  # so it was asked for the block
             await node.head()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import shutil
 import socket
 import sqlite3
@@ -24,7 +25,7 @@ from pocd.chain.cometbft import CometBFT
 from pocd.chain.make import CHAIN_TIMEOUT
 from pocd.chain.rpc import Rpc
 from pocd.chain.source import Block, ChainError, Head
-from pocd.check import api, chain, devices, files, model, store
+from pocd.check import api, chain, devices, files, host, model, store
 from pocd.check.chain import Expected
 from pocd.check.devices import Driver
 from pocd.check.finding import Finding, Level
@@ -417,6 +418,28 @@ def test_a_compiler_is_missed_where_something_is_to_be_compiled(
         assert finding.remedy == lack.remedy
 
 
+@pytest.mark.parametrize("chosen", [None, "/chosen"])
+async def test_the_compiler_is_looked_for_as_the_workers_will_have_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: str | None
+) -> None:
+    """For the kind of the configured device, with the cache that a worker is given, unless the environment has one."""
+    asked: list[tuple[str, Path]] = []
+
+    def find(device: str, _environment: object, *, cache: Path) -> Lack:
+        asked.append((device, cache))
+        return LACK
+
+    monkeypatch.setattr(host, "find_lack", find)
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    if chosen:
+        monkeypatch.setenv("TRITON_CACHE_DIR", chosen)
+    for device, level in (("cpu", None), ("cuda", "yellow")):
+        path = configured(tmp_path, "http://127.0.0.1:9", "", model__device=device, worker__cache=str(tmp_path / "own"))
+        found = await host._compiler(load(path))
+        assert [finding.level for finding in found] == ([level] if level else [])
+    assert asked == [(device, Path(chosen or tmp_path / "own")) for device in ("cpu", "cuda")]
+
+
 @pytest.mark.parametrize(
     ("used", "runs", "level"),
     [(1, False, "green"), (45, False, "yellow"), (79, False, "yellow"), (79, True, "green")],
@@ -488,3 +511,21 @@ def test_a_model_that_is_not_there() -> None:
     finding = model.check(model.find(lost), Probe(), lost)
     assert (finding.level, "is not bundled" in finding.text) == (Level.RED, True)
     assert "correct model.name" in (finding.remedy or "")
+
+
+# The configuration
+
+
+def test_a_scheme_that_is_not_named_is_a_yellow_line_with_the_remedy(tmp_path: Path) -> None:
+    entry = '{ name = "main", url = "http://127.0.0.1:9" }'
+    path = configured(tmp_path, "http://127.0.0.1:9", entry)
+    (finding,) = host.check_configuration(path, load(path))
+    assert finding.level == "green"
+    text = path.read_text()
+    path.write_text(re.sub(r"(?m)^scheme = .*$", "", text))
+    assert path.read_text() != text
+    (finding,) = host.check_configuration(path, load(path))
+    assert (finding.name, finding.level) == ("configuration", "yellow")
+    assert "round.scheme is not named, so it is 'poc2'" in finding.text
+    assert "'poc4'" in (finding.remedy or "")
+    assert "name 'poc2' to keep it" in (finding.remedy or "")

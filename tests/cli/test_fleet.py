@@ -22,7 +22,7 @@ from pocd.config.settings import ConfigError
 from pocd.process import EXIT_CONFIG, EXIT_CRASH
 from tests.support.command_line import pocd_here
 from tests.support.processes import free_port
-from tests.support.watched import Watched, sample, troubled
+from tests.support.watched import Watched, on_machines, sample, troubled
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -139,6 +139,18 @@ def test_the_view_shows_those_in_trouble_first() -> None:
     assert rows[0] == "gone"
     assert rows[2] == "well"
     assert "0 of 40" in lines[-1]
+
+
+def test_the_machines_of_a_daemons_cluster_are_shown_where_there_is_room() -> None:
+    status = on_machines(sample())
+    status["machines"][1]["node"] = "two\x1b[31m"
+    earlier = {name: value for name, value in sample().items() if name != "machines"}  # as an earlier release answers
+    members = [Member("cluster", "http://c", status), Member("alone", "http://a", earlier)]
+    rows = [line.split() for line in drawn(members)[-4:]]
+    assert [row[0] for row in rows] == ["cluster", "on", "on", "alone"]
+    assert rows[1] == ["on", "three", "0.0", "0.0", "0/1"]
+    assert rows[2] == ["on", "two�[31m", "424.9", "424.9", "1/1"]
+    assert "on three" not in "\n".join(drawn(members, height=8))
 
 
 @pytest.mark.parametrize("height", [6, 12, 24, 60, None])

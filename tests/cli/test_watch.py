@@ -31,7 +31,7 @@ from pocd.cli.watch_view import Sample, Seen, View, seen_rates, sparkline, wilso
 from pocd.process import EXIT_CRASH, EXIT_OK
 from tests.support.processes import free_port
 from tests.support.waiting import PATIENCE, until
-from tests.support.watched import Watched, receiver, sample, troubled
+from tests.support.watched import Watched, on_machines, receiver, sample, troubled
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -89,6 +89,17 @@ def test_a_healthy_daemon_at_a_glance() -> None:
     assert "ALARM" not in text
 
 
+def test_the_machines_of_a_cluster_have_lines_of_their_own() -> None:
+    body = on_machines(sample())
+    text = "\n".join(drawn(seen(body)))
+    assert "machines  three 10.0.0.3  0 of 1 workers  0.0/s" in text
+    assert "two 10.0.0.2  1 of 1 workers  424.9/s" in text
+    assert "0 cuda:0 on two  captured" in text
+    told_ = as_text(body)
+    assert "machine    two (10.0.0.2), 1 of 1 workers ready, 424.9 nonces/s" in told_
+    assert "0: cuda:0 on two, captured" in told_
+
+
 def test_what_is_wrong_comes_first() -> None:
     lines = drawn(seen(troubled(), away=f"nothing listens on {URL}", status_age=14.0))
     assert "as of 14 s ago" in lines[0]
@@ -99,6 +110,14 @@ def test_what_is_wrong_comes_first() -> None:
     assert "backup  delivered 1,204, waiting 17, dead 2  HTTP 503" in text
     assert "old  delivered 9, waiting 3  no longer configured" in text
     assert "dead 120, expired 40" in text
+
+
+def test_nonces_without_a_result_are_told() -> None:
+    body = sample()
+    assert "NaN" not in "\n".join([*drawn(seen(body)), as_text(body)])
+    body["worker"]["non_finite_nonces"] = 1234
+    assert "1,234 nonces without a result: the model gave NaN or infinity" in "\n".join(drawn(seen(body)))
+    assert "1,234 nonces without a result" in as_text(body)
 
 
 @pytest.mark.parametrize("body", [sample(), troubled()])

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 @pytest.fixture
 def machines() -> Iterator[Machines]:
     """Machines that a test starts; all of them are killed afterwards."""
+    from tests.support.networks import network
     from tests.support.ray_machines import Machines
 
-    with Machines() as cluster:
+    with network(2) as wires, Machines(wires) as cluster:
         yield cluster

@@ -13,8 +13,10 @@ import psutil
 import pytest
 import structlog
 
+from pocd.check.cluster import check_cluster
 from pocd.clock import SYSTEM
 from pocd.config.ray import RaySettings
+from pocd.config.settings import Settings
 from pocd.mining.miner import Miner
 from pocd.observe.changes import Changes
 from pocd.observe.events import Events
@@ -58,7 +60,7 @@ async def pooled(folder: Path, model: Path, address: str) -> AsyncIterator[tuple
         pool = Pool(
             [load] * 64,
             miner,
-            WorkerLimits(batch=60.0),
+            WorkerLimits(batch=PATIENCE, heartbeat=PATIENCE),  # so that who is slow is not lost
             cache=folder,
             changes=changes,
             clock=SYSTEM,
@@ -141,6 +143,53 @@ async def come_with_another_model(pool: Pool, machines: Machines, model: Path) -
     aside.rename(model)
 
 
+async def wait_for_nobody(pool: Pool) -> None:
+    one, two = await at_work(pool, "one", "two")
+    slow, lives = process(two), sum(two.causes.values())
+    slow.suspend()
+    await at_work(pool, "one")
+    before = one.computed
+    await until(lambda: one.computed >= before + MOST_IN_FLIGHT)
+    held = two.computed
+    slow.resume()
+    await until(lambda: two.computed > held)
+    assert (process(two), sum(two.causes.values())) == (slow, lives), "it was slow, and is the same"
+
+
+async def cut_a_machine_off(pool: Pool, cluster: Cluster, machines: Machines) -> None:
+    if machines.network is None:
+        return
+    *_, three = await at_work(pool, "one", "two", "three")
+    orphan, lost = process(three), three.causes[Cause.CLUSTER]
+    machines.cut("three")
+    await until(lambda: three.causes[Cause.CLUSTER] > lost)
+    await until(lambda: "room for 2 of 3 workers" in str(cluster.problem))
+    await at_work(pool, "one", "two")
+    machines.heal("three")
+    await until(lambda: has_ended(orphan))  # Ray ends a machine that it has given up
+    machines.kill("three")
+    await machines.start("three")  # as its unit does
+    await at_work(pool, "one", "two", "three")
+    assert cluster.problem is None
+
+
+async def be_looked_at(machines: Machines) -> None:
+    settings = Settings.model_validate(
+        {
+            "node": {"public_key": "k"},
+            "chain": {"urls": ["http://127.0.0.1:1"]},
+            "model": {"device": "cpu"},
+            "worker": {"engine": "ray"},
+            "ray": {"address": machines.address},
+        }
+    )
+    room, *each = await check_cluster(settings)
+    assert room.level == "green"
+    assert "2 machines at" in room.text
+    assert "room for 2 workers of 1 core" in room.text
+    assert sorted((found.name, found.level) for found in each) == [("machine one", "green"), ("machine two", "green")]
+
+
 async def lose_a_machine(pool: Pool, cluster: Cluster, machines: Machines) -> None:
     *_, three = await at_work(pool, "one", "two", "three")
     orphan = process(three)
@@ -170,9 +219,12 @@ async def test_machines_come_and_go_and_every_nonce_is_checked_once(tmp_path: Pa
         assert cluster.pid is not None
         for each in (psutil.Process(cluster.pid), *map(process, workers)):
             assert SECRET not in each.environ().values(), "what the daemon's environment has"
+        await be_looked_at(machines)
         await lose_a_process_and_an_actor(pool)
+        await wait_for_nobody(pool)
         await lose_the_bridge(pool, cluster)
         await come_with_another_model(pool, machines, model)
+        await cut_a_machine_off(pool, cluster, machines)
         await lose_a_machine(pool, cluster, machines)
         await lose_the_head(pool, cluster, machines)
         (last,) = await at_work(pool, "anew")

@@ -11,7 +11,7 @@ import pytest
 import structlog
 from pydantic import ValidationError
 
-from pocd.check.cluster import judge
+from pocd.check.cluster import Machine, judge
 from pocd.check.finding import Level
 from pocd.cluster.room import room_for
 from pocd.cluster.versions import differences, versions
@@ -63,7 +63,9 @@ def test_the_bridge_gets_rays_own_variables_and_nothing_of_the_daemons() -> None
         "CREDENTIALS_DIRECTORY": "/run/credentials/pocd.service",
         "HF_TOKEN": "hf_x",
     }
-    assert bridge_environment(given) == {"RAY_AUTH_MODE": "token", "PATH": "/bin", "RAY_USAGE_STATS_ENABLED": "0"}
+    kept = {"RAY_AUTH_MODE": "token", "PATH": "/bin"}
+    own = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_event_log_reporter_enabled": "0"}
+    assert bridge_environment(given) == kept | own
 
 
 @pytest.mark.parametrize("message", [PLACED, Gone(is_lost=True, message="why"), Room(3, 2, "")])
@@ -107,11 +109,28 @@ def test_without_ray_the_command_that_installs_it_is_named(monkeypatch: pytest.M
         check_engine(settings())
 
 
-def test_what_follows_from_a_clusters_state() -> None:
-    assert judge(None, 2, 3, "h:1").level is Level.GREEN
-    assert judge("room for 1 of 2 workers", 1, 2, "h:1").level is Level.YELLOW
-    away = judge("cannot be reached", 0, 0, "h:1")
-    assert (away.level, away.text) == (Level.RED, "cannot be reached")
+def machine(node: str, cpus: float, gpus: float = 0, **changes: str) -> Machine:
+    return Machine(node, "10.0.0.2", {"CPU": cpus, "GPU": gpus}, versions() | changes)
+
+
+def test_what_a_check_says_of_a_clusters_machines() -> None:
+    wanted, ours = RaySettings(workers=3, cpus=2), versions()["torch"]
+    silent = Machine("three", "10.0.0.3", {"CPU": 8, "GPU": 0}, problem="no answer within 30 s")
+    found = judge([machine("one", 5), machine("two", 3, torch="2.0.1"), silent], wanted, gpus=0)
+    assert [(each.name, each.level) for each in found] == [
+        ("cluster", Level.GREEN),
+        ("machine one", Level.GREEN),
+        ("machine two", Level.RED),
+        ("machine three", Level.RED),
+    ]
+    assert "3 machines at 127.0.0.1:6379, with room for 7 workers of 2 cores" in found[0].text
+    assert found[2].text == f"10.0.0.2 has torch 2.0.1 instead of {ours}"
+    assert found[3].text == "10.0.0.3: no answer within 30 s"
+    assert judge([machine("one", 5)], wanted, gpus=0)[0].level is Level.YELLOW, "room for 2 of 3"
+    assert judge([machine("one", 5)], RaySettings(cpus=2), gpus=0)[0].level is Level.GREEN
+    (none, _) = judge([machine("one", 5)], wanted, gpus=1)
+    assert none.level is Level.RED
+    assert none.text == "no machine has room for a worker of a GPU and 2 cores (one: 5 cores, 0 GPUs)"
 
 
 async def test_a_bridge_that_ends_while_a_worker_is_asked_of_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,7 @@ def test_nonces_that_give_nan_are_left_out(broken: Sequence[int], measured: bool
         overflowing = Overflowing(**{field.name: getattr(run, field.name) for field in fields(run)})
         found = measure_conditioning(overflowing, batch_size=4)
     assert (found is not None) == measured
-    assert found is None or (found.error > 0 and 0.1 < found.own_share < 1)
+    assert found is None or (found.error and 0.1 < found.own_share < 1)
 
 
 def test_nobody_flips_without_rounding_and_chance_decides_with_nothing_in_common() -> None:
@@ -192,6 +192,45 @@ def test_a_model_with_one_output_for_all_nonces_is_red() -> None:
     assert found.own_share < 0.01
     assert found.alarm is not None
     assert "all nonces have nearly the same output" in found.alarm
+
+
+@pytest.mark.parametrize("scheme", ["poc2", "trained", "poc4"])
+def test_results_that_do_not_scatter_are_red(scheme: str) -> None:
+    """As of a device that writes nothing: no division by 0, and no share of it."""
+    model = load_model("bundled:tiny-qwen3", dtype="bfloat16", device="cpu")
+    with block_run(model, SCHEMES[scheme], block_hash="a", public_key="b", seq_len=16) as run:
+
+        class Blank(BlockRun):
+            def differences(
+                self, states: torch.Tensor, exact: torch.Tensor, nonces: Sequence[int]
+            ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+                own, reference, errors = super().differences(states, exact, nonces)
+                return own, torch.zeros_like(reference), errors
+
+        blank = Blank(**{field.name: getattr(run, field.name) for field in fields(run)})
+        found = measure_conditioning(blank, batch_size=4)
+    assert found == Conditioning(None, None, 0.0)
+    assert found.alarm is not None
+    assert "all nonces have nearly the same output: 0.00% of its squares are the nonce's own" in found.alarm
+
+
+def test_two_nonces_are_enough_and_one_is_not() -> None:
+    model = load_model("bundled:tiny-qwen3", dtype="bfloat16", device="cpu")
+    with block_run(model, SCHEMES["poc2"], block_hash="a", public_key="b", seq_len=16) as run:
+        for left in (1, 2):
+
+            class Overflowing(BlockRun):
+                def states(self, nonces: Sequence[int], *, good: int = left) -> torch.Tensor:
+                    return super().states(nonces) * (math.nan if max(nonces) >= good else 1)
+
+            overflowing = Overflowing(**{field.name: getattr(run, field.name) for field in fields(run)})
+            assert (measure_conditioning(overflowing, batch_size=1) is not None) == (left == 2)
+
+
+def test_states_of_zeros_have_nothing_of_their_own() -> None:
+    share = OwnShare()
+    share.add(torch.zeros(4, 3, 8))
+    assert share.value() == 0
 
 
 @pytest.mark.parametrize(("common", "expected"), [(0.0, 1.0), (1.0, 0.5), (3.0, 0.1), (1e6, 0.0)])

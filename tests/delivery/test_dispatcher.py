@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import resource
 import ssl
 import time
 from collections.abc import Callable
@@ -245,6 +246,27 @@ async def test_failures_in_a_row_wait_longer_and_longer(bench: Bench, server: Se
             dispatcher.wake()
         await server.take(1)
     assert waits == [1.0, 2.0, 5.0, 10.0, 20.0, 40.0, 60.0, 60.0, 60.0]
+
+
+async def test_what_this_host_lacks_is_soon_looked_for_again(bench: Bench, server: Server) -> None:
+    await bench.store(1, "a")
+    dispatcher = bench.dispatcher(server.url)
+    few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    waits = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (1, most))  # what is open stays open
+        async with running(dispatcher):
+            await soon(dispatcher.settled.wait())
+            for _ in range(6):
+                waits.append(dispatcher.state.next_at - bench.clock.now)
+                await bench.step(dispatcher)
+            assert dispatcher.state.error == "no connection: Too many open files"
+            resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
+            await bench.step(dispatcher)
+            await server.take(1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
+    assert waits == [1.0, 2.0, 5.0, 5.0, 5.0, 5.0]
 
 
 @pytest.mark.parametrize("set_back", [3600.0, 10.0**9])

@@ -77,6 +77,18 @@ async def test_a_status_is_believed_whatever_is_wrong_with_the_headers(answer: b
     assert (await status_of(answer, cut=len(answer) - 3))[0] == 200
 
 
+async def test_an_answer_with_a_flawed_announcement_may_be_cut_anywhere() -> None:
+    answer = head("X Y", status="HTTP/1.1 103 Early Hints") + head("Content-Length: 2") + b"ok"
+    for cut in range(1, len(answer)):
+        assert (await status_of(answer, cut=cut))[0] == 200, cut
+
+
+async def test_announcements_without_an_answer_are_none() -> None:
+    flood = head("X Y", status="HTTP/1.1 103 Early Hints") * HEAD_BYTES
+    with pytest.raises(aiohttp.ClientResponseError):
+        await status_of(flood[: 2 * HEAD_BYTES])
+
+
 @pytest.mark.parametrize("answer", EMPTY.values(), ids=EMPTY)
 async def test_a_204_is_believed_whatever_follows(answer: bytes) -> None:
     assert (await status_of(answer))[0] == 204

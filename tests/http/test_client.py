@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from pocd.http import client
 from pocd.http.client import ThreadResolver, open_session
 from pocd.http.urls import as_written, below, unusable
+from pocd.process import SHORT
 from tests.support.delivering import read_request, serving, talking
 from tests.support.waiting import PATIENCE, soon, until
 
@@ -118,8 +119,9 @@ async def test_no_thread_to_look_a_name_up_is_an_error_like_any_other(monkeypatc
 
     resolver = ThreadResolver()
     monkeypatch.setattr(threading.Thread, "start", start)
-    with pytest.raises(OSError, match="cannot be looked up: can't start new thread"):
+    with pytest.raises(OSError, match="cannot be looked up: can't start new thread") as caught:
         await soon(resolver.resolve("localhost", 80))
+    assert caught.value.errno in SHORT
     monkeypatch.undo()
     assert await soon(resolver.resolve("localhost", 80))
 

@@ -42,9 +42,11 @@ FIRST = 1000
 BLOCKS = DevChain("seed", block_seconds=5.0, genesis=1_700_000_000.0, first_height=FIRST)
 CONFIRMED = 31  # blocks after the start of each epoch
 
+SCHEME_OF = {False: "artifacts", True: "artifacts-256"}
+
 
 def round_of(block: Block, recipe: Recipe, stronger_rng: bool) -> Round:  # noqa: FBT001 - as the scheduler calls it
-    return Round(block.hash, block.height, "02b463", 1.4, f"256: {stronger_rng}", recipe.model, recipe.seq_len)
+    return Round(block.hash, block.height, "02b463", 1.4, SCHEME_OF[stronger_rng], recipe.model, recipe.seq_len)
 
 
 class DevNode:
@@ -142,7 +144,7 @@ async def test_the_rounds_of_two_epochs(scheduled: Scheduled) -> None:
         confirm(scheduled.node, [height])
         found = await scheduled.look(height)
         assert (found.block_height, found.block_hash) == named(height) if found else named(height) == (0, ""), height
-        assert found is None or (found.seq_len, found.scheme) == (32, "256: False")
+        assert found is None or (found.seq_len, found.scheme) == (32, SCHEME_OF[False])
         assert scheduled.health.epoch is not None
         assert scheduled.health.epoch.number == 1 + (height - FIRST) // WINDOWS.epoch
 
@@ -207,7 +209,7 @@ async def test_a_round_that_runs_keeps_its_parameters(scheduled: Scheduled) -> N
     assert await scheduled.look(FIRST + 1) == running
     following = await scheduled.look(FIRST + WINDOWS.epoch)
     assert following is not None
-    assert (following.seq_len, following.scheme) == (64, "256: True")
+    assert (following.seq_len, following.scheme) == (64, SCHEME_OF[True])
 
 
 @pytest.mark.parametrize("name", ["scheme", "model"])

@@ -1,6 +1,7 @@
 """The miner over a real store: what is lent, what is committed, and who waits for what."""
 
 import asyncio
+import dataclasses
 import math
 import tempfile
 from collections.abc import Iterator
@@ -15,9 +16,9 @@ from hypothesis import strategies as st
 
 from pocd.mining.miner import LATEST, Lease, Miner
 from pocd.observe.changes import Changes
-from pocd.protocol.nonces import Node, Progress, Span
+from pocd.protocol.nonces import Ledger, Node, Progress, Span
 from pocd.protocol.proof import Proofs, Round
-from pocd.protocol.schemes import VECTOR_SIZE
+from pocd.protocol.schemes import SCHEMES, VECTOR_SIZE
 from pocd.store.deliveries import next_pending
 from pocd.store.outbox import Outbox, Totals, Work
 from pocd.store.proofs import Weights
@@ -214,6 +215,9 @@ async def test_every_nonce_with_a_finite_vector_counts(miner: Miner, outbox: Out
     await soon(miner.complete(lease, b"".join(vectors), WEIGHTS))
     assert await stored(outbox) == proofs_of(VECTORS, [4, 13])
     assert outbox.view.totals == Totals(checked=5, valid=2)
+    assert miner.non_finite == 3
+    miner.refuse(await miner.lease(4))
+    assert miner.non_finite == 7
     assert await progress(outbox, VECTORS) == Progress(5)
 
 
@@ -491,6 +495,49 @@ class Sharing:
         while not due <= self.committed:
             await self.lease(50)
             await self.complete(0)
+
+
+# The end of the nonces
+
+LARGEST = SCHEMES["artifacts"].largest_nonce
+LAST = LARGEST // NODE.count  # the last position of this node, which is id 1 of 3: nonce 2**31 - 1
+
+
+async def test_no_nonce_is_leased_that_the_scheme_lacks(miner: Miner, outbox: OutboxThread) -> None:
+    """What comes back is leased again; a round that follows is mined."""
+    round_ = dataclasses.replace(VECTORS, scheme="artifacts")
+    work = Work(round_, NODE)
+    await outbox(Outbox.begin_round, work, NOW)
+    await outbox(lambda store: store.db.execute("UPDATE progress SET cursor = ?", (LAST - 2,)))
+    await miner.set_round(work)
+    lease = await miner.lease(8)
+    assert (lease.span.start, lease.nonces) == (LAST - 2, [LARGEST - 6, LARGEST - 3, LARGEST])
+    assert not miner.is_done, "it is leased"
+    waiting = asyncio.create_task(miner.lease(8))
+    await let_all_run(outbox)
+    assert not waiting.done()
+    miner.give_back(lease)
+    await complete(miner, await soon(waiting))
+    assert miner.is_done
+    waiting = asyncio.create_task(miner.lease(8))
+    await let_all_run(outbox)
+    assert not waiting.done()
+    await miner.set_round(Work(NEXT, NODE))
+    assert (await soon(waiting)).mining.round == NEXT
+    assert not miner.is_done
+
+
+async def test_the_last_nonces_are_tried_once_more_where_they_had_no_result(miner: Miner, outbox: OutboxThread) -> None:
+    await miner.set_round(Work(ROUND, NODE))
+    assert miner.mining is not None
+    miner.mining.ledger = Ledger(Progress(), size=2)
+    miner.refuse(await miner.lease(2))
+    assert miner.is_done
+    waiting = asyncio.create_task(miner.lease(2))
+    await let_all_run(outbox)
+    assert not waiting.done()
+    miner.retry_refused()
+    assert (await soon(waiting)).span == Span(0, 2)
 
 
 # Stopping by hand

@@ -17,6 +17,12 @@ def cut(lengths: list[int]) -> list[Span]:
     return [Span(start, stop) for start, stop in pairwise(accumulate(lengths, initial=0))]
 
 
+def take(ledger: Ledger, count: int) -> Span:
+    span = ledger.take(count)
+    assert span is not None, "there are always more"
+    return span
+
+
 def positions(progress: Progress) -> set[int]:
     return set(range(progress.cursor)).union(*(range(span.start, span.stop) for span in progress.islands))
 
@@ -89,13 +95,46 @@ def test_what_is_skipped_is_leased_with_what_is_not_and_nothing_else_is_left_out
     due = [x for x in range(80) if x not in positions(progress) and not any(x in each for each in skipped)]
     leased, done = list[int](), progress
     while len(leased) < len(due):
-        span = ledger.take(count)
+        span = take(ledger, count)
         done = done.add(span)
         taken = list(unskipped(span, skipped))
         assert 1 <= len(taken) <= count
         assert len(taken) == count or span.stop in positions(progress), "full, but where a gap ends"
         leased += taken
     assert leased[: len(due)] == due
+
+
+@given(
+    skipped=st.lists(st.builds(range, st.integers(0, 50), st.integers(0, 70), st.integers(1, 5)), max_size=3),
+    size=st.integers(0, 60),
+    count=st.integers(1, 9),
+    back=st.integers(0, 9),
+)
+def test_all_positions_there_are_can_be_leased_and_no_other(
+    skipped: list[range], size: int, count: int, back: int
+) -> None:
+    ledger, leased = Ledger(Progress(), skipped, size=size), list[Span]()
+    while span := ledger.take(count):
+        leased.append(span)
+    assert ledger.is_used_up
+    assert ledger.take(count) is None, "and so it stays"
+    taken = [x for span in leased for x in unskipped(span, skipped)]
+    assert taken == [x for x in range(size) if not any(x in each for each in skipped)]
+    if leased:
+        assert leased[-1].stop <= size
+        ledger.give_back(leased[back % len(leased)])
+        assert not ledger.is_used_up
+        assert ledger.take(60) == leased[back % len(leased)]
+        ledger.set_aside(leased[-1])
+        assert ledger.is_used_up
+        ledger.retry()
+        assert not ledger.is_used_up
+
+
+@given(count=st.integers(1, 9), largest=st.integers(0, 40), data=st.data())
+def test_the_size_of_a_share_counts_its_nonces(count: int, largest: int, data: st.DataObject) -> None:
+    node = Node(data.draw(st.integers(0, count - 1)), count)
+    assert node.size(largest) == len([nonce for nonce in range(largest + 1) if nonce % count == node.id])
 
 
 @given(count=st.integers(1, 9), length=st.integers(1, 20))
@@ -106,10 +145,10 @@ def test_the_nodes_together_check_every_nonce_once(count: int, length: int) -> N
 
 def test_spans_given_back_are_lent_again_before_new_ones_lowest_first() -> None:
     ledger = Ledger(Progress())
-    first, second, third = ledger.take(4), ledger.take(4), ledger.take(4)
+    first, second, third = take(ledger, 4), take(ledger, 4), take(ledger, 4)
     ledger.give_back(third)
     ledger.give_back(first)
-    assert [ledger.take(3), ledger.take(3), ledger.take(4), ledger.take(4)] == [
+    assert [take(ledger, 3), take(ledger, 3), take(ledger, 4), take(ledger, 4)] == [
         Span(0, 3),
         Span(3, 4),
         third,
@@ -120,16 +159,16 @@ def test_spans_given_back_are_lent_again_before_new_ones_lowest_first() -> None:
 
 def test_spans_set_aside_are_lent_again_after_a_retry_only() -> None:
     ledger = Ledger(Progress())
-    first, second = ledger.take(3), ledger.take(3)
+    first, second = take(ledger, 3), take(ledger, 3)
     ledger.set_aside(first)
     ledger.give_back(second)
-    assert [ledger.take(3) for _ in range(2)] == [second, Span(6, 9)]
+    assert [take(ledger, 3) for _ in range(2)] == [second, Span(6, 9)]
     ledger.retry()
-    assert [ledger.take(2) for _ in range(2)] == [Span(0, 2), Span(2, 3)], "once more, in other pieces too"
+    assert [take(ledger, 2) for _ in range(2)] == [Span(0, 2), Span(2, 3)], "once more, in other pieces too"
     ledger.set_aside(Span(2, 3))
     ledger.give_back(Span(0, 2))
     ledger.retry()
-    assert [ledger.take(3) for _ in range(2)] == [Span(0, 2), Span(9, 12)], "the second time is the last one"
+    assert [take(ledger, 3) for _ in range(2)] == [Span(0, 2), Span(9, 12)], "the second time is the last one"
 
 
 def test_after_a_restart_the_holes_are_lent_first() -> None:
@@ -167,7 +206,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def take(self, count: int) -> None:
         expected = self.lowest_free()
         busy = self.done | self.held()
-        span = self.ledger.take(count)
+        span = take(self.ledger, count)
         assert span.start == expected, "the lowest free position is lent first"
         assert len(span) <= count
         assert busy.isdisjoint(range(span.start, span.stop)), "handed out twice"

@@ -83,6 +83,7 @@ def test_a_verdict_is_passed_on_once() -> None:
         ),
         ("generated", generated(1, artifacts=[{"nonce": True}]), r"artifacts\[0\].nonce"),
         ("generated", generated(1, artifacts=[{"nonce": -1}]), r"artifacts\[0\].nonce"),
+        ("generated", generated(1, artifacts=[{"nonce": 2**31}]), r"artifacts\[0\].nonce: .* 0 to 2147483647"),
         ("generated", generated(1, artifacts=[7]), r"artifacts\[0\].nonce"),
         ("generated", generated(1, public_key=None), "public_key: has to be text"),
         ("generated", generated(1, block_hash=7), "block_hash: has to be text"),

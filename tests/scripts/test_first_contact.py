@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,11 @@ import orjson
 import pytest
 
 from scripts.trials.first_contact import Steps
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from scripts.trials.first_contact_steps import Facts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +51,45 @@ def test_a_step_that_fails_dies_hangs_or_has_no_time_left_stops_no_other(tmp_pat
         "hangs": {"error": "it was not done after 2 s", "seconds": 1.5},
     }
     assert (tmp_path / "fails.txt").read_text().startswith("what it says\nTraceback")
+
+
+ORPHANING = """
+import subprocess, sys, time
+from pathlib import Path
+from scripts.trials.first_contact import Steps
+
+def long():
+    own = subprocess.Popen(["sleep", "1000"])
+    Path(sys.argv[1], "pid").write_text(f"{own.pid} .")
+    own.wait()
+
+Steps(Path(sys.argv[1]), 1000).run("long", long, least=0)
+"""
+
+
+def test_what_a_step_has_started_ends_with_a_script_that_is_killed(tmp_path: Path) -> None:
+    script = subprocess.Popen([sys.executable, "-c", ORPHANING, tmp_path], cwd=ROOT)
+    told = tmp_path / "pid"
+    try:
+        wait_for(lambda: told.is_file() and told.read_text().endswith("."))
+    finally:
+        script.kill()
+        script.wait()
+    wait_for(lambda: not is_alive(int(told.read_text().split()[0])))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_steps_run_to_their_end(tmp_path: Path) -> None:

@@ -164,7 +164,9 @@ class OutboxLife(RuleBasedStateMachine):
     @precondition(lambda self: self.active)
     @rule(count=st.integers(1, 4))
     def lease(self, count: int) -> None:
-        self.leased.append(self.ledger.take(count))
+        span = self.ledger.take(count)
+        assert span is not None
+        self.leased.append(span)
 
     @precondition(lambda self: self.leased)
     @rule(data=st.data(), count=st.integers(1, 3))
@@ -215,6 +217,7 @@ class OutboxLife(RuleBasedStateMachine):
         """Find nonces and form batches of them, so that there is something to deliver."""
         assert self.active is not None
         span = self.ledger.take(count)
+        assert span is not None
         proofs = proofs_of(self.active, NODE.nonces(span))
         self.call(commit_spans, [CheckedSpan(self.active, NODE, span, proofs, WEIGHTS)], self.clock.now)
         self.note_found(span, proofs)

@@ -72,7 +72,7 @@ def config(folder: Path, chain_url: str, receivers: dict[str, str], **changes: A
     values: dict[str, dict[str, Any]] = {
         "node": {"public_key": "test-key", "node_id": 1, "node_count": 3},
         "chain": {"urls": [chain_url], "poll_interval": 0.2},
-        "round": {"every": 1, "duration": 1, "seq_len": 16, "r_target": 1.414},
+        "round": {"every": 1, "duration": 1, "scheme": "poc2", "seq_len": 16, "r_target": 1.414},
         "model": {"name": "bundled:tiny-llama", "dtype": "float32", "device": "cpu"},
         "worker": {"batch_size": 8},
         "delivery": {"batch_seconds": 0.2},

@@ -1,4 +1,4 @@
-"""A Ray cluster on this machine: each of its "machines" is a raylet of its own."""
+"""A Ray cluster on this machine: each of its "machines" is a raylet of its own, where possible with a network."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    from tests.support.networks import Network
+
 RAY = Path(sys.executable).with_name("ray")
 MEMORY = 80_000_000  # bytes for objects, of which pocd makes none: the least that Ray takes
 QUICK = {  # so that what is gone counts as gone within seconds
@@ -32,13 +34,20 @@ QUICK = {  # so that what is gone counts as gone within seconds
 
 
 class Machines:
-    """Machines by name; the first one that is started is the head."""
+    """Machines by name; the first one that is started is the head, and on this machine's own network.
 
-    def __init__(self) -> None:
+    Args:
+        network: The network of the others; None for loopback.
+    """
+
+    def __init__(self, network: Network | None) -> None:
+        self.network = network
+        self._places: dict[str, str] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="ray-"))  # the path of a socket is short, so not a test's folder
         self._running: dict[str, psutil.Popen] = {}
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self._host = network.address if network else "127.0.0.1"
+        with socket.create_server((self._host, 0)) as free:
+            self.address = f"{self._host}:{free.getsockname()[1]}"
 
     def __enter__(self) -> Self:
         return self
@@ -51,6 +60,8 @@ class Machines:
     async def start(self, name: str, cpus: int = 1) -> None:
         """Start a machine, and wait until it is one of the cluster."""
         place = [f"--address={self.address}"]
+        own = self._place(name)
+        inside = self.network.inside(own) if self.network else []
         if not self._running:
             port = self.address.partition(":")[2]
             place = ["--head", f"--port={port}", f"--temp-dir={self._folder}", "--include-dashboard=false"]
@@ -58,7 +69,7 @@ class Machines:
         log = self._folder / f"{name}.log"
         with log.open("w") as output:
             process = psutil.Popen(
-                [RAY, "start", *place, *what, "--node-ip-address=127.0.0.1", "--disable-usage-stats", "--block"],
+                [*inside, RAY, "start", *place, *what, f"--node-ip-address={own}", "--disable-usage-stats", "--block"],
                 env=os.environ | QUICK,
                 stdout=output,
                 stderr=output,
@@ -66,6 +77,24 @@ class Machines:
         self._running[name] = process
         await until(lambda: "Ray runtime started" in log.read_text() or process.poll() is not None)
         assert process.poll() is None, log.read_text()
+
+    def _place(self, name: str) -> str:
+        """Return a machine's address."""
+        if self.network is None or not self._running:
+            return self._host
+        if name not in self._places:
+            self._places[name] = self.network.free.pop()
+        return self._places[name]
+
+    def cut(self, name: str) -> None:
+        """Drop all packets to a machine and from it."""
+        assert self.network is not None
+        self.network.cut(self._places[name])
+
+    def heal(self, name: str) -> None:
+        """Let them pass again."""
+        assert self.network is not None
+        self.network.heal(self._places[name])
 
     def kill(self, name: str) -> None:
         """Kill all processes of a machine at once, as a failure of its power would."""

@@ -61,6 +61,27 @@ def worker(number: int, rate: float, *, ready: bool = True, **changes: Any) -> d
     }
 
 
+def on_machines(body: dict[str, Any]) -> dict[str, Any]:
+    """A status with its two workers on two machines of a cluster, the second of which loads its model."""
+    places = [("two", "10.0.0.2"), ("three", "10.0.0.3")]
+    for each, (node, address) in zip(body["workers"], places, strict=True):
+        each.update(node=node, address=address)
+    body["workers"][1] = worker(1, 0.0, ready=False, node="three", address="10.0.0.3")
+    rates = [("three", "10.0.0.3", 0, 0.0), ("two", "10.0.0.2", 1, 424.9)]
+    body["machines"] = [
+        {
+            "node": node,
+            "address": address,
+            "workers": 1,
+            "ready": ready,
+            "computed_per_second_1m": rate,
+            "computed_per_second_15m": rate,
+        }
+        for node, address, ready, rate in rates
+    ]
+    return checked(body)
+
+
 def receiver(name: str, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
     """A receiver that takes everything."""
     states = ("pending", "delivered", "dead", "expired", "withdrawn", "purged")
@@ -135,6 +156,7 @@ def sample() -> dict[str, Any]:
                 "until": 4_100_009,
                 "awaits": "the round's block hash, and generation",
                 "due": None,
+                "accepted_through": 4_100_043,
                 "refused": None,
             },
             "problem": None,
@@ -147,9 +169,11 @@ def sample() -> dict[str, Any]:
             "last_error": None,
             "batch_size": 256,
             "refused_batches": 0,
+            "non_finite_nonces": 0,
             "last_refusal": None,
         },
         "workers": [worker(0, 424.9), worker(1, 424.3)],
+        "machines": [],
         "receivers": [receiver("main")],
         "problems": [],
         "alarms": [],

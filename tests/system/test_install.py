@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import sqlite3
 import stat
@@ -208,12 +209,38 @@ def test_an_upgrade_that_fails_leaves_the_old_version_in_use(stage: Stage, wheel
     current.write_text(program)
 
 
+def test_a_machine_of_a_cluster_is_made_by_one_command_and_stays_one_in_upgrades(stage: Stage, wheel: Path) -> None:
+    units, ray = stage.prefix / "etc" / "systemd" / "system", stage.pocd.with_name("ray")
+    assert not ray.is_symlink()
+    stage.install("--wheel", wheel, "--ray", "10.0.0.1:6379")
+    assert ray.readlink() == stage.pocd.readlink().with_name("ray")
+    variables = stage.prefix / "etc" / "pocd-ray" / "ray.env"
+    assert re.findall("^[^#].*", variables.read_text(), re.MULTILINE) == ["RAY_HEAD=10.0.0.1:6379"]
+    assert [stage.mode(path) for path in ("etc/pocd-ray", "etc/pocd-ray/ray.env")] == [0o750, 0o640]
+    for name in ("pocd-ray-worker.service", "pocd.service.d/ray.conf"):
+        assert (units / name).read_text() == (ROOT / "systemd" / name).read_text()
+    assert not (units / "pocd-ray-head.service").exists()
+    assert (stage.prefix / "etc" / "sysusers.d" / "pocd-ray.conf").exists()
+
+    variables.write_text(f"RAY_AUTH_MODE=token\n{variables.read_text()}")
+    before = ray.readlink()
+    stage.install("--wheel", wheel)
+    assert ray.readlink() != before, "Ray is of the release that pocd is of"
+    set_ = re.findall("^[^#].*", variables.read_text(), re.MULTILINE)
+    assert set_ == ["RAY_AUTH_MODE=token", "RAY_HEAD=10.0.0.1:6379"], "what an operator wrote stays"
+
+
 def test_uninstalling_keeps_what_cannot_be_made_again_unless_told(stage: Stage) -> None:
     prefix = stage.prefix
     done = stage.run("uninstall")
     assert done.returncode == 0, done.stderr
     files = {str(path.relative_to(prefix)) for path in prefix.rglob("*") if path.is_file()}
-    kept = {"etc/pocd/pocd.toml", "var/lib/pocd/outbox.db", "etc/systemd/system/pocd.service.d/override.conf"}
+    kept = {
+        "etc/pocd/pocd.toml",
+        "etc/pocd-ray/ray.env",
+        "var/lib/pocd/outbox.db",
+        "etc/systemd/system/pocd.service.d/override.conf",
+    }
     assert files == kept
     assert not (prefix / "opt" / "pocd").exists()
     assert stage.run("uninstall", "--purge").returncode == 0
@@ -265,7 +292,35 @@ def test_mistakes_in_the_call_change_nothing(script: str, tmp_path: Path) -> Non
     assert wrong.returncode == 1
     assert "unknown argument --colour" in wrong.stderr
     assert run("--prefix").returncode == 1
+    if script == "install":
+        assert "expected HOST:PORT" in run("--prefix", str(tmp_path), "--ray", "10.0.0.1").stderr
+        assert "not both" in run("--prefix", str(tmp_path), "--ray-head", "--ray", "10.0.0.1:6379").stderr
     assert not list(tmp_path.iterdir())
+
+
+def looked_at(folder: Path, **environment: str) -> str:
+    """Run what scripts/install runs of Python where there is an NVIDIA driver; Triton is there, but empty."""
+    (source,) = re.findall(
+        r"/python\" - <<'END'[^\n]*\n(.*?)\nEND\n", (ROOT / "scripts" / "install").read_text(), flags=re.DOTALL
+    )
+    (folder / "triton").mkdir(exist_ok=True)
+    (folder / "triton" / "__init__.py").touch()
+    known = {"PYTHONPATH": f"{folder}:{ROOT}", "HOME": str(folder), "PATH": "/usr/bin:/bin"} | environment
+    done = subprocess.run([sys.executable, "-"], input=source, env=known, capture_output=True, text=True, check=True)
+    return str(done.stdout)
+
+
+def test_an_install_beside_a_driver_says_what_the_compiler_lacks(tmp_path: Path) -> None:
+    assert looked_at(tmp_path, PATH=str(tmp_path)) == (
+        "for full speed: there is no C compiler (gcc or clang); install one (Debian: gcc)\n"
+    )
+    (tmp_path / "gcc").touch(mode=0o755)
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    missing = f"for full speed: there is no {header}; install this Python's headers (Debian: python3-dev)\n"
+    assert looked_at(tmp_path, PATH=str(tmp_path)) == ("" if header.is_file() else missing)
+    if header.is_file() and os.statvfs("/proc").f_flag & os.ST_NOEXEC:
+        told = looked_at(tmp_path, PATH=str(tmp_path), TRITON_CACHE_DIR="/proc/cache")
+        assert told.startswith("for full speed: nothing in /proc/cache may be executed: it is mounted noexec; set wor")
 
 
 def test_shellcheck_has_nothing_to_say() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH
-from pocd.validation.claim import Claim, parse_json
+from pocd.validation.claim import Claim, VectorClaim, parse_json
 from pocd.validation.conditions import MismatchError
 from pocd.validation.verdict import Recomputed, Terms, check, judge, round_of, sampled
 
@@ -357,6 +358,23 @@ def test_another_way_of_computing_is_refused_and_not_called_fraud(field: str, sa
 )
 def test_what_agrees_or_is_not_said_is_judged(said: dict[str, Any]) -> None:
     check(claim_of([7], [1.3], **said), TERMS)
+
+
+def test_a_nonce_that_the_scheme_lacks_is_refused_by_name() -> None:
+    terms = replace(TERMS, scheme="artifacts", r_target=None)
+    vector = base64.b64encode(bytes(24)).decode()
+
+    def claim(nonce: int) -> VectorClaim:
+        body = {"block_hash": "9F2E", "block_height": 7, "public_key": "02ab"}
+        artifacts = [{"nonce": each, "vector_b64": vector} for each in (3, nonce)]
+        return parse_json(VectorClaim, orjson.dumps(body | {"artifacts": artifacts}))
+
+    check(claim(2**31 - 1), terms)
+    with pytest.raises(MismatchError) as caught:
+        check(claim(2**31), terms)
+    assert caught.value.field == "artifacts"
+    assert "scheme 'artifacts' has nonces from 0 to 2147483647, and the batch claims 2147483648" in str(caught.value)
+    check(claim(2**31), replace(terms, scheme="poc4"))
 
 
 def test_a_verdict_belongs_to_the_miners_own_round() -> None:

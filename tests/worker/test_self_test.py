@@ -78,6 +78,7 @@ def test_rounding_that_decides_is_told_or_refused(monkeypatch: pytest.MonkeyPatc
     model = load_model(LOAD.model, dtype="bfloat16", device="cpu")
     found = check_rounding(model, LOAD)
     assert found is not None
+    assert found.error is not None
     assert 0 < found.error < 0.2
     assert found.alarm is None
     monkeypatch.setattr(self_test, "measure_conditioning", lambda _run, batch_size: RED if batch_size == 4 else None)

@@ -102,6 +102,7 @@ def test_a_worker_starts_by_default_and_ends_when_its_card_is_lost(folder: Path,
         assert isinstance(ready, Ready), ready
         assert (ready.execution, ready.decoder, ready.device) == ("captured", "flat", "cuda:0"), ready.execution_reason
         assert ready.batch_size <= load.batch_size
+        assert ready.conditioning is None, "without values there is nothing to be measured"
         life.ask(Compute(1, round_, list(range(ready.batch_size))))
         found = life.until(Distances, Failed)
         assert isinstance(found, Distances), found
