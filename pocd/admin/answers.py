@@ -59,7 +59,7 @@ class ControlStatus(BaseModel):
 class NodeStatus(BaseModel):
     """Who this daemon is: it checks the nonces `node_id + node_count · x`."""
 
-    public_key: str
+    public_key: str | None = Field(description="The miner's public key; null where each round brings its own.")
     node_id: int
     node_count: int
 

@@ -18,11 +18,18 @@ class EpochStatus(BaseModel):
     until: int | None = Field(description="First height in another phase; null where that is not known.")
     awaits: str = Field(description="What comes then, or is missing until then.")
     due: int | None = Field(description="Height by which the round is called that is due; null where none is.")
+    accepted_through: int | None = Field(
+        description="Last height at which artifacts of the newest round are accepted; null once it is over. What no "
+        "receiver has accepted by then is late: it is set aside, and counted as expired."
+    )
     refused: str | None = Field(description="Why the round that is due is not mined; null where it is.")
 
 
 class ChainStatus(BaseModel):
-    """The newest block that the chain's node reported; all fields but `problem` are null until one did."""
+    """The newest block that the chain's node reported.
+
+    All fields but `problem` are null until one did, and in a proof engine that follows no chain.
+    """
 
     chain_id: str | None
     height: int | None
@@ -53,5 +60,6 @@ def _epoch(epoch: EpochState) -> EpochStatus:
         until=stage.until,
         awaits=stage.awaits,
         due=stage.round.height if stage.round else None,
+        accepted_through=max(epoch.accepted.values(), default=None),
         refused=epoch.refused,
     )

@@ -34,6 +34,7 @@ STAGES = {
     "delivered": "Valid nonces that every receiver accepted.",
     "purged": "Valid nonces that an operator gave up.",
 }
+VERDICTS = ("honest", "fraud", "undecidable", "failed")
 SET_ASIDE = {
     "dead": "Valid nonces that a receiver refused or failed at.",
     "expired": "Valid nonces that became too old for a receiver.",
@@ -55,6 +56,10 @@ class DaemonCollector(Collector):
         yield from self._workers()
         yield from self._cards()
         yield from self._receivers()
+        verdicts = CounterMetricFamily("pocd_validations", "Validations that ended, by verdict.", labels=["verdict"])
+        for verdict in VERDICTS:
+            verdicts.add_metric([verdict], self._parts.validator.results[verdict])
+        yield verdicts
         listeners = self._parts.events.listeners
         yield GaugeMetricFamily("pocd_event_listeners", "Open streams of events.", listeners)
 

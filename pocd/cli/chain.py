@@ -87,6 +87,8 @@ def chain(
         configured = load_chain(config)
         if configured.kind != "gonka":
             raise ConfigError(f'chain.kind is "{configured.kind}": only "gonka" has epochs; or give --url')
+        if not configured.urls:
+            raise ConfigError(f"{config}: chain.urls is missing: name a host of the live network there, or give --url")
         urls: Sequence[str] = configured.urls
     else:
         urls = [url]

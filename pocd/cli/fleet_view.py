@@ -120,7 +120,8 @@ def _table(members: Sequence[Member], width: int, *, with_machines: bool) -> Tab
 
 def _machines(member: Member) -> list[dict[str, Any]]:
     """Return the machines of a daemon's cluster; none for a release of pocd that does not tell."""
-    return (member.status or {}).get("machines", [])
+    machines: list[dict[str, Any]] = (member.status or {}).get("machines", [])
+    return machines
 
 
 def _machine(machine: dict[str, Any]) -> dict[str, Text]:

@@ -201,7 +201,7 @@ def _round(round_: dict[str, Any]) -> Text:
 
 def _chain(chain: dict[str, Any], now: float) -> Text:
     if chain["height"] is None:
-        return Text(f"no block yet{': ' + chain['problem'] if chain['problem'] else ''}", "yellow")
+        return Text(f"no block yet: {chain['problem']}", "yellow") if chain["problem"] else Text("none is followed")
     old = max(now - datetime.fromisoformat(chain["block_time"]).timestamp(), 0)
     text = Text.assemble(
         f"{chain['chain_id'] or '–'}, block {chain['height']:,} {chain['hash'][:12]}…",

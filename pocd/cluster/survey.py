@@ -21,7 +21,7 @@ ANSWER_SECONDS = 30.0  # for all machines to tell their versions: each starts a 
 
 def survey() -> list[dict[str, Any]]:
     """Return each machine that is alive: name, address, resources, and its versions or why it does not tell them."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]  # of Ray
     ask = ray.remote(num_cpus=0, max_retries=0)(versions)
     asked = [
         ask.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote()

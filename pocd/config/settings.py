@@ -16,6 +16,7 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from pocd.config.errors import ENV_PREFIX, describe
 from pocd.config.listeners import AdminSettings, OrchestratorSettings
 from pocd.config.ray import RaySettings, check_model
+from pocd.config.roles import Role, role_of, why_missing
 from pocd.config.types import (
     SECTION,
     BatchSize,
@@ -55,7 +56,7 @@ S = TypeVar("S", bound=BaseModel)
 class NodeSettings(_Section):
     """The miner's key, and this node's share of the nonces: node_id + node_count · x."""
 
-    public_key: PublicKey
+    public_key: PublicKey | None = None
     node_id: Index = 0
     node_count: int = Field(default=1, ge=1, le=MOST_NODES)
 
@@ -70,7 +71,7 @@ class ChainSettings(_Section):
     """The chain that block hashes come from."""
 
     kind: ChainKind = "cometbft"
-    urls: list[HttpUrl] = Field(min_length=1)
+    urls: list[HttpUrl] = []
     id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     poll_interval: float = Field(default=2.0, gt=0, le=3600)
     confirmations: Annotated[int, Field(ge=0, le=10_000)] | None = None
@@ -234,8 +235,8 @@ class Settings(BaseSettings):
         hide_input_in_errors=True,
     )
 
-    node: NodeSettings
-    chain: ChainSettings
+    node: NodeSettings = NodeSettings()
+    chain: ChainSettings = ChainSettings()
     round: RoundSettings = RoundSettings()
     model: ModelSettings = ModelSettings()
     worker: WorkerSettings = WorkerSettings()
@@ -246,6 +247,17 @@ class Settings(BaseSettings):
     validation: ValidationSettings = ValidationSettings()
     store: StoreSettings = StoreSettings()
     log: LogSettings = LogSettings()
+
+    @property
+    def role(self) -> Role:
+        """The role of the daemon."""
+        return role_of(self.orchestrator)
+
+    @model_validator(mode="after")
+    def _role_has_what_it_needs(self) -> Self:
+        if why := why_missing(self.role, self):
+            raise ValueError(why)
+        return self
 
     @model_validator(mode="after")
     def _rounds_come_by_epoch(self) -> Self:
@@ -285,7 +297,7 @@ def load(path: Path) -> Settings:
     Raises:
         ConfigError: The file or a value is missing or wrong, or a key is unknown.
     """
-    values = {"node": {}, "chain": {}} | _read_toml(path)  # so that errors name the key that is missing
+    values = _read_toml(path)
     _refuse_unknown_environment(os.environ)
     try:
         return Settings(**values)

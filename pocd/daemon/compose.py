@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pocd.admin.parts import Parts
@@ -16,18 +15,16 @@ from pocd.clock import SYSTEM, SteadyClock
 from pocd.config.secrets import read_keys
 from pocd.config.settings import ConfigError
 from pocd.config.types import CALLBACK_PREFIX, MOST_DEVICES
+from pocd.daemon.rounds import make_late, make_scheduler, withdraws
 from pocd.delivery.batcher import Batcher
 from pocd.delivery.dispatcher import Dispatcher
 from pocd.delivery.keeper import MIB, Keeper, StoreLimits
-from pocd.delivery.late import LateArtifacts
 from pocd.delivery.policy import BACKOFF_SECONDS
 from pocd.delivery.posting import Receiver
 from pocd.delivery.receivers import Receivers
 from pocd.mining.control import Control
-from pocd.mining.epochs import EpochScheduler
 from pocd.mining.follower import ChainHealth
 from pocd.mining.miner import Miner
-from pocd.mining.scheduler import RoundScheduler
 from pocd.observe.changes import Changes
 from pocd.observe.events import Events
 from pocd.pool.cards import Cards, NoDriverError, list_cards
@@ -38,11 +35,10 @@ from pocd.pool.pool import Pool, cache_folder
 from pocd.process import EXIT_NO_DEVICE, EndedError
 from pocd.protocol.names import largest_batch_size
 from pocd.protocol.nonces import Node
-from pocd.protocol.proof import Round
-from pocd.protocol.rounds import RoundPolicy
-from pocd.protocol.schemes import LIVE_SCHEME, with_stronger_rng
+from pocd.protocol.schemes import LIVE_SCHEME
 from pocd.store.rounds import recent_rounds
 from pocd.validation.jobs import Jobs
+from pocd.validation.paired import Paired
 from pocd.validation.queue import Validator
 from pocd.worker.messages import Load
 
@@ -53,14 +49,17 @@ if TYPE_CHECKING:
     import aiohttp
     from structlog.typing import FilteringBoundLogger
 
-    from pocd.chain.source import Block, ChainSource
+    from pocd.chain.source import ChainSource
     from pocd.clock import Clock
     from pocd.config.settings import Settings
-    from pocd.protocol.epochs import Recipe
+    from pocd.delivery.late import LateArtifacts
+    from pocd.mining.epochs import EpochScheduler
+    from pocd.mining.scheduler import RoundScheduler
     from pocd.protocol.names import ChainKind
+    from pocd.protocol.proof import Round
     from pocd.store.thread import OutboxThread
 
-CALLBACK_SECONDS = 5.0  # between two attempts at an orchestrator's callback URL: its rounds last minutes
+WINDOW_SECONDS = 5.0  # between two attempts to deliver what the live network takes for minutes only
 KNOWN_ROUNDS = 256  # whose block hashes are held against what nodes say after a restart
 
 
@@ -70,11 +69,11 @@ class Orchestrated:
 
     Attributes:
         jobs: Does what is asked for by a list of nonces.
-        late: Sets aside what a round found and nobody took in time; elsewhere what was found is kept.
+        paired: Has what jobs have judged judged by differences too.
     """
 
     jobs: Jobs
-    late: LateArtifacts
+    paired: Paired
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,26 +83,29 @@ class Composition:
     Attributes:
         parts: The parts that the admin API reads and calls.
         changes: Notices of what changed, for the reports.
-        source: The chain.
-        scheduler: Decides which round the chain wants at each head.
+        source: The chain; None where a proof engine has none.
+        scheduler: Decides which round the chain wants at each head; None where rounds come from an orchestrator.
         batcher: Forms batches of what was found.
         keeper: Keeps the store small, and mining within what the disk can take.
+        late: Sets aside what a round of the live network found and nobody took in time; None where what was found is
+            kept.
         orchestrated: What runs for an orchestrator only; None where rounds come from the chain.
     """
 
     parts: Parts
     changes: Changes
-    source: ChainSource
-    scheduler: RoundScheduler | EpochScheduler
+    source: ChainSource | None
+    scheduler: RoundScheduler | EpochScheduler | None
     batcher: Batcher
     keeper: Keeper
+    late: LateArtifacts | None
     orchestrated: Orchestrated | None
 
 
 def compose(
     settings: Settings,
     outbox: OutboxThread,
-    source: Failover,
+    source: Failover | None,
     receivers: Sequence[Receiver],
     loads: Sequence[Load],
     *,
@@ -115,7 +117,7 @@ def compose(
     Args:
         settings: The whole configuration.
         outbox: The open store.
-        source: The chain.
+        source: The chain; None where a proof engine has none.
         receivers: Receivers of the configuration, see `make_receivers`.
         loads: One for each worker, see `make_loads`.
         clock: The time, for all parts; they see a jump of its wall clock when the store's times are moved.
@@ -141,8 +143,19 @@ def compose(
         cluster=make_cluster(settings, changes, log),
     )
     served = make_delivery(settings, receivers, outbox, miner, clock=steady, log=log, events=events)
-    most = settings.validation.max_queued
-    validator = Validator(outbox, workers, served, most=most, clock=steady, log=log, events=events)
+    jobs = None
+    if settings.orchestrator.is_on:
+        jobs = Jobs(outbox, workers, served, lambda: control.mode, changes, clock=steady, log=log)
+    validator = Validator(
+        outbox,
+        workers,
+        served,
+        most=settings.validation.max_queued,
+        clock=steady,
+        log=log,
+        events=events,
+        until_free=jobs.until_idle if jobs else None,
+    )
     known = outbox.view.chain
     parts = Parts(
         settings=settings,
@@ -152,7 +165,7 @@ def compose(
         workers=workers,
         cards=Cards(workers.card_uuids, clock=steady, log=log),
         validator=validator,
-        chain=ChainHealth(highest=known.height if known else 0),
+        chain=ChainHealth(highest=known.height if known else 0, followed=bool(settings.chain.urls)),
         receivers=served,
         clock=steady,
         started_at=steady.monotonic(),
@@ -160,12 +173,19 @@ def compose(
         events=events,
     )
     orchestrated = None
-    if settings.orchestrator.is_on:
-        jobs = Jobs(outbox, workers, served, lambda: control.mode, changes, clock=steady, log=log)
-        late = LateArtifacts(control, outbox, seconds=settings.orchestrator.late_seconds, clock=steady, log=log)
-        orchestrated = Orchestrated(jobs, late)
-    scheduler, batcher, keeper = make_scheduler(parts, source), make_batcher(parts), make_keeper(parts, steady)
-    return Composition(parts, changes, source, scheduler, batcher, keeper, orchestrated)
+    if jobs is not None:
+        paired = Paired(validator, workers, settings.validation, revision=settings.model.revision, log=log)
+        orchestrated = Orchestrated(jobs, paired)
+    return Composition(
+        parts=parts,
+        changes=changes,
+        source=source,
+        scheduler=make_scheduler(parts, source) if source and not orchestrated else None,
+        batcher=make_batcher(parts),
+        keeper=make_keeper(parts, steady),
+        late=make_late(parts),
+        orchestrated=orchestrated,
+    )
 
 
 def make_cluster(settings: Settings, changes: Changes, log: FilteringBoundLogger) -> Cluster | None:
@@ -176,57 +196,6 @@ def make_cluster(settings: Settings, changes: Changes, log: FilteringBoundLogger
     return Cluster(settings.ray, gpus=gpus, environment=os.environ, changed=changes.notify, log=log)
 
 
-def make_scheduler(parts: Parts, source: Failover) -> RoundScheduler | EpochScheduler:
-    """Return the scheduler of the chain's rounds."""
-    settings = parts.settings
-    if settings.chain.kind == "gonka":
-        return EpochScheduler(
-            source,
-            parts.control,
-            parts.outbox,
-            health=parts.chain,
-            model=settings.chain.model or settings.model.name,
-            make_round=partial(make_epoch_round, parts),
-            clock=parts.clock,
-            log=parts.log,
-        )
-    return RoundScheduler(
-        source,
-        parts.control,
-        parts.outbox,
-        policy=RoundPolicy(settings.round.every, settings.round.offset, settings.round.duration),
-        make_round=partial(make_round, parts),
-        withdraw=withdraws(settings),
-        queued=parts.miner.batchable,
-        clock=parts.clock,
-        log=parts.log,
-    )
-
-
-def make_round(parts: Parts, block: Block) -> Round:
-    """Return the round that a block starts, by the settings as they are now: r_target may have changed."""
-    settings = parts.settings
-    return Round(
-        block_hash=block.hash,
-        block_height=block.height,
-        public_key=settings.node.public_key,
-        r_target=settings.round.target,
-        scheme=settings.round.scheme,
-        model=settings.model.name,
-        seq_len=settings.round.seq_len,
-    )
-
-
-def make_epoch_round(parts: Parts, block: Block, recipe: Recipe, stronger_rng: bool) -> Round:  # noqa: FBT001 - as the chain says
-    """Return the round of the live network that a block starts, by the chain's parameters."""
-    scheme = parts.settings.round.scheme
-    return replace(
-        make_round(parts, block),
-        scheme=with_stronger_rng(scheme) if stronger_rng else scheme,
-        seq_len=recipe.seq_len,
-    )
-
-
 def runs(settings: Settings) -> dict[str, str | None]:
     """Return what decides a distance beside a round's block and key, by the key of the configuration."""
     return {
@@ -235,11 +204,6 @@ def runs(settings: Settings) -> dict[str, str | None]:
         "model.dtype": settings.model.dtype,
         "round.scheme": settings.round.scheme,
     }
-
-
-def withdraws(settings: Settings) -> bool:
-    """Tell whether what a replaced block's round found, and no receiver has yet, is not to be sent."""
-    return settings.chain.replaced_blocks != "deliver"
 
 
 def make_batcher(parts: Parts) -> Batcher:
@@ -282,12 +246,13 @@ def make_delivery(
     """Return all receivers with their dispatchers: the configured ones, and callback URLs of allowed origins."""
 
     def make(receiver: Receiver) -> Dispatcher:
-        hurries = settings.orchestrator.is_on and receiver.name.startswith(CALLBACK_PREFIX)
+        by_epoch = settings.chain.kind == "gonka"
+        hurries = receiver.name.startswith(CALLBACK_PREFIX) if settings.orchestrator.is_on else by_epoch
         return Dispatcher(
             receiver,
             outbox,
             expire_after=settings.delivery.expire_after,
-            longest_backoff=CALLBACK_SECONDS if hurries else BACKOFF_SECONDS[-1],
+            longest_backoff=WINDOW_SECONDS if hurries else BACKOFF_SECONDS[-1],
             clock=clock,
             jitter=lambda: random.uniform(-1, 1),  # noqa: S311 - it spreads load, it hides nothing
             log=log,
@@ -312,13 +277,17 @@ def make_receivers(settings: Settings, config: Path) -> list[Receiver]:
 
 async def make_chain(
     settings: Settings, outbox: OutboxThread, sessions: list[aiohttp.ClientSession], log: FilteringBoundLogger
-) -> Failover:
-    """Return the configured nodes, which stand in for one another; each has its own HTTP session.
+) -> Failover | None:
+    """Return the configured nodes, which stand in for one another; None where none is configured.
+
+    Each node has its own HTTP session.
 
     Raises:
         ConfigError: The store belongs to another chain than the configured one.
     """
     chain, known = settings.chain, outbox.view.chain
+    if not chain.urls:
+        return None
     if known is not None and chain.id not in {None, known.chain_id}:
         raise ConfigError(
             f"chain.id is {chain.id}, but the store {settings.store.path} belongs to chain {known.chain_id}; "

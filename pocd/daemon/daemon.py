@@ -196,7 +196,8 @@ class Daemon:
             "batcher": self._made.batcher.run(),
             "keeper": self._made.keeper.run(),
             "validations": parts.validator.run(),
-            **({"jobs": orchestrated.jobs.run(), "late": orchestrated.late.run()} if orchestrated else {}),
+            **({"jobs": orchestrated.jobs.run(orchestrated.paired.ask)} if orchestrated else {}),
+            **({"late": self._made.late.run()} if self._made.late else {}),
             **self._reports.work(),
         }
 
@@ -225,6 +226,9 @@ class Daemon:
     async def _follow_chain(self) -> None:
         parts = self._made.parts
         await parts.control.restore()
+        if self._made.source is None:
+            await asyncio.Event().wait()  # until cancelled
+            return
         await follow(
             self._made.source,
             poll_interval=parts.settings.chain.poll_interval,
@@ -237,7 +241,7 @@ class Daemon:
 
     async def _on_head(self, head: Head) -> None:
         self._reports.head(head.block)
-        if self._made.orchestrated is None:
+        if self._made.scheduler is not None:
             await self._made.scheduler.on_head(head)
 
     async def _deliver_last(self) -> None:

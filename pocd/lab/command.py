@@ -16,7 +16,7 @@ from pocd.lab.audit import Attack, Attacks, check_audit
 from pocd.lab.calibration import Measurement, Plan, block_hashes, check_plan
 from pocd.lab.residual import check_claims
 from pocd.lab.statistics import head_valid_rate
-from pocd.process import WAITING
+from pocd.process import WAITING, importing
 from pocd.protocol.errors import InputError
 from pocd.protocol.names import check_device, check_dtype, resolve
 from pocd.protocol.nonces import LARGEST_NONCE
@@ -98,8 +98,9 @@ def prepared(request: ComputeRequest, output: Output | None = None) -> Iterator[
         ComputeError: The input, the model or the device cannot be used.
     """
     _check_names(request, output)
-    from pocd.compute.engine import block_run
-    from pocd.compute.model import load_model
+    with importing():
+        from pocd.compute.engine import block_run
+        from pocd.compute.model import load_model
 
     model = load_model(
         request.model,
@@ -174,7 +175,8 @@ def measure(plan: Plan, advance: Callable[[int], None]) -> Measurement:
     """
     check_plan(plan)
     _check_names(plan, "distance")
-    from pocd.compute.model import load_model
+    with importing():
+        from pocd.compute.model import load_model
 
     model = load_model(plan.model, dtype=plan.dtype, device=plan.device, revision=plan.revision, seq_len=plan.seq_len)
     parts = [_measure_block(model, plan, block_hash, advance) for block_hash in block_hashes(plan.seed, plan.blocks)]
@@ -275,8 +277,9 @@ def measure_claims(plan: Plan, advance: Callable[[float], None]) -> list[Measure
 
 def _blocks_of(plan: Plan) -> tuple[Model, Iterator[tuple[BlockRun, Prepared]]]:
     """Return the model of an audit, and its blocks: each prepared, with what prepares the block before it."""
-    from pocd.compute.engine import block_run
-    from pocd.compute.model import load_model
+    with importing():
+        from pocd.compute.engine import block_run
+        from pocd.compute.model import load_model
 
     model = load_model(plan.model, dtype=plan.dtype, device=plan.device, revision=plan.revision, seq_len=plan.seq_len)
 

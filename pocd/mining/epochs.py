@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from pocd.chain.source import ChainError
 from pocd.mining.follower import EpochState
 from pocd.mining.highest import Highest
-from pocd.protocol.epochs import NotComputedError, recipe_of, stage_at
+from pocd.protocol.epochs import NotComputedError, accepted_at, recipe_of, stage_at
 from pocd.store.errors import StoreUnavailableError
 
 if TYPE_CHECKING:
@@ -121,11 +121,12 @@ class EpochScheduler:
         if self._info is None:
             self._health.epoch = None
             return None
-        stage = stage_at(self._info, max(self._info.height, self._highest.height))
+        height = max(self._info.height, self._highest.height)
+        stage = stage_at(self._info, height)
         refused = self._why_not(self._info, stage.round) if stage.round else None
         if refused and (self._health.epoch is None or self._health.epoch.refused != refused):
             self._log.error("the round that is due is not mined", action="round_refused", cause=refused)
-        self._health.epoch = EpochState(self._info.epoch, stage, refused)
+        self._health.epoch = EpochState(self._info.epoch, stage, refused, accepted_at(self._info, height))
         return None if refused else stage.round
 
     def _why_not(self, info: EpochInfo, due: EpochRound) -> str | None:

@@ -15,7 +15,7 @@ from pocd.observe.levels import Level
 from pocd.store.errors import StoreUnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
     from structlog.typing import FilteringBoundLogger
 
@@ -37,11 +37,14 @@ class EpochState:
         number: Number of the epoch.
         stage: What is due.
         refused: Why the round that is due is not mined; None where it is.
+        accepted: The last height at which its artifacts are accepted, by the height that a round is called by; rounds
+            that are not in it are over.
     """
 
     number: int
     stage: Stage
     refused: str | None
+    accepted: Mapping[int, int]
 
 
 @dataclass(slots=True)
@@ -55,6 +58,7 @@ class ChainHealth:
         failures: Number of polls that failed since the last good one.
         highest: The highest head ever seen, also before this daemon's start, less those that were lies.
         epoch: Epoch of the live network; None on other chains, and until the chain tells.
+        followed: Whether there is a chain to follow; a proof engine may have none, and no problem with it.
     """
 
     head: Head | None = None
@@ -63,6 +67,7 @@ class ChainHealth:
     failures: int = 0
     highest: int = 0
     epoch: EpochState | None = None
+    followed: bool = True
 
     def problem(self, now: float, poll_interval: float, stale_after: float = STALE_AFTER) -> str | None:
         """Return why the chain is degraded; None when it is well (docs/protocol.md section 8).
@@ -72,6 +77,8 @@ class ChainHealth:
             poll_interval: Seconds between polls; three missed ones (or 30 s, if that is longer) are a problem.
             stale_after: Seconds; a newest block older than this means a node that lags without saying so.
         """
+        if not self.followed:
+            return None
         because = f": {self.error}" if self.error else ""
         if self.head is None or self.seen_at is None:
             return f"no good answer from the chain yet{because}"
@@ -86,9 +93,8 @@ class ChainHealth:
                 "it lags, or the chain was reset (then use another store.path)"
             )
         age = now - self.head.block.time.timestamp()
-        if age > stale_after:
-            return f"the newest block, {self.head.block.height}, is {age:.0f} s old: the node lags or the chain stands"
-        return None
+        stale = f"the newest block, {self.head.block.height}, is {age:.0f} s old: the node lags or the chain stands"
+        return stale if age > stale_after else None
 
 
 async def follow(

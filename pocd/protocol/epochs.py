@@ -189,12 +189,31 @@ def stage_at(info: EpochInfo, height: int) -> Stage:
     return Stage(Phase.INFERENCE, None, next_start, f"{regular_next}, or a confirmation round at any height")
 
 
+def accepted_at(info: EpochInfo, height: int) -> dict[int, int]:
+    """Return the rounds whose artifacts are accepted at `height`: the last such height, by that of the round's name."""
+    if height >= info.start + info.windows.epoch:
+        return {}  # whatever was accepted is of an earlier epoch
+    windows = {info.start: _regular_accepted(info)} if info.epoch > 0 else {}
+    if event := info.confirmation:
+        windows[event.trigger] = _confirmation_accepted(info, event)
+    return {start: through for start, through in windows.items() if start <= height <= through}
+
+
+def _regular_accepted(info: EpochInfo) -> int:
+    return info.start + info.windows.generation + info.windows.exchange
+
+
+def _confirmation_accepted(info: EpochInfo, event: Confirmation) -> int:
+    """Return the last height; unlike a regular round's it counts from the last block of generation."""
+    return event.start + info.windows.generation - 1 + info.windows.exchange
+
+
 def _regular(info: EpochInfo, height: int) -> Stage | None:
     """Return what the regular round asks for at `height`, which is in the epoch; None once it is over."""
     start, windows = info.start, info.windows
     end = start + windows.generation
     validation = end + windows.delay
-    round_ = EpochRound(start, None, info.scheme, accepted_through=end + windows.exchange)
+    round_ = EpochRound(start, None, info.scheme, accepted_through=_regular_accepted(info))
     parts = (
         (start + _before_wind_down(windows.generation), Phase.GENERATE, round_, "the end of generation"),
         (validation, Phase.GENERATE_WIND_DOWN, None, "validation"),
@@ -210,8 +229,8 @@ def _regular(info: EpochInfo, height: int) -> Stage | None:
 def _confirming(info: EpochInfo, event: Confirmation, height: int) -> Stage | None:
     """Return what a confirmation round asks for at `height`, between regular ones; None where it asks for nothing."""
     windows = info.windows
-    end = event.start + windows.generation  # of generation; unlike a regular round's, exchange and delay count from
-    accepted_through = end - 1 + windows.exchange  # its last block
+    end = event.start + windows.generation  # of generation
+    accepted_through = _confirmation_accepted(info, event)
     validation = accepted_through + windows.delay
     over = max(end, validation + windows.validation)  # without a delay, validation counts from the last block before
     if height < event.trigger or height >= over:

@@ -36,6 +36,7 @@ class LiveJob:
         fingerprint: Fingerprint of the model's weights.
         dtype: Precision of the model's weights.
         callback: Name of the verdict's receiver; None for none.
+        node_count: Number of nodes that share the prover's nonces.
     """
 
     id: str
@@ -48,6 +49,7 @@ class LiveJob:
     fingerprint: str
     dtype: str
     callback: str | None
+    node_count: int = 1  # jobs that an earlier version stored have none
 
     def to_json(self) -> bytes:
         """Return the JSON that `from_json` reads."""
@@ -95,8 +97,14 @@ class JobResult:
     verdict: JudgedArtifacts | None
 
 
-def computed(job: LiveJob, vectors: bytes) -> JobResult:
-    """Return the result of a job from the vectors of its nonces, which may have numbers that are not finite."""
+def computed(job: LiveJob, vectors: bytes, validation: str | None = None) -> JobResult:
+    """Return the result of a job.
+
+    Args:
+        job: The job.
+        vectors: Vectors of its nonces, which may have numbers that are not finite.
+        validation: Id of the validation that judges the claimed ones by their differences; None where there is none.
+    """
     own = {
         nonce: vectors[VECTOR_BYTES * i : VECTOR_BYTES * (i + 1)]
         for i, (nonce, is_finite) in enumerate(zip(job.nonces, are_finite(vectors), strict=True))
@@ -105,7 +113,7 @@ def computed(job: LiveJob, vectors: bytes) -> JobResult:
     if job.claimed is None:
         artifacts = [{"nonce": nonce, "vector_b64": b64encode(vector).decode()} for nonce, vector in own.items()]
         return JobResult(False, orjson.dumps({"artifacts": artifacts, "encoding": VECTOR_ENCODING}), None)
-    claimed = [(nonce, _vector(text)) for nonce, text in zip(job.nonces, job.claimed, strict=True)]
+    claimed = [(nonce, claimed_vector(text)) for nonce, text in zip(job.nonces, job.claimed, strict=True)]
     mine = {nonce: decode_vectors(b64encode(vector).decode())[0] for nonce, vector in own.items()}
     verdict = judge_live(claimed, mine, job.terms)
     if verdict is None:
@@ -121,6 +129,7 @@ def computed(job: LiveJob, vectors: bytes) -> JobResult:
         "n_excluded": len(verdict.excluded_nonces),
         "excluded_nonces": verdict.excluded_nonces,
         "distances": verdict.distances,
+        "validation": validation,
     }
     told = _verdict(verdict)
     if verdict.excluded_nonces:
@@ -164,7 +173,7 @@ def _posted(job: LiveJob, told: dict[str, Any]) -> JudgedArtifacts:
     return JudgedArtifacts(job.id, len(job.nonces), orjson.dumps(of | told))
 
 
-def _vector(text: str) -> NDArray[np.float32] | None:
+def claimed_vector(text: str) -> NDArray[np.float32] | None:
     """Return a claimed vector; None for what is none: not base64, of another length, or not finite."""
     try:
         vectors = decode_vectors(text)

@@ -5,6 +5,7 @@ Functions over the open `Outbox`, called in its thread; each that writes is one 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -166,14 +167,42 @@ def set_late_aside(outbox: Outbox, open_round: str | None, now: float) -> tuple[
     Returns:
         Number of batches and of their nonces, at most `CHUNK` batches; call again until there is none.
     """
-    late = outbox.db.execute(
+    return _set_aside(
+        outbox,
         "SELECT receiver, batch, nonces FROM deliveries JOIN batches ON batches.number = batch"
         " WHERE receiver IN (SELECT callback FROM rounds) AND deliveries.state = 'pending'"
         " AND CASE kind WHEN 'generated' THEN"
         "   round IN (SELECT number FROM rounds WHERE callback = receiver AND id IS NOT ?1)"
         " ELSE deliveries.changed_at < (SELECT seen_at FROM rounds WHERE id = ?1) END LIMIT ?2",
         (open_round, CHUNK),
-    ).fetchall()
+        now,
+    )
+
+
+def set_closed_aside(outbox: Outbox, accepted: Sequence[int], now: float) -> tuple[int, int]:
+    """Mark as expired what receivers have not accepted of the chain's rounds, but for those that are still accepted.
+
+    Args:
+        outbox: The open store.
+        accepted: Heights by which the rounds are called whose artifacts are still worth something.
+        now: Seconds since the epoch.
+
+    Returns:
+        Number of batches and of their nonces, at most `CHUNK` batches; call again until there is none.
+    """
+    return _set_aside(
+        outbox,
+        "SELECT receiver, batch, nonces FROM deliveries JOIN batches ON batches.number = batch"
+        " JOIN rounds ON rounds.number = batches.round"
+        " WHERE deliveries.state = 'pending' AND kind = 'generated' AND by_chain"
+        " AND json_extract(rounds.round, '$.block_height') NOT IN (SELECT value FROM json_each(?1)) LIMIT ?2",
+        (json.dumps(accepted), CHUNK),
+        now,
+    )
+
+
+def _set_aside(outbox: Outbox, which: str, arguments: tuple[str | int | None, ...], now: float) -> tuple[int, int]:
+    late = outbox.db.execute(which, arguments).fetchall()
     if late:
         with outbox.transaction():
             outbox.db.executemany(

@@ -17,7 +17,7 @@ from pocd.store import jobs
 from pocd.worker.messages import Vectors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
 
     from structlog.typing import FilteringBoundLogger
 
@@ -39,6 +39,7 @@ class Jobs:
     Attributes:
         current: Id of the job that is being done; None while there is none.
         judges: Whether the job that is being done judges artifacts.
+        idle: Whether no job waits or is being done.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Jobs:
         self._ended = asyncio.Condition()
         self.current: str | None = None
         self.judges = False
+        self.idle = False
 
     async def ask(self, job: LiveJob, callback_url: str | None) -> bool:
         """Queue a job; returns False where too many nonces wait, and nothing was stored.
@@ -110,27 +112,39 @@ class Jobs:
         await self._outbox(jobs.cancel, self._clock.wall())
         await self._notify()
 
-    async def run(self) -> None:
-        """Do queued jobs, oldest first, until cancelled."""
+    async def run(self, pair: Callable[[LiveJob], Awaitable[str | None]]) -> None:
+        """Do queued jobs, oldest first, until cancelled.
+
+        Args:
+            pair: Has the artifacts of a job judged by their differences, later; returns the validation's id.
+        """
         while True:
+            self.idle = False
             self._asked.clear()
             await self._until_free()
             queued = await self._outbox.persistently(jobs.oldest)
-            if queued is None:
+            if queued is not None:
+                await self._do(*queued, pair)
+            elif not self._asked.is_set():
+                self.idle = True
+                self._changes.notify()
                 await self._asked.wait()
-            else:
-                await self._do(*queued)
+
+    async def until_idle(self) -> None:
+        """Wait until nothing is generated, and no job waits or is being done."""
+        await self._changes.until(lambda: self.idle and self._mode() is not Mode.GENERATING)
 
     async def _until_free(self) -> None:
         await self._changes.until(lambda: self._mode() is not Mode.GENERATING)
 
-    async def _do(self, name: str, encoded: bytes) -> None:
+    async def _do(self, name: str, encoded: bytes, pair: Callable[[LiveJob], Awaitable[str | None]]) -> None:
         job = await asyncio.to_thread(LiveJob.from_json, encoded)
         self.current, self.judges = name, job.claimed is not None
         try:
             vectors = await self._vectors(job)
             if vectors is not None:
-                await self._finish(job, await asyncio.to_thread(computed, job, vectors))
+                validation = await pair(job) if self.judges else None  # stored first: a job is done once
+                await self._finish(job, await asyncio.to_thread(computed, job, vectors, validation))
         except NoResultError as error:
             await self._finish(job, failed(job, str(error)))
         finally:

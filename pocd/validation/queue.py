@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ from pocd.validation.verdict import Recomputed, Terms, judge, round_of, sampled
 from pocd.worker.messages import Compared, Distances
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
     from structlog.typing import FilteringBoundLogger
 
     from pocd.clock import Clock
@@ -81,7 +84,22 @@ class QueueFullError(Exception):
 
 
 class Validator:
-    """Takes validations in, has their results recomputed, and stores the verdicts."""
+    """Takes validations in, has their results recomputed, and stores the verdicts.
+
+    Attributes:
+        results: Number of validations that ended since the start, by their verdict, or "failed".
+
+    Args:
+        outbox: The open store.
+        workers: Recompute.
+        receivers: Get the verdicts.
+        most: How many validations may wait.
+        clock: The time.
+        log: Gets a line for each verdict.
+        events: Get what becomes of each validation.
+        until_free: Waits while the device has better to do, before each part that is recomputed; without it, nothing
+            comes first.
+    """
 
     def __init__(
         self,
@@ -93,6 +111,7 @@ class Validator:
         clock: Clock,
         log: FilteringBoundLogger,
         events: Events,
+        until_free: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._outbox = outbox
         self._workers = workers
@@ -101,8 +120,10 @@ class Validator:
         self._clock = clock
         self._log = log
         self._events = events
+        self._until_free = until_free
         self._asked = asyncio.Event()
         self._finished = asyncio.Condition()
+        self.results: Counter[str] = Counter()
 
     async def ask(self, request: ValidationRequest) -> Validation:
         """Store a request and return its validation, which may be done if the same was requested before.
@@ -156,6 +177,7 @@ class Validator:
             await self._outbox.persistently(validations.fail, name, str(error), self._clock.wall())
             self._log.error("validation has no result", action="validation_failed", id=name, cause=str(error))
             state = "failed"
+            self.results["failed"] += 1
         else:
             # In a thread: of 100,000 nonces it takes half a second.
             batch = await asyncio.to_thread(judge, request.claim, request.terms, found, request.sample, request.seed)
@@ -174,6 +196,7 @@ class Validator:
                 by_differences=batch.differences and batch.differences.result,
             )
             state = "done"
+            self.results[batch.verdict] += 1
         self._events.publish("validation", id=name, state=state)
         async with self._finished:
             self._finished.notify_all()
@@ -190,6 +213,8 @@ class Validator:
         reference: dict[int, Numbers] = {}
         errors: dict[int, float] = {}
         while len(own) < len(nonces):
+            if self._until_free is not None:
+                await self._until_free()
             await self._workers.ready.wait()
             self._check_model(terms)
             size = min(MOST_AT_ONCE, self._workers.batch_size)

@@ -76,5 +76,8 @@ async def test_what_cannot_be_asked_is_said(tmp_path: Path) -> None:
     other = await chain("--config", configuration(tmp_path, "cometbft", "http://127.0.0.1:1"))
     assert (other.returncode, other.stdout) == (EXIT_CONFIG, "")
     assert 'chain.kind is "cometbft": only "gonka" has epochs' in other.stderr
+    nowhere = await chain("--config", configuration(tmp_path, "gonka"))
+    assert (nowhere.returncode, nowhere.stdout) == (EXIT_CONFIG, "")
+    assert "chain.urls is missing" in nowhere.stderr
     wrong = await chain("--url", "ftp://host")
     assert (wrong.returncode, wrong.stdout) == (EXIT_CONFIG, "")

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import orjson
@@ -21,6 +22,9 @@ from pocd.protocol.names import DTYPES, default_tolerance
 from pocd.protocol.schemes import SCHEMES, LayerStep
 from tests.reference import plain, plain_families
 from tests.support import vector_models
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 POC2 = SCHEMES["poc2"]
 VECTORS: dict[str, Any] = orjson.loads((Path(__file__).parent.parent / "data" / "poc2.json").read_bytes())
@@ -74,6 +78,16 @@ def products_round_alike(model: Model, rows: int, seq_len: int) -> bool:
     return True
 
 
+@pytest.fixture
+def every_core() -> Iterator[None]:
+    """Threads as a worker has them that is alone on its host."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(2, len(os.sched_getaffinity(0))))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("every_core")
 @pytest.mark.parametrize("way", ["flat", "layers"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(

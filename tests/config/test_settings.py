@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from pocd.config.model import check_model
+from pocd.config.roles import NEEDED, Role, missing
 from pocd.config.settings import ConfigError, Settings, foreign_variables, load, load_admin
 from pocd.config.shown import to_toml
 from pocd.process import EXIT_TEMPORARY, EndedError
@@ -105,17 +106,19 @@ def test_the_shipped_file_shows_the_defaults() -> None:
     code = {name: field for name, field in fields(Settings).items() if "[]" not in name}
     required = {name for name, field in code.items() if field.is_required()}
     unset = {name for name, field in code.items() if not field.is_required() and field.get_default() is None}
-    assert required == {"node.public_key", "chain.urls"}
+    assert required == set()
+    of_a_miner = set(NEEDED[Role.MINER])
     of_one_kind = {"chain.confirmations", "chain.replaced_blocks", "chain.model"}
-    assert (
-        unset
-        == {"admin.token_file", "admin.socket", "model.revision", "chain.id", "validation.tolerance", "worker.cache"}
-        | {"orchestrator.port", "orchestrator.token_file"}
-        | {"round.r_target"}
-        | of_one_kind
-    )
-    assert shown.keys() == code.keys() - unset
-    for name in shown.keys() - required - {"round.scheme"}:  # a new configuration has another than those before it
+    assert unset == {
+        "admin.token_file",
+        "admin.socket",
+        "model.revision",
+        "chain.id",
+        "validation.tolerance",
+        "worker.cache",
+    } | {"orchestrator.port", "orchestrator.token_file"} | {"round.r_target"} | of_one_kind | {"node.public_key"}
+    assert shown.keys() == code.keys() - unset | of_a_miner
+    for name in shown.keys() - of_a_miner - {"round.scheme"}:  # a new configuration has another than those before it
         default = code[name].get_default()
         assert shown[name] == (str(default) if isinstance(default, Path) else default), name
         assert type(shown[name]) is (str if isinstance(default, Path) else type(default)), name
@@ -315,7 +318,6 @@ def test_a_wrong_url_is_refused_without_its_credentials(tmp_path: Path, url: str
         ("public_key = ' key'", "node.public_key: must not begin or end with white space"),
         ("public_key = 'key'\nnode_count = 1000001", "node.node_count: Input should be less than or equal to 1000000"),
         ("public_key = 'key'\nnode_id = 2\nnode_count = 2", "node: node_id 2 must be below node_count 2"),
-        ("node_id = 1", "node.public_key is missing"),
     ],
 )
 def test_a_wrong_node_is_refused(tmp_path: Path, node: str, reason: str) -> None:
@@ -323,14 +325,30 @@ def test_a_wrong_node_is_refused(tmp_path: Path, node: str, reason: str) -> None
     assert refusal(path) == f"{path}: {reason}"
 
 
-def test_every_missing_key_is_named_at_once(tmp_path: Path) -> None:
-    path = written(tmp_path, "")
-    assert refusal(path) == f"{path}: node.public_key is missing; {path}: chain.urls is missing"
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("", "node.public_key and chain.urls are missing: "),
+        ("[node]\npublic_key = 'key'\n", "chain.urls is missing: "),
+        ("[node]\npublic_key = 'key'\n[chain]\nurls = []\n", "chain.urls is missing: "),
+        ("[chain]\nurls = ['http://chain']\n", "node.public_key is missing: "),
+        ("[orchestrator]\nhost = '127.0.0.1'\n", "node.public_key and chain.urls are missing: "),
+    ],
+)
+def test_a_miner_without_a_chain_or_a_key_is_told_which_role_needs_them(tmp_path: Path, given: str, told: str) -> None:
+    path = written(tmp_path, given)
+    assert refusal(path) == (
+        f"{path}: {told}a miner reads its rounds from a chain; with orchestrator.port pocd is a proof engine, which "
+        "needs neither"
+    )
 
 
-def test_an_empty_list_of_urls_is_refused(tmp_path: Path) -> None:
-    path = written(tmp_path, '[node]\npublic_key = "key"\n[chain]\nurls = []\n')
-    assert refusal(path).startswith(f"{path}: chain.urls: List should have at least 1 item")
+def test_a_proof_engine_needs_neither_a_chain_nor_a_key(tmp_path: Path) -> None:
+    settings = load(
+        written(tmp_path, "[chain]\nkind = 'gonka'\n[round]\nscheme = 'artifacts'\n[orchestrator]\nport = 0\n")
+    )
+    assert (settings.role, missing(settings.role, settings)) == (Role.ENGINE, [])
+    assert (settings.node.public_key, settings.chain.urls) == (None, [])
 
 
 def test_bad_toml_is_refused_with_its_line(tmp_path: Path) -> None:

@@ -46,11 +46,13 @@ async def test_which_round_runs_and_what_status_says_of_the_epoch(tmp_path: Path
         settings = load(config(tmp_path, url, {}, **of_gonka, round__every=60, round__duration=60))
         with contextlib.closing(OutboxThread(settings.store.path)) as outbox:
             source = await make_chain(settings, outbox, [session], log)
+            assert source is not None
             made = compose(settings, outbox, source, [], make_loads(settings), clock=clock, log=log)
 
             async def at(height: int) -> Status:
                 clock.advance(BLOCKS.block_time(height) - clock.now)
                 made.parts.chain.head = await source.head()
+                assert made.scheduler is not None
                 await made.scheduler.on_head(made.parts.chain.head)
                 return status.view(made.parts)
 
@@ -60,6 +62,7 @@ async def test_which_round_runs_and_what_status_says_of_the_epoch(tmp_path: Path
             assert told.round.seq_len == 32
             assert told.chain.epoch is not None
             assert (told.chain.epoch.due, told.chain.epoch.refused) == (FIRST, None)
+            assert told.chain.epoch.accepted_through == FIRST + 10
             assert (
                 epoch_text(told.chain.epoch.model_dump()) == "1, generate until block 1008, then the end of generation"
             )
@@ -82,4 +85,5 @@ async def test_which_round_runs_and_what_status_says_of_the_epoch(tmp_path: Path
         # After a restart the round's hash, which is not that of its block, is held against no node.
         with contextlib.closing(OutboxThread(settings.store.path)) as outbox:
             again = await make_chain(settings, outbox, [session], log)
+            assert again is not None
             assert (await again.block(FIRST + 29)).hash == BLOCKS.block_hash(FIRST + 29)

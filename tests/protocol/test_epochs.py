@@ -16,6 +16,7 @@ from pocd.protocol.epochs import (
     Phase,
     Stage,
     Windows,
+    accepted_at,
     scheme_of,
     stage_at,
 )
@@ -98,6 +99,18 @@ def test_the_first_confirmation_rounds_of_an_epoch_may_have_another_scheme() -> 
         assert found.scheme is scheme
 
 
+def test_artifacts_are_accepted_from_the_rounds_name_to_its_last_height() -> None:
+    assert accepted_at(INFO, P - 1) == {}
+    assert accepted_at(INFO, P) == accepted_at(INFO, P + 35) == {P: P + 35}
+    assert accepted_at(INFO, P + 36) == {}
+    assert accepted_at(CONFIRMING, P + 4887) == {}
+    assert accepted_at(CONFIRMING, P + 4888) == accepted_at(CONFIRMING, P + 4924) == {P + 4888: P + 4924}
+    assert accepted_at(CONFIRMING, P + 4925) == accepted_at(INFO, P + 4900) == {}
+    late = dataclasses.replace(EVENT, trigger=P + 15_380, start=P + 15_382)
+    assert accepted_at(dataclasses.replace(INFO, confirmation=late), P + 15_391) == {}, "the next epoch has begun"
+    assert accepted_at(dataclasses.replace(INFO, epoch=0), P) == {}
+
+
 def test_the_first_epoch_has_no_regular_round() -> None:
     stage = stage_at(dataclasses.replace(INFO, epoch=0), P)
     assert (stage.phase, stage.until) == (Phase.INFERENCE, P + LIVE.epoch)
@@ -175,7 +188,7 @@ def test_each_round_runs_in_one_piece_and_only_while_its_artifacts_are_accepted(
     for height, stage in every(info).items():
         if stage.round:
             running.setdefault(stage.round, []).append(height)
-            assert stage.round.height <= height <= stage.round.accepted_through
+            assert accepted_at(info, height)[stage.round.height] == stage.round.accepted_through
     for heights in running.values():
         assert heights == list(range(heights[0], heights[-1] + 1))
     assert sum(round_.seed is None for round_ in running) <= 1

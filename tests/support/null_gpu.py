@@ -67,7 +67,7 @@ WORKER = (
     ZEROS
     + """
 import math
-from pocd.worker import __main__ as program, self_test
+from pocd.worker import process as program, self_test
 
 self_test.default_tolerance = lambda *_: math.inf
 program.main()

@@ -156,6 +156,7 @@ def sample() -> dict[str, Any]:
                 "until": 4_100_009,
                 "awaits": "the round's block hash, and generation",
                 "due": None,
+                "accepted_through": 4_100_043,
                 "refused": None,
             },
             "problem": None,

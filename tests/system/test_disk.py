@@ -165,7 +165,7 @@ async def test_a_daemon_can_be_stopped_while_its_disk_is_full(tmp_path: Path) ->
 # The worker's child, on a disk that takes nothing.
 CHILD = """
 import resource
-from pocd.worker import __main__ as child
+from pocd.worker import process as child
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 child.main()
 """

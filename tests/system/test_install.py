@@ -307,8 +307,7 @@ def looked_at(folder: Path, **environment: str) -> str:
     (folder / "triton" / "__init__.py").touch()
     known = {"PYTHONPATH": f"{folder}:{ROOT}", "HOME": str(folder), "PATH": "/usr/bin:/bin"} | environment
     done = subprocess.run([sys.executable, "-"], input=source, env=known, capture_output=True, text=True, check=True)
-    told: str = done.stdout
-    return told
+    return str(done.stdout)
 
 
 def test_an_install_beside_a_driver_says_what_the_compiler_lacks(tmp_path: Path) -> None:

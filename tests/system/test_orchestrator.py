@@ -156,9 +156,12 @@ def any_pending(body: dict[str, Any]) -> bool:
 
 
 async def test_a_node_validates_and_says_what_it_is(tmp_path: Path) -> None:
-    async with Chain().served() as chain, receiving_callbacks() as callbacks:
-        path = settings(tmp_path, chain.url, callbacks.url)
+    async with receiving_callbacks() as callbacks:
+        neither = {"node__public_key": None, "node__node_id": None, "node__node_count": None, "chain__urls": None}
+        path = settings(tmp_path, "", callbacks.url, **neither)
         async with proving(path) as (daemon, url):
+            told = await daemon.status()
+            assert (told["node"]["public_key"], told["chain"]["height"], told["problems"]) == (None, None, [])
             await says_what_it_is(url)
             await refuses(url, callbacks.url)
             await computes(url)
@@ -248,6 +251,20 @@ async def validates(url: str, callbacks: Callbacks) -> None:
         assert {key: found[key] for key in verdict} == verdict
         assert (found["fraud_threshold"], found["fraud_by_p_value_threshold"]) == (0.01, by_other)
         assert (found["n_excluded"], len(found["distances"])) == (0, 200)
+        paired = await judged_by_differences(url, name)
+        assert (paired["verdict"], paired["malformed"]) == ("fraud" if bad else "honest", 0)
+        assert (paired["probability_honest"] < 1e-4) == bool(bad)
+
+
+async def judged_by_differences(url: str, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = {"state": "pending"}
+    async with asyncio.timeout(PATIENCE):
+        while found["state"] == "pending":
+            _, body = await ask(url, "GET", f"{POW}/generate/{name}")
+            found = body["by_differences"]
+            await asyncio.sleep(0.05)
+    assert found["state"] == "done"
+    return found
 
 
 def negated(vector: str) -> str:

@@ -9,6 +9,7 @@ import os
 import sys
 import sysconfig
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,10 @@ LoadCredential=token:/etc/pocd/token
 LoadCredential=receiver-secret:/etc/pocd/receiver-secret
 RestartSec=1s
 WatchdogSec=20s
+"""
+RAY_DROP_IN = f"""
+[Service]
+Environment=PYTHONPATH={LENT} OMP_NUM_THREADS=1
 """
 # No check comes first, which would take seconds each time.
 UNCHECKED = """
@@ -287,6 +292,53 @@ def test_upgrades_leave_the_release_that_runs(host: Container) -> None:
     host.shell("systemctl restart pocd")
     until(host, mines)
     assert host.shell("readlink -f /opt/pocd/bin/pocd | cut -d/ -f5") not in program
+
+
+RAY_PROGRAM = """#!/opt/pocd/releases/{release}/bin/python
+from ray.scripts.scripts import main
+main()
+"""
+RAY_TOKEN = "0123456789abcdef" * 2
+
+
+@pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'pocd[ray]'")
+def test_a_cluster_under_its_unit_gives_the_daemon_a_worker_and_has_none_of_its_secrets(host: Container) -> None:
+    said = host.shell(f"{CHECKOUT}/scripts/install --wheel {WHEELS}/*.whl --ray-head")
+    assert "systemctl enable --now pocd-ray-head" in said
+    release = host.shell("readlink -f /opt/pocd/bin/pocd | cut -d/ -f5").strip()
+    program = f"/opt/pocd/releases/{release}/bin/ray"  # as pip makes it where Ray is not lent
+    write(host, program, RAY_PROGRAM.format(release=release))
+    write(host, "/etc/systemd/system/pocd-ray-head.service.d/test.conf", RAY_DROP_IN)
+    write(host, "/etc/pocd-ray/token", RAY_TOKEN)
+    token = "RAY_AUTH_MODE=token\nRAY_AUTH_TOKEN_PATH=/etc/pocd-ray/token\n"
+    write(host, "/etc/pocd-ray/ray.env", token)
+    write(host, "/etc/pocd/pocd.toml", f'worker.engine = "ray"\n{CONFIG}')
+    host.shell(f"""
+chmod 755 {program}
+chown root:pocd-ray /etc/pocd-ray/token
+chmod 640 /etc/pocd-ray/token
+systemctl daemon-reload
+systemctl start pocd-ray-head
+systemctl restart pocd
+""")
+    worker = until(host, mines)["workers"][0]
+    (pid,) = worker["pids"]
+    assert worker["node"] == host.shell("hostname").strip()
+    assert host.shell(f"stat --format=%U /proc/{pid}").strip() == "pocd-ray"
+    until(host, lambda body: body["funnel"]["delivered"] > 0)
+    seen = host.shell(f"tr '\\0' '\\n' </proc/{pid}/environ; tr '\\0' ' ' </proc/{pid}/cmdline")
+    assert "CREDENTIALS_DIRECTORY" not in seen
+    assert SECRET not in seen
+    for path in ("/etc/pocd/pocd.toml", "/var/lib/pocd/outbox.db"):
+        assert host.run("nsenter", "--target", str(pid), "--mount", "test", "-s", path).returncode == 1, path
+    # Killed while the cluster computes: its workers end with it, and the next life goes on where it was.
+    checked, restarts = until(host, mines)["funnel"]["checked"], int(shown(host, "NRestarts"))
+    host.shell("kill -KILL $(systemctl show --property=MainPID --value pocd)")
+    host.until(f"[ ! -e /proc/{pid} ]")
+    host.until(f'[ "$(systemctl show --property=NRestarts --value pocd)" = {restarts + 1} ]')
+    body = until(host, lambda body: mines(body) and body["funnel"]["checked"] > checked)
+    assert pid not in [each for worker in body["workers"] for each in worker["pids"]]
+    host.shell("systemctl stop pocd pocd-ray-head")
 
 
 def test_nothing_is_left_of_an_uninstalled_service_but_its_state(host: Container) -> None:

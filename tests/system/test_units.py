@@ -163,6 +163,9 @@ def test_the_units_of_a_cluster_keep_its_workers_from_the_daemons_files(path: Pa
         r"^SupplementaryGroups=(.*)$", (UNIT.with_suffix(".service.d") / "ray.conf").read_text(), re.MULTILINE
     )
     assert group == user, "the daemon's bridge reaches Ray's sockets"
+    folder = re.findall(r"--temp-dir=(\S+)", text)
+    assert folder == ["/run/pocd-ray/ray"], "Ray opens it to everybody, so that it lies in one that is closed"
+    assert "\nRuntimeDirectoryMode=0750\n" in text
     hardening = UNIT.read_text(encoding="utf-8").partition("NoNewPrivileges=")[2].partition("[Install]")[0]
     assert [line for line in hardening.splitlines() if line[:1].isupper() and line not in text] == []
 

@@ -11,7 +11,7 @@ import torch
 from pocd.config.settings import Settings
 from pocd.daemon.compose import make_loads
 from pocd.protocol.errors import DeviceError
-from pocd.worker import __main__ as program
+from pocd.worker import process as program
 from pocd.worker.messages import CardIdentity, Load
 
 GIVEN = {"node": {"public_key": "key"}, "chain": {"urls": ["http://127.0.0.1:1"]}, "model": {"device": "cuda:3"}}

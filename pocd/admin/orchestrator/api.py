@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pocd.admin.parts import Parts
+    from pocd.store.validations import Validation
     from pocd.validation.jobs import Jobs
     from pocd.worker.messages import Ready
 
@@ -191,6 +192,7 @@ class OrchestratorApi:
             fingerprint=info.fingerprint,
             dtype=info.dtype,
             callback=receiver,
+            node_count=body.node_count,
         )
         async with asyncio.timeout(STORE_SECONDS):
             if not await self._jobs.ask(job, url):
@@ -217,6 +219,9 @@ class OrchestratorApi:
             raise DetailError(404, f"Request {name} not found")
         word = "running" if found.state == "queued" and self._jobs.current == own else found.state
         result = orjson.loads(found.answer) if found.answer else {}
+        if result.get("validation"):
+            async with asyncio.timeout(STORE_SECONDS):
+                result["by_differences"] = _by_differences(await self._parts.validator.find(result["validation"]))
         return json_answer({"status": word, "request_id": name} | result)
 
     # The node
@@ -296,6 +301,17 @@ class OrchestratorApi:
             except CallbackError as error:
                 raise DetailError(429 if error.full else 403, f"url: {error}") from None
         return found.name, None if found in receivers.configured else url
+
+
+def _by_differences(found: Validation | None) -> dict[str, object]:
+    """Return the verdict by differences in short; the whole is answered by the admin API."""
+    if found is None:
+        return {"state": "pruned"}
+    if found.answer is None:
+        return {"state": found.state, "reason": found.reason}
+    verdict = orjson.loads(found.answer)
+    told = ("probability_honest", "probability_blank", "malformed")
+    return {"state": found.state, "verdict": verdict["verdict"]} | {name: verdict["differences"][name] for name in told}
 
 
 def _port(request: web.Request) -> int:
