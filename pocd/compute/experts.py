@@ -187,6 +187,7 @@ def compute_in_tiles(causal: torch.nn.Module) -> None:
 
     transformers' own switch leaves out classes that it does not find in the source of their module.
     """
+    module: Any
     for module in causal.modules():
         if hasattr(module, "has_gate"):
             module.config._experts_implementation = IN_TILES  # noqa: SLF001 - transformers has no other name for it
