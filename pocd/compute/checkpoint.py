@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from pocd.compute.stored import INDEX, WEIGHTS, named_files
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 PACKERS = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
 """Files in which other tools say how the weights are packed where config.json does not, and their methods."""
+
+SAME = {"kimi_k2": "deepseek_v3"}
+"""Model types that are another family's in all but the name, down to the keys of their configurations."""
 
 QUANTISED = ("quantization_config", "compression_config")  # what a configuration calls the way of quantisation
 
@@ -57,7 +61,18 @@ def read_config(source: str, revision: str) -> tuple[Any, Way | None]:
     """
     written = _json(source, revision, "config.json")
     _check_dtypes(source, written)
-    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+    model_type = written.get("model_type")
+    if model_type in SAME:
+        own = {key: value for key, value in written.items() if key not in ("auto_map", "model_type")}
+        config: Any = CONFIG_MAPPING[SAME[model_type]].from_dict(own)
+    elif model_type is not None and model_type not in CONFIG_MAPPING:
+        raise ModelError(
+            f"{source}: config.json has the model_type {model_type!r}, which transformers {transformers.__version__} "
+            "does not know, and no code of a model's repository is run: take a model of a family in docs/models.md, "
+            "or a transformers that knows this one"
+        )
+    else:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
     parts = [config, *(part for key in config.sub_configs if (part := getattr(config, key, None)) is not None)]
     for part in parts:
         attention = getattr(part, "_attn_implementation", None)

@@ -182,6 +182,16 @@ def in_tiles(module: Any, hidden_states: torch.Tensor, chosen: torch.Tensor, sha
 ALL_EXPERTS_FUNCTIONS.register(IN_TILES, in_tiles)
 
 
+def compute_in_tiles(causal: torch.nn.Module) -> None:
+    """Have all experts of a model of transformers that others may compute be computed by `in_tiles`.
+
+    transformers' own switch leaves out classes that it does not find in the source of their module.
+    """
+    for module in causal.modules():
+        if hasattr(module, "has_gate"):
+            module.config._experts_implementation = IN_TILES  # noqa: SLF001 - transformers has no other name for it
+
+
 # An operation of our own, since the compiler knows torch's in bfloat16 only.
 @custom_op("pocd::grouped_product", mutates_args=())
 def grouped_product(rows: torch.Tensor, matrices: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

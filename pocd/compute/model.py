@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 
 from pocd.compute.arithmetic import fix_arithmetic
 from pocd.compute.checkpoint import check_folder, fetched, read_config
-from pocd.compute.experts import IN_TILES
+from pocd.compute.experts import compute_in_tiles
 from pocd.compute.fingerprint import module_fingerprint, stored_fingerprint
 from pocd.compute.flat import FlatDecoder, can_flatten, flatten
 from pocd.compute.layers import NORMS, LayerDecoder, find_forms
@@ -286,7 +286,7 @@ def adapt(causal: Any, *, name: str, fingerprint: str | None = None) -> Model:  
     fix_arithmetic()
     owner = f"model {name!r} ({type(causal).__name__})"
     causal.requires_grad_(requires_grad=False).eval()
-    causal.set_experts_implementation(IN_TILES)  # does nothing where there are none
+    compute_in_tiles(causal)
     decoder = causal.get_decoder()
     if decoder is causal:  # where transformers does not find it (Llama 4)
         decoder = getattr(causal, "model", decoder)

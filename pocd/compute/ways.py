@@ -201,6 +201,11 @@ def matrices(stored: Mapping[str, Stored], way: Way | None, *, name: str) -> lis
     """
     packed = {key for key, at in stored.items() if at.dtype not in REAL and not is_harmless(key)}
     if way is None:
+        if packed and all(stored[key].dtype == "I64" for key in packed):
+            raise ModelError(
+                f"model {name!r}: {some(packed)} are whole numbers (I64), such as experts by token, and here "
+                "embeddings come from nonces, which have none: take another model"
+            )
         if packed:
             raise ModelError(
                 f"model {name!r}: {some(packed)} are quantised or packed ({stored[min(packed)].dtype}), and its "

@@ -24,10 +24,13 @@ from transformers import (
     PreTrainedModel,
 )
 
+from pocd.compute.engine import block_run
 from pocd.compute.flat import flatten
 from pocd.compute.model import adapt, load_model
 from pocd.protocol.errors import ModelError
 from pocd.protocol.names import DTYPES
+from pocd.protocol.schemes import SCHEMES
+from tests.support.other_models import OTHERS, build
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -292,7 +295,7 @@ def test_a_dtype_of_the_configuration_decides_nothing(tmp_path: Path) -> None:
 )
 def test_a_mistyped_configuration_is_refused_in_one_line(tmp_path: Path, key: str, value: object) -> None:
     changed: dict[str, Any] = {key: value}
-    refused(saved(tmp_path, llama(), **changed), "cannot be loaded|quantization_config|does not run")
+    refused(saved(tmp_path, llama(), **changed), "cannot be loaded|quantization_config|does not run|does not know")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -310,3 +313,30 @@ def test_biases_that_pick_experts_stay_float32(tmp_path: Path, dtype: str) -> No
     assert len(found) == 2
     assert all(torch.equal(tensor, bias) for tensor in found)
     assert PreTrainedModel._keep_in_fp32_modules_strict is None, "other models of this process are as they were"
+
+
+def test_a_family_under_another_name_is_that_family(tmp_path: Path) -> None:
+    """Kimi-K2 is DeepSeek-V3, and its configuration names code of its repository."""
+    model = build("DeepseekV3ForCausalLM", **OTHERS["deepseek v3, dense first layer"][2])
+    first = load(saved(tmp_path / "deepseek", model))
+    code = {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}
+    second = load(saved(tmp_path / "kimi", model, model_type="kimi_k2", auto_map=code))
+    assert second.fingerprint == first.fingerprint
+    found = []
+    for each in (first, second):
+        with block_run(each, SCHEMES["poc2"], block_hash="a", public_key="b", seq_len=8) as run:
+            found.append(run.distances([0, 1], batch_size=2))
+    assert found[0] == found[1]
+
+
+def test_a_family_that_transformers_does_not_know_is_named(tmp_path: Path) -> None:
+    folder = saved(tmp_path, llama(), model_type="nosuch", auto_map={"AutoConfig": "configuration.Config"})
+    said = refused(folder, "has the model_type 'nosuch', which transformers")
+    assert "no code of a model's repository is run" in said
+
+
+def test_a_table_of_whole_numbers_is_not_called_quantised(tmp_path: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.mlp.gate.tid2eid"] = torch.arange(40)
+
+    refused(saved(tmp_path, llama(), change), "tid2eid.* whole numbers")

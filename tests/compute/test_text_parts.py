@@ -12,6 +12,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from pocd.compute.engine import block_run
+from pocd.compute.experts import IN_TILES
 from pocd.compute.model import load_model
 from pocd.protocol.errors import ModelError
 from pocd.protocol.schemes import SCHEMES
@@ -122,6 +123,9 @@ def test_the_decoder_of_text_runs_and_nothing_else_is_loaded(tmp_path: Path, cas
     ]
     model = load_model(str(tmp_path), dtype="float32", device="cpu")
     assert not any("vis" in name for name, _ in model.causal.named_parameters())
+    experts = [module for module in model.causal.modules() if hasattr(module, "has_gate")]
+    assert bool(experts) == ("experts" in str(list(stored)) and form != "Llama4")
+    assert {module.config._experts_implementation for module in experts} <= {IN_TILES}
     with block_run(model, SCHEMES["poc2"], block_hash="ABC", public_key="key", seq_len=SEQ_LEN) as run:
         assert run.distances([0, 9], batch_size=2) == pytest.approx(expected, abs=2e-5)
 
