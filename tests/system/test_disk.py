@@ -171,13 +171,16 @@ child.main()
 """
 
 
-def test_a_worker_on_a_full_disk_crashes_and_does_not_blame_the_configuration() -> None:
+def test_a_worker_on_a_full_disk_crashes_and_does_not_blame_the_configuration(tmp_path: Path) -> None:
     load = Load("bundled:tiny-llama", "float32", ("cpu",), "poc2", 16, 8)
     ours, theirs = socket.socketpair()
     with ours:
         with theirs:
             worker = subprocess.Popen(
-                [sys.executable, "-c", CHILD, str(theirs.fileno())], pass_fds=(theirs.fileno(),), stderr=subprocess.PIPE
+                [sys.executable, "-c", CHILD, str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),),
+                stderr=subprocess.PIPE,
+                env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},  # as the pool; else torch asks for another
             )
         ours.sendall(messages.encode(load))
         _, err = worker.communicate(timeout=PATIENCE)
