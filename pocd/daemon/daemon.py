@@ -68,6 +68,7 @@ async def run(settings: Settings, path: Path, *, log: FilteringBoundLogger, noti
             source = await make_chain(settings, outbox, sessions, log)
             made = compose(settings, outbox, source, receivers, loads, clock=SYSTEM, log=log)
             daemon = Daemon(made, path, notifier)
+            daemon.reloader.heed()  # before the API can be asked, as whoever sees it may send SIGHUP
             if made.orchestrated is not None:
                 served = OrchestratorApi(made.parts, made.orchestrated.jobs, lambda: str(uuid.uuid4()))
                 url = await stack.enter_async_context(_orchestrator_api(served, settings.orchestrator, calls_token))
@@ -145,12 +146,15 @@ class Daemon:
         made: The parts.
         path: File of the configuration, which is read again at SIGHUP.
         notifier: Gets READY=1, STOPPING=1 and what there is to tell between them.
+
+    Attributes:
+        reloader: Reads the configuration again.
     """
 
     def __init__(self, made: Composition, path: Path, notifier: Notifier) -> None:
         self._made = made
-        self._path = path
         self._notifier = notifier
+        self.reloader = Reloader(path, made.parts, made.batcher, notifier)
         self._log = made.parts.log
         self._reports = Reports(made.parts, made.changes, notifier)
         self._stop = asyncio.Event()
@@ -191,7 +195,7 @@ class Daemon:
         return {
             "deliveries": parts.receivers.run(asked.callback if asked else None),
             "chain": self._follow_chain(),
-            "reloader": Reloader(self._path, parts, self._made.batcher, self._notifier).run(),
+            "reloader": self.reloader.run(),
             "workers": parts.workers.run(),
             "batcher": self._made.batcher.run(),
             "keeper": self._made.keeper.run(),

@@ -99,14 +99,17 @@ class Reloader:
         self._parts = parts
         self._batcher = batcher
         self._notifier = notifier
+        self._asked = asyncio.Event()
+
+    def heed(self) -> None:
+        """Heed SIGHUP from now on, also before `run` is under way."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._asked.set)
 
     async def run(self) -> None:
         """Reload for each SIGHUP, until cancelled; those that come close together are one."""
-        asked = asyncio.Event()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, asked.set)
         while True:
-            await asked.wait()  # without a bound: nobody may ever ask
-            asked.clear()
+            await self._asked.wait()  # without a bound: nobody may ever ask
+            self._asked.clear()
             await self._reload()
 
     async def _reload(self) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import aiohttp
 import orjson
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from pocd.admin.client import call
 from pocd.config.settings import Settings
-from pocd.daemon.reload import AT_ONCE, R_TARGET_FOLLOWS, compare, diff, merge
+from pocd.daemon.reload import AT_ONCE, R_TARGET_FOLLOWS, Reloader, compare, diff, merge
 from pocd.delivery.posting import Receiver
 from pocd.delivery.receivers import CallbackError
 from pocd.http.webhooks import WebhookKeys
@@ -27,7 +28,7 @@ from tests.support.clocks import NOW, ROUND
 from tests.support.delivering import NODE, WEIGHTS, dispatchers, prepared, serving
 from tests.support.processes import Chain, Daemon, config, running
 from tests.support.stored import commit_span
-from tests.support.waiting import PATIENCE
+from tests.support.waiting import PATIENCE, soon
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -233,6 +234,25 @@ async def test_a_first_receiver_gets_what_was_found_before_it_came(tmp_path: Pat
             (request,) = await server.take(1)
             assert orjson.loads(request.body)["nonces"] == [0]
             assert await daemon.end() == 0
+
+
+async def test_a_sighup_before_the_reloader_runs_is_not_lost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reloads = asyncio.Event()
+
+    async def note(_: Reloader) -> None:
+        reloads.set()
+
+    monkeypatch.setattr(Reloader, "_reload", note)
+    parts, batcher, notifier = (cast("Any", None) for _ in range(3))
+    reloader = Reloader(tmp_path / "pocd.toml", parts, batcher, notifier)
+    reloader.heed()
+    try:
+        os.kill(os.getpid(), signal.SIGHUP)
+        running_task = asyncio.create_task(reloader.run())
+        await soon(reloads.wait())
+        running_task.cancel()
+    finally:
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
 
 
 def receiver(url: str, secret: Path | None = None) -> str:
