@@ -184,8 +184,8 @@ def as_text(body: dict[str, Any]) -> str:
     ]
     if "fingerprint" in worker:
         rows.append(("weights", worker["fingerprint"]))
-    if worker["non_finite_nonces"]:
-        rows.append(("NaN", f"{worker['non_finite_nonces']:,} nonces without a result"))
+    if broken := worker.get("non_finite_nonces"):
+        rows.append(("NaN", f"{broken:,} nonces without a result"))
     if worker["last_refusal"]:
         rows.append(("refused", worker["last_refusal"]))
     rows += [("receiver", _receiver(receiver)) for receiver in body["receivers"]]

@@ -157,8 +157,6 @@ async def wait_for_nobody(pool: Pool) -> None:
 
 
 async def cut_a_machine_off(pool: Pool, cluster: Cluster, machines: Machines) -> None:
-    if machines.network is None:
-        return
     *_, three = await at_work(pool, "one", "two", "three")
     orphan, lost = process(three), three.causes[Cause.CLUSTER]
     machines.cut("three")
@@ -224,7 +222,8 @@ async def test_machines_come_and_go_and_every_nonce_is_checked_once(tmp_path: Pa
         await wait_for_nobody(pool)
         await lose_the_bridge(pool, cluster)
         await come_with_another_model(pool, machines, model)
-        await cut_a_machine_off(pool, cluster, machines)
+        if machines.network:
+            await cut_a_machine_off(pool, cluster, machines)
         await lose_a_machine(pool, cluster, machines)
         await lose_the_head(pool, cluster, machines)
         (last,) = await at_work(pool, "anew")
@@ -239,3 +238,5 @@ async def test_machines_come_and_go_and_every_nonce_is_checked_once(tmp_path: Pa
     gaps = sum(map(len, found.progress.gaps()))
     assert found.checked == done == found.progress.end - gaps, "each once"
     assert gaps <= MOST_IN_FLIGHT, "what the end took back, and no more"
+    if not machines.network:
+        pytest.skip("all passed, but no machine could be cut off: network namespaces need root and the command ip")
