@@ -98,8 +98,8 @@ def _late_refusal(encrypted: ssl.SSLSocket, environment: Mapping[str, str]) -> s
     except OSError as error:
         why = _text(error)
     return (
-        f"the head does not accept this machine's certificate, {CERT} {environment[CERT]}: {why}; it has to be signed by "
-        "the authority that the head knows"
+        f"the head does not accept this machine's certificate, {CERT} {environment[CERT]}: {why}; it has to be signed "
+        "by the authority that the head knows"
     )
 
 

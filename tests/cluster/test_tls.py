@@ -24,7 +24,7 @@ SETTINGS = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"  # the frame that HTTP/2 begi
 
 @contextlib.contextmanager
 def head(variables: Mapping[str, str], *, closes: bool = False) -> Iterator[int]:
-    """A head's port: with TLS it wants a certificate, as Ray does; then it says what an HTTP/2 server says, or closes."""
+    """A head's port: with TLS it wants a certificate, as Ray does; then it speaks as HTTP/2 servers do, or closes."""
     context = None
     if variables:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
