@@ -50,7 +50,7 @@ def _hint() -> str:
 def _give_up(address: str) -> NoReturn:
     """End the process, whatever Ray is waiting for in the main thread."""
     print(  # noqa: T201 - as sys.exit does in the main thread
-        f"the cluster at {address} cannot be joined: its head listens, and Ray was not done within {JOIN_SECONDS:.0f} s; "
+        f"the cluster at {address} cannot be joined: its head listens, but Ray was not done in {JOIN_SECONDS:.0f} s; "
         "the head's logs, in session_latest/logs below its --temp-dir, may say why",
         file=sys.stderr,
         flush=True,

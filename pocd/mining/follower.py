@@ -29,7 +29,7 @@ LOG_EVERY = 60.0
 """Seconds between two log lines while the chain is down."""
 
 JITTER = 0.2
-"""Of the interval between polls, either way, so that hosts that began together do not go on asking together."""
+"""Share of the interval by which polls vary, either way: else hosts that began together would go on asking together."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,32 +39,30 @@ def rows(plan: Plan, seen: Seen) -> dict[str, str]:
     usual, fresh = (plan.steady, plan.new_round), (plan.new_round, plan.new_round + ROUND_SECONDS)
     recovery = plan.receiver_down[1]
     return {
-        "chain: the first second": f"{seen.polls[0]:,}",
-        "chain: usually, mean / peak": _both(over(seen.polls, *usual)),
-        "chain: as a round begins, mean / peak": _both(over(seen.polls, *fresh)),
-        "chain: while the node fails, mean / peak": _both(over(seen.polls, *plan.node_down)),
-        "chain: after that, mean / peak": _both(over(seen.polls, plan.node_down[1], plan.receiver_down[0])),
-        "receiver: usually, mean / peak": _both(over(seen.posts, *usual)),
-        "receiver: as a round begins, mean / peak": _both(over(seen.posts, *fresh)),
-        "receiver: while it fails, mean / peak": _both(over(seen.posts, *plan.receiver_down)),
-        "receiver: after that, mean / peak": _both(over(seen.posts, recovery, recovery + AFTER_SECONDS)),
-        "receiver: kB/s, usually, mean / peak": _both(
-            (over(seen.sent, *usual)[0] / 1000, round(over(seen.sent, *usual)[1] / 1000))
-        ),
-        "proofs/s, usually, mean / peak": _both(over(seen.proofs, *usual)),
-        "queues empty again after": "never" if seen.drained_at is None else f"{seen.drained_at - recovery:,.0f} s",
-        "batches sent for each accepted": f"{seen.posts.total() / max(1, seen.accepted.total()):.2f}",
+        "chain, first second": f"{seen.polls[0]:,}",
+        "chain": _both(over(seen.polls, *usual)),
+        "chain, a round begins": _both(over(seen.polls, *fresh)),
+        "chain, node fails": _both(over(seen.polls, *plan.node_down)),
+        "chain, node is back": _both(over(seen.polls, plan.node_down[1], plan.receiver_down[0])),
+        "receiver": _both(over(seen.posts, *usual)),
+        "receiver, a round begins": _both(over(seen.posts, *fresh)),
+        "receiver fails": _both(over(seen.posts, *plan.receiver_down)),
+        "receiver is back": _both(over(seen.posts, recovery, recovery + AFTER_SECONDS)),
+        "bytes to the receiver": _both(over(seen.sent, *usual)),
+        "proofs": _both(over(seen.proofs, *usual)),
+        "queues empty again": "never" if seen.drained_at is None else f"{seen.drained_at - recovery:,.0f} s later",
+        "attempts for a batch": f"{seen.posts.total() / max(1, seen.accepted.total()):.2f}",
     }
 
 
 def _both(found: tuple[float, int]) -> str:
     mean, peak = found
-    return f"{mean:,.1f} / {peak:,}"
+    return f"{mean:,.1f} / {peak:,}" if mean < 1000 else f"{mean:,.0f} / {peak:,}"
 
 
 def compare(title: str, columns: dict[str, dict[str, str]]) -> None:
     """Print quantities side by side."""
-    table = new_table(title, "a second", *columns)
+    table = new_table(f"{title}: mean / most in one second", "a second", *columns)
     for name in next(iter(columns.values())):
         table.add_row(name, *(column[name] for column in columns.values()))
     show(table)
@@ -88,7 +86,7 @@ def main() -> None:
     for has_jitter in (True, False):
         plans = [Plan(hosts, given.proofs, given.receiver, has_jitter) for hosts in given.hosts]
         columns = {f"{plan.hosts:,}": rows(plan, virtual_time.run(simulate(plan))) for plan in plans}
-        compare(f"hosts, {'with' if has_jitter else 'without'} jitter", columns)
+        compare(f"hosts {'with' if has_jitter else 'without'} jitter", columns)
 
 
 if __name__ == "__main__":
