@@ -21,10 +21,9 @@ from pocd.receiver.store import Store
 from scripts.trials.fleet_world import BLOCK_SECONDS, Plan, Seen, genesis_of, is_within, policy_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
-    from aiohttp.typedefs import Handler
+    from aiohttp.typedefs import Handler, Middleware
 
     from pocd.dev.processes import Running
 
@@ -140,7 +139,7 @@ async def _waiting(daemons: list[Running]) -> int:
     return sum(receiver["pending_batches"] for status in statuses for receiver in status["receivers"])
 
 
-def _counting(seen: Seen, watch: _Watch, down: tuple[float, float]) -> Callable[[web.Request, Handler], web.Response]:
+def _counting(seen: Seen, watch: _Watch, down: tuple[float, float]) -> Middleware:
     @web.middleware
     async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
         seen.polls[int(watch.passed())] += 1
@@ -149,7 +148,7 @@ def _counting(seen: Seen, watch: _Watch, down: tuple[float, float]) -> Callable[
     return count
 
 
-def _taking(seen: Seen, watch: _Watch, down: tuple[float, float]) -> Callable[[web.Request, Handler], web.Response]:
+def _taking(seen: Seen, watch: _Watch, down: tuple[float, float]) -> Middleware:
     @web.middleware
     async def take(request: web.Request, handler: Handler) -> web.StreamResponse:
         body = await request.read()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import orjson
 import structlog
+from multidict import CIMultiDict
 
 from pocd.chain.cometbft import CometBFT
 from pocd.chain.failover import Failover
@@ -119,7 +120,7 @@ class _Answer:
 
     def __init__(self, status: int, body: bytes) -> None:
         self.status = status
-        self.headers: dict[str, str] = {}
+        self.headers = CIMultiDict[str]()
         self.content = self
         self._body = body
 
