@@ -18,11 +18,14 @@ from pocd.cluster.versions import differences, versions
 from pocd.config.model import check_engine
 from pocd.config.ray import RaySettings
 from pocd.config.settings import ConfigError, Settings
+from pocd.daemon.compose import make_loads
 from pocd.pool.causes import Cause, WorkerError, WorkerRefusedError
 from pocd.pool.cluster import Cluster, bridge_environment, check_versions
 from pocd.worker.messages import Gone, Load, Placed, Room, decode_frame, encode
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pocd.worker.messages import Message
 
 PLACED = Placed("two", "10.0.0.2", 17, ("3",), versions())
@@ -66,6 +69,26 @@ def test_the_bridge_gets_rays_own_variables_and_nothing_of_the_daemons() -> None
     kept = {"RAY_AUTH_MODE": "token", "PATH": "/bin"}
     own = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_event_log_reporter_enabled": "0"}
     assert bridge_environment(given) == kept | own
+
+
+def test_what_a_machine_is_told_to_load_names_neither_receivers_nor_secrets(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("confidential")
+    configured = Settings.model_validate(
+        {
+            "node": {"public_key": "k"},
+            "chain": {"urls": ["http://user:confidential@127.0.0.1:1"]},
+            "worker": {"engine": "ray"},
+            "delivery": {
+                "receivers": [{"name": "one", "url": "https://confidential.example", "secret_file": str(token)}]
+            },
+            "admin": {"token_file": str(token)},
+        }
+    )
+    for load in make_loads(configured):
+        sent = encode(load)
+        assert b"confidential" not in sent
+        assert str(token).encode() not in sent
 
 
 @pytest.mark.parametrize("message", [PLACED, Gone(is_lost=True, message="why"), Room(3, 2, "")])
