@@ -164,6 +164,9 @@ def test_what_was_imported_is_never_looked_through_for_garbage() -> None:
         "import gc\nfrom pocd.process import importing\n"
         "with importing():\n    assert not gc.isenabled()\n    import http.server\n"
         "assert gc.isenabled() and gc.get_freeze_count() > 10_000\n"
-        "assert not any(each is vars(http.server) for each in gc.get_objects())"
+        "assert not any(each is vars(http.server) for each in gc.get_objects())\n"
+        "frozen, new = gc.get_freeze_count(), [[]]\n"
+        "with importing():\n    import http.server\n"
+        "assert any(each is new for each in gc.get_objects())"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
