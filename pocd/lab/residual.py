@@ -201,8 +201,8 @@ def as_text(report: Residuals) -> str:
     )
     verdict = (
         f"The verdict by differences says undecidable of {1 - report.decidable:.0%} of batches of {SAMPLE} nonces, "
-        "whatever is claimed: the validator's own result is not near enough to the reference. Who is not caught here is "
-        "not honest for it: this scheme proves nothing of this model in this dtype."
+        "whatever is claimed: the validator's own result is not near enough to the reference. Who is not caught here "
+        "is not honest for it: this scheme proves nothing of this model in this dtype."
     )
     paragraphs = [legend] if report.decidable > 1 / 2 else [legend, verdict]
     return "\n\n".join(
