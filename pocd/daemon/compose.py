@@ -102,6 +102,11 @@ class Composition:
     orchestrated: Orchestrated | None
 
 
+def jitter() -> float:
+    """Return a number in [-1, 1]: by it hosts that would do the same at the same moment do not."""
+    return random.uniform(-1, 1)  # noqa: S311 - it spreads load, it hides nothing
+
+
 def compose(
     settings: Settings,
     outbox: OutboxThread,
@@ -217,6 +222,7 @@ def make_batcher(parts: Parts) -> Batcher:
         withdraw=withdraws(parts.settings),
         is_live=parts.settings.orchestrator.is_on,
         clock=parts.clock,
+        jitter=jitter,
         events=parts.events,
     )
 
@@ -254,7 +260,7 @@ def make_delivery(
             expire_after=settings.delivery.expire_after,
             longest_backoff=WINDOW_SECONDS if hurries else BACKOFF_SECONDS[-1],
             clock=clock,
-            jitter=lambda: random.uniform(-1, 1),  # noqa: S311 - it spreads load, it hides nothing
+            jitter=jitter,
             log=log,
             events=events,
         )
