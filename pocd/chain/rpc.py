@@ -23,13 +23,14 @@ from pocd.chain.source import (
     UnreachableError,
 )
 from pocd.clock import SYSTEM
-from pocd.http.retry_after import parse_retry_after
+from pocd.http.retry_after import longest_wait
 from pocd.http.urls import as_written, below, unusable
 from pocd.observe.mask import excerpt, mask_url, url_secrets
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
+    from multidict import CIMultiDictProxy
     from yarl import URL
 
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
@@ -275,8 +276,8 @@ class Rpc:
         begin = excerpt(body[:2048], secrets=self.secrets, cut=True)
         return ChainError(f"{where}: the answer is longer than {limit} bytes: {begin}")
 
-    def _check_http(self, status: int, headers: Mapping[str, str], body: bytes, where: str) -> None:
-        retry_after = parse_retry_after(headers.get("Retry-After", ""), self._wall())
+    def _check_http(self, status: int, headers: CIMultiDictProxy[str], body: bytes, where: str) -> None:
+        retry_after = longest_wait(headers.getall("Retry-After", []), self._wall())
         if status == 429 or (status == 503 and retry_after is not None):
             raise SlowDownError(f"{where}: HTTP {status}: {excerpt(body, secrets=self.secrets)}", retry_after)
         if status == 200 or _is_rpc_error(body):
