@@ -13,7 +13,7 @@ import aiohttp
 from pocd.delivery.policy import Outcome
 from pocd.http import addresses, webhooks
 from pocd.http.client import open_session
-from pocd.http.retry_after import parse_retry_after
+from pocd.http.retry_after import longest_wait
 from pocd.http.urls import below
 from pocd.observe.mask import excerpt, mask_url, url_secrets
 from pocd.process import SHORT
@@ -127,10 +127,10 @@ class Poster:
             detail = f"{detail} to {self._shown(mask_url(location))}, not followed"
         elif said:
             detail = f"{detail}: {self._shown(said, cut=not whole)}"
-        asked = response.headers.get("Retry-After")
-        retry_after = None if asked is None else parse_retry_after(asked, self._clock.wall())
-        if asked is not None and retry_after is None:
-            detail = f"{detail} (Retry-After makes no sense: {self._shown(asked, 40)})"
+        asked = response.headers.getall("Retry-After", [])
+        retry_after = longest_wait(asked, self._clock.wall())
+        if asked and retry_after is None:
+            detail = f"{detail} (Retry-After makes no sense: {self._shown(asked[0], 40)})"
         return Outcome(response.status, detail, retry_after)
 
     def describe(self, error: Exception) -> str:

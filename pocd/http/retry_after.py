@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 from datetime import UTC
 from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 def parse_retry_after(text: str, now: float) -> float | None:
@@ -25,3 +29,17 @@ def parse_retry_after(text: str, now: float) -> float | None:
         return max(0.0, (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp() - now)
     except (ValueError, OverflowError, TypeError, IndexError):
         return None
+
+
+def longest_wait(headers: Iterable[str], now: float) -> float | None:
+    """Return the longest of the waits that Retry-After headers ask for: one may be a proxy's, and one its server's.
+
+    Args:
+        headers: The headers' values; usually none or one.
+        now: Wall time in seconds.
+
+    Returns:
+        Seconds; None where no header makes sense.
+    """
+    waits = (parse_retry_after(each, now) for each in headers)
+    return max((wait for wait in waits if wait is not None), default=None)

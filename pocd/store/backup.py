@@ -112,6 +112,8 @@ def restore(path: Path, file: Path, stamp: str) -> Path | None:
         made.rename(path)
         _sync(path)
     except OSError as error:
+        with suppress(OSError):
+            made.unlink(missing_ok=True)  # half a copy would keep what a full disk lacks
         raise BackupError(f"{file} cannot be put at {path}: {error.strerror}") from error
     return aside if moved else None
 

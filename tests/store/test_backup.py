@@ -1,5 +1,6 @@
 """Copies of a store in use, put back; and a file put back beside the write-ahead log of another time."""
 
+import resource
 import shutil
 import sqlite3
 import threading
@@ -107,6 +108,22 @@ def test_a_copy_is_put_back_and_what_was_there_is_kept_whole(path: Path, tmp_pat
     aside = restore(at, copy, "before")
     assert aside == crashed / "outbox.db.before"
     assert (checked(at), checked(aside), copy.exists()) == (5, 9, True)
+
+
+def test_a_disk_that_is_full_keeps_no_half_of_a_restored_copy(path: Path, tmp_path: Path) -> None:
+    Outbox.open(path).close()
+    copy = tmp_path / "copy.db"
+    back_up_closed(path, copy)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = path.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(BackupError, match=r"cannot be put at .*outbox\.db: File too large"):
+            restore(path, copy, "before")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, copy.name}
+    assert path.read_bytes() == before
 
 
 def test_a_closed_store_is_copied_as_well(path: Path, tmp_path: Path) -> None:

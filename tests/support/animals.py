@@ -347,6 +347,7 @@ ANIMALS = [
     asking_for("soon", 1, "that is nonsense", remark=" (Retry-After makes no sense: soon)"),
     asking_for("9" * 400, 600, "that is absurd"),
     asking_for("20", 20, "with a 503", 503),
+    asking_for("3\r\nRetry-After: 9", 9, "twice, the longer one last"),
     Animal(
         "413 before the body",
         "answers 413 to the head of a large batch, and takes no body",
