@@ -48,13 +48,13 @@ SECRET = "whsec_c2VjcmV0"  # of no use to anybody
 
 
 @contextlib.asynccontextmanager
-async def pooled(folder: Path, model: Path, address: str) -> AsyncIterator[tuple[Pool, Miner]]:
+async def pooled(folder: Path, model: Path, address: str, ranks: int = 1) -> AsyncIterator[tuple[Pool, Miner]]:
     """The workers of a cluster, over a miner with one round."""
     log, events, changes = structlog.get_logger(), Events(SYSTEM), Changes()
     environment = os.environ | {"POCD_ADMIN__TOKEN_FILE": SECRET, "HF_TOKEN": SECRET}
     settings = RaySettings(address=address)
-    cluster = Cluster(settings, gpus=0, environment=environment, changed=changes.notify, log=log)
-    load = Load(str(model), "float32", ("cpu",), "poc2", 16, 8)
+    cluster = Cluster(settings, ranks=ranks, gpus=0, environment=environment, changed=changes.notify, log=log)
+    load = Load(str(model), "float32", ("cpu",) * ranks, "poc2", 16, 8)
     with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
         miner = Miner(outbox, changes, clock=SYSTEM)
         pool = Pool(

@@ -68,7 +68,7 @@ def test_the_bridge_gets_rays_own_variables_and_nothing_of_the_daemons() -> None
     assert bridge_environment(given) == kept | own
 
 
-@pytest.mark.parametrize("message", [PLACED, Gone(is_lost=True, message="why"), Room(3, 2, "")])
+@pytest.mark.parametrize("message", [PLACED, Gone(is_lost=True, message="why"), Room(3, 2, "", 6)])
 def test_the_bridges_messages_arrive_as_they_were(message: Message) -> None:
     assert decode_frame(encode(message)) == message
 
@@ -96,8 +96,7 @@ def settings(**model: object) -> Settings:
 
 def test_what_a_clusters_workers_cannot_run_is_refused_by_name() -> None:
     assert settings().ray.workers == "auto"
-    with pytest.raises(ValidationError, match=r"model.parallel must be 1"):
-        settings(parallel=2)
+    assert settings(parallel=2, device="cpu").model.parallel == 2
     for device in ("cuda:1", ["cuda:0", "cuda:1"]):
         with pytest.raises(ValidationError, match=r"model.device must be"):
             settings(device=device)
@@ -128,6 +127,20 @@ def test_what_a_check_says_of_a_clusters_machines() -> None:
     assert found[3].text == "10.0.0.3: no answer within 30 s"
     assert judge([machine("one", 5)], wanted, gpus=0)[0].level is Level.YELLOW, "room for 2 of 3"
     assert judge([machine("one", 5)], RaySettings(cpus=2), gpus=0)[0].level is Level.GREEN
+    split = judge([machine("one", 5), machine("two", 3)], RaySettings(cpus=2), ranks=2, gpus=0)[0]
+    assert (split.level, split.text.partition("with ")[2]) == (
+        Level.GREEN,
+        "room for 1 workers of 2 ranks, each of 2 cores",
+    )
+    apart = judge([machine("one", 1, 1), machine("two", 1, 1)], RaySettings(), ranks=2, gpus=1)[0]
+    assert apart.level is Level.GREEN
+    assert "each of a GPU and 1 core, 1 of them on several machines, which have to reach one another" in apart.text
+    short = judge([machine("one", 1, 1)], RaySettings(), ranks=2, gpus=1)[0]
+    assert short.level is Level.RED
+    assert short.text == (
+        "the machines have no room for a worker of 2 ranks, each of a GPU and 1 core (one: 1 cores, 1 GPUs); "
+        "there is room for 1 ranks in all"
+    )
     (none, _) = judge([machine("one", 5)], wanted, gpus=1)
     assert none.level is Level.RED
     assert none.text == "no machine has room for a worker of a GPU and 2 cores (one: 5 cores, 0 GPUs)"
