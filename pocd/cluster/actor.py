@@ -17,10 +17,10 @@ from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-import psutil  # Ray brings it
 import ray
 from ray.exceptions import RayError
 
+from pocd.cluster.interfaces import interface_of
 from pocd.cluster.versions import versions
 from pocd.worker.environment import environment
 from pocd.worker.messages import Gone, Placed, encode, receive_frame
@@ -147,21 +147,6 @@ async def _pass_on(
     with closing(writer), suppress(RayError, ConnectionError):  # whoever watches the other one finds out
         while data := await reader.read(CHUNK):
             await follower.lead.remote(data)
-
-
-def interface_of(address: str) -> str:
-    """Return the name of this machine's network interface that has an address.
-
-    Raises:
-        OSError: None has it.
-    """
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(each.address.partition("%")[0] == address for each in addresses):
-            return str(name)
-    raise OSError(
-        f"no network interface has the address {address}, which Ray has for this machine: give `ray start` its own as "
-        "--node-ip-address, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME for Ray here"
-    )
 
 
 def _cache_folder() -> Path:

@@ -115,7 +115,7 @@ def check_alike(name: str, fingerprint: str, place: str) -> None:
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, (fingerprint, place))
     if len({each for each, _ in found}) > 1:
-        told = ", ".join(f"rank {rank} on {where} {each}" for rank, (each, where) in enumerate(found))
+        told = ", ".join(f"rank {rank}{where and f' on {where}'}: {each}" for rank, (each, where) in enumerate(found))
         raise ModelError(
             f"model {name!r} has other weights on one machine than on another ({told}): give all machines the same "
             "model (a hub's by model.revision)"

@@ -285,7 +285,7 @@ class RemoteProcesses:
     def __init__(self, links: list[RankLink], placed: list[Placed]) -> None:
         self.pids = [each.pid for each in placed]
         self.links = links
-        machines = dict.fromkeys((each.node, each.address) for each in placed)  # in the order of the ranks
+        machines = sorted({(each.node, each.address) for each in placed})
         self.place: Place | None = Place(*("+".join(parts) for parts in zip(*machines, strict=True)))
 
     async def end(self, limit: float) -> Ended:

@@ -125,8 +125,8 @@ class Place:
     """Where in a cluster a worker runs.
 
     Attributes:
-        node: The machine's name in the cluster.
-        address: The machine's address in the cluster.
+        node: The machine's name in the cluster; of several, whose ranks run one model, the names joined by "+".
+        address: The machine's address in the cluster; of several the addresses, in the order of the names.
     """
 
     node: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
+from pocd.check.cluster import check_cluster
+from pocd.config.settings import Settings
 from pocd.pool.causes import Cause
 from pocd.protocol.names import BUNDLED
 from pocd.store.outbox import Outbox, Work
@@ -22,6 +25,7 @@ from tests.worker.test_ranks import NONCES, alone
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from pocd.pool.cluster import Cluster
     from pocd.pool.pool import Pool
     from pocd.pool.state import WorkerState
     from tests.support.ray_machines import Machines
@@ -29,50 +33,59 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install 'pocd[ray]'")
 
 
-async def at_work(pool: Pool, *names: str) -> tuple[WorkerState, list[str]]:
-    """Wait until the worker computes on machines of these names; returns the machine of each rank too."""
+async def at_work(pool: Pool, name: str) -> WorkerState:
+    """Wait until the worker computes on machines of these names."""
     (worker,) = pool.workers
-    await until(lambda: worker.ready and worker.place and set(worker.place.node.split("+")) == set(names))
-    assert worker.place is not None
-    place, before = worker.place, worker.computed
+    await until(lambda: worker.ready and worker.place and worker.place.node == name)
+    before = worker.computed
     await until(lambda: worker.computed > before)
-    return worker, place.node.split("+")
+    return worker
 
 
-async def lose_a_rank(pool: Pool, number: int) -> None:
-    worker, machines = await at_work(pool, "one", "two")
-    ranks = [psutil.Process(pid) for pid in worker.pids]
-    crashes = worker.causes[Cause.CRASH]
-    ranks[number].kill()
-    await until(lambda: worker.causes[Cause.CRASH] > crashes)
-    assert str(worker.last_error).startswith(f"rank {number} of 2 on {machines[number]} (")
-    assert str(worker.last_error).endswith(f"): worker process {ranks[number].pid} was killed by signal 9")
-    await until(lambda: all(map(has_ended, ranks)))
+def ranks_of(worker: WorkerState) -> list[psutil.Process]:
+    """The processes of a worker's ranks, which all run on this machine."""
+    return [psutil.Process(pid) for pid in worker.pids]
 
 
-async def lose_a_rank_that_stands_still(pool: Pool) -> None:
-    worker, _ = await at_work(pool, "one", "two")
-    ranks, lives = [psutil.Process(pid) for pid in worker.pids], sum(worker.causes.values())
-    ranks[1].suspend()
-    ranks[0].kill()
-    await until(lambda: sum(worker.causes.values()) > lives)
-    await until(lambda: all(map(has_ended, ranks)))
+async def lose_a_rank(pool: Pool) -> None:
+    worker = await at_work(pool, "one+two")
+    leader, other = ranks_of(worker)
+    leader.suspend()  # it could not end by itself
+    other.kill()
+    await until(lambda: worker.causes[Cause.CRASH])
+    text = rf"rank 1 of 2 on (one|two) \([0-9.]+\): worker process {other.pid} was killed by signal 9"
+    assert re.fullmatch(text, str(worker.last_error))
+    await until(lambda: all(map(has_ended, [leader, other])))
 
 
-async def lose_a_machine(pool: Pool, machines: Machines) -> None:
-    worker, _ = await at_work(pool, "one", "two")
-    ranks, lives = [psutil.Process(pid) for pid in worker.pids], sum(worker.causes.values())
+async def lose_a_machine(pool: Pool, cluster: Cluster, machines: Machines) -> None:
+    worker = await at_work(pool, "one+two")
+    ranks, lives = ranks_of(worker), sum(worker.causes.values())
     machines.kill_raylet("two")
     await until(lambda: sum(worker.causes.values()) > lives)
-    print(worker.causes, worker.last_error)
+    assert re.match(r"rank [01] of 2 on (one|two) \(", str(worker.last_error)), "whichever noticed first"
     await until(lambda: all(map(has_ended, ranks)))
-    assert pool.cluster is not None
-    cluster = pool.cluster
     await until(lambda: "room for 0 of 1 workers of 2 ranks, and for 1 ranks in all" in str(cluster.problem))
     assert not pool.ready.is_set()
     machines.kill("two")
-    await machines.start("two")
-    await at_work(pool, "one", "two")
+    await machines.start("two", cpus=2)
+    await at_work(pool, "two")
+    assert cluster.problem is None
+
+
+async def be_looked_at(machines: Machines) -> None:
+    settings = Settings.model_validate(
+        {
+            "node": {"public_key": "k"},
+            "chain": {"urls": ["http://127.0.0.1:1"]},
+            "model": {"device": "cpu", "parallel": 2},
+            "worker": {"engine": "ray"},
+            "ray": {"address": machines.address},
+        }
+    )
+    room, *_ = await check_cluster(settings)
+    assert room.level == "green"
+    assert "room for 1 workers of 2 ranks, each of 1 core, 1 of them on several machines" in room.text
 
 
 async def test_a_workers_ranks_on_two_machines(tmp_path: Path, machines: Machines) -> None:
@@ -81,17 +94,18 @@ async def test_a_workers_ranks_on_two_machines(tmp_path: Path, machines: Machine
     await machines.start("one")
     await machines.start("two")
     async with pooled(tmp_path, model, machines.address, ranks=2) as (pool, miner):
-        worker, _ = await at_work(pool, "one", "two")
+        cluster = pool.cluster
+        assert cluster is not None
+        worker = await at_work(pool, "one+two")
         assert worker.info is not None
         assert (worker.info.device, worker.info.decoder, worker.info.execution) == ("cpu+cpu", "layers", "eager")
         for pid in worker.pids:
             assert SECRET not in psutil.Process(pid).environ().values(), "what the daemon's environment has"
-        found = await recompute(pool, ROUND, NONCES)
-        assert found == pytest.approx(alone(str(model), "poc2", ROUND.block_hash), abs=2e-5)
-        await lose_a_rank(pool, 0)
-        await lose_a_rank(pool, 1)
-        await lose_a_rank_that_stands_still(pool)
-        await lose_a_machine(pool, machines)
+        distances = await recompute(pool, ROUND, NONCES)
+        assert distances == pytest.approx(alone(str(model), "poc2", ROUND.block_hash), abs=2e-5)
+        await be_looked_at(machines)
+        await lose_a_rank(pool)
+        await lose_a_machine(pool, cluster, machines)
         await miner.close(PATIENCE)
         assert miner.mining is not None
         done = miner.mining.checked
