@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from pocd.check.finding import Finding, green, red, yellow
 from pocd.cluster.room import room_for
+from pocd.cluster.tls import uses_tls
 from pocd.cluster.versions import differences, versions
 from pocd.config.model import check_engine
 from pocd.config.settings import ConfigError
@@ -60,7 +61,16 @@ async def check_cluster(settings: Settings, environment: Mapping[str, str] = os.
     if isinstance(found, str):
         return [red("cluster", found, JOIN)]
     gpus = 0 if settings.model.device == "cpu" else 1
-    return judge(found, settings.ray, ranks=settings.model.parallel, gpus=gpus)
+    room, *machines = judge(found, settings.ray, ranks=settings.model.parallel, gpus=gpus)
+    return [replace(room, text=f"{room.text}; {protection(environment)}"), *machines]
+
+
+def protection(environment: Mapping[str, str]) -> str:
+    """Return what keeps others out of the cluster, beside a firewall, by Ray's variables."""
+    has_token = environment.get("RAY_AUTH_MODE") == "token"
+    if uses_tls(environment):
+        return f"encrypted (TLS), {'with' if has_token else 'without'} a token"
+    return "with a token, not encrypted" if has_token else "no token and no TLS: a firewall alone keeps others out"
 
 
 async def _survey(address: str, environment: Mapping[str, str]) -> list[Machine] | str:

@@ -110,7 +110,7 @@ def check_alike(name: str, fingerprint: str, place: str) -> None:
         place: The machine of this rank, for people; empty where all ranks are on one.
 
     Raises:
-        ModelError: They have read several.
+        ModelError: The checkpoints of two ranks differ.
     """
     found: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(found, (fingerprint, place))

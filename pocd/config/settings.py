@@ -253,6 +253,13 @@ class Settings(BaseSettings):
         """The role of the daemon."""
         return role_of(self.orchestrator)
 
+    @property
+    def names_of_model(self) -> list[str]:
+        """Names of the model: those that an orchestrator may call it by, or the one that the chain knows it by."""
+        if self.role is Role.ENGINE:
+            return list(dict.fromkeys([self.model.name, *self.orchestrator.aliases]))
+        return [self.chain.model or self.model.name]
+
     @model_validator(mode="after")
     def _role_has_what_it_needs(self) -> Self:
         if why := why_missing(self.role, self):

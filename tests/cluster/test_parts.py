@@ -12,7 +12,7 @@ import pytest
 import structlog
 from pydantic import ValidationError
 
-from pocd.check.cluster import Machine, judge
+from pocd.check.cluster import Machine, judge, protection
 from pocd.check.finding import Level
 from pocd.cluster.interfaces import interface_of
 from pocd.cluster.room import room_for
@@ -172,6 +172,19 @@ def test_what_a_check_says_of_a_clusters_machines() -> None:
     (none, _) = judge([machine("one", 5)], wanted, gpus=1)
     assert none.level is Level.RED
     assert none.text == "no machine has room for a worker of a GPU and 2 cores (one: 5 cores, 0 GPUs)"
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({}, "no token and no TLS: a firewall alone keeps others out"),
+        ({"RAY_AUTH_MODE": "token"}, "with a token, not encrypted"),
+        ({"RAY_USE_TLS": "1"}, "encrypted (TLS), without a token"),
+        ({"RAY_USE_TLS": "True", "RAY_AUTH_MODE": "token"}, "encrypted (TLS), with a token"),
+    ],
+)
+def test_a_check_says_what_keeps_others_out(variables: dict[str, str], told: str) -> None:
+    assert protection(variables) == told
 
 
 async def test_a_bridge_that_ends_while_a_worker_is_asked_of_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
