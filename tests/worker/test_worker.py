@@ -540,7 +540,7 @@ def test_what_follows_from_a_workers_last_word(
 
 def test_a_rank_that_was_killed_is_told_rather_than_what_the_others_say_of_it(tmp_path: Path) -> None:
     with prepared(tmp_path, LOAD) as (pool, _):
-        ended = Ended("worker process 7, rank 1 of 2, was killed by signal 9", by_signal=True)
+        ended = Ended("worker process 7, rank 1 of 2, was killed by signal 9", by_force=True)
         error = pool._supervisors[0]._failure(FailedError("fault", "connection closed by peer"), ended)
         assert (error.cause, str(error)) == (Cause.CRASH, ended.text)
 
