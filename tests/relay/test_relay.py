@@ -113,7 +113,7 @@ async def test_an_orchestrator_that_is_away_for_a_part_of_the_window_gets_what_i
         ) as relay:
             assert (await post(f"{relay.url}{PATH}/generated", generated(*range(20))))[0] == 200
             async with asyncio.timeout(PATIENCE):
-                while (await status(relay.url))["queues"][0]["expired_nonces"] < 20:
+                while (await status(relay.url))["queues"][0]["expired_nonces"] < 20:  # noqa: ASYNC110 - another process
                     await asyncio.sleep(0.05)
             relay.process.kill()
             await soon(relay.process.wait())
