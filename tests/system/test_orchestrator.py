@@ -173,6 +173,8 @@ async def test_a_node_validates_and_says_what_it_is(tmp_path: Path) -> None:
             assert await daemon.end() == 0
     for artifacts, by_api in judged:
         by_file = validated_by_file(tmp_path / "batch.json", artifacts)
+        for key in ("n_total", "n_mismatch", "mismatch_nonces", "fraud_detected", "fraud_by_p_value_threshold"):
+            assert by_file["network"][key] == by_api["network"][key]
         assert {key: by_file["differences"][key] for key in ("probability_honest", "probability_blank")} == {
             key: pytest.approx(by_api[key], rel=1e-6) for key in ("probability_honest", "probability_blank")
         }
@@ -232,7 +234,8 @@ def validated_by_file(path: Path, artifacts: list[dict[str, Any]]) -> dict[str, 
     body = {"block_hash": REGULAR, "block_height": 6450112, "public_key": KEY, "node_id": 1}
     path.write_text(json.dumps(body | {"artifacts": artifacts, "encoding": ENCODING}))
     here = ("--model=bundled:tiny-llama", "--scheme=artifacts", f"--seq-len={SEQ_LEN}", "--batch-size=8", "--json")
-    ended = pocd_here("validate", path, *here)
+    terms = ("--dist-threshold=0.75", "--p-mismatch=0.1", "--p-value-threshold=0.05")
+    ended = pocd_here("validate", path, *here, *terms)
     found: dict[str, Any] = json.loads(ended.stdout)
     assert ended.returncode == {"honest": EXIT_OK, "fraud": EXIT_FRAUD}[found["verdict"]], ended.stderr
     return found
@@ -278,7 +281,7 @@ async def validates(url: str, callbacks: Callbacks) -> list[tuple[list[dict[str,
         paired = await judged_by_differences(url, name)
         assert (paired["verdict"], paired["malformed"]) == ("fraud" if bad else "honest", 0)
         assert (paired["probability_honest"] < 1e-4) == bool(bad)
-        judged.append((artifacts, paired))
+        judged.append((artifacts, paired | {"network": found}))
     return judged
 
 
