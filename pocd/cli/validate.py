@@ -71,7 +71,7 @@ PMismatchOption = Annotated[
 ]
 PValueThresholdOption = Annotated[
     float | None,
-    typer.Option(help="The chain's number for --fraud-threshold; what it would decide is told beside.", min=0, max=1),
+    typer.Option(help="The chain's number for --fraud-threshold; what it would decide is shown too.", min=0, max=1),
 ]
 WANTED = (
     "wanted is one batch: a JSON object with public_key, block_hash, block_height, and nonces and dist, or artifacts"
