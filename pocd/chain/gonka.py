@@ -130,7 +130,7 @@ def _seed(answer: RpcAnswer, path: str) -> str | None:
 def _recipes(answer: RpcAnswer, path: str) -> tuple[Recipe, ...]:
     """Read the parameters of all models, in either form: in the model itself, or in a list of schemes.
 
-    A scheme of that list that pocd does not know is left out: it matters once it is due, and then it is refused by name.
+    A scheme of that list that pocd does not know is left out: once it is due it is refused by name.
     """
     recipes: list[Recipe] = []
     for number in range(_length(answer, path)):
