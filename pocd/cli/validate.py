@@ -274,8 +274,10 @@ def _judge_as_network(
     if len(set(claim.nonces)) < len(claim.nonces):
         raise EndedError(EXIT_UNUSABLE, "a nonce comes twice, for which the live network refuses a batch as a whole")
     claims = dict(zip(claim.nonces, claim.outputs, strict=True))
-    claimed = [(nonce, None if (given := claims[nonce]) is None else np.float32(given)) for nonce in nonces]
-    texts = {nonce: encode_vectors(np.float32(found.own[nonce])) for nonce in nonces}  # rounded as they are sent
+    claimed = [(nonce, None if (given := claims[nonce]) is None else np.asarray(given, np.float32)) for nonce in nonces]
+    texts = {
+        nonce: encode_vectors(np.asarray(found.own[nonce], np.float32)) for nonce in nonces
+    }  # rounded as they are sent
     own = {nonce: decode_vectors(text)[0] for nonce, text in texts.items() if all(are_finite(b64decode(text)))}
     verdict = judge_live(claimed, own, network.terms)
     return None if verdict is None else told_in_full(verdict, network.terms, network.p_value_threshold)

@@ -155,8 +155,8 @@ async def test_a_whole_epoch_with_a_kill_in_each_phase(tmp_path: Path) -> None:
     for (_, block_hash), nonces in found.items():
         some = [*sorted(nonces)[:8], *sorted(nonces)[-8:]]  # found before a kill, and after it
         asked = ComputeRequest(MODEL, "artifacts", block_hash, "test-key", 32, "float32", "cpu", 8)
-        sent = sink.vectors(block_hash)
-        assert all(np.linalg.norm(sent[nonce] - vector) < 1e-2 for nonce, vector in vectors(asked, some))
+        theirs = sink.vectors(block_hash)
+        assert all(np.linalg.norm(theirs[nonce] - vector) < 1e-2 for nonce, vector in vectors(asked, some))
 
 
 async def test_what_is_late_by_the_chains_height_is_set_aside_and_told(tmp_path: Path) -> None:

@@ -64,8 +64,7 @@ class ClaimedArtifacts(BaseModel):
 
 def _probability(value: object) -> float | None:
     """Return a number between 0 and 1; None for whatever else it is."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and 0 < value < 1 else None
+    return value if isinstance(value, float) and 0 < value < 1 else None
 
 
 class StatTest(BaseModel):
