@@ -204,8 +204,10 @@ class WorkerStatus(BaseModel):
     stage: str | None = Field(
         description="Step of the worker's start, such as loading the model; null once it is ready."
     )
-    node: str | None = Field(description="Machine of a Ray cluster that runs the worker; null on this one.")
-    address: str | None = Field(description="Address of that machine; null on this one.")
+    node: str | None = Field(
+        description='Machine of a Ray cluster that runs the worker, several joined by "+"; null on this one.'
+    )
+    address: str | None = Field(description='Address of that machine, several joined by "+"; null on this one.')
     pids: list[int] = Field(description="Process ids of all ranks of the worker, on its machine.")
     restarts: int = Field(description="How often the worker ended and was started again.")
     causes: dict[Cause, int] = Field(description="How often the worker ended, by cause.")
@@ -223,10 +225,10 @@ class WorkerStatus(BaseModel):
 
 
 class MachineStatus(BaseModel):
-    """A machine of a Ray cluster on which workers of this daemon run now."""
+    """A machine of a Ray cluster on which workers of this daemon run now, or several that run workers together."""
 
-    node: str
-    address: str
+    node: str = Field(description='Name of the machine; several joined by "+".')
+    address: str = Field(description='Address of the machine; several joined by "+".')
     workers: int = Field(description="Workers that run there.")
     ready: int = Field(description="Workers among them that have a model ready.")
     computed_per_second_1m: float = Field(description="Nonces that these workers computed for mining per second.")

@@ -145,7 +145,9 @@ class DaemonCollector(Collector):
             "pocd_worker_rounding_alarm", "1 while rounding decides too much of the worker's results.", labels=labels
         )
         info = InfoMetricFamily("pocd_worker", "What the worker runs, and how.", labels=labels)
-        place = InfoMetricFamily("pocd_worker_place", "Machine of a Ray cluster that runs the worker.", labels=labels)
+        place = InfoMetricFamily(
+            "pocd_worker_place", "Machine of a Ray cluster that runs the worker, several joined by +.", labels=labels
+        )
         for worker in self._parts.workers.workers:
             name = [str(worker.number)]
             if worker.place:

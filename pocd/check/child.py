@@ -12,19 +12,22 @@ import math
 import sys
 from pathlib import Path
 
+from pocd.process import importing
+
 
 def _tell(**found: object) -> None:
     print(json.dumps(found), flush=True)  # noqa: T201 - this is how it answers
 
 
 def _look_at_model(folder: Path) -> None:
-    from pocd.compute.checkpoint import read_config
-    from pocd.compute.fingerprint import stored_fingerprint
-    from pocd.compute.harmless import is_harmless
-    from pocd.compute.model import longest_seq_len
-    from pocd.compute.stored import read_headers
-    from pocd.compute.ways import matrices
-    from pocd.protocol.errors import ModelError
+    with importing():
+        from pocd.compute.checkpoint import read_config
+        from pocd.compute.fingerprint import stored_fingerprint
+        from pocd.compute.harmless import is_harmless
+        from pocd.compute.model import longest_seq_len
+        from pocd.compute.stored import read_headers
+        from pocd.compute.ways import matrices
+        from pocd.protocol.errors import ModelError
 
     try:
         stored = read_headers(folder)
@@ -51,7 +54,8 @@ def _look_at_cards() -> None:
 
 def main(folder: str, device: str) -> None:
     """Look at torch, at the model in `folder` unless that is empty, and at the cards unless `device` is "cpu"."""
-    import torch
+    with importing():
+        import torch
 
     _tell(torch=torch.__version__, cuda_build=torch.version.cuda)
     if folder:

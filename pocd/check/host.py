@@ -55,7 +55,7 @@ class Limits:
     local: float = 5.0
     call: float = 5.0
     torch: float = 14.0
-    cluster: float = 60.0
+    cluster: float = 110.0
 
 
 DEFAULT_LIMITS = Limits()

@@ -278,7 +278,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _model_can_run_so(self) -> Self:
-        check_model(self.worker.engine, self.model.parallel, self.model.device)
+        check_model(self.worker.engine, self.model.device)
         if self.model.parallel > 1 and SCHEMES[self.round.scheme].weights != "trained":
             raise ValueError(f"model.parallel must be 1 with round.scheme {self.round.scheme!r}, which draws weights")
         if self.model.parallel > 1 and self.worker.compile == "always":

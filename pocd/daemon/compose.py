@@ -103,6 +103,11 @@ class Composition:
     orchestrated: Orchestrated | None
 
 
+def jitter() -> float:
+    """Return a number in [-1, 1]: by it hosts that would do the same at the same moment do not."""
+    return random.uniform(-1, 1)  # noqa: S311 - it spreads load, it hides nothing
+
+
 def compose(
     settings: Settings,
     outbox: OutboxThread,
@@ -194,7 +199,14 @@ def make_cluster(settings: Settings, changes: Changes, log: FilteringBoundLogger
     if settings.worker.engine == "local":
         return None
     gpus = 0 if settings.model.device == "cpu" else 1
-    return Cluster(settings.ray, gpus=gpus, environment=os.environ, changed=changes.notify, log=log)
+    return Cluster(
+        settings.ray,
+        ranks=settings.model.parallel,
+        gpus=gpus,
+        environment=os.environ,
+        changed=changes.notify,
+        log=log,
+    )
 
 
 def runs(settings: Settings) -> dict[str, str | None]:
@@ -218,6 +230,7 @@ def make_batcher(parts: Parts) -> Batcher:
         withdraw=withdraws(parts.settings),
         is_live=parts.settings.orchestrator.is_on,
         clock=parts.clock,
+        jitter=jitter,
         events=parts.events,
     )
 
@@ -255,7 +268,7 @@ def make_delivery(
             expire_after=settings.delivery.expire_after,
             longest_wait=WINDOW_SECONDS if hurries else LONGEST_WAIT,
             clock=clock,
-            jitter=lambda: random.uniform(-1, 1),  # noqa: S311 - it spreads load, it hides nothing
+            jitter=jitter,
             log=log,
             events=events,
         )
@@ -323,7 +336,8 @@ def make_loads(settings: Settings) -> list[Load]:
     model, worker = settings.model, settings.worker
     if worker.engine == "ray":  # each machine names its own cards
         count = MOST_DEVICES if settings.ray.workers == "auto" else settings.ray.workers
-        return [_load(settings, ("cpu" if model.device == "cpu" else "cuda:0",), ())] * count
+        (devices,) = place("cpu" if model.device == "cpu" else "cuda", model.parallel, lambda: 0)
+        return [_load(settings, devices, ())] * count
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         visible = list_cards(given) if given is not None or model.device == "auto" else None

@@ -176,6 +176,18 @@ def backoff(failures: int, jitter: float) -> float:
     return base * (1 + JITTER * jitter)
 
 
+def first_age(age: float, jitter: float) -> float:
+    """Return the age at which the first batch of a round is formed, where later ones have `age`.
+
+    Hosts see a round begin at about one moment: with the same age for all they would all send at one moment ever after.
+
+    Args:
+        age: Seconds.
+        jitter: Uniformly random in [-1, 1].
+    """
+    return age * (1 + jitter) / 2
+
+
 def remaining_wait(next_at: float, now: float) -> float:
     """Return how long to wait until `next_at`, both in wall time.
 
