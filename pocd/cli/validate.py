@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
@@ -169,7 +170,7 @@ def _compute(
     node_count: int,
 ) -> dict[str, Any]:
     """Recompute the results here, and judge."""
-    from pocd.lab.command import compared, prepared
+    from pocd.lab.command import chances, compared, prepared
     from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH
     from pocd.validation.conditions import MismatchError
     from pocd.validation.verdict import Recomputed, Terms, check, judge, sampled
@@ -201,6 +202,7 @@ def _compute(
         else:
             distances = run.distances(nonces, batch_size=request.batch_size)
             found = Recomputed({nonce: (distance,) for nonce, distance in zip(nonces, distances, strict=True)})
+        found = replace(found, turned=chances(run, nonces, request.batch_size))
     batch = judge(claim, terms, found, sample, seed)
     body: dict[str, Any] = orjson.loads(batch.to_json())
     return body
