@@ -24,9 +24,7 @@ def judge_mixture(
 ) -> MixtureVerdict:
     """Judge how many nonces of a mixture are invalid.
 
-    Counted are those that are not near a router's boundary, as of any model; and all, with the mean of what each is
-    invalid by. Of counts beyond their mean by one or more, the binomial tail of the mean probability bounds that of
-    different probabilities (Hoeffding 1956), so the second test accuses no more honest miners than it says.
+    Counted are those that are not near a router's boundary, as of any model; and all, by what each is invalid by.
 
     Args:
         turned: How probable it is that a router chooses otherwise on another honest host, by nonce, at least one.
@@ -34,18 +32,30 @@ def judge_mixture(
         mismatch: The probability that an honest miner's nonce recomputes as invalid where no router turns.
         threshold: The batch is fraud when the probability of an honest miner is below this.
     """
-    n, is_near = len(turned), [chance > NEAR for chance in turned]
+    is_near = [chance > NEAR for chance in turned]
     near, bad, near_bad = sum(is_near), sum(invalid), sum(compress(invalid, is_near))
-    of_all = math.fsum(min(1.0, mismatch + chance) for chance in turned) / n
-    p_quarter = probability_honest(math.ceil(BLANK * n), n, of_all)
+    each = [min(1.0, mismatch + chance) for chance in turned]
+    p_quarter = _at_least(math.ceil(BLANK * len(each)), each)
     return MixtureVerdict(
         turned=tuple(turned),
         near_above=NEAR,
         near=near,
         near_invalid=near_bad,
-        mismatch=of_all,
-        p_wide=probability_honest(bad - near_bad, n - near, mismatch),
-        p_all=probability_honest(bad, n, of_all),
+        mismatch=math.fsum(each) / len(each),
+        p_wide=probability_honest(bad - near_bad, len(each) - near, mismatch),
+        p_all=_at_least(bad, each),
         p_quarter=p_quarter,
         decidable=p_quarter < threshold,
     )
+
+
+def _at_least(count: int, probabilities: Sequence[float]) -> float:
+    """Return the probability of at least `count` events of these probabilities, or a bound of it where it is small.
+
+    Of two and more, and one beyond the mean, the binomial tail of the mean probability is a bound (Hoeffding 1956);
+    below that neither is small.
+    """
+    if count == 1:
+        return 1 - math.prod(1 - each for each in probabilities)
+    n = len(probabilities)
+    return probability_honest(count, n, math.fsum(probabilities) / n)
