@@ -7,8 +7,8 @@ Each row compares two ways of computing the same nonces, on random weights of hi
 8 compute a position: the largest difference of a result, the share of nonces further apart than the default tolerance,
 and milliseconds per nonce of the first way and of the second. The first rows must be 0: nothing but a nonce's
 neighbours differs. In the others other kernels round elsewhere, and a router turns where two experts are all but equal.
-What a verdict makes of that is the same in each row of a form and dtype: the mean chance that a nonce is turned, and the
-share of nonces that are near a router's boundary; and of those that are not, the share beyond the tolerance.
+What a verdict makes of that is the same in each row of a form and dtype: the mean chance that a router turns a nonce,
+and the share of nonces that are near a router's boundary. None that is not near should be beyond the tolerance.
 
 It needs torch, transformers and rich, and a checkout: no installation.
 """
