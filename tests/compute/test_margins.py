@@ -10,7 +10,7 @@ import torch
 
 from pocd.compute.conditioning import turned_share
 from pocd.compute.engine import BlockRun, block_run
-from pocd.compute.margins import measure_chances, turned_chances
+from pocd.compute.margins import gaps_of, measure_chances, turned_chances
 from pocd.compute.model import adapt, load_model
 from pocd.compute.routers import routers_of
 from pocd.protocol.errors import OutOfMemoryError
@@ -88,6 +88,16 @@ def test_a_nonces_chance_is_its_own(name: str, dtype: str) -> None:
             assert again is not None
             for nonce in {7, 9}.intersection(others):
                 assert float(again[others.index(nonce)]) == pytest.approx(float(found[nonce]), rel=rel, abs=0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_rounding_moves_of_a_nonce_is_its_own_in_any_place_of_a_batch(dtype: str) -> None:
+    model = adapt(FAMILIES["qwen3 moe"].build().to(getattr(torch, dtype)), name="m")
+    with block_run(model, SCHEMES["poc2"], block_hash="ABC", public_key="key", seq_len=SEQ_LEN) as run:
+        for other in (False, True):
+            first, second = (gaps_of(run, nonces, other=other) for nonces in ([3, 4, 5, 6], [6, 90, 3, 91]))
+            for one, two in zip(first, second, strict=True):
+                assert torch.equal(one.view(4, -1)[[0, 3]], two.view(4, -1)[[2, 0]])
 
 
 def test_a_dense_model_has_none_and_nothing_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
