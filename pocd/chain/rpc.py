@@ -153,7 +153,8 @@ class Rpc:
 
     Every call is bounded: at most `attempts` requests of at most `timeout` seconds each, with random waits of at most
     1/4, 1/2, 1, 1, … s between them. Only what may pass is tried again: a failing connection, a timeout, and HTTP 5xx
-    unless it carries a JSON-RPC error, which is an answer. A node that asks to be left alone is not asked again.
+    unless it carries a JSON-RPC error, which is an answer. A node that asks to be left alone is not asked again. One
+    that failed at all attempts of a call is asked once a call until it answers: there may be many hosts that ask it.
 
     An answer that is compressed although we do not ask for it is unpacked; its limit holds before and after. None holds
     the event loop for long (`MOST_COMMAS`).
@@ -190,6 +191,7 @@ class Rpc:
         self._sleep = sleep
         self._wall = wall
         self._ids = itertools.count(1)
+        self._down = False  # all attempts of the last call failed
 
     def __str__(self) -> str:
         """Return the node's address with secrets masked, as messages name the node."""
@@ -226,13 +228,19 @@ class Rpc:
     async def _call(self, verb: str, url: URL, content: bytes | None, where: str, limit: int) -> bytes:
         # One object per call: tenacity keeps the state of a call in it.
         retrying = AsyncRetrying(
-            stop=stop_after_attempt(self._attempts),
+            stop=stop_after_attempt(1 if self._down else self._attempts),
             wait=wait_random_exponential(multiplier=0.25, max=1.0),
             retry=retry_if_exception_type(_TransientError),
             sleep=self._sleep,
             reraise=True,
         )
-        return await retrying(self._call_once, verb, url, content, where, limit)
+        try:
+            body: bytes = await retrying(self._call_once, verb, url, content, where, limit)
+        except ChainError as error:
+            self._down = isinstance(error, _TransientError)
+            raise
+        self._down = False
+        return body
 
     async def _call_once(self, verb: str, url: URL, content: bytes | None, where: str, limit: int) -> bytes:
         try:

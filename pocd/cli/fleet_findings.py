@@ -173,5 +173,5 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def told(finding: Finding) -> str:
-    """Return a finding as one line."""
-    return f"{_listed(finding.names)}: {finding.reason}"
+    """Return a finding as one line; who is listed is no trouble of theirs where others are not."""
+    return finding.reason if finding.kind == "gap" else f"{_listed(finding.names)}: {finding.reason}"

@@ -17,7 +17,7 @@ from pocd.observe.mask import clean
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.console import Console, ConsoleOptions, JustifyMethod, OverflowMethod, RenderResult
 
 FRAME = 3  # lines of the heading, of the table's head and of the line below it
 LEFT = ("daemon", "state", "node")
@@ -59,7 +59,8 @@ class FleetView:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the lines that fit; what does not is counted."""
         found = findings(self.members)
-        lines = [_line(finding) for finding in found]
+        is_cut = options.height is not None  # what is printed once has room for whole sentences
+        lines = [_line(finding, is_cut=is_cut) for finding in found]
         ranks = _ranks(found)
         members = sorted(self.members, key=lambda member: ranks.get(member.name, len(found)))
         left_out, with_machines = 0, True
@@ -98,9 +99,10 @@ def _head(members: Sequence[Member], now: float) -> Text:
     return text.append(f"  {local_time(now)}", "dim")
 
 
-def _line(finding: Finding) -> Text:
+def _line(finding: Finding, *, is_cut: bool) -> Text:
     style = "bold red" if finding.kind in SEVERE else "yellow" if finding.kind == "alarm" else "dim"
-    return Text(f"{finding.kind.upper():8} {clean(told(finding))}", style, no_wrap=True, overflow="ellipsis")
+    overflow: OverflowMethod = "ellipsis" if is_cut else "fold"
+    return Text(f"{finding.kind.upper():8} {clean(told(finding))}", style, no_wrap=is_cut, overflow=overflow)
 
 
 def _table(members: Sequence[Member], width: int, *, with_machines: bool) -> Table:
@@ -111,7 +113,8 @@ def _table(members: Sequence[Member], width: int, *, with_machines: bool) -> Tab
     columns = [name for name in COLUMNS if width >= NARROW or name not in LEFT_OUT]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
     for name in columns:
-        table.add_column(name, justify="left" if name in LEFT else "right", no_wrap=True, overflow="ellipsis")
+        side: JustifyMethod = "left" if name in LEFT else "right"
+        table.add_column(name, justify=side, no_wrap=name != "daemon", overflow="ellipsis")
     for member in members:
         for row in (_row(member), *(map(_machine, _machines(member)) if with_machines else ())):
             table.add_row(*(row.get(name, "") for name in columns))
@@ -127,15 +130,20 @@ def _machines(member: Member) -> list[dict[str, Any]]:
 def _machine(machine: dict[str, Any]) -> dict[str, Text]:
     all_ready = machine["ready"] == machine["workers"]
     return {
-        "daemon": Text(f"  on {clean(machine['node'])}", "dim"),
+        "daemon": _name(f"  on {machine['node']}", "dim"),
         "1 min": Text(f"{machine['computed_per_second_1m']:,.1f}", "dim"),
         "15 min": Text(f"{machine['computed_per_second_15m']:,.1f}", "dim"),
         "workers": Text(f"{machine['ready']}/{machine['workers']}", "dim" if all_ready else "yellow"),
     }
 
 
+def _name(name: str, style: str) -> Text:
+    """Return a name on one line; of all columns its own gets narrower first."""
+    return Text(clean(name), style, no_wrap=True, overflow="ellipsis")
+
+
 def _row(member: Member) -> dict[str, Text]:
-    name = Text(clean(member.name), "bold red" if member.away else "bold")
+    name = _name(member.name, "bold red" if member.away else "bold")
     status = member.status
     if status is None:
         return {"daemon": name, "state": Text("away", "bold red") if member.away else Text("asking …", "dim")}

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from pocd.admin.client import AdminError, call
 from pocd.cli.api import echo
+from pocd.cli.fleet_answer import check_answer
 from pocd.cli.fleet_findings import Member, findings
 from pocd.cli.fleet_view import FleetView, total
 from pocd.cli.live import draw, is_drawable, print_once
@@ -54,6 +55,7 @@ class Fleet:
         try:
             async with slots, asyncio.timeout(ANSWER_SECONDS):
                 status = await call(address.url, "GET", "/api/v1/pow/status", token=address.token)
+            check_answer(status)
         except TimeoutError:
             self._away[address.url] = f"no answer within {ANSWER_SECONDS:g} s"
         except AdminError as error:

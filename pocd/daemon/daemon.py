@@ -18,7 +18,7 @@ from pocd.chain.make import CHAIN_TIMEOUT
 from pocd.clock import SYSTEM
 from pocd.config.model import check_engine, check_model
 from pocd.config.secrets import ORCHESTRATOR_TOKEN, read_token
-from pocd.daemon.compose import compose, make_chain, make_loads, make_receivers
+from pocd.daemon.compose import compose, jitter, make_chain, make_loads, make_receivers
 from pocd.daemon.reload import Reloader
 from pocd.daemon.reports import Reports
 from pocd.http.client import open_session
@@ -241,6 +241,7 @@ class Daemon:
             health=parts.chain,
             log=self._log,
             clock=parts.clock,
+            jitter=jitter,
         )
 
     async def _on_head(self, head: Head) -> None:

@@ -6,14 +6,18 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING
 
+from pocd.delivery.policy import first_age
 from pocd.store.batches import form_batches
 from pocd.store.errors import StoreUnavailableError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pocd.clock import Clock
     from pocd.delivery.receivers import Receivers
     from pocd.mining.miner import Miner
     from pocd.observe.events import Events
+    from pocd.protocol.proof import Round
     from pocd.store.thread import OutboxThread
 
 
@@ -31,6 +35,7 @@ class Batcher:
         withdraw: bool,
         is_live: bool = False,
         clock: Clock,
+        jitter: Callable[[], float],
         events: Events,
     ) -> None:
         self._miner = miner
@@ -39,9 +44,12 @@ class Batcher:
         self._receivers = receivers
         self._size = size
         self._age = age
+        self._next_age = age
+        self._round: Round | None = None  # the one that was mined when batches were formed last
         self._withdraw = withdraw
         self._is_live = is_live
         self._clock = clock
+        self._jitter = jitter
         self._events = events
 
     async def run(self) -> None:
@@ -64,17 +72,21 @@ class Batcher:
 
     async def form(self) -> float | None:
         """Form the batches that are due; returns when the next one will be, in wall time."""
-        mining = self._miner.current
+        current = self._miner.current.round if self._miner.current else None
+        if current != self._round:
+            self._round, self._next_age = current, first_age(self._age, self._jitter())
         formed = await self._outbox(
             form_batches,
             self._receivers.names(),
             size=self._size,
-            age=self._age,
+            age=self._next_age,
             now=self._clock.wall(),
-            current=mining.round if mining else None,
+            current=current,
             withdraw=self._withdraw,
             is_live=self._is_live,
         )
+        if any(batch.round == current for batch in formed.batches):
+            self._next_age = self._age
         self._receivers.wake()
         for batch in formed.batches:
             where = {"nonces": batch.size, "height": batch.round.block_height}

@@ -89,7 +89,7 @@ def application(chain: DevChain, clock: Callable[[], float] = time.time) -> web.
         # CometBFT reads a number with or without quotes, and an empty one as if it were not there.
         params = {name: value.strip('"') or None for name, value in request.query.items()}
         try:
-            return _respond(_NO_ID, result=_call(chain, request.path.rpartition("/")[2], params, clock()))
+            return _respond(_NO_ID, result=answer(chain, request.path.rpartition("/")[2], params, clock()))
         except _RpcError as error:
             return _respond(_NO_ID, status=500, error=error.error)
 
@@ -101,7 +101,7 @@ def application(chain: DevChain, clock: Callable[[], float] = time.time) -> web.
         call = call if isinstance(call, dict) else {}
         identity = call.get("id", _NO_ID)
         try:
-            return _respond(identity, result=_call(chain, call.get("method"), call.get("params") or {}, clock()))
+            return _respond(identity, result=answer(chain, call.get("method"), call.get("params") or {}, clock()))
         except _RpcError as error:
             return _respond(identity, error=error.error)
 
@@ -136,7 +136,8 @@ def _respond(identity: object, *, status: int = 200, **content: object) -> web.R
     return json_answer({"jsonrpc": "2.0", "id": identity} | content, status)
 
 
-def _call(chain: DevChain, method: object, params: object, now: float) -> dict[str, Any]:
+def answer(chain: DevChain, method: object, params: object, now: float) -> dict[str, Any]:
+    """Return the result of a call of the node's RPC at Unix time `now`."""
     if method == "health":
         return {}
     if method == "status":

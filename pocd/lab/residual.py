@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -75,12 +75,15 @@ class Residuals:
         plan: Plan of the audit.
         nonces: Nonces of all blocks.
         own_error: Root mean square of the validator's own error, as a share of that of a blank claim.
+        decidable: Share of batches of 1,000 nonces on which the verdict by differences says anything; of the others it
+            says undecidable, whatever is claimed.
         rows: What is found of each way.
     """
 
     plan: Plan
     nonces: int
     own_error: float
+    decidable: float
     rows: tuple[Row, ...]
 
 
@@ -109,7 +112,7 @@ def judge_residuals(plan: Plan, blocks: Sequence[Measured]) -> Residuals:
         caught = tuple(drawing.least_that_catch(errors, allowance) for allowance in ALLOWANCES)
         residual = float(np.sqrt(errors.mean() / own.mean()))
         rows.append(Row(way.name, way.cost, residual, caught, drawing.gain(errors, way.cost)))
-    return Residuals(plan, len(own), float(np.sqrt(own.mean() / blank.mean())), tuple(rows))
+    return Residuals(plan, len(own), float(np.sqrt(own.mean() / blank.mean())), drawing.decidable(), tuple(rows))
 
 
 class Drawing:
@@ -153,7 +156,20 @@ class Drawing:
         projected = generator.chisquare(self._numbers, size) / self._numbers
         if compare(projected * made / allowed, self._law).probability >= THRESHOLD:
             return False
-        blank = self._blank[some] * generator.chisquare(self._numbers, size) / self._numbers
+        return self._is_decidable(some, allowed, generator)
+
+    def decidable(self) -> float:
+        """Return the share of batches on which there is a verdict, whatever is claimed."""
+        generator, decided = np.random.default_rng(SAMPLE), 0
+        for _ in range(BATCHES):
+            some = generator.integers(0, len(self._own), SAMPLE)
+            decided += self._is_decidable(some, allowed_errors(self._own[some], ALLOWANCE), generator)
+        return decided / BATCHES
+
+    def _is_decidable(
+        self, some: NDArray[np.int64], allowed: NDArray[np.floating[Any]], generator: np.random.Generator
+    ) -> bool:
+        blank = self._blank[some] * generator.chisquare(self._numbers, len(some)) / self._numbers
         return measures(self._own[some], blank) and compare(blank / allowed, self._law).probability < THRESHOLD
 
     def gain(self, errors: Floats, cost: float) -> float:
@@ -173,7 +189,7 @@ def as_text(report: Residuals) -> str:
         table.add_column(head, justify="right", no_wrap=True)
     for row in report.rows:
         caught = ("–" if each is None else str(each) for each in row.caught_by)
-        table.add_row(row.name, f"{100 * row.cost:.0f}%", f"{row.residual:.3g}", *caught, f"{row.gain:.2f}")
+        table.add_row(row.name, f"{100 * row.cost:.0f}%", f"{row.residual:.3g}", *caught, _brief(row.gain))
     head = (
         f"{plan.model}, scheme {plan.scheme}, {plan.dtype} on {plan.device}, {plan.seq_len} positions, {report.nonces} "
         f"nonces; the validator's own error is {report.own_error:.2%} of a result's size"
@@ -182,6 +198,20 @@ def as_text(report: Residuals) -> str:
         "A miner who claims what a cheap way computes, judged by differences. Residual: its error, as a multiple of "
         "the validator's own. Caught: nonces that call it fraud in 99 of 100 batches, by the allowance a; –: more than "
         f"1,000, or never. Gain: results per unit of compute, against an honest miner, of the best mixture with "
-        f"honest results that passes on {SAMPLE} nonces, a = {ALLOWANCE:g}; 8 bits cost half."
+        f"honest results that passes on {SAMPLE} nonces, a = {ALLOWANCE:g}; 8 bits cost half, and nothing counts as "
+        f"costing less than {LEAST_COST:.1%}."
     )
-    return "\n\n".join([textwrap.fill(head, WIDTH), rendered(table), textwrap.fill(legend, WIDTH)])
+    verdict = (
+        f"The verdict by differences says undecidable of {1 - report.decidable:.0%} of batches of {SAMPLE} nonces, "
+        "whatever is claimed: the validator's own result is not near enough to the reference. Who is not caught here "
+        "is not honest for it: this scheme proves nothing of this model in this dtype."
+    )
+    paragraphs = [legend] if report.decidable > 1 / 2 else [legend, verdict]
+    return "\n\n".join(
+        [textwrap.fill(head, WIDTH), rendered(table), *(textwrap.fill(each, WIDTH) for each in paragraphs)]
+    )
+
+
+def _brief(gain: float) -> str:
+    """Return a gain as it is shown: of a way that costs nothing, and passes, it is 1000."""
+    return f"{gain:.2f}" if gain < 100 else f"{gain:.0f}"

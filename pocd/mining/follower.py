@@ -28,6 +28,9 @@ LAG = 3
 LOG_EVERY = 60.0
 """Seconds between two log lines while the chain is down."""
 
+JITTER = 0.2
+"""Share of the interval by which polls vary, either way: else hosts that began together would go on asking together."""
+
 
 @dataclass(frozen=True, slots=True)
 class EpochState:
@@ -105,6 +108,7 @@ async def follow(
     health: ChainHealth,
     log: FilteringBoundLogger,
     clock: Clock,
+    jitter: Callable[[], float],
     on_problem: Callable[[str | None], None] = lambda _problem: None,
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> None:
@@ -116,12 +120,13 @@ async def follow(
 
     Args:
         source: Source of heads; its calls must be bounded in time.
-        poll_interval: Seconds from the start of one poll to the start of the next, if the poll takes no longer.
+        poll_interval: Seconds from the start of one poll to the start of the next on average, if polls take no longer.
         on_head: Called after every good answer, also when the head is the same as before.
         health: Updated in place.
         log: Gets a line when the chain goes down, one a minute while it is, and one when it is restored; also one when
             a chain that answers is degraded, and one when it is well again. What flaps is well again after a minute.
         clock: Paces the polls by its monotonic clock, and dates them by its wall clock.
+        jitter: Uniformly random in [-1, 1].
         on_problem: Called with the text when `health` has a problem, and with None when it is well again.
         sleep: Waits that many seconds.
     """
@@ -146,7 +151,7 @@ async def follow(
                 log.info("chain well again", action="chain_well", times=degraded.times)
         if unwell.look(now, bad=problem is not None):
             on_problem(problem)
-        await sleep(max(poll_interval - (now - started), 0.0))
+        await sleep(max(poll_interval * (1 + JITTER * jitter()) - (now - started), 0.0))
 
 
 async def _poll(

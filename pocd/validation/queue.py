@@ -88,7 +88,8 @@ class Validator:
     """Takes validations in, has their results recomputed, and stores the verdicts.
 
     Attributes:
-        results: Number of validations that ended since the start, by their verdict, or "failed".
+        results: Number of validations that ended since the start, by their verdict, or "failed"; "not_paired" counts
+            those that an orchestrator's jobs should have had and did not get.
 
     Args:
         outbox: The open store.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from struct import pack
 from typing import TYPE_CHECKING, Any
 
+from pocd.protocol.nonces import Node
 from pocd.protocol.proof import Round, ValidatedBatch
 from pocd.protocol.schemes import SCHEMES
 from pocd.protocol.verdicts import ALLOWANCE
@@ -316,12 +317,12 @@ def _text(numbers: Numbers, form: str) -> str:
 
 def _suspicions(claim: Claim | VectorClaim, *, impossible: bool, sparse: bool, shifted: bool) -> tuple[str, ...]:
     """Return the names of what is odd about the batch, fraud or not."""
-    node_count = claim.node_count
+    share = None if claim.node_count is None else Node(claim.node_id, claim.node_count)
     found = {
         "impossible_claims": impossible,
         "duplicates": len(set(claim.nonces)) < len(claim.nonces),
         "sparse": sparse,
         "shifted": shifted,
-        "other_node": node_count is not None and any(nonce % node_count != claim.node_id for nonce in claim.nonces),
+        "other_node": share is not None and not all(map(share.has, claim.nonces)),
     }
     return tuple(word for word, is_so in found.items() if is_so)

@@ -75,7 +75,17 @@ async def run(outbox: OutboxThread, url: str, options: argparse.Namespace) -> Fo
     receivers = Receivers(
         [Receiver("fast", url, None)], dispatcher, outbox, origins=[], at_work=miner.rounds_at_work, log=log
     )
-    batcher = Batcher(miner, outbox, receivers, size=1000, age=5.0, withdraw=False, clock=SYSTEM, events=events)
+    batcher = Batcher(
+        miner,
+        outbox,
+        receivers,
+        size=1000,
+        age=5.0,
+        withdraw=False,
+        clock=SYSTEM,
+        jitter=lambda: 1.0,
+        events=events,
+    )
     await miner.set_round(Work(ROUND, Node(0, 1)))
     tasks = [asyncio.create_task(each) for each in (batcher.run(), *(each.run() for each in receivers))]
     chance = np.random.default_rng(1)

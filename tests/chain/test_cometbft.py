@@ -551,6 +551,19 @@ async def test_attempts_end() -> None:
         assert len(requests) == 2
 
 
+async def test_a_node_that_is_down_is_asked_once_a_call_until_it_answers() -> None:
+    busy = answer(b"busy", 503)
+    async with node_of(*[busy] * 5, answer(STATUS), busy) as (node, requests, _):
+        for asked in (3, 4, 5):
+            with pytest.raises(ChainError, match="HTTP 503"):
+                await node.head()
+            assert len(requests) == asked
+        await node.head()
+        with pytest.raises(ChainError, match="HTTP 503"):
+            await node.head()
+        assert len(requests) == 6 + 3, "it had answered"
+
+
 @pytest.mark.parametrize("status", [201, 204, 401, 403, 404])
 async def test_what_will_not_pass_is_not_tried_again(status: int) -> None:
     async with node_of(answer(b"" if status == 204 else b"no\r\n", status)) as (node, requests, _):

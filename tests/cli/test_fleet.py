@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 from rich.segment import Segment
 
+from pocd.cli.fleet_answer import check_answer
 from pocd.cli.fleet_findings import Finding, Member, findings, told
 from pocd.cli.fleet_list import addresses
 from pocd.cli.fleet_view import FleetView, total
@@ -180,6 +183,46 @@ async def test_real_daemons_are_asked_together(monkeypatch: pytest.MonkeyPatch) 
     one, _ = fleet.members()
     assert one.away is not None
     assert one.status is not None, "what it said last is kept"
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        ({"hello": "world"}, "what answers there is no pocd: state: field required"),
+        (sample() | {"version": "0.0.1", "rates": {}}, "it has pocd 0.0.1, whose answer cannot be shown"),
+    ],
+)
+async def test_an_answer_that_cannot_be_shown_is_said_and_hides_no_other(
+    status: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def answer(_: web.Request) -> web.Response:
+        return web.json_response(status)
+
+    app = web.Application()
+    app.router.add_get("/api/v1/pow/status", answer)
+    async with TestServer(app) as server, Watched(sample()).served(monkeypatch) as watched:
+        fleet = Fleet(addresses([str(server.make_url("/")), watched.url], None, None))
+        await fleet.ask()
+        odd, well = fleet.members()
+    assert told in str(odd.away)
+    assert odd.status is None
+    assert (well.away, well.status is None) == (None, False)
+    assert "AWAY" in "\n".join(drawn([odd, well]))
+
+
+def test_an_earlier_release_that_knows_no_machines_is_shown() -> None:
+    check_answer({name: value for name, value in sample().items() if name != "machines"})
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_what_is_printed_once_is_whole(width: int) -> None:
+    members = [member(f"a-host-in-frankfurt-{number}", min(number, 5), 8) for number in range(7)]
+    lines = drawn(members, width)
+    printed = " ".join(" ".join(lines).split())
+    for found in findings(members):
+        assert told(found) in printed
+    head = next(line for line in lines if line.startswith("daemon"))
+    assert head.split()[-3:] == ["delivered", "waiting", "workers"]
 
 
 def test_no_daemon_that_answers_is_status_1_and_still_shown() -> None:

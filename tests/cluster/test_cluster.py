@@ -33,7 +33,7 @@ from pocd.worker.messages import Load
 from tests.support.waiting import PATIENCE, until
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Mapping
     from pathlib import Path
 
     from pocd.pool.state import WorkerState
@@ -43,24 +43,33 @@ pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not ins
 
 NODE = Node(1, 3)
 ROUND = Round("block_alpha", 1, "node_A", 1.4142, "poc2", "a model", 16)
+PATIENT = WorkerLimits(batch=PATIENCE, heartbeat=PATIENCE)  # so that who is slow is not lost
 MOST_IN_FLIGHT = 3 * 2 * 8  # nonces: workers, leases at each, nonces of a lease
 SECRET = "whsec_c2VjcmV0"  # of no use to anybody
 
 
 @contextlib.asynccontextmanager
-async def pooled(folder: Path, model: Path, address: str) -> AsyncIterator[tuple[Pool, Miner]]:
+async def pooled(
+    folder: Path,
+    model: Path,
+    address: str,
+    *,
+    ranks: int = 1,
+    limits: WorkerLimits = PATIENT,
+    variables: Mapping[str, str] | None = None,
+) -> AsyncIterator[tuple[Pool, Miner]]:
     """The workers of a cluster, over a miner with one round."""
     log, events, changes = structlog.get_logger(), Events(SYSTEM), Changes()
-    environment = os.environ | {"POCD_ADMIN__TOKEN_FILE": SECRET, "HF_TOKEN": SECRET}
+    environment = os.environ | {"POCD_ADMIN__TOKEN_FILE": SECRET, "HF_TOKEN": SECRET} | dict(variables or {})
     settings = RaySettings(address=address)
-    cluster = Cluster(settings, gpus=0, environment=environment, changed=changes.notify, log=log)
-    load = Load(str(model), "float32", ("cpu",), "poc2", 16, 8)
+    cluster = Cluster(settings, ranks=ranks, gpus=0, environment=environment, changed=changes.notify, log=log)
+    load = Load(str(model), "float32", ("cpu",) * ranks, "poc2", 16, 8)
     with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
         miner = Miner(outbox, changes, clock=SYSTEM)
         pool = Pool(
             [load] * 64,
             miner,
-            WorkerLimits(batch=PATIENCE, heartbeat=PATIENCE),  # so that who is slow is not lost
+            limits,
             cache=folder,
             changes=changes,
             clock=SYSTEM,

@@ -43,11 +43,19 @@ class Mine:
         await self.miner.complete(lease, [1.0] * len(lease.span), WEIGHTS)
 
 
-def mine(bench: Bench, url: str, *, size: int, age: float, withdraw: bool = True) -> Mine:
+def mine(bench: Bench, url: str, *, size: int, age: float, withdraw: bool = True, jitter: float = 1.0) -> Mine:
     miner = Miner(bench.outbox, Changes(), clock=bench.clock, group_seconds=0)
     dispatchers = bench.dispatchers(url)
     batcher = Batcher(
-        miner, bench.outbox, dispatchers, size=size, age=age, withdraw=withdraw, clock=bench.clock, events=events()
+        miner,
+        bench.outbox,
+        dispatchers,
+        size=size,
+        age=age,
+        withdraw=withdraw,
+        clock=bench.clock,
+        jitter=lambda: jitter,
+        events=events(),
     )
     (dispatcher,) = dispatchers
     return Mine(miner, dispatcher, batcher)
@@ -92,6 +100,21 @@ async def test_a_batch_is_formed_when_it_is_old_enough(bench: Bench) -> None:
     bench.clock.now += 0.5
     assert await one.batcher.form() is None
     assert [nonces(batch) for batch in [await bench.head()] if batch] == [[0, 1]]
+
+
+async def test_hosts_that_begin_a_round_together_do_not_send_together(bench: Bench) -> None:
+    one = mine(bench, "http://127.0.0.1:1", size=100, age=5.0, jitter=-0.2)
+    for round_ in (ROUND, NEXT):
+        began = bench.clock.now
+        await one.miner.set_round(Work(round_, NODE))
+        await one.find(2)
+        assert await one.batcher.form() == began + 2, "the first batch of a round; what is left of another is no reason"
+        await one.find(1)
+        assert await one.batcher.form() == began + 2
+        bench.clock.now += 2
+        assert await one.batcher.form() is None
+        await one.find(1)
+        assert await one.batcher.form() == bench.clock.now + 5, "a later one"
 
 
 async def test_a_batch_that_grows_old_goes_out_with_nobody_to_ask_for_it(bench: Bench, server: Server) -> None:

@@ -85,6 +85,22 @@ def test_larger_errors_are_caught_sooner_and_gain_less() -> None:
     assert orjson.loads(orjson.dumps(list(rows.values())))[0]["name"] == "same"
 
 
+def test_where_the_validator_errs_too_much_the_report_says_that_nothing_is_judged() -> None:
+    """A way that costs nothing then earns a thousand times as much, and the table is no wider for it."""
+    own = np.full(64, 0.3)
+    ways = [Claimed("mean output", 0.0, own * 4), Claimed("transformers' layers", 1.0, own)]
+    report = judge_residuals(plan(scheme="poc2"), [Measured(own, 1.0, ways)])
+    assert report.decidable == 0
+    assert [(row.caught_by, row.gain) for row in report.rows] == [((None, None), 1000), ((None, None), 1)]
+    text = as_text(report)
+    assert "says undecidable of 100% of batches" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= 80
+    assert "…" not in text
+    sure = judge_residuals(plan(scheme="poc2"), [Measured(own / 1e4, 1.0, ways)])
+    assert sure.decidable == 1
+    assert "undecidable" not in as_text(sure)
+
+
 def test_a_distance_catches_later_than_a_vector() -> None:
     one, twelve = (judged({"thrice": (3, 0.5)}, scheme)["thrice"].caught_by[1] for scheme in ("poc3", "poc4"))
     assert LADDER[0] < twelve < one

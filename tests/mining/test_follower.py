@@ -10,7 +10,7 @@ import structlog
 from structlog.testing import capture_logs
 
 from pocd.chain.source import Block, ChainError, Head
-from pocd.mining.follower import LAG, ChainHealth, follow
+from pocd.mining.follower import JITTER, LAG, ChainHealth, follow
 from pocd.store.errors import StoreUnavailableError
 from tests.support.clocks import NOW, ManualClock
 
@@ -41,6 +41,7 @@ class Play:
         self.refuse: Exception | None = None
         self.problems: list[str | None] = []
         self.health = ChainHealth()
+        self.jitter = 0.0
 
     async def sleep(self, seconds: float) -> None:
         self.waits.append(seconds)
@@ -75,6 +76,7 @@ class Play:
                     health=self.health,
                     log=cast("FilteringBoundLogger", structlog.get_logger()),
                     clock=self.clock,
+                    jitter=lambda: self.jitter,
                     on_problem=self.problems.append,
                     sleep=self.sleep,
                 )
@@ -99,6 +101,14 @@ async def test_the_wait_is_the_interval_less_the_time_spent() -> None:
     play = Play([head_at(1)] * 2, seconds_per_poll=2.0)
     await play.run()
     assert play.waits == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("jitter", [-1.0, 0.5, 1.0])
+async def test_the_interval_varies_from_host_to_host(jitter: float) -> None:
+    play = Play([head_at(1)], seconds_per_poll=2.0)
+    play.jitter = jitter
+    await play.run()
+    assert play.waits == [pytest.approx(5.0 * (1 + JITTER * jitter) - 2.0)]
 
 
 async def test_the_wait_is_never_negative() -> None:

@@ -38,10 +38,14 @@ class Machines:
 
     Args:
         network: The network of the others; None for loopback.
+
+    Attributes:
+        variables: Environment of all machines, beside this process's.
     """
 
     def __init__(self, network: Network | None) -> None:
         self.network = network
+        self.variables = QUICK
         self._places: dict[str, str] = {}
         self._folder = Path(tempfile.mkdtemp(prefix="ray-"))  # the path of a socket is short, so not a test's folder
         self._running: dict[str, psutil.Popen] = {}
@@ -70,7 +74,7 @@ class Machines:
         with log.open("w") as output:
             process = psutil.Popen(
                 [*inside, RAY, "start", *place, *what, f"--node-ip-address={own}", "--disable-usage-stats", "--block"],
-                env=os.environ | QUICK,
+                env=os.environ | self.variables,
                 stdout=output,
                 stderr=output,
             )
