@@ -157,3 +157,16 @@ def test_a_reader_of_errors_that_stalled_keeps_no_command_from_its_end() -> None
         os.close(reading)
         os.close(writing)
     assert ended.returncode == EXIT_CONFIG
+
+
+def test_what_was_imported_is_never_looked_through_for_garbage() -> None:
+    program = (
+        "import gc\nfrom pocd.process import importing\n"
+        "with importing():\n    assert not gc.isenabled()\n    import http.server\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 10_000\n"
+        "assert not any(each is vars(http.server) for each in gc.get_objects())\n"
+        "frozen, new = gc.get_freeze_count(), [[]]\n"
+        "with importing():\n    import http.server\n"
+        "assert any(each is new for each in gc.get_objects())"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

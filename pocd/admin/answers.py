@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from pocd.admin.chain import ChainStatus
+from pocd.config.roles import Role
 from pocd.mining.phases import DaemonState, Mode
 from pocd.pool.causes import Cause
 
@@ -59,9 +60,16 @@ class ControlStatus(BaseModel):
 class NodeStatus(BaseModel):
     """Who this daemon is: it checks the nonces `node_id + node_count · x`."""
 
+    role: Role = Field(
+        description="miner: mines the rounds that it reads from a chain. proof engine: mines those that an "
+        "orchestrator gives it."
+    )
     public_key: str | None = Field(description="The miner's public key; null where each round brings its own.")
     node_id: int
     node_count: int
+    models: list[str] = Field(
+        description="Names of the model: those that an orchestrator may call it by, or the one that the chain has."
+    )
 
 
 class Funnel(BaseModel):
@@ -77,6 +85,20 @@ class Funnel(BaseModel):
     expired: int = Field(description="Valid nonces in batches that became too old for a receiver, now.")
     withdrawn: int = Field(description="Valid nonces not sent because their block was replaced, now.")
     purged: int = Field(description="Valid nonces in batches that an operator gave up.")
+
+
+class ValidationCounts(BaseModel):
+    """Validations that ended since the daemon's start, by their verdict."""
+
+    honest: int = 0
+    fraud: int = 0
+    undecidable: int = 0
+    failed: int = Field(default=0, description="Validations without a verdict: the nonces could not be recomputed.")
+    not_paired: int = Field(
+        default=0,
+        description="Jobs of an orchestrator whose artifacts were not judged by their differences too, since "
+        "`validation.max_queued` validations waited or the store could not be written.",
+    )
 
 
 class Rates(BaseModel):
@@ -182,8 +204,10 @@ class WorkerStatus(BaseModel):
     stage: str | None = Field(
         description="Step of the worker's start, such as loading the model; null once it is ready."
     )
-    node: str | None = Field(description="Machine of a Ray cluster that runs the worker; null on this one.")
-    address: str | None = Field(description="Address of that machine; null on this one.")
+    node: str | None = Field(
+        description='Machine of a Ray cluster that runs the worker, several joined by "+"; null on this one.'
+    )
+    address: str | None = Field(description='Address of that machine, several joined by "+"; null on this one.')
     pids: list[int] = Field(description="Process ids of all ranks of the worker, on its machine.")
     restarts: int = Field(description="How often the worker ended and was started again.")
     causes: dict[Cause, int] = Field(description="How often the worker ended, by cause.")
@@ -201,10 +225,10 @@ class WorkerStatus(BaseModel):
 
 
 class MachineStatus(BaseModel):
-    """A machine of a Ray cluster on which workers of this daemon run now."""
+    """A machine of a Ray cluster on which workers of this daemon run now, or several that run workers together."""
 
-    node: str
-    address: str
+    node: str = Field(description='Name of the machine; several joined by "+".')
+    address: str = Field(description='Address of the machine; several joined by "+".')
     workers: int = Field(description="Workers that run there.")
     ready: int = Field(description="Workers among them that have a model ready.")
     computed_per_second_1m: float = Field(description="Nonces that these workers computed for mining per second.")
@@ -267,6 +291,7 @@ class Status(BaseModel):
     node: NodeStatus
     funnel: Funnel
     rates: Rates
+    validations: ValidationCounts
     chain: ChainStatus
     worker: ReadyWorkersStatus | WorkersStatus = Field(description="All workers together.")
     workers: list[WorkerStatus]

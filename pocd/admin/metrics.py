@@ -34,7 +34,7 @@ STAGES = {
     "delivered": "Valid nonces that every receiver accepted.",
     "purged": "Valid nonces that an operator gave up.",
 }
-VERDICTS = ("honest", "fraud", "undecidable", "failed")
+VERDICTS = ("honest", "fraud", "undecidable", "failed", "not_paired")
 SET_ASIDE = {
     "dead": "Valid nonces that a receiver refused or failed at.",
     "expired": "Valid nonces that became too old for a receiver.",
@@ -56,7 +56,8 @@ class DaemonCollector(Collector):
         yield from self._workers()
         yield from self._cards()
         yield from self._receivers()
-        verdicts = CounterMetricFamily("pocd_validations", "Validations that ended, by verdict.", labels=["verdict"])
+        text = "Validations that ended, by verdict, or were not begun."
+        verdicts = CounterMetricFamily("pocd_validations", text, labels=["verdict"])
         for verdict in VERDICTS:
             verdicts.add_metric([verdict], self._parts.validator.results[verdict])
         yield verdicts
@@ -151,7 +152,9 @@ class DaemonCollector(Collector):
             "pocd_worker_rounding_alarm", "1 while rounding decides too much of the worker's results.", labels=labels
         )
         info = InfoMetricFamily("pocd_worker", "What the worker runs, and how.", labels=labels)
-        place = InfoMetricFamily("pocd_worker_place", "Machine of a Ray cluster that runs the worker.", labels=labels)
+        place = InfoMetricFamily(
+            "pocd_worker_place", "Machine of a Ray cluster that runs the worker, several joined by +.", labels=labels
+        )
         for worker in self._parts.workers.workers:
             name = [str(worker.number)]
             if worker.place:

@@ -23,6 +23,7 @@ from pocd.admin.answers import (
     RoundStatus,
     SensorValues,
     Status,
+    ValidationCounts,
     WorkersStatus,
     WorkerStatus,
 )
@@ -317,7 +318,7 @@ def view(parts: Parts) -> Status:
         r_target=mining.round.r_target if mining else settings.round.target,
         round=_round(mining) if mining else None,
         control=_control(parts.control),
-        node=NodeStatus(**settings.node.model_dump()),
+        node=NodeStatus(role=settings.role, models=settings.names_of_model, **settings.node.model_dump()),
         funnel=Funnel(**_fields(parts.outbox.view.totals)),
         rates=Rates(
             checked_per_second_1m=miner.checked_rate.per_second(60),
@@ -325,6 +326,7 @@ def view(parts: Parts) -> Status:
             valid_per_second_1m=miner.valid_rate.per_second(60),
             valid_per_second_15m=miner.valid_rate.per_second(900),
         ),
+        validations=ValidationCounts(**parts.validator.results),
         chain=chain_status(parts.chain, parts.chain.problem(now, settings.chain.poll_interval)),
         worker=_workers(parts.workers, miner),
         workers=[_worker(parts, worker) for worker in parts.workers.workers],

@@ -1,8 +1,8 @@
 """The process that imports torch for `pocd check`, which itself never does.
 
 It prints a JSON object for each thing that it found out, so that what hangs or fails later takes nothing back:
-`torch` and `cuda_build` (versions), then `fingerprint` and `parameters` or `model_error`, then `cards` or
-`cuda_error`.
+`torch` and `cuda_build` (versions), then `fingerprint`, `parameters` and `longest_seq_len` or `model_error`, then
+`cards` or `cuda_error`.
 """
 
 from __future__ import annotations
@@ -12,18 +12,22 @@ import math
 import sys
 from pathlib import Path
 
+from pocd.process import importing
+
 
 def _tell(**found: object) -> None:
     print(json.dumps(found), flush=True)  # noqa: T201 - this is how it answers
 
 
 def _look_at_model(folder: Path) -> None:
-    from pocd.compute.checkpoint import read_config
-    from pocd.compute.fingerprint import stored_fingerprint
-    from pocd.compute.harmless import is_harmless
-    from pocd.compute.stored import read_headers
-    from pocd.compute.ways import matrices
-    from pocd.protocol.errors import ModelError
+    with importing():
+        from pocd.compute.checkpoint import read_config
+        from pocd.compute.fingerprint import stored_fingerprint
+        from pocd.compute.harmless import is_harmless
+        from pocd.compute.model import longest_seq_len
+        from pocd.compute.stored import read_headers
+        from pocd.compute.ways import matrices
+        from pocd.protocol.errors import ModelError
 
     try:
         stored = read_headers(folder)
@@ -33,7 +37,8 @@ def _look_at_model(folder: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ModelError) as error:
         _tell(model_error=str(error).partition("\n")[0] or type(error).__name__)
     else:
-        _tell(fingerprint=fingerprint, parameters=sum(math.prod(each.shape) for each in weights))
+        parameters = sum(math.prod(each.shape) for each in weights)
+        _tell(fingerprint=fingerprint, parameters=parameters, longest_seq_len=longest_seq_len(config))
 
 
 def _look_at_cards() -> None:
@@ -49,7 +54,8 @@ def _look_at_cards() -> None:
 
 def main(folder: str, device: str) -> None:
     """Look at torch, at the model in `folder` unless that is empty, and at the cards unless `device` is "cpu"."""
-    import torch
+    with importing():
+        import torch
 
     _tell(torch=torch.__version__, cuda_build=torch.version.cuda)
     if folder:

@@ -60,7 +60,8 @@ async def check_cluster(settings: Settings, environment: Mapping[str, str] = os.
     found = await _survey(settings.ray.address, environment)
     if isinstance(found, str):
         return [red("cluster", found, JOIN)]
-    room, *machines = judge(found, settings.ray, gpus=0 if settings.model.device == "cpu" else 1)
+    gpus = 0 if settings.model.device == "cpu" else 1
+    room, *machines = judge(found, settings.ray, ranks=settings.model.parallel, gpus=gpus)
     return [replace(room, text=f"{room.text}; {protection(environment)}"), *machines]
 
 
@@ -97,13 +98,14 @@ async def _survey(address: str, environment: Mapping[str, str]) -> list[Machine]
     return [Machine(**each) for each in machines]
 
 
-def judge(machines: Sequence[Machine], settings: RaySettings, *, gpus: int) -> list[Finding]:
+def judge(machines: Sequence[Machine], settings: RaySettings, *, ranks: int = 1, gpus: int) -> list[Finding]:
     """Return what follows from the machines that a cluster has.
 
     Args:
         machines: The cluster's machines.
-        settings: How many workers are wanted, and how many cores each.
-        gpus: GPUs that each worker gets.
+        settings: How many workers are wanted, and how many cores each of a worker's ranks gets.
+        ranks: How many ranks each worker has.
+        gpus: GPUs that each rank gets.
     """
     found = []
     for machine in machines:
@@ -116,27 +118,39 @@ def judge(machines: Sequence[Machine], settings: RaySettings, *, gpus: int) -> l
         else:
             told = ", ".join(f"{name} {version}" for name, version in machine.versions.items())
             found.append(green(_name(machine), f"{machine.address} has {told}"))
-    return [_judge_room(machines, settings, gpus), *found]
+    return [_judge_room(machines, settings, ranks, gpus), *found]
 
 
 def _name(machine: Machine) -> str:
     return f"machine {machine.node}"
 
 
-def _judge_room(machines: Sequence[Machine], settings: RaySettings, gpus: int) -> Finding:
-    """Return whether the workers have room, each of them on one machine."""
+def _judge_room(machines: Sequence[Machine], settings: RaySettings, ranks: int, gpus: int) -> Finding:
+    """Return whether the workers have room: the ranks of each on one machine where they fit, else on several."""
     needs = "a GPU and " * bool(gpus) + f"{settings.cpus} {'core' if settings.cpus == 1 else 'cores'}"
-    room = sum(
+    if ranks > 1:
+        needs = f"{ranks} ranks, each of {needs}"
+    each = [
         room_for({"Alive": True, "Resources": machine.resources}, cpus=settings.cpus, gpus=gpus) for machine in machines
-    )
+    ]
+    room, alone = sum(each) // ranks, sum(count // ranks for count in each)
     has = f"{len(machines)} machines at {settings.address}, with room for {room} workers of {needs}"
+    if room > alone:
+        has += f", {room - alone} of them on several machines, which have to reach one another on all ports"
     if room == 0:
         told = "; ".join(
             f"{machine.node}: {machine.resources['CPU']:g} cores, {machine.resources['GPU']:g} GPUs"
             for machine in machines
         )
+        lack = f"; there is room for {sum(each)} ranks in all" if ranks > 1 else ""
         remedy = "lower ray.cpus, change model.device, or start Ray there with --num-cpus and --num-gpus as they are"
-        return red("cluster", f"no machine has room for a worker of {needs} ({told})", remedy)
+        if ranks > 1:
+            remedy = f"add machines, lower model.parallel, {remedy}"
+        return red(
+            "cluster",
+            f"{'no machine has' if ranks == 1 else 'the machines have no'} room for a worker of {needs} ({told}){lack}",
+            remedy,
+        )
     if settings.workers != "auto" and room < settings.workers:
         return yellow("cluster", f"{has}; ray.workers is {settings.workers}", "add machines, or lower ray.workers")
     return green("cluster", has)

@@ -10,15 +10,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from pocd.chain.gonka import Gonka
 from pocd.chain.make import CHAIN_TIMEOUT, confirmations_of, make_sources
 from pocd.chain.rpc import Rpc
-from pocd.check import api, chain, cluster, devices, files, model, store
+from pocd.check import api, chain, cluster, devices, files, live, model, store
 from pocd.check.finding import Finding, bounded, green, in_thread, red, yellow
 from pocd.check.model import Place
 from pocd.check.probe import Probe, probe
 from pocd.check.receivers import check_receiver
 from pocd.clock import SYSTEM, Clock
 from pocd.compute.toolchain import find_lack
+from pocd.config.roles import Role
 from pocd.config.secrets import read_keys
 from pocd.config.settings import ConfigError
 from pocd.delivery.policy import certificate_problem
@@ -89,6 +91,7 @@ async def check_host(
             "fsync": (_syncs(settings, clock), local),
             "disk space": (_space(settings), local),
             "chain": (_chain(held, settings, clock, limits.call), 3 * limits.call),
+            **({"epoch": (_epoch(seen, settings, limits.call), long)} if _has_epochs(settings) else {}),
             **{
                 f"receiver {each.name}": (_receiver(each, config, clock, limits.call), 2 * limits.call)
                 for each in settings.delivery.receivers
@@ -97,7 +100,8 @@ async def check_host(
             "rounding": (_rounding(held, settings, config, limits.call), local + limits.call),
         }
         found = [group.create_task(bounded(name, check, limit)) for name, (check, limit) in checks.items()]
-    return [*check_configuration(config, settings), *(finding for task in found for finding in task.result())]
+    first = [*check_configuration(config, settings), *live.check_role(settings)]
+    return [*first, *(finding for task in found for finding in task.result())]
 
 
 def check_configuration(config: Path, settings: Settings) -> list[Finding]:
@@ -107,10 +111,11 @@ def check_configuration(config: Path, settings: Settings) -> list[Finding]:
         findings.append(
             red(name, "node.public_key is the example's: nobody is paid", "set it to the miner's public key")
         )
-    if not settings.delivery.receivers:
+    is_miner = settings.role is Role.MINER
+    if is_miner and not settings.delivery.receivers:
         remedy = "add a table [[delivery.receivers]]"
         findings.append(yellow(name, "no receiver is configured: proofs are kept until there is one", remedy))
-    if "scheme" not in settings.round.model_fields_set:
+    if is_miner and "scheme" not in settings.round.model_fields_set:
         findings.append(
             yellow(
                 name,
@@ -192,6 +197,8 @@ async def _space(settings: Settings) -> list[Finding]:
 
 async def _chain(held: asyncio.Task[int | None], settings: Settings, clock: Clock, limit: float) -> list[Finding]:
     configured, path = settings.chain, settings.store.path
+    if not configured.urls:
+        return []
     known = None if await held is not None else await in_thread(partial(store.chain_of, path))
     wanted = chain.expected(configured.id, known)
     if isinstance(wanted, Finding):
@@ -211,6 +218,20 @@ async def _chain(held: asyncio.Task[int | None], settings: Settings, clock: Cloc
     expiring = {url: certificate_problem(expires, clock.wall()) for url, expires in expiries.items()}
     remedy = "renew the certificate of this node, or ask its operator to"
     return found + [yellow("chain", f"{mask_url(url)}: {text}", remedy) for url, text in expiring.items() if text]
+
+
+def _has_epochs(settings: Settings) -> bool:
+    return settings.chain.kind == "gonka" and bool(settings.chain.urls)
+
+
+async def _epoch(seen: asyncio.Task[Probe], settings: Settings, limit: float) -> list[Finding]:
+    async with contextlib.AsyncExitStack() as stack:
+        sessions = [await stack.enter_async_context(open_session(CHAIN_TIMEOUT)) for _ in settings.chain.urls]
+        nodes = [
+            Gonka(Rpc(session, url, attempts=1, timeout=limit))
+            for session, url in zip(sessions, settings.chain.urls, strict=True)
+        ]
+        return await live.check_epoch(nodes, settings, (await seen).longest_seq_len, limit)
 
 
 async def _receiver(configured: ReceiverSettings, config: Path, clock: Clock, limit: float) -> list[Finding]:

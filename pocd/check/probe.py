@@ -29,6 +29,7 @@ class Probe:
         cuda_build: The CUDA version that this torch was built for; None as well for a build without CUDA.
         fingerprint: Fingerprint of the model's weights and configuration, v2- and 32 hex digits.
         parameters: Number of the model's parameters.
+        longest_seq_len: Largest sequence length, in positions, that the model allows.
         model_error: Why the weights cannot be read.
         cards: The GPUs that torch sees, in its order, by the driver's names for them.
         cuda_error: Why torch sees no GPU.
@@ -40,6 +41,7 @@ class Probe:
     cuda_build: str | None = None
     fingerprint: str | None = None
     parameters: int | None = None
+    longest_seq_len: int | None = None
     model_error: str | None = None
     cards: tuple[str, ...] | None = None
     cuda_error: str | None = None

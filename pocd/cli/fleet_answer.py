@@ -52,7 +52,7 @@ def check_answer(status: dict[str, Any]) -> None:
     """Check that an answer is a status that can be shown.
 
     Raises:
-        AdminError: It is not; the message names what is missing or wrong.
+        AdminError: The answer lacks what is shown, which the message names.
     """
     try:
         _Needed.model_validate(status)

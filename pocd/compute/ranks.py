@@ -15,24 +15,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # torch does not list them
 
 from pocd.protocol.errors import ComputeError, DeviceError, ModelError
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Iterator, Sequence
 
 PATIENCE = timedelta(minutes=30)  # with the other ranks, which may load at another pace
+JOINING = timedelta(minutes=5)  # until all ranks of several machines have met; each has to import torch first
 
 
 @contextmanager
-def joined(rank: int, size: int, rendezvous: str, device: str) -> Iterator[None]:
+def joined(rank: int, size: int, rendezvous: str, device: str, listener: socket.socket | None = None) -> Iterator[None]:
     """Join a process group of `size` ranks while the context lasts; waits until all ranks have joined.
 
     Args:
         rank: Index of this rank, from 0.
         size: Number of ranks.
-        rendezvous: Folder in which the ranks find each other, shared by all and empty when the first one joins.
+        rendezvous: Where the ranks find each other: file:// and a path, on one machine, where there is no file when the
+            first one joins; or tcp://HOST:PORT/NAME, with a name that no other group has, and nobody else knows.
         device: Device of this rank.
+        listener: Socket that listens at HOST:PORT, of rank 0; None for any other.
 
     Raises:
         RuntimeError: A rank did not join, or ended (see `is_fault`); raised here, or by whatever runs the model then.
@@ -43,9 +48,11 @@ def joined(rank: int, size: int, rendezvous: str, device: str) -> Iterator[None]
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=own)
     if target.type == "cuda":
         torch.cuda.set_device(target)
+    is_local = rendezvous.startswith("file://")
     torch.distributed.init_process_group(
         "nccl" if target.type == "cuda" else "gloo",
-        init_method=f"file://{rendezvous}/ranks",
+        init_method=rendezvous if is_local else None,
+        store=None if is_local else meet(rank, size, rendezvous, listener),
         rank=rank,
         world_size=size,
         timeout=PATIENCE,
@@ -58,6 +65,61 @@ def joined(rank: int, size: int, rendezvous: str, device: str) -> Iterator[None]
         raise
     # Not after other errors: it would wait for a rank or a device that failed, and this process is to end.
     torch.distributed.destroy_process_group()
+
+
+def meet(rank: int, size: int, rendezvous: str, listener: socket.socket | None) -> Store:
+    """Return what ranks of several machines share to find each other, once all of them have; see `joined`.
+
+    Raises:
+        RuntimeError: Not all ranks met in time.
+    """
+    address, _, name = rendezvous.removeprefix("tcp://").partition("/")
+    host, _, port = address.rpartition(":")
+    remedy = "do the cluster's machines reach one another on all ports (docs/scale.md)?"
+    try:
+        shared = TCPStore(
+            host.strip("[]"),
+            int(port),
+            size,
+            is_master=rank == 0,
+            timeout=JOINING,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach() if listener else None,
+        )
+        # Whoever finds the port finds nothing without the name, neither another worker's ranks nor strangers.
+        store = PrefixStore(name, shared)
+        store.set(f"rank {rank}", "is here")
+    except torch.distributed.DistError as error:
+        text = f"rank {rank} does not reach rank 0 at {address}: {remedy} {error}"
+        raise RuntimeError(text) from error
+    try:
+        store.wait([f"rank {each}" for each in range(size)], JOINING)
+    except torch.distributed.DistError as error:
+        missing = ", ".join(f"rank {each}" for each in range(size) if not store.check([f"rank {each}"]))
+        text = f"{missing} did not come to rank 0 at {address} within {JOINING.total_seconds():.0f} s: {remedy}"
+        raise RuntimeError(text) from error
+    return store
+
+
+def check_alike(name: str, fingerprint: str, place: str) -> None:
+    """Check that all ranks have read the same checkpoint; all have to call this together.
+
+    Args:
+        name: Name of the model.
+        fingerprint: Fingerprint of the checkpoint that this rank has read.
+        place: The machine of this rank, for people; empty where all ranks are on one.
+
+    Raises:
+        ModelError: The checkpoints of two ranks differ.
+    """
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, (fingerprint, place))
+    if len({each for each, _ in found}) > 1:
+        told = ", ".join(f"rank {rank}{where and f' on {where}'}: {each}" for rank, (each, where) in enumerate(found))
+        raise ModelError(
+            f"model {name!r} has other weights on one machine than on another ({told}): give all machines the same "
+            "model (a hub's by model.revision)"
+        )
 
 
 def check_split(config: Any, name: str, ranks: int) -> None:  # noqa: ANN401 - each family has its own class

@@ -38,12 +38,11 @@ class RaySettings(BaseModel):
     cpus: int = Field(default=1, ge=1, le=1024)
 
 
-def check_model(engine: str, parallel: int, device: str | list[str]) -> None:
+def check_model(engine: str, device: str | list[str]) -> None:
     """Check that the workers can run the model so where they come from a cluster.
 
     Args:
         engine: "local", of which nothing is asked here, or "ray".
-        parallel: Over how many devices each worker splits the model.
         device: The devices as they are configured.
 
     Raises:
@@ -51,10 +50,8 @@ def check_model(engine: str, parallel: int, device: str | list[str]) -> None:
     """
     if engine == "local":
         return
-    if parallel > 1:
-        raise ValueError('model.parallel must be 1 with worker.engine "ray": a worker there is one process')
     if device not in ("auto", "cpu", "cuda"):
         raise ValueError(
-            'model.device must be "cuda" or "auto" (each worker gets a GPU, which Ray chooses) or "cpu" with '
-            'worker.engine "ray"'
+            'model.device must be "cuda" or "auto" (each worker, or each of its ranks, gets a GPU, which Ray chooses) '
+            'or "cpu" with worker.engine "ray"'
         )

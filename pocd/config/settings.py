@@ -253,6 +253,13 @@ class Settings(BaseSettings):
         """The role of the daemon."""
         return role_of(self.orchestrator)
 
+    @property
+    def names_of_model(self) -> list[str]:
+        """Names of the model: those that an orchestrator may call it by, or the one that the chain knows it by."""
+        if self.role is Role.ENGINE:
+            return list(dict.fromkeys([self.model.name, *self.orchestrator.aliases]))
+        return [self.chain.model or self.model.name]
+
     @model_validator(mode="after")
     def _role_has_what_it_needs(self) -> Self:
         if why := why_missing(self.role, self):
@@ -271,7 +278,7 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _model_can_run_so(self) -> Self:
-        check_model(self.worker.engine, self.model.parallel, self.model.device)
+        check_model(self.worker.engine, self.model.device)
         if self.model.parallel > 1 and SCHEMES[self.round.scheme].weights != "trained":
             raise ValueError(f"model.parallel must be 1 with round.scheme {self.round.scheme!r}, which draws weights")
         if self.model.parallel > 1 and self.worker.compile == "always":

@@ -19,7 +19,7 @@ from pocd.daemon.rounds import make_late, make_scheduler, withdraws
 from pocd.delivery.batcher import Batcher
 from pocd.delivery.dispatcher import Dispatcher
 from pocd.delivery.keeper import MIB, Keeper, StoreLimits
-from pocd.delivery.policy import BACKOFF_SECONDS
+from pocd.delivery.policy import LONGEST_WAIT
 from pocd.delivery.posting import Receiver
 from pocd.delivery.receivers import Receivers
 from pocd.mining.control import Control
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from pocd.clock import Clock
     from pocd.config.settings import Settings
     from pocd.delivery.late import LateArtifacts
-    from pocd.mining.epochs import EpochScheduler
+    from pocd.mining.epochs import EpochScheduler, EpochWatcher
     from pocd.mining.scheduler import RoundScheduler
     from pocd.protocol.names import ChainKind
     from pocd.protocol.proof import Round
@@ -84,7 +84,8 @@ class Composition:
         parts: The parts that the admin API reads and calls.
         changes: Notices of what changed, for the reports.
         source: The chain; None where a proof engine has none.
-        scheduler: Decides which round the chain wants at each head; None where rounds come from an orchestrator.
+        scheduler: Decides which round the chain wants at each head; where rounds come from an orchestrator it tells the
+            epoch only, or is None.
         batcher: Forms batches of what was found.
         keeper: Keeps the store small, and mining within what the disk can take.
         late: Sets aside what a round of the live network found and nobody took in time; None where what was found is
@@ -95,7 +96,7 @@ class Composition:
     parts: Parts
     changes: Changes
     source: ChainSource | None
-    scheduler: RoundScheduler | EpochScheduler | None
+    scheduler: RoundScheduler | EpochScheduler | EpochWatcher | None
     batcher: Batcher
     keeper: Keeper
     late: LateArtifacts | None
@@ -185,7 +186,7 @@ def compose(
         parts=parts,
         changes=changes,
         source=source,
-        scheduler=make_scheduler(parts, source) if source and not orchestrated else None,
+        scheduler=make_scheduler(parts, source) if source else None,
         batcher=make_batcher(parts),
         keeper=make_keeper(parts, steady),
         late=make_late(parts),
@@ -198,7 +199,14 @@ def make_cluster(settings: Settings, changes: Changes, log: FilteringBoundLogger
     if settings.worker.engine == "local":
         return None
     gpus = 0 if settings.model.device == "cpu" else 1
-    return Cluster(settings.ray, gpus=gpus, environment=os.environ, changed=changes.notify, log=log)
+    return Cluster(
+        settings.ray,
+        ranks=settings.model.parallel,
+        gpus=gpus,
+        environment=os.environ,
+        changed=changes.notify,
+        log=log,
+    )
 
 
 def runs(settings: Settings) -> dict[str, str | None]:
@@ -258,7 +266,7 @@ def make_delivery(
             receiver,
             outbox,
             expire_after=settings.delivery.expire_after,
-            longest_backoff=WINDOW_SECONDS if hurries else BACKOFF_SECONDS[-1],
+            longest_wait=WINDOW_SECONDS if hurries else LONGEST_WAIT,
             clock=clock,
             jitter=jitter,
             log=log,
@@ -328,7 +336,8 @@ def make_loads(settings: Settings) -> list[Load]:
     model, worker = settings.model, settings.worker
     if worker.engine == "ray":  # each machine names its own cards
         count = MOST_DEVICES if settings.ray.workers == "auto" else settings.ray.workers
-        return [_load(settings, ("cpu" if model.device == "cpu" else "cuda:0",), ())] * count
+        (devices,) = place("cpu" if model.device == "cpu" else "cuda", model.parallel, lambda: 0)
+        return [_load(settings, devices, ())] * count
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         visible = list_cards(given) if given is not None or model.device == "auto" else None

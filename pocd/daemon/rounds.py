@@ -6,8 +6,9 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
+from pocd.config.roles import Role
 from pocd.delivery.late import EpochWindows, LateArtifacts, OrchestratedWindows
-from pocd.mining.epochs import EpochScheduler
+from pocd.mining.epochs import EpochScheduler, EpochWatcher
 from pocd.mining.scheduler import RoundScheduler
 from pocd.protocol.proof import Round
 from pocd.protocol.rounds import RoundPolicy
@@ -22,20 +23,24 @@ if TYPE_CHECKING:
     from pocd.protocol.epochs import Recipe
 
 
-def make_scheduler(parts: Parts, source: Failover) -> RoundScheduler | EpochScheduler:
-    """Return the scheduler of the chain's rounds."""
-    settings = parts.settings
+def make_scheduler(parts: Parts, source: Failover) -> RoundScheduler | EpochScheduler | EpochWatcher | None:
+    """Return the scheduler of the chain's rounds; of a proof engine what tells the chain's epoch, if it has any."""
+    settings, is_engine = parts.settings, parts.settings.role is Role.ENGINE
     if settings.chain.kind == "gonka":
+        watcher = EpochWatcher(source, health=parts.chain, models=settings.names_of_model, log=parts.log)
+        if is_engine:
+            return watcher
         return EpochScheduler(
             source,
+            watcher,
             parts.control,
             parts.outbox,
-            health=parts.chain,
-            model=settings.chain.model or settings.model.name,
             make_round=partial(make_epoch_round, parts),
             clock=parts.clock,
             log=parts.log,
         )
+    if is_engine:
+        return None
     return RoundScheduler(
         source,
         parts.control,

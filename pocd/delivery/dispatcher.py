@@ -42,7 +42,7 @@ class Dispatcher:
         outbox: OutboxThread,
         *,
         expire_after: float,
-        longest_backoff: float = policy.BACKOFF_SECONDS[-1],
+        longest_wait: float = policy.LONGEST_WAIT,
         clock: Clock,
         jitter: Callable[[], float],
         log: FilteringBoundLogger,
@@ -51,7 +51,7 @@ class Dispatcher:
         self.receiver = receiver
         self._outbox = outbox
         self._expire_after = expire_after
-        self._longest_backoff = longest_backoff
+        self._longest_wait = longest_wait
         self._clock = clock
         self._jitter = jitter
         self._log = log.bind(receiver=receiver.name)
@@ -169,7 +169,7 @@ class Dispatcher:
             overtaken=overtaken,
             others_pass=others_pass,
             jitter=self._jitter(),
-            longest_backoff=self._longest_backoff,
+            longest_wait=self._longest_wait,
         )
         self._log_decision(delivery, outcome, decision)
         self._events.publish("delivery", receiver=name, id=delivery.id, outcome=OUTCOMES[type(decision)])

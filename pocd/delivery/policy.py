@@ -103,7 +103,7 @@ def decide(
     overtaken: bool,
     others_pass: bool,
     jitter: float,
-    longest_backoff: float = BACKOFF_SECONDS[-1],
+    longest_wait: float = LONGEST_WAIT,
 ) -> Decision:
     """Return the decision after an attempt to deliver the head of a queue.
 
@@ -114,7 +114,7 @@ def decide(
         overtaken: Whether the receiver has accepted a later batch.
         others_pass: Whether the receiver has just accepted another batch, though it refused this one before.
         jitter: Uniformly random in [-1, 1].
-        longest_backoff: Most seconds to wait where the receiver asks for no other time.
+        longest_wait: Most seconds to wait, also where the receiver asks for more.
     """
     if outcome.accepted:
         return Accept()
@@ -125,10 +125,10 @@ def decide(
     if outcome.fault and faults >= POISON_FAULTS and overtaken:
         return SetAside(f"poison: failed {faults} times while a later batch was accepted: {outcome.detail}")
     if outcome.retry_after is not None:
-        # Never earlier than asked for.
+        # Never earlier than asked for, unless what waits is worth nothing by then.
         wait = min(max(outcome.retry_after, BACKOFF_SECONDS[0]), LONGEST_RETRY_AFTER)
-        return Retry(wait * (1 + JITTER * abs(jitter)))
-    wait = min(backoff(failures, jitter), longest_backoff)
+        return Retry(min(wait * (1 + JITTER * abs(jitter)), longest_wait))
+    wait = min(backoff(failures, jitter), BACKOFF_SECONDS[-1], longest_wait)
     return Retry(min(wait, SHORT_SECONDS) if outcome.short else wait)
 
 

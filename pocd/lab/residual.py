@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -166,7 +166,9 @@ class Drawing:
             decided += self._is_decidable(some, allowed_errors(self._own[some], ALLOWANCE), generator)
         return decided / BATCHES
 
-    def _is_decidable(self, some: NDArray[np.int64], allowed: Floats, generator: np.random.Generator) -> bool:
+    def _is_decidable(
+        self, some: NDArray[np.int64], allowed: NDArray[np.floating[Any]], generator: np.random.Generator
+    ) -> bool:
         blank = self._blank[some] * generator.chisquare(self._numbers, len(some)) / self._numbers
         return measures(self._own[some], blank) and compare(blank / allowed, self._law).probability < THRESHOLD
 
@@ -201,8 +203,8 @@ def as_text(report: Residuals) -> str:
     )
     verdict = (
         f"The verdict by differences says undecidable of {1 - report.decidable:.0%} of batches of {SAMPLE} nonces, "
-        "whatever is claimed: the validator's own result is not near enough to the reference. Who is not caught here is "
-        "not honest for it: this scheme proves nothing of this model in this dtype."
+        "whatever is claimed: the validator's own result is not near enough to the reference. Who is not caught here "
+        "is not honest for it: this scheme proves nothing of this model in this dtype."
     )
     paragraphs = [legend] if report.decidable > 1 / 2 else [legend, verdict]
     return "\n\n".join(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import secrets
 import socket
 import sys
 from contextlib import ExitStack, asynccontextmanager, suppress
@@ -18,7 +19,7 @@ from pocd.config.types import MOST_DEVICES
 from pocd.pool.causes import Cause, WorkerError, WorkerRefusedError
 from pocd.pool.output import Output
 from pocd.pool.processes import KILL_SECONDS, Ended, Place, RankLink, connected
-from pocd.tasks import within
+from pocd.tasks import cancel, within
 from pocd.worker import messages
 from pocd.worker.messages import Placed, Room
 
@@ -35,6 +36,7 @@ JOIN_SECONDS = 120.0  # from the start of the bridge to its first report
 SILENCE_SECONDS = 30.0  # between two of its reports
 END_SECONDS = 1.0  # for the bridge to end by itself
 PLACE_SECONDS = 150.0  # for a worker's place; the bridge itself gives up before
+GONE_SECONDS = 10.0  # for the cluster to say how a worker's ranks ended, once it has ended them
 LONGEST_BACKOFF = 30.0  # seconds until a bridge that ended is started again
 STARTING = "the bridge to the cluster is being started"
 KEPT = ("PATH", "HOME", "LANG", "TZ", "LD_LIBRARY_PATH", "TMPDIR", "PYTHONPATH", "VIRTUAL_ENV")
@@ -60,6 +62,7 @@ class Cluster:
         self,
         settings: RaySettings,
         *,
+        ranks: int = 1,
         gpus: int,
         environment: Mapping[str, str],
         changed: Callable[[], None],
@@ -68,11 +71,12 @@ class Cluster:
         self.most = 0 if settings.workers == "auto" else settings.workers
         self.pid: int | None = None
         self._settings = settings
+        self._ranks = ranks
         self._gpus = gpus
         self._environment = environment
         self._tell = changed
         self._log = log
-        self._room = Room(0, 0, "")
+        self._room = Room(0, 0, "", 0)
         self._reason: str | None = STARTING
         self._used = 0
         self._changed = asyncio.Event()
@@ -86,9 +90,10 @@ class Cluster:
         if self._room.problem:
             return self._room.problem
         if self._room.workers < max(1, self.most):
+            ranks = f" of {self._ranks} ranks, and for {self._room.ranks} ranks in all" if self._ranks > 1 else ""
             return (
                 f"the cluster has {self._room.machines} machines, and room for {self._room.workers} of "
-                f"{max(1, self.most)} workers"
+                f"{max(1, self.most)} workers{ranks}"
             )
         return None
 
@@ -104,34 +109,48 @@ class Cluster:
             self._used -= 1
             self._notify()
 
-    async def start(self, load: Load, log: FilteringBoundLogger) -> RemoteProcess:  # noqa: ARG002 - Ray logs its lines
-        """Have the cluster start a worker, and send it what to load.
+    async def start(self, load: Load, log: FilteringBoundLogger) -> RemoteProcesses:  # noqa: ARG002 - Ray logs its lines
+        """Have the cluster start a worker's ranks, and send each what to load.
 
         Raises:
             WorkerError: The cluster did not start it.
-            WorkerRefusedError: The machine has other versions than this one.
+            WorkerRefusedError: A machine has other versions than this one.
         """
         requests = self._requests
         if requests is None:
             raise WorkerError(Cause.CLUSTER, self._reason or "there is no bridge to the cluster")
-        ours, theirs = socket.socketpair()
-        with theirs:
-            link = RankLink(*await asyncio.open_connection(sock=ours))
-            try:
-                socket.send_fds(requests, [b"w"], [theirs.fileno()])
-                theirs.close()  # else its end would not be seen here
-                placed = await link.receive(PLACE_SECONDS)
-                assert isinstance(placed, Placed), f"unexpected {placed}"
-                check_versions(placed)
-                cards = placed.cards if self._gpus else ()
-                await link.send(dataclasses.replace(load, cards=cards))
-            except (EOFError, OSError):
+        links: list[RankLink] = []
+        try:
+            with ExitStack() as theirs:
+                ends = []
+                for _ in load.devices:
+                    reader, writer, end = await connected(theirs)
+                    links.append(RankLink(reader, writer))
+                    ends.append(end.fileno())
+                socket.send_fds(requests, [b"w"], ends)
+            placed = [await _place(link) for link in links]
+            meeting = f"tcp://{placed[0].rendezvous}/{secrets.token_hex(16)}" if load.is_split else None
+            for rank, (link, at) in enumerate(zip(links, placed, strict=True)):
+                if len(links) > 1:
+                    link.name = f"rank {rank} of {len(links)} on {at.node} ({at.address})"
+                await link.send(self._load(load, rank, at, meeting))
+        except BaseException as error:
+            for link in links:
                 link.close()
+            if isinstance(error, EOFError | OSError):
                 raise WorkerError(Cause.CLUSTER, "the bridge to the cluster ended") from None
-            except BaseException:
-                link.close()
-                raise
-        return RemoteProcess(link, placed)
+            raise
+        return RemoteProcesses(links, placed)
+
+    def _load(self, load: Load, rank: int, at: Placed, rendezvous: str | None) -> Load:
+        """Return what a rank is to load, where the cluster has placed it."""
+        return dataclasses.replace(
+            load,
+            cards=at.cards if self._gpus else (),
+            rank=rank,
+            rendezvous=rendezvous,
+            place=f"{at.node} ({at.address})",
+        )
 
     async def run(self) -> NoReturn:
         """Keep the bridge running until cancelled."""
@@ -147,7 +166,7 @@ class Cluster:
                     joined, reason = await self._watch(bridge)
                 finally:
                     self.pid, self._requests = None, None
-                    self._set_room(Room(0, 0, ""))
+                    self._set_room(Room(0, 0, "", 0))
                     ended = await bridge.end()
             failures = 0 if joined else failures + 1
             delay = min(LONGEST_BACKOFF, 2.0 ** max(0, failures - 1))
@@ -194,7 +213,7 @@ class Cluster:
                 sys.executable,
                 "-m",
                 "pocd.cluster.bridge",
-                *map(str, [*fds, self._settings.address, self._settings.cpus, self._gpus]),
+                *map(str, [*fds, self._settings.address, self._ranks, self._settings.cpus, self._gpus]),
                 env=bridge_environment(self._environment),
                 pass_fds=fds,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -252,15 +271,31 @@ def check_versions(placed: Placed) -> None:
         )
 
 
-class RemoteProcess:
-    """The process of one worker on a machine of the cluster, at the other end of the bridge."""
+async def _place(link: RankLink) -> Placed:
+    """Wait for the place of a rank, and check its machine's versions."""
+    placed = await link.receive(PLACE_SECONDS)
+    assert isinstance(placed, Placed), f"unexpected {placed}"
+    check_versions(placed)
+    return placed
 
-    def __init__(self, link: RankLink, placed: Placed) -> None:
-        self.pids = [placed.pid]
-        self.links = [link]
-        self.place: Place | None = Place(placed.node, placed.address)
 
-    async def end(self, limit: float) -> Ended:  # noqa: ARG002 - the bridge kills at once what this closes
-        """Have the bridge end the process."""
-        self.links[0].close()
-        return Ended("the bridge to the cluster ended", cause=Cause.CLUSTER)
+class RemoteProcesses:
+    """The processes of one worker on machines of the cluster, a rank each, at the other end of the bridge."""
+
+    def __init__(self, links: list[RankLink], placed: list[Placed]) -> None:
+        self.pids = [each.pid for each in placed]
+        self.links = links
+        machines = sorted({(each.node, each.address) for each in placed})
+        self.place: Place | None = Place(*("+".join(parts) for parts in zip(*machines, strict=True)))
+
+    async def end(self, limit: float) -> Ended:
+        """Have the bridge end all processes; returns how the first one ended that something else ended."""
+        ends = [asyncio.create_task(link.read_end()) for link in self.links]
+        try:
+            done, _ = await asyncio.wait(ends, timeout=limit + GONE_SECONDS)
+        finally:
+            await cancel(ends)
+            for link in self.links:
+                link.close()
+        found = [ended for each in ends if each in done and (ended := each.result())]
+        return found[0] if found else Ended("the bridge to the cluster ended", cause=Cause.CLUSTER)

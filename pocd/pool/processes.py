@@ -16,7 +16,7 @@ from pocd.pool.causes import Cause, WorkerError
 from pocd.pool.output import Output
 from pocd.tasks import within
 from pocd.worker import messages
-from pocd.worker.messages import Failed, Gone
+from pocd.worker.messages import Failed, Gone, find_gone
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -43,9 +43,14 @@ class FailedError(Exception):
 
 
 class RankLink:
-    """The socket to the process of one rank, and the messages over it."""
+    """The socket to the process of one rank, and the messages over it.
+
+    Attributes:
+        name: Which rank of a worker it is, and on which machine; empty where messages need not say it.
+    """
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.name = ""
         self._reader = reader
         self._writer = writer
 
@@ -72,12 +77,27 @@ class RankLink:
         try:
             message = await within(limit, messages.receive(self._reader))
         except TimeoutError:
-            raise WorkerError(Cause.SILENT, f"worker gave no sign of life for {limit:.0f} s, killed") from None
+            text = f"{self.name or 'worker'} gave no sign of life for {limit:.0f} s, killed"
+            raise WorkerError(Cause.SILENT, text) from None
         if isinstance(message, Failed):
-            raise FailedError(message.kind, message.message)
+            raise FailedError(message.kind, self._told(message.message))
         if isinstance(message, Gone):
-            raise WorkerError(Cause.CLUSTER if message.is_lost else Cause.CRASH, message.message)
+            raise WorkerError(Cause.CLUSTER if message.is_lost else Cause.CRASH, self._told(message.message))
         return message
+
+    async def read_end(self) -> Ended | None:
+        """Let a cluster end the process; returns how it ended where the cluster says that something else ended it."""
+        if not self._writer.is_closing():
+            self._writer.write_eof()
+        with suppress(OSError):
+            gone = find_gone(await self._reader.read())
+            if gone and (gone.is_lost or gone.is_killed):
+                cause = Cause.CLUSTER if gone.is_lost else Cause.CRASH
+                return Ended(self._told(gone.message), by_force=True, cause=cause)
+        return None
+
+    def _told(self, text: str) -> str:
+        return f"{self.name}: {text}" if self.name else text
 
     def close(self) -> None:
         """Close the socket, which ends the process."""
@@ -90,12 +110,13 @@ class Ended:
 
     Attributes:
         text: How the first process ended that ended by itself.
-        by_signal: True if the process of that rank was killed by a signal that this daemon did not send.
+        by_force: Whether the process of that rank was killed by a signal that this daemon did not send, or a cluster
+            lost it: then errors of other ranks follow from that.
         cause: Why the worker's life ended where the process is gone and has not said why.
     """
 
     text: str
-    by_signal: bool = False
+    by_force: bool = False
     cause: Cause = Cause.CRASH
 
 
@@ -104,8 +125,8 @@ class Place:
     """Where in a cluster a worker runs.
 
     Attributes:
-        node: The machine's name in the cluster.
-        address: The machine's address in the cluster.
+        node: The machine's name in the cluster; of several, whose ranks run one model, the names joined by "+".
+        address: The machine's address in the cluster; of several the addresses, in the order of the names.
     """
 
     node: str
@@ -163,7 +184,7 @@ class Processes:
         if load.is_split:
             folder = environment["TMPDIR"]
             rendezvous = tempfile.TemporaryDirectory(prefix="pocd-", dir=folder, ignore_cleanup_errors=True)
-            load = dataclasses.replace(load, rendezvous=rendezvous.name)
+            load = dataclasses.replace(load, rendezvous=f"file://{rendezvous.name}/ranks")
         processes = cls([], rendezvous)
         with ExitStack() as theirs:
             try:
@@ -234,7 +255,7 @@ class Processes:
         last = self._ranks[number].output.last
         if last and code not in {0, -signal.SIGKILL, -signal.SIGTERM}:  # by which others end it, whatever it does
             how = f"{how}: {last}"
-        return Ended(f"{self._name(number)} {how}", by_signal=code < 0)
+        return Ended(f"{self._name(number)} {how}", by_force=code < 0)
 
 
 async def _start(peers: list[socket.socket], environment: Mapping[str, str], log: FilteringBoundLogger) -> _Rank:

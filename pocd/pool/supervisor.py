@@ -139,7 +139,7 @@ class Supervisor:
         """Return what follows from the failure that a worker reported, and from how its processes ended."""
         if error.kind in {"fault", "crash"}:  # a rank that was killed is why the others report one
             return (
-                WorkerError(Cause.CRASH, ended.text) if ended.by_signal else WorkerError(Cause(error.kind), str(error))
+                WorkerError(ended.cause, ended.text) if ended.by_force else WorkerError(Cause(error.kind), str(error))
             )
         if error.kind == "capture":
             self.state.capture = False

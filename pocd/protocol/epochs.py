@@ -251,19 +251,26 @@ class NotComputedError(Exception):
     """The chain asks for what pocd does not compute; the message names it."""
 
 
-def recipe_of(info: EpochInfo, scheme: LiveScheme, model: str) -> Recipe:
+def recipe_of(info: EpochInfo, scheme: LiveScheme, *names: str) -> Recipe:
     """Return the parameters by which nonces of a model are computed in rounds of a scheme.
+
+    Args:
+        info: What the chain says.
+        scheme: Scheme of the round.
+        names: Names of the model; the first that the chain knows counts.
 
     Raises:
         NotComputedError: pocd does not compute the scheme, or the chain has no such parameters of the model.
     """
     if scheme is not LiveScheme.PREFILL:
         raise NotComputedError(f"the chain asks for {scheme}, which pocd does not compute: only {LiveScheme.PREFILL}")
-    for recipe in info.recipes:
-        if (recipe.model, recipe.scheme) == (model, scheme):
-            return recipe
+    for name in names:
+        for recipe in info.recipes:
+            if (recipe.model, recipe.scheme) == (name, scheme):
+                return recipe
     known = ", ".join(sorted({recipe.model for recipe in info.recipes})) or "none"
-    raise NotComputedError(f"the chain has no {scheme} of model {model!r}; it has models {known}")
+    asked = " or ".join(map(repr, names))
+    raise NotComputedError(f"the chain has no {scheme} of model {asked}; it has models {known}")
 
 
 def scheme_of(info: EpochInfo, event: Confirmation) -> LiveScheme:

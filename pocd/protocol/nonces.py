@@ -70,7 +70,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Node:
-    """A node's share of all nonces: position x is nonce `id + count · x`."""
+    """A node's share of all nonces: position x is nonce `id + count · x`.
+
+    The id may be as large as the count, and larger, where an orchestrator gives it.
+    """
 
     id: int
     count: int
@@ -78,6 +81,10 @@ class Node:
     def size(self, largest_nonce: int) -> int:
         """How many positions there are, up to a largest nonce."""
         return max(0, (largest_nonce - self.id) // self.count + 1)
+
+    def has(self, nonce: int) -> bool:
+        """Tell whether a nonce is in this share."""
+        return nonce >= self.id and (nonce - self.id) % self.count == 0
 
     def nonces(self, span: Span) -> range:
         """The nonces at the positions of `span`."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pocd.store.thread import OutboxThread
 
 LOOK_SECONDS = 5.0
-LONGEST_BACKOFF = 5.0  # seconds: a window is minutes
+LONGEST_WAIT = 5.0  # seconds between two attempts, also where more is asked for: a window is minutes
 KEPT_SECONDS = 86_400.0  # that a delivered callback is kept; what it holds is not passed on again
 MOST_QUEUES = 64
 MOST_REMEMBERED = 4_000_000  # nonces of the callbacks that are kept
@@ -183,7 +183,7 @@ class Relay:
             Receiver(name, f"{self._to}{prefix}", None),
             self._outbox,
             expire_after=self._windows[kind],
-            longest_backoff=LONGEST_BACKOFF,
+            longest_wait=LONGEST_WAIT,
             clock=self._clock,
             jitter=partial(random.uniform, -1, 1),
             log=self._log,

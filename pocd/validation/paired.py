@@ -86,12 +86,13 @@ class Paired:
         self._log = log
 
     async def ask(self, job: LiveJob) -> str | None:
-        """Store the validation of a job's artifacts, and return its id; None where the store has no room for it now."""
+        """Store the validation of a job's artifacts, and return its id; None, logged and counted, without room."""
         info = self._workers.info
         assert info is not None, "a worker has just computed the job's vectors"
         try:
             found = await self._validator.ask(paired_request(job, info, self._settings, revision=self._revision))
         except (QueueFullError, StoreUnavailableError) as error:
+            self._validator.results["not_paired"] += 1
             self._log.error("not judged by differences", action="not_paired", id=job.id, cause=str(error))
             return None
         return found.id

@@ -15,7 +15,12 @@ ALLOCATOR = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # the second one 
 
 
 def environment(
-    given: Mapping[str, str], *, cards: tuple[str, ...] | None, cache: Path, threads: int | None = None
+    given: Mapping[str, str],
+    *,
+    cards: tuple[str, ...] | None,
+    cache: Path,
+    threads: int | None = None,
+    interface: str = "lo",
 ) -> dict[str, str]:
     """Return the environment of a worker's processes. What the given one sets stays, but for its cards.
 
@@ -26,6 +31,7 @@ def environment(
         cards: The names of the cards that CUDA shows; none hides all of them, None leaves the given ones.
         cache: The folder for what compilers make, which outlives the workers.
         threads: How many threads torch uses; None for its own choice.
+        interface: The network interface by which ranks reach one another: those of one machine need no network.
 
     Raises:
         OSError: The system has no folder for temporary files, and none can be made in the cache.
@@ -35,8 +41,8 @@ def environment(
         "TMPDIR": str(_temporary_folder(cache / "tmp")),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "TRITON_CACHE_DIR": str(cache / "triton"),
-        "GLOO_SOCKET_IFNAME": "lo",  # ranks of one host need no network
-        "NCCL_SOCKET_IFNAME": "lo",
+        "GLOO_SOCKET_IFNAME": interface,
+        "NCCL_SOCKET_IFNAME": f"={interface}",  # else all whose names begin so
     }
     if not ALLOCATOR & given.keys():
         # Else blocks that batches of several shapes leave behind do not serve one another.

@@ -38,9 +38,11 @@ class Load:
         compile: Whether the model is compiled: "auto", "always" or "never".
         conditioning: What follows where rounding decides too much: "warn" or "refuse".
         capture: Whether what was compiled is captured as a CUDA graph; a life in which that failed is the last to try.
-        cards: The names by which CUDA is shown the cards of `devices` alone; empty on the CPU.
+        cards: The names by which CUDA is shown the cards of `devices` alone, or in a cluster the card of this rank
+            alone; empty on the CPU.
         rank: Which of the worker's processes the receiver is; rank 0 leads.
-        rendezvous: The folder in which the ranks of a split model find one another.
+        rendezvous: Where the ranks of a split model find one another, see `pocd.compute.ranks.joined`.
+        place: The machine of a cluster that the receiver runs on, for people; empty on the daemon's own.
     """
 
     model: str
@@ -57,6 +59,7 @@ class Load:
     cards: tuple[str, ...] = ()
     rank: int = 0
     rendezvous: str | None = None
+    place: str = ""
 
     @property
     def device(self) -> str:
@@ -65,8 +68,13 @@ class Load:
 
     @property
     def own_device(self) -> str:
-        """The device of this rank as its own process names it: that sees no cards but the worker's."""
-        return f"cuda:{self.rank}" if self.cards else self.device
+        """The device of this rank as its own process names it: that sees no cards but `cards`."""
+        return f"cuda:{self.own_card}" if self.cards else self.device
+
+    @property
+    def own_card(self) -> int:
+        """Which of `cards` is this rank's."""
+        return min(self.rank, len(self.cards) - 1)
 
     @property
     def is_split(self) -> bool:
@@ -196,10 +204,16 @@ class RoundBegun:
 
 @dataclass(frozen=True, slots=True)
 class Distances:
-    """From the worker: the result of a Compute or a Recompute, in the order of its nonces."""
+    """From the worker: the result of a Compute or a Recompute, in the order of its nonces.
+
+    Attributes:
+        turned: Of a Recompute by a mixture of experts: how probable it is, by nonce, that a router chooses otherwise on
+            another honest host; None where there are no routers.
+    """
 
     id: int
     distances: list[float]
+    turned: list[float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,12 +236,14 @@ class Compared:
         own: Numbers of each nonce as a miner computes them: one distance, or those of a vector.
         reference: Numbers of each nonce in float32 arithmetic on the same rounded weights.
         errors: Expected squared error of a number of `own`, by nonce.
+        turned: As of `Distances`; None for vectors.
     """
 
     id: int
     own: list[list[float]]
     reference: list[list[float]]
     errors: list[float]
+    turned: list[float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +279,7 @@ class Placed:
         pid: The process's id on that machine.
         cards: The names by which CUDA is shown the cards that the cluster gave the worker; empty on the CPU.
         versions: Versions of pocd, Python and torch on that machine.
+        rendezvous: HOST:PORT where the ranks of a split model find one another; empty but for the leading one.
     """
 
     node: str
@@ -270,6 +287,7 @@ class Placed:
     pid: int
     cards: tuple[str, ...]
     versions: dict[str, str]
+    rendezvous: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,12 +295,14 @@ class Gone:
     """From the bridge to a cluster, last: the worker's process ended, or the cluster lost it.
 
     Attributes:
-        is_lost: Whether the cluster lost it, or could not start it; else it ended by itself.
+        is_lost: Whether the cluster lost it, or could not start it.
         message: How, for people.
+        is_killed: Whether a signal ended it that came from neither daemon nor bridge.
     """
 
     is_lost: bool
     message: str
+    is_killed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,11 +313,13 @@ class Room:
         workers: How many workers its machines have room for.
         machines: How many machines it has.
         problem: Why that may be out of date; empty where it is not.
+        ranks: How many ranks they have room for; a worker has several where its model is split.
     """
 
     workers: int
     machines: int
     problem: str
+    ranks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,3 +413,11 @@ async def receive_frame(stream: asyncio.StreamReader) -> bytes:
 def decode_frame(frame: bytes) -> Message:
     """Return the message in a whole frame."""
     return _decode(frame[_LENGTH.size :])
+
+
+def find_gone(rest: bytes) -> Gone | None:
+    """Return the Gone that ends the rest of a stream, which may begin in the middle of a frame; None without one."""
+    start = rest.rfind(b'{"type":"Gone"')  # inside any other message the quotes would be escaped
+    message = _decode(rest[start:]) if start >= 0 else None
+    assert message is None or isinstance(message, Gone), f"unexpected {message}"
+    return message

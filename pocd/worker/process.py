@@ -26,7 +26,7 @@ import torch
 
 from pocd.compute.memory import is_out_of_memory
 from pocd.compute.model import load_model, longest_seq_len, pick_device
-from pocd.compute.ranks import joined
+from pocd.compute.ranks import check_alike, joined
 from pocd.protocol.errors import (
     CaptureError,
     ComputeError,
@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pocd.compute.model import Model
-    from pocd.compute.reference import Comparison
+    from pocd.worker.computer import Results
 
 HEARTBEAT_SECONDS = 2.0
 NICENESS = 5  # on the CPU the daemon goes first: its answers are short, a batch is long
@@ -171,7 +171,7 @@ def take_card(load: Load) -> CardIdentity:
     torch.cuda.set_device(device)  # else pinned memory would take some of the first card's
     # What torch does not know of takes memory as well: cuBLAS, the driver, graphs.
     torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE, device)
-    card, name = torch.cuda.get_device_properties(device), load.cards[load.rank] if load.cards else ""
+    card, name = torch.cuda.get_device_properties(device), load.cards[load.own_card] if load.cards else ""
     return CardIdentity(card.name, name if name.startswith("MIG-") else f"GPU-{card.uuid}")
 
 
@@ -193,6 +193,8 @@ def prepare(link: DaemonLink, load: Load) -> tuple[Model, int]:
         ranks=len(load.devices),
     )
     load_seconds = time.monotonic() - began
+    if load.is_split:
+        check_alike(load.model, model.fingerprint, load.place)
     link.send(Stage("measuring how far rounding decides its results"))
     conditioning = check_rounding(model, load)
     if conditioning is None:
@@ -230,7 +232,7 @@ def lead(link: DaemonLink, load: Load, followers: list[socket.socket]) -> None:
     # Ranks go in step, and drawn weights are gone with their round: there each batch is finished before the next.
     is_simple = not load.is_split and SCHEMES[load.scheme].weights == "trained"
     at_once = AT_ONCE if is_simple and model.device.type == "cuda" else 1
-    under_way: deque[tuple[int, Callable[[], torch.Tensor | Comparison]]] = deque()
+    under_way: deque[tuple[int, Callable[[], Results]]] = deque()
     while True:
         message = link.inbox.get_nowait(link.send) if under_way else link.inbox.get(link.send)
         if message is not None:
@@ -268,7 +270,11 @@ def work(link: DaemonLink, load: Load, peers: list[socket.socket]) -> None:
     """Run the rank that `load` names, until it fails."""
     if load.device == "cpu":
         os.nice(NICENESS)
-    with joined(load.rank, len(load.devices), load.rendezvous, load.own_device) if load.rendezvous else nullcontext():
+    listener = peers.pop() if load.rank == 0 and load.place and load.is_split else None
+    group = (
+        joined(load.rank, len(load.devices), load.rendezvous, load.own_device, listener) if load.rendezvous else None
+    )
+    with group or nullcontext():
         if load.rank == 0:
             lead(link, load, peers)
         else:
@@ -279,7 +285,8 @@ def main() -> None:
     """Run a worker process: `python -m pocd.worker FD [FD…]`.
 
     The first file descriptor is a socket to the daemon. The others are sockets to ranks: the leading rank has one to
-    each of the others, and each of the others has one to the leading rank.
+    each of the others, and each of the others has one to the leading rank. In a cluster the leading rank has one more,
+    on which it listens for the others to find it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the daemon decides
     link = DaemonLink(int(sys.argv[1]))

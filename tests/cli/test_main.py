@@ -301,13 +301,13 @@ def test_distances_as_json() -> None:
 
 
 def test_vectors_as_json_and_for_people() -> None:
-    ended = pocd(*compute(nonces="7,3", dtype="float32", scheme="poc4"), "--json")
+    ended = pocd_here(*compute(nonces="7,3", dtype="float32", scheme="poc4"), "--json")
     assert (ended.returncode, ended.stderr) == (EXIT_OK, "")
     lines = [orjson.loads(line) for line in ended.stdout.splitlines()]
     assert [line.keys() for line in lines] == [{"nonce", "vector_b64"}] * 2
     assert [line["nonce"] for line in lines] == [7, 3]
     vectors = [decode_vectors(line["vector_b64"]) for line in lines]
-    shown = pocd(*compute(nonces="7,3", dtype="float32", scheme="poc4")).stdout.splitlines()
+    shown = pocd_here(*compute(nonces="7,3", dtype="float32", scheme="poc4")).stdout.splitlines()
     for line, nonce, vector in zip(shown, (7, 3), vectors, strict=True):
         first, *numbers = line.split()
         assert first == str(nonce)

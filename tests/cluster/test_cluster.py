@@ -54,6 +54,7 @@ async def pooled(
     model: Path,
     address: str,
     *,
+    ranks: int = 1,
     limits: WorkerLimits = PATIENT,
     variables: Mapping[str, str] | None = None,
 ) -> AsyncIterator[tuple[Pool, Miner]]:
@@ -61,8 +62,8 @@ async def pooled(
     log, events, changes = structlog.get_logger(), Events(SYSTEM), Changes()
     environment = os.environ | {"POCD_ADMIN__TOKEN_FILE": SECRET, "HF_TOKEN": SECRET} | dict(variables or {})
     settings = RaySettings(address=address)
-    cluster = Cluster(settings, gpus=0, environment=environment, changed=changes.notify, log=log)
-    load = Load(str(model), "float32", ("cpu",), "poc2", 16, 8)
+    cluster = Cluster(settings, ranks=ranks, gpus=0, environment=environment, changed=changes.notify, log=log)
+    load = Load(str(model), "float32", ("cpu",) * ranks, "poc2", 16, 8)
     with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
         miner = Miner(outbox, changes, clock=SYSTEM)
         pool = Pool(

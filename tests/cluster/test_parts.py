@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import os
 import socket
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 
 from pocd.check.cluster import Machine, judge, protection
 from pocd.check.finding import Level
+from pocd.cluster.interfaces import interface_of
 from pocd.cluster.room import room_for
 from pocd.cluster.versions import differences, versions
 from pocd.config.model import check_engine
@@ -21,7 +23,7 @@ from pocd.config.settings import ConfigError, Settings
 from pocd.daemon.compose import make_loads
 from pocd.pool.causes import Cause, WorkerError, WorkerRefusedError
 from pocd.pool.cluster import Cluster, bridge_environment, check_versions
-from pocd.worker.messages import Gone, Load, Placed, Room, decode_frame, encode
+from pocd.worker.messages import Failed, Gone, Load, Placed, Room, decode_frame, encode, find_gone
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,7 +93,7 @@ def test_what_a_machine_is_told_to_load_names_neither_receivers_nor_secrets(tmp_
         assert str(token).encode() not in sent
 
 
-@pytest.mark.parametrize("message", [PLACED, Gone(is_lost=True, message="why"), Room(3, 2, "")])
+@pytest.mark.parametrize("message", [PLACED, Gone(is_lost=True, message="why"), Room(3, 2, "", 6)])
 def test_the_bridges_messages_arrive_as_they_were(message: Message) -> None:
     assert decode_frame(encode(message)) == message
 
@@ -119,11 +121,35 @@ def settings(**model: object) -> Settings:
 
 def test_what_a_clusters_workers_cannot_run_is_refused_by_name() -> None:
     assert settings().ray.workers == "auto"
-    with pytest.raises(ValidationError, match=r"model.parallel must be 1"):
-        settings(parallel=2)
+    assert settings(parallel=2, device="cpu").model.parallel == 2
     for device in ("cuda:1", ["cuda:0", "cuda:1"]):
         with pytest.raises(ValidationError, match=r"model.device must be"):
             settings(device=device)
+
+
+def test_each_rank_of_a_clusters_worker_has_a_device_of_its_own_name_and_one_card() -> None:
+    load = make_loads(settings(parallel=2))[0]
+    assert (load.devices, load.cards) == (("cuda:0", "cuda:1"), ())
+    second = dataclasses.replace(load, rank=1, cards=("MIG-7",))  # which is all that Ray shows its process
+    assert (second.device, second.own_device, second.cards[second.own_card]) == ("cuda:1", "cuda:0", "MIG-7")
+    here = dataclasses.replace(load, rank=1, cards=("0", "1"))
+    assert (here.own_device, here.cards[here.own_card]) == ("cuda:1", "1")
+    assert make_loads(settings(parallel=3, device="cpu"))[0].devices == ("cpu", "cpu", "cpu")
+
+
+def test_the_interface_of_an_address() -> None:
+    assert interface_of("127.0.0.1") == "lo"
+    with pytest.raises(OSError, match=r"no network interface has the address 192.0.2.7, .* --node-ip-address"):
+        interface_of("192.0.2.7")
+
+
+def test_how_a_rank_ended_is_found_wherever_its_daemon_stopped_reading() -> None:
+    gone = Gone(is_lost=False, message='it said {"type":"Gone"', is_killed=True)
+    before = encode(Failed("fault", '{"type":"Gone"'))
+    rest = before + encode(gone)
+    assert [find_gone(rest[start:]) for start in range(len(before) + 5)] == [gone] * (len(before) + 5)
+    assert find_gone(before) is None
+    assert find_gone(b"") is None
 
 
 def test_without_ray_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +177,20 @@ def test_what_a_check_says_of_a_clusters_machines() -> None:
     assert found[3].text == "10.0.0.3: no answer within 30 s"
     assert judge([machine("one", 5)], wanted, gpus=0)[0].level is Level.YELLOW, "room for 2 of 3"
     assert judge([machine("one", 5)], RaySettings(cpus=2), gpus=0)[0].level is Level.GREEN
+    split = judge([machine("one", 5), machine("two", 3)], RaySettings(cpus=2), ranks=2, gpus=0)[0]
+    assert (split.level, split.text.partition("with ")[2]) == (
+        Level.GREEN,
+        "room for 1 workers of 2 ranks, each of 2 cores",
+    )
+    apart = judge([machine("one", 1, 1), machine("two", 1, 1)], RaySettings(), ranks=2, gpus=1)[0]
+    assert apart.level is Level.GREEN
+    assert "each of a GPU and 1 core, 1 of them on several machines, which have to reach one another" in apart.text
+    short = judge([machine("one", 1, 1)], RaySettings(), ranks=2, gpus=1)[0]
+    assert short.level is Level.RED
+    assert short.text == (
+        "the machines have no room for a worker of 2 ranks, each of a GPU and 1 core (one: 1 cores, 1 GPUs); "
+        "there is room for 1 ranks in all"
+    )
     (none, _) = judge([machine("one", 5)], wanted, gpus=1)
     assert none.level is Level.RED
     assert none.text == "no machine has room for a worker of a GPU and 2 cores (one: 5 cores, 0 GPUs)"

@@ -41,7 +41,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.torch.jit:DeprecationWarning"
 )  # torch's compiler uses its own old parts
 
-SEQ_LEN, BATCH = 6, 4
+SEQ_LEN, BATCH = 16, 4  # as of the known distances, so that a worker's self-test needs no compilation of its own
 ROUNDING = 2e-5  # of distances in float32, whatever the kernels: docs/protocol.md, section 3
 # Both models, and schemes that differ in what is compiled. The first pays for the compiler's own start, 20 s.
 COMBINATIONS = [
@@ -59,7 +59,7 @@ from torch._dynamo.utils import counters
 from pocd.compute.compiled import compile_model
 from pocd.compute.model import load_model
 from pocd.protocol.schemes import SCHEMES
-model = load_model("bundled:tiny-llama", dtype="float32", device="cpu")
+model = load_model("bundled:tiny-qwen3", dtype="float32", device="cpu")
 ready = compile_model(model, "always", scheme=SCHEMES["poc2"], seq_len={SEQ_LEN}, batch_size={BATCH})
 print(json.dumps({{"path": ready.execution.path, **counters["inductor"]}}))
 """
@@ -242,8 +242,8 @@ def test_whatever_fails_leaves_a_clean_eager_path_or_is_an_error(
 async def test_a_worker_mines_by_compiled_code_and_says_so_and_another_process_finds_what_it_compiled(
     cache: Path, tmp_path: Path
 ) -> None:
-    load = Load("bundled:tiny-llama", "float32", ("cpu",), "poc2", SEQ_LEN, BATCH, compile="always")
-    round_ = replace(ROUND, seq_len=SEQ_LEN)
+    load = Load("bundled:tiny-qwen3", "float32", ("cpu",), "poc2", SEQ_LEN, BATCH, compile="always")
+    round_ = replace(ROUND, model=load.model, seq_len=SEQ_LEN)
     with structlog.testing.capture_logs() as logs:
         async with pooled(tmp_path, [load], round_) as (pool, _):
             (worker,) = pool.workers

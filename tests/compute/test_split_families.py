@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from pocd.compute.engine import block_run
 from pocd.compute.model import load_model
-from pocd.compute.ranks import joined, split_as_planned
+from pocd.compute.ranks import check_alike, joined, split_as_planned
 from pocd.protocol.errors import DeviceError, ModelError
 from pocd.protocol.schemes import SCHEMES
 from tests.support.family_models import FAMILIES, SEQ_LEN
@@ -63,9 +63,13 @@ def compute(folder: Path, device: str, ranks: int) -> Found | str:
 
 
 def be_a_rank(rank: int, meeting: str, devices: tuple[str, str], folders: list[Path], results: Any) -> None:  # noqa: ANN401 - a queue of its context
-    """Compute with every model; then the second rank is killed, and the first one tells what it makes of that."""
+    """Compare checkpoints, and compute with every model; then the second rank is killed, and the first one tells."""
     torch.set_num_threads(1)
-    with joined(rank, 2, meeting, devices[rank]):
+    with joined(rank, 2, f"file://{meeting}/ranks", devices[rank]):
+        check_alike("m", "v2-1", f"machine {rank}")
+        told = r"'m' .* \(rank 0 on machine 0: v2-0, rank 1 on machine 1: v2-1\): give all machines the same model"
+        with pytest.raises(ModelError, match=told):
+            check_alike("m", f"v2-{rank}", f"machine {rank}")
         results.put((rank, [compute(folder, devices[rank], 2) for folder in folders]))
         torch.distributed.barrier()  # so both have put theirs
         if devices[rank] != "cpu":

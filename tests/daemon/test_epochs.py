@@ -87,3 +87,28 @@ async def test_which_round_runs_and_what_status_says_of_the_epoch(tmp_path: Path
             again = await make_chain(settings, outbox, [session], log)
             assert again is not None
             assert (await again.block(FIRST + 29)).hash == BLOCKS.block_hash(FIRST + 29)
+
+
+async def test_a_proof_engine_tells_the_epoch_and_begins_no_round(tmp_path: Path) -> None:
+    chain, clock = EpochChain(BLOCKS, "tiny", 32), ManualClock()
+    clock.advance(BLOCKS.block_time(FIRST + 3) - clock.now)
+    async with TestServer(application(chain, clock.wall)) as server, aiohttp.ClientSession() as session:
+        engine = {"orchestrator__port": 8080, "orchestrator__aliases": ["tiny"], "node__public_key": None}
+        of_gonka = {"chain__kind": "gonka", "round__scheme": "artifacts", "round__r_target": None, "round__every": 60}
+        path = config(tmp_path, str(server.make_url("/")), {}, **engine, **of_gonka, round__duration=60)
+        for alias, problems in (("tiny", 0), ("another", 1)):
+            path.write_text(path.read_text().replace('aliases = ["tiny"]', f'aliases = ["{alias}"]'))
+            settings, log = load(path), structlog.get_logger()
+            with contextlib.closing(OutboxThread(settings.store.path)) as outbox:
+                source = await make_chain(settings, outbox, [session], log)
+                assert source is not None
+                made = compose(settings, outbox, source, [], make_loads(settings), clock=clock, log=log)
+                assert made.scheduler is not None
+                assert made.orchestrated is not None
+                assert made.parts.validator._until_free == made.orchestrated.jobs.until_idle
+                await made.scheduler.on_head(await source.head())
+                told = status.view(made.parts)
+                assert (told.round, told.chain.epoch and told.chain.epoch.phase) == (None, "generate")
+                assert made.parts.control.chain_round is None
+                refused = [each.reason for each in told.problems if "no POC_SCHEME_PREFILL of model" in each.reason]
+                assert len(refused) == problems

@@ -190,6 +190,18 @@ def test_retry_after_is_clamped_both_ways(asked: float, waits: float) -> None:
     assert decided(Outcome(429, "", asked), failures=5) == Retry(waits)
 
 
+@given(jitter=jitters, retry_after=st.none() | st.floats(0, allow_nan=False), failures=failure_counts)
+def test_what_is_worthless_later_waits_no_longer_whatever_retry_after_asks(
+    jitter: float, retry_after: float | None, failures: int
+) -> None:
+    outcome = Outcome(503, "", retry_after)
+    found = decide(
+        outcome, failures=failures, faults=1, overtaken=False, others_pass=False, jitter=jitter, longest_wait=5.0
+    )
+    assert isinstance(found, Retry)
+    assert 0 < found.seconds <= 5.0
+
+
 @given(next_at=times, now=times)
 def test_a_wait_is_never_negative_nor_longer_than_the_longest_wait(next_at: float, now: float) -> None:
     assert 0.0 <= remaining_wait(next_at, now) <= LONGEST_WAIT

@@ -20,7 +20,7 @@ from pocd.clock import SYSTEM
 from pocd.dev.chain import DevChain
 from pocd.dev.epochs import WINDOWS, EpochChain
 from pocd.mining.control import Control
-from pocd.mining.epochs import EpochScheduler
+from pocd.mining.epochs import EpochScheduler, EpochWatcher
 from pocd.mining.follower import ChainHealth
 from pocd.mining.miner import Miner
 from pocd.observe.changes import Changes
@@ -90,10 +90,9 @@ class Scheduled:
         self.health = ChainHealth()
         self.scheduler = EpochScheduler(
             node,
+            EpochWatcher(node, health=self.health, models=["tiny"], log=log),
             self.control,
             self.outbox,
-            health=self.health,
-            model="tiny",
             make_round=round_of,
             clock=ManualClock(),
             log=log,
@@ -217,7 +216,7 @@ async def test_what_pocd_does_not_compute_is_refused_by_name_once_and_told(sched
     if name == "scheme":
         scheduled.node.chain.scheme = LiveScheme.DECODE
     else:
-        scheduled.scheduler._model = "other"
+        scheduled.scheduler._watcher._models = ["other"]
     with capture_logs() as logs:
         for height in (FIRST, FIRST + 1):
             assert await scheduled.look(height) is None

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
+from tests.support.waiting import PATIENCE
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -222,4 +224,4 @@ for number in range(200):
     log.info("x" * 65536, number=number)
 """
     with subprocess.Popen((sys.executable, "-c", script), stderr=subprocess.PIPE) as process:
-        assert process.wait(60) == 0
+        assert process.wait(PATIENCE) == 0

@@ -24,6 +24,7 @@ from pocd.store.outbox import Outbox, Work
 from pocd.store.proofs import Weights
 from tests.support.clocks import NOW, ROUND
 from tests.support.stored import commit_span
+from tests.support.waiting import PATIENCE
 
 NODE = Node(1, 3)
 
@@ -50,18 +51,28 @@ def checked(path: Path) -> int:
 
 
 def test_a_copy_is_made_while_the_store_is_written(outbox: Outbox, tmp_path: Path) -> None:
-    copy, copying = tmp_path / "copy.db", threading.Event()
+    copy, copying, went_on = tmp_path / "copy.db", threading.Event(), threading.Event()
+    steps = 0
+
+    def step() -> None:
+        nonlocal steps
+        steps += 1
+        copying.set()
+        assert went_on.wait(PATIENCE)
+
     outbox.db.execute("INSERT INTO meta VALUES ('large', hex(zeroblob(4000000)))")
     commit(outbox, 0, 5)
-    thread = threading.Thread(target=back_up, args=(outbox.db, copy, copying.set))
+    thread = threading.Thread(target=back_up, args=(outbox.db, copy, step))
     thread.start()
-    assert copying.wait(60)
+    assert copying.wait(PATIENCE)
     stop = 5
     while thread.is_alive():
         commit(outbox, stop, stop + 1)
         stop += 1
+        went_on.set()
     thread.join()
     assert copy.stat().st_mode & 0o777 == 0o600
+    assert steps > 2, "the store's own thread gets its turns"
     assert 5 <= checked(copy) <= stop
     assert outbox.totals.checked == stop > 5, "others went on"
     with closing(sqlite3.connect(copy)) as db:

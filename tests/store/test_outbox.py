@@ -899,7 +899,7 @@ async def test_a_write_that_began_is_finished_though_its_caller_was_cancelled(pa
 
     def slow_commit(outbox: Outbox) -> None:
         loop.call_soon_threadsafe(began.set)
-        assert may_go_on.wait(30)
+        assert may_go_on.wait(PATIENCE)
         commit(outbox, 0, 3)
 
     with closing(OutboxThread(path)) as thread:

@@ -25,7 +25,7 @@ SEQ_LEN = 16
 ENCODING = {"dtype": "f16", "k_dim": 12, "endian": "le"}
 
 
-def init_body(origin: str, *, node_id: int = 0, node_count: int = 2, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
+def init_body(origin: str, *, node_id: int = 1, node_count: int = 2, **changes: Any) -> dict[str, Any]:  # noqa: ANN401 - JSON
     """The body of an init/generate."""
     body = {
         "block_hash": REGULAR,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import os
 import signal
@@ -54,15 +55,12 @@ class Chain:
             yield self
 
 
-_kept: list[socket.socket] = []
-
-
 def free_port() -> int:
     """A port that nobody listens on, and that is given to nobody else while this process lives; a test may listen."""
     keeper = socket.socket()
     keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as of whoever listens there: then both may have it
     keeper.bind(("127.0.0.1", 0))
-    _kept.append(keeper)
+    atexit.register(keeper.close)
     port: int = keeper.getsockname()[1]
     return port
 

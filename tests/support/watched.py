@@ -131,7 +131,13 @@ def sample() -> dict[str, Any]:
             "observed_valid_rate": 5_183 / 52_224,
         },
         "control": {"mode": "FOLLOWING", "asked": None},
-        "node": {"public_key": "gonka1abc", "node_id": 1, "node_count": 40},
+        "node": {
+            "role": "miner",
+            "public_key": "gonka1abc",
+            "node_id": 1,
+            "node_count": 40,
+            "models": ["Qwen/Qwen3-0.6B"],
+        },
         "funnel": {
             "checked": 2_411_520,
             "valid": 239_004,
@@ -145,6 +151,7 @@ def sample() -> dict[str, Any]:
             "valid_per_second_1m": 84.3,
             "valid_per_second_15m": 84.0,
         },
+        "validations": dict.fromkeys(("honest", "fraud", "undecidable", "failed", "not_paired"), 0),
         "chain": {
             "chain_id": "gonka-mainnet",
             "height": 4_100_047,

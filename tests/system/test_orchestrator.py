@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import json
 import signal
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from pocd.process import EXIT_FRAUD, EXIT_OK
 from pocd.protocol.vectors import decode_vectors, encode_vectors
+from tests.support.command_line import pocd_here
 from tests.support.orchestrating import (
     CONFIRMATION,
     ENCODING,
@@ -81,18 +84,19 @@ def close(one: str, other: str) -> bool:
 
 
 def of_node(callbacks: Callbacks, block_hash: str, node: int) -> list[int]:
-    return sorted(nonce for nonce in callbacks.artifacts.get(block_hash, {}) if nonce % 2 == node)
+    return sorted(nonce for nonce in callbacks.artifacts.get(block_hash, {}) if nonce % 2 == node % 2)
 
 
 async def test_an_epoch_of_two_nodes_with_a_kill_and_closed_windows(tmp_path: Path) -> None:
     async with Chain().served() as chain, receiving_callbacks() as callbacks, contextlib.AsyncExitStack() as stack:
-        paths = [settings(tmp_path / str(node), chain.url, callbacks.url) for node in (0, 1)]
+        # Orchestrators number nodes from 1, so the last one's number is their count.
+        paths = [settings(tmp_path / str(node), chain.url, callbacks.url) for node in (1, 2)]
         first, url = await stack.enter_async_context(proving(paths[0]))
         async with proving(paths[1]) as (second, other):
             status = {"port": int(url.rpartition(":")[2]), "status": "IDLE", "config": None, "stats": None}
             idle = await ask(url, "GET", f"{POW}/status")
             assert idle[1] | {"late": 0} == {"status": "IDLE", "backends": [status], "late": 0}
-            for node, each in enumerate((url, other)):
+            for node, each in enumerate((url, other), start=1):
                 code, body = await ask(each, "POST", f"{POW}/init/generate", init_body(callbacks.url, node_id=node))
                 assert (code, body["status"], body["backends"], body["n_groups"]) == (200, "OK", 1, 1)
                 assert (body["errors"], [result["status"] for result in body["results"]]) == (None, ["OK"])
@@ -104,7 +108,7 @@ async def test_an_epoch_of_two_nodes_with_a_kill_and_closed_windows(tmp_path: Pa
                 "block_hash": REGULAR,
                 "block_height": 6450112,
                 "public_key": KEY,
-                "node_id": 0,
+                "node_id": 1,
                 "node_count": 2,
                 "group_id": 0,
                 "n_groups": 1,
@@ -112,22 +116,22 @@ async def test_an_epoch_of_two_nodes_with_a_kill_and_closed_windows(tmp_path: Pa
                 "k_dim": 12,
             }
             assert body["backends"][0]["stats"].keys() == {"total_processed", "nonces_per_second"}
-            await until(lambda: min(len(of_node(callbacks, REGULAR, node)) for node in (0, 1)) > 40)
+            await until(lambda: min(len(of_node(callbacks, REGULAR, node)) for node in (1, 2)) > 40)
             assert await second.end(signal.SIGKILL) == -signal.SIGKILL
-        before = len(of_node(callbacks, REGULAR, 1))
+        before = len(of_node(callbacks, REGULAR, 2))
         async with proving(paths[1]) as (second, other):  # goes on by itself
             assert (await ask(other, "GET", f"{POW}/status"))[1]["status"] == "GENERATING"
-            await until(lambda: len(of_node(callbacks, REGULAR, 1)) > before + 40)
+            await until(lambda: len(of_node(callbacks, REGULAR, 2)) > before + 40)
             for each in (url, other):
                 code, body = await ask(each, "POST", f"{POW}/stop", {})
                 assert (code, body["status"], body["results"][0]["status"]) == (200, "OK", "stopped")
             await second.until(lambda body: body["funnel"]["valid"] == body["funnel"]["delivered"])
         await first.until(lambda body: body["funnel"]["valid"] == body["funnel"]["delivered"])
         assert callbacks.twice == []
-        for node in (0, 1):
+        for node in (1, 2):
             nonces = of_node(callbacks, REGULAR, node)
-            assert nonces == list(range(node, 2 * len(nonces), 2))
-        some = of_node(callbacks, REGULAR, 0)[:40] + of_node(callbacks, REGULAR, 1)[-40:]
+            assert nonces == list(range(node, node + 2 * len(nonces), 2))
+        some = of_node(callbacks, REGULAR, 1)[:40] + of_node(callbacks, REGULAR, 2)[-40:]
         own = own_vectors(REGULAR, some)
         assert all(close(own[nonce], callbacks.artifacts[REGULAR][nonce]) for nonce in some)
 
@@ -165,8 +169,17 @@ async def test_a_node_validates_and_says_what_it_is(tmp_path: Path) -> None:
             await says_what_it_is(url)
             await refuses(url, callbacks.url)
             await computes(url)
-            await validates(url, callbacks)
+            judged = await validates(url, callbacks)
             assert await daemon.end() == 0
+    for artifacts, by_api in judged:
+        by_file = validated_by_file(tmp_path / "batch.json", artifacts)
+        for key in ("n_total", "n_mismatch", "mismatch_nonces", "fraud_detected", "fraud_by_p_value_threshold"):
+            assert by_file["network"][key] == by_api["network"][key]
+        assert {key: by_file["differences"][key] for key in ("probability_honest", "probability_blank")} == {
+            key: pytest.approx(by_api[key], rel=1e-6) for key in ("probability_honest", "probability_blank")
+        }
+        assert (by_file["verdict"], by_file["differences"]["malformed"]) == (by_api["verdict"], by_api["malformed"])
+        assert (by_file["n"], by_file["n_invalid"]) == (200, 0)
 
 
 async def says_what_it_is(url: str) -> None:
@@ -192,7 +205,7 @@ async def refuses(url: str, callbacks: str) -> None:
     code, body = await init(params={"model": MODEL, "seq_len": SEQ_LEN, "max_tokens": 256})
     assert (code, body["detail"][0]["type"]) == (422, "extra_forbidden")
     assert body["detail"][0]["loc"] == ["body", "params", "max_tokens"]
-    assert (await init(node_id=2))[0] == 422
+    assert (await init(node_id=-1))[0] == (await init(node_count=0))[0] == 422
     code, body = await init(url="http://elsewhere.example/v2")
     assert (code, "admin.callback_origins" in body["detail"]) == (403, True)
     assert (await ask(url, "GET", f"{POW}/status"))[1]["status"] == "IDLE"
@@ -216,7 +229,21 @@ async def computes(url: str) -> None:
     assert not any(close(own[each["nonce"]], each["vector_b64"]) for each in other["artifacts"])
 
 
-async def validates(url: str, callbacks: Callbacks) -> None:
+def validated_by_file(path: Path, artifacts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `pocd validate` says of the body that a node posts."""
+    body = {"block_hash": REGULAR, "block_height": 6450112, "public_key": KEY, "node_id": 1}
+    path.write_text(json.dumps(body | {"artifacts": artifacts, "encoding": ENCODING}))
+    here = ("--model=bundled:tiny-llama", "--scheme=artifacts", f"--seq-len={SEQ_LEN}", "--batch-size=8", "--json")
+    terms = ("--dist-threshold=0.75", "--p-mismatch=0.1", "--p-value-threshold=0.05")
+    ended = pocd_here("validate", path, *here, *terms)
+    found: dict[str, Any] = json.loads(ended.stdout)
+    assert ended.returncode == {"honest": EXIT_OK, "fraud": EXIT_FRAUD}[found["verdict"]], ended.stderr
+    return found
+
+
+async def validates(url: str, callbacks: Callbacks) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
+    """Have artifacts judged of which more and more are wrong; returns them, and the verdict by differences."""
+    judged = []
     nonces = list(range(1, 401, 2))
     honest = own_vectors(REGULAR, nonces)
     terms = {"dist_threshold": 0.75, "p_mismatch": 0.1, "p_value_threshold": 0.05}
@@ -254,6 +281,8 @@ async def validates(url: str, callbacks: Callbacks) -> None:
         paired = await judged_by_differences(url, name)
         assert (paired["verdict"], paired["malformed"]) == ("fraud" if bad else "honest", 0)
         assert (paired["probability_honest"] < 1e-4) == bool(bad)
+        judged.append((artifacts, paired | {"network": found}))
+    return judged
 
 
 async def judged_by_differences(url: str, name: str) -> dict[str, Any]:

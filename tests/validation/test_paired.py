@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from contextlib import closing
 from dataclasses import replace
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
+import structlog
+from structlog.testing import capture_logs
 
+from pocd.clock import SYSTEM
 from pocd.config.settings import ValidationSettings
+from pocd.observe.events import Events
 from pocd.protocol.live_jobs import LiveJob
 from pocd.protocol.live_verdict import LiveTerms
 from pocd.protocol.proof import Round
-from pocd.validation.paired import paired_request
-from pocd.validation.queue import ValidationRequest
+from pocd.store.thread import OutboxThread
+from pocd.validation.paired import Paired, paired_request
+from pocd.validation.queue import ValidationRequest, Validator
 from pocd.worker.messages import Ready
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from pocd.delivery.receivers import Receivers
+    from pocd.pool.pool import Pool
 
 VECTOR = b64encode(np.full(12, 12**-0.5, dtype="<f2").tobytes()).decode()
 READY = Ready("tiny", "f00d", "bfloat16", "cpu", 64, 2, "flat", "", "eager", "", 1.0, 0.0, 8, 4096, "2.13.0")
@@ -57,3 +70,21 @@ def test_of_more_than_may_be_recomputed_some_are_drawn() -> None:
     assert (asked.sample, asked.seed) == (3, "2f0c")
     other = paired_request(replace(JOB, id="3e1d"), READY, few, revision=None)
     assert other.seed == "3e1d"
+
+
+class WithModel:
+    """Workers whose model is ready."""
+
+    info = READY
+
+
+async def test_a_job_for_which_there_is_no_room_is_counted_and_logged(tmp_path: Path) -> None:
+    workers, receivers, log = cast("Pool", WithModel()), cast("Receivers", None), structlog.get_logger()
+    with closing(OutboxThread(tmp_path / "outbox.db")) as outbox, capture_logs() as logs:
+        validator = Validator(outbox, workers, receivers, most=1, clock=SYSTEM, log=log, events=Events(SYSTEM))
+        paired = Paired(validator, workers, ValidationSettings(), revision=None, log=log)
+        assert await paired.ask(JOB) is not None
+        assert validator.results["not_paired"] == 0
+        assert await paired.ask(replace(JOB, nonces=(5, 13, 21, 29, 45))) is None
+    assert validator.results["not_paired"] == 1
+    assert [entry["action"] for entry in logs] == ["not_paired"]

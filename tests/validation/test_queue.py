@@ -33,10 +33,11 @@ from pocd.validation.verdict import Terms
 from pocd.worker import messages
 from pocd.worker.messages import Load
 from tests.support.delivering import dispatchers
-from tests.support.waiting import PATIENCE
+from tests.support.family_models import FAMILIES
+from tests.support.waiting import PATIENCE, soon
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from pathlib import Path
 
 MODEL = "bundled:tiny-llama"
@@ -120,7 +121,13 @@ class Bench:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, load: Load = LOAD, *receivers: str, most: int = 4) -> Iterator[Bench]:
+def opened(
+    folder: Path,
+    load: Load = LOAD,
+    *receivers: str,
+    most: int = 4,
+    until_free: Callable[[], Awaitable[None]] | None = None,
+) -> Iterator[Bench]:
     """A bench on which nothing runs yet."""
     with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
         log, events = structlog.get_logger(), Events(SYSTEM)
@@ -129,15 +136,21 @@ def opened(folder: Path, load: Load = LOAD, *receivers: str, most: int = 4) -> I
         limits = WorkerLimits(batch=60.0)
         pool = Pool([load], miner, limits, cache=folder, changes=changes, clock=SYSTEM, log=log, events=events)
         served = dispatchers(outbox, [Receiver(name, "http://127.0.0.1:1", None) for name in receivers])
-        validator = Validator(outbox, pool, served, most=most, clock=SYSTEM, log=log, events=events)
+        validator = Validator(
+            outbox, pool, served, most=most, clock=SYSTEM, log=log, events=events, until_free=until_free
+        )
         yield Bench(outbox, miner, pool, validator, events)
 
 
 @contextlib.asynccontextmanager
 async def running(
-    folder: Path, load: Load = LOAD, *receivers: str, mined: Round | None = MINED
+    folder: Path,
+    load: Load = LOAD,
+    *receivers: str,
+    mined: Round | None = MINED,
+    until_free: Callable[[], Awaitable[None]] | None = None,
 ) -> AsyncIterator[Bench]:
-    with opened(folder, load, *receivers) as bench:
+    with opened(folder, load, *receivers, until_free=until_free) as bench:
         await bench.miner.set_round(Work(mined, NODE) if mined else None)
         tasks = [asyncio.create_task(part) for part in (bench.pool.run(), bench.validator.run())]
         try:
@@ -208,6 +221,28 @@ async def test_claims_are_judged_by_the_size_of_their_differences_beside_the_cou
     (one, other) = (verdict["differences"]["own_errors"] for verdict in verdicts)
     assert one == pytest.approx(other, rel=1e-3)
     assert len(one) == 48
+
+
+async def test_a_mixtures_verdict_weighs_how_near_its_routers_came_to_another_choice(tmp_path: Path) -> None:
+    """By the worker's answers to several questions; the chances follow from the nonces, whatever is claimed of them."""
+    folder = tmp_path / "mixture"
+    FAMILIES["qwen3 moe"].build().save_pretrained(folder)
+    load = dataclasses.replace(LOAD, model=str(folder))
+    theirs = dataclasses.replace(THEIRS, model=load.model)
+    distances = computed(theirs, range(30))
+    async with running(tmp_path, load, mined=None) as bench:
+        honest = await bench.verdict(await bench.request(claim_of(theirs, distances)))
+        forged = await bench.verdict(await bench.request(claim_of(theirs, dict.fromkeys(honest["nonces"], 1.0))))
+        free = await bench.verdict(await bench.request(claim_of(theirs, dict.fromkeys(range(30), 1.0))))
+    assert (honest["verdict"], forged["verdict"], free["verdict"]) == ("honest", "honest", "fraud")
+    assert len(honest["nonces"]) > 8
+    request = command.ComputeRequest(load.model, "poc2", "block_beta", "node_B", 16, "float32", "cpu", 8)
+    with command.prepared(request) as run:
+        chances = command.chances(run, range(30), 8)
+    assert chances is not None
+    assert honest["mixture"]["turned"] == [chances[nonce] for nonce in honest["nonces"]]
+    assert forged["mixture"] == honest["mixture"]
+    assert free["mixture"]["turned"] == list(chances.values())
 
 
 async def answers_of_another_model_are_none(bench: Bench) -> None:
@@ -287,6 +322,29 @@ async def test_a_worker_that_is_killed_over_a_validation_costs_nothing(
         verdict = await asked
         assert bench.pool.restarts == 1
     assert (verdict["n_invalid"], verdict["fraud_detected"]) == (0, False)
+
+
+async def test_a_validation_waits_before_each_part_until_the_device_is_free(tmp_path: Path) -> None:
+    distances = computed(THEIRS, range(20))
+    asked, free, times = asyncio.Event(), asyncio.Event(), 0
+
+    async def until_free() -> None:
+        nonlocal times
+        times += 1
+        asked.set()
+        await free.wait()
+
+    async with running(tmp_path, mined=None, until_free=until_free) as bench:
+        claim = claim_of(THEIRS, dict.fromkeys(distances, 1.0))
+        name = (await bench.validator.ask(await bench.request(claim))).id
+        finished = asyncio.create_task(bench.validator.until_finished(name, PATIENCE))
+        waiting = asyncio.create_task(asked.wait())
+        await asyncio.wait({finished, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        assert not finished.done(), "nothing is recomputed while the device has better to do"
+        assert times == 1
+        free.set()
+        assert (await soon(finished)) is not None
+        assert times == 3, "20 nonces are three parts of 8 at most"
 
 
 async def test_a_full_queue_takes_nothing_more_and_still_knows_what_it_has(tmp_path: Path) -> None:

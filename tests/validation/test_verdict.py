@@ -122,7 +122,8 @@ def plain(
         "duplicates": found["duplicates"] > 0,
         "sparse": found["sparse"],
         "shifted": found["shifted"] > 0,
-        "other_node": said_count is not None and any(nonce % said_count != node_id for nonce in nonces),
+        "other_node": said_count is not None
+        and any(nonce not in range(node_id, 2**63, said_count) for nonce in nonces),
     }
     return found | {"suspicions": [word for word, is_so in odd.items() if is_so]}
 
@@ -280,6 +281,8 @@ def test_a_batch_cannot_hide_that_it_is_sparse_behind_a_node_count() -> None:
     """Nonces that are picked at will do not all belong to one node of many."""
     assert verdict([3, 1017], [1.3, 1.3]).suspicions == ("sparse",)
     assert verdict([3, 1017], [1.3, 1.3], node_id=3, node_count=10).suspicions == ("other_node",)
+    assert verdict([1, 2, 3], [1.3] * 3, node_id=1, node_count=1).suspicions == (), "a node alone may be number 1"
+    assert verdict([0, 1, 2], [1.3] * 3, node_id=1, node_count=1).suspicions == ("other_node",)
     assert verdict([3, 1013], [1.3, 1.3], node_id=3, node_count=10).suspicions == ()
 
 

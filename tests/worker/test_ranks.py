@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, Qwen3Config
 
+from pocd.compute import ranks
 from pocd.compute.engine import block_run
 from pocd.compute.model import load_model
-from pocd.compute.ranks import check_split
+from pocd.compute.ranks import check_split, meet
 from pocd.pool.causes import Cause
 from pocd.pool.recomputations import NoResultError
 from pocd.protocol.errors import ModelError
@@ -28,16 +32,20 @@ if TYPE_CHECKING:
 NONCES = (5, 0, 7, 11)
 
 
-def alone(model: str, scheme: str) -> list[float]:
+def alone(model: str, scheme: str, block_hash: str = "block_beta") -> list[float]:
     """The distances by one process."""
     loaded = load_model(model, dtype="float32", device="cpu")
-    terms: dict[str, Any] = {"block_hash": "block_beta", "public_key": ROUND.public_key, "seq_len": ROUND.seq_len}
+    terms: dict[str, Any] = {"block_hash": block_hash, "public_key": ROUND.public_key, "seq_len": ROUND.seq_len}
     with block_run(loaded, SCHEMES[scheme], **terms) as run:
         return run.distances(NONCES, batch_size=LOAD.batch_size)
 
 
-@pytest.mark.parametrize("model", ["bundled:tiny-qwen3", "bundled:tiny-llama"])
-async def test_two_ranks_agree_with_one_process_and_the_death_of_one_restarts_both(tmp_path: Path, model: str) -> None:
+@pytest.mark.parametrize(("model", "dies"), [("bundled:tiny-qwen3", False), ("bundled:tiny-llama", True)])
+async def test_two_ranks_agree_with_one_process_and_the_death_of_one_restarts_both(
+    tmp_path: Path,
+    model: str,
+    dies: bool,  # noqa: FBT001 - a parameter
+) -> None:
     load = dataclasses.replace(LOAD, model=model, devices=("cpu", "cpu"))
     async with pooled(tmp_path, [load], exit=0.5) as (pool, miner):
         (worker,) = pool.workers
@@ -49,6 +57,8 @@ async def test_two_ranks_agree_with_one_process_and_the_death_of_one_restarts_bo
             assert await recompute(pool, round_, NONCES) == pytest.approx(alone(model, scheme), abs=2e-5)
         with pytest.raises(NoResultError, match="draws weights, which a model that is split"):
             await recompute(pool, dataclasses.replace(ROUND, scheme="random-weights"), NONCES)
+        if not dies:
+            return
         leader, other = worker.pids
         os.kill(other, signal.SIGKILL)
         await until(lambda: worker.causes)
@@ -91,6 +101,38 @@ async def test_ranks_that_get_nan_name_the_layer_together(tmp_path: Path) -> Non
     async with pooled(tmp_path, [load], round_) as (pool, miner):
         await until(lambda: miner.refused_batches > 3 and pool.workers[0].computed)
         assert "layer 1, in its branch" in str(pool.workers[0].last_refusal)
+
+
+def rendezvous() -> tuple[str, socket.socket]:
+    """Where ranks of several machines can meet, and the socket on which the first one listens there."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    return f"127.0.0.1:{listener.getsockname()[1]}", listener
+
+
+def test_ranks_of_several_machines_meet_by_their_groups_name_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        address, listener = rendezvous()
+        first = threads.submit(meet, 0, 2, f"tcp://{address}/secret", listener)
+        second = meet(1, 2, f"tcp://{address}/secret", None)
+        second.set("key", "value")
+        assert first.result(PATIENCE).get("key") == b"value"
+        monkeypatch.setattr(ranks, "JOINING", timedelta(seconds=1))
+        address, listener = rendezvous()
+        first = threads.submit(meet, 0, 2, f"tcp://{address}/secret", listener)
+        with pytest.raises(
+            RuntimeError, match=f"rank 0 did not come to rank 0 at {address} within 1 s: do the cluster's"
+        ):
+            meet(1, 2, f"tcp://{address}/guessed", None)
+        with pytest.raises(RuntimeError, match=f"rank 1 did not come to rank 0 at {address} within 1 s"):
+            first.result(PATIENCE)
+
+
+def test_a_rank_that_does_not_reach_the_first_one_says_so_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "JOINING", timedelta(seconds=1))
+    address, listener = rendezvous()
+    listener.close()
+    with pytest.raises(RuntimeError, match=f"rank 1 does not reach rank 0 at {address}: do the cluster's machines"):
+        meet(1, 2, f"tcp://{address}/secret", None)
 
 
 @pytest.mark.parametrize(

@@ -253,14 +253,10 @@ class OrchestratorApi:
 
     async def models(self, _request: web.Request) -> web.Response:
         """List the names of the model."""
-        entries = [{"id": name, "object": "model", "owned_by": "pocd"} for name in self._names()]
+        entries = [{"id": name, "object": "model", "owned_by": "pocd"} for name in self._parts.settings.names_of_model]
         return json_answer({"object": "list", "data": entries})
 
     # What several calls need
-
-    def _names(self) -> list[str]:
-        settings = self._parts.settings
-        return list(dict.fromkeys([settings.model.name, *settings.orchestrator.aliases]))
 
     def _model_of(self, body: RoundBody) -> Ready:
         """Return what the worker runs; refuse what is asked of another model, and everything while no worker is ready.
@@ -268,7 +264,7 @@ class OrchestratorApi:
         Raises:
             DetailError: 409 for another model, length or size of vectors; 503.
         """
-        info, names, params = self._parts.workers.info, self._names(), body.params
+        info, names, params = self._parts.workers.info, self._parts.settings.names_of_model, body.params
         is_ours = params.model in names and params.k_dim == VECTOR_SIZE
         if is_ours and (info is None or not self._parts.workers.ready.is_set()):
             raise DetailError(503, "Engine not available", {"Retry-After": "5"})
