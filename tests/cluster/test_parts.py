@@ -180,7 +180,7 @@ def test_what_a_check_says_of_a_clusters_machines() -> None:
     split = judge([machine("one", 5), machine("two", 3)], RaySettings(cpus=2), ranks=2, gpus=0)[0]
     assert (split.level, split.text.partition("with ")[2]) == (
         Level.GREEN,
-        "room for 1 workers of 2 ranks, each of 2 cores",
+        "room for 1 worker of 2 ranks, each of 2 cores",
     )
     apart = judge([machine("one", 1, 1), machine("two", 1, 1)], RaySettings(), ranks=2, gpus=1)[0]
     assert apart.level is Level.GREEN
