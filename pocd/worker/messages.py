@@ -236,7 +236,7 @@ class Compared:
         own: Numbers of each nonce as a miner computes them: one distance, or those of a vector.
         reference: Numbers of each nonce in float32 arithmetic on the same rounded weights.
         errors: Expected squared error of a number of `own`, by nonce.
-        turned: Probability, by nonce, that a router chooses otherwise; None where there are no routers, and for vectors.
+        turned: Probability, by nonce, that a router chooses otherwise; None without routers, and for vectors.
     """
 
     id: int
