@@ -122,7 +122,7 @@ def _json(source: str, revision: str, name: str) -> dict[str, Any]:
     """Return the JSON object in a file of the model; empty where there is none.
 
     Raises:
-        ModelError: It is no JSON object, says one thing twice and not the same, or has a NaN.
+        ModelError: The file is no JSON object, gives one name two values, or has a NaN.
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
