@@ -44,6 +44,23 @@ class Differences(BaseModel):
     result: Result = Field(description='"undecidable": blank claims would not be called fraud either.')
 
 
+class Mixture(BaseModel):
+    """What a mixture's routers leave of a verdict by counting (docs/protocol.md, "Verdict on mixtures")."""
+
+    turned: list[float] = Field(
+        description="Probability that a router chooses otherwise on another honest host, of each distinct recomputed "
+        "nonce in the order of their first appearance. No claim has a part in it."
+    )
+    near_above: float = Field(description="A nonce is near a router's boundary where `turned` is above this.")
+    near: int = Field(description="Distinct recomputed nonces that are near.")
+    near_invalid: int = Field(description="Near ones that are not valid.")
+    mismatch: float = Field(description="The probability that an honest miner's nonce recomputes as invalid, over all.")
+    p_wide: float = Field(description="Probability that an honest miner has so many bad nonces that are not near.")
+    p_all: float = Field(description="Probability that an honest miner has so many bad nonces, near or not.")
+    p_quarter: float = Field(description="Probability that a quarter of an honest miner's nonces are bad.")
+    decidable: bool = Field(description="Whether p_quarter is below the threshold; else only impossible claims count.")
+
+
 class Verdict(BaseModel):
     """A ValidatedBatch: what was recomputed, and whether it is fraud (docs/protocol.md section 5, "Verdict").
 
@@ -74,12 +91,20 @@ class Verdict(BaseModel):
     r_target: float | None = Field(default=None, description="Target of distances; absent for vectors.")
     fraud_threshold: float
     n_invalid: int = Field(description="Recomputed distinct nonces that are not valid.")
-    probability_honest: float = Field(description="Probability that an honest miner has at least as many bad nonces.")
+    probability_honest: float = Field(
+        description="Probability that an honest miner has at least as many bad nonces; of a mixture of experts that is "
+        "not decidable, as many impossible claims."
+    )
+    mixture: Mixture | None = Field(
+        default=None,
+        description="What a mixture's routers leave of the verdict on distances; absent where there are none.",
+    )
     differences: Differences | None = Field(
         description="The verdict by the size of the differences; null for distances in float32."
     )
     verdict: Result = Field(
-        description="The verdict: by probability_honest for distances; by `differences` for vectors, or fraud by both."
+        description="The verdict: for distances by probability_honest, or undecidable by `mixture`; for vectors by "
+        "`differences`, or fraud by both."
     )
     fraud_detected: bool = Field(description='Whether the verdict is "fraud".')
     n: int = Field(description="Distinct nonces that were recomputed.")

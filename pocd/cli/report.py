@@ -109,8 +109,11 @@ def verdict_as_text(body: dict[str, Any]) -> str:
     largest = body["largest_difference"]
     difference = "no claim is a number" if largest is None else f"{largest:.2g} at most from claimed to recomputed"
     chance, threshold = f"{body['probability_honest']:.2g}", f"{body['fraud_threshold']:g}"
+    mixture = body.get("mixture")
     if body["fraud_detected"] and body["probability_honest"] < body["fraud_threshold"]:
         verdict = f"FRAUD: {chance} < {threshold}"
+    elif mixture is not None and not mixture["decidable"]:
+        verdict = "UNDECIDABLE: a router's choice may turn in too many nonces, or the nonces are too few"
     elif body.get("vectors") is None:
         verdict = f"honest: {chance} ≥ {threshold}"
     else:
@@ -124,7 +127,8 @@ def verdict_as_text(body: dict[str, Any]) -> str:
         ("recomputed", f"{body['n']} nonces, {which}; invalid: {body['n_invalid']}"),
         ("difference", f"{difference}; tolerance {body['tolerance']:.2g}"),
         *(("suspicious", _SUSPICIONS.get(word, word).format(**body)) for word in body["suspicions"]),
-        ("chance", f"{chance} that an honest miner has so many bad nonces, or more, at {body['mismatch']:g} each"),
+        *_mixture(mixture, body),
+        ("chance", f"{chance} that an honest miner has so many {_counted(mixture, body)}"),
         *_differences(body["differences"]),
         ("verdict", verdict),
         *_network(body),
@@ -145,6 +149,25 @@ def _network(body: dict[str, Any]) -> list[tuple[str, str]]:
     if (other := found.get("fraud_by_p_value_threshold")) is not None:
         text += f"; by p_value_threshold {found['p_value_threshold']:g} {'FRAUD' if other else 'honest'}"
     return [("network", text)]
+
+
+def _counted(mixture: dict[str, Any] | None, body: dict[str, Any]) -> str:
+    """Return what of a batch is counted, and how probable each is."""
+    at = f"at {body['mismatch']:g} each"
+    if mixture is None:
+        return f"bad nonces, or more, {at}"
+    if not mixture["decidable"]:
+        return f"impossible claims, or more, {at}; nothing else is counted"
+    return f"bad nonces, or more, {at} that is not near, and at {mixture['mismatch']:.2g} each of all"
+
+
+def _mixture(found: dict[str, Any] | None, body: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return what a mixture's routers leave of the verdict."""
+    if found is None:
+        return []
+    near = f"{found['near']} of {body['n']} nonces are near another choice of experts; of these invalid:"
+    quarter = f"a quarter of bad nonces would be an honest miner's by {found['p_quarter']:.2g}"
+    return [("routers", f"{near} {found['near_invalid']}; {quarter}")]
 
 
 def _differences(found: dict[str, Any] | None) -> list[tuple[str, str]]:

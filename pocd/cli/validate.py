@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from base64 import b64decode
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
@@ -220,7 +220,7 @@ def _compute(
     network: NetworkTerms | None,
 ) -> dict[str, Any]:
     """Recompute the results here, and judge."""
-    from pocd.lab.command import compared, prepared
+    from pocd.lab.command import chances, compared, prepared
     from pocd.validation.conditions import MismatchError
     from pocd.validation.verdict import Recomputed, Terms, check, judge, sampled
 
@@ -251,6 +251,7 @@ def _compute(
         else:
             distances = run.distances(nonces, batch_size=request.batch_size)
             found = Recomputed({nonce: (distance,) for nonce, distance in zip(nonces, distances, strict=True)})
+        found = replace(found, turned=chances(run, nonces, request.batch_size))
     batch = judge(claim, terms, found, sample, seed)
     body: dict[str, Any] = orjson.loads(batch.to_json())
     if network is not None:

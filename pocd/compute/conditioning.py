@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import math
 from contextlib import suppress
-from dataclasses import replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 
 from pocd.compute.engine import padded_rows
+from pocd.compute.margins import gaps_of
 from pocd.compute.reference import compare
 from pocd.compute.routers import routers_of
-from pocd.compute.wide import WideDecoder
 from pocd.protocol.conditioning import Conditioning
 from pocd.protocol.errors import NonFiniteError
 from pocd.protocol.names import default_tolerance
 from pocd.protocol.theory import RATE, flipped_share
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from pocd.compute.engine import BlockRun
-    from pocd.compute.flat import FlatDecoder
-    from pocd.compute.layers import LayerDecoder
-    from pocd.compute.transforms import Join
 
 NONCES = 16  # that are measured
-NUDGE = 2.0**-22  # of embeddings in float32: about what the sums of other kernels differ by
 MEAN_ABOVE_0 = 0.59  # of a normal number, where negative ones count as 0, in medians of its size
 NARROW = 0.1  # share of a router's choices, those with the narrowest gaps, that tell how many are narrower still
 
@@ -56,37 +51,6 @@ class OwnShare:
         n = self._count
         common = float((self._sum / n).square().sum(dim=-1).mean())
         return max(0.0, (self._squares / n - common) * n / (n - 1))
-
-
-def _nudged(decoder: LayerDecoder) -> Callable[..., torch.Tensor]:
-    """Return a decoder whose embeddings are off by `NUDGE`, up or down."""
-
-    def decode(
-        embeddings: torch.Tensor, join: Join, vectors: torch.Tensor, *, all_positions: bool = False
-    ) -> torch.Tensor:
-        up = torch.rand(embeddings.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-        factors = torch.where(up.to(embeddings.device), 1 + NUDGE, 1 - NUDGE)
-        return decoder(embeddings * factors, join, vectors, all_positions=all_positions)
-
-    return decode
-
-
-def _gaps_of(run: BlockRun, nonces: Sequence[int], *, other: bool) -> list[torch.Tensor]:
-    """Return the gaps of all routers' choices in a batch, one tensor [positions] for each choice in its order.
-
-    Args:
-        run: The model, prepared for any block.
-        nonces: Nonces of the batch.
-        other: Whether to compute by arithmetic that rounds otherwise: in float32, or, where the model's own is that,
-            from embeddings that are off by about as much as other kernels' sums.
-    """
-    gaps: list[torch.Tensor] = []
-    layers = replace(run.model.by_layers, choices=lambda each: gaps.append(each.float().cpu()))
-    decoder: object = layers
-    if other:
-        decoder = _nudged(layers) if run.model.dtype == torch.float32 else WideDecoder(layers)
-    replace(run, model=replace(run.model, decoder=cast("FlatDecoder", decoder), program=None)).states(nonces)
-    return gaps
 
 
 def turned_share(own: Sequence[torch.Tensor], other: Sequence[torch.Tensor], rows: int) -> float:
@@ -125,7 +89,7 @@ def measure_turned(run: BlockRun, *, batch_size: int) -> float | None:
     if not routers_of(run.model.by_layers.layers):
         return None
     nonces = range(padded_rows(min(batch_size, NONCES), run.seq_len))
-    own, other = (_gaps_of(run, nonces, other=other) for other in (False, True))
+    own, other = (gaps_of(run, nonces, other=other) for other in (False, True))
     return turned_share(own, other, len(nonces))
 
 

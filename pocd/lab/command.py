@@ -157,6 +157,20 @@ def compared(
     return dict(zip(nonces, own, strict=True)), dict(zip(nonces, reference, strict=True)), errors
 
 
+def chances(run: BlockRun, nonces: Sequence[int], batch_size: int) -> dict[int, float] | None:
+    """Return how probable it is, by nonce, that a router of a mixture chooses otherwise on another honest host.
+
+    None where the scheme gives vectors, or the model has no routers.
+
+    Raises:
+        ComputeError: A batch does not fit into memory.
+    """
+    from pocd.compute.margins import measure_chances
+
+    found = None if run.scheme.output == "vector" else measure_chances(run, nonces, batch_size=batch_size)
+    return None if found is None else dict(zip(nonces, found.tolist(), strict=True))
+
+
 def _batches(nonces: Iterable[int], request: ComputeRequest) -> Iterator[list[int]]:
     left = iter(nonces)
     while batch := list(itertools.islice(left, request.batch_size)):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from pocd.protocol.schemes import Output
-    from pocd.protocol.verdicts import DifferenceVerdict, Result
+    from pocd.protocol.verdicts import DifferenceVerdict, MixtureVerdict, Result
 
 MOST_NONCES = 100_000  # that a batch to be validated may have
 MISMATCH = 5e-4  # share of an honest miner's nonces that may recompute as invalid (docs/protocol.md section 5)
@@ -246,15 +246,17 @@ class ValidatedBatch:
         tolerance: How far above `r_target` a recomputed distance still counts as valid.
         mismatch: The probability that an honest miner's nonce recomputes as invalid.
         fraud_threshold: The batch is fraud when the probability of an honest miner is below this.
-        probability_honest: Probability that an honest miner has at least as many invalid nonces, or impossible claims.
+        probability_honest: Probability that an honest miner has at least as many invalid nonces, or impossible claims;
+            of the latter alone where `mixture` is not decidable.
         differences: The verdict by differences and all that it follows from; None where rounding cannot be measured:
             for distances in float32.
-        verdict: "honest", "fraud" or "undecidable": of distances by `probability_honest`; of vectors by `differences`,
-            or fraud by `probability_honest`.
+        verdict: "honest", "fraud" or "undecidable": of distances by `probability_honest`, and undecidable where that is
+            no fraud and `mixture` is not decidable; of vectors by `differences`, or fraud by `probability_honest`.
         fraud_detected: Whether the verdict is "fraud".
         sample: Number of nonces drawn for recomputation; None for all.
         seed: Seed of the sample; None for all.
         suspicions: Names of what is odd about the batch, but no fraud by itself.
+        mixture: What the routers of a mixture of experts leave of the verdict on distances; None where there are none.
     """
 
     kind: ClassVar = "validated"
@@ -292,6 +294,7 @@ class ValidatedBatch:
     sample: int | None
     seed: str | None
     suspicions: tuple[str, ...]
+    mixture: MixtureVerdict | None = None
 
     @property
     def size(self) -> int:
@@ -300,7 +303,7 @@ class ValidatedBatch:
 
     def _content(self) -> dict[str, Any]:
         own = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "round"}
-        for name in _OF_ONE_OUTPUT:
+        for name in (*_OF_ONE_OUTPUT, "mixture"):
             if own[name] is None:
                 del own[name]
         return self.round.named | own

@@ -1,4 +1,4 @@
-"""What a verdict by differences says, as plain data; `differences.py` makes it, and needs scipy."""
+"""What verdicts by differences, and on mixtures of experts, say, as plain data; what makes them needs scipy."""
 
 from __future__ import annotations
 
@@ -73,3 +73,35 @@ class DifferenceVerdict:
     probability_honest: float
     probability_blank: float
     result: Result
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureVerdict:
+    """What a mixture's routers leave of a verdict by counting invalid nonces: rounding may turn a choice of experts.
+
+    No claim has a part in it but for `invalid`, `near_invalid` and what follows from these.
+
+    Attributes:
+        turned: Probability, by recomputed nonce in the order of their first appearance, that some choice of a router is
+            another one on another honest host.
+        near_above: A nonce is near a router's boundary where `turned` is above this.
+        near: Number of recomputed nonces that are near.
+        near_invalid: Number of those that are invalid.
+        mismatch: The probability that an honest miner's nonce recomputes as invalid, mean over all: that of a nonce
+            that no router turns, and `turned`, at most 1.
+        p_wide: Probability that an honest miner has so many invalid nonces among those that are not near.
+        p_all: Probability that an honest miner has so many invalid nonces among all.
+        p_quarter: Probability that an honest miner has a quarter of all invalid; the verdict is undecidable where this
+            is not below the threshold of fraud.
+        decidable: Whether `p_quarter` is below that threshold.
+    """
+
+    turned: tuple[float, ...]
+    near_above: float
+    near: int
+    near_invalid: int
+    mismatch: float
+    p_wide: float
+    p_all: float
+    p_quarter: float
+    decidable: bool

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import orjson
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pocd.validation.claim import Claim, Numbers, VectorClaim
 
 SMALLER = 4  # times fewer nonces are asked for at a time with a reference, which may take so many times as long
+WATCHED = 4  # the same, added where a mixture's routers are watched too
 MOST_AT_ONCE = 4096  # nonces, whose answer is 2 MiB at most
 
 
@@ -193,6 +194,7 @@ class Validator:
                 height=batch.round.block_height,
                 checked=batch.n,
                 invalid=batch.n_invalid,
+                near=batch.mixture and batch.mixture.near,
                 verdict=batch.verdict,
                 by_differences=batch.differences and batch.differences.result,
             )
@@ -213,14 +215,14 @@ class Validator:
         own: dict[int, Numbers] = {}
         reference: dict[int, Numbers] = {}
         errors: dict[int, float] = {}
+        turned: dict[int, float] = {}
         while len(own) < len(nonces):
             if self._until_free is not None:
                 await self._until_free()
             await self._workers.ready.wait()
             self._check_model(terms)
-            size = min(MOST_AT_ONCE, self._workers.batch_size)
-            if terms.has_reference:
-                size = max(1, size // SMALLER)
+            times = (SMALLER if terms.has_reference else 0) + (WATCHED if self._may_have_routers(terms) else 0)
+            size = max(1, min(MOST_AT_ONCE, self._workers.batch_size) // (times or 1))
             part = nonces[len(own) : len(own) + size]
             last = len(own) + len(part) == len(nonces)
             answer = await self._workers.recomputations.answer(
@@ -233,7 +235,16 @@ class Validator:
             else:
                 assert isinstance(answer, Distances), "vectors are recomputed with a reference"
                 own |= zip(part, ((distance,) for distance in answer.distances), strict=True)
-        return Recomputed(own, reference, errors) if terms.has_reference else Recomputed(own)
+            if answer.turned is not None:
+                turned |= zip(part, answer.turned, strict=True)
+        found = Recomputed(own, reference, errors) if terms.has_reference else Recomputed(own)
+        return replace(found, turned=turned or None)
+
+    def _may_have_routers(self, terms: Terms) -> bool:
+        """Tell whether the worker may watch a mixture's routers, as it found at its start if it could measure."""
+        info = self._workers.info
+        assert info is not None, "a worker that is ready has said what it runs"
+        return not terms.is_of_vectors and (info.conditioning is None or info.conditioning.turned is not None)
 
     def _check_model(self, terms: Terms) -> None:
         """Refuse a request from before a restart that loaded another model: its answer would be another one."""

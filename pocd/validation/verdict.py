@@ -19,8 +19,9 @@ from pocd.validation.conditions import BY_NAME, BY_WEIGHTS, MismatchError, named
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
-    from pocd.protocol.verdicts import DifferenceVerdict, Result
+    from pocd.protocol.verdicts import DifferenceVerdict, MixtureVerdict, Result
     from pocd.validation.claim import Claim, Numbers, VectorClaim
 
 
@@ -82,11 +83,14 @@ class Recomputed:
         own: Numbers of each nonce, as a miner computes them.
         reference: Numbers of each nonce in float32 arithmetic; None where no differences are judged.
         errors: Expected squared error of a number of `own`, by nonce; None where no differences are judged.
+        turned: How probable it is, by nonce, that a mixture's router chooses otherwise on another honest host; None
+            where there are no routers, or the results are vectors.
     """
 
     own: Mapping[int, Numbers]
     reference: Mapping[int, Numbers] | None = None
     errors: Mapping[int, float] | None = None
+    turned: Mapping[int, float] | None = None
 
 
 def check(claim: Claim | VectorClaim, terms: Terms) -> None:
@@ -182,13 +186,17 @@ def judge(
     shifted = {nonce for nonce, difference in apart if difference > terms.tolerance}
     node_count = terms.node_count if claim.node_count is None else claim.node_count
     sparse = max(distinct) >= SPARSE * node_count * len(distinct)
-    # Without a sample the first is never the larger; with one, bad claims beside the sample count as well.
-    probability = min(
-        probability_honest(len(invalid), len(drawn), terms.mismatch),
-        probability_honest(len(impossible), len(distinct), terms.mismatch),
-    )
+    # Of a sample, bad claims beside it count as well; and no rounding makes a claim impossible.
+    probability = probability_honest(len(impossible), len(distinct), terms.mismatch)
+    mixture = _mixture(order, invalid, found, terms)
+    if mixture is None:
+        probability = min(probability, probability_honest(len(invalid), len(drawn), terms.mismatch))
+    elif mixture.decidable:
+        probability = min(probability, mixture.p_wide, mixture.p_all)
     differences = _differences(order, entries, found, terms)
     verdict: Result = "fraud" if probability < terms.fraud_threshold else "honest"
+    if verdict == "honest" and mixture is not None and not mixture.decidable:
+        verdict = "undecidable"
     if terms.is_of_vectors and verdict == "honest":
         assert differences is not None, "vectors are judged by their differences"
         verdict = differences.result
@@ -221,6 +229,7 @@ def judge(
         sample=sample,
         seed=seed,
         suspicions=_suspicions(claim, impossible=bool(impossible), sparse=sparse, shifted=bool(shifted)),
+        mixture=mixture,
     )
 
 
@@ -237,6 +246,16 @@ def _is_valid(own: Numbers, terms: Terms) -> bool:
 def _apart(claimed: Numbers, own: Numbers) -> float:
     """Return the largest difference of two numbers."""
     return max(abs(one - other) for one, other in zip(claimed, own, strict=True))
+
+
+def _mixture(order: Sequence[int], invalid: AbstractSet[int], found: Recomputed, terms: Terms) -> MixtureVerdict | None:
+    """Weigh invalid nonces by how near a mixture's routers came to another choice; None where there are no routers."""
+    if found.turned is None:
+        return None
+    from pocd.protocol.mixtures import judge_mixture  # noqa: PLC0415 - as scipy, which it needs
+
+    turned = [found.turned[nonce] for nonce in order]
+    return judge_mixture(turned, [nonce in invalid for nonce in order], terms.mismatch, terms.fraud_threshold)
 
 
 def _differences(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from pocd.compute.engine import BlockRun, block_run
+from pocd.compute.margins import measure_chances
 from pocd.compute.memory import is_out_of_memory
 from pocd.compute.reference import Comparison, compare
+from pocd.compute.routers import routers_of
 from pocd.protocol.errors import InputError, MemoryShortError, OutOfMemoryError
 from pocd.protocol.schemes import SCHEMES
 from pocd.protocol.theory import expected_valid_rate
@@ -33,6 +36,25 @@ if TYPE_CHECKING:
 
     from pocd.compute.model import Model
     from pocd.protocol.proof import Round
+
+T = TypeVar("T")
+WATCHED = 16  # nonces per pass, at most, whose routers are watched: of one shape, however many are to be judged
+
+
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """Distances of a mixture of experts that are recomputed, and how firm they are.
+
+    Attributes:
+        results: The distances, or these and their references.
+        turned: How probable it is, by nonce, that a router chooses otherwise on another honest host, float64 [n].
+    """
+
+    results: torch.Tensor | Comparison
+    turned: torch.Tensor
+
+
+Results = torch.Tensor | Comparison | Weighed
 
 
 class PreparedRound:
@@ -82,7 +104,7 @@ class DistanceComputer:
         self._fitting: dict[tuple[str, int], int] = {}  # nonces per batch by scheme and length that had to be halved
         self._comparing: dict[tuple[str, int], int] = {}  # likewise, where the float32 reference is computed too
 
-    def start(self, message: Compute | Recompute) -> Callable[[], torch.Tensor | Comparison]:
+    def start(self, message: Compute | Recompute) -> Callable[[], Results]:
         """Start to compute what a message asks for; returns a function that waits for it (see `BlockRun.values`).
 
         Raises:
@@ -105,7 +127,7 @@ class DistanceComputer:
         run = self._mined.begin(round_)
         return self._start(run, round_, message.nonces, other=self._recomputed, gaps=True)
 
-    def _recompute(self, message: Recompute) -> Callable[[], torch.Tensor | Comparison]:
+    def _recompute(self, message: Recompute) -> Callable[[], Results]:
         """Start to compute a message of another round, in the shape in which it would be mined."""
         prepared, other = self._recomputed, self._mined
         if message.round == self._mined.round:
@@ -114,14 +136,20 @@ class DistanceComputer:
             self._mined.end()  # both rounds would draw into the same weights
         try:
             run = self._begin(prepared, message.round, other=other)
+            wait: Callable[[], torch.Tensor | Comparison]
             if message.with_reference:
                 compared = self._compare(run, message.round, message.nonces, other=other)
-                return lambda: compared
-            wait = self._start(run, message.round, message.nonces, other=other, gaps=True)
-            if not message.last:
+                wait = lambda: compared  # noqa: E731 - in place of what waits for a device
+            else:
+                wait = self._start(run, message.round, message.nonces, other=other, gaps=True)
+            is_mixture = run.scheme.output == "distance" and bool(routers_of(run.model.by_layers.layers))
+            if not message.last and not is_mixture:
                 return wait
-            values = wait()  # before the prepared round ends
-            return lambda: values
+            results = wait()  # before the prepared round ends
+            if not is_mixture:
+                return lambda: results
+            weighed = Weighed(results, self._weigh(run, message.round, message.nonces, other=other))
+            return lambda: weighed
         finally:
             if message.last:
                 self._recomputed.end()
@@ -161,11 +189,29 @@ class DistanceComputer:
 
     def _compare(self, run: BlockRun, round_: Round, nonces: Sequence[int], *, other: PreparedRound) -> Comparison:
         """Compute nonces by the run's own arithmetic and by the reference's, in batches that fit into memory."""
+        return self._fitted(
+            lambda rows: compare(run, nonces, batch_size=rows), run, round_, other=other, most=len(nonces)
+        )
+
+    def _weigh(self, run: BlockRun, round_: Round, nonces: Sequence[int], *, other: PreparedRound) -> torch.Tensor:
+        """Return how probable it is that a router chooses otherwise for each nonce, in batches that fit into memory."""
+
+        def measure(rows: int) -> torch.Tensor:
+            found = measure_chances(run, nonces, batch_size=rows)
+            assert found is not None, "the model has routers"
+            return found
+
+        return self._fitted(measure, run, round_, other=other, most=WATCHED)
+
+    def _fitted(
+        self, compute: Callable[[int], T], run: BlockRun, round_: Round, *, other: PreparedRound, most: int
+    ) -> T:
+        """Do what a validator wants computed besides results, with as many nonces per batch as fit, `most` at most."""
         shape = round_.scheme, round_.seq_len
         while True:
-            rows = min(len(nonces), self._comparing.get(shape, self._rows(run, round_)))
+            rows = min(most, self._comparing.get(shape, self._rows(run, round_)))
             try:
-                return compare(run, nonces, batch_size=rows)
+                return compute(rows)
             except OutOfMemoryError as error:
                 if self._load.is_split:  # in the middle of what the other ranks still do
                     raise MemoryShortError(str(error)) from error
@@ -189,9 +235,15 @@ class DistanceComputer:
             self._fitting[round_.scheme, round_.seq_len] = half
 
 
-def result(number: int, values: torch.Tensor | Comparison) -> Distances | Vectors | Compared:
+def result(number: int, results: Results) -> Distances | Vectors | Compared:
     """Return the message with the result of the message `number`."""
-    if isinstance(values, Comparison):
-        own, reference = (each.view(len(each), -1).tolist() for each in (values.own, values.reference))
-        return Compared(number, own, reference, values.errors.tolist())
-    return Distances(number, values.tolist()) if values.dim() == 1 else Vectors(number, encode_vectors(values))
+    turned = None
+    if isinstance(results, Weighed):
+        turned = results.turned.tolist()
+        results = results.results
+    if isinstance(results, Comparison):
+        own, reference = (each.view(len(each), -1).tolist() for each in (results.own, results.reference))
+        return Compared(number, own, reference, results.errors.tolist(), turned)
+    if results.dim() == 1:
+        return Distances(number, results.tolist(), turned)
+    return Vectors(number, encode_vectors(results))

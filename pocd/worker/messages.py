@@ -204,10 +204,16 @@ class RoundBegun:
 
 @dataclass(frozen=True, slots=True)
 class Distances:
-    """From the worker: the result of a Compute or a Recompute, in the order of its nonces."""
+    """From the worker: the result of a Compute or a Recompute, in the order of its nonces.
+
+    Attributes:
+        turned: Probability, by nonce, that a router chooses otherwise on another honest host; None where there are no
+            routers, and of a Compute.
+    """
 
     id: int
     distances: list[float]
+    turned: list[float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,12 +236,14 @@ class Compared:
         own: Numbers of each nonce as a miner computes them: one distance, or those of a vector.
         reference: Numbers of each nonce in float32 arithmetic on the same rounded weights.
         errors: Expected squared error of a number of `own`, by nonce.
+        turned: Probability, by nonce, that a router chooses otherwise; None without routers, and for vectors.
     """
 
     id: int
     own: list[list[float]]
     reference: list[list[float]]
     errors: list[float]
+    turned: list[float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

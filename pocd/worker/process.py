@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from pocd.compute.model import Model
-    from pocd.compute.reference import Comparison
+    from pocd.worker.computer import Results
 
 HEARTBEAT_SECONDS = 2.0
 NICENESS = 5  # on the CPU the daemon goes first: its answers are short, a batch is long
@@ -232,7 +232,7 @@ def lead(link: DaemonLink, load: Load, followers: list[socket.socket]) -> None:
     # Ranks go in step, and drawn weights are gone with their round: there each batch is finished before the next.
     is_simple = not load.is_split and SCHEMES[load.scheme].weights == "trained"
     at_once = AT_ONCE if is_simple and model.device.type == "cuda" else 1
-    under_way: deque[tuple[int, Callable[[], torch.Tensor | Comparison]]] = deque()
+    under_way: deque[tuple[int, Callable[[], Results]]] = deque()
     while True:
         message = link.inbox.get_nowait(link.send) if under_way else link.inbox.get(link.send)
         if message is not None:

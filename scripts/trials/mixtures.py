@@ -7,6 +7,8 @@ Each row compares two ways of computing the same nonces, on random weights of hi
 8 compute a position: the largest difference of a result, the share of nonces further apart than the default tolerance,
 and milliseconds per nonce of the first way and of the second. The first rows must be 0: nothing but a nonce's
 neighbours differs. In the others other kernels round elsewhere, and a router turns where two experts are all but equal.
+What a verdict makes of that is the same in each row of a form and dtype: the mean chance that a router turns a nonce,
+and the share of nonces that are near a router's boundary. None that is not near should be beyond the tolerance.
 
 It needs torch, transformers and rich, and a checkout: no installation.
 """
@@ -25,7 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pocd.compute.engine import block_run
+from pocd.compute.margins import measure_chances
 from pocd.compute.model import adapt
+from pocd.protocol.mixtures import NEAR
 from pocd.protocol.names import DTYPES, default_tolerance
 from pocd.protocol.schemes import SCHEMES
 from scripts.bench.models import random_model, rounded
@@ -53,7 +57,14 @@ ROWS = 8  # of a batch
 
 @dataclass(frozen=True)
 class Row:
-    """How far two ways of computing the same nonces lie apart; milliseconds are per nonce."""
+    """How far two ways of computing the same nonces lie apart; milliseconds are per nonce.
+
+    Attributes:
+        beyond: Share of nonces further apart than the default tolerance.
+        turned: Mean chance that a router turns; None in a dense model, as `near` is.
+        near: Share of nonces near a router's boundary.
+        wide_beyond: Share of all nonces that are not near, and further apart than the tolerance.
+    """
 
     form: str
     dtype: str
@@ -62,6 +73,9 @@ class Row:
     beyond: float
     first_ms: float
     second_ms: float
+    turned: float | None
+    near: float | None
+    wide_beyond: float
 
 
 class Sampler:
@@ -82,6 +96,11 @@ class Sampler:
             values = run.values(order, batch_size=batch_size)
             taken = 1000 * (time.perf_counter() - start) / len(order)
         return values[torch.tensor(order).argsort()], taken
+
+    def chances(self, model: Model) -> torch.Tensor | None:
+        """Return how probable it is that a router turns, by nonce; None in a dense model."""
+        with block_run(model, self.scheme, block_hash="a", public_key="b", seq_len=self.seq_len) as run:
+            return measure_chances(run, self.nonces, batch_size=ROWS)
 
 
 def pairs(
@@ -116,11 +135,14 @@ def measure(options: argparse.Namespace, tell: Callable[[Row], None]) -> None:
         for dtype in options.dtypes:
             causal = random_model(family, num_hidden_layers=options.layers, **COMMON, **shape)
             model = adapt(rounded(causal, getattr(torch, dtype)), name=form)
-            tolerance = default_tolerance(dtype, scheme, model.hidden_size)
+            tolerance, chances = default_tolerance(dtype, scheme, model.hidden_size), sampler.chances(model)
+            is_near = torch.zeros(options.nonces, dtype=torch.bool) if chances is None else chances > NEAR
+            turned, near = (None, None) if chances is None else (float(chances.mean()), float(is_near.float().mean()))
             for between, (one, first_ms), (other, second_ms) in pairs(model, sampler):
                 apart = (one - other).abs().view(len(one), -1).amax(dim=1)
-                beyond = float((apart > tolerance).float().mean())
-                tell(Row(form, dtype, between, float(apart.max()), beyond, first_ms, second_ms))
+                is_beyond = apart > tolerance
+                beyond, wide = (float(each.float().mean()) for each in (is_beyond, is_beyond & ~is_near))
+                tell(Row(form, dtype, between, float(apart.max()), beyond, first_ms, second_ms, turned, near, wide))
 
 
 def main() -> None:
@@ -137,14 +159,27 @@ def main() -> None:
     if options.json:
         measure(options, lambda row: print(json.dumps(asdict(row)), flush=True))
         return
-    table = Table("form", "dtype", "between", "largest", "beyond", "ms", "ms", box=box.SIMPLE)
+    table = Table(
+        "form",
+        "dtype",
+        "between",
+        "largest",
+        "beyond",
+        "ms",
+        "ms",
+        "turned",
+        "near",
+        "not near, beyond",
+        box=box.SIMPLE,
+    )
 
     def tell(row: Row) -> None:
         figures = f"{row.largest:.1e}", f"{row.beyond:.0%}", f"{row.first_ms:.1f}", f"{row.second_ms:.1f}"
-        table.add_row(row.form, row.dtype, row.between, *figures)
+        weighed = ("–" if row.turned is None else f"{row.turned:.1%}", "–" if row.near is None else f"{row.near:.0%}")
+        table.add_row(row.form, row.dtype, row.between, *figures, *weighed, f"{row.wide_beyond:.0%}")
 
     measure(options, tell)
-    Console(width=120).print(table)
+    Console(width=160).print(table)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pocd.lab import command
 from pocd.lab.command import ComputeRequest
 from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_FRAUD, EXIT_NO_DEVICE, EXIT_OK, EXIT_UNUSABLE
 from pocd.validation.claim import LARGEST_CLAIM
+from tests.support.family_models import FAMILIES
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -154,6 +155,52 @@ def test_the_report(here: Callable[..., Ended], forged: dict[str, Any]) -> None:
         f"chance     {chance} that an honest miner has so many bad nonces, or more, at 0.0005 each",
         f"verdict    FRAUD: {chance} < 0.01",
     ]
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mixture")
+    FAMILIES["qwen3 moe"].build().save_pretrained(folder)
+    return folder
+
+
+def test_a_mixtures_report_says_what_its_routers_leave_of_the_verdict(
+    here: Callable[..., Ended], mixture: Path
+) -> None:
+    """In float32 few choices turn. In bfloat16 so many do that nothing is told, but by what nobody can claim."""
+    options = (f"--model={mixture}", "--seq-len=8", f"--r-target={R}", "--batch-size=8")
+    request = ComputeRequest(str(mixture), "poc2", "9F2E", "02ab", 8, "float32", "cpu", 8)
+    valid = {nonce: each for nonce, each in command.distances(request, range(80)) if each < R}
+    batch = {"public_key": "02ab", "block_hash": "9F2E", "block_height": 7}
+    honest = json.dumps(batch | {"nonces": list(valid), "dist": list(valid.values())}).encode()
+    n = len(valid)
+
+    code, out, _ = here("-", *options, "--json", given=honest)
+    body = orjson.loads(out)
+    assert (code, body["verdict"]) == (EXIT_OK, "honest")
+    found = body["mixture"]
+    assert found["decidable"]
+    assert len(found["turned"]) == n
+    assert sum(chance > found["near_above"] for chance in found["turned"]) == found["near"]
+    _, out, _ = here("-", *options, given=honest)
+    assert f"routers    {found['near']} of {n} nonces are near another choice of experts; of these invalid: 0; a" in out
+    assert "bad nonces, or more, at 0.0005 each that is not near, and at " in out
+    assert out.splitlines()[-1] == "verdict    honest: 1 ≥ 0.01"
+
+    forged = json.dumps(batch | {"nonces": list(range(80)), "dist": [1.0] * 80}).encode()
+    assert here("-", *options, given=forged)[0] == EXIT_FRAUD
+    half = (options[0], "--seq-len=64", *options[2:], "--dtype=bfloat16")  # whatever it was made with
+    for given in (honest, forged):
+        code, out, _ = here("-", *half, given=given)
+        assert code == EXIT_UNUSABLE
+        assert "1 that an honest miner has so many impossible claims, or more, at 0.0005 each; nothing else" in out
+        *_, last = out.splitlines()
+        assert (
+            last == "verdict    UNDECIDABLE: a router's choice may turn in too many nonces, or the nonces are too few"
+        )
+    impossible = json.dumps(batch | {"nonces": list(range(80)), "dist": [1.9] * 80}).encode()
+    code, out, _ = here("-", *half, given=impossible)
+    assert (code, out.splitlines()[-1].startswith("verdict    FRAUD: ")) == (EXIT_FRAUD, True)
 
 
 def test_a_sample(here: Callable[..., Ended], honest: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ from pocd.validation.verdict import Terms
 from pocd.worker import messages
 from pocd.worker.messages import Load
 from tests.support.delivering import dispatchers
+from tests.support.family_models import FAMILIES
 from tests.support.waiting import PATIENCE, soon
 
 if TYPE_CHECKING:
@@ -220,6 +221,28 @@ async def test_claims_are_judged_by_the_size_of_their_differences_beside_the_cou
     (one, other) = (verdict["differences"]["own_errors"] for verdict in verdicts)
     assert one == pytest.approx(other, rel=1e-3)
     assert len(one) == 48
+
+
+async def test_a_mixtures_verdict_weighs_how_near_its_routers_came_to_another_choice(tmp_path: Path) -> None:
+    """By the worker's answers to several questions; the chances follow from the nonces, whatever is claimed of them."""
+    folder = tmp_path / "mixture"
+    FAMILIES["qwen3 moe"].build().save_pretrained(folder)
+    load = dataclasses.replace(LOAD, model=str(folder))
+    theirs = dataclasses.replace(THEIRS, model=load.model)
+    distances = computed(theirs, range(30))
+    async with running(tmp_path, load, mined=None) as bench:
+        honest = await bench.verdict(await bench.request(claim_of(theirs, distances)))
+        forged = await bench.verdict(await bench.request(claim_of(theirs, dict.fromkeys(honest["nonces"], 1.0))))
+        free = await bench.verdict(await bench.request(claim_of(theirs, dict.fromkeys(range(30), 1.0))))
+    assert (honest["verdict"], forged["verdict"], free["verdict"]) == ("honest", "honest", "fraud")
+    assert len(honest["nonces"]) > 8
+    request = command.ComputeRequest(load.model, "poc2", "block_beta", "node_B", 16, "float32", "cpu", 8)
+    with command.prepared(request) as run:
+        chances = command.chances(run, range(30), 8)
+    assert chances is not None
+    assert honest["mixture"]["turned"] == [chances[nonce] for nonce in honest["nonces"]]
+    assert forged["mixture"] == honest["mixture"]
+    assert free["mixture"]["turned"] == list(chances.values())
 
 
 async def answers_of_another_model_are_none(bench: Bench) -> None:

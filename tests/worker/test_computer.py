@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pytest
 import torch
 
 from pocd.compute.engine import block_run
-from pocd.compute.model import load_model
+from pocd.compute.margins import measure_chances
+from pocd.compute.model import adapt, load_model
 from pocd.compute.reference import Comparison, compare
 from pocd.protocol.errors import InputError, OutOfMemoryError
 from pocd.protocol.proof import Round
@@ -29,6 +30,7 @@ from pocd.worker.messages import (
     RoundBegun,
     Vectors,
 )
+from tests.support.family_models import FAMILIES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -119,3 +121,57 @@ def test_a_reference_for_which_memory_is_short_takes_smaller_batches_or_has_no_r
     assert isinstance(whole, torch.Tensor)
     assert len(whole) == 8
     assert not any(isinstance(message, BatchShrunk) for message in reported)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_mixtures_distances_are_recomputed_with_how_near_its_routers_came_to_another_choice(
+    dtype: Literal["float32", "bfloat16"],
+) -> None:
+    """They are those that are mined; nothing of it is answered of vectors, of what is mined, or of a dense model."""
+    model = adapt(FAMILIES["qwen3 moe"].build().to(getattr(torch, dtype)), name="mixture")
+    load = Load("mixture", dtype, ("cpu",), "poc2", 16, 4)
+    mined, theirs = (Round(block, 1, "node_A", 1.4, "poc2", load.model, load.seq_len) for block in ("one", "two"))
+    computer, nonces, is_compared = (
+        DistanceComputer(model, load, 4, lambda _: None),
+        [9, 4, 6, 7, 1],
+        dtype != "float32",
+    )
+    with block_run(model, SCHEMES["poc2"], block_hash="two", public_key="node_A", seq_len=16) as run:
+        expected = run.values(nonces, batch_size=4).tolist()
+        chances = measure_chances(run, nonces, batch_size=4)
+    assert chances is not None
+    first = result(1, computer.start(Compute(1, mined, nonces))())
+    assert isinstance(first, Distances)
+    assert first.turned is None
+    for last in (False, True):
+        asked = Recompute(2, theirs, nonces, last=last, with_reference=is_compared)
+        answer = result(2, computer.start(asked)())
+        assert isinstance(answer, Compared if is_compared else Distances)
+        assert answer.turned == chances.tolist()
+        own = [distance for (distance,) in answer.own] if isinstance(answer, Compared) else answer.distances
+        assert own == pytest.approx(expected, abs=1e-6)
+    assert result(1, computer.start(Compute(1, mined, nonces))()) == first
+    vectors = dataclasses.replace(theirs, scheme="poc4", r_target=None)
+    compared = result(3, computer.start(Recompute(3, vectors, nonces, last=True, with_reference=True))())
+    assert isinstance(compared, Compared)
+    assert compared.turned is None
+
+
+def test_routers_are_watched_in_smaller_batches_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def short(run: BlockRun, nonces: Sequence[int], *, batch_size: int) -> torch.Tensor | None:
+        tried.append(batch_size)
+        if batch_size > 2:
+            raise OutOfMemoryError("too large")
+        return measure_chances(run, nonces, batch_size=batch_size)
+
+    monkeypatch.setattr(computer_module, "measure_chances", short)
+    load = Load("mixture", "float32", ("cpu",), "poc2", 16, 64)
+    round_ = Round("one", 1, "node_A", 1.4, "poc2", load.model, load.seq_len)
+    computer = DistanceComputer(adapt(FAMILIES["qwen3 moe"].build(), name="mixture"), load, 64, lambda _: None)
+    answer = result(2, computer.start(Recompute(2, round_, [1, 2, 3], last=True))())
+    assert isinstance(answer, Distances)
+    assert answer.turned is not None
+    assert len(answer.turned) == 3
+    assert tried == [16, 8, 4, 2]
