@@ -82,8 +82,8 @@ class MixtureVerdict:
     No claim has a part in it but for `invalid`, `near_invalid` and what follows from these.
 
     Attributes:
-        turned: Of each recomputed nonce, in the order of their first appearance: how probable it is that some choice of
-            a router is another one on another honest host.
+        turned: How probable it is, for each recomputed nonce in the order of their first appearance, that some choice
+            of a router is another one on another honest host.
         near_above: A nonce is near a router's boundary where `turned` is above this.
         near: Number of recomputed nonces that are near.
         near_invalid: Number of those that are invalid.
@@ -93,7 +93,7 @@ class MixtureVerdict:
         p_all: Probability that an honest miner has so many invalid nonces among all.
         p_quarter: Probability that an honest miner has a quarter of all invalid; the verdict is undecidable where this
             is not below the threshold of fraud.
-        decidable: Whether it is below.
+        decidable: Whether `p_quarter` is below that threshold.
     """
 
     turned: tuple[float, ...]
