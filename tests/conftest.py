@@ -28,16 +28,27 @@ settings.register_profile("search", deadline=None, suppress_health_check=[Health
 settings.register_profile("patient", parent=settings.get_profile("search"), derandomize=True)
 settings.load_profile("patient")
 
-# Folders whose files take longest: they begin first, so that no process is left alone with one at the end.
-LONG = ("worker", "compute", "system", "admin", "lab", "scripts", "pool", "cli")
+# Files that take a minute and more: they begin first, so that no process is left alone with one at the end.
+LONG = (
+    *("system/test_systemd.py", "compute/test_compiled.py", "cluster/test_cluster.py", "system/test_install.py"),
+    *("system/test_daemon.py", "worker/test_worker.py", "worker/test_ranks.py", "pool/test_pool.py"),
+    *("admin/test_pow_api.py", "system/test_disk.py", "validation/test_queue.py", "admin/test_outbox_api.py"),
+    *("system/test_daemon_epochs.py", "dev/test_demo.py", "cli/test_main.py", "lab/test_audit.py"),
+)
+# Folders of which other files take longer than most.
+SLOW = ("system", "scripts", "compute", "admin", "lab", "worker", "daemon", "cli")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sort the folders by how long they take, longest first."""
+    """Sort the files by how long they take, longest first."""
 
-    def place(item: pytest.Item) -> int:
+    def place(item: pytest.Item) -> tuple[int, int]:
         folder = item.path.parent.name
-        return LONG.index(folder) if folder in LONG else len(LONG)
+        file = f"{folder}/{item.path.name}"
+        return (
+            LONG.index(file) if file in LONG else len(LONG),
+            SLOW.index(folder) if folder in SLOW else len(SLOW),
+        )
 
     items.sort(key=place)
 

@@ -128,13 +128,19 @@ def _seed(answer: RpcAnswer, path: str) -> str | None:
 
 
 def _recipes(answer: RpcAnswer, path: str) -> tuple[Recipe, ...]:
-    """Read the parameters of all models, in either form: in the model itself, or in a list of schemes."""
+    """Read the parameters of all models, in either form: in the model itself, or in a list of schemes.
+
+    A scheme of that list that pocd does not know is left out: once it is due it is refused by name.
+    """
     recipes: list[Recipe] = []
     for number in range(_length(answer, path)):
         model = f"{path}.{number}"
         name = answer.text(f"{model}.model_id")
         blocks = [f"{model}.schemes.{block}" for block in range(_length(answer, f"{model}.schemes"))]
         for block in blocks:
+            named = answer.maybe(f"{block}.scheme")
+            if isinstance(named, str) and named not in set(LiveScheme):
+                continue
             scheme = _named(answer, f"{block}.scheme", LiveScheme, otherwise=LiveScheme.PREFILL)
             recipes.append(_recipe(answer, block, name, scheme))
         if not blocks:

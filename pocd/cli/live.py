@@ -9,6 +9,7 @@ import signal
 import sys
 import termios
 import tty
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.live import Live
@@ -19,10 +20,20 @@ from pocd.tasks import first_error
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
-    from rich.console import Console, RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
 DRAW_SECONDS = 0.5  # between two pictures; ages go on while nothing is asked
 QUIT = {b"q", b"Q", b"\x04"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitting:
+    """A picture that is told the terminal's height, which rich's `Live` keeps to itself, so that it can fit."""
+
+    picture: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from console.render(self.picture, options.update(height=options.size.height))
 
 
 def is_drawable(console: Console) -> bool:
@@ -55,7 +66,7 @@ async def draw(
             following = [group.create_task(each, name=name) for name, each in followers.items()]
             with _keys(stop), Live(console=console, screen=True, auto_refresh=False) as live:
                 while not stop.is_set():
-                    live.update(picture(), refresh=True)
+                    live.update(_Fitting(picture()), refresh=True)
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(DRAW_SECONDS):
                             await stop.wait()

@@ -131,8 +131,24 @@ def verdict_as_text(body: dict[str, Any]) -> str:
         ("chance", f"{chance} that an honest miner has so many {_counted(mixture, body)}"),
         *_differences(body["differences"]),
         ("verdict", verdict),
+        *_network(body),
     ]
     return _lines(rows)
+
+
+def _network(body: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return the live network's verdict, where it was asked for."""
+    if "network" not in body:
+        return []
+    found = body["network"]
+    if found is None:
+        return [("network", "no verdict: too many nonces have no finite vector here")]
+    sign, word = ("<", "FRAUD") if found["fraud_detected"] else ("≥", "honest")
+    p_value, threshold = found["p_value"], found["fraud_threshold"]
+    text = f"{word}: {found['n_mismatch']} of {found['n_total']} are too far; {p_value:.2g} {sign} {threshold:g}"
+    if (other := found.get("fraud_by_p_value_threshold")) is not None:
+        text += f"; by p_value_threshold {found['p_value_threshold']:g} {'FRAUD' if other else 'honest'}"
+    return [("network", text)]
 
 
 def _counted(mixture: dict[str, Any] | None, body: dict[str, Any]) -> str:

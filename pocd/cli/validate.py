@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from base64 import b64decode
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
@@ -24,21 +25,28 @@ from pocd.cli.compute import (
 from pocd.cli.files import name_of, read_file
 from pocd.config.settings import DEFAULT_PATH, R_TARGET
 from pocd.process import EXIT_CRASH, EXIT_FRAUD, EXIT_OK, EXIT_UNUSABLE, EndedError
+from pocd.protocol.live_verdict import LiveTerms
 from pocd.protocol.names import default_tolerance
+from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH
+from pocd.protocol.schemes import LIVE_SCHEME, with_stronger_rng
 from pocd.protocol.verdicts import ALLOWANCE, LARGEST_ALLOWANCE
 from pocd.validation.claim import LARGEST_CLAIM, AnyClaim, BodyError, Claim, VectorClaim, parse_json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from pocd.lab.command import ComputeRequest
+    from pocd.validation.verdict import Recomputed
 
 EXITS = {"honest": EXIT_OK, "fraud": EXIT_FRAUD, "undecidable": EXIT_UNUSABLE}
+LIVE_SCHEMES = (LIVE_SCHEME, with_stronger_rng(LIVE_SCHEME))
 POLL_SECONDS = 0.5  # between two looks at a validation that takes long
 OF_THE_DAEMON = ("config", "url", "token_file", "timeout")
 OF_THE_ENGINE = (
     *("scheme", "seq_len", "dtype", "device", "batch_size", "revision"),
     *("r_target", "fraud_threshold", "tolerance", "allowance", "node_count"),
+    *("dist_threshold", "p_mismatch", "p_value_threshold"),
 )
 
 RTargetOption = Annotated[float, typer.Option(help="A nonce is valid when its distance is below this.", min=0, max=2)]
@@ -54,6 +62,17 @@ AllowanceOption = Annotated[
     typer.Option(help="How many times the own rounding error an honest miner's may be.", min=1, max=LARGEST_ALLOWANCE),
 ]
 NodeCountOption = Annotated[int, typer.Option(help="Nodes that share the nonces.", min=1, max=2**63 - 1)]
+DistThresholdOption = Annotated[
+    float | None,
+    typer.Option(help="Largest L2 distance of two vectors by the live network's verdict, which is given then.", min=0),
+]
+PMismatchOption = Annotated[
+    float, typer.Option(help="Probability of a larger distance between honest miners.", min=1e-9, max=1 - 1e-9)
+]
+PValueThresholdOption = Annotated[
+    float | None,
+    typer.Option(help="The chain's number for --fraud-threshold; what it would decide is shown too.", min=0, max=1),
+]
 WANTED = (
     "wanted is one batch: a JSON object with public_key, block_hash, block_height, and nonces and dist, or artifacts"
 )
@@ -82,10 +101,14 @@ def validate(  # noqa: PLR0913 - one argument per option
     tolerance: ToleranceOption = None,
     allowance: AllowanceOption = ALLOWANCE,
     node_count: NodeCountOption = 1,
+    dist_threshold: DistThresholdOption = None,
+    p_mismatch: PMismatchOption = 0.1,
+    p_value_threshold: PValueThresholdOption = None,
 ) -> None:
     """Judge a batch of proofs: exit status 0 honest, 3 fraud, 2 unusable or undecidable.
 
-    The daemon recomputes the results; with --model it is done here, and the batch is held to the options.
+    The daemon recomputes the results; with --model it is done here, and the batch is held to the options. With
+    --dist-threshold it is held to the live network's verdict too, and is fraud where either says so.
     """
     _refuse_strays(
         context, *((OF_THE_ENGINE, "without --model") if model is None else (OF_THE_DAEMON, "beside --model"))
@@ -111,9 +134,35 @@ def validate(  # noqa: PLR0913 - one argument per option
             tolerance=tolerance,
             allowance=allowance,
             node_count=node_count,
+            network=_network(dist_threshold, p_mismatch, fraud_threshold, p_value_threshold, scheme),
         )
     echo(report.as_json(body) if as_json else report.verdict_as_text(body))
-    raise typer.Exit(EXITS[body["verdict"]])
+    found_out = (body.get("network") or {}).get("fraud_detected")
+    raise typer.Exit(EXIT_FRAUD if found_out else EXITS[body["verdict"]])
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkTerms:
+    """Terms of the live network's verdict, and the threshold that decides nothing."""
+
+    terms: LiveTerms
+    p_value_threshold: float | None
+
+
+def _network(
+    dist_threshold: float | None,
+    p_mismatch: float,
+    fraud_threshold: float | None,
+    p_value_threshold: float | None,
+    scheme: str,
+) -> NetworkTerms | None:
+    """Return the terms of the live network's verdict; None where it is not asked for."""
+    if dist_threshold is None:
+        return None
+    if scheme not in LIVE_SCHEMES:
+        raise typer.BadParameter(f"--dist-threshold is of the live network's schemes: {' and '.join(LIVE_SCHEMES)}")
+    terms = LiveTerms(dist_threshold, p_mismatch, FRAUD_THRESHOLD if fraud_threshold is None else fraud_threshold)
+    return NetworkTerms(terms, p_value_threshold)
 
 
 def _refuse_strays(context: typer.Context, names: tuple[str, ...], where: str) -> None:
@@ -168,10 +217,10 @@ def _compute(
     tolerance: float | None,
     allowance: float,
     node_count: int,
+    network: NetworkTerms | None,
 ) -> dict[str, Any]:
     """Recompute the results here, and judge."""
     from pocd.lab.command import chances, compared, prepared
-    from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH
     from pocd.validation.conditions import MismatchError
     from pocd.validation.verdict import Recomputed, Terms, check, judge, sampled
 
@@ -205,4 +254,31 @@ def _compute(
         found = replace(found, turned=chances(run, nonces, request.batch_size))
     batch = judge(claim, terms, found, sample, seed)
     body: dict[str, Any] = orjson.loads(batch.to_json())
+    if network is not None:
+        body["network"] = _judge_as_network(claim, found, nonces, network)
     return body
+
+
+def _judge_as_network(
+    claim: Claim | VectorClaim,
+    found: Recomputed,
+    nonces: Sequence[int],
+    network: NetworkTerms,
+) -> dict[str, Any] | None:
+    """Return the live network's verdict on the recomputed nonces; None where the network would give none."""
+    import numpy as np
+
+    from pocd.protocol.live_jobs import told_in_full
+    from pocd.protocol.live_verdict import judge_live
+    from pocd.protocol.vectors import are_finite, decode_vectors, encode_vectors
+
+    if len(set(claim.nonces)) < len(claim.nonces):
+        raise EndedError(EXIT_UNUSABLE, "a nonce comes twice, for which the live network refuses a batch as a whole")
+    claims = dict(zip(claim.nonces, claim.outputs, strict=True))
+    claimed = [(nonce, None if (given := claims[nonce]) is None else np.asarray(given, np.float32)) for nonce in nonces]
+    texts = {
+        nonce: encode_vectors(np.asarray(found.own[nonce], np.float32)) for nonce in nonces
+    }  # rounded as they are sent
+    own = {nonce: decode_vectors(text)[0] for nonce, text in texts.items() if all(are_finite(b64decode(text)))}
+    verdict = judge_live(claimed, own, network.terms)
+    return None if verdict is None else told_in_full(verdict, network.terms, network.p_value_threshold)

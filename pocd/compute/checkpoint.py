@@ -50,6 +50,11 @@ def _check_dtypes(source: str, written: object) -> None:
             )
 
 
+def is_tied(config: Any) -> bool:  # noqa: ANN401 - each family has its own class
+    """Tell whether the output matrix is the embedding; some families have no word for it."""
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
 def read_config(source: str, revision: str) -> tuple[Any, Way | None]:
     """Read the configuration, which may name no kernel of a hub (that is code) and no files elsewhere.
 
@@ -89,7 +94,7 @@ def read_config(source: str, revision: str) -> tuple[Any, Way | None]:
     if isinstance(text, dict):
         raise ModelError(f"{source}: config.json has a text_config, and a {config.model_type} model has none")
     if text is not config and "tie_word_embeddings" not in written:
-        config.tie_word_embeddings = getattr(text, "tie_word_embeddings", config.tie_word_embeddings)
+        config.tie_word_embeddings = getattr(text, "tie_word_embeddings", is_tied(config))
     return config, _read_way(source, revision, written, text.model_type)
 
 
@@ -101,7 +106,10 @@ def _read_way(source: str, revision: str, written: dict[str, Any], model_type: s
     for file, method in () if found else PACKERS.items():
         if not found and optional_file(source, revision, file):
             place, said = file, _json(source, revision, file)
-            found = [{"quant_method": method, **said, **(said.get("quantization") or {})}]
+            inner = said.get("quantization") or {}
+            if not isinstance(inner, dict):
+                raise ModelError(f"{source}: the quantization in its {file} is no JSON object; {UNPACKED}")
+            found = [{"quant_method": method, **said, **inner}]
     if not found:
         return None
     try:
@@ -111,9 +119,28 @@ def _read_way(source: str, revision: str, written: dict[str, Any], model_type: s
 
 
 def _json(source: str, revision: str, name: str) -> dict[str, Any]:
-    """Return the JSON object in a file of the model; empty where there is none."""
+    """Return the JSON object in a file of the model; empty where there is none.
+
+    Raises:
+        ModelError: The file is no JSON object, gives one name two values, or has a NaN.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if other := sorted({key for key, value in pairs if value != found[key]}):
+            raise ModelError(f"{source}: {name} says {other[0]!r} twice, and not the same: keep the right one")
+        return found
+
+    def constant(word: str) -> float:
+        if word == "NaN":
+            raise ModelError(f"{source}: {name} has a NaN in place of a number: restore the file")
+        return float(word)  # Infinity is a limit in some families
+
     file = optional_file(source, revision, name)
-    written = json.loads(Path(file).read_bytes()) if file else {}
+    try:
+        written = json.loads(Path(file).read_bytes(), object_pairs_hook=once, parse_constant=constant) if file else {}
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{source} cannot be loaded: its {name} is no JSON ({error}); restore the file") from error
     if not isinstance(written, dict):
         raise ModelError(f"{source} cannot be loaded: its {name} holds no JSON object")
     return written

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pocd.compute.checkpoint import read_config
+from pocd.compute.checkpoint import is_tied, read_config
 from pocd.compute.stored import read_headers
 
 if TYPE_CHECKING:
@@ -95,9 +95,8 @@ def _defaults(kind: type[Any]) -> dict[str, Any]:
 def configuration_of(config: Any, way: Way | None) -> dict[str, Any]:  # noqa: ANN401 - each family has its own class
     """Return what decides a result beside the tensors: the configuration of the text model, and the way of weights."""
     text = config.get_text_config()
-    tied = config.tie_word_embeddings
     defaults = _defaults(type(text))
-    decides = deciding({**text.to_dict(), "tie_word_embeddings": tied}, defaults)
+    decides = deciding({**text.to_dict(), "tie_word_embeddings": is_tied(config)}, defaults)
     return {"config": decides, "weights": {"dequantised": None if way is None else way.decides}}
 
 

@@ -60,13 +60,16 @@ FORMS = (
     LayerForm(residual="post_attention_layernorm", branch="post_mlp_layernorm"),  # GLM-4
     LayerForm(residual="post_attention_layernorm", branch="mlp"),  # Llama, Mistral, Qwen, Phi-3, GPT-NeoX
     LayerForm(residual="post_attention_layernorm", branch="feed_forward"),  # Llama 4
+    LayerForm(residual="pre_mlp_layernorm", branch="post_mlp_layernorm"),  # AFMoE
+    LayerForm(residual="pre_ff_layernorm", branch="feed_forward"),  # Jamba, Bamba, Falcon-H1
+    LayerForm(residual="ffn_norm", branch="feed_forward"),  # LFM2
     LayerForm(residual="ln_2", branch="mlp"),  # GPT-2
     LayerForm(residual=None, attention="attention", branch="mlp"),  # GPT-NeoX, parallel
     LayerForm(residual=None, attention="self_attn", branch="mlp"),  # Phi, Cohere
     LayerForm(residual=None, attention="attn", branch="mlp"),  # GPT-J
 )
 CACHES = ("cache", "layer_past")  # what the KV cache is called from transformers 5.24 on, and in GPT-NeoX and GPT-J
-NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")  # what the norm after the last layer is called
+NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "embedding_norm")  # after the last layer
 
 
 def _tensor(value: Any) -> torch.Tensor:  # noqa: ANN401 - modules give tensors, or tuples that begin with one

@@ -5,19 +5,22 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
+from pocd.compute.checkpoint import is_tied
 from pocd.protocol.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from pocd.compute.quantised import Matrix
 
@@ -28,7 +31,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as glibc's malloc.h has them
 
 TEXT_PART = (
     (re.compile(r"^(model\.)?(language_model\.)?lm_head\."), "lm_head."),
-    (re.compile(r"^(model\.)?language_model\.(model\.)?"), "model."),
+    (re.compile(r"^(model\.)?(language_model|text_model)\.(model\.)?"), "model."),
 )
 """How files call the decoder of text in a model of images and text, and what it is called here."""
 
@@ -92,12 +95,50 @@ def has_text_part(config: Any) -> bool:  # noqa: ANN401 - each family has its ow
     return "text_config" in config.sub_configs and config.get_text_config() is not config
 
 
-def text_name(name: str) -> str:
-    """Return what a tensor of such a model's file is called in its decoder of text; others keep their names."""
-    for pattern, here in TEXT_PART:
-        if pattern.search(name):
-            return pattern.sub(here, name)
-    return name
+def _renamed(
+    names: Iterable[str], conversions: Iterable[Any], root: Callable[[str], str] = lambda name: name
+) -> dict[str, str]:
+    """Return the tensors `names` of files by what they are called in a model.
+
+    Args:
+        names: Names of the tensors.
+        conversions: What transformers does with tensors of the model's files; those that rename them count.
+        root: What changes their beginning afterwards.
+
+    Raises:
+        ModelError: Two would have one name; transformers would take one, without a word.
+    """
+    renamings = [each for each in conversions if isinstance(each, WeightRenaming)]
+    found: dict[str, str] = {}
+    for name in names:
+        here = name
+        for renaming in renamings:
+            here, _ = renaming.rename_source_key(here)
+        here = root(here)
+        if here in found:
+            raise ModelError(f"its files hold {found[here]} and {name}, two names of one tensor: remove the wrong one")
+        found[here] = name
+    return found
+
+
+def _root_of_text(name: str) -> str:
+    """Return what a tensor is called in the decoder of text; tensors of other parts keep their names."""
+    return next((pattern.sub(root, name) for pattern, root in TEXT_PART if pattern.search(name)), name)
+
+
+@contextmanager
+def _converting(kind: type[PreTrainedModel], conversions: Sequence[Any]) -> Iterator[None]:
+    """Have transformers join or turn tensors of a text part as it does for the whole model, such as its experts."""
+    known = conversion_mapping._checkpoint_conversion_mapping_cache or {}  # noqa: SLF001 - what is registered stays otherwise
+    if not conversions or kind.__name__ in known:
+        yield
+        return
+    conversion_mapping.register_checkpoint_conversion_mapping(kind.__name__, list(conversions))
+    try:
+        yield
+    finally:
+        known.pop(kind.__name__)
+        conversion_mapping.USER_REGISTERED_MAPPINGS.discard(kind.__name__)
 
 
 def _class_of(config: Any) -> type[PreTrainedModel]:  # noqa: ANN401 - as above
@@ -107,9 +148,12 @@ def _class_of(config: Any) -> type[PreTrainedModel]:  # noqa: ANN401 - as above
         ModelError: transformers has neither.
     """
     found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # its annotation knows tuples, and it has none
+    decoder: Any = MODEL_MAPPING.get(type(config), None)
+    if found is None and decoder is not None:  # some are not listed there (Mistral 4)
+        own = f"{decoder.__name__.removesuffix('Model')}ForCausalLM"
+        found = getattr(sys.modules[decoder.__module__], own, None)
     if found is not None:
         return cast("type[PreTrainedModel]", found)
-    decoder: Any = MODEL_MAPPING.get(type(config), None)
     if decoder is None or "Text" not in decoder.__name__:
         raise ModelError(f"transformers has no class that gives the next token for a {type(config).__name__}")
     family = next(base for base in decoder.__mro__ if base.__name__.endswith("PreTrainedModel"))
@@ -153,15 +197,20 @@ def load_causal(
         The model, and transformers' report: keys that are missing, unexpected, or of another shape.
 
     Raises:
-        ModelError: transformers has no class for the configuration.
+        ModelError: transformers has no class for the configuration, or the files hold a tensor under two names.
     """
     tensors = {matrix.name: _Lazy(matrix, device) for matrix in matrices}
+    conversions: Sequence[Any] = []
     if has_text_part(config):
+        whole = conversion_mapping.get_checkpoint_conversion_mapping(config.model_type) or []
         text = config.get_text_config()
-        text.tie_word_embeddings = config.tie_word_embeddings
-        config, tensors = text, {text_name(name): lazy for name, lazy in tensors.items()}
-    loader: Any = _class_of(config)  # its annotation knows nothing of output_loading_info
-    with _exactly(), _in_blocks_of_their_own():
+        text.tie_word_embeddings = is_tied(config)
+        conversions = [each for each in whole if not isinstance(each, WeightRenaming)]
+        names = _renamed(tensors, whole, _root_of_text)
+        config, tensors = text, {here: tensors[name] for here, name in names.items()}
+    kind = _class_of(config)
+    loader: Any = kind  # its annotation knows nothing of output_loading_info
+    with _exactly(), _in_blocks_of_their_own(), _converting(kind, conversions):
         found: tuple[Any, Mapping[str, Any]] = loader.from_pretrained(
             None,
             config=config,
@@ -172,5 +221,9 @@ def load_causal(
             experts_implementation=None,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # are in the report, by name
+        )
+        model, prefix = found[0], f"{kind.base_model_prefix}."
+        _renamed(
+            tensors, conversion_mapping.get_model_conversion_mapping(model), lambda name: name.removeprefix(prefix)
         )
     return found

@@ -200,7 +200,7 @@ def _loading(name: str) -> Iterator[None]:
 def longest_seq_len(config: Any) -> int:  # noqa: ANN401 - as above
     """Return the largest sequence length, in positions, that the model of `config` allows."""
     longest: int = getattr(config.get_text_config(), "max_position_embeddings", LARGEST_SEQ_LEN)
-    return longest
+    return LARGEST_SEQ_LEN if longest == -1 else longest  # XLNet's word for no limit
 
 
 def check_seq_len(seq_len: int, config: Any, name: str) -> None:  # noqa: ANN401 - as above

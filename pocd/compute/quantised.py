@@ -54,6 +54,22 @@ class Matrix(NamedTuple):
     compute: Callable[..., torch.Tensor]
 
 
+def _matrix_shape(held: Stored) -> tuple[int, int] | None:
+    """Return the shape of a matrix that a tensor holds; None: it holds none."""
+    if held.shape != (2,) or held.dtype not in {"I32", "I64"}:
+        return None
+    rows, columns = held.read().tolist()
+    return (rows, columns) if min(rows, columns) > 0 else None
+
+
+def _are_places(places: Stored | None, columns: int, groups: int) -> bool:
+    """Tell whether a tensor has the number of a group for each column; a number beyond them would be another's."""
+    if places is None or places.dtype not in {"I32", "I64"} or places.shape != (columns,):
+        return False
+    numbers = places.read()
+    return bool((numbers >= 0).all() and (numbers < groups).all())
+
+
 def _grid(shape: tuple[int, ...], block: tuple[int, int]) -> tuple[int, ...]:
     """Return the shape of the scales of a matrix, or of a stack of them, with one for each block."""
     return (*shape[:-2], *(-(-size // step) for size, step in zip(shape[-2:], block, strict=True)))
@@ -161,9 +177,11 @@ def find_int_packed(
     """Find a matrix of compressed-tensors' packed integers; None in `block` is the whole side of a matrix."""
     root = key.removesuffix("_packed")
     packed, scale, shape_of = stored[key], stored.get(f"{root}_scale"), stored.get(f"{root}_shape")
-    if root == key or scale is None or shape_of is None or packed.dtype != "I32" or scale.dtype not in REAL:
+    shape = None if shape_of is None else _matrix_shape(shape_of)
+    if root == key or scale is None or shape is None or packed.dtype != "I32" or scale.dtype not in REAL:
         return None
-    rows, columns = shape = tuple(int(size) for size in shape_of.read())
+    assert shape_of is not None, "it holds the shape"
+    rows, columns = shape
     of = (block[0] or rows, block[1] or columns)
     words = -(-columns * bits // WORD)
     if packed.shape != (rows, words) or scale.shape not in {_grid(shape, of), (1,) if block == (None, None) else None}:
@@ -174,16 +192,15 @@ def find_int_packed(
         if zero.dtype != "I32" or zero.shape != (-(-rows * bits // WORD), *scale.shape[1:]):
             return None
         parts[f"{root}_zero_point"] = zero
-    if places is None and needs_places:
+    is_ordered = places is None or (places.shape == (columns,) and bool((places.read() == -1).all()))
+    if (places is None and needs_places) or not (is_ordered or _are_places(places, columns, scale.shape[-1])):
         return None
     if places is not None:
-        if places.shape != (columns,):
-            return None
         parts[f"{root}_g_idx"] = places
 
     def compute(packed: torch.Tensor, scale: torch.Tensor, _shape: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
         points = more[0] if zero is not None else None
-        groups = more[-1] if places is not None and bool((more[-1] >= 0).all()) else None  # -1: in order
+        groups = None if is_ordered else more[-1]
         return int_packed(
             packed, scale.reshape(_grid(shape, of)), points, groups, bits=bits, shape=(rows, columns), block=of
         )
@@ -210,7 +227,9 @@ def find_awq(key: str, stored: Mapping[str, Stored]) -> Matrix | None:
     root, packed, zeros, scales = found
     groups, out = scales.shape
     inner = packed.shape[0]
-    if packed.shape != (inner, out // 8) or zeros.shape != (groups, out // 8) or out % 8 or inner % groups:
+    if packed.shape != (inner, out // 8) or zeros.shape != (groups, out // 8) or out % 8:
+        return None
+    if not groups or inner % groups:
         return None
     parts = {key: packed, f"{root}.qzeros": zeros, f"{root}.scales": scales}
     return Matrix(f"{root}.weight", (out, inner), parts, awq)
@@ -225,7 +244,7 @@ def find_gptq(key: str, stored: Mapping[str, Stored], *, bits: int, more: int) -
     places = stored.get(f"{root}.g_idx")
     groups, out = scales.shape
     inner = packed.shape[0] * WORD // bits
-    if places is None or places.shape != (inner,) or packed.shape[1:] != (out,):
+    if not _are_places(places, inner, groups) or packed.shape[1:] != (out,):
         return None
     if zeros.shape != (groups, out * bits // WORD) or out * bits % WORD:
         return None
@@ -247,6 +266,8 @@ def find_four_bits(key: str, stored: Mapping[str, Stored]) -> Matrix | None:
         state = json.loads(bytes(stored[said].read().tolist()))
         shape, size = tuple(map(int, state["shape"])), int(state["blocksize"])
         inner, offset = int(state.get("nested_blocksize", 0)), float(state.get("nested_offset", 0.0))
+        if min(size, *shape) < 1:
+            raise ValueError("sizes below 1")  # noqa: TRY301 - as any that are no numbers
     except (ValueError, KeyError, TypeError):
         return None
     count = math.prod(shape)

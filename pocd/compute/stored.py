@@ -110,11 +110,11 @@ def named_files(index: Path) -> list[str]:
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
     """Give the tensors of a safetensors file; a ModelError says that it is missing or damaged, and which it is."""
+    if not file.is_file():
+        raise ModelError(f"{file} cannot be loaded: it is missing, or no file; copy or download it again")
     try:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
-    except FileNotFoundError as error:
-        raise ModelError(f"{file} cannot be loaded: it is missing; copy or download it again") from error
     except SafetensorError as error:
         raise ModelError(f"{file} cannot be loaded: it is damaged ({error}); copy or download it again") from error
 

@@ -17,7 +17,7 @@ from pocd.compute.stored import some
 from pocd.protocol.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import torch
 
@@ -67,11 +67,17 @@ def read_way(quantization: Mapping[str, Any], model_type: str) -> Way:
         raise ModelError(f"its description is not understood ({type(error).__name__}: {error})") from error
 
 
+def _block_of(sizes: Iterable[Any]) -> tuple[int, int]:
+    """Return height and width of a block; a ValueError says that they are none."""
+    height, width = (int(size) for size in sizes)
+    if min(height, width) < 1:
+        raise ValueError(f"a block of {height} by {width}")
+    return height, width
+
+
 def _fp8(quantization: Mapping[str, Any]) -> Way:
-    block = quantization.get("weight_block_size")
-    if block is not None:
-        height, width = (int(size) for size in block)
-        block = height, width
+    sizes = quantization.get("weight_block_size")
+    block = None if sizes is None else _block_of(sizes)
     find = partial(
         quantised.find_scaled, scale="_scale_inv", codes="F8_E4M3", blocks=("whole" if block is None else block,)
     )
@@ -154,10 +160,11 @@ def _finders(scheme: Mapping[str, Any]) -> list[Finder]:
     if (bits, kind, strategy, size) == (4, "float", "tensor_group", 16):
         return [partial(quantised.find_nvfp4, suffix=".weight_packed", whole="weight_global_scale", divided=True)]
     if strategy == "block":
-        height, width = scheme["block_structure"]
-        block: Any = (int(height), int(width))
+        block: Any = _block_of(scheme["block_structure"])
+    elif strategy == "group":
+        block = _block_of((1, size))
     else:
-        block = {"tensor": "whole", "channel": "row", "group": (1, size)}.get(strategy)
+        block = {"tensor": "whole", "channel": "row"}.get(strategy)
     finders: list[Finder] = []
     if block is not None and bits == 8:
         codes = {"float": "F8_E4M3", "int": "I8"}[kind]
@@ -225,5 +232,7 @@ def matrices(stored: Mapping[str, Stored], way: Way | None, *, name: str) -> lis
             f"model {name!r} is quantised, says its configuration, but none of its tensors is {way.title}: if they are "
             "whole, remove the quantization_config from config.json (and the files beside it that describe one)"
         )
+    if twice := {matrix.name for matrix in found if matrix.name in stored and matrix.name not in matrix.parts}:
+        raise ModelError(f"model {name!r} has {some(twice)} both quantised and whole: remove the wrong ones")
     rest = [Matrix(key, at.shape, {key: at}, _as_it_is) for key, at in stored.items() if key not in used]
     return [*found, *rest]

@@ -118,19 +118,7 @@ def computed(job: LiveJob, vectors: bytes, validation: str | None = None) -> Job
     verdict = judge_live(claimed, mine, job.terms)
     if verdict is None:
         return failed(job, f"{len(job.nonces) - len(own)} of {len(job.nonces)} nonces have no finite vector here")
-    answer = _verdict(verdict)
-    if job.p_value_threshold is not None:
-        answer |= {
-            "p_value_threshold": job.p_value_threshold,
-            "fraud_by_p_value_threshold": verdict.p_value < job.p_value_threshold,
-        }
-    answer |= {
-        "fraud_threshold": job.terms.fraud_threshold,
-        "n_excluded": len(verdict.excluded_nonces),
-        "excluded_nonces": verdict.excluded_nonces,
-        "distances": verdict.distances,
-        "validation": validation,
-    }
+    answer = told_in_full(verdict, job.terms, job.p_value_threshold) | {"validation": validation}
     told = _verdict(verdict)
     if verdict.excluded_nonces:
         told |= {"n_excluded": len(verdict.excluded_nonces), "excluded_nonces": verdict.excluded_nonces}
@@ -150,6 +138,26 @@ def failed(job: LiveJob, reason: str) -> JobResult:
         "error": reason,
     }
     return JobResult(True, orjson.dumps({"error": reason}), None if job.claimed is None else _posted(job, told))
+
+
+def told_in_full(verdict: LiveVerdict, terms: LiveTerms, p_value_threshold: float | None) -> dict[str, Any]:
+    """Return a verdict with its terms and all distances, and what `p_value_threshold` would decide, if given."""
+    other = {}
+    if p_value_threshold is not None:
+        other = {
+            "p_value_threshold": p_value_threshold,
+            "fraud_by_p_value_threshold": verdict.p_value < p_value_threshold,
+        }
+    return (
+        _verdict(verdict)
+        | other
+        | {
+            "fraud_threshold": terms.fraud_threshold,
+            "n_excluded": len(verdict.excluded_nonces),
+            "excluded_nonces": verdict.excluded_nonces,
+            "distances": verdict.distances,
+        }
+    )
 
 
 def _verdict(verdict: LiveVerdict) -> dict[str, Any]:

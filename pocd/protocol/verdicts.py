@@ -82,8 +82,8 @@ class MixtureVerdict:
     No claim has a part in it but for `invalid`, `near_invalid` and what follows from these.
 
     Attributes:
-        turned: How probable it is, for each recomputed nonce in the order of their first appearance, that some choice
-            of a router is another one on another honest host.
+        turned: Probability, by recomputed nonce in the order of their first appearance, that some choice of a router is
+            another one on another honest host.
         near_above: A nonce is near a router's boundary where `turned` is above this.
         near: Number of recomputed nonces that are near.
         near_invalid: Number of those that are invalid.

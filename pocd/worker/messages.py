@@ -207,8 +207,8 @@ class Distances:
     """From the worker: the result of a Compute or a Recompute, in the order of its nonces.
 
     Attributes:
-        turned: How probable it is, by nonce, that a mixture's router chooses otherwise on another honest host; None
-            where there are no routers, and for a Compute.
+        turned: Probability, by nonce, that a router chooses otherwise on another honest host; None where there are no
+            routers, and of a Compute.
     """
 
     id: int
@@ -236,8 +236,7 @@ class Compared:
         own: Numbers of each nonce as a miner computes them: one distance, or those of a vector.
         reference: Numbers of each nonce in float32 arithmetic on the same rounded weights.
         errors: Expected squared error of a number of `own`, by nonce.
-        turned: How probable it is, by nonce, that a mixture's router chooses otherwise on another honest host; None
-            where there are no routers, and for vectors.
+        turned: Probability, by nonce, that a router chooses otherwise; None without routers, and for vectors.
     """
 
     id: int

@@ -1,8 +1,10 @@
 """What workers of a Ray cluster cost beside local ones: `python -m scripts.bench.cluster --address HOST:PORT`.
 
-The cluster is one that runs already on this machine, with a core for each worker, such as of
-`RAY_worker_niceness=0 ray start --head --num-cpus=2`. Local workers and those of the cluster compute by turns, one
-thread each. Rates per second mean something where nothing else runs, rates per CPU second of the workers elsewhere too.
+The cluster is one that runs already on this machine, and takes as many workers as asked for, such as of
+`RAY_worker_niceness=0 ray start --head --num-cpus=3`. Local workers and those of the cluster compute by turns, one
+thread each, in batches of one size: a smaller one has more messages for the same work. Rates per second mean something
+where each worker has a core and nothing else runs, rates per CPU second elsewhere too: those of W workers over one are
+the share of W-fold throughput that W cores would give, as far as it is decided here and not by the machines' memory.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import contextlib
 import logging
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,7 +40,7 @@ from scripts.bench.measuring import cpu_seconds, new_table, ratio, show
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-LOAD = Load("bundled:tiny-llama", "float32", ("cpu",), "poc2", 64, 1024, is_auto=True)
+LOAD = Load("bundled:tiny-llama", "float32", ("cpu",), "poc2", 64, 64)
 SETTLING_SECONDS = 5.0  # after the last worker is ready
 
 
@@ -49,6 +51,7 @@ class Sample:
     Attributes:
         rate: Nonces per second.
         per_cpu: Nonces per CPU second of the workers' processes.
+        with_path: Nonces per CPU second of the workers' processes, the bridge and the actors.
         path: CPU seconds of the bridge and the actors, as a share of the workers'.
         bridge_cpu: Share of a core that the bridge took.
         bridge_mb: Memory of the bridge that is its own, in MB.
@@ -56,6 +59,7 @@ class Sample:
 
     rate: float
     per_cpu: float
+    with_path: float
     path: float
     bridge_cpu: float
     bridge_mb: float
@@ -65,13 +69,14 @@ def _used(processes: Iterable[psutil.Process]) -> float:
     return sum(cpu_seconds(each.pid) for each in processes)
 
 
-async def measure(workers: int, address: str | None, seconds: float) -> Sample:
+async def measure(workers: int, address: str | None, seconds: float, load: Load) -> Sample:
     """Have workers compute for a while.
 
     Args:
         workers: How many.
         address: The cluster's head; None for local workers.
         seconds: How long.
+        load: What each of them loads.
     """
     changes, log = Changes(), structlog.get_logger()
     cluster = None
@@ -81,7 +86,7 @@ async def measure(workers: int, address: str | None, seconds: float) -> Sample:
     with tempfile.TemporaryDirectory() as name, contextlib.closing(OutboxThread(Path(name) / "outbox.db")) as outbox:
         miner = Miner(outbox, changes, clock=SYSTEM)
         pool = Pool(
-            [LOAD] * workers,
+            [load] * workers,
             miner,
             WorkerLimits(batch=300.0),
             cache=Path(name),
@@ -91,7 +96,7 @@ async def measure(workers: int, address: str | None, seconds: float) -> Sample:
             events=Events(SYSTEM),
             cluster=cluster,
         )
-        await miner.set_round(Work(Round("a block", 1, "a key", 1.4142, "poc2", LOAD.model, 64), Node(0, 1)))
+        await miner.set_round(Work(Round("a block", 1, "a key", 1.4142, "poc2", load.model, load.seq_len), Node(0, 1)))
         running = asyncio.create_task(pool.run())
         try:
             while not all(each.ready for each in pool.workers):
@@ -124,49 +129,55 @@ async def _sample(pool: Pool, seconds: float) -> Sample:
     return Sample(
         computed / passed,
         computed / used[0],
+        computed / sum(used),
         (used[1] + used[2]) / used[0],
         used[1] / passed,
         sum(each.memory_full_info().uss / 1e6 for each in bridge),
     )
 
 
-async def run(address: str, workers: int, rounds: int, seconds: float) -> None:
+async def run(address: str, workers: list[int], rounds: int, seconds: float, load: Load) -> None:
     """Measure one worker and several, local and of the cluster, by turns, and print the ratios."""
-    kinds = {
-        f"{count} {'of the cluster' if at else 'local'}": (count, at)
-        for count in (1, workers)
-        for at in (None, address)
-    }
+    kinds = {_kind(count, at): (count, at) for count in (1, *workers) for at in (None, address)}
     found: dict[str, list[Sample]] = {name: [] for name in kinds}
     for turn in range(rounds):
         for name, (count, at) in list(kinds.items())[:: -1 if turn % 2 else 1]:
-            found[name].append(await measure(count, at, seconds))
+            found[name].append(await measure(count, at, seconds, load))
     table = new_table("workers", "workers", "nonces/s", "per CPU second", "path's CPU", "bridge's CPU", "bridge's MB")
     for name, samples in found.items():
         middle = sorted(samples, key=lambda each: each.per_cpu)[len(samples) // 2]
         shares = (f"{100 * middle.path:.2f} %", f"{100 * middle.bridge_cpu:.2f} %", f"{middle.bridge_mb:.0f}")
         table.add_row(name, f"{middle.rate:.1f}", f"{middle.per_cpu:.1f}", *shares)
     show(table)
-    several, one = (f"{count} of the cluster" for count in (workers, 1))
     ratios = new_table("ratios", "of", "median", "range")
-    for what in ("rate", "per_cpu"):
+    units = {"rate": "a second", "per_cpu": "a CPU second", "with_path": "a CPU second, bridge and actors with them"}
+    for what, unit in units.items():
         of = {name: [getattr(each, what) for each in samples] for name, samples in found.items()}
-        unit = "a second" if what == "rate" else "a CPU second"
-        ratios.add_row(f"{several} to {one}, nonces {unit}", *ratio(of[several], of[one]))
-        ratios.add_row(f"{several} to {workers} local, nonces {unit}", *ratio(of[several], of[f"{workers} local"]))
+        for count in (1, *workers):
+            ours = _kind(count, address)
+            if count > 1:
+                ratios.add_row(f"{ours} to 1, nonces {unit}", *ratio(of[ours], of[_kind(1, address)]))
+            ratios.add_row(f"{ours} to {count} local, nonces {unit}", *ratio(of[ours], of[_kind(count, None)]))
     show(ratios)
+
+
+def _kind(count: int, address: str | None) -> str:
+    return f"{count} {'of the cluster' if address else 'local'}"
 
 
 def main() -> None:
     """Run the bench."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--address", required=True, help="the cluster's head, HOST:PORT")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, nargs="*", default=[2], help="how many beside one")
+    parser.add_argument("--batch", type=int, default=LOAD.batch_size, help="nonces of a batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=15.0)
     given = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
-    asyncio.run(run(given.address, given.workers, given.rounds, given.seconds))
+    os.environ["OMP_NUM_THREADS"] = "1"  # of local workers, as Ray does for those with one core
+    load = replace(LOAD, batch_size=given.batch)
+    asyncio.run(run(given.address, given.workers, given.rounds, given.seconds, load))
 
 
 if __name__ == "__main__":

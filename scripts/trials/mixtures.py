@@ -137,14 +137,12 @@ def measure(options: argparse.Namespace, tell: Callable[[Row], None]) -> None:
             model = adapt(rounded(causal, getattr(torch, dtype)), name=form)
             tolerance, chances = default_tolerance(dtype, scheme, model.hidden_size), sampler.chances(model)
             is_near = torch.zeros(options.nonces, dtype=torch.bool) if chances is None else chances > NEAR
-            turned = None if chances is None else float(chances.mean())
-            near = None if chances is None else float(is_near.float().mean())
+            turned, near = (None, None) if chances is None else (float(chances.mean()), float(is_near.float().mean()))
             for between, (one, first_ms), (other, second_ms) in pairs(model, sampler):
                 apart = (one - other).abs().view(len(one), -1).amax(dim=1)
                 is_beyond = apart > tolerance
-                beyond, wide = float(is_beyond.float().mean()), float((is_beyond & ~is_near).float().mean())
-                largest = float(apart.max())
-                tell(Row(form, dtype, between, largest, beyond, first_ms, second_ms, turned, near, wide))
+                beyond, wide = (float(each.float().mean()) for each in (is_beyond, is_beyond & ~is_near))
+                tell(Row(form, dtype, between, float(apart.max()), beyond, first_ms, second_ms, turned, near, wide))
 
 
 def main() -> None:

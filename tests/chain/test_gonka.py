@@ -125,6 +125,16 @@ def test_what_later_versions_tell_in_a_list_of_schemes() -> None:
         recipe_of(info, LiveScheme.DECODE, MODEL)
 
 
+def test_a_scheme_that_nobody_knows_yet_is_no_obstacle_until_it_is_due() -> None:
+    known = {"scheme": "POC_SCHEME_PREFILL", "seq_len": "1024", "stat_test": STAT_TEST}
+    blocks = [{"scheme": "POC_SCHEME_NEXT", "points": [1]}, known]
+    answer = changed("params.poc_params.models.0", {"model_id": MODEL, "schemes": blocks})
+    assert read(answer).recipes == read(ANSWER).recipes
+    only = changed("params.poc_params.models.0", {"model_id": MODEL, "schemes": blocks[:1]})
+    with pytest.raises(NotComputedError, match="no POC_SCHEME_PREFILL of model"):
+        recipe_of(read(only), LiveScheme.PREFILL, MODEL)
+
+
 def test_an_empty_list_of_schemes_means_the_fields_of_the_model() -> None:
     assert read(changed("params.poc_params.models.0.schemes", [])) == read(ANSWER)
 

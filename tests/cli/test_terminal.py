@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -10,19 +12,24 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from pocd.admin.client import ServerEvent
 from pocd.admin.text import local_time
 from pocd.check import report as findings
 from pocd.check.finding import red
 from pocd.cli import api, report
+from pocd.cli.live import draw
 from pocd.observe import logs
 from pocd.observe.mask import clean, escape_json
 from tests.cli.test_watch import drawn, seen
+from tests.support.waiting import soon
 from tests.support.watched import sample, troubled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from rich.console import ConsoleOptions, RenderResult
 
 # A title, a cleared screen, colours by one byte, text from right to left, and a line like one of ours.
 EVIL = "\x1b]0;title\x07\x1b[2J\x9b31m\u202e\u2066\u2028\nalarm      all is well\x00\x7f"
@@ -64,6 +71,19 @@ def test_every_view_is_clean_and_has_no_line_of_others(shown: Callable[[], str])
     assert "title" in text
     assert obeyed(text) == set()
     assert not any(line.startswith("alarm      all is well") for line in text.splitlines())
+
+
+async def test_a_picture_that_is_drawn_is_told_the_terminals_size() -> None:
+    class Picture:
+        def __rich_console__(self, _: Console, options: ConsoleOptions) -> RenderResult:
+            sizes.append((options.max_width, options.height))
+            os.kill(os.getpid(), signal.SIGTERM)
+            yield "a picture"
+
+    sizes: list[tuple[int, int | None]] = []
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=24)
+    await soon(draw(Picture, console, {}))
+    assert set(sizes) == {(80, 24)}, "it fits itself into them, and says what does not fit"
 
 
 def test_what_a_command_prints_is_clean_whatever_made_it(capsys: pytest.CaptureFixture[str]) -> None:

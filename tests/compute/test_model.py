@@ -112,7 +112,7 @@ KERNEL = {"attn_implementation": "someone/kernel"}
         ({}, INDEX, index(7), "cannot be loaded"),
         ({}, INDEX, b"[]", "cannot be loaded"),
         ({}, "adapter_config.json", b"{}", "holds an adapter"),
-        ({}, "config.json", b"[" * 100_000, "cannot be loaded: RecursionError"),
+        ({}, "config.json", b"[" * 100_000, "cannot be loaded: its config.json is no JSON"),
         ({}, "config.json", b"7", "cannot be loaded"),
         (KERNEL, "", b"", "names the kernel 'someone/kernel' of a hub"),
         ({"transformers_weights": "../x.safetensors"}, "", b"", "names its weights"),

@@ -25,7 +25,7 @@ from tests.support.clocks import ManualClock
 from tests.support.command_line import pocd_here
 from tests.support.delivering import Server, serving
 from tests.support.processes import free_port
-from tests.support.waiting import soon, until
+from tests.support.waiting import PATIENCE, soon, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -101,6 +101,37 @@ async def test_what_is_acknowledged_outlives_a_kill_and_arrives_once_in_order(tm
     assert orchestrator.nonces == [1, 2, 3, 4]
     assert {path for path, _ in orchestrator.taken} == {f"{PATH}/generated", f"{PATH}/validated"}
     assert [body["request_id"] for _, body in orchestrator.taken if "request_id" in body] == ["2f0c"]
+
+
+async def test_an_orchestrator_that_is_away_for_a_part_of_the_window_gets_what_is_not_late(tmp_path: Path) -> None:
+    async with orchestrating() as (server, orchestrator):
+        orchestrator.status = 503
+        options = ("--to", server.url, "--port", "0", "--store", str(tmp_path / "relay.db"))
+        # What came when the orchestrator was away is late in the end …
+        async with started(
+            tmp_path, "relay", *options, "--generated-seconds", "1", log=tmp_path / "first.log"
+        ) as relay:
+            assert (await post(f"{relay.url}{PATH}/generated", generated(*range(20))))[0] == 200
+            async with asyncio.timeout(PATIENCE):
+                while (await status(relay.url))["queues"][0]["expired_nonces"] < 20:  # noqa: ASYNC110 - another process
+                    await asyncio.sleep(0.05)
+            relay.process.kill()
+            await soon(relay.process.wait())
+        # … and of the live part nothing is lost, though it is away still, and the relay is killed once more.
+        for log, some in (("second", range(20, 30)), ("third", range(30, 40))):
+            async with started(tmp_path, "relay", *options, log=tmp_path / f"{log}.log") as relay:
+                orchestrator.asked = 0
+                assert (await post(f"{relay.url}{PATH}/generated", generated(*some)))[0] == 200
+                await until(lambda: orchestrator.asked)
+                relay.process.kill()
+                await soon(relay.process.wait())
+        orchestrator.status = 200
+        async with started(tmp_path, "relay", *options, log=tmp_path / "fourth.log") as relay:
+            await until(lambda: len(orchestrator.nonces) >= 20)
+            (left,) = (await status(relay.url))["queues"]
+            assert left["expired_nonces"] == 20
+            await relay.end()
+    assert orchestrator.nonces == list(range(20, 40))
 
 
 @asynccontextmanager

@@ -52,8 +52,11 @@ def checked(path: Path) -> int:
 
 def test_a_copy_is_made_while_the_store_is_written(outbox: Outbox, tmp_path: Path) -> None:
     copy, copying, went_on = tmp_path / "copy.db", threading.Event(), threading.Event()
+    steps = 0
 
     def step() -> None:
+        nonlocal steps
+        steps += 1
         copying.set()
         assert went_on.wait(PATIENCE)
 
@@ -69,6 +72,7 @@ def test_a_copy_is_made_while_the_store_is_written(outbox: Outbox, tmp_path: Pat
         went_on.set()
     thread.join()
     assert copy.stat().st_mode & 0o777 == 0o600
+    assert steps > 2, "the store's own thread gets its turns"
     assert 5 <= checked(copy) <= stop
     assert outbox.totals.checked == stop > 5, "others went on"
     with closing(sqlite3.connect(copy)) as db:

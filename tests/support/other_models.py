@@ -57,7 +57,8 @@ def build(name: str, **config: Any) -> Any:  # noqa: ANN401 - as in a configurat
     """Build a class that has no plain decoder here, from `BASE`, in evaluation mode."""
     form = re.sub("For.*|LMHead.*", "", name)
     entries = {key: deepcopy(value) for key, value in (BASE | config).items() if value is not ...}
-    model = getattr(transformers, name)(getattr(transformers, f"{form}Config")(**entries))
+    kind = getattr(transformers, f"{form}TextConfig", None) or getattr(transformers, f"{form}Config")
+    model = getattr(transformers, name)(kind(**entries))
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
@@ -105,6 +106,34 @@ GROUPED: dict[str, Any] = EXPERTS | {"n_routed_experts": 4, "n_group": 2, "topk_
 YARN = rope(rope_type="yarn", factor=8.0, original_max_position_embeddings=8)
 LONGROPE: dict[str, Any] = {"original_max_position_embeddings": 8}
 LONG = rope(rope_type="longrope", short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.0, 2.0, 4.0, 8.0])
+KIMI: dict[str, Any] = MLA | {
+    "n_group": 1,
+    "n_shared_experts": 1,
+    "routed_scaling_factor": 2.827,
+    "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+}
+MAMBA: dict[str, Any] = {
+    "head_dim": 8,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_d_ssm": 64,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "num_experts": 2,
+}
+CONVOLVED: dict[str, Any] = {"layer_types": [FULL, "conv", FULL]}
+STREAMS: dict[str, Any] = {
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 40,
+    "num_kv_shared_layers": 0,
+}
+GEMMA4: dict[str, Any] = STREAMS | {
+    "head_dim": 8,
+    "global_head_dim": 8,
+    "sliding_window": WINDOW,
+    "layer_types": [WINDOWED, WINDOWED, FULL],
+    "rope_parameters": {WINDOWED: rope(), FULL: rope()},
+}
 OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi": ("PhiForCausalLM", "mlp", {}),
     "gpt j": ("GPTJForCausalLM", "mlp", OWN | {"rotary_dim": 4, "n_positions": 64}),
@@ -178,5 +207,45 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "nemotron": ("NemotronForCausalLM", "mlp", {"head_dim": 8}),
     "qwen 3 next": ("Qwen3NextForCausalLM", "mlp", LINEAR | {"layer_types": ["linear_attention", FULL, FULL]}),
     "kimi linear": ("KimiLinearForCausalLM", "mlp", MLA),
-    "falcon h1, mamba beside attention": ("FalconH1ForCausalLM", "feed_forward", {"head_dim": 8}),
+    "falcon h1, mamba and attention in each layer": ("FalconH1ForCausalLM", "feed_forward", MAMBA),
+    "jamba": ("JambaForCausalLM", "feed_forward", MAMBA | {"attn_layer_period": 2, "attn_layer_offset": 1}),
+    "bamba": ("BambaForCausalLM", "feed_forward", MAMBA | {"attn_layer_indices": [1]}),
+    "lfm 2": ("Lfm2ForCausalLM", "feed_forward", CONVOLVED),
+    "lfm 2 moe": ("Lfm2MoeForCausalLM", "feed_forward", CONVOLVED | EXPERTS | {"num_dense_layers": 1}),
+    "nemotron h": ("NemotronHForCausalLM", "mixer", MAMBA),
+    "minimax 01": ("MiniMaxForCausalLM", "mlp", {"head_dim": 8, "num_local_experts": 4}),
+    "minimax m3": ("MiniMaxM3VLForCausalLM", "mlp", EXPERTS | {"head_dim": 8, "rotary_dim": 4}),
+    "kimi k2": ("DeepseekV3ForCausalLM", "mlp", KIMI),
+    "deepseek v2": ("DeepseekV2ForCausalLM", "mlp", MLA),
+    "deepseek v3.2, sparse attention": ("DeepseekV32ForCausalLM", "mlp", SPARSE),
+    "glm 5, sparse attention": ("GlmMoeDsaForCausalLM", "mlp", SPARSE),
+    "deepseek v4, four streams": ("DeepseekV4ForCausalLM", "mlp", MLA),
+    "longcat flash": ("LongcatFlashForCausalLM", "mlp", MLA | {"num_layers": 2, "zero_expert_num": 2}),
+    "qwen 3.5": ("Qwen3_5ForCausalLM", "mlp", LINEAR | {"layer_types": ["linear_attention", FULL, FULL]}),
+    "qwen 3.5 moe": ("Qwen3_5MoeForCausalLM", "mlp", LINEAR | {"layer_types": ["linear_attention", FULL, FULL]}),
+    "llama 4": ("Llama4ForCausalLM", "feed_forward", EXPERTS | {"head_dim": 8, "intermediate_size_mlp": 48}),
+    "gemma 3n, four streams": ("Gemma3nForCausalLM", "mlp", {"head_dim": 8} | STREAMS),
+    "gemma 4": ("Gemma4ForCausalLM", "post_feedforward_layernorm", GEMMA4 | {"hidden_size_per_layer_input": 0}),
+    "gemma 4, layers with embeddings of tokens": ("Gemma4ForCausalLM", "post_feedforward_layernorm", GEMMA4),
+    "mistral 4": ("Mistral4ForCausalLM", "mlp", MLA),
+    "ministral": ("MinistralForCausalLM", "mlp", {"head_dim": 8, "sliding_window": WINDOW}),
+    "mimo v2 flash": (
+        "MiMoV2FlashForCausalLM",
+        "mlp",
+        GROUPED | {"head_dim": 8, "v_head_dim": 8, "rope_parameters": ...},
+    ),
+    "exaone moe": ("ExaoneMoeForCausalLM", "mlp", GROUPED | {"head_dim": 8, "sliding_window": WINDOW}),
+    "solar open": ("SolarOpenForCausalLM", "mlp", GROUPED | {"head_dim": 8}),
+    "afmoe": ("AfmoeForCausalLM", "post_mlp_layernorm", EXPERTS | {"head_dim": 8, "sliding_window": WINDOW}),
+    "flex olmo": ("FlexOlmoForCausalLM", "post_feedforward_layernorm", EXPERTS),
+    "cohere 2 moe": ("Cohere2MoeForCausalLM", "mlp", EXPERTS | {"head_dim": 8}),
+    "hunyuan 3": ("HYV3ForCausalLM", "mlp", EXPERTS | {"head_dim": 8}),
+    "youtu": ("YoutuForCausalLM", "mlp", MLA),
+    "olmo": ("OlmoForCausalLM", "mlp", {}),
+    "nanochat": ("NanoChatForCausalLM", "mlp", {"head_dim": 8}),
+    "vaultgemma": ("VaultGemmaForCausalLM", "mlp", {"head_dim": 8, "sliding_window": WINDOW}),
+    "bitnet": ("BitNetForCausalLM", "mlp", {}),
+    "jetmoe": ("JetMoeForCausalLM", "mlp", EXPERTS | {"kv_channels": 8}),
+    "granite 3, multiplied by 0.5": ("GraniteForCausalLM", "mlp", {"residual_multiplier": 0.5}),
+    "granite 4": ("GraniteMoeHybridForCausalLM", "shared_mlp", MAMBA | {"residual_multiplier": 0.5}),
 }

@@ -1,7 +1,8 @@
-"""The whole daemon on a chain with epochs: regular and confirmation rounds, and a kill in each."""
+"""The whole daemon on a chain with epochs: regular and confirmation rounds, and a kill in each phase."""
 
 from __future__ import annotations
 
+import signal
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -9,16 +10,22 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
+import numpy as np
 import orjson
 from aiohttp import web
 
 from pocd.dev.chain import DevChain
 from pocd.dev.epochs import WINDOWS, EpochChain, application
 from pocd.http.server import listening
+from pocd.lab.command import ComputeRequest, vectors
+from pocd.protocol.epochs import Phase
+from pocd.protocol.vectors import decode_vectors
 from tests.support.processes import config, running
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
 FIRST = 1000
 MODEL = "bundled:tiny-qwen3"
@@ -57,6 +64,23 @@ class Sink:
             nonces.update(artifact["nonce"] for artifact in body["artifacts"])
         return found
 
+    @property
+    def count(self) -> int:
+        return sum(map(Counter.total, self.nonces.values()))
+
+    def vectors(self, block_hash: str) -> dict[int, NDArray[np.float32]]:
+        bodies = [body for body in self.batches.values() if body["block_hash"] == block_hash]
+        return {each["nonce"]: decode_vectors(each["vector_b64"])[0] for body in bodies for each in body["artifacts"]}
+
+
+def has_sent(sink: Sink, before: int, _body: dict[str, Any]) -> bool:
+    return sink.count > before
+
+
+def is_in(phase: Phase, body: dict[str, Any]) -> bool:
+    epoch = body["chain"]["epoch"]
+    return epoch is not None and epoch["phase"] == phase
+
 
 def by_epoch(folder: Path, url: str, sink: str) -> Path:
     return config(
@@ -73,41 +97,66 @@ def by_epoch(folder: Path, url: str, sink: str) -> Path:
     )
 
 
-async def test_a_whole_epoch_with_a_kill_in_each_round(tmp_path: Path) -> None:
+# Of the development chain: 10 blocks of generation, 2, 15 of validation; a confirmation round announced at block 29.
+VISITS = {
+    Phase.GENERATE: 0,
+    Phase.GENERATE_WIND_DOWN: 8,
+    Phase.VALIDATE: 12,
+    Phase.VALIDATE_WIND_DOWN: 24,
+    Phase.INFERENCE: 28,
+    Phase.ANNOUNCED: 29,
+    Phase.CONFIRM: 31,
+    Phase.CONFIRM_CLOSED: 41,
+    Phase.CONFIRM_VALIDATE: 43,
+}
+"""Block of each phase, after the first, at which the daemon is looked at and killed."""
+
+ROUNDS = {Phase.GENERATE: FIRST, Phase.CONFIRM: FIRST + 29}
+"""Rounds that are mined, by their phase."""
+
+
+async def test_a_whole_epoch_with_a_kill_in_each_phase(tmp_path: Path) -> None:
     blocks = DevChain("seed", block_seconds=1.0, genesis=time.time(), first_height=FIRST)
-    chain, height = EpochChain(blocks, "some/model", 32, in_schemes=True), FIRST
-    sink = Sink()
+    chain, height, sink = EpochChain(blocks, "some/model", 32, in_schemes=True), FIRST, Sink()
     host = application(chain, lambda: blocks.block_time(height) + 0.5)
     async with (
         listening(host, "127.0.0.1", 0, shutdown_timeout=1) as url,
         listening(sink.application(), "127.0.0.1", 0, shutdown_timeout=1) as place,
     ):
         path = by_epoch(tmp_path, url, place)
-        rounds = {}
-        for stage, offset in ((FIRST, 0), (FIRST + 29, 31)):
-            if offset:
-                chain.confirm(stage)
+        for phase, offset in VISITS.items():
+            if phase is Phase.ANNOUNCED:
+                chain.confirm(FIRST + offset)
             height = FIRST + offset
-            async with running(path) as daemon:
-                told = await daemon.until(partial(has_checked, 50))
-                assert told["round"]["block_height"] == stage
-                assert told["chain"]["epoch"]["due"] == stage
-                daemon.process.kill()
-                await daemon.process.wait()
-            height += 3
-            async with running(path) as daemon:
-                told = await daemon.until(partial(has_checked, told["round"]["checked"] + 50))
-                assert told["round"]["block_height"] == stage
-                height = FIRST + offset + WINDOWS.generation
-                await daemon.until(lambda body: body["round"] is None)
-                await daemon.until(lambda body: body["funnel"]["delivered"] == body["funnel"]["checked"] > 0)
-                assert await daemon.end() == 0
-            rounds[stage] = blocks.block_hash(stage) if not offset else blocks.block_hash(FIRST + 31).lower()
+            checked = 0
+            for _ in range(2 if phase in ROUNDS else 1):  # a round is gone on with
+                async with running(path) as daemon:
+                    told = await daemon.until(partial(is_in, phase))
+                    assert told["chain"]["epoch"]["due"] == ROUNDS.get(phase)
+                    if phase in ROUNDS:
+                        checked = (await daemon.until(partial(has_checked, checked + 50)))["round"]["checked"]
+                        sent = sink.count
+                        await daemon.until(partial(has_sent, sink, sent))
+                    else:
+                        assert told["round"] is None
+                    if phase is Phase.GENERATE_WIND_DOWN:  # when what was found is still accepted
+                        await daemon.until(lambda body: body["funnel"]["delivered"] == body["funnel"]["checked"] > 100)
+                    assert await daemon.end(signal.SIGKILL) == -signal.SIGKILL
+        async with running(path) as daemon:
+            told = await daemon.until(has_nothing_left)
+            assert await daemon.end() == 0
+    hashes = {FIRST: blocks.block_hash(FIRST), FIRST + 29: blocks.block_hash(FIRST + 31).lower()}
     found = sink.nonces
-    assert found.keys() == set(rounds.items())
-    for nonces in found.values():  # of node 1 of 3: dense, and each once
-        assert nonces == Counter(range(1, 1 + 3 * len(nonces), 3))
-        assert len(nonces) > 100
+    assert found.keys() == set(hashes.items())
+    regular, confirmation = (found[key] for key in hashes.items())
+    assert regular == Counter(range(1, 1 + 3 * len(regular), 3)), "of node 1 of 3: dense, and each once"
+    assert set(confirmation.values()) == {1}
+    assert confirmation.total() + told["funnel"]["expired"] == told["funnel"]["checked"] - regular.total()
+    for (_, block_hash), nonces in found.items():
+        some = [*sorted(nonces)[:8], *sorted(nonces)[-8:]]  # found before a kill, and after it
+        asked = ComputeRequest(MODEL, "artifacts", block_hash, "test-key", 32, "float32", "cpu", 8)
+        theirs = sink.vectors(block_hash)
+        assert all(np.linalg.norm(theirs[nonce] - vector) < 1e-2 for nonce, vector in vectors(asked, some))
 
 
 async def test_what_is_late_by_the_chains_height_is_set_aside_and_told(tmp_path: Path) -> None:
@@ -156,6 +205,11 @@ async def test_what_is_late_by_the_chains_height_is_set_aside_and_told(tmp_path:
             sink.open = True
             await daemon.end()
     assert len(sink.nonces) == 1, "what is late is not sent"
+
+
+def has_nothing_left(body: dict[str, Any]) -> bool:
+    funnel = body["funnel"]
+    return bool(funnel["checked"] == funnel["delivered"] + funnel["expired"])
 
 
 def is_told_late(body: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import json
 import signal
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from pocd.process import EXIT_FRAUD, EXIT_OK
 from pocd.protocol.vectors import decode_vectors, encode_vectors
+from tests.support.command_line import pocd_here
 from tests.support.orchestrating import (
     CONFIRMATION,
     ENCODING,
@@ -166,8 +169,17 @@ async def test_a_node_validates_and_says_what_it_is(tmp_path: Path) -> None:
             await says_what_it_is(url)
             await refuses(url, callbacks.url)
             await computes(url)
-            await validates(url, callbacks)
+            judged = await validates(url, callbacks)
             assert await daemon.end() == 0
+    for artifacts, by_api in judged:
+        by_file = validated_by_file(tmp_path / "batch.json", artifacts)
+        for key in ("n_total", "n_mismatch", "mismatch_nonces", "fraud_detected", "fraud_by_p_value_threshold"):
+            assert by_file["network"][key] == by_api["network"][key]
+        assert {key: by_file["differences"][key] for key in ("probability_honest", "probability_blank")} == {
+            key: pytest.approx(by_api[key], rel=1e-6) for key in ("probability_honest", "probability_blank")
+        }
+        assert (by_file["verdict"], by_file["differences"]["malformed"]) == (by_api["verdict"], by_api["malformed"])
+        assert (by_file["n"], by_file["n_invalid"]) == (200, 0)
 
 
 async def says_what_it_is(url: str) -> None:
@@ -217,7 +229,21 @@ async def computes(url: str) -> None:
     assert not any(close(own[each["nonce"]], each["vector_b64"]) for each in other["artifacts"])
 
 
-async def validates(url: str, callbacks: Callbacks) -> None:
+def validated_by_file(path: Path, artifacts: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `pocd validate` says of the body that a node posts."""
+    body = {"block_hash": REGULAR, "block_height": 6450112, "public_key": KEY, "node_id": 1}
+    path.write_text(json.dumps(body | {"artifacts": artifacts, "encoding": ENCODING}))
+    here = ("--model=bundled:tiny-llama", "--scheme=artifacts", f"--seq-len={SEQ_LEN}", "--batch-size=8", "--json")
+    terms = ("--dist-threshold=0.75", "--p-mismatch=0.1", "--p-value-threshold=0.05")
+    ended = pocd_here("validate", path, *here, *terms)
+    found: dict[str, Any] = json.loads(ended.stdout)
+    assert ended.returncode == {"honest": EXIT_OK, "fraud": EXIT_FRAUD}[found["verdict"]], ended.stderr
+    return found
+
+
+async def validates(url: str, callbacks: Callbacks) -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
+    """Have artifacts judged of which more and more are wrong; returns them, and the verdict by differences."""
+    judged = []
     nonces = list(range(1, 401, 2))
     honest = own_vectors(REGULAR, nonces)
     terms = {"dist_threshold": 0.75, "p_mismatch": 0.1, "p_value_threshold": 0.05}
@@ -255,6 +281,8 @@ async def validates(url: str, callbacks: Callbacks) -> None:
         paired = await judged_by_differences(url, name)
         assert (paired["verdict"], paired["malformed"]) == ("fraud" if bad else "honest", 0)
         assert (paired["probability_honest"] < 1e-4) == bool(bad)
+        judged.append((artifacts, paired | {"network": found}))
+    return judged
 
 
 async def judged_by_differences(url: str, name: str) -> dict[str, Any]:

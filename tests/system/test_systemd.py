@@ -147,7 +147,7 @@ def until(host: Container, condition: Callable[[dict[str, Any]], object]) -> dic
 
 
 def mines(body: dict[str, Any]) -> bool:
-    """Whether a daemon's model is loaded."""
+    """Whether a daemon's model is loaded, so that it mines unless it was told to stop."""
     return bool(body["worker"]["ready"])
 
 
@@ -164,6 +164,7 @@ def test_the_service_starts_with_the_host_and_delivers(host: Container) -> None:
     until(host, lambda body: body["funnel"]["delivered"] > 0)
     modes = host.shell("stat --format='%a %U' /var/lib/pocd /var/lib/pocd/outbox.db /run/pocd").splitlines()
     assert modes == ["750 pocd", "600 pocd", "750 pocd"]
+    host.shell("pocd stop")  # also across restarts: none of the next tests needs more proofs
 
 
 def test_who_is_in_the_group_types_commands_as_they_are(host: Container) -> None:
@@ -323,10 +324,12 @@ systemctl start pocd-ray-head
 systemctl restart pocd
 """)
     worker = until(host, mines)["workers"][0]
+    host.shell("pocd resume")
     (pid,) = worker["pids"]
     assert worker["node"] == host.shell("hostname").strip()
     assert host.shell(f"stat --format=%U /proc/{pid}").strip() == "pocd-ray"
-    until(host, lambda body: body["funnel"]["delivered"] > 0)
+    delivered = until(host, mines)["funnel"]["delivered"]
+    until(host, lambda body: body["funnel"]["delivered"] > delivered)
     seen = host.shell(f"tr '\\0' '\\n' </proc/{pid}/environ; tr '\\0' ' ' </proc/{pid}/cmdline")
     assert "CREDENTIALS_DIRECTORY" not in seen
     assert SECRET not in seen

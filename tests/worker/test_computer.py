@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pytest
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pocd.compute.engine import BlockRun
-    from pocd.protocol.names import Dtype
 
 
 def test_a_span_of_a_scheme_of_vectors_is_answered_by_one_text() -> None:
@@ -125,7 +124,9 @@ def test_a_reference_for_which_memory_is_short_takes_smaller_batches_or_has_no_r
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_mixtures_distances_are_recomputed_with_how_near_its_routers_came_to_another_choice(dtype: Dtype) -> None:
+def test_a_mixtures_distances_are_recomputed_with_how_near_its_routers_came_to_another_choice(
+    dtype: Literal["float32", "bfloat16"],
+) -> None:
     """They are those that are mined; nothing of it is answered of vectors, of what is mined, or of a dense model."""
     model = adapt(FAMILIES["qwen3 moe"].build().to(getattr(torch, dtype)), name="mixture")
     load = Load("mixture", dtype, ("cpu",), "poc2", 16, 4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field
 from pydantic.dataclasses import dataclass
 
 from pocd.admin.requests import CALLBACK_URL
@@ -62,13 +62,21 @@ class ClaimedArtifacts(BaseModel):
     artifacts: Annotated[list[ClaimedArtifact], FailFast(), Field(max_length=MOST_NONCES)]
 
 
+def _probability(value: object) -> float | None:
+    """Return a number between 0 and 1; None for whatever else it is."""
+    return value if isinstance(value, float) and 0 < value < 1 else None
+
+
 class StatTest(BaseModel):
-    """The terms of a verdict. `p_value_threshold` decides nothing, as with the network's own programs."""
+    """The terms of a verdict.
+
+    `p_value_threshold` decides nothing, as with the network's own programs, so no value of it is refused.
+    """
 
     dist_threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
     p_mismatch: Annotated[float, Field(gt=0, lt=1)] = 0.001
     fraud_threshold: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    p_value_threshold: Annotated[float, Field(gt=0, lt=1)] | None = None
+    p_value_threshold: Annotated[float | None, BeforeValidator(_probability)] = None
 
 
 class GenerateBody(RoundBody):
@@ -77,4 +85,4 @@ class GenerateBody(RoundBody):
     nonces: Annotated[list[Nonce], FailFast(), Field(min_length=1, max_length=MOST_NONCES)]
     wait: bool = False
     validation: ClaimedArtifacts | None = None
-    stat_test: StatTest = StatTest()
+    stat_test: Annotated[StatTest, BeforeValidator(lambda given: StatTest() if given is None else given)] = StatTest()
