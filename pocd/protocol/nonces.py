@@ -82,6 +82,10 @@ class Node:
         """How many positions there are, up to a largest nonce."""
         return max(0, (largest_nonce - self.id) // self.count + 1)
 
+    def has(self, nonce: int) -> bool:
+        """Tell whether a nonce is in this share."""
+        return nonce >= self.id and (nonce - self.id) % self.count == 0
+
     def nonces(self, span: Span) -> range:
         """The nonces at the positions of `span`."""
         first = self.id + self.count * span.start
