@@ -21,7 +21,7 @@ from pocd.check.receivers import check_receiver
 from pocd.cli import main as cli
 from pocd.clock import SYSTEM
 from pocd.delivery.posting import ANSWER_BYTES, Receiver
-from pocd.observe.mask import excerpt, mask_credentials, url_secrets
+from pocd.observe.mask import excerpt, mask_url, url_secrets
 from tests.support.delivering import Bench, prepared, running, talking
 from tests.support.waiting import PATIENCE, soon
 
@@ -50,7 +50,7 @@ def shows(text: str) -> set[str]:
 
 
 def test_of_an_address_credentials_and_all_values_of_its_query_are_masked() -> None:
-    masked = mask_credentials("https://user:hunter2@rpc.example/x?key=hunter2&hunter2&a=")
+    masked = mask_url("https://user:hunter2@rpc.example/x?key=hunter2&hunter2&a=")
     assert masked == "https://***@rpc.example/x?key=***&***&a=***"
 
 
