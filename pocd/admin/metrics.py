@@ -77,6 +77,13 @@ class DaemonCollector(Collector):
         states = StateSetMetricFamily("pocd_state", "What the daemon is doing.", labels=[])
         states.add_metric([], {name: name == status.state(self._parts) for name in STATES})
         yield states
+        node = self._parts.settings.node
+        share = InfoMetricFamily("pocd_node", "Which share of the nonces this daemon checks, and for whom.", labels=[])
+        known = self._parts.outbox.view.chain
+        chain = self._parts.settings.chain.id or (known.chain_id if known else "")
+        named = {"public_key": node.public_key or "", "chain_id": chain}
+        share.add_metric([], named | {"node_id": str(node.node_id), "node_count": str(node.node_count)})
+        yield share
         mining = self._parts.miner.mining
         if mining is None:
             return

@@ -134,7 +134,8 @@ def _judge_room(machines: Sequence[Machine], settings: RaySettings, ranks: int, 
         room_for({"Alive": True, "Resources": machine.resources}, cpus=settings.cpus, gpus=gpus) for machine in machines
     ]
     room, alone = sum(each) // ranks, sum(count // ranks for count in each)
-    has = f"{len(machines)} machines at {settings.address}, with room for {room} workers of {needs}"
+    count = f"{len(machines)} {'machine' if len(machines) == 1 else 'machines'}"
+    has = f"{count} at {settings.address}, with room for {room} {'worker' if room == 1 else 'workers'} of {needs}"
     if room > alone:
         has += f", {room - alone} of them on several machines, which have to reach one another on all ports"
     if room == 0:

@@ -26,6 +26,8 @@ from pocd.pool.cluster import Cluster, bridge_environment, check_versions
 from pocd.worker.messages import Failed, Gone, Load, Placed, Room, decode_frame, encode, find_gone
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from pocd.worker.messages import Message
 
 PLACED = Placed("two", "10.0.0.2", 17, ("3",), versions())
@@ -69,6 +71,26 @@ def test_the_bridge_gets_rays_own_variables_and_nothing_of_the_daemons() -> None
     kept = {"RAY_AUTH_MODE": "token", "PATH": "/bin"}
     own = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_event_log_reporter_enabled": "0"}
     assert bridge_environment(given) == kept | own
+
+
+def test_what_a_machine_is_told_to_load_names_neither_receivers_nor_secrets(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("confidential")
+    configured = Settings.model_validate(
+        {
+            "node": {"public_key": "k"},
+            "chain": {"urls": ["http://user:confidential@127.0.0.1:1"]},
+            "worker": {"engine": "ray"},
+            "delivery": {
+                "receivers": [{"name": "one", "url": "https://confidential.example", "secret_file": str(token)}]
+            },
+            "admin": {"token_file": str(token)},
+        }
+    )
+    for load in make_loads(configured):
+        sent = encode(load)
+        assert b"confidential" not in sent
+        assert str(token).encode() not in sent
 
 
 @pytest.mark.parametrize("message", [PLACED, Gone(is_lost=True, message="why"), Room(3, 2, "", 6)])
@@ -158,7 +180,7 @@ def test_what_a_check_says_of_a_clusters_machines() -> None:
     split = judge([machine("one", 5), machine("two", 3)], RaySettings(cpus=2), ranks=2, gpus=0)[0]
     assert (split.level, split.text.partition("with ")[2]) == (
         Level.GREEN,
-        "room for 1 workers of 2 ranks, each of 2 cores",
+        "room for 1 worker of 2 ranks, each of 2 cores",
     )
     apart = judge([machine("one", 1, 1), machine("two", 1, 1)], RaySettings(), ranks=2, gpus=1)[0]
     assert apart.level is Level.GREEN

@@ -85,7 +85,7 @@ async def be_looked_at(machines: Machines) -> None:
     )
     room, *_ = await check_cluster(settings)
     assert room.level == "green"
-    assert "room for 1 workers of 2 ranks, each of 1 core, 1 of them on several machines" in room.text
+    assert "room for 1 worker of 2 ranks, each of 1 core, 1 of them on several machines" in room.text
 
 
 async def test_a_workers_ranks_on_two_machines(tmp_path: Path, machines: Machines) -> None:
