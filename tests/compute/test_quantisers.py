@@ -1,4 +1,4 @@
-"""Quantised matrices as their own packages write them are worth what these packages say; skipped where they are absent."""
+"""Quantised matrices as their own packages write them are worth what these say; skipped where they are absent."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_bitsandbytes_of_four_bits(tmp_path: Path, kind: str, nested: bool, dtyp
         ),
     ],
 )
-def test_compressed_tensors(  # noqa: PLR0917 - a case
+def test_compressed_tensors(
     tmp_path: Path,
     compressor: str,
     form: str,
