@@ -129,7 +129,7 @@ def _root_of_text(name: str) -> str:
 @contextmanager
 def _converting(kind: type[PreTrainedModel], conversions: Sequence[Any]) -> Iterator[None]:
     """Have transformers join or turn tensors of a text part as it does for the whole model, such as its experts."""
-    known = conversion_mapping._checkpoint_conversion_mapping_cache or {}  # noqa: SLF001 - what is registered stays otherwise
+    known: dict[str, Any] = conversion_mapping._checkpoint_conversion_mapping_cache or {}  # noqa: SLF001 - to unregister
     if not conversions or kind.__name__ in known:
         yield
         return

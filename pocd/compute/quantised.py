@@ -244,7 +244,7 @@ def find_gptq(key: str, stored: Mapping[str, Stored], *, bits: int, more: int) -
     places = stored.get(f"{root}.g_idx")
     groups, out = scales.shape
     inner = packed.shape[0] * WORD // bits
-    if not _are_places(places, inner, groups) or packed.shape[1:] != (out,):
+    if places is None or not _are_places(places, inner, groups) or packed.shape[1:] != (out,):
         return None
     if zeros.shape != (groups, out * bits // WORD) or out * bits % WORD:
         return None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # torch does not list them
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from pocd.protocol.errors import ComputeError, DeviceError, ModelError
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 PATIENCE = timedelta(minutes=30)  # with the other ranks, which may load at another pace
-JOINING = timedelta(minutes=5)  # until all ranks of several machines have met; each has to import torch first
+JOINING = timedelta(minutes=5)  # until all ranks of several machines have met, and have connected to each other
 
 
 @contextmanager
@@ -55,9 +56,11 @@ def joined(rank: int, size: int, rendezvous: str, device: str, listener: socket.
         store=None if is_local else meet(rank, size, rendezvous, listener),
         rank=rank,
         world_size=size,
-        timeout=PATIENCE,
+        timeout=PATIENCE if is_local else JOINING,
         device_id=target if target.type == "cuda" else None,
     )
+    if not is_local:  # whose ranks have connected to each other by now
+        _set_pg_timeout(PATIENCE)
     try:
         yield
     except ComputeError:  # which all ranks get

@@ -57,6 +57,13 @@ MLA: dict[str, Any] = {
     "first_k_dense_replace": 1,
     "head_dim": ...,
 }
+GROUPS: dict[str, Any] = {
+    "rope_parameters": MROPE["rope_parameters"] | {"partial_rotary_factor": 1.0},
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
 SIGHT: dict[str, Any] = {
     "depth": 1,
     "hidden_size": 16,
@@ -80,6 +87,10 @@ NESTED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Qwen3-VL, mixture": ("Qwen3VLMoe", "mlp", MROPE | EXPERTS),
     "Llama 4": ("Llama4", "feed_forward", EXPERTS | {"attention_chunk_size": 64}),
     "Kimi K2.5": ("Kimi_K25", "mlp", MLA | EXPERTS),
+    "GLM-4.5V": ("Glm4vMoe", "mlp", EXPERTS | GROUPS),
+    "SmolVLM": ("SmolVLM", "mlp", {"head_dim": 8}),
+    "InternVL": ("InternVL", "mlp", {}),
+    "LLaVA-NeXT": ("LlavaNext", "mlp", {}),
     "Qwen3.5": ("Qwen3_5", "mlp", {"layer_types": ["full_attention"] * 3}),
 }
 

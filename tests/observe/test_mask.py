@@ -21,7 +21,7 @@ from pocd.check.receivers import check_receiver
 from pocd.cli import main as cli
 from pocd.clock import SYSTEM
 from pocd.delivery.posting import ANSWER_BYTES, Receiver
-from pocd.observe.mask import excerpt, url_secrets
+from pocd.observe.mask import excerpt, mask_url, url_secrets
 from tests.support.delivering import Bench, prepared, running, talking
 from tests.support.waiting import PATIENCE, soon
 
@@ -47,6 +47,11 @@ def pieces(secret: str) -> set[str]:
 
 def shows(text: str) -> set[str]:
     return {piece for piece in pieces(INFO) | pieces(SENT) if piece in text}
+
+
+def test_of_an_address_credentials_and_all_values_of_its_query_are_masked() -> None:
+    masked = mask_url("https://user:hunter2@rpc.example/x?key=hunter2&hunter2&a=")
+    assert masked == "https://***@rpc.example/x?key=***&***&a=***"
 
 
 @given(
