@@ -25,7 +25,6 @@ from pocd.cli.compute import (
 from pocd.cli.files import name_of, read_file
 from pocd.config.settings import DEFAULT_PATH, R_TARGET
 from pocd.process import EXIT_CRASH, EXIT_FRAUD, EXIT_OK, EXIT_UNUSABLE, EndedError
-from pocd.protocol.live_verdict import LiveTerms
 from pocd.protocol.names import default_tolerance
 from pocd.protocol.proof import FRAUD_THRESHOLD, MISMATCH
 from pocd.protocol.schemes import LIVE_SCHEME, with_stronger_rng
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pocd.lab.command import ComputeRequest
+    from pocd.protocol.live_verdict import LiveTerms
     from pocd.validation.verdict import Recomputed
 
 EXITS = {"honest": EXIT_OK, "fraud": EXIT_FRAUD, "undecidable": EXIT_UNUSABLE}
@@ -161,6 +161,8 @@ def _network(
         return None
     if scheme not in LIVE_SCHEMES:
         raise typer.BadParameter(f"--dist-threshold is of the live network's schemes: {' and '.join(LIVE_SCHEMES)}")
+    from pocd.protocol.live_verdict import LiveTerms
+
     terms = LiveTerms(dist_threshold, p_mismatch, FRAUD_THRESHOLD if fraud_threshold is None else fraud_threshold)
     return NetworkTerms(terms, p_value_threshold)
 
