@@ -1,8 +1,8 @@
 """The process that imports torch for `pocd check`, which itself never does.
 
 It prints a JSON object for each thing that it found out, so that what hangs or fails later takes nothing back:
-`torch` and `cuda_build` (versions), then `fingerprint`, `parameters` and `longest_seq_len` or `model_error`, then
-`cards` or `cuda_error`.
+`torch` and `cuda_build` (versions), then `parameters` and `longest_seq_len`, then `fingerprint`, or `model_error` for
+what of these failed, then `cards` or `cuda_error`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,10 @@ def _look_at_model(folder: Path) -> None:
         stored = read_headers(folder)
         config, way = read_config(str(folder), "main")
         weights = [each for each in matrices(stored, way, name=str(folder)) if not is_harmless(each.name)]
-        fingerprint = stored_fingerprint(stored, config, way)
+        _tell(parameters=sum(math.prod(each.shape) for each in weights), longest_seq_len=longest_seq_len(config))
+        _tell(fingerprint=stored_fingerprint(stored, config, way))  # reads all over the disk
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ModelError) as error:
         _tell(model_error=str(error).partition("\n")[0] or type(error).__name__)
-    else:
-        parameters = sum(math.prod(each.shape) for each in weights)
-        _tell(fingerprint=fingerprint, parameters=parameters, longest_seq_len=longest_seq_len(config))
 
 
 def _look_at_cards() -> None:

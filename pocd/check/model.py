@@ -75,8 +75,10 @@ def check(place: Place, probe: Probe, model: ModelSettings) -> Finding:
             "delete it there, so that it is downloaded again" if place.hub else "copy the model's folder again, whole"
         )
         return red(name, f"{model.name} in {place.folder} cannot be read: {excerpt(probe.model_error, 160)}", mend)
-    if probe.fingerprint is None or probe.parameters is None:
-        return yellow(
-            name, f"{model.name} is there; its fingerprint is not known: {probe.problem}", "mend torch first, see above"
-        )
-    return green(name, f"{model.name}, fingerprint {probe.fingerprint}, {probe.parameters:,} parameters")
+    if probe.fingerprint is not None and probe.parameters is not None:
+        return green(name, f"{model.name}, fingerprint {probe.fingerprint}, {probe.parameters:,} parameters")
+    there, remedy = "is there", "mend torch first, see above"
+    if probe.parameters is not None:
+        there = f"has {probe.parameters:,} parameters"
+        remedy = "check again when its files were read once; a worker waits for a slow disk"
+    return yellow(name, f"{model.name} {there}; its fingerprint is not known: {probe.problem}", remedy)

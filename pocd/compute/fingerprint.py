@@ -102,8 +102,7 @@ def configuration_of(config: Any, way: Way | None) -> dict[str, Any]:  # noqa: A
 
 def stored_fingerprint(stored: Mapping[str, Stored], config: Any, way: Way | None) -> str:  # noqa: ANN401 - as above
     """Return the fingerprint of a checkpoint: its tensors, its configuration, and how its weights are quantised."""
-    # Mapped, not read: only the sample's pages are.
-    return fingerprint(((name, at.read()) for name, at in stored.items()), configuration_of(config, way))
+    return fingerprint(((name, at.read(scattered=True)) for name, at in stored.items()), configuration_of(config, way))
 
 
 def checkpoint_fingerprint(folder: Path) -> str:

@@ -57,13 +57,19 @@ class Stored(NamedTuple):
     begin: int = 0
     end: int = 0
 
-    def read(self) -> torch.Tensor:
-        """Return the tensor. It is mapped by itself, so that its pages go when nobody holds it any more."""
+    def read(self, *, scattered: bool = False) -> torch.Tensor:
+        """Return the tensor. It is mapped by itself, so that its pages go when nobody holds it any more.
+
+        Args:
+            scattered: Whether only some elements will be looked at: nothing beside them is read from the disk.
+        """
         if self.begin == self.end:
             return torch.empty(self.shape, dtype=DTYPES[self.dtype])
         page = self.begin - self.begin % mmap.ALLOCATIONGRANULARITY
         with self.file.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), self.end - page, access=mmap.ACCESS_COPY, offset=page)
+        if scattered:
+            mapped.madvise(mmap.MADV_RANDOM)
         count = (self.end - self.begin) // DTYPES[self.dtype].itemsize
         return torch.frombuffer(mapped, dtype=DTYPES[self.dtype], count=count, offset=self.begin - page).reshape(
             self.shape
@@ -113,7 +119,7 @@ def opened(file: Path) -> Iterator[Any]:
     if not file.is_file():
         raise ModelError(f"{file} cannot be loaded: it is missing, or no file; copy or download it again")
     try:
-        with safe_open(file, framework="pt") as tensors:
+        with safe_open(file, framework="np") as tensors:  # torch's reserves memory for all of the file
             yield tensors
     except SafetensorError as error:
         raise ModelError(f"{file} cannot be loaded: it is damaged ({error}); copy or download it again") from error

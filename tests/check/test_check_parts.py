@@ -506,6 +506,13 @@ def test_a_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert model.check(model.find(wrong), Probe(), wrong).level is Level.RED
 
 
+def test_a_fingerprint_that_takes_too_long_leaves_the_number_of_parameters() -> None:
+    late = Probe(torch="2", parameters=7 * GIB, problem="no answer within 14 s", late=True)
+    finding = model.check(model.find(CPU), late, CPU)
+    assert (finding.level, f"{7 * GIB:,} parameters; its fingerprint" in finding.text) == (Level.YELLOW, True)
+    assert "slow disk" in (finding.remedy or "")
+
+
 def test_a_model_that_is_not_there() -> None:
     lost = CPU.model_copy(update={"name": "bundled:no-such-model"})
     finding = model.check(model.find(lost), Probe(), lost)

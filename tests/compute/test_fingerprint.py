@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 import pytest
 import torch
-from transformers import Gemma2Config, Gemma2ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from pocd.compute.fingerprint import checkpoint_fingerprint, deciding
 from pocd.compute.model import load_model
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedModel
 
 SMALL: dict[str, Any] = {
@@ -140,3 +139,17 @@ def test_one_form_however_it_is_written() -> None:
     }
     assert deciding(config, defaults) == {"model_type": "m", "window": None, "heads": 2}
     assert deciding({**config, "_private": 1, "dtype": "x"}, defaults) == deciding(config, defaults)
+
+
+def test_a_checkpoint_that_is_larger_than_the_hosts_memory_has_a_fingerprint(tmp_path: Path) -> None:
+    """Only headers and a sample are read, and no memory is reserved for the rest; the file is a hole."""
+    words = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    rows = sum(int(words[name].split()[0]) for name in ("MemTotal", "SwapTotal")) // 8  # of 1 KiB, in each of 16
+    size = rows * 1024
+    GPT2Config().save_pretrained(tmp_path)
+    shape = {"dtype": "BF16", "shape": [rows, 512]}
+    header = orjson.dumps({f"{n}.weight": {**shape, "data_offsets": [n * size, (n + 1) * size]} for n in range(16)})
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 16 * size)
+    assert checkpoint_fingerprint(tmp_path).startswith("v2-")
