@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 LOAD = Load("bundled:tiny-llama", "float32", ("cpu",), "poc2", 16, 8)
 AUTO = dataclasses.replace(LOAD, is_auto=True)
+DENSE = SimpleNamespace(by_layers=SimpleNamespace(layers=[]))  # a model without routers
 NODE = Node(0, 1)
 ROUND = Round("block_alpha", 1, "node_A", 1.4142, "poc2", "bundled:tiny-llama", 16)
 
@@ -332,7 +333,7 @@ def test_memory_that_is_short_for_two_rounds_is_left_to_the_one_that_is_computed
     sent: list[Message] = []
 
     class Run:
-        seq_len, dimension, scheme = 16, 8192, SCHEMES["poc2"]
+        seq_len, dimension, scheme, model = 16, 8192, SCHEMES["poc2"], DENSE
 
         def execution(self, _batch_size: int) -> SimpleNamespace:
             return SimpleNamespace(path="eager", reason="asked")
@@ -409,6 +410,7 @@ def test_rounds_that_draw_weights_are_never_prepared_side_by_side(monkeypatch: p
             seq_len=16,
             dimension=8192,
             scheme=SCHEMES["random-weights"],
+            model=DENSE,
             execution=lambda _batch_size: SimpleNamespace(path="eager", reason="asked"),
             start=lambda nonces, **_: SimpleNamespace(values=lambda **_: [float(prepared[-1])] * len(nonces)),
         )
