@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 MOST = 1.1  # of the weights' size
+MOST_SECONDS = 1200.0  # until a checkpoint is loaded
 BLOCK = 128
 LOAD = """
 import re, sys, threading
@@ -33,7 +34,7 @@ def watch():
     while not stop.is_set():
         peak = max(peak, resident())
         stop.wait(0.001)
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 model = load_model(sys.argv[1], dtype=sys.argv[2], device="cpu")
 stop.set()
@@ -45,7 +46,7 @@ print((peak - before) / sum(each.numel() * each.element_size() for each in model
 def peak_of(folder: Path, dtype: str) -> float:
     """Load a checkpoint in a process of its own; return its peak of memory, in sizes of the weights in `dtype`."""
     command = [sys.executable, "-c", LOAD, str(folder), dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603 - our own Python
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=MOST_SECONDS)  # noqa: S603 - our own Python
     return float(done.stdout)
 
 
@@ -95,7 +96,10 @@ def fp8(folder: Path, mib: int) -> None:
 def _random(kind: type[PreTrainedModel], config: Any) -> Any:  # noqa: ANN401 - transformers gives its classes no common type
     with torch.device("meta"):
         model: Any = kind(config).bfloat16()
-    return model.to_empty(device="cpu")  # the weights count for nothing here
+    model.to_empty(device="cpu")
+    for weights in model.parameters():
+        weights.data.normal_(std=0.02)
+    return model
 
 
 KINDS = {"dense": dense, "fp8": fp8, "mixture": mixture}
