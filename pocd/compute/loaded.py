@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ def _head(causal: Any) -> set[str]:  # noqa: ANN401 - transformers gives its cla
 def _is_finite(tensor: torch.Tensor) -> bool:
     """Tell whether all elements, or those that this rank holds, are numbers: some kernels of attention hide others."""
     own = getattr(tensor, "to_local", lambda: tensor)()
-    return not own.numel() or all(bool(end.isfinite()) for end in own.aminmax())
+    return not own.numel() or all(math.isfinite(end.item()) for end in own.aminmax())
 
 
 def check_loaded(causal: Any, report: Mapping[str, Any], *, name: str, dtype: torch.dtype) -> None:  # noqa: ANN401 - transformers gives its classes no common type
