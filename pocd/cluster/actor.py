@@ -23,7 +23,8 @@ from ray.exceptions import RayError
 from pocd.cluster.interfaces import interface_of
 from pocd.cluster.versions import versions
 from pocd.worker.environment import environment
-from pocd.worker.messages import Gone, Placed, encode, receive_frame
+from pocd.worker.frames import encode, receive_frame
+from pocd.worker.messages import Gone, Placed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

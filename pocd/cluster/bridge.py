@@ -21,7 +21,8 @@ import ray
 from pocd.cluster.joining import join
 from pocd.cluster.room import room_for
 from pocd.cluster.serving import Needs, serve
-from pocd.worker.messages import Room, encode
+from pocd.worker.frames import encode
+from pocd.worker.messages import Room
 
 MOST_RANKS = 64  # of one worker, as many as the configuration allows
 REPORT_SECONDS = 3.0  # between two looks at the cluster

@@ -15,7 +15,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pocd.cluster.actor import WorkerActor
 from pocd.tasks import cancel
-from pocd.worker.messages import Gone, Placed, decode_frame, encode
+from pocd.worker.frames import decode_frame, encode
+from pocd.worker.messages import Gone, Placed
 
 if TYPE_CHECKING:
     import socket

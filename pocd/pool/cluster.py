@@ -20,7 +20,7 @@ from pocd.pool.causes import Cause, WorkerError, WorkerRefusedError
 from pocd.pool.output import Output
 from pocd.pool.processes import KILL_SECONDS, Ended, Place, RankLink, connected
 from pocd.tasks import cancel, within
-from pocd.worker import messages
+from pocd.worker import frames
 from pocd.worker.messages import Placed, Room
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ class Cluster:
         joined, limit = False, JOIN_SECONDS
         try:
             while True:
-                room = await within(limit, messages.receive(bridge.reports))
+                room = await within(limit, frames.receive(bridge.reports))
                 assert isinstance(room, Room), f"unexpected {room}"
                 if not joined:
                     self._log.info("joined the cluster", action="bridge", machines=room.machines, room=room.workers)

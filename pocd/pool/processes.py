@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Protocol, Self
 from pocd.pool.causes import Cause, WorkerError
 from pocd.pool.output import Output
 from pocd.tasks import within
-from pocd.worker import messages
-from pocd.worker.messages import Failed, Gone, find_gone
+from pocd.worker import frames, messages
+from pocd.worker.frames import find_gone
+from pocd.worker.messages import Failed, Gone
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
@@ -62,7 +63,7 @@ class RankLink:
         """
         if self._writer.is_closing():  # else uvloop raises RuntimeError
             raise ConnectionResetError("the process is gone")
-        self._writer.write(messages.encode(message))
+        self._writer.write(frames.encode(message))
         await self._writer.drain()
 
     async def receive(self, limit: float) -> messages.Message:
@@ -75,7 +76,7 @@ class RankLink:
             OSError: The process is gone.
         """
         try:
-            message = await within(limit, messages.receive(self._reader))
+            message = await within(limit, frames.receive(self._reader))
         except TimeoutError:
             text = f"{self.name or 'worker'} gave no sign of life for {limit:.0f} s, killed"
             raise WorkerError(Cause.SILENT, text) from None

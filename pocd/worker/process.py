@@ -37,7 +37,7 @@ from pocd.protocol.errors import (
     NonFiniteError,
 )
 from pocd.protocol.schemes import SCHEMES
-from pocd.worker import messages
+from pocd.worker import frames, messages
 from pocd.worker.computer import DistanceComputer, result
 from pocd.worker.messages import (
     Cancel,
@@ -128,11 +128,11 @@ class DaemonLink:
     def send(self, message: messages.Message) -> None:
         """Send one message, whole."""
         with self._sending:
-            self._socket.sendall(messages.encode(message))
+            self._socket.sendall(frames.encode(message))
 
     def read_load(self) -> Load:
         """Read the first message, which says what to load."""
-        first = messages.read(self._stream)
+        first = frames.read(self._stream)
         if first is None:
             sys.exit(0)
         assert isinstance(first, Load), f"expected Load, got {first}"
@@ -146,7 +146,7 @@ class DaemonLink:
     def _read(self) -> None:
         # A daemon that is killed with messages of ours unread resets the connection.
         with contextlib.suppress(ConnectionResetError):
-            while (message := messages.read(self._stream)) is not None:
+            while (message := frames.read(self._stream)) is not None:
                 self.inbox.put(message)
         os._exit(0)  # the daemon is gone: nobody wants what is being computed
 
@@ -237,7 +237,7 @@ def lead(link: DaemonLink, load: Load, followers: list[socket.socket]) -> None:
         message = link.inbox.get_nowait(link.send) if under_way else link.inbox.get(link.send)
         if message is not None:
             for follower in followers:
-                follower.sendall(messages.encode(message))
+                follower.sendall(frames.encode(message))
             with refusing(link, message.id):
                 under_way.append((message.id, computer.start(message)))
         if under_way and (message is None or len(under_way) == at_once):
@@ -260,7 +260,7 @@ def follow(link: DaemonLink, load: Load, leader: socket.socket) -> None:
     model, batch_size = prepare(link, load)
     computer = DistanceComputer(model, load, batch_size, lambda _: None)
     stream = leader.makefile("rb")
-    while (message := messages.read(stream)) is not None:
+    while (message := frames.read(stream)) is not None:
         assert isinstance(message, Compute | Recompute), f"unexpected {message}"
         with contextlib.suppress(NonFiniteError, InputError):
             computer.start(message)()

@@ -39,7 +39,7 @@ from pocd.store.outbox import Work
 from pocd.store.proofs import Weights
 from pocd.store.thread import OutboxThread
 from pocd.store.upkeep import used_bytes
-from pocd.worker import messages
+from pocd.worker import frames, messages
 from scripts.bench.delivery import SILENT, fast_receiver
 from scripts.bench.measuring import new_table, show
 
@@ -89,8 +89,8 @@ async def run(outbox: OutboxThread, url: str, options: argparse.Namespace) -> Fo
     await miner.set_round(Work(ROUND, Node(0, 1)))
     tasks = [asyncio.create_task(each) for each in (batcher.run(), *(each.run() for each in receivers))]
     chance = np.random.default_rng(1)
-    frames = [
-        messages.encode(messages.Vectors(number, encode_vectors(chance.normal(size=(options.batch, VECTOR_SIZE)))))
+    answers = [
+        frames.encode(messages.Vectors(number, encode_vectors(chance.normal(size=(options.batch, VECTOR_SIZE)))))
         for number in range(MESSAGES)
     ]
     stream = asyncio.StreamReader()
@@ -99,8 +99,8 @@ async def run(outbox: OutboxThread, url: str, options: argparse.Namespace) -> Fo
     for number in range(options.rate * options.seconds // options.batch):
         await asyncio.sleep(began + number * options.batch / options.rate - time.perf_counter())
         lease = await miner.lease(options.batch)
-        stream.feed_data(frames[number % MESSAGES])
-        message = await messages.receive(stream)
+        stream.feed_data(answers[number % MESSAGES])
+        message = await frames.receive(stream)
         assert isinstance(message, messages.Vectors)
         commits = [*commits[-1:], miner.complete(lease, b64decode(message.vectors), WEIGHTS)]
     await commits[-1]

@@ -23,7 +23,8 @@ from pocd.config.settings import ConfigError, Settings
 from pocd.daemon.compose import make_loads
 from pocd.pool.causes import Cause, WorkerError, WorkerRefusedError
 from pocd.pool.cluster import Cluster, bridge_environment, check_versions
-from pocd.worker.messages import Failed, Gone, Load, Placed, Room, decode_frame, encode, find_gone
+from pocd.worker.frames import decode_frame, encode, find_gone
+from pocd.worker.messages import Failed, Gone, Load, Placed, Room
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -23,6 +23,7 @@ from pocd.protocol.schemes import SCHEMES
 from pocd.protocol.theory import RATE, flipped_share
 from scripts.bench.models import random_model, rounded
 from tests.reference import plain
+from tests.support.choices import draw_choices
 from tests.support.family_models import FAMILIES, SEQ_LEN
 
 if TYPE_CHECKING:
@@ -247,20 +248,9 @@ def test_the_own_share_is_what_the_mean_leaves(common: float, expected: float) -
 @pytest.mark.parametrize("sigma", [1e-4, 1e-3, 1e-2])
 def test_the_turned_share_is_what_two_hosts_find(sigma: float) -> None:
     """Experts' scores of many positions, which two hosts round with normal errors."""
-    generator = torch.Generator().manual_seed(0)
-    choices, rows, top = 8, 200, 2
-    gaps: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
-    turned = torch.zeros(rows, dtype=torch.bool)
-    for _ in range(choices):
-        exact = torch.rand(rows * 25, 16, generator=generator, dtype=torch.float64)
-        chosen = []
-        for host in gaps:
-            scores = exact + sigma * torch.randn(exact.shape, generator=generator, dtype=torch.float64) / 2**0.5
-            ordered, places = scores.sort(dim=-1, descending=True)
-            host.append(ordered[:, top - 1] - ordered[:, top])
-            chosen.append(places[:, :top].sort(dim=-1).values)
-        turned |= (chosen[0] != chosen[1]).any(dim=-1).view(rows, -1).any(dim=-1)
-    estimate = turned_share(*gaps, rows=rows)
+    rows = 200
+    gaps, turned = draw_choices(2, rows=rows, sigma=sigma)
+    estimate = turned_share(gaps[0], gaps[1], rows=rows)
     assert stats.binomtest(int(turned.sum()), rows, estimate).pvalue > 1e-3
 
 

@@ -15,6 +15,7 @@ from pocd.compute.model import adapt, load_model
 from pocd.compute.routers import routers_of
 from pocd.protocol.errors import OutOfMemoryError
 from pocd.protocol.schemes import SCHEMES
+from tests.support.choices import draw_choices
 from tests.support.family_models import FAMILIES, SEQ_LEN
 from tests.support.other_models import OTHERS, build
 
@@ -22,19 +23,8 @@ from tests.support.other_models import OTHERS, build
 @pytest.mark.parametrize("sigma", [1e-5, 1e-4, 1e-3])
 def test_as_many_nonces_turn_as_the_chances_say_or_fewer(sigma: float) -> None:
     """Experts' scores of many positions, which three hosts round with normal errors; two ways are the validator's."""
-    generator = torch.Generator().manual_seed(0)
-    choices, rows, top = 8, 400, 2
-    gaps: list[list[torch.Tensor]] = [[], [], []]
-    turned = torch.zeros(rows, dtype=torch.bool)
-    for _ in range(choices):
-        exact = torch.rand(rows * 25, 16, generator=generator, dtype=torch.float64)
-        chosen = []
-        for host in gaps:
-            scores = exact + sigma * torch.randn(exact.shape, generator=generator, dtype=torch.float64) / 2**0.5
-            ordered, places = scores.sort(dim=-1, descending=True)
-            host.append(ordered[:, top - 1] - ordered[:, top])
-            chosen.append(places[:, :top].sort(dim=-1).values)
-        turned |= (chosen[0] != chosen[2]).any(dim=-1).view(rows, -1).any(dim=-1)
+    rows = 400
+    gaps, turned = draw_choices(3, rows=rows, sigma=sigma)
     found = turned_chances(gaps[0], gaps[1], rows)
     counted, expected = int(turned.sum()), float(found.sum())
     assert turned.any()

@@ -36,7 +36,7 @@ from pocd.store.errors import StoreError, StoreUnavailableError
 from pocd.store.outbox import Outbox, Totals, Work
 from pocd.store.proofs import Weights
 from pocd.store.thread import OutboxThread
-from pocd.worker import messages
+from pocd.worker import frames
 from pocd.worker.messages import Failed, Load
 from tests.support.clocks import NOW, ManualClock
 from tests.support.delivering import dispatchers
@@ -182,10 +182,10 @@ def test_a_worker_on_a_full_disk_crashes_and_does_not_blame_the_configuration(tm
                 stderr=subprocess.PIPE,
                 env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},  # as the pool; else torch asks for another
             )
-        ours.sendall(messages.encode(load))
+        ours.sendall(frames.encode(load))
         _, err = worker.communicate(timeout=PATIENCE)
         with ours.makefile("rb") as stream:
-            said = list(iter(lambda: messages.read(stream), None))
+            said = list(iter(lambda: frames.read(stream), None))
     assert worker.returncode == 1, err
     assert b"No usable temporary directory" in err
     ends = [message.kind for message in said if isinstance(message, Failed)]

@@ -30,7 +30,7 @@ from pocd.store.thread import OutboxThread
 from pocd.validation.claim import Claim
 from pocd.validation.queue import QueueFullError, ValidationRequest, Validator
 from pocd.validation.verdict import Terms
-from pocd.worker import messages
+from pocd.worker import frames, messages
 from pocd.worker.messages import Load
 from tests.support.delivering import dispatchers
 from tests.support.family_models import FAMILIES
@@ -304,14 +304,14 @@ async def test_a_worker_that_is_killed_over_a_validation_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent = asyncio.Event()
-    encode = messages.encode
+    encode = frames.encode
 
     def encode_and_note(message: messages.Message) -> bytes:
         if isinstance(message, messages.Recompute):
             sent.set()
         return encode(message)
 
-    monkeypatch.setattr(messages, "encode", encode_and_note)
+    monkeypatch.setattr(frames, "encode", encode_and_note)
     distances = computed(THEIRS, range(40))
     async with running(tmp_path) as bench:
         request = await bench.request(claim_of(THEIRS, distances))

@@ -7,7 +7,7 @@ import pytest
 
 from pocd.protocol.conditioning import Conditioning
 from pocd.protocol.proof import Round
-from pocd.worker import messages
+from pocd.worker import frames
 from pocd.worker.messages import (
     BatchShrunk,
     Cancel,
@@ -58,24 +58,24 @@ EVERY: list[Message] = [
 
 @pytest.mark.parametrize("message", EVERY, ids=lambda message: type(message).__name__)
 async def test_each_message_arrives_as_it_was_sent_on_both_sides(message: Message) -> None:
-    frame = messages.encode(message)
-    assert messages.read(io.BytesIO(frame)) == message
+    frame = frames.encode(message)
+    assert frames.read(io.BytesIO(frame)) == message
     stream = asyncio.StreamReader()
     stream.feed_data(frame)
-    assert await messages.receive(stream) == message
+    assert await frames.receive(stream) == message
 
 
 def test_messages_follow_one_another() -> None:
-    stream = io.BytesIO(b"".join(map(messages.encode, EVERY)))
-    assert [messages.read(stream) for _ in EVERY] == EVERY
-    assert messages.read(stream) is None
+    stream = io.BytesIO(b"".join(map(frames.encode, EVERY)))
+    assert [frames.read(stream) for _ in EVERY] == EVERY
+    assert frames.read(stream) is None
 
 
 @pytest.mark.parametrize("kept", [0, 2, 4])
 def test_the_end_of_the_other_side_is_no_message(kept: int) -> None:
-    assert messages.read(io.BytesIO(messages.encode(Cancel([1]))[:kept])) is None
+    assert frames.read(io.BytesIO(frames.encode(Cancel([1]))[:kept])) is None
 
 
 def test_a_frame_that_claims_to_be_huge_is_refused() -> None:
     with pytest.raises(AssertionError, match="frame of 4294967295 bytes"):
-        messages.read(io.BytesIO(b"\xff\xff\xff\xff"))
+        frames.read(io.BytesIO(b"\xff\xff\xff\xff"))

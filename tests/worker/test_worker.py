@@ -38,7 +38,7 @@ from pocd.protocol.proof import Round
 from pocd.protocol.schemes import SCHEMES
 from pocd.store.outbox import Outbox, Work
 from pocd.store.thread import OutboxThread
-from pocd.worker import messages
+from pocd.worker import frames, messages
 from pocd.worker.messages import BatchShrunk, Cancel, Cancelled, Compute, Load, Message, Ready, Recompute
 from tests.support.waiting import PATIENCE, until
 
@@ -134,13 +134,13 @@ async def test_a_replaced_round_is_left_at_once_and_its_leases_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent: list[Message] = []
-    encode = messages.encode
+    encode = frames.encode
 
     def encode_and_note(message: Message) -> bytes:
         sent.append(message)
         return encode(message)
 
-    monkeypatch.setattr(messages, "encode", encode_and_note)
+    monkeypatch.setattr(frames, "encode", encode_and_note)
     async with supervised(tmp_path) as (pool, miner):
         await until(lambda: checked(miner) > 16)
         old = miner.mining
@@ -289,8 +289,8 @@ def ready_worker(*program: str) -> Iterator[tuple[subprocess.Popen[bytes], socke
     try:
         with ours, ours.makefile("rb") as stream:
             ours.settimeout(PATIENCE)
-            ours.sendall(messages.encode(LOAD))
-            while not isinstance(message := messages.read(stream), Ready):
+            ours.sendall(frames.encode(LOAD))
+            while not isinstance(message := frames.read(stream), Ready):
                 assert message is not None, "it is gone"
             yield worker, ours, stream
     finally:
@@ -304,10 +304,10 @@ def test_a_recomputation_waits_for_one_batch_and_a_worker_ends_with_its_daemon_t
         asked: list[Message] = [compute(number, 64 * number, 64) for number in range(4)]
         asked.append(Recompute(9, other, [5, 3, 8], last=True))
         asked.append(Recompute(10, other, [3], last=True))
-        ours.sendall(b"".join(messages.encode(message) for message in asked))
+        ours.sendall(b"".join(frames.encode(message) for message in asked))
         results: dict[int, list[float]] = {}
         while len(results) < 6:
-            message = messages.read(stream)
+            message = frames.read(stream)
             assert message is not None
             if isinstance(message, messages.Distances):
                 results[message.id] = message.distances
@@ -499,8 +499,8 @@ program.main()
 
 def test_a_worker_whose_device_fails_says_so_and_ends() -> None:
     with ready_worker("-c", FAULTY) as (worker, ours, stream):
-        ours.sendall(messages.encode(compute(1, 0, 8)))
-        said = list(iter(lambda: messages.read(stream), None))
+        ours.sendall(frames.encode(compute(1, 0, 8)))
+        said = list(iter(lambda: frames.read(stream), None))
         assert said[-1] == messages.Failed(
             "fault", "cpu failed: AcceleratorError: CUDA error: an illegal memory access was encountered"
         )

@@ -15,7 +15,7 @@ from pocd.config.settings import Settings
 from pocd.daemon.compose import make_loads
 from pocd.pool.pool import environment
 from pocd.protocol.proof import Round
-from pocd.worker import messages
+from pocd.worker import frames
 from pocd.worker.messages import CardIdentity, Compute, Distances, Failed, Load, Message, Ready
 from tests.support import null_gpu
 from tests.support.waiting import PATIENCE
@@ -58,11 +58,11 @@ class Life:
         self._stream = stream
 
     def ask(self, message: Message) -> None:
-        self._link.sendall(messages.encode(message))
+        self._link.sendall(frames.encode(message))
 
     def until(self, *kinds: type[Message]) -> Message:
         """Wait for a message of one of these kinds; or the last one, where the process ends before."""
-        while (message := messages.read(self._stream)) is not None:
+        while (message := frames.read(self._stream)) is not None:
             self.said.append(message)
             if isinstance(message, kinds):
                 break
