@@ -23,6 +23,7 @@ from pocd.cli.report import as_text
 from pocd.http.server import listening
 from pocd.receiver import app as receiver
 from pocd.receiver import store as receiver_store
+from pocd.store.bodies import unpack_body
 from tests.support.processes import Chain, Daemon, config, fails, free_port, running
 from tests.support.waiting import PATIENCE
 
@@ -51,7 +52,7 @@ async def batches(url: str) -> list[dict[str, Any]]:
 def stored_proofs(folder: Path) -> list[tuple[str, int]]:
     """(block hash, nonce) of every proof in the daemon's store, which must not be running."""
     with contextlib.closing(sqlite3.connect(folder / "outbox.db")) as db:
-        bodies = [orjson.loads(body) for (body,) in db.execute("SELECT body FROM batches ORDER BY number")]
+        bodies = [orjson.loads(unpack_body(body)) for (body,) in db.execute("SELECT body FROM batches ORDER BY number")]
         assert db.execute("SELECT count(*) FROM proofs").fetchone() == (0,)
     return [(body["block_hash"], nonce) for body in bodies for nonce in body["nonces"]]
 
