@@ -88,6 +88,7 @@ def test_what_cannot_be_taken_over_is_seen(changes: dict[str, Any], differs: str
 TAKING_OVER = """
 import json, os, resource, signal, sys, tempfile
 from tests.support.forking import Start
+tempfile.gettempdir()  # which it remembers
 Start(json.loads(sys.argv[1]), [0, 1, int(sys.argv[2])]).take_over()
 print(json.dumps([
     os.getcwd(), os.umask(0), resource.getrlimit(resource.RLIMIT_NOFILE)[0], tempfile.gettempdir(),
