@@ -1,4 +1,4 @@
-"""What Python runs first in each process that the tests start: a worker's is forked from one that has torch imported.
+"""What Python runs first in each process that the tests start: workers are forked from one that has torch imported.
 
 See tests/support/forking.py. The process stays its parent's child and stands in for its double, to which it passes
 signals on, and like which it ends; where it is killed, so is the double. It cannot pass on SIGSTOP.
@@ -11,6 +11,7 @@ TYPE_CHECKING = False  # typing's own is dear at every start
 if TYPE_CHECKING:
     import socket
 
+PROGRAMS = ("-m pocd.worker", "-m pocd.check.child")  # whose start is little but torch's import
 SERVER = "FORKED_WORKERS"  # names the socket of the process to fork from; empty or unset: every process is its own
 
 
@@ -102,5 +103,5 @@ def _stand_in(link: "socket.socket", double: int) -> None:
     os._exit(code)
 
 
-if os.environ.get(SERVER) and sys.orig_argv[1:3] == ["-m", "pocd.worker"]:
+if os.environ.get(SERVER) and " ".join(sys.orig_argv[1:3]) in PROGRAMS:
     go_on_elsewhere(os.environ[SERVER])
