@@ -87,9 +87,11 @@ def test_what_cannot_be_taken_over_is_seen(changes: dict[str, Any], differs: str
 
 TAKING_OVER = """
 import json, os, resource, signal, sys, tempfile
+from tests.support.at_start.sitecustomize import NAMESPACES
 from tests.support.forking import Start
+at = lambda kind: os.open(f"/proc/self/ns/{kind}", os.O_RDONLY)
 tempfile.gettempdir()  # which it remembers
-Start(json.loads(sys.argv[1]), [0, 1, int(sys.argv[2])]).take_over()
+Start(json.loads(sys.argv[1]), [0, 1, int(sys.argv[2]), *map(at, NAMESPACES)]).take_over()
 print(json.dumps([
     os.getcwd(), os.umask(0), resource.getrlimit(resource.RLIMIT_NOFILE)[0], tempfile.gettempdir(),
     os.environ.get("HOME"), signal.getsignal(signal.SIGTERM) is signal.SIG_IGN, os.read(50, 5).decode(),

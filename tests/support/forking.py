@@ -9,6 +9,7 @@ worker if the tests are run with FORKED_WORKERS set to nothing.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import json
 import os
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocd.worker.environment import ALLOCATOR
 from tests.support.at_start import sitecustomize
-from tests.support.at_start.sitecustomize import SERVER, belonging
+from tests.support.at_start.sitecustomize import NAMESPACES, SERVER, belonging
 
 if TYPE_CHECKING:
     import pytest
@@ -40,9 +41,10 @@ LATE = frozenset(
     {
         *("TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_VISIBLE_DEVICES", *ALLOCATOR),
         *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NOTIFY_SOCKET", "PWD", "OLDPWD", "COLUMNS", "LINES"),
+        *("PYTHONBREAKPOINT", "SPT_NOENV"),  # of Ray
     }
 )
-LATE_PREFIXES = ("PYTEST_", "POCD_")
+LATE_PREFIXES = ("PYTEST_", "POCD_", "RAY_")
 
 
 def offer(config: pytest.Config) -> None:
@@ -80,7 +82,7 @@ class Start:
 
     Attributes:
         given: All that decides how its program runs, as at_start/sitecustomize.py says it.
-        files: Its open files, as numbers of this process.
+        files: Its open files, then its namespaces, as numbers of this process.
     """
 
     def __init__(self, given: dict[str, Any], files: list[int]) -> None:
@@ -98,8 +100,9 @@ class Start:
     def take_over(self) -> None:
         """Make this process as that one is."""
         given = self.given
+        self._enter_namespaces()
         above = 1 + max(given["files"], default=0)
-        apart = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, above) for file in self.files]
+        apart = [fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, above) for file in self.files[: len(given["files"])]]
         for file, number in zip(apart, given["files"], strict=True):
             os.dup2(file, number)
         for file in (int(entry.name) for entry in Path("/proc/self/fd").iterdir()):
@@ -119,6 +122,12 @@ class Start:
         for number in given["ignored"]:
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, given["blocked"])
+
+    def _enter_namespaces(self) -> None:
+        system = ctypes.CDLL(None, use_errno=True)
+        for kind, file in zip(NAMESPACES, self.files[len(self.given["files"]) :], strict=True):
+            if os.fstat(file).st_ino != Path(f"/proc/self/ns/{kind}").stat().st_ino and system.setns(file, 0):
+                raise OSError(ctypes.get_errno(), f"no way into another namespace ({kind})")
 
     def run(self) -> None:
         """Run the program."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import socket
 
 PROGRAMS = ("-m pocd.worker", "-m pocd.check.child")  # whose start is little but torch's import
+NAMESPACES = ("ipc", "net", "uts", "mnt")  # those that a fork can enter
 SERVER = "FORKED_WORKERS"  # names the socket of the process to fork from; empty or unset: every process is its own
 
 
@@ -30,7 +31,10 @@ def go_on_elsewhere(server: str) -> None:
             return
         link.settimeout(300.0)
         files = _open_files(link.fileno())
-        socket.send_fds(link, [_description(files)], files)
+        namespaces = [os.open(f"/proc/self/ns/{kind}", os.O_RDONLY) for kind in NAMESPACES]
+        socket.send_fds(link, [_description(files)], [*files, *namespaces])
+        for file in namespaces:
+            os.close(file)
         answer = link.recv(1 << 16).decode()
         if answer.isdecimal():
             link.settimeout(None)
@@ -70,11 +74,11 @@ def _description(files: list[int]) -> bytes:
 
 def belonging() -> dict[str, object]:
     """What a fork has from its parent, and cannot change."""
-    kinds = ("cgroup", "ipc", "mnt", "net", "pid", "user", "uts")
+    kinds = ("cgroup", "pid", "user")
     with open("/proc/self/cgroup", encoding="ascii") as file:
         cgroup = file.read()
     return {
-        "python": sys.executable,
+        "python": [sys.prefix, sys.version],
         "user": [*os.getresuid(), *os.getresgid(), *os.getgroups()],
         "namespaces": [os.readlink(f"/proc/self/ns/{kind}") for kind in kinds],
         "cgroup": cgroup,
