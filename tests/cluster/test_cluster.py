@@ -224,7 +224,7 @@ async def test_machines_come_and_go_and_every_nonce_is_checked_once(tmp_path: Pa
     shutil.copytree(BUNDLED / "tiny-llama", model)
     await machines.start("one")
     await machines.start("two")
-    async with pooled(tmp_path, model, machines.address) as (pool, miner):
+    async with pooled(tmp_path, model, machines.address, variables=machines.variables) as (pool, miner):
         cluster = pool.cluster
         assert cluster is not None
         workers = await at_work(pool, "one", "two")

@@ -76,7 +76,8 @@ async def test_a_workers_ranks_on_two_machines(tmp_path: Path, machines: Machine
     shutil.copytree(BUNDLED / "tiny-llama", model)
     await machines.start("one")
     await machines.start("two")
-    async with pooled(tmp_path, model, machines.address, ranks=2) as (pool, miner):
+    variables = machines.variables
+    async with pooled(tmp_path, model, machines.address, ranks=2, variables=variables) as (pool, miner):
         cluster = pool.cluster
         assert cluster is not None
         worker = await at_work(pool, "one+two")
