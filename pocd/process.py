@@ -112,10 +112,8 @@ def begin() -> None:
     """Make the process one like any other, however it was started, before anything slow is imported.
 
     Its standard streams are open, signals wait, and as process 1, which containers have, it leaves the work to a child.
-    pydantic looks for no plugins of its own in all that is installed: that takes a tenth of a command's start.
     """
     open_standard_streams()
-    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     if os.getpid() == 1:
         stand_by()
     hold_signals()
