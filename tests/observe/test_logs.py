@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -11,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
+from tests.support.in_a_fork import forked
 from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # of a fork
 
 SECRET = "hunter2"
 URL = f"http://user:{SECRET}@chain.example/rpc"
@@ -26,14 +30,17 @@ def logged(folder: Path, script: str, *, level: str = "info", style: str = "json
     `journal` is what JOURNAL_STREAM is: nothing, "own" for its standard error, or anything.
     """
     lines = ["import logging, sys", "from pocd.observe.logs import configure", f"log = configure({level!r}, {style!r})"]
-    environment = {name: value for name, value in os.environ.items() if name != "JOURNAL_STREAM"}
+
+    def work() -> None:
+        logging.getLogger().handlers.clear()  # pytest's
+        status = os.fstat(2)
+        os.environ["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}" if journal == "own" else journal
+        if not journal:
+            del os.environ["JOURNAL_STREAM"]
+        exec("\n".join([*lines, script]), {})
+
     sink = folder / "stderr"
-    with sink.open("wb") as stream:
-        status = os.fstat(stream.fileno())
-        if journal:
-            environment["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}" if journal == "own" else journal
-        program = "\n".join([*lines, script])
-        subprocess.run([sys.executable, "-W", "error", "-c", program], stderr=stream, env=environment, check=False)
+    os.waitpid(forked(work, sink), 0)
     return sink.read_text(encoding="utf-8").splitlines()
 
 
