@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
-import signal
-import sys
 import time
-from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -16,105 +13,107 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from pocd.chain.failover import Failover
-from pocd.cli.main import main
-from pocd.daemon.reports import Reports
-from pocd.delivery.dispatcher import Dispatcher
-from pocd.delivery.keeper import Keeper
-from pocd.mining.miner import Miner
 from pocd.pool.causes import Cause, WorkerRefusedError
-from pocd.pool.feeder import Feeder
 from pocd.process import EndedError
 from pocd.store.errors import StoreError
 from pocd.tasks import LOOK_SECONDS, shielded, start, within
-from tests.support.in_a_fork import in_a_fork
+from tests.support.forking import Process
 from tests.support.processes import Chain, config
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
     from pathlib import Path
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # of a fork
+# `pocd run`, with one method of one class replaced by a coroutine that does what {fault} says.
+BROKEN = """
+from pocd.cli.main import main
+from {module} import {name}
+async def broken(self, *_):
+    {fault}
+{name}.{method} = broken
+main()
+"""
 
-Broken = tuple[type, str, Callable[..., Coroutine[Any, Any, None]]]
-"""A class, a method of it, and the coroutine that stands there instead."""
 
-
-async def run(path: Path, *broken: Broken) -> tuple[int, list[dict[str, Any]], str]:
-    """Run `pocd run` in a fork to its end: exit status, lines of the log, and the last line."""
-
-    def pocd() -> None:
-        sys.argv = ["pocd", "run", "--config", str(path)]
-        for owner, method, instead in broken:
-            setattr(owner, method, instead)
-        main()
-
-    code = await in_a_fork(pocd, log := path.with_name("log"))
+async def run(path: Path, program: str) -> tuple[int, list[dict[str, Any]], str]:
+    """Run a program with the arguments of `pocd run` to its end: exit status, lines of the log, and the last line."""
+    log = path.with_name("log")
+    with log.open("wb") as sink:
+        process = Process("-c", program, "run", "--config", str(path), out=sink.fileno(), err=sink.fileno())
+    code = await process.wait()
     lines = log.read_text().splitlines()
     return code, [orjson.loads(line) for line in lines if line.startswith("{")], lines[-1]
 
 
-async def fails(*_: object) -> None:
-    raise KeyError("what broke")
-
-
-async def ends(*_: object) -> None:
-    pass
-
-
 @pytest.mark.parametrize(
-    ("owner", "method", "part"),
+    ("where", "method", "part"),
     [
-        (Failover, "head", "chain"),
-        (Dispatcher, "run", "receiver one"),
-        (Feeder, "_receive", "worker 0: results"),
-        (Reports, "_notify_manager", "service manager"),
+        ("pocd.chain.failover Failover", "head", "chain"),
+        ("pocd.delivery.dispatcher Dispatcher", "run", "receiver one"),
+        ("pocd.pool.feeder Feeder", "_receive", "worker 0: results"),
+        ("pocd.daemon.reports Reports", "_notify_manager", "service manager"),
     ],
 )
 async def test_a_part_that_fails_is_told_once_with_its_name_and_where(
-    tmp_path: Path, owner: type, method: str, part: str
+    tmp_path: Path, where: str, method: str, part: str
 ) -> None:
+    module, name = where.split()
+    program = BROKEN.format(module=module, name=name, method=method, fault='raise KeyError("what broke")')
     async with Chain().served() as chain:
-        path = config(tmp_path, chain.url, {"one": "http://127.0.0.1:1"})
-        code, entries, last = await run(path, (owner, method, fails))
+        code, entries, last = await run(config(tmp_path, chain.url, {"one": "http://127.0.0.1:1"}), program)
     (crash,) = [entry for entry in entries if entry["action"] == "crash"]
     assert (crash["part"], crash["level"]) == (part, "error")
     (failed,) = crash["exception"]
     assert (failed["exc_type"], failed["exc_value"]) == ("KeyError", "'what broke'")
-    assert failed["frames"][-1]["name"] == "fails"
+    assert failed["frames"][-1]["name"] == "broken"
     assert code == 1
     assert last == f"pocd: {part} failed: KeyError: 'what broke'; the log says where"
     assert "stopped" in [entry["action"] for entry in entries]
 
 
 async def test_a_part_that_returns_has_failed_too(tmp_path: Path) -> None:
-    code, entries, last = await run(config(tmp_path, "http://127.0.0.1:1", {}), (Keeper, "run", ends))
+    program = BROKEN.format(module="pocd.delivery.keeper", name="Keeper", method="run", fault="return")
+    code, entries, last = await run(config(tmp_path, "http://127.0.0.1:1", {}), program)
     assert [entry["part"] for entry in entries if entry["action"] == "crash"] == ["keeper"]
     assert code == 1
     assert last.startswith("pocd: keeper failed: RuntimeError: it returned, and should run until it is cancelled")
 
 
-async def is_stopped(*_: object) -> None:
-    signal.raise_signal(signal.SIGTERM)
-    await asyncio.Event().wait()
-
-
-AT_ONCE = (Reports, "_log_funnel", is_stopped)  # before a worker is ready
+# `pocd run`, which stops at once, before a worker is ready; {fault} may keep it from that.
+STOPPING = """
+from asyncio import Event
+from signal import SIGTERM, raise_signal
+from pocd.cli.main import main
+from pocd.daemon.reports import Reports
+from pocd.mining.miner import Miner
+async def stop(self):
+    raise_signal(SIGTERM)
+    await Event().wait()
+async def broken(self, _):
+    raise KeyError("what broke")
+Reports._log_funnel = stop
+{fault}
+main()
+"""
 
 
 async def test_a_daemon_that_is_stopped_before_it_is_ready_ends_well(tmp_path: Path) -> None:
-    code, entries, _ = await run(config(tmp_path, "http://127.0.0.1:1", {}), AT_ONCE)
+    code, entries, _ = await run(config(tmp_path, "http://127.0.0.1:1", {}), STOPPING.format(fault=""))
     assert code == 0
     assert not [entry for entry in entries if entry["action"] == "crash"]
 
 
 async def test_what_fails_while_the_daemon_stops_is_told_as_well(tmp_path: Path) -> None:
-    code, entries, _ = await run(config(tmp_path, "http://127.0.0.1:1", {}), AT_ONCE, (Miner, "close", fails))
+    code, entries, _ = await run(
+        config(tmp_path, "http://127.0.0.1:1", {}), STOPPING.format(fault="Miner.close = broken")
+    )
     assert [entry["part"] for entry in entries if entry["action"] == "crash"] == ["stopping"]
     assert code == 1
 
 
 async def test_a_worker_that_refuses_is_no_crash(tmp_path: Path) -> None:
-    code, entries, last = await run(config(tmp_path, "http://127.0.0.1:1", {}, model__device="cuda:9"))
+    program = "from pocd.cli.main import main; main()"
+    code, entries, last = await run(config(tmp_path, "http://127.0.0.1:1", {}, model__device="cuda:9"), program)
     assert code == 75
     assert last.startswith("pocd: device 'cuda:9'")
     assert not [entry for entry in entries if entry["action"] == "crash" or "exception" in entry]

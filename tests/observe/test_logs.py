@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
-from tests.support.in_a_fork import forked
+from tests.support.forking import Process
 from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")  # of a fork
 
 SECRET = "hunter2"
 URL = f"http://user:{SECRET}@chain.example/rpc"
@@ -30,17 +28,15 @@ def logged(folder: Path, script: str, *, level: str = "info", style: str = "json
     `journal` is what JOURNAL_STREAM is: nothing, "own" for its standard error, or anything.
     """
     lines = ["import logging, sys", "from pocd.observe.logs import configure", f"log = configure({level!r}, {style!r})"]
-
-    def work() -> None:
-        logging.getLogger().handlers.clear()  # pytest's
-        status = os.fstat(2)
-        os.environ["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}" if journal == "own" else journal
-        if not journal:
-            del os.environ["JOURNAL_STREAM"]
-        exec("\n".join([*lines, script]), {})
-
+    environment = {name: value for name, value in os.environ.items() if name != "JOURNAL_STREAM"}
     sink = folder / "stderr"
-    os.waitpid(forked(work, sink), 0)
+    with sink.open("wb") as stream:
+        status = os.fstat(stream.fileno())
+        if journal:
+            environment["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}" if journal == "own" else journal
+        program = "\n".join([*lines, script])
+        process = Process("-c", program, out=stream.fileno(), err=stream.fileno(), environment=environment)
+    asyncio.run(process.wait())
     return sink.read_text(encoding="utf-8").splitlines()
 
 

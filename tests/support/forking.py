@@ -27,6 +27,7 @@ import time
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -45,8 +46,8 @@ AT_START = Path(sitecustomize.__file__).parent
 LATE = frozenset(
     {
         *("TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_VISIBLE_DEVICES", *ALLOCATOR),
-        *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NOTIFY_SOCKET", "PWD", "OLDPWD", "COLUMNS", "LINES"),
-        *("PYTHONBREAKPOINT", "SPT_NOENV"),  # of Ray
+        *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NOTIFY_SOCKET", "JOURNAL_STREAM", "PWD", "OLDPWD"),
+        *("COLUMNS", "LINES", "PYTHONBREAKPOINT", "SPT_NOENV"),  # of Ray
     }
 )
 LATE_PREFIXES = ("PYTEST_", "POCD_", "RAY_", "WATCHDOG_")
@@ -198,10 +199,15 @@ class Start:
                 raise OSError(ctypes.get_errno(), f"no way into another namespace ({kind})")
 
     def run(self) -> None:
-        """Run the program: a module."""
+        """Run the program: a module (-m) or a text (-c)."""
         sys.path[0] = self.given["folder"]
-        _, module, *sys.argv[1:] = self.given["program"]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        option, program, *sys.argv[1:] = self.given["program"]
+        if option == "-m":
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        else:
+            sys.argv[0] = option
+            sys.modules["__main__"] = main = ModuleType("__main__")
+            exec(program, main.__dict__)
 
 
 class Server:
