@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import pytest
 
 from pocd.worker import frames
-from tests.support.at_start.sitecustomize import SERVER, belonging
+from tests.support.at_start.sitecustomize import FOLDER, belonging
 from tests.support.forking import Start
 from tests.support.waiting import PATIENCE
 from tests.worker.test_worker import LOAD
@@ -24,7 +24,7 @@ from tests.worker.test_worker import LOAD
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-needs_forking = pytest.mark.skipif(not os.environ.get(SERVER), reason="each worker is to import for itself")
+needs_forking = pytest.mark.skipif(not os.environ.get(FOLDER), reason="each worker is to import for itself")
 
 
 @contextlib.contextmanager
@@ -68,7 +68,7 @@ def test_a_stand_in_ends_as_its_double_does() -> None:
 
 def given(**changes: Any) -> dict[str, Any]:  # noqa: ANN401 - any value of JSON
     environment = {**os.environ, **changes.pop("environment", {})}
-    return {"environment": environment, "same": {**json.loads(json.dumps(belonging())), **changes}}
+    return {"environment": environment, "belonging": {**json.loads(json.dumps(belonging())), **changes}}
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,11 @@ def test_what_cannot_be_taken_over_is_seen(changes: dict[str, Any], differs: str
 
 TAKING_OVER = """
 import json, os, resource, signal, sys, tempfile
+from tests.support.at_start.sitecustomize import NAMESPACES
 from tests.support.forking import Start
+at = lambda kind: os.open(f"/proc/self/ns/{kind}", os.O_RDONLY)
 tempfile.gettempdir()  # which it remembers
-Start(json.loads(sys.argv[1]), [0, 1, int(sys.argv[2])]).take_over()
+Start(json.loads(sys.argv[1]), [0, 1, int(sys.argv[2]), *map(at, NAMESPACES)]).take_over()
 print(json.dumps([
     os.getcwd(), os.umask(0), resource.getrlimit(resource.RLIMIT_NOFILE)[0], tempfile.gettempdir(),
     os.environ.get("HOME"), signal.getsignal(signal.SIGTERM) is signal.SIG_IGN, os.read(50, 5).decode(),
