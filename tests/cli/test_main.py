@@ -266,7 +266,7 @@ for command in sys.argv[1:]:
     try:
         main()
     except SystemExit as end:
-        print(command, end.code, sorted({BIG} & sys.modules.keys()), file=sys.stderr)
+        print(command, end.code or 0, sorted({BIG} & sys.modules.keys()), file=sys.stderr)
 """
 
 
