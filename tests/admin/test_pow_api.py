@@ -55,9 +55,10 @@ def computed(
 
 @dataclass
 class Api:
-    """A daemon, its chain, a receiver of the configuration and one for callbacks, and a client."""
+    """A daemon, its store, its chain, a receiver of the configuration and one for callbacks, and a client."""
 
     daemon: Daemon
+    store: Path
     chain: Chain
     configured: Server
     server: Server
@@ -116,7 +117,7 @@ async def serving_api(folder: Path, **changes: Any) -> AsyncIterator[Api]:  # no
         changes = {"admin__callback_origins": [server.url]} | changes
         path = config(folder, chain.url, {"main": configured.url}, **changes)
         async with daemon_running(path) as daemon:
-            api = Api(daemon, chain, configured, server, session)
+            api = Api(daemon, folder / "outbox.db", chain, configured, server, session)
             await api.daemon.until(lambda body: body["worker"]["ready"])
             yield api
 
@@ -472,25 +473,23 @@ async def test_a_round_for_another_model_is_refused_and_changes_nothing(
     assert await decided(api) == before
 
 
-async def test_of_what_is_refused_nothing_is_in_the_store(tmp_path: Path) -> None:
-    refused = {"params": {"model": "another/model"}}
-    async with serving_api(tmp_path) as api:
-        await api.done("/init/validate", init_body(api, "before"))
-        for path in ("/init", "/init/generate", "/init/validate"):
-            assert (await api.post(path, live_body(api, **refused)))[0] == 409
-        assert (await api.post("/validate", claim_of("9B4C", [1], [1.0], **refused)))[0] == 409
-        await api.daemon.end()
-    with contextlib.closing(sqlite3.connect(tmp_path / "outbox.db")) as store:
+async def test_of_what_is_refused_nothing_is_in_the_store(api: Api) -> None:
+    refused = {"block_hash": "refused", "params": {"model": "another/model"}}
+    await api.done("/init/validate", init_body(api, "before"))
+    for path in ("/init", "/init/generate", "/init/validate"):
+        assert (await api.post(path, live_body(api, **refused)))[0] == 409
+    assert (await api.post("/validate", claim_of(nonces=[1], dist=[1.0], **refused)))[0] == 409
+    with contextlib.closing(sqlite3.connect(api.store)) as store:
         rounds = [orjson.loads(text)["block_hash"] for (text,) in store.execute("SELECT round FROM rounds")]
         control = store.execute("SELECT value FROM meta WHERE key = 'control'").fetchone()
-        validations = store.execute("SELECT count(*) FROM validations").fetchone()
+        validations = [bytes(request) for (request,) in store.execute("SELECT request FROM validations")]
     assert "before" in rounds
-    assert "9B4C" not in rounds
+    assert "refused" not in rounds
     assert (orjson.loads(control[0])["mode"], orjson.loads(control[0])["asked"]["round"]["block_hash"]) == (
         "VALIDATING",
         "before",
     )
-    assert validations == (0,)
+    assert not [request for request in validations if b'"refused"' in request]
 
 
 async def test_a_round_that_names_what_the_daemon_runs_is_mined(api: Api) -> None:
