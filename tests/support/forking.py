@@ -19,6 +19,7 @@ import runpy
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -146,6 +147,17 @@ class Process:
         return code
 
 
+def double_of(pid: int) -> int:
+    """The process that does the work of `pid`, which may be a stand-in: it can be stopped, or its memory limited."""
+    if not os.environ[FOLDER]:
+        return pid
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
+        link.settimeout(PATIENCE)
+        link.connect(f"{os.environ[FOLDER]}/torch")
+        link.send(json.dumps(pid).encode())
+        return int(link.recv(16))
+
+
 class Start:
     """How a process is started.
 
@@ -252,9 +264,15 @@ class Server:
                         link.send(str(os.waitstatus_to_exitcode(ended[1])).encode())
 
     def _answer(self, link: socket.socket) -> Start | None:
+        """Answer who asks for a process, or who is the double of one."""
         message, files, _, _ = socket.recv_fds(link, 1 << 20, 250)
-        start = Start(json.loads(message), files) if message else None
-        differs = start.differs() if start else "it is gone"
+        asked = json.loads(message or "null")
+        if not isinstance(asked, dict):
+            with suppress(OSError), link:
+                link.send(str(self._double_of(asked)).encode())
+            return None
+        start = Start(asked, files)
+        differs = start.differs()
         if not differs:
             pid = os.fork()
             if pid == 0:
@@ -268,6 +286,13 @@ class Server:
         if differs:
             link.close()
         return None
+
+    def _double_of(self, pid: int | None) -> int | None:
+        for double, link in self._links.items():
+            peer, _, _ = struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            if peer == pid:
+                return double
+        return pid
 
     def _leave(self, link: socket.socket) -> None:
         """Forget the server's sockets, whose numbers will be other files'."""

@@ -1,7 +1,8 @@
 """What Python runs first in each process that the tests start: workers are forked from one that has torch imported.
 
 See tests/support/forking.py. The process stays its parent's child and stands in for its double, to which it passes
-signals on, and like which it ends; where it is killed, so is the double. It cannot pass on SIGSTOP.
+signals on, and like which it ends; where it is killed, so is the double. It cannot pass on
+SIGSTOP: `double_of` there finds the double.
 """
 
 import os
