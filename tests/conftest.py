@@ -9,6 +9,8 @@ import resource
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support import forking
+
 # Tests run beside worker processes: threads that wait have to sleep, not to spin on a core that another one needs.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as pocd.process
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -37,6 +39,11 @@ LONG = (
 )
 # Folders of which other files take longer than most.
 SLOW = ("system", "scripts", "compute", "admin", "lab", "worker", "daemon", "cli")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let processes that tests start be forked from others that have imported what they need."""
+    forking.offer(config)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

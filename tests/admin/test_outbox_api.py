@@ -13,7 +13,7 @@ import orjson
 from aiohttp import web
 
 from pocd.http.server import listening
-from tests.support.forked import Process
+from tests.support.forking import Process
 from tests.support.processes import Chain, Daemon, config, running
 from tests.support.waiting import PATIENCE
 
@@ -62,7 +62,7 @@ class Moody:
 async def pocd(daemon: Daemon, *arguments: str) -> tuple[int, str, str]:
     """Run `pocd outbox …` as a person would: exit status, standard output, standard error."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = Process("outbox", *arguments, "--url", daemon.url, out=out.fileno(), err=err.fileno())
+        process = Process("-m", "pocd", "outbox", *arguments, "--url", daemon.url, out=out.fileno(), err=err.fileno())
         code = await process.wait()
         said = [os.pread(each.fileno(), 2**20, 0).decode() for each in (out, err)]
     return code, said[0], said[1]

@@ -22,6 +22,7 @@ from pocd.lab import command
 from pocd.store.outbox import Outbox
 from pocd.validation.claim import LARGEST_CLAIM
 from tests.support.delivering import Request, Server, serving
+from tests.support.forking import at_work
 from tests.support.processes import Chain, Daemon, config
 from tests.support.processes import running as daemon_running
 from tests.support.waiting import PATIENCE
@@ -303,7 +304,7 @@ async def test_two_init_calls_racing(api: Api) -> None:
 async def test_unbounded_queues(tmp_path: Path) -> None:
     """Validations that nobody computes yet are queued up to the limit; the next is told when to come again."""
     async with serving_api(tmp_path, validation__max_queued=2, validation__max_nonces=4) as api:
-        worker = (await api.daemon.status())["worker"]["pid"]
+        worker = at_work((await api.daemon.status())["worker"]["pid"])
         os.kill(worker, signal.SIGSTOP)
         claims = [claim_of("queued", [number], [1.0]) for number in range(3)]
         states = [await api.post("/validate", claim, wait="false") for claim in claims]

@@ -19,7 +19,7 @@ from pocd.admin.client import AdminError, call
 from pocd.dev import chain as devchain
 from pocd.dev.processes import entries
 from pocd.http.server import listening
-from tests.support.forked import Process
+from tests.support.forking import Process
 from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
@@ -132,7 +132,9 @@ def launch(path: Path, log: Path, **environment: str) -> Process:
     """Start `pocd run`, which writes to `log`."""
     with log.open("wb") as sink:
         given = {**os.environ, **environment}
-        return Process("run", "--config", str(path), out=sink.fileno(), err=sink.fileno(), environment=given)
+        return Process(
+            "-m", "pocd", "run", "--config", str(path), out=sink.fileno(), err=sink.fileno(), environment=given
+        )
 
 
 async def start(path: Path, **environment: str) -> Daemon:
