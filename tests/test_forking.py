@@ -17,7 +17,7 @@ import pytest
 
 from pocd.worker import frames
 from tests.support.at_start.sitecustomize import FOLDER, belonging
-from tests.support.forking import Start, double_of
+from tests.support.forking import Start, at_work
 from tests.support.waiting import PATIENCE
 from tests.worker.test_worker import LOAD
 
@@ -48,14 +48,13 @@ def loading_worker() -> Iterator[tuple[subprocess.Popen[bytes], socket.socket, B
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, -signal.SIGTERM)])
 def test_what_ends_the_stand_in_ends_its_double(number: int, code: int) -> None:
     with loading_worker() as (worker, _, stream):
-        double = double_of(worker.pid)
+        double = at_work(worker.pid)
         maps = [Path(f"/proc/{pid}/maps").read_text() for pid in (worker.pid, double)]
         assert ["libtorch" in each for each in maps] == [False, True]
         worker.send_signal(number)
         while frames.read(stream):
             pass
         assert worker.wait(PATIENCE) == code
-    assert double_of(worker.pid) == worker.pid, "nobody's double any more"
 
 
 @needs_forking
@@ -91,7 +90,7 @@ def test_what_cannot_be_taken_over_is_seen(changes: dict[str, Any], differs: str
 TAKING_OVER = """
 import json, os, resource, signal, sys, tempfile
 from tests.support.at_start.sitecustomize import NAMESPACES
-from tests.support.forking import Start, double_of
+from tests.support.forking import Start
 at = lambda kind: os.open(f"/proc/self/ns/{kind}", os.O_RDONLY)
 tempfile.gettempdir()  # which it remembers
 Start(json.loads(sys.argv[1]), [0, 1, int(sys.argv[2]), *map(at, NAMESPACES)]).take_over()

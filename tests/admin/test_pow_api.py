@@ -22,7 +22,7 @@ from pocd.lab import command
 from pocd.store.outbox import Outbox
 from pocd.validation.claim import LARGEST_CLAIM
 from tests.support.delivering import Request, Server, serving
-from tests.support.forking import double_of
+from tests.support.forking import at_work
 from tests.support.processes import Chain, Daemon, config
 from tests.support.processes import running as daemon_running
 from tests.support.waiting import PATIENCE
@@ -56,10 +56,9 @@ def computed(
 
 @dataclass
 class Api:
-    """A daemon, its store, its chain, a receiver of the configuration and one for callbacks, and a client."""
+    """A daemon, its chain, a receiver of the configuration and one for callbacks, and a client."""
 
     daemon: Daemon
-    store: Path
     chain: Chain
     configured: Server
     server: Server
@@ -118,7 +117,7 @@ async def serving_api(folder: Path, **changes: Any) -> AsyncIterator[Api]:  # no
         changes = {"admin__callback_origins": [server.url]} | changes
         path = config(folder, chain.url, {"main": configured.url}, **changes)
         async with daemon_running(path) as daemon:
-            api = Api(daemon, folder / "outbox.db", chain, configured, server, session)
+            api = Api(daemon, chain, configured, server, session)
             await api.daemon.until(lambda body: body["worker"]["ready"])
             yield api
 
@@ -305,8 +304,8 @@ async def test_two_init_calls_racing(api: Api) -> None:
 async def test_unbounded_queues(tmp_path: Path) -> None:
     """Validations that nobody computes yet are queued up to the limit; the next is told when to come again."""
     async with serving_api(tmp_path, validation__max_queued=2, validation__max_nonces=4) as api:
-        worker = (await api.daemon.status())["worker"]["pid"]
-        os.kill(double_of(worker), signal.SIGSTOP)
+        worker = at_work((await api.daemon.status())["worker"]["pid"])
+        os.kill(worker, signal.SIGSTOP)
         claims = [claim_of("queued", [number], [1.0]) for number in range(3)]
         states = [await api.post("/validate", claim, wait="false") for claim in claims]
         assert [status for status, _ in states] == [202, 202, 429]
@@ -317,7 +316,7 @@ async def test_unbounded_queues(tmp_path: Path) -> None:
         assert await api.post("/validate", claims[0], wait="false") == states[0]
         assert states[0][1] == {"id": states[0][1]["id"], "state": "pending"}
         with contextlib.suppress(ProcessLookupError):  # replaced, where that took longer than its silence may
-            os.kill(double_of(worker), signal.SIGCONT)
+            os.kill(worker, signal.SIGCONT)
         for _, answer in states[:2]:
             verdict = await api.verdict(answer["id"])
             assert verdict["dist"] == pytest.approx(computed("queued", "02ab", verdict["nonces"]), abs=1e-5)
@@ -329,6 +328,7 @@ async def test_unbounded_queues(tmp_path: Path) -> None:
         assert (status, answer["error"]["code"]) == (413, "request_entity_too_large")
         status, answer = await api.post("/init", b" " * (64 * 1024 + 1))
         assert (status, answer["error"]["code"]) == (413, "request_entity_too_large")
+        await of_what_is_refused_nothing_is_in_the_store(api, tmp_path / "outbox.db")
 
 
 # Validation
@@ -474,23 +474,25 @@ async def test_a_round_for_another_model_is_refused_and_changes_nothing(
     assert await decided(api) == before
 
 
-async def test_of_what_is_refused_nothing_is_in_the_store(api: Api) -> None:
+async def of_what_is_refused_nothing_is_in_the_store(api: Api, path: Path) -> None:
     refused = {"block_hash": "refused", "params": {"model": "another/model"}}
     await api.done("/init/validate", init_body(api, "before"))
-    for path in ("/init", "/init/generate", "/init/validate"):
-        assert (await api.post(path, live_body(api, **refused)))[0] == 409
+    for call_ in ("/init", "/init/generate", "/init/validate"):
+        assert (await api.post(call_, live_body(api, **refused)))[0] == 409
     assert (await api.post("/validate", claim_of(nonces=[1], dist=[1.0], **refused)))[0] == 409
-    with contextlib.closing(sqlite3.connect(api.store)) as store:
+    await api.daemon.end()
+    with contextlib.closing(sqlite3.connect(path)) as store:
         rounds = [orjson.loads(text)["block_hash"] for (text,) in store.execute("SELECT round FROM rounds")]
         control = store.execute("SELECT value FROM meta WHERE key = 'control'").fetchone()
-        validations = [bytes(request) for (request,) in store.execute("SELECT request FROM validations")]
+        validated = [bytes(request) for (request,) in store.execute("SELECT request FROM validations")]
     assert "before" in rounds
     assert "refused" not in rounds
     assert (orjson.loads(control[0])["mode"], orjson.loads(control[0])["asked"]["round"]["block_hash"]) == (
         "VALIDATING",
         "before",
     )
-    assert not [request for request in validations if b'"refused"' in request]
+    assert all(b'"queued"' in request for request in validated)
+    assert len(validated) == 3
 
 
 async def test_a_round_that_names_what_the_daemon_runs_is_mined(api: Api) -> None:

@@ -19,7 +19,6 @@ import runpy
 import select
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -35,7 +34,7 @@ import pytest
 
 from pocd.worker.environment import ALLOCATOR
 from tests.support.at_start import sitecustomize
-from tests.support.at_start.sitecustomize import FOLDER, NAMESPACES, ask, belonging
+from tests.support.at_start.sitecustomize import FOLDER, NAMESPACES, STANDS_FOR, ask, belonging
 from tests.support.waiting import PATIENCE, until
 
 if TYPE_CHECKING:
@@ -147,15 +146,10 @@ class Process:
         return code
 
 
-def double_of(pid: int) -> int:
-    """The process that does the work of `pid`, which may be a stand-in: it can be stopped, or its memory limited."""
-    if not os.environ[FOLDER]:
-        return pid
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
-        link.settimeout(PATIENCE)
-        link.connect(f"{os.environ[FOLDER]}/torch")
-        link.send(json.dumps(pid).encode())
-        return int(link.recv(16))
+def at_work(pid: int) -> int:
+    """The process that does the work of the one that was started: its double, where that stands in for one."""
+    name = Path(f"/proc/{pid}/comm").read_text()
+    return int(name.removeprefix(STANDS_FOR)) if name.startswith(STANDS_FOR) else pid
 
 
 class Start:
@@ -264,15 +258,9 @@ class Server:
                         link.send(str(os.waitstatus_to_exitcode(ended[1])).encode())
 
     def _answer(self, link: socket.socket) -> Start | None:
-        """Answer who asks for a process, or who is the double of one."""
         message, files, _, _ = socket.recv_fds(link, 1 << 20, 250)
-        asked = json.loads(message or "null")
-        if not isinstance(asked, dict):
-            with suppress(OSError), link:
-                link.send(str(self._double_of(asked)).encode())
-            return None
-        start = Start(asked, files)
-        differs = start.differs()
+        start = Start(json.loads(message), files) if message else None
+        differs = start.differs() if start else "it is gone"
         if not differs:
             pid = os.fork()
             if pid == 0:
@@ -286,13 +274,6 @@ class Server:
         if differs:
             link.close()
         return None
-
-    def _double_of(self, pid: int | None) -> int | None:
-        for double, link in self._links.items():
-            peer, _, _ = struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-            if peer == pid:
-                return double
-        return pid
 
     def _leave(self, link: socket.socket) -> None:
         """Forget the server's sockets, whose numbers will be other files'."""

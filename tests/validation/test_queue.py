@@ -34,7 +34,7 @@ from pocd.worker import frames, messages
 from pocd.worker.messages import Load
 from tests.support.delivering import dispatchers
 from tests.support.family_models import FAMILIES
-from tests.support.forking import double_of
+from tests.support.forking import at_work
 from tests.support.waiting import PATIENCE, soon
 
 if TYPE_CHECKING:
@@ -280,11 +280,11 @@ async def test_a_question_has_one_answer_whatever_becomes_of_workers_and_daemons
         await answers_of_another_model_are_none(bench)
         request = await bench.request(claim)
         first = await bench.verdict(request)
-        worker = bench.pool.workers[0].pids[0]
-        os.kill(double_of(worker), signal.SIGSTOP)  # so that nobody computes
+        worker = at_work(bench.pool.workers[0].pids[0])
+        os.kill(worker, signal.SIGSTOP)  # so that nobody computes
         assert await bench.verdict(request) == first
         with contextlib.suppress(ProcessLookupError):  # replaced, where that took longer than its silence may
-            os.kill(double_of(worker), signal.SIGCONT)
+            os.kill(worker, signal.SIGCONT)
         bodies = await verdicts_for(bench, "one")
         assert bodies[-1] == (first["batch_id"], first)
         assert [body for _, body in bodies].count(first) == 1
@@ -293,7 +293,7 @@ async def test_a_question_has_one_answer_whatever_becomes_of_workers_and_daemons
 
         # What a worker that is killed had in its hands is the next one's.
         whole = await bench.request(claim_of(THEIRS, distances))
-        os.kill(double_of(bench.pool.workers[0].pids[0]), signal.SIGSTOP)  # so that what it is given stays there
+        os.kill(at_work(bench.pool.workers[0].pids[0]), signal.SIGSTOP)  # so that what it is given stays there
         restarts = bench.pool.restarts
         sent.clear()
         asked = asyncio.create_task(bench.verdict(whole))

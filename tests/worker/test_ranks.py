@@ -24,7 +24,7 @@ from pocd.protocol.errors import ModelError
 from pocd.protocol.names import BUNDLED
 from pocd.protocol.schemes import SCHEMES
 from tests.pool.test_pool import LOAD, ROUND, pooled, recompute
-from tests.support.forking import double_of
+from tests.support.forking import at_work
 from tests.support.waiting import PATIENCE, until
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ async def test_two_ranks_agree_with_one_process_and_the_death_or_silence_of_one_
 
         silent = worker.causes[Cause.SILENT]  # one, where the machine is as slow as that
         leader, other = worker.pids
-        os.kill(double_of(other), signal.SIGSTOP)
+        os.kill(at_work(other), signal.SIGSTOP)
         await until(lambda: worker.causes[Cause.SILENT] > silent)
         for pid in (leader, other):
             with pytest.raises(ProcessLookupError):

@@ -40,7 +40,7 @@ from pocd.store.outbox import Outbox, Work
 from pocd.store.thread import OutboxThread
 from pocd.worker import frames, messages
 from pocd.worker.messages import BatchShrunk, Cancel, Cancelled, Compute, Load, Message, Ready, Recompute
-from tests.support.forking import double_of
+from tests.support.forking import at_work
 from tests.support.waiting import PATIENCE, until
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ async def test_a_worker_that_stands_still_is_killed_and_replaced(tmp_path: Path)
     async with supervised(tmp_path, heartbeat=5.0, exit=0.2) as (pool, miner):
         await until(lambda: checked(miner) > 16 and pool.workers[0].pids)
         pid, restarts = pid_of(pool), pool.restarts  # one, where the machine is as slow as that
-        os.kill(double_of(pid), signal.SIGSTOP)
+        os.kill(at_work(pid), signal.SIGSTOP)
         await until(lambda: pool.restarts > restarts)
         assert pool.last_error == "worker gave no sign of life for 5 s, killed"
         with pytest.raises(ProcessLookupError):
@@ -146,13 +146,14 @@ async def test_a_replaced_round_is_left_at_once_and_its_leases_come_back(
         await until(lambda: checked(miner) > 16)
         old = miner.mining
         assert old is not None
-        os.kill(double_of(pid_of(pool)), signal.SIGSTOP)  # so that leases stay in its hands
+        worker = at_work(pid_of(pool))
+        os.kill(worker, signal.SIGSTOP)  # so that leases stay in its hands
         await miner.set_round(None)
         await until(lambda: isinstance(sent[-1], Cancel))
         cancelled = sent[-1]
         assert isinstance(cancelled, Cancel)
         assert max(cancelled.ids) == max(message.id for message in sent if isinstance(message, Compute))
-        os.kill(double_of(pid_of(pool)), signal.SIGCONT)
+        os.kill(worker, signal.SIGCONT)
         await miner.close(PATIENCE)  # returns when no lease is out
         following = old.ledger.take(1000)
         assert following is not None
@@ -472,7 +473,7 @@ async def test_memory_that_another_takes_from_a_worker_restarts_it(tmp_path: Pat
     """It did fit, so the configuration is not to blame."""
     async with supervised(tmp_path) as (pool, miner):
         await until(lambda: checked(miner) > 16)
-        pid = double_of(pid_of(pool))
+        pid = at_work(pid_of(pool))
         held = int(Path(f"/proc/{pid}/statm").read_text().split()[5]) * resource.getpagesize()  # data, as in proc(5)
         resource.prlimit(pid, resource.RLIMIT_DATA, (held + 2**20, resource.RLIM_INFINITY))
         await miner.set_round(Work(dataclasses.replace(ROUND, seq_len=1024), NODE))
