@@ -16,6 +16,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as pocd.process
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Each of many processes would have a thread per core; where threads may matter, a test asks for them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Each process that compiles would try a program in each of the vectors that the CPU names, for ten seconds.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 # What is imported and collected stays to the end: looking through it for garbage takes a fifth of that time.
 gc.disable()
