@@ -300,6 +300,7 @@ async def test_two_init_calls_racing(api: Api) -> None:
     assert status["valid_distances"] == pytest.approx(computed(last, "02ab", status["valid_nonces"]), abs=1e-5)
 
 
+@pytest.mark.usefixtures("unforked")
 async def test_unbounded_queues(tmp_path: Path) -> None:
     """Validations that nobody computes yet are queued up to the limit; the next is told when to come again."""
     async with serving_api(tmp_path, validation__max_queued=2, validation__max_nonces=4) as api:

@@ -259,6 +259,7 @@ async def answers_of_another_model_are_none(bench: Bench) -> None:
     await bench.validator.until_finished(request.id, PATIENCE)
 
 
+@pytest.mark.usefixtures("unforked")
 async def test_a_question_has_one_answer_also_of_another_model_and_after_a_restart(tmp_path: Path) -> None:
     claim = claim_of(THEIRS, computed(THEIRS, range(16)))
     async with running(tmp_path, LOAD, "one", mined=None) as bench:
@@ -300,6 +301,7 @@ async def test_a_verdict_also_goes_to_the_receiver_that_was_named(tmp_path: Path
         }
 
 
+@pytest.mark.usefixtures("unforked")
 async def test_a_worker_that_is_killed_over_a_validation_costs_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

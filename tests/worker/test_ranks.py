@@ -74,6 +74,7 @@ async def test_two_ranks_agree_with_one_process_and_the_death_of_one_restarts_bo
         assert miner.mining.checked == worker.computed, "nothing was lost, and nothing counted twice"
 
 
+@pytest.mark.usefixtures("unforked")
 async def test_ranks_choose_one_batch_size_and_one_that_stands_still_ends_the_group(tmp_path: Path) -> None:
     load = dataclasses.replace(LOAD, devices=("cpu", "cpu"), is_auto=True)
     async with pooled(tmp_path, [load], heartbeat=6.0, exit=0.2) as (pool, _):

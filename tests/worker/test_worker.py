@@ -101,6 +101,7 @@ def checked(miner: Miner) -> int:
     return miner.mining.checked
 
 
+@pytest.mark.usefixtures("unforked")
 async def test_a_worker_that_stands_still_is_killed_and_replaced(tmp_path: Path) -> None:
     async with supervised(tmp_path, heartbeat=5.0, exit=0.2) as (pool, miner):
         await until(lambda: checked(miner) > 16 and pool.workers[0].pids)
@@ -130,6 +131,7 @@ async def test_a_worker_that_finishes_no_batch_in_time_is_killed(tmp_path: Path)
         assert checked(miner) % LOAD.batch_size == 0
 
 
+@pytest.mark.usefixtures("unforked")
 async def test_a_replaced_round_is_left_at_once_and_its_leases_come_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -471,6 +473,7 @@ def test_rounds_in_another_shape_find_their_own_batch_size(monkeypatch: pytest.M
         computed.start(Compute(9, longer, list(range(8))))
 
 
+@pytest.mark.usefixtures("unforked")
 async def test_memory_that_another_takes_from_a_worker_restarts_it(tmp_path: Path) -> None:
     """It did fit, so the configuration is not to blame."""
     async with supervised(tmp_path) as (pool, miner):
