@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import pytest
 
 from pocd.worker import frames
-from tests.support.at_start.sitecustomize import SERVER, belonging
+from tests.support.at_start.sitecustomize import FOLDER, belonging
 from tests.support.forking import Start
 from tests.support.waiting import PATIENCE
 from tests.worker.test_worker import LOAD
@@ -24,7 +24,7 @@ from tests.worker.test_worker import LOAD
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-needs_forking = pytest.mark.skipif(not os.environ.get(SERVER), reason="each worker is to import for itself")
+needs_forking = pytest.mark.skipif(not os.environ.get(FOLDER), reason="each worker is to import for itself")
 
 
 @contextlib.contextmanager
@@ -68,7 +68,7 @@ def test_a_stand_in_ends_as_its_double_does() -> None:
 
 def given(**changes: Any) -> dict[str, Any]:  # noqa: ANN401 - any value of JSON
     environment = {**os.environ, **changes.pop("environment", {})}
-    return {"environment": environment, "same": {**json.loads(json.dumps(belonging())), **changes}}
+    return {"environment": environment, "belonging": {**json.loads(json.dumps(belonging())), **changes}}
 
 
 @pytest.mark.parametrize(

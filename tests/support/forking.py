@@ -1,10 +1,11 @@
-"""Worker processes of tests without their imports: each is forked from one process that has imported torch.
+"""Processes of tests without their imports: each is forked from one that has done them.
 
-To import torch and transformers takes three of the four seconds that a small worker costs, and the tests start a
-hundred of them. What is run is a worker's own program in a process of its own, with the environment, files, limits and
-signals that its parent gave it; at_start/sitecustomize.py is the parent's side. A worker that differs in what a fork
-has from its parent, or in a variable that a library may have read at its import, imports for itself, and so does every
-worker if the tests are run with FORKED_WORKERS set to nothing.
+To import torch and transformers takes three of the four seconds that a small worker costs, to import what a daemon
+needs most of its own start, and the tests start hundreds of both. What runs is the program that was to run, in a
+process of its own, with the environment, files, limits and signals that it is given. A worker's parent starts Python as
+ever, and at_start/sitecustomize.py hands over; tests start daemons by `Process`. A worker that differs in what a fork
+has from its parent, or in a variable that a library may have read at its import, imports for itself; and so does every
+process if the tests are run with FORKING set to nothing.
 """
 
 from __future__ import annotations
@@ -24,15 +25,19 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from pocd.worker.environment import ALLOCATOR
 from tests.support.at_start import sitecustomize
-from tests.support.at_start.sitecustomize import NAMESPACES, SERVER, belonging
+from tests.support.at_start.sitecustomize import FOLDER, NAMESPACES, ask, belonging
+from tests.support.waiting import PATIENCE, until
 
 if TYPE_CHECKING:
-    import pytest
+    from collections.abc import Mapping
 
 AT_START = Path(sitecustomize.__file__).parent
 
@@ -44,37 +49,100 @@ LATE = frozenset(
         *("PYTHONBREAKPOINT", "SPT_NOENV"),  # of Ray
     }
 )
-LATE_PREFIXES = ("PYTEST_", "POCD_", "RAY_")
+LATE_PREFIXES = ("PYTEST_", "POCD_", "RAY_", "WATCHDOG_")
+
+
+# What processes to fork from import, by the names of their sockets.
+IMPORTS = {
+    "torch": ("pocd.worker.process",),
+    "pocd": ("pocd.cli.main", "pocd.daemon.daemon", "pocd.observe.notify", "uvloop"),
+}
 
 
 def offer(config: pytest.Config) -> None:
-    """Let workers that tests start from now on be forked; the process to fork from starts when one first is."""
-    if SERVER in os.environ:  # by the process that started this one, or by who wants none
+    """Let processes that tests start from now on be forked; each process to fork from starts when one first is."""
+    if FOLDER in os.environ:  # by the process that started this one, or by who wants none
         return
     folder = tempfile.TemporaryDirectory(prefix="pocd-forking-")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    os.environ[SERVER] = f"{folder.name}/socket"
+    os.environ[FOLDER] = folder.name
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(AT_START), os.environ.get("PYTHONPATH"))))
-    listener.bind(os.environ[SERVER])
+    config.add_cleanup(folder.cleanup)
+    for name in IMPORTS:
+        _listen(config, name)
+
+
+def _listen(config: pytest.Config, name: str) -> None:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(f"{os.environ[FOLDER]}/{name}")
     listener.listen(1000)
     lifeline, held = os.pipe()  # its end tells the server that the tests have ended, however they did
+    servers: list[subprocess.Popen[bytes]] = []
 
     def start() -> None:
         select.select([listener], [], [])
-        program = [sys.executable, "-m", __name__, str(listener.fileno()), str(lifeline)]
+        options = ("-W", "error") if name == "pocd" else ()  # as tests start daemons, and daemons start workers
+        program = [sys.executable, *options, "-m", __name__, name, str(listener.fileno()), str(lifeline)]
         with suppress(OSError):  # closed below: all tests have ended
             servers.append(subprocess.Popen(program, pass_fds=(listener.fileno(), lifeline), cwd=config.rootpath))
 
     def end() -> None:
         os.close(held)
         listener.close()
-        folder.cleanup()
         for server in servers:
             server.wait()
 
-    servers: list[subprocess.Popen[bytes]] = []
     threading.Thread(target=start, daemon=True).start()
     config.add_cleanup(end)
+
+
+class Process:
+    """A running `python -W error PROGRAM`, which reads nothing. It is killed where the tests end before it.
+
+    Attributes:
+        pid: Its process id.
+    """
+
+    def __init__(self, *program: str, out: int, err: int, environment: Mapping[str, str] = os.environ) -> None:
+        self._code: int | None = None
+        self._own: subprocess.Popen[bytes] | None = None
+        if not os.environ[FOLDER]:
+            command = [sys.executable, "-W", "error", *program]
+            self._own = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment)
+            self.pid = self._own.pid
+            return
+        self._link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._link.settimeout(PATIENCE)
+        self._link.connect(f"{os.environ[FOLDER]}/pocd")
+        with Path(os.devnull).open() as nothing:
+            ask(self._link, list(program), dict(environment), {0: nothing.fileno(), 1: out, 2: err})
+        answer = self._link.recv(1 << 16).decode()
+        if not answer.isdecimal():
+            self._link.close()
+            pytest.fail(f"it cannot be forked with another {answer}")
+        self.pid = int(answer)
+
+    @property
+    def returncode(self) -> int | None:
+        """How it ended, as of `asyncio.subprocess.Process`; None while it runs."""
+        if self._own:
+            return self._own.poll()
+        if self._code is None and select.select([self._link], [], [], 0)[0]:
+            self._code = int(self._link.recv(16))
+            self._link.close()
+        return self._code
+
+    def send_signal(self, number: int) -> None:
+        assert self.returncode is None, "it has ended"
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    async def wait(self) -> int:
+        await until(lambda: self.returncode is not None)
+        code = self.returncode
+        assert code is not None
+        return code
 
 
 class Start:
@@ -95,7 +163,7 @@ class Start:
         names = {name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name)}
         unlike = sorted(name for name in names - LATE if not name.startswith(LATE_PREFIXES))
         here = json.loads(json.dumps(belonging()))
-        return ", ".join([*unlike, *(name for name in here if here[name] != self.given["same"][name])])
+        return ", ".join([*unlike, *(name for name in here if here[name] != self.given["belonging"][name])])
 
     def take_over(self) -> None:
         """Make this process as that one is."""
@@ -130,9 +198,9 @@ class Start:
                 raise OSError(ctypes.get_errno(), f"no way into another namespace ({kind})")
 
     def run(self) -> None:
-        """Run the program."""
+        """Run the program: a module."""
         sys.path[0] = self.given["folder"]
-        module, *sys.argv[1:] = self.given["arguments"]
+        _, module, *sys.argv[1:] = self.given["program"]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
@@ -154,6 +222,8 @@ class Server:
             watched: list[Any] = [self._listener, self._lifeline, self._ended, *self._links.values()]
             ready, _, _ = select.select(watched, [], [])
             if self._lifeline in ready:
+                for one in (self._listener, self._ended, self._wakes, *self._links.values()):
+                    one.close()
                 return None
             if self._ended in ready:
                 self._ended.recv(4096)
@@ -202,14 +272,15 @@ class Server:
 
 
 def main() -> None:
-    """Import what a worker imports, and serve."""
+    """Import what such processes import, and serve."""
     from pocd.process import importing
 
+    name, listener, lifeline = sys.argv[1:]
     with importing():
-        import pocd.worker.process  # noqa: F401
+        for module in IMPORTS[name]:
+            import_module(module)
     assert threading.active_count() == 1, "else a fork is not whole"
-    listener, lifeline = map(int, sys.argv[1:])
-    start = Server(socket.socket(fileno=listener), lifeline).serve()
+    start = Server(socket.socket(fileno=int(listener)), int(lifeline)).serve()
     if start:
         start.take_over()
         start.run()

@@ -8,7 +8,6 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -18,13 +17,12 @@ from aiohttp import web
 
 from pocd.admin.client import AdminError, call
 from pocd.dev import chain as devchain
-from pocd.dev.processes import announced_url, entries, launch
+from pocd.dev.processes import entries
 from pocd.http.server import listening
-from pocd.process import EndedError
+from tests.support.forking import Process
 from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
-    from asyncio.subprocess import Process
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
@@ -123,22 +121,33 @@ class Daemon:
     async def end(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and return the exit status."""
         self.process.send_signal(number)
-        return await asyncio.wait_for(self.process.wait(), PATIENCE)
+        return await self.process.wait()
 
     def entries(self) -> list[dict[str, Any]]:
         """The lines of its log."""
         return entries(self.log)
 
 
+def launch(path: Path, log: Path, **environment: str) -> Process:
+    """Start `pocd run`, which writes to `log`."""
+    with log.open("wb") as sink:
+        given = {**os.environ, **environment}
+        return Process(
+            "-m", "pocd", "run", "--config", str(path), out=sink.fileno(), err=sink.fileno(), environment=given
+        )
+
+
 async def start(path: Path, **environment: str) -> Daemon:
     """Start `pocd run` and wait until its API listens."""
     log = path.with_name(f"daemon-{time.monotonic_ns()}.log")
-    command = ("-W", "error", "-m", "pocd", "run", "--config", str(path))
-    process = await launch(log, *command, environment={**os.environ, **environment}, own_session=False)
-    try:
-        return Daemon(process, await announced_url(process, log, PATIENCE), log)
-    except EndedError as error:
-        raise AssertionError(f"daemon ended with {process.returncode}: {log.read_text()}") from error
+    process = launch(path, log, **environment)
+    async with asyncio.timeout(PATIENCE):
+        while True:
+            for entry in entries(log):
+                if entry["action"] == "listening":
+                    return Daemon(process, str(entry["url"]), log)
+            assert process.returncode is None, f"daemon ended with {process.returncode}: {log.read_text()}"
+            await asyncio.sleep(0.02)
 
 
 @contextlib.asynccontextmanager
@@ -155,10 +164,8 @@ async def running(path: Path, **environment: str) -> AsyncIterator[Daemon]:
 
 async def fails(path: Path) -> tuple[int, str]:
     """Run `pocd run` to its early end: exit status and the last line on standard error."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "pocd", "run", "--config", str(path)), stderr=asyncio.subprocess.PIPE
-    )
-    _, err = await asyncio.wait_for(process.communicate(), PATIENCE)
-    assert process.returncode is not None
-    assert b"Traceback" not in err, err.decode()
-    return process.returncode, err.decode().splitlines()[-1]
+    log = path.with_name(f"daemon-{time.monotonic_ns()}.log")
+    code = await launch(path, log).wait()
+    text = log.read_text()
+    assert "Traceback" not in text, text
+    return code, text.splitlines()[-1]

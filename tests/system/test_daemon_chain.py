@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import select
+import signal
 from typing import TYPE_CHECKING
 
 import aiohttp
@@ -13,6 +16,7 @@ from pocd.dev import chain as devchain
 from pocd.http.server import listening
 from tests.support.anvil import needs_anvil, running_anvil
 from tests.support.processes import Chain, Daemon, config, fails, running
+from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -84,10 +88,18 @@ async def test_of_three_nodes_two_lie_and_what_is_known_outlives_a_restart(tmp_p
         for chain in (honest, other_chain, other_hashes):
             await stack.enter_async_context(chain.served())
         every = {"round__every": 5, "round__duration": 5}
+        async with running(config(tmp_path, honest.url, {}, chain__id="elsewhere", **every)) as daemon:
+            body = await daemon.until(lambda body: "elsewhere" in (body["chain"]["problem"] or ""))
+            assert "pocd-dev" in body["chain"]["problem"]
+            assert body["round"] is None
+            await daemon.end()
         path = config(tmp_path, honest.url, {}, **every)
         async with running(path) as daemon:
-            body = await daemon.until(lambda body: body["total_checked"] > 0)
+            await daemon.until(lambda body: body["round"])
             await daemon.end()
+        # The store belongs to the chain.
+        code, line = await fails(config(tmp_path, honest.url, {}, chain__id="elsewhere", **every))
+        assert (code, "belongs to chain pocd-dev" in line) == (78, True)
         # Now the liars stand first. The store knows the chain's id and the hash of block 5, where the round began.
         urls = [other_chain.url, other_hashes.url, honest.url]
         path = config(tmp_path, "", {}, chain__urls=urls, **every)
@@ -104,37 +116,33 @@ async def test_of_three_nodes_two_lie_and_what_is_known_outlives_a_restart(tmp_p
             assert other_chain.polls < honest.polls, "a node that was refused is left alone for a while"
 
 
-async def test_a_head_that_goes_back_starts_no_old_round_also_after_a_restart(tmp_path: Path) -> None:
-    async with Chain(height=12).served() as chain:
-        path = config(tmp_path, chain.url, {}, round__every=5, round__duration=2)
+async def test_a_round_is_found_again_by_its_start_and_a_head_that_goes_back_starts_none_also_after_a_kill(
+    tmp_path: Path,
+) -> None:
+    """With each fifth block from block 1 on three blocks of a round; a killed daemon's worker ends with it."""
+    async with Chain(height=17).served() as chain:
+        path = config(tmp_path, chain.url, {}, round__every=5, round__offset=1, round__duration=3)
         async with running(path) as daemon:
-            await daemon.until(lambda body: body["chain"]["height"] == 12)
+            body = await daemon.until(lambda body: body["round"])
+            assert (body["round"]["block_height"], body["round"]["block_hash"]) == (16, chain.dev.block_hash(16))
+            chain.height = 19
+            await daemon.until(lambda body: body["chain"]["height"] == 19 and body["round"] is None)
+            assert (await daemon.status())["state"] in {"IDLE", "LOADING"}
+            chain.height = 12  # where a round would run
+            await daemon.until(lambda body: body["chain"]["height"] == 12 and body["chain"]["problem"])
+            assert "is below 19" in (await daemon.status())["chain"]["problem"]
             assert (await daemon.status())["round"] is None
-            chain.height = 5
-            await daemon.until(lambda body: body["chain"]["height"] == 5 and body["chain"]["problem"])
-            assert "is below 12" in (await daemon.status())["chain"]["problem"]
-            assert (await daemon.status())["round"] is None
-            await daemon.end()
+            # No round is active, so the worker waits, and nothing that it sends can fail.
+            worker = (await daemon.until(lambda body: body["worker"]["ready"]))["worker"]["pid"]
+            ended = os.pidfd_open(worker)
+            await daemon.end(signal.SIGKILL)
+        try:
+            assert select.select([ended], [], [], PATIENCE)[0], "the worker outlived its daemon"
+        finally:
+            os.close(ended)
         async with running(path) as daemon:
-            body = await daemon.until(lambda body: body["chain"]["height"] == 5)
+            body = await daemon.until(lambda body: body["chain"]["height"] == 12)
             assert body["round"] is None
-            assert any("is below 12" in reason for reason in await reasons(daemon))
-            chain.height = 15
-            await daemon.until(lambda body: body["round"] and body["round"]["block_height"] == 15)
-
-
-async def test_a_store_belongs_to_its_chain(tmp_path: Path) -> None:
-    async with Chain().served() as chain:
-        path = config(tmp_path, chain.url, {}, chain__id="elsewhere")
-        async with running(path) as daemon:
-            body = await daemon.until(lambda body: "elsewhere" in (body["chain"]["problem"] or ""))
-            assert "pocd-dev" in body["chain"]["problem"]
-            assert body["round"] is None
-            await daemon.end()
-        path = config(tmp_path, chain.url, {})
-        async with running(path) as daemon:
-            await daemon.until(lambda body: body["round"])
-            await daemon.end()
-        code, line = await fails(config(tmp_path, chain.url, {}, chain__id="elsewhere"))
-        assert code == 78
-        assert "belongs to chain pocd-dev" in line
+            assert any("is below 19" in reason for reason in await reasons(daemon))
+            chain.height = 21
+            await daemon.until(lambda body: body["round"] and body["round"]["block_height"] == 21)

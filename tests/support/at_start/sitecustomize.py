@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     import socket
 
 PROGRAMS = ("-m pocd.worker", "-m pocd.check.child")  # whose start is little but torch's import
+FOLDER = "FORKING"  # names the folder with the sockets of the processes to fork from; empty: every process is its own
 NAMESPACES = ("ipc", "net", "uts", "mnt")  # those that a fork can enter
-SERVER = "FORKED_WORKERS"  # names the socket of the process to fork from; empty or unset: every process is its own
 
 
 def go_on_elsewhere(server: str) -> None:
@@ -31,10 +31,7 @@ def go_on_elsewhere(server: str) -> None:
             return
         link.settimeout(300.0)
         files = _open_files(link.fileno())
-        namespaces = [os.open(f"/proc/self/ns/{kind}", os.O_RDONLY) for kind in NAMESPACES]
-        socket.send_fds(link, [_description(files)], [*files, *namespaces])
-        for file in namespaces:
-            os.close(file)
+        ask(link, sys.orig_argv[1:], dict(os.environ), {file: file for file in files})
         answer = link.recv(1 << 16).decode()
         if answer.isdecimal():
             link.settimeout(None)
@@ -46,30 +43,33 @@ def _open_files(besides: int) -> list[int]:
     return [number for number in listed if number != besides and os.path.exists(f"/proc/self/fd/{number}")]
 
 
-def _description(files: list[int]) -> bytes:
-    """All that decides how a program runs, as JSON."""
+def ask(link: "socket.socket", program: list[str], environment: dict[str, str], files: dict[int, int]) -> None:
+    """Say all that decides how a program runs: as this process would, but for its files, which are given by number."""
     import json
     import resource
     import signal
+    import socket
 
     limits = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
     umask = os.umask(0o77)
     os.umask(umask)
-    return json.dumps(
-        {
-            "arguments": sys.orig_argv[2:],
-            "environment": dict(os.environ),
-            "files": files,
-            "folder": os.getcwd(),
-            "umask": umask,
-            "limits": {number: resource.getrlimit(number) for number in limits.values()},
-            "processors": sorted(os.sched_getaffinity(0)),
-            "niceness": os.nice(0),
-            "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
-            "ignored": [one for one in signal.valid_signals() if signal.getsignal(one) is signal.SIG_IGN],
-            "same": belonging(),
-        }
-    ).encode()
+    description = {
+        "program": program,
+        "environment": environment,
+        "files": list(files),
+        "folder": os.getcwd(),
+        "umask": umask,
+        "limits": {number: resource.getrlimit(number) for number in limits.values()},
+        "processors": sorted(os.sched_getaffinity(0)),
+        "niceness": os.nice(0),
+        "blocked": sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ())),
+        "ignored": [one for one in signal.valid_signals() if signal.getsignal(one) is signal.SIG_IGN],
+        "belonging": belonging(),
+    }
+    namespaces = [os.open(f"/proc/self/ns/{kind}", os.O_RDONLY) for kind in NAMESPACES]
+    socket.send_fds(link, [json.dumps(description).encode()], [*files.values(), *namespaces])
+    for file in namespaces:
+        os.close(file)
 
 
 def belonging() -> dict[str, object]:
@@ -82,7 +82,6 @@ def belonging() -> dict[str, object]:
         "user": [*os.getresuid(), *os.getresgid(), *os.getgroups()],
         "namespaces": [os.readlink(f"/proc/self/ns/{kind}") for kind in kinds],
         "cgroup": cgroup,
-        "warnings": sys.warnoptions,
     }
 
 
@@ -107,5 +106,5 @@ def _stand_in(link: "socket.socket", double: int) -> None:
     os._exit(code)
 
 
-if os.environ.get(SERVER) and " ".join(sys.orig_argv[1:3]) in PROGRAMS:
-    go_on_elsewhere(os.environ[SERVER])
+if os.environ.get(FOLDER) and " ".join(sys.orig_argv[1:3]) in PROGRAMS:
+    go_on_elsewhere(f"{os.environ[FOLDER]}/torch")
