@@ -16,7 +16,7 @@ OF_GPUS = re.compile("nvidia-.*|cuda-.*|triton")  # what torch's builds for GPUs
 
 def needed(name: str, extra: str) -> set[tuple[str, str]]:
     """What a package with an extra needs here, each with one of its extras; those it names alone have the extra ''."""
-    found = set()
+    found: set[tuple[str, str]] = set()
     for line in metadata.requires(name) or []:
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
@@ -26,7 +26,7 @@ def needed(name: str, extra: str) -> set[tuple[str, str]]:
 
 def test_all_that_is_needed_is_pinned_and_installed_as_pinned() -> None:
     pins = dict(line.split("==") for line in PINS.read_text().splitlines() if not line.startswith("#"))
-    pinned = {canonicalize_name(name): version for name, version in pins.items()}
+    pinned: dict[str, str] = {canonicalize_name(name): version for name, version in pins.items()}
     seen, ahead = {("pocd", "")}, {("pocd", "dev")}
     while ahead:
         seen |= ahead
