@@ -98,8 +98,8 @@ def _stand_in(link: "socket.socket", double: int) -> None:
             signal.signal(number, lambda received, _: os.kill(double, received))
     for file in _open_files(link.fileno()):  # so that nobody waits for this process's ends of sockets
         os.close(file)
-    with open("/proc/self/comm", "w", encoding="ascii") as name:
-        name.write(f"{STANDS_FOR}{double}")
+    with open("/proc/self/comm", "w", encoding="ascii") as own_name:
+        own_name.write(f"{STANDS_FOR}{double}")
     code = int(link.recv(16) or b"-9")
     if code < 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
