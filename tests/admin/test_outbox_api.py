@@ -144,7 +144,8 @@ async def a_queue_whose_receiver_left_is_kept_and_can_be_given_up(daemon: Daemon
 
 async def test_a_receiver_in_trouble_is_an_alarm_expires_what_is_old_and_is_parked(tmp_path: Path) -> None:
     async with contextlib.AsyncExitStack() as stack:
-        chain, receiver = [await stack.enter_async_context(each.served()) for each in (Chain(), Moody())]
+        chain = await stack.enter_async_context(Chain().served())
+        receiver = await stack.enter_async_context(Moody().served())
         path = config(tmp_path, chain.url, {"one": receiver.url}, delivery__expire_after=0.5)
         daemon = await stack.enter_async_context(running(path))
         receiver.status = 401

@@ -475,7 +475,7 @@ async def test_a_round_for_another_model_is_refused_and_changes_nothing(
 
 
 async def of_what_is_refused_nothing_is_in_the_store(api: Api, path: Path) -> None:
-    refused = {"block_hash": "refused", "params": {"model": "another/model"}}
+    refused: dict[str, Any] = {"block_hash": "refused", "params": {"model": "another/model"}}
     await api.done("/init/validate", init_body(api, "before"))
     for call_ in ("/init", "/init/generate", "/init/validate"):
         assert (await api.post(call_, live_body(api, **refused)))[0] == 409
