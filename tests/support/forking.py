@@ -3,7 +3,7 @@
 To import torch and transformers takes three of the four seconds that a small worker costs, to import what a daemon
 needs most of its own start, and the tests start hundreds of both. What runs is the program that was to run, in a
 process of its own, with the environment, files, limits and signals that it is given. A worker's parent starts Python as
-ever, and at_start/sitecustomize.py hands over; tests start daemons by `Process`. A worker that differs in what a fork
+ever, and at_start/sitecustomize.py hands over; tests start daemons by `Process`. One that differs in what a fork
 has from its parent, or in a variable that a library may have read at its import, imports for itself; and so does every
 process if the tests are run with FORKING set to nothing.
 """
@@ -30,8 +30,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-import pytest
-
 from pocd.worker.environment import ALLOCATOR
 from tests.support.at_start import sitecustomize
 from tests.support.at_start.sitecustomize import FOLDER, NAMESPACES, STANDS_FOR, ask, belonging
@@ -39,6 +37,8 @@ from tests.support.waiting import PATIENCE, until
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    import pytest
 
 AT_START = Path(sitecustomize.__file__).parent
 
@@ -50,7 +50,7 @@ LATE = frozenset(
         *("COLUMNS", "LINES", "PYTHONBREAKPOINT", "SPT_NOENV"),  # of Ray
     }
 )
-LATE_PREFIXES = ("PYTEST_", "POCD_", "RAY_", "WATCHDOG_")
+LATE_PREFIXES = ("PYTEST_", "POCD_", "RAY_", "WATCHDOG_", "_TORCHINDUCTOR_")
 
 
 # What processes to fork from import, by the names of their sockets.
@@ -106,21 +106,21 @@ class Process:
     def __init__(self, *program: str, out: int, err: int, environment: Mapping[str, str] = os.environ) -> None:
         self._code: int | None = None
         self._own: subprocess.Popen[bytes] | None = None
-        if not os.environ[FOLDER]:
-            command = [sys.executable, "-W", "error", *program]
-            self._own = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment)
-            self.pid = self._own.pid
-            return
         self._link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._link.settimeout(PATIENCE)
-        self._link.connect(f"{os.environ[FOLDER]}/pocd")
+        answer = ""
         with Path(os.devnull).open() as nothing:
-            ask(self._link, list(program), dict(environment), {0: nothing.fileno(), 1: out, 2: err})
-        answer = self._link.recv(1 << 16).decode()
-        if not answer.isdecimal():
-            self._link.close()
-            pytest.fail(f"it cannot be forked with another {answer}")
-        self.pid = int(answer)
+            if os.environ[FOLDER]:
+                self._link.settimeout(PATIENCE)
+                self._link.connect(f"{os.environ[FOLDER]}/pocd")
+                ask(self._link, list(program), dict(environment), {0: nothing.fileno(), 1: out, 2: err})
+                answer = self._link.recv(1 << 16).decode()
+            if answer.isdecimal():
+                self.pid = int(answer)
+            else:
+                self._link.close()
+                command = [sys.executable, "-W", "error", *program]
+                self._own = subprocess.Popen(command, stdin=nothing, stdout=out, stderr=err, env=environment)
+                self.pid = self._own.pid
 
     @property
     def returncode(self) -> int | None:
