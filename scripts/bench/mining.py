@@ -89,7 +89,7 @@ class MeasuredDaemon:
         """Wait until nonces are committed; returns how many were so far, and the monotonic time."""
         before = await self._checked()
         while (checked := await self._checked()) == before:
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.02)
         return checked, time.monotonic()
 
 
