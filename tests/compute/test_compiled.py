@@ -126,7 +126,8 @@ def test_more_layers_compile_nothing_more(model: Model) -> None:
     ready(model)
     before = compilations()
     torch.manual_seed(0)
-    config = Qwen3Config.from_pretrained(BUNDLED / "tiny-qwen3", num_hidden_layers=12)
+    more = {"num_hidden_layers": 12, "layer_types": ["full_attention"] * 12}
+    config = Qwen3Config.from_pretrained(BUNDLED / "tiny-qwen3", **more)
     deep = adapt(Qwen3ForCausalLM(config), name="deep")
     assert deep.layers == 12
     fast = ready(deep)
