@@ -10,13 +10,14 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support import forking
-from tests.support.at_start.sitecustomize import FOLDER
 
 # Tests run beside worker processes: threads that wait have to sleep, not to spin on a core that another one needs.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as pocd.process
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Each of many processes would have a thread per core; where threads may matter, a test asks for them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Each process that compiles would try a program in each of the vectors that the CPU names, for ten seconds.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 # What is imported and collected stays to the end: looking through it for garbage takes a fifth of that time.
 gc.disable()
@@ -45,12 +46,6 @@ SLOW = ("system", "scripts", "compute", "admin", "lab", "worker", "daemon", "cli
 def pytest_configure(config: pytest.Config) -> None:
     """Let processes that tests start be forked from others that have imported what they need."""
     forking.offer(config)
-
-
-@pytest.fixture
-def unforked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers that a test stops, or measures, import for themselves: a stand-in would be stopped in their place."""
-    monkeypatch.setenv(FOLDER, "")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

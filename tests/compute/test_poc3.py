@@ -99,7 +99,7 @@ def test_signs_are_exact(entry: dict[str, Any]) -> None:
     assert signs(seeds_tensor([entry["text"]]), entry["n"]).tolist() == [entry["signs"]]
 
 
-@pytest.mark.parametrize("seq_len", [6, 7, 11, 31])
+@pytest.mark.parametrize("seq_len", [6, 7, 31])
 def test_trained_models_agree_with_the_plain_implementation(bundled: Model, seq_len: int) -> None:
     """With segments of one position, and of unequal lengths."""
     nonces = [0, 1, 2**63 - 1]
@@ -184,7 +184,7 @@ def output(run: BlockRun, inputs: torch.Tensor) -> torch.Tensor:
 
 def test_valid_rates_are_those_of_theory_in_every_block(bundled: Model) -> None:
     nonces = 500
-    found = np.array([compute(bundled, range(nonces), batch_size=50, seq_len=16, block=block) for block in BLOCKS])
+    found = np.array([compute(bundled, range(nonces), batch_size=50, seq_len=8, block=block) for block in BLOCKS])
     r_target = r_target_for(0.1, HIDDEN_SIZE)
     valid = (found < r_target).sum(axis=1)
     assert even(valid, nonces) > 0.001
@@ -195,7 +195,7 @@ def test_valid_rates_are_those_of_theory_in_every_block(bundled: Model) -> None:
 def test_the_same_statistics_find_the_uneven_blocks_of_poc2(bundled: Model) -> None:
     nonces = 300
     found = np.array(
-        [compute(bundled, range(nonces), batch_size=50, seq_len=16, block=block, scheme="poc2") for block in BLOCKS[:5]]
+        [compute(bundled, range(nonces), batch_size=50, seq_len=8, block=block, scheme="poc2") for block in BLOCKS[:5]]
     )
     assert even((found < np.quantile(found, 0.1)).sum(axis=1), nonces) < 1e-4
 

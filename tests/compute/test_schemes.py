@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ def engine(model: Model, scheme: str, *, block_hash: str = "ABC") -> Values:
         return run.values(nonces_of(scheme), batch_size=4).numpy()
 
 
+@functools.cache
 def plain_results(name: str, scheme: str) -> Values:
     decoder = plain_families.bundled(name)
     return np.array(

@@ -6,6 +6,7 @@ The decoders are in plain_families.py.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable
@@ -83,9 +84,9 @@ def reflect(x: Array, v: Array) -> Array:
     return x - 2 * (x @ v)[..., None] * v
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Decoder:
-    """A decoder in float64.
+    """A decoder in float64, whose weights stay as they are.
 
     `run` takes weights, the input embeddings [S, H] and what happens to branch and residual after each layer;
     it gives all positions after the final norm.
@@ -192,8 +193,10 @@ def units(states: Array) -> Array:
     return np.stack([h / np.linalg.norm(h) for h in states])
 
 
-def standard(decoder: Decoder, block_hash: str, seq_len: int, step: Step) -> tuple[Array, Array]:
-    """Section 3.1, step 2: means [S, H] and deviation [H] over 128 inputs."""
+@functools.lru_cache(maxsize=8)
+def standard(decoder: Decoder, block_hash: str, seq_len: int, scheme: Scheme) -> tuple[Array, Array]:
+    """Section 3.1, step 2: means [S, H] and deviation [H] over 128 inputs; kept, as they are those of every nonce."""
+    step = after_layer(scheme, block_hash, decoder.layers)
     texts = [f"{block_hash}_sample_{k}_input" for k in range(128)]
     seen = [units(decoder.run(decoder.weights, embeddings(text, seq_len, decoder.size), step)) for text in texts]
     mean = np.mean(seen, axis=0)
@@ -228,7 +231,7 @@ def distance(
 
     size, owner, step = decoder.size, f"{block_hash}_{public_key}", after_layer(choices, block_hash, decoder.layers)
     if choices.head == "none":
-        mean, deviation = standard(decoder, block_hash, seq_len, step)
+        mean, deviation = standard(decoder, block_hash, seq_len, choices)
         return segments_distance(decoder, owner, nonce, step, mean=mean, deviation=deviation)
     h = decoder.run(decoder.weights, embeddings(f"{owner}_nonce{nonce}", seq_len, size), step)[-1]
     for r in range(8):

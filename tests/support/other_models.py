@@ -206,7 +206,11 @@ OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "helium": ("HeliumForCausalLM", "mlp", {"head_dim": 8}),
     "nemotron": ("NemotronForCausalLM", "mlp", {"head_dim": 8}),
     "qwen 3 next": ("Qwen3NextForCausalLM", "mlp", LINEAR | {"layer_types": ["linear_attention", FULL, FULL]}),
-    "kimi linear": ("KimiLinearForCausalLM", "mlp", MLA),
+    "kimi linear": (
+        "KimiLinearForCausalLM",
+        "mlp",
+        MLA | {"num_experts": 4, "linear_num_heads": 4, "linear_head_dim": 8},
+    ),
     "falcon h1, mamba and attention in each layer": ("FalconH1ForCausalLM", "feed_forward", MAMBA),
     "jamba": ("JambaForCausalLM", "feed_forward", MAMBA | {"attn_layer_period": 2, "attn_layer_offset": 1}),
     "bamba": ("BambaForCausalLM", "feed_forward", MAMBA | {"attn_layer_indices": [1]}),
