@@ -122,13 +122,17 @@ def has_ended(each: psutil.Process) -> bool:
     return bool(not each.is_running() or each.status() == psutil.STATUS_ZOMBIE)
 
 
-async def lose_a_process_and_an_actor(pool: Pool) -> None:
+async def lose_a_process_and_an_actor(pool: Pool, miner: Miner) -> None:
     one, two = await at_work(pool, "one", "two")
     killed, orphan = process(one), process(two)
     actor = orphan.parent()
     assert actor is not None
+    killed.suspend()
+    orphan.suspend()
+    await until(lambda: sum(miner._leased.values()) == 4)  # two at each, which are lent again
     killed.kill()
     actor.kill()
+    orphan.resume()  # so that it can end by itself
     await until(lambda: one.causes[Cause.CRASH] and two.causes[Cause.CLUSTER])
     assert one.last_error == f"worker process {killed.pid} was killed by signal 9"
     assert str(two.last_error).startswith("Ray lost the worker's actor: ")
@@ -232,7 +236,7 @@ async def test_machines_come_and_go_and_every_nonce_is_checked_once(tmp_path: Pa
         for each in (psutil.Process(cluster.pid), *map(process, workers)):
             assert SECRET not in each.environ().values(), "what the daemon's environment has"
         await be_looked_at(machines)
-        await lose_a_process_and_an_actor(pool)
+        await lose_a_process_and_an_actor(pool, miner)
         await wait_for_nobody(pool)
         await lose_the_bridge(pool, cluster)
         await come_with_another_model(pool, machines, model)
