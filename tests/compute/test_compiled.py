@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections import Counter
+import subprocess
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import orjson
 import pytest
 import structlog.testing
 import torch
@@ -46,6 +49,17 @@ POC2 = SCHEMES["poc2"]
 DRAWN = replace(SCHEMES["artifacts-256"], weights="drawn", layer_step=POC2.layer_step)
 ROUNDING = 2e-5  # of distances in float32, whatever the kernels: docs/protocol.md, section 3
 MODEL = "bundled:tiny-qwen3"  # whose layers each scheme here shares as far as it can, as each kernel costs a second
+CHILD = f"""
+import json, warnings
+warnings.filterwarnings("ignore")
+from torch._dynamo.utils import counters
+from pocd.compute.compiled import compile_model
+from pocd.compute.model import load_model
+from pocd.protocol.schemes import SCHEMES
+model = load_model("{MODEL}", dtype="float32", device="cpu")
+ready = compile_model(model, "always", scheme=SCHEMES["poc2"], seq_len={SEQ_LEN}, batch_size={BATCH})
+print(json.dumps({{"path": ready.execution.path, **counters["inductor"]}}))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -77,32 +91,6 @@ def compilations() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-async def test_a_worker_mines_by_compiled_code_and_says_so_and_another_process_finds_what_it_compiled(
-    cache: Path, model: Model, tmp_path: Path
-) -> None:
-    """The worker compiles, and this process finds it; so all others do, and the tests below."""
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache)
-    load = Load(MODEL, "float32", ("cpu",), "poc2", SEQ_LEN, BATCH, compile="always")
-    round_ = replace(ROUND, model=load.model, seq_len=SEQ_LEN)
-    with structlog.testing.capture_logs() as logs:
-        async with pooled(tmp_path, [load], round_) as (pool, _):
-            (worker,) = pool.workers
-            await until(lambda: worker.computed > BATCH)
-            assert worker.info is not None
-            assert (worker.info.execution, worker.info.execution_reason) == ("compiled", "as the settings say")
-            assert worker.info.compile_seconds > 0
-            with block_run(model, POC2, block_hash="b", public_key="k", seq_len=SEQ_LEN) as run:
-                eager = run.distances(range(BATCH), batch_size=BATCH)
-            asked = replace(round_, block_hash="b", public_key="k")
-            assert await recompute(pool, asked, tuple(range(BATCH))) == pytest.approx(eager, abs=ROUNDING)
-    assert "execution" not in {entry["action"] for entry in logs}, "its round runs as it said"
-    torch._dynamo.reset()  # whatever this process has compiled before
-    before = Counter(counters["inductor"])
-    assert ready(model).execution.path == "compiled"
-    found = Counter(counters["inductor"]) - before
-    assert (found["fxgraph_cache_hit"], found["fxgraph_cache_miss"]) == (3, 0)
-
-
 @pytest.mark.parametrize("scheme", [POC2, SCHEMES["poc3"], DRAWN], ids=lambda scheme: scheme.name)
 def test_compiled_agrees_with_eager_for_every_block(model: Model, scheme: Scheme) -> None:
     agrees_for_every_block(model, scheme)
@@ -126,7 +114,8 @@ def test_more_layers_compile_nothing_more(model: Model) -> None:
     ready(model)
     before = compilations()
     torch.manual_seed(0)
-    config = Qwen3Config.from_pretrained(BUNDLED / "tiny-qwen3", num_hidden_layers=12)
+    like = {"num_hidden_layers": 12, "layer_types": ["full_attention"] * 12}
+    config = Qwen3Config.from_pretrained(BUNDLED / "tiny-qwen3", **like)
     deep = adapt(Qwen3ForCausalLM(config), name="deep")
     assert deep.layers == 12
     fast = ready(deep)
@@ -233,3 +222,29 @@ def test_whatever_fails_leaves_a_clean_eager_path_or_is_an_error(
     assert found.execution.path == "eager"
     assert found.execution.reason.startswith("compiling failed: WrongDistancesError: distances differ")
     assert np.array_equal(results(found, POC2, "block"), results(model, POC2, "block"))
+
+
+async def test_a_worker_mines_by_compiled_code_and_says_so_and_another_process_finds_what_it_compiled(
+    cache: Path, model: Model, tmp_path: Path
+) -> None:
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache)
+    load = Load(MODEL, "float32", ("cpu",), "poc2", SEQ_LEN, BATCH, compile="always")
+    round_ = replace(ROUND, model=load.model, seq_len=SEQ_LEN)
+    with structlog.testing.capture_logs() as logs:
+        async with pooled(tmp_path, [load], round_) as (pool, _):
+            (worker,) = pool.workers
+            await until(lambda: worker.computed > BATCH)
+            assert worker.info is not None
+            assert (worker.info.execution, worker.info.execution_reason) == ("compiled", "as the settings say")
+            assert worker.info.compile_seconds > 0
+            with block_run(model, POC2, block_hash="b", public_key="k", seq_len=SEQ_LEN) as run:
+                eager = run.distances(range(BATCH), batch_size=BATCH)
+            asked = replace(round_, block_hash="b", public_key="k")
+            assert await recompute(pool, asked, tuple(range(BATCH))) == pytest.approx(eager, abs=ROUNDING)
+    assert "execution" not in {entry["action"] for entry in logs}, "its round runs as it said"
+    done = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", CHILD], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = orjson.loads(done.stdout)
+    assert (found["path"], found.get("fxgraph_cache_hit", 0), found.get("fxgraph_cache_miss", 0)) == ("compiled", 3, 0)
