@@ -10,7 +10,6 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support import forking
-from tests.support.at_start.sitecustomize import FOLDER
 
 # Tests run beside worker processes: threads that wait have to sleep, not to spin on a core that another one needs.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as pocd.process
@@ -47,12 +46,6 @@ SLOW = ("system", "scripts", "compute", "admin", "lab", "worker", "daemon", "cli
 def pytest_configure(config: pytest.Config) -> None:
     """Let processes that tests start be forked from others that have imported what they need."""
     forking.offer(config)
-
-
-@pytest.fixture
-def unforked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers that a test stops, or measures, import for themselves: a stand-in would be stopped in their place."""
-    monkeypatch.setenv(FOLDER, "")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

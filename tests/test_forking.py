@@ -17,7 +17,7 @@ import pytest
 
 from pocd.worker import frames
 from tests.support.at_start.sitecustomize import FOLDER, belonging
-from tests.support.forking import Start
+from tests.support.forking import Start, at_work
 from tests.support.waiting import PATIENCE
 from tests.worker.test_worker import LOAD
 
@@ -48,7 +48,9 @@ def loading_worker() -> Iterator[tuple[subprocess.Popen[bytes], socket.socket, B
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, -signal.SIGTERM)])
 def test_what_ends_the_stand_in_ends_its_double(number: int, code: int) -> None:
     with loading_worker() as (worker, _, stream):
-        assert "libtorch" not in Path(f"/proc/{worker.pid}/maps").read_text()
+        double = at_work(worker.pid)
+        maps = [Path(f"/proc/{pid}/maps").read_text() for pid in (worker.pid, double)]
+        assert ["libtorch" in each for each in maps] == [False, True]
         worker.send_signal(number)
         while frames.read(stream):
             pass

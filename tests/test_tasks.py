@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import inspect
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +17,8 @@ from pocd.pool.causes import Cause, WorkerRefusedError
 from pocd.process import EndedError
 from pocd.store.errors import StoreError
 from pocd.tasks import LOOK_SECONDS, shielded, start, within
+from tests.support.forking import Process
 from tests.support.processes import Chain, config
-from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -36,20 +35,14 @@ main()
 """
 
 
-async def run(path: Path, program: str) -> tuple[int | None, list[dict[str, Any]], str]:
+async def run(path: Path, program: str) -> tuple[int, list[dict[str, Any]], str]:
     """Run a program with the arguments of `pocd run` to its end: exit status, lines of the log, and the last line."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "error", "-c", program, "run", "--config", str(path)), stderr=asyncio.subprocess.PIPE
-    )
-    try:
-        async with asyncio.timeout(PATIENCE):
-            _, err = await process.communicate()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    lines = err.decode().splitlines()
-    return process.returncode, [orjson.loads(line) for line in lines if line.startswith("{")], lines[-1]
+    log = path.with_name("log")
+    with log.open("wb") as sink:
+        process = Process("-c", program, "run", "--config", str(path), out=sink.fileno(), err=sink.fileno())
+    code = await process.wait()
+    lines = log.read_text().splitlines()
+    return code, [orjson.loads(line) for line in lines if line.startswith("{")], lines[-1]
 
 
 @pytest.mark.parametrize(

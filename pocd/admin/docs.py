@@ -37,11 +37,14 @@ a { color: LinkText; }
 
 
 class DocsApi:
-    """The routes for the documentation, which describes all operations and these."""
+    """The routes for the documentation, which describes all operations and these.
+
+    What is answered is made once, when it is first asked for: that takes a tenth of a second, and anybody may ask.
+    """
 
     def __init__(self, operations: Iterable[Operation], secured: Collection[str]) -> None:
-        self._document = document([*operations, *self.operations()], secured)
-        self._json = orjson.dumps(self._document, option=orjson.OPT_APPEND_NEWLINE)
+        self._operations = [*operations, *self.operations()]
+        self._secured = secured
 
     def operations(self) -> list[Operation]:
         """Return the operations of these routes."""
@@ -53,8 +56,16 @@ class DocsApi:
         ]
 
     @cached_property
+    def _document(self) -> dict[str, Any]:
+        return document(self._operations, self._secured)
+
+    @cached_property
+    def _json(self) -> bytes:
+        return orjson.dumps(self._document, option=orjson.OPT_APPEND_NEWLINE)
+
+    @cached_property
     def _page(self) -> str:
-        """The page for any origin, made once: to make it takes long, and anybody may ask for it."""
+        """The page for any origin."""
         return render(self._document, ANY_ORIGIN)
 
     async def openapi(self, _request: web.Request) -> web.Response:

@@ -30,7 +30,7 @@ from pocd.config.settings import DEFAULT_PATH, ConfigError, foreign_variables, l
 from pocd.observe.journal import goes_to_journal, marked
 from pocd.observe.lines import writer_to
 from pocd.observe.mask import clean, mask_credentials
-from pocd.process import EXIT_CRASH, EndedError, exit_status, release_signals
+from pocd.process import EXIT_CRASH, EndedError, exit_status, importing, release_signals
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -120,13 +120,14 @@ def _announce(log: FilteringBoundLogger, what: str) -> Callable[[str], None]:
 @app.command()
 def run(config: ConfigOption = DEFAULT_PATH) -> None:
     """Run the daemon."""
-    import resource
+    with importing():
+        import resource
 
-    import uvloop
+        import uvloop
 
-    from pocd.daemon import daemon
-    from pocd.observe import logs
-    from pocd.observe.notify import Notifier
+        from pocd.daemon import daemon
+        from pocd.observe import logs
+        from pocd.observe.notify import Notifier
 
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the daemon heeds it: its default is a silent end
     release_signals()

@@ -9,13 +9,10 @@ from urllib.parse import quote
 
 import typer
 
-from pocd.check.store import holder
 from pocd.cli import report
 from pocd.cli.api import ConfigOption, TokenOption, UrlOption, call_api, echo
 from pocd.config.settings import DEFAULT_PATH, load_store
 from pocd.process import EXIT_CRASH, EndedError
-from pocd.store.backup import back_up_closed
-from pocd.store.backup import restore as put_back
 
 app = typer.Typer(no_args_is_help=True, help="Look at batches, send them again, give them up.")
 
@@ -111,6 +108,9 @@ def backup(
     token_file: TokenOption = None,
 ) -> None:
     """Copy the store into a new file, of a running daemon without a stop, or where none runs."""
+    from pocd.check.store import holder
+    from pocd.store.backup import back_up_closed
+
     file = file.absolute()
     path = None if url else load_store(config).path
     if path is not None and _may_read(path) and holder(path) is None:
@@ -130,6 +130,9 @@ def restore(
     config: ConfigOption = DEFAULT_PATH,
 ) -> None:
     """Put a copy in the store's place; the daemon has to be stopped. The store that was there is moved aside."""
+    from pocd.check.store import holder
+    from pocd.store.backup import restore as put_back
+
     path = load_store(config).path
     if (process := holder(path)) is not None:
         raise EndedError(EXIT_CRASH, f"process {process} holds {path}: stop pocd first")

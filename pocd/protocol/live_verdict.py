@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
 
 MOST_EXCLUDED = 0.1  # of the nonces, beyond which there is no verdict; one may always be
@@ -67,7 +66,7 @@ def judge_live(
         own: The validator's vectors [k], finite; nonces without one are left out of the verdict.
         terms: The network's terms for the model.
     """
-    from pocd.protocol.theory import probability_honest  # noqa: PLC0415 - scipy costs 24 MB, and few daemons validate
+    from pocd.protocol.theory import probability_honest
 
     judged = [(nonce, vector) for nonce, vector in claimed if nonce in own]
     excluded = tuple(nonce for nonce, _ in claimed if nonce not in own)
@@ -90,4 +89,6 @@ def judge_live(
 
 def _apart(one: NDArray[np.float32], other: NDArray[np.float32]) -> float:
     """Return the L2 distance of two vectors, from float32 as the network's programs take it."""
+    import numpy as np
+
     return float(np.linalg.norm(one.astype(np.float32) - other.astype(np.float32)))

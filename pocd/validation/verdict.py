@@ -174,7 +174,7 @@ def judge(
         sample: Number of nonces drawn, as given to `sampled`; None for all.
         seed: Seed of the sample, as given to `sampled`; None for all.
     """
-    from pocd.protocol.theory import probability_honest  # noqa: PLC0415 - scipy costs 24 MB, and few daemons validate
+    from pocd.protocol.theory import probability_honest
 
     order = sampled(claim.nonces, sample, seed)
     drawn, distinct = set(order), set(claim.nonces)
@@ -252,7 +252,7 @@ def _mixture(order: Sequence[int], invalid: AbstractSet[int], found: Recomputed,
     """Weigh invalid nonces by how near a mixture's routers came to another choice; None where there are no routers."""
     if found.turned is None:
         return None
-    from pocd.protocol.mixtures import judge_mixture  # noqa: PLC0415 - as scipy, which it needs
+    from pocd.protocol.mixtures import judge_mixture
 
     turned = [found.turned[nonce] for nonce in order]
     return judge_mixture(turned, [nonce in invalid for nonce in order], terms.mismatch, terms.fraud_threshold)
@@ -264,10 +264,10 @@ def _differences(
     """Judge claims by how far they are from the reference; of a nonce that is claimed repeatedly, the worst one."""
     if found.reference is None or found.errors is None:
         return None
-    import numpy as np  # noqa: PLC0415 - as scipy, which follows
+    import numpy as np
 
-    from pocd.protocol.differences import judge_differences  # noqa: PLC0415 - as above
-    from pocd.protocol.vectors import rounding_variance  # noqa: PLC0415 - as above
+    from pocd.protocol.differences import judge_differences
+    from pocd.protocol.vectors import rounding_variance
 
     worst: dict[int, Numbers | None] = {}
     for nonce, claimed in entries:

@@ -1,7 +1,8 @@
 """Measure the admin API while the daemon mines: under a steady load of status, and beset by silent connections.
 
 Usage: python -m scripts.bench.api status [--rate 500] [--seconds 20] [--rounds 6] [--seq-len 64]
-       python -m scripts.bench.api silent [--rate 500] [--seconds 5] [--connections 1000] [--seq-len 64]
+       python -m scripts.bench.api silent [--rate 500] [--seconds 20] [--connections 1000] [--seq-len 64]
+       python -m scripts.bench.api both   [the options of both: one after the other, of one daemon]
 
 A real daemon mines on a bundled model. Requests for the status come from another process, each at its time, whether
 or not the earlier ones are answered; latency counts from that time, so what waits in a queue shows, and so does up to
@@ -174,22 +175,21 @@ async def mining_daemon(folder: Path, seq_len: int) -> AsyncIterator[Running]:
         await daemon.end()
 
 
-async def status(options: argparse.Namespace, folder: Path) -> None:
+async def status(options: argparse.Namespace, daemon: Running) -> None:
     """Measure latencies of the status, and how much they slow mining down."""
     found: list[dict[str, Any]] = []
-    async with mining_daemon(folder, options.seq_len) as daemon:
-        pid = daemon.process.pid
-        quiet, loaded = MeasuredDaemon(daemon, [pid]), MeasuredDaemon(daemon, [pid])
-        await quiet.mine(min(options.seconds, 2), options.warm_up)
-        del quiet.rates[:], quiet.loads[:]
-        for turn in range(options.rounds):
-            for miner in (quiet, loaded) if turn % 2 else (loaded, quiet):
-                if miner is quiet:
-                    await miner.mine(options.seconds, options.warm_up)
-                    continue
-                async with loading(daemon.url, options.rate, found) as loader:
-                    miner.pids[1:] = [loader.pid]
-                    await miner.mine(options.seconds, options.warm_up)
+    pid = daemon.process.pid
+    quiet, loaded = MeasuredDaemon(daemon, [pid]), MeasuredDaemon(daemon, [pid])
+    await quiet.mine(min(options.seconds, 2), options.warm_up)
+    del quiet.rates[:], quiet.loads[:]
+    for turn in range(options.rounds):
+        for miner in (quiet, loaded) if turn % 2 else (loaded, quiet):
+            if miner is quiet:
+                await miner.mine(options.seconds, options.warm_up)
+                continue
+            async with loading(daemon.url, options.rate, found) as loader:
+                miner.pids[1:] = [loader.pid]
+                await miner.mine(options.seconds, options.warm_up)
     table = new_table(
         f"mining with and without {options.rate:g} requests/s, {options.rounds} turns of {options.seconds:g} s each",
         *("load", "nonces/s", "min–max", "with/without", "min–max", "daemon's CPU", "loader's"),
@@ -213,48 +213,59 @@ def is_open(client: socket.socket) -> bool:
     return False
 
 
-async def silent(options: argparse.Namespace, folder: Path) -> None:
+async def silent(options: argparse.Namespace, daemon: Running) -> None:
     """Measure latencies of the status without and with silent connections."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    async with mining_daemon(folder, options.seq_len) as daemon:
-        while (await call(daemon.url, "GET", f"{API}/status"))["total_checked"] == 0:
-            await asyncio.sleep(0.05)
-        alone: list[dict[str, Any]] = []
-        async with loading(daemon.url, options.rate, alone):
+    await call(daemon.url, "POST", f"{API}/resume")
+    while (await call(daemon.url, "GET", f"{API}/status"))["total_checked"] == 0:
+        await asyncio.sleep(0.05)
+    alone: list[dict[str, Any]] = []
+    async with loading(daemon.url, options.rate, alone):
+        await asyncio.sleep(options.seconds)
+    tell("nobody else", alone)
+    parts = urlsplit(daemon.url)
+    with contextlib.ExitStack() as stack:
+        clients = [
+            stack.enter_context(socket.create_connection((parts.hostname, parts.port), timeout=ANSWER_SECONDS))
+            for _ in range(options.connections)
+        ]
+        for client in clients:
+            client.setblocking(False)
+        await call(daemon.url, "GET", f"{API}/status")  # it is answered when all of them were taken up
+        print(f"silent connections still open: {sum(map(is_open, clients))} of {len(clients)}")
+        beset: list[dict[str, Any]] = []
+        async with loading(daemon.url, options.rate, beset):
             await asyncio.sleep(options.seconds)
-        tell("nobody else", alone)
-        parts = urlsplit(daemon.url)
-        with contextlib.ExitStack() as stack:
-            clients = [
-                stack.enter_context(socket.create_connection((parts.hostname, parts.port), timeout=ANSWER_SECONDS))
-                for _ in range(options.connections)
-            ]
-            for client in clients:
-                client.setblocking(False)
-            await call(daemon.url, "GET", f"{API}/status")  # it is answered when all of them were taken up
-            print(f"silent connections still open: {sum(map(is_open, clients))} of {len(clients)}")
-            beset: list[dict[str, Any]] = []
-            async with loading(daemon.url, options.rate, beset):
-                await asyncio.sleep(options.seconds)
-            tell(f"beside {len(clients)} silent connections", beset)
+        tell(f"beside {len(clients)} silent connections", beset)
+
+
+PARTS = {"status": [status], "silent": [silent], "both": [status, silent]}
+
+
+async def measure(options: argparse.Namespace, folder: Path) -> None:
+    """Measure the parts that a command has, of one daemon."""
+    async with mining_daemon(folder, options.seq_len) as daemon:
+        for part in PARTS[options.command]:
+            await part(options, daemon)
 
 
 def parse() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    part = commands.add_parser("status", help="under a steady load")
-    part.add_argument("--rate", type=float, default=500.0, help="requests a second")
-    part.add_argument("--seconds", type=float, default=20.0, help="of a turn")
-    part.add_argument("--warm-up", type=float, default=2.0, help="seconds at a turn's beginning that do not count")
-    part.add_argument("--rounds", type=int, default=6)
-    part.add_argument("--seq-len", type=int, default=64)
-    part = commands.add_parser("silent", help="beside silent connections")
-    part.add_argument("--rate", type=float, default=500.0, help="requests a second")
-    part.add_argument("--seconds", type=float, default=5.0)
-    part.add_argument("--connections", type=int, default=1000)
-    part.add_argument("--seq-len", type=int, default=64)
+    for name, parts in PARTS.items():
+        part = commands.add_parser(name)
+        part.add_argument("--rate", type=float, default=500.0, help="requests a second")
+        part.add_argument("--seconds", type=float, default=20.0, help="of a turn")
+        part.add_argument("--seq-len", type=int, default=64)
+        if status in parts:
+            part.add_argument(
+                "--warm-up", type=float, default=2.0, help="seconds of a turn that do not count, at first"
+            )
+            part.add_argument("--rounds", type=int, default=6)
+        if silent in parts:
+            part.add_argument("--connections", type=int, default=1000)
     part = commands.add_parser("load")  # what the measurements start as a process of its own
     part.add_argument("url")
     part.add_argument("--rate", type=float, required=True)
@@ -268,7 +279,7 @@ def main() -> None:
         asyncio.run(load(options.url, options.rate))
         return
     with tempfile.TemporaryDirectory() as folder:
-        asyncio.run({"status": status, "silent": silent}[options.command](options, Path(folder)))
+        asyncio.run(measure(options, Path(folder)))
 
 
 if __name__ == "__main__":

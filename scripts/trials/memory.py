@@ -1,4 +1,4 @@
-"""Load checkpoints of about a gigabyte in processes of their own, and say how much memory each took at most.
+"""Load checkpoints of about a gigabyte, and say how much memory each took at most.
 
     python -m scripts.trials.memory [MIB]
 
@@ -22,32 +22,37 @@ MOST = 1.1  # of the weights' size
 MOST_SECONDS = 1200.0  # until a checkpoint is loaded
 BLOCK = 128
 LOAD = """
-import re, sys, threading
+import ctypes, gc, re, sys, threading
 from pathlib import Path
 from pocd.compute.model import load_model
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+def peak_of(folder, dtype):
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # nothing that was freed is at hand for this one
+    before, peak, stop = resident(), 0, threading.Event()
+    def watch():
+        nonlocal peak
+        while not stop.is_set():
+            peak = max(peak, resident())
+            stop.wait(0.001)
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    model = load_model(folder, dtype=dtype, device="cpu")
+    stop.set()
+    thread.join()
+    return (peak - before) / sum(each.numel() * each.element_size() for each in model.causal.parameters())
 load_model("bundled:tiny-llama", dtype="bfloat16", device="cpu")  # imports what loading needs
-before, peak, stop = resident(), 0, threading.Event()
-def watch():
-    global peak
-    while not stop.is_set():
-        peak = max(peak, resident())
-        stop.wait(0.001)
-thread = threading.Thread(target=watch, daemon=True)
-thread.start()
-model = load_model(sys.argv[1], dtype=sys.argv[2], device="cpu")
-stop.set()
-thread.join()
-print((peak - before) / sum(each.numel() * each.element_size() for each in model.causal.parameters()))
+for asked in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+    print(peak_of(*asked))
 """
 
 
-def peak_of(folder: Path, dtype: str) -> float:
-    """Load a checkpoint in a process of its own; return its peak of memory, in sizes of the weights in `dtype`."""
-    command = [sys.executable, "-c", LOAD, str(folder), dtype]
+def peaks_of(*asked: tuple[Path, str]) -> list[float]:
+    """Load checkpoints in one process, one after another; return each peak of memory, in sizes of the weights."""
+    command = [sys.executable, "-c", LOAD, *(str(each) for pair in asked for each in pair)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=MOST_SECONDS)  # noqa: S603 - our own Python
-    return float(done.stdout)
+    return [float(line) for line in done.stdout.splitlines()]
 
 
 def _shape(mib: int) -> dict[str, Any]:
@@ -111,8 +116,8 @@ def main(mib: int) -> int:
     for kind, write in KINDS.items():
         with tempfile.TemporaryDirectory() as folder:
             write(Path(folder), mib)
-            for dtype in ("bfloat16", "float32"):
-                peak = peak_of(Path(folder), dtype)
+            dtypes = ("bfloat16", "float32")
+            for dtype, peak in zip(dtypes, peaks_of(*((Path(folder), each) for each in dtypes)), strict=True):
                 worst = max(worst, peak)
                 print(f"{kind:8} {dtype:9} peak {peak:.2f} of the weights' size")
     return int(worst > MOST)

@@ -8,7 +8,6 @@ import os
 import resource
 import socket
 import stat
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from pocd.admin import guard
 from pocd.admin.client import AdminError, call
 from pocd.config.listeners import AdminSettings
 from pocd.http.server import errors_as_json, json_answer, listening
+from tests.support.command_line import pocd_here
 from tests.support.processes import Chain, config, fails, running
 from tests.support.waiting import PATIENCE
 
@@ -223,14 +223,8 @@ async def test_host_and_page_are_judged_before_the_token() -> None:
 
 
 async def pocd(*arguments: str) -> tuple[int, str, str]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "error", "-m", "pocd", *arguments),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, err = await asyncio.wait_for(process.communicate(), PATIENCE)
-    assert process.returncode is not None
-    return process.returncode, out.decode(), err.decode()
+    ended = await asyncio.to_thread(pocd_here, *arguments)
+    return ended.returncode, ended.stdout, ended.stderr
 
 
 async def test_a_daemon_beset_by_silence_answers_and_is_guarded(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import sys
+import os
+import tempfile
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -12,6 +13,7 @@ import orjson
 from aiohttp import web
 
 from pocd.http.server import listening
+from tests.support.forking import Process
 from tests.support.processes import Chain, Daemon, config, running
 from tests.support.waiting import PATIENCE
 
@@ -59,15 +61,11 @@ class Moody:
 
 async def pocd(daemon: Daemon, *arguments: str) -> tuple[int, str, str]:
     """Run `pocd outbox …` as a person would: exit status, standard output, standard error."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "error", "-m", "pocd", "outbox", *arguments, "--url", daemon.url),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, err = await asyncio.wait_for(process.communicate(), PATIENCE)
-    assert process.returncode is not None
-    return process.returncode, out.decode(), err.decode()
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = Process("-m", "pocd", "outbox", *arguments, "--url", daemon.url, out=out.fileno(), err=err.fileno())
+        code = await process.wait()
+        said = [os.pread(each.fileno(), 2**20, 0).decode() for each in (out, err)]
+    return code, said[0], said[1]
 
 
 async def ask(daemon: Daemon, method: str, path: str, body: bytes | None = None) -> tuple[int, Any]:
@@ -82,55 +80,74 @@ async def until_set_aside(daemon: Daemon, state: str, count: int) -> None:
     await daemon.until(lambda body: body["receivers"][0][f"{state}_batches"] >= count)
 
 
-@contextlib.asynccontextmanager
-async def mining(folder: Path, **changes: object) -> AsyncIterator[tuple[Daemon, Moody]]:
+async def test_dead_letters_are_listed_shown_sent_again_and_given_up_and_so_is_a_queue_whose_receiver_left(
+    tmp_path: Path,
+) -> None:
     async with Chain().served() as chain, Moody().served() as receiver:
-        path = config(folder, chain.url, {"one": receiver.url}, **changes)
-        async with running(path) as daemon:
-            yield daemon, receiver
-
-
-async def test_dead_letters_are_listed_shown_sent_again_and_given_up(tmp_path: Path) -> None:
-    async with mining(tmp_path) as (daemon, receiver):
-        receiver.status, receiver.choosy = 422, True
-        await until_set_aside(daemon, "dead", 3)
+        async with running(config(tmp_path, chain.url, {"one": receiver.url})) as daemon:
+            receiver.status, receiver.choosy = 422, True
+            await until_set_aside(daemon, "dead", 3)
+            receiver.status = 200
+            await daemon.until(lambda body: body["receivers"][0]["delivered_batches"] > 0)  # the queue went on
+            await refuses_what_cannot_be_meant(daemon)
+            await dead_letters_are_listed_shown_sent_again_and_given_up(daemon, receiver)
+            receiver.status, receiver.choosy = 503, False
+            await daemon.until(lambda body: body["receivers"][0]["pending_batches"] > 0)
+            await daemon.end()
         receiver.status = 200
-        await daemon.until(lambda body: body["receivers"][0]["delivered_batches"] > 0)  # the queue went on
+        async with running(config(tmp_path, chain.url, {"new": receiver.url})) as daemon:
+            await a_queue_whose_receiver_left_is_kept_and_can_be_given_up(daemon)
 
-        await refuses_what_cannot_be_meant(daemon)
 
-        code, page = await ask(daemon, "GET", "?state=dead&limit=2")
-        assert code == 200
-        first, second = page["batches"]
-        assert (first["receiver"], first["sequence"], first["state"]) == ("one", 1, "dead")
-        assert first["attempts"] >= 2, "it was refused again when another had passed"
-        assert first["reason"] == 'refused: HTTP 422: {"why": "the test says so"}'
-        _, rest = await ask(daemon, "GET", f"?state=dead&after={page['next']}")
-        assert rest["batches"][0]["sequence"] > second["sequence"]
+async def dead_letters_are_listed_shown_sent_again_and_given_up(daemon: Daemon, receiver: Moody) -> None:
+    code, page = await ask(daemon, "GET", "?state=dead&limit=2")
+    assert code == 200
+    first, second = page["batches"]
+    assert (first["receiver"], first["sequence"], first["state"]) == ("one", 1, "dead")
+    assert first["attempts"] >= 2, "it was refused again when another had passed"
+    assert first["reason"] == 'refused: HTTP 422: {"why": "the test says so"}'
+    _, rest = await ask(daemon, "GET", f"?state=dead&after={page['next']}")
+    assert rest["batches"][0]["sequence"] > second["sequence"]
 
-        code, out, _ = await pocd(daemon, "show", first["id"])
-        assert code == 0
-        assert "refused: HTTP 422" in out
-        assert orjson.loads(out[out.index("{\n") :])["batch_id"] == first["id"]
+    code, out, _ = await pocd(daemon, "show", first["id"])
+    assert code == 0
+    assert "refused: HTTP 422" in out
+    assert orjson.loads(out[out.index("{\n") :])["batch_id"] == first["id"]
 
-        assert await pocd(daemon, "retry", first["id"]) == (0, "1 batches queued again; asked at once: one\n", "")
-        await receiver.until_accepted(first["id"])
-        assert second["id"] not in receiver.accepted
-        code, out, _ = await pocd(daemon, "list", "--state", "dead")
-        assert (code, second["id"] in out, first["id"] in out) == (0, True, False)
+    assert await pocd(daemon, "retry", first["id"]) == (0, "1 batches queued again; asked at once: one\n", "")
+    await receiver.until_accepted(first["id"])
+    assert second["id"] not in receiver.accepted
+    code, out, _ = await pocd(daemon, "list", "--state", "dead")
+    assert (code, second["id"] in out, first["id"] in out) == (0, True, False)
 
-        assert (await pocd(daemon, "purge", second["id"]))[0] != 0, "without a terminal nobody can agree"
-        assert (await pocd(daemon, "purge", second["id"], "--yes"))[:2] == (0, "1 batches given up\n")
-        assert (await ask(daemon, "GET", f"/{second['id']}"))[0] == 404
-        code, out, _ = await pocd(daemon, "retry", "--all")
-        assert (code, "queued again; asked at once: one" in out) == (0, True)
-        body = await daemon.until(lambda body: body["receivers"][0]["dead_batches"] == 0)
-        assert body["funnel"]["purged"] == second["nonces"]
-        assert {"outbox_retry", "outbox_purge", "dead_letter"} <= {entry["action"] for entry in daemon.entries()}
+    assert (await pocd(daemon, "purge", second["id"]))[0] != 0, "without a terminal nobody can agree"
+    assert (await pocd(daemon, "purge", second["id"], "--yes"))[:2] == (0, "1 batches given up\n")
+    assert (await ask(daemon, "GET", f"/{second['id']}"))[0] == 404
+    code, out, _ = await pocd(daemon, "retry", "--all")
+    assert (code, "queued again; asked at once: one" in out) == (0, True)
+    body = await daemon.until(lambda body: body["receivers"][0]["dead_batches"] == 0)
+    assert body["funnel"]["purged"] == second["nonces"]
+    assert {"outbox_retry", "outbox_purge", "dead_letter"} <= {entry["action"] for entry in daemon.entries()}
+
+
+async def a_queue_whose_receiver_left_is_kept_and_can_be_given_up(daemon: Daemon) -> None:
+    body = await daemon.until(lambda body: body["receivers"][0]["delivered_batches"] > 0)
+    new, old = body["receivers"]
+    assert (new["name"], old["name"], old["url"]) == ("new", "one", None)
+    assert old["pending_batches"] > 0
+    code, _, _ = await pocd(daemon, "purge", "--receiver", "one", "--state", "pending", "--yes")
+    assert code == 0
+    body = await daemon.status()
+    assert body["receivers"][1]["pending_batches"] == 0
+    assert body["receivers"][1]["purged_batches"] == old["purged_batches"] + old["pending_batches"]
 
 
 async def test_a_receiver_in_trouble_is_an_alarm_expires_what_is_old_and_is_parked(tmp_path: Path) -> None:
-    async with mining(tmp_path, delivery__expire_after=0.5) as (daemon, receiver):
+    async with contextlib.AsyncExitStack() as stack:
+        chain = await stack.enter_async_context(Chain().served())
+        receiver = await stack.enter_async_context(Moody().served())
+        path = config(tmp_path, chain.url, {"one": receiver.url}, delivery__expire_after=0.5)
+        daemon = await stack.enter_async_context(running(path))
         receiver.status = 401
         body = await daemon.until(
             lambda body: body["alarms"] and body["receivers"][0]["next_attempt_seconds"] is not None
@@ -195,31 +212,3 @@ async def refuses_what_cannot_be_meant(daemon: Daemon) -> None:
     code, _, err = await pocd(daemon, "list", "--state", "lost")
     assert (code, "'pending', 'delivered', 'dead', 'expired' or 'withdrawn'" in err) == (1, True)
     assert (await daemon.status())["funnel"]["purged"] == 0
-
-
-async def test_the_queue_of_a_receiver_that_left_is_kept_and_can_be_given_up(tmp_path: Path) -> None:
-    async with Chain().served() as chain, Moody().served() as receiver:
-        receiver.status = 503
-        async with running(config(tmp_path, chain.url, {"old": receiver.url})) as daemon:
-            await daemon.until(lambda body: body["receivers"][0]["pending_batches"] > 0)
-            await daemon.end()
-        receiver.status = 200
-        async with running(config(tmp_path, chain.url, {"new": receiver.url})) as daemon:
-            body = await daemon.until(lambda body: body["receivers"][0]["delivered_batches"] > 0)
-            new, old = body["receivers"]
-            assert (new["name"], old["name"], old["url"]) == ("new", "old", None)
-            assert old["pending_batches"] > 0
-            code, _, _ = await pocd(daemon, "purge", "--receiver", "old", "--state", "pending", "--yes")
-            assert code == 0
-            body = await daemon.status()
-            assert body["receivers"][1]["pending_batches"] == 0
-            assert body["receivers"][1]["purged_batches"] == old["pending_batches"]
-
-
-async def test_the_outbox_asks_for_the_token(tmp_path: Path) -> None:
-    token = tmp_path / "token"
-    token.write_text("correct-horse\n")
-    async with Chain().served() as chain:
-        async with running(config(tmp_path, chain.url, {}, admin__token_file=str(token))) as daemon:
-            for method, path in (("GET", ""), ("GET", "/x"), ("POST", "/retry"), ("POST", "/purge")):
-                assert (await ask(daemon, method, path))[0] == 401

@@ -130,10 +130,10 @@ async def test_a_backup_is_made_by_the_daemon_and_replaces_nothing(
 async def test_a_store_in_use_is_not_replaced(served: tuple[OutboxThread, str], tmp_path: Path) -> None:
     _, url = served
     await asyncio.to_thread(CliRunner().invoke, app, ["backup", str(tmp_path / "copy.db"), "--url", url])
-    code = "from pocd.cli.main import main; main()"
+    # In a process of its own, as a process is in no way of its own locks.
     arguments = ["outbox", "restore", str(tmp_path / "copy.db"), "--config", str(tmp_path / "pocd.toml")]
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", code, *arguments, stderr=asyncio.subprocess.PIPE
+        *(sys.executable, "-m", "pocd", *arguments), stderr=asyncio.subprocess.PIPE
     )
     _, err = await process.communicate()
     assert process.returncode == 1

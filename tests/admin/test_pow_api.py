@@ -22,6 +22,7 @@ from pocd.lab import command
 from pocd.store.outbox import Outbox
 from pocd.validation.claim import LARGEST_CLAIM
 from tests.support.delivering import Request, Server, serving
+from tests.support.forking import at_work
 from tests.support.processes import Chain, Daemon, config
 from tests.support.processes import running as daemon_running
 from tests.support.waiting import PATIENCE
@@ -300,11 +301,10 @@ async def test_two_init_calls_racing(api: Api) -> None:
     assert status["valid_distances"] == pytest.approx(computed(last, "02ab", status["valid_nonces"]), abs=1e-5)
 
 
-@pytest.mark.usefixtures("unforked")
 async def test_unbounded_queues(tmp_path: Path) -> None:
     """Validations that nobody computes yet are queued up to the limit; the next is told when to come again."""
     async with serving_api(tmp_path, validation__max_queued=2, validation__max_nonces=4) as api:
-        worker = (await api.daemon.status())["worker"]["pid"]
+        worker = at_work((await api.daemon.status())["worker"]["pid"])
         os.kill(worker, signal.SIGSTOP)
         claims = [claim_of("queued", [number], [1.0]) for number in range(3)]
         states = [await api.post("/validate", claim, wait="false") for claim in claims]
@@ -328,6 +328,7 @@ async def test_unbounded_queues(tmp_path: Path) -> None:
         assert (status, answer["error"]["code"]) == (413, "request_entity_too_large")
         status, answer = await api.post("/init", b" " * (64 * 1024 + 1))
         assert (status, answer["error"]["code"]) == (413, "request_entity_too_large")
+        await of_what_is_refused_nothing_is_in_the_store(api, tmp_path / "outbox.db")
 
 
 # Validation
@@ -473,25 +474,25 @@ async def test_a_round_for_another_model_is_refused_and_changes_nothing(
     assert await decided(api) == before
 
 
-async def test_of_what_is_refused_nothing_is_in_the_store(tmp_path: Path) -> None:
-    refused = {"params": {"model": "another/model"}}
-    async with serving_api(tmp_path) as api:
-        await api.done("/init/validate", init_body(api, "before"))
-        for path in ("/init", "/init/generate", "/init/validate"):
-            assert (await api.post(path, live_body(api, **refused)))[0] == 409
-        assert (await api.post("/validate", claim_of("9B4C", [1], [1.0], **refused)))[0] == 409
-        await api.daemon.end()
-    with contextlib.closing(sqlite3.connect(tmp_path / "outbox.db")) as store:
+async def of_what_is_refused_nothing_is_in_the_store(api: Api, path: Path) -> None:
+    refused: dict[str, Any] = {"block_hash": "refused", "params": {"model": "another/model"}}
+    await api.done("/init/validate", init_body(api, "before"))
+    for call_ in ("/init", "/init/generate", "/init/validate"):
+        assert (await api.post(call_, live_body(api, **refused)))[0] == 409
+    assert (await api.post("/validate", claim_of(nonces=[1], dist=[1.0], **refused)))[0] == 409
+    await api.daemon.end()
+    with contextlib.closing(sqlite3.connect(path)) as store:
         rounds = [orjson.loads(text)["block_hash"] for (text,) in store.execute("SELECT round FROM rounds")]
         control = store.execute("SELECT value FROM meta WHERE key = 'control'").fetchone()
-        validations = store.execute("SELECT count(*) FROM validations").fetchone()
+        validated = [bytes(request) for (request,) in store.execute("SELECT request FROM validations")]
     assert "before" in rounds
-    assert "9B4C" not in rounds
+    assert "refused" not in rounds
     assert (orjson.loads(control[0])["mode"], orjson.loads(control[0])["asked"]["round"]["block_hash"]) == (
         "VALIDATING",
         "before",
     )
-    assert validations == (0,)
+    assert all(b'"queued"' in request for request in validated)
+    assert len(validated) == 3
 
 
 async def test_a_round_that_names_what_the_daemon_runs_is_mined(api: Api) -> None:

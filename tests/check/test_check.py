@@ -28,6 +28,7 @@ from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_OK
 from pocd.protocol.names import BUNDLED
 from pocd.receiver.app import application
 from pocd.receiver.store import Store
+from tests.support.command_line import pocd_here
 from tests.support.processes import Chain, config, free_port, running
 from tests.support.waiting import PATIENCE
 
@@ -205,11 +206,11 @@ async def test_the_exit_status_is_1_where_anything_is_red(tmp_path: Path, dead: 
     assert [each["name"] for each in orjson.loads(out) if each["level"] == "red"] == ["chain"]
 
 
-async def test_a_configuration_that_cannot_be_used_is_a_red_line_and_78(tmp_path: Path) -> None:
+def test_a_configuration_that_cannot_be_used_is_a_red_line_and_78(tmp_path: Path) -> None:
     path = config(tmp_path, "http://127.0.0.1:1", {}, round__duration=2)
-    code, out = await command(path, "--json")
-    (finding,) = orjson.loads(out)
-    assert code == EXIT_CONFIG
+    ended = pocd_here("check", "--config", path, "--json")
+    (finding,) = orjson.loads(ended.stdout)
+    assert (ended.returncode, ended.stderr) == (EXIT_CONFIG, "")
     assert (finding["name"], finding["level"]) == ("configuration", "red")
     assert "duration 2 must be at most every 1" in finding["text"]
 

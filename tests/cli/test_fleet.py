@@ -156,11 +156,15 @@ def test_the_machines_of_a_daemons_cluster_are_shown_where_there_is_room() -> No
     assert "on three" not in "\n".join(drawn(members, height=8))
 
 
+@pytest.fixture(scope="module")
+def thousand() -> list[Member]:
+    return [member(f"host-{number}", number % 997, 997) for number in range(1000)]
+
+
 @pytest.mark.parametrize("height", [6, 12, 24, 60, None])
 @pytest.mark.parametrize("width", [40, 80, 200])
-def test_a_thousand_daemons_fit_and_the_rest_is_counted(width: int, height: int | None) -> None:
-    members = [member(f"host-{number}", number % 997, 997) for number in range(1000)]
-    lines = drawn(members, width, height)
+def test_a_thousand_daemons_fit_and_the_rest_is_counted(thousand: list[Member], width: int, height: int | None) -> None:
+    lines = drawn(thousand, width, height)
     assert all(cell_len(line) <= width for line in lines)
     if height is not None:
         assert len(lines) <= height

@@ -15,6 +15,7 @@ import orjson
 import pytest
 
 from pocd import __version__
+from pocd.cli import main as cli
 from pocd.process import EXIT_CONFIG, EXIT_CRASH, EXIT_NO_DEVICE, EXIT_OK, EXIT_TEMPORARY
 from pocd.protocol.vectors import decode_vectors
 from tests.support.command_line import pocd_here
@@ -75,7 +76,7 @@ def silent() -> Iterator[int]:
 
 
 def test_the_version() -> None:
-    ended = pocd("--version")
+    ended = pocd_here("--version")
     assert (ended.returncode, ended.stdout, ended.stderr) == (EXIT_OK, f"pocd {__version__}\n", "")
 
 
@@ -98,7 +99,7 @@ def test_a_mistyped_command_is_refused_in_a_line(arguments: list[str], reason: s
 
 
 def test_a_good_configuration(config: Path) -> None:
-    ended = pocd("config", "check", "--config", config)
+    ended = pocd_here("config", "check", "--config", config)
     assert (ended.returncode, ended.stdout, ended.stderr) == (EXIT_OK, f"{config}: good\n", "")
 
 
@@ -112,7 +113,7 @@ def test_a_bad_configuration_names_file_and_key(config: Path, command: list[str]
 
 
 def test_the_configuration_in_effect(config: Path) -> None:
-    ended = pocd("config", "show", "--config", config)
+    ended = pocd_here("config", "show", "--config", config)
     assert (ended.returncode, ended.stderr) == (EXIT_OK, "")
     shown = tomllib.loads(ended.stdout)
     assert shown["chain"]["urls"] == ["http://***@chain.example"]
@@ -193,7 +194,10 @@ def test_the_last_line_is_an_error_in_the_journal(tmp_path: Path) -> None:
         found = os.fstat(stream.fileno())
         journal = {"JOURNAL_STREAM": f"{found.st_dev}:{found.st_ino}"}
         subprocess.run(
-            [*POCD, "run", "--config", tmp_path / "no"], stderr=stream, env=ENVIRONMENT | journal, check=False
+            [*POCD, "config", "check", "--config", tmp_path / "no"],
+            stderr=stream,
+            env=ENVIRONMENT | journal,
+            check=False,
         )
     assert sink.read_text().startswith(f"<3>pocd: {tmp_path / 'no'} does not exist")
 
@@ -211,7 +215,7 @@ def test_closed_standard_streams_do_no_harm(config: Path, closed: str) -> None:
 @pytest.mark.parametrize("command", ["devchain", "receiver"])
 def test_a_taken_port_is_a_clear_line(tmp_path: Path, taken: int, command: str) -> None:
     store: list[str | Path] = ["--store", tmp_path / "receiver.db"] if command == "receiver" else []
-    reason = refusal(pocd(command, "--port", str(taken), *store), EXIT_TEMPORARY)
+    reason = refusal(pocd_here(command, "--port", str(taken), *store), EXIT_TEMPORARY)
     assert reason.startswith(f"cannot listen on 127.0.0.1:{taken}: ")
     assert "already in use" in reason
 
@@ -219,23 +223,31 @@ def test_a_taken_port_is_a_clear_line(tmp_path: Path, taken: int, command: str) 
 def test_a_receivers_bad_secret_is_not_told(tmp_path: Path) -> None:
     secrets = tmp_path / "secrets"
     secrets.write_text(f"{SECRET}\n")
-    reason = refusal(pocd("receiver", "--secret-file", secrets, "--store", tmp_path / "receiver.db"), EXIT_CONFIG)
+    reason = refusal(pocd_here("receiver", "--secret-file", secrets, "--store", tmp_path / "receiver.db"), EXIT_CONFIG)
     assert reason.startswith(f"{secrets}, line 1: ")
     assert SECRET not in reason
 
 
 # Failures that nobody foresaw.
 
-BREAK = "import pocd.cli.main as cli\ndef load(path): raise RuntimeError('unforeseen')\ncli.load = load\ncli.main()"
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(_: Path) -> None:
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(cli, "load", load)
 
 
+@pytest.mark.usefixtures("broken")
 def test_an_unforeseen_failure_is_a_line() -> None:
-    reason = refusal(run(sys.executable, "-c", BREAK, "config", "check"), EXIT_CRASH)
+    reason = refusal(pocd_here("config", "check"), EXIT_CRASH)
     assert reason == "RuntimeError: unforeseen (pocd --debug … shows where)"
 
 
+@pytest.mark.usefixtures("broken")
 def test_debug_shows_where() -> None:
-    ended = run(sys.executable, "-c", BREAK, "--debug", "config", "check")
+    ended = pocd_here("--debug", "config", "check")
     assert ended.returncode == EXIT_CRASH
     assert "Traceback (most recent call last)" in ended.stderr
     assert "in config_check" in ended.stderr
@@ -244,14 +256,37 @@ def test_debug_shows_where() -> None:
 # Starting fast.
 
 
-@pytest.mark.parametrize("arguments", [["--version"], ["config", "check"], ["config", "show"]])
-def test_small_commands_import_nothing_big(config: Path, arguments: list[str]) -> None:
-    options = ["--config", str(config)] if arguments[0] == "config" else []
-    ended = run(sys.executable, "-X", "importtime", "-m", "pocd", *arguments, *options)
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in ended.stderr.splitlines()}
-    assert ended.returncode == EXIT_OK
-    assert {"pocd", "typer"} <= imported
-    assert not imported & {"aiohttp", "numpy", "safetensors", "scipy", "torch", "transformers", "uvloop"}
+BIG = {"aiohttp", "numpy", "safetensors", "scipy", "torch", "transformers", "uvloop"}
+# Commands one after the other, and after each all that has been imported, as far as it is big.
+LOOKED_AT = f"""
+import sys
+from pocd.cli.main import main
+for command in sys.argv[1:]:
+    sys.argv = ["pocd", *command.split()]
+    try:
+        main()
+    except SystemExit as end:
+        print(command, end.code or 0, sorted({BIG} & sys.modules.keys()), file=sys.stderr)
+"""
+
+
+def test_small_commands_import_nothing_big(config: Path) -> None:
+    commands = ["--version", f"config check --config {config}", f"config show --config {config}"]
+    ended = run(sys.executable, "-c", LOOKED_AT, *commands)
+    assert ended.stderr.splitlines() == [f"{command} 0 []" for command in commands]
+
+
+# What `pocd run` imports before it looks at its configuration.
+OF_THE_DAEMON = f"""
+import sys
+import pocd.daemon.daemon
+from pocd.observe import logs, notify
+print(sorted(({BIG} - {{"aiohttp", "uvloop"}}) & sys.modules.keys()))
+"""
+
+
+def test_a_daemon_that_judges_nothing_needs_no_numbers_of_arrays() -> None:
+    assert run(sys.executable, "-c", OF_THE_DAEMON).stdout == "[]\n"
 
 
 # Computing distances.
@@ -287,12 +322,12 @@ def test_what_cannot_be_computed_is_refused_in_a_line(options: dict[str, str], r
 
 
 def test_a_missing_gpu_is_its_own_exit_status() -> None:
-    reason = refusal(pocd(*compute(device="cuda")), EXIT_NO_DEVICE)
-    assert reason.startswith("device 'cuda' is configured, but torch ")
+    reason = refusal(pocd_here(*compute(device="cuda:99")), EXIT_NO_DEVICE)
+    assert reason.startswith("device 'cuda:99' ")
 
 
 def test_distances_as_json() -> None:
-    ended = pocd(*compute(nonces="7,3", dtype="float32"), "--json")
+    ended = pocd_here(*compute(nonces="7,3", dtype="float32"), "--json")
     assert (ended.returncode, ended.stderr) == (EXIT_OK, "")
     lines = [orjson.loads(line) for line in ended.stdout.splitlines()]
     assert [line.keys() for line in lines] == [{"nonce", "distance"}] * 2

@@ -105,25 +105,23 @@ def refusal(ended: Ended, status: int) -> str:
     return line.removeprefix("pocd: ")
 
 
-# Exit statuses, by real processes.
+# Exit statuses.
 
 
-def test_an_honest_batch_from_standard_input_ends_with_0(honest: dict[str, Any]) -> None:
-    code, out, err = process("-", *HERE, "--batch-size=8", "--json", given=json.dumps(honest))
+def test_an_honest_batch_from_standard_input_ends_with_0(here: Callable[..., Ended], honest: dict[str, Any]) -> None:
+    code, out, err = here("-", *HERE, "--batch-size=8", "--json", given=json.dumps(honest).encode())
     assert (code, err) == (EXIT_OK, "")
     body = orjson.loads(out)
     assert body["fraud_detected"] is False
     assert (body["nonces"], body["received_dist"]) == (honest["nonces"], honest["dist"])
-    assert body["dist"] == pytest.approx(honest["dist"], abs=1e-5)  # in another batch, by another process
+    assert body["dist"] == pytest.approx(honest["dist"], abs=1e-5)  # in another batch
     assert (body["n"], body["n_invalid"], body["suspicions"]) == (len(honest["nonces"]), 0, [])
     assert (body["model"], body["dtype"], body["seq_len"], body["r_target"]) == (MODEL, "float32", 8, R)
     assert (body["tolerance"], body["mismatch"], body["fraud_threshold"]) == (1e-5, 5e-4, 0.01)
 
 
-def test_a_forged_batch_in_a_file_ends_with_3(forged: dict[str, Any], tmp_path: Path) -> None:
-    path = tmp_path / "batch.json"
-    path.write_text(json.dumps(forged))
-    code, out, err = process(path, *HERE)
+def test_a_forged_batch_ends_a_real_process_with_3(forged: dict[str, Any]) -> None:
+    code, out, err = process("-", *HERE, given=json.dumps(forged))
     assert (code, err) == (EXIT_FRAUD, "")
     assert out.splitlines()[-1].startswith("verdict    FRAUD: ")
 
@@ -135,9 +133,11 @@ def test_no_file_ends_with_2() -> None:
 # What is said.
 
 
-def test_the_report(here: Callable[..., Ended], forged: dict[str, Any]) -> None:
+def test_the_report_on_a_file(here: Callable[..., Ended], forged: dict[str, Any], tmp_path: Path) -> None:
     count = len(forged["nonces"]) - 1
-    code, out, _ = here("-", *HERE, given=json.dumps(forged).encode())
+    path = tmp_path / "batch.json"
+    path.write_text(json.dumps(forged))
+    code, out, _ = here(path, *HERE)
     assert code == EXIT_FRAUD
     lines = out.splitlines()
     chance = lines[-1].split()[2]

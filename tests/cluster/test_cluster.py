@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
     from pathlib import Path
 
+    from pocd.mining.miner import Lease
     from pocd.pool.state import WorkerState
     from tests.support.ray_machines import Machines
 
@@ -46,6 +47,14 @@ ROUND = Round("block_alpha", 1, "node_A", 1.4142, "poc2", "a model", 16)
 PATIENT = WorkerLimits(batch=PATIENCE, heartbeat=PATIENCE)  # so that who is slow is not lost
 MOST_IN_FLIGHT = 3 * 2 * 8  # nonces: workers, leases at each, nonces of a lease
 SECRET = "whsec_c2VjcmV0"  # of no use to anybody
+
+
+class Unhurried(Miner):
+    """Lends each worker a few leases a second: they show as much, and leave the cores to others."""
+
+    async def lease(self, count: int) -> Lease:
+        await asyncio.sleep(0.2)
+        return await super().lease(count)
 
 
 @contextlib.asynccontextmanager
@@ -65,7 +74,7 @@ async def pooled(
     cluster = Cluster(settings, ranks=ranks, gpus=0, environment=environment, changed=changes.notify, log=log)
     load = Load(str(model), "float32", ("cpu",) * ranks, "poc2", 16, 8)
     with contextlib.closing(OutboxThread(folder / "outbox.db")) as outbox:
-        miner = Miner(outbox, changes, clock=SYSTEM)
+        miner = Unhurried(outbox, changes, clock=SYSTEM)
         pool = Pool(
             [load] * 64,
             miner,
@@ -174,10 +183,6 @@ async def cut_a_machine_off(pool: Pool, cluster: Cluster, machines: Machines) ->
     await at_work(pool, "one", "two")
     machines.heal("three")
     await until(lambda: has_ended(orphan))  # Ray ends a machine that it has given up
-    machines.kill("three")
-    await machines.start("three")  # as its unit does
-    await at_work(pool, "one", "two", "three")
-    assert cluster.problem is None
 
 
 async def be_looked_at(machines: Machines) -> None:
@@ -185,7 +190,7 @@ async def be_looked_at(machines: Machines) -> None:
         {
             "node": {"public_key": "k"},
             "chain": {"urls": ["http://127.0.0.1:1"]},
-            "model": {"device": "cpu"},
+            "model": {"device": "cpu", "parallel": 2},
             "worker": {"engine": "ray"},
             "ray": {"address": machines.address},
         }
@@ -193,18 +198,18 @@ async def be_looked_at(machines: Machines) -> None:
     room, *each = await check_cluster(settings)
     assert room.level == "green"
     assert "2 machines at" in room.text
-    assert "room for 2 workers of 1 core" in room.text
+    assert "room for 1 worker of 2 ranks, each of 1 core, 1 of them on several machines" in room.text
     assert sorted((found.name, found.level) for found in each) == [("machine one", "green"), ("machine two", "green")]
 
 
 async def lose_a_machine(pool: Pool, cluster: Cluster, machines: Machines) -> None:
-    *_, three = await at_work(pool, "one", "two", "three")
-    orphan = process(three)
-    machines.kill_raylet("three")
-    await until(lambda: three.causes[Cause.CLUSTER])
+    _, two = await at_work(pool, "one", "two")
+    orphan, lost = process(two), two.causes[Cause.CLUSTER]
+    machines.kill_raylet("two")
+    await until(lambda: two.causes[Cause.CLUSTER] > lost)
     await until(lambda: has_ended(orphan))
-    await until(lambda: "room for 2 of 3 workers" in str(cluster.problem))
-    await at_work(pool, "one", "two")
+    await until(lambda: "room for 1 of 3 workers" in str(cluster.problem))
+    await at_work(pool, "one")
 
 
 async def lose_the_head(pool: Pool, cluster: Cluster, machines: Machines) -> None:
@@ -219,7 +224,7 @@ async def test_machines_come_and_go_and_every_nonce_is_checked_once(tmp_path: Pa
     shutil.copytree(BUNDLED / "tiny-llama", model)
     await machines.start("one")
     await machines.start("two")
-    async with pooled(tmp_path, model, machines.address) as (pool, miner):
+    async with pooled(tmp_path, model, machines.address, variables=machines.variables) as (pool, miner):
         cluster = pool.cluster
         assert cluster is not None
         workers = await at_work(pool, "one", "two")

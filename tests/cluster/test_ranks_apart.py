@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from pocd.check.cluster import check_cluster
-from pocd.config.settings import Settings
 from pocd.pool.causes import Cause
 from pocd.protocol.names import BUNDLED
 from pocd.store.outbox import Outbox, Work
@@ -73,27 +71,13 @@ async def lose_a_machine(pool: Pool, cluster: Cluster, machines: Machines) -> No
     assert cluster.problem is None
 
 
-async def be_looked_at(machines: Machines) -> None:
-    settings = Settings.model_validate(
-        {
-            "node": {"public_key": "k"},
-            "chain": {"urls": ["http://127.0.0.1:1"]},
-            "model": {"device": "cpu", "parallel": 2},
-            "worker": {"engine": "ray"},
-            "ray": {"address": machines.address},
-        }
-    )
-    room, *_ = await check_cluster(settings)
-    assert room.level == "green"
-    assert "room for 1 worker of 2 ranks, each of 1 core, 1 of them on several machines" in room.text
-
-
 async def test_a_workers_ranks_on_two_machines(tmp_path: Path, machines: Machines) -> None:
     model = tmp_path / "model"
     shutil.copytree(BUNDLED / "tiny-llama", model)
     await machines.start("one")
     await machines.start("two")
-    async with pooled(tmp_path, model, machines.address, ranks=2) as (pool, miner):
+    variables = machines.variables
+    async with pooled(tmp_path, model, machines.address, ranks=2, variables=variables) as (pool, miner):
         cluster = pool.cluster
         assert cluster is not None
         worker = await at_work(pool, "one+two")
@@ -103,7 +87,6 @@ async def test_a_workers_ranks_on_two_machines(tmp_path: Path, machines: Machine
             assert SECRET not in psutil.Process(pid).environ().values(), "what the daemon's environment has"
         distances = await recompute(pool, ROUND, NONCES)
         assert distances == pytest.approx(alone(str(model), "poc2", ROUND.block_hash), abs=2e-5)
-        await be_looked_at(machines)
         await lose_a_rank(pool)
         await lose_a_machine(pool, cluster, machines)
         await miner.close(PATIENCE)

@@ -19,6 +19,9 @@ from tests.support.waiting import PATIENCE
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from tests.support.delivering import Server
+    from tests.support.processes import Daemon
+
 
 async def test_a_second_signal_ends_the_daemon_at_once(tmp_path: Path) -> None:
     async with Chain().served() as chain, serving() as server:
@@ -43,16 +46,6 @@ async def test_a_daemon_that_is_stopped_before_its_model_is_ready_ends(tmp_path:
     assert "worker_ready" not in [entry["action"] for entry in daemon.entries()]
 
 
-async def test_a_signal_after_a_shutdown_by_the_api_changes_nothing(tmp_path: Path) -> None:
-    async with Chain().served() as chain, serving() as server:
-        server.then(*[503] * 1000)
-        async with running(config(tmp_path, chain.url, {"one": server.url})) as daemon:
-            await daemon.until(lambda body: body["receivers"][0]["pending_batches"] > 0)
-            await call(daemon.url, "POST", "/shutdown")
-            assert await daemon.end(signal.SIGTERM) == 0
-            assert daemon.entries()[-1]["action"] == "stopped"
-
-
 REQUESTED = {"block_hash": "9F2E", "block_height": 7, "public_key": "key", "r_target": 1.414}
 PROBLEM = (
     "the requested round at height 7 is of model.name 'bundled:tiny-llama', but this daemon runs model.name "
@@ -60,7 +53,9 @@ PROBLEM = (
 )
 
 
-async def test_a_requested_round_is_not_mined_by_another_model_after_a_restart(tmp_path: Path) -> None:
+async def test_a_requested_round_is_not_mined_by_another_model_after_a_restart(
+    tmp_path: Path,
+) -> None:
     async with Chain().served() as chain, serving() as server:
         urls = {"one": server.url}
         async with running(config(tmp_path, chain.url, urls, delivery__batch_seconds=60)) as daemon:
@@ -87,4 +82,12 @@ async def test_a_requested_round_is_not_mined_by_another_model_after_a_restart(t
             assert [entry["event"] for entry in warnings] == [PROBLEM]
             body = await call(daemon.url, "POST", "/api/v1/pow/resume")
             assert (body["state"], body["pow_status"]["problems"]) == ("GENERATING", [])
-            assert await daemon.end() == 0
+            await a_signal_after_a_shutdown_by_the_api_changes_nothing(daemon, server)
+
+
+async def a_signal_after_a_shutdown_by_the_api_changes_nothing(daemon: Daemon, server: Server) -> None:
+    server.then(*[503] * 1000)  # so that the last deliveries take all the time that they are given
+    await daemon.until(lambda body: body["funnel"]["valid"] > body["funnel"]["delivered"])
+    await call(daemon.url, "POST", "/shutdown")
+    assert await daemon.end(signal.SIGTERM) == 0
+    assert daemon.entries()[-1]["action"] == "stopped"

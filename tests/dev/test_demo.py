@@ -7,15 +7,15 @@ import contextlib
 import os
 import pty
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.command_line import pocd_here
 from tests.support.waiting import PATIENCE
 
 
 def command(folder: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "pocd", "demo", "--folder", str(folder), "--block-seconds", "2", *options]
+    return [sys.executable, "-m", "pocd", "demo", "--folder", str(folder), "--block-seconds", "1", *options]
 
 
 def processes_of(folder: Path) -> list[str]:
@@ -27,16 +27,13 @@ def processes_of(folder: Path) -> list[str]:
     return [line for line in found if str(folder) in line]
 
 
-async def test_a_few_blocks_end_well_and_leave_no_process(tmp_path: Path) -> None:
+def test_a_few_blocks_end_well_and_leave_no_process(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
-    process = await asyncio.create_subprocess_exec(*command(folder, "--blocks", "2"), stdout=asyncio.subprocess.PIPE)
-    async with asyncio.timeout(PATIENCE):
-        out, _ = await process.communicate()
-    text = out.decode()
-    assert process.returncode == 0, text
-    assert "all is well" in text
-    assert "checked" in text
-    assert "\x1b" not in text, "no terminal, no escapes"
+    ended = pocd_here(*command(folder, "--blocks", "2")[3:])
+    assert ended.returncode == 0, ended.stdout
+    assert "all is well" in ended.stdout
+    assert "checked" in ended.stdout
+    assert "\x1b" not in ended.stdout, "no terminal, no escapes"
     assert processes_of(folder) == []
 
 
@@ -67,23 +64,17 @@ async def test_ctrl_c_on_a_terminal_ends_everything_cleanly(tmp_path: Path) -> N
     assert processes_of(folder) == []
 
 
-async def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_with_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    process = await asyncio.create_subprocess_exec(*command(tmp_path), stderr=subprocess.PIPE)
-    async with asyncio.timeout(PATIENCE):
-        _, err = await process.communicate()
-    assert (process.returncode, b"choose another --folder" in err) == (78, True)
+    ended = pocd_here(*command(tmp_path)[3:])
+    assert (ended.returncode, "choose another --folder" in ended.stderr) == (78, True)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
-async def test_a_daemon_that_cannot_start_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_daemon_that_cannot_start_is_told_in_one_line(tmp_path: Path) -> None:
     folder = tmp_path / "demo"
-    process = await asyncio.create_subprocess_exec(
-        *command(folder, "--model", "bundled:nosuch"), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    async with asyncio.timeout(PATIENCE):
-        _, err = await process.communicate()
-    assert process.returncode == 1
-    assert "bundled:tiny-qwen3" in err.decode()
-    assert len(err.decode().splitlines()) == 1
+    ended = pocd_here(*command(folder, "--model", "bundled:nosuch")[3:])
+    assert ended.returncode == 1
+    assert "bundled:tiny-qwen3" in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
     assert processes_of(folder) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 import pytest
 
+from tests.support.forking import Process
 from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
@@ -33,7 +35,8 @@ def logged(folder: Path, script: str, *, level: str = "info", style: str = "json
         if journal:
             environment["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}" if journal == "own" else journal
         program = "\n".join([*lines, script])
-        subprocess.run([sys.executable, "-W", "error", "-c", program], stderr=stream, env=environment, check=False)
+        process = Process("-c", program, out=stream.fileno(), err=stream.fileno(), environment=environment)
+    asyncio.run(process.wait())
     return sink.read_text(encoding="utf-8").splitlines()
 
 

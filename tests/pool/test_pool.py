@@ -78,10 +78,22 @@ async def recompute(pool: Pool, round_: Round, nonces: tuple[int, ...], *, last:
         return answer.distances
 
 
-async def test_workers_share_one_cursor_and_the_death_of_one_leaves_no_gap(tmp_path: Path) -> None:
+async def test_workers_share_one_cursor_and_the_death_of_one_leaves_no_gap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    took: list[RankLink] = []
+    send = RankLink.send
+
+    async def send_and_note(link: RankLink, message: Message) -> None:
+        if isinstance(message, Recompute):
+            took.append(link)
+        await send(link, message)
+
+    monkeypatch.setattr(RankLink, "send", send_and_note)
     async with pooled(tmp_path, [LOAD, LOAD], exit=0.2) as (pool, miner):
         first, second = pool.workers
         await until(lambda: first.ready and second.ready)
+        await one_worker_does_a_whole_recomputation_and_the_next_one_is_anothers(pool, took)
         assert miner.mining is not None
         both = [first.computed, second.computed]
         # Neither waits for the other: each goes on by itself.
@@ -106,6 +118,20 @@ async def test_workers_share_one_cursor_and_the_death_of_one_leaves_no_gap(tmp_p
     gaps = sum(map(len, found.progress.gaps()))
     assert found.checked == done == found.progress.end - gaps
     assert gaps <= 4 * LOAD.batch_size, "each worker had two batches"
+
+
+async def one_worker_does_a_whole_recomputation_and_the_next_one_is_anothers(pool: Pool, took: list[RankLink]) -> None:
+    """Each would prepare the foreign round anew, and hold it; `took` are the workers that were asked."""
+    one, two = await recompute(pool, OTHER, (1, 2), last=False)
+    assert abs(one - two) > 1e-4
+    # Another place in a batch, and another process, may round in another way.
+    expected = [pytest.approx(two, abs=2e-5), pytest.approx(1.4, abs=0.2)]
+    assert await recompute(pool, OTHER, (2, 3), last=False) == expected
+    assert await recompute(pool, OTHER, (1,)) == pytest.approx([one], abs=2e-5)
+    assert await recompute(pool, OTHER, (2,)) == pytest.approx([two], abs=2e-5)
+    first, second = took[0], took[3]
+    assert took == [first, first, first, second]
+    assert first is not second
 
 
 async def test_a_card_that_is_not_there_leaves_the_others_at_work(tmp_path: Path) -> None:
@@ -146,17 +172,17 @@ async def test_when_no_worker_can_work_the_pool_ends_with_the_reason(tmp_path: P
     assert refused.value.cause is Cause.DEVICE
 
 
-async def test_why_a_worker_failed_is_told_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here no temporary folder can be had, which torch needs."""
-    for name in ("TMPDIR", "TEMP", "TMP"):
-        monkeypatch.delenv(name, raising=False)
+async def test_a_worker_on_a_full_disk_says_why_it_failed_and_does_not_blame_the_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "sitecustomize.py").write_text(
-        "import tempfile\ntempfile._candidate_tempdir_list = lambda: ['/none']\n"
+        "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     async with pooled(tmp_path, [LOAD], exit=PATIENCE) as (pool, _):
         (worker,) = pool.workers
-        await until(lambda: worker.causes[Cause.CRASH])
+        await until(lambda: worker.causes)
+        assert worker.causes == {Cause.CRASH: 1}
         assert "worker failed: FileNotFoundError: [Errno 2] No usable temporary directory" in str(worker.last_error)
 
 
@@ -187,33 +213,6 @@ async def test_a_paused_daemon_finds_no_worker_hung(tmp_path: Path) -> None:
         with pytest.raises(WorkerError, match="finished no batch within 2 s") as hung:
             await soon(watching)
         assert hung.value.cause is Cause.HUNG
-
-
-async def test_one_worker_does_a_whole_recomputation_and_the_next_one_is_anothers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each would prepare the foreign round anew, and hold it."""
-    took: list[RankLink] = []
-    send = RankLink.send
-
-    async def send_and_note(link: RankLink, message: Message) -> None:
-        if isinstance(message, Recompute):
-            took.append(link)
-        await send(link, message)
-
-    monkeypatch.setattr(RankLink, "send", send_and_note)
-    async with pooled(tmp_path, [LOAD, LOAD]) as (pool, _):
-        await until(lambda: all(worker.ready for worker in pool.workers))
-        one, two = await recompute(pool, OTHER, (1, 2), last=False)
-        assert abs(one - two) > 1e-4
-        # Another place in a batch, and another process, may round in another way.
-        expected = [pytest.approx(two, abs=2e-5), pytest.approx(1.4, abs=0.2)]
-        assert await recompute(pool, OTHER, (2, 3), last=False) == expected
-        assert await recompute(pool, OTHER, (1,)) == pytest.approx([one], abs=2e-5)
-        assert await recompute(pool, OTHER, (2,)) == pytest.approx([two], abs=2e-5)
-        first, second = took[0], took[3]
-        assert took == [first, first, first, second]
-        assert first is not second
 
 
 def test_a_worker_sees_its_own_cards_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-HIDDEN = 64  # numbers of the vectors that are projected
+HIDDEN = 32  # numbers of the vectors that are projected
 NOISE = 0.03  # an honest result's error, as a share of the vector's length
 
 

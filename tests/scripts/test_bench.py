@@ -10,17 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-# Stands for a machine where nothing else of pocd's dependencies is installed.
+# Stands for a machine where nothing else of pocd's dependencies is installed; one process, as torch's import is dear.
 WITHOUT = """
 import runpy, sys
 absent = {"accelerate", "aiohttp", "orjson", "prometheus_client", "pydantic", "pydantic_settings", "structlog",
           "tenacity", "uvloop"}
 sys.modules.update(dict.fromkeys(absent))  # what Python takes for: there is no such module
-sys.argv = sys.argv[1:]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+for command in sys.argv[1:]:
+    sys.argv = command.split()
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
+OPTIONS = "--models bundled:tiny-llama --seq-len 8 --batch-size 2 --repeats 1"
+COMMANDS = {
+    "engine": f"scripts.bench.engine {OPTIONS} --profile --json",
+    "another scheme": f"scripts.bench.engine {OPTIONS} --scheme poc3 --json",
+    "agreement": "scripts.bench.agreement --models bundled:tiny-qwen3 --nonces 40 --seq-len 8 --json",
+}
 
 
 # As a GPU's profile, and torch's compiler, name them.
@@ -37,34 +45,18 @@ KERNELS = [
 ]
 
 
-def run(script: str, *options: str) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def printed() -> dict[str, dict[str, Any]]:
+    """What each of the commands printed."""
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, f"scripts.bench.{script}", *options, "--json"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
+        [sys.executable, "-c", WITHOUT, *COMMANDS.values()], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    found = orjson.loads(done.stdout)
-    assert isinstance(found, dict)
-    return found
+    return dict(zip(COMMANDS, map(orjson.loads, done.stdout.splitlines()), strict=True))
 
 
-def test_the_bench_measures_all_three_ways() -> None:
-    found = run(
-        "engine",
-        "--models",
-        "bundled:tiny-llama",
-        "--seq-len",
-        "8",
-        "--batch-size",
-        "2",
-        "--repeats",
-        "1",
-        "--profile",
-    )
-    (row,) = found["models"]
+def test_the_bench_measures_all_three_ways(printed: dict[str, dict[str, Any]]) -> None:
+    (row,) = printed["engine"]["models"]
     assert abs(sum(row["profile"].values()) - 1) < 1e-9
     assert row["profile"].keys() >= {"matrix products", "attention", "generator", "norms and transforms"}
     assert (row["seq_len"], row["batch_size"], row["hidden_size"], row["dtype"]) == (8, 2, 128, "float32")
@@ -79,15 +71,16 @@ def test_the_bench_measures_all_three_ways() -> None:
     assert abs(row["gflop_per_nonce"] * 1e9 - (2 * weights * 8 + 4 * 2 * 8 * 8 * 128)) < 1
 
 
-def test_the_bench_holds_another_scheme_against_poc2() -> None:
-    options = "--models", "bundled:tiny-llama", "--seq-len", "8", "--batch-size", "2", "--repeats", "1"
-    (row,) = run("engine", *options, "--scheme", "poc3")["models"]
+def test_the_bench_holds_another_scheme_against_poc2(printed: dict[str, dict[str, Any]]) -> None:
+    (row,) = printed["another scheme"]["models"]
     assert (row["scheme"], row["plain"], row["engine_over_plain"]) == ("poc3", None, None)
     assert abs(row["engine_over_poc2"] * row["poc2"] / row["engine"] - 1) < 1e-9
 
 
-def test_the_agreement_table_shows_that_all_within_a_dtype_keeps_its_tolerance() -> None:
-    found = run("agreement", "--models", "bundled:tiny-qwen3", "--nonces", "40", "--seq-len", "8")
+def test_the_agreement_table_shows_that_all_within_a_dtype_keeps_its_tolerance(
+    printed: dict[str, dict[str, Any]],
+) -> None:
+    found = printed["agreement"]
     rows = {(row["dtype"], row["between"]): row for row in found["rows"]}
     for dtype, tolerance in {(row["dtype"], row["tolerance"]) for row in found["rows"]}:
         assert (dtype, "place in the batch and neighbours") in rows

@@ -7,11 +7,9 @@ import dataclasses
 import io
 import json
 import math
-import os
+import runpy
 import statistics
-import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,8 +28,8 @@ from tests.reference.plain_torch import PlainRun
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
 NONCES, SEQ_LEN, RATE = 40, 8, 0.2
 BLOCKS, KEYS = ("block_alpha", "block_beta"), ("node_A", "node_B")
 OPTIONS = (
@@ -53,14 +51,17 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A folder, and what was printed when it was made, by a process somewhere else than in the checkout."""
+    """A folder, and what was printed when it was made, from there, by the module as `python -m` runs it."""
     folder = tmp_path_factory.mktemp("lab")
-    command = [sys.executable, "-W", "error", "-m", "scripts.trials.distribution", *OPTIONS, "--out", "."]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, done.stdout
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        contextlib.chdir(folder),
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
+        patched.setattr(sys, "argv", ["distribution", *OPTIONS, "--out", "."])
+        patched.delitem(sys.modules, "scripts.trials.distribution")  # else runpy warns that it is imported twice
+        runpy.run_module("scripts.trials.distribution", run_name="__main__")
+    return folder, printed.getvalue()
 
 
 @pytest.fixture
@@ -151,7 +152,7 @@ def test_a_line_that_was_cut_off_is_computed_again(folder: Path, capsys: pytest.
     assert kept == before[:-1]
     asked = [field.name for field in dataclasses.fields(LineKey)]
     assert [again[name] for name in asked] == [before[-1][name] for name in asked]
-    assert again["distances"] == pytest.approx(before[-1]["distances"], abs=2e-5)  # by another process
+    assert again["distances"] == pytest.approx(before[-1]["distances"], abs=2e-5)
     assert "its last line was cut off" in capsys.readouterr().err
 
 

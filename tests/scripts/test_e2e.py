@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import os
 import signal
-import subprocess
 import sys
+import tempfile
 from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import pytest
 from rich.console import Console
 
 from pocd.protocol.theory import expected_valid_rate
+from scripts.trials import e2e
 from scripts.trials.e2e import R_TARGET, r_target_of
 from scripts.trials.e2e_verdict import Line, Said, StoredProgress, TrialRound, complaints, spread_table
 from tests.support.waiting import PATIENCE
@@ -52,28 +53,25 @@ def processes_of(folder: Path) -> list[str]:
     return found
 
 
-def test_one_of_the_tests_from_end_to_end(tmp_path: Path) -> None:
+def test_one_of_the_tests_from_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     logs, folder = tmp_path / "logs", tmp_path / "stores"
     options = ("--models", "llama", "--blocks", "block_beta", "--keys", "node_C", "--duration", "1.5")
     logs.mkdir()
     (logs / "e2e_results.jsonl").write_text("the run before\n")
-    done = subprocess.run(
-        command(logs, *options),
-        env=environment(folder),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setattr(sys, "argv", command(logs, *options)[4:])
+    monkeypatch.setenv("TMPDIR", environment(folder)["TMPDIR"])
+    monkeypatch.setattr(tempfile, "tempdir", None)  # as it is before anybody has asked for one
+    status, output = e2e.main(), capsys.readouterr().out
+    assert status == 0, output
     assert {path.name for path in logs.iterdir()} == {
         *("e2e_results.jsonl", "e2e_results.jsonl.1", "full_e2e_test_run.log", "devchain.log"),
         *("test_01_llama_block_beta_node_C_server.log", "test_01_llama_block_beta_node_C_callback.log"),
     }
     assert (logs / "e2e_results.jsonl.1").read_text() == "the run before\n"
-    assert (logs / "full_e2e_test_run.log").read_text() == done.stdout
-    assert "all 1 tests are consistent" in done.stdout
+    assert (logs / "full_e2e_test_run.log").read_text() == output
+    assert "all 1 tests are consistent" in output
     (line,) = map(orjson.loads, (logs / "e2e_results.jsonl").read_bytes().splitlines())
     assert list(line) == FIELDS
     assert [line[name] for name in FIELDS[:5]] == [1, "llama", "block_beta", "node_C", 1.4042]
@@ -154,12 +152,10 @@ def test_what_cannot_work_is_refused_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from scripts.trials.e2e import main
-
     logs = tmp_path / "logs"
     monkeypatch.setattr(sys, "argv", command(logs, *options)[4:])
     with pytest.raises(SystemExit) as ended:
-        main()
+        e2e.main()
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
     assert not logs.exists()

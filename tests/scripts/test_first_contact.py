@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import orjson
 import pytest
 
-from scripts.trials.first_contact import Steps
+from scripts.trials.steps import Steps
 from tests.support.waiting import PATIENCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from scripts.trials.first_contact_steps import Facts
+    from scripts.trials.steps import Facts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,7 +56,7 @@ def test_a_step_that_fails_dies_hangs_or_has_no_time_left_stops_no_other(tmp_pat
 ORPHANING = """
 import subprocess, sys, time
 from pathlib import Path
-from scripts.trials.first_contact import Steps
+from scripts.trials.steps import Steps
 
 def long():
     own = subprocess.Popen(["sleep", "1000"])

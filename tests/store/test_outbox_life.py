@@ -3,7 +3,6 @@
 The network is the only thing that is played: the store is real SQLite, the dispatchers are the daemon's own.
 """
 
-import asyncio
 import shutil
 import tempfile
 from base64 import b64decode
@@ -17,6 +16,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import orjson
 import structlog
+import uvloop
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -50,6 +50,8 @@ ROUNDS = (
     Round("Y", 2, "miner", None, "poc4", "tiny", 16),
     Round("Z", 3, "miner", 1.4, "poc2", "tiny", 16),
 )
+BY_ID = {each.id: each for each in ROUNDS}
+BY_HASH = {each.block_hash: each for each in ROUNDS}
 RECEIVERS = ("a", "b")
 QUIET = structlog.wrap_logger(structlog.PrintLogger(), wrapper_class=structlog.make_filtering_bound_logger(50))
 SET_ASIDE: tuple[selections.DeliveryState, ...] = ("dead", "expired", "withdrawn")
@@ -94,10 +96,29 @@ class Model:
     purged: set[tuple[str, int]] = field(default_factory=set)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Rows of the store at one moment."""
+
+    proofs: list[tuple[str, int, bytes, bytes]]  # round id, size, nonces, results
+    deliveries: dict[tuple[str, int], str]  # the state of each
+    bodies: dict[int, bytes]
+
+
+def seen(outbox: Outbox) -> Seen:
+    rows = outbox.db.execute
+    return Seen(
+        rows("SELECT id, size, nonces, results FROM proofs JOIN rounds ON rounds.number = proofs.round").fetchall(),
+        {(name, batch): state for name, batch, state in rows("SELECT receiver, batch, state FROM deliveries")},
+        dict(rows("SELECT number, body FROM batches").fetchall()),
+    )
+
+
 def listed(round_: Round, proofs: Proofs) -> list[tuple[str, int, float | bytes]]:
     """Return proofs as `Model.found` has them."""
     results: Sequence[float | bytes] = proofs.distances if round_.output == "distance" else proofs.vectors
-    return [(round_.id, nonce, result) for nonce, result in zip(proofs.nonces, results, strict=True)]
+    name = round_.id
+    return [(name, nonce, result) for nonce, result in zip(proofs.nonces, results, strict=True)]
 
 
 class OutboxLife(RuleBasedStateMachine):
@@ -109,7 +130,7 @@ class OutboxLife(RuleBasedStateMachine):
         self.generation = 0
         self.clock = ManualClock()
         self.model = Model()
-        self.loop = asyncio.new_event_loop()
+        self.loop = uvloop.new_event_loop()
         self.open()
 
     @property
@@ -223,10 +244,6 @@ class OutboxLife(RuleBasedStateMachine):
         self.note_found(span, proofs)
         self.form_batches(receivers, size, over=True)
 
-    def delivery_states(self) -> dict[tuple[str, int], str]:
-        rows = self.rows("SELECT receiver, batch, state FROM deliveries")
-        return {(receiver, batch): state for receiver, batch, state in rows}
-
     # Delivering
 
     @rule(receiver=st.sampled_from(RECEIVERS), outcomes=st.lists(OUTCOMES, min_size=1, max_size=6))
@@ -324,36 +341,29 @@ class OutboxLife(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_wrong(self) -> None:
-        self.every_proof_is_in_one_place()
-        self.every_delivery_is_in_one_state()
+        now = self.call(seen)
+        self.every_proof_is_in_one_place(now)
+        self.every_delivery_is_in_one_state(now)
         self.arrivals_are_in_order_and_unchanged()
-        self.the_counts_are_those_of_the_rows()
+        self.the_counts_are_those_of_the_rows(now)
 
-    def every_proof_is_in_one_place(self) -> None:
+    def every_proof_is_in_one_place(self, now: Seen) -> None:
         held: list[tuple[str, int, float | bytes]] = []
-        for name, size, nonces, results in self.rows(
-            "SELECT id, size, nonces, results FROM proofs JOIN rounds ON rounds.number = proofs.round"
-        ):
-            proofs = Proofs(unpack(f"<{size}q", nonces), results)
-            (round_,) = [round_ for round_ in ROUNDS if round_.id == name]
-            held += listed(round_, proofs)
+        for name, size, nonces, results in now.proofs:
+            held += listed(BY_ID[name], Proofs(unpack(f"<{size}q", nonces), results))
         for _, body, _, _ in self.model.batches.values():
             batch = orjson.loads(body)
-            (round_,) = [round_ for round_ in ROUNDS if round_.block_hash == batch["block_hash"]]
+            name = BY_HASH[batch["block_hash"]].id
             held += [
-                (round_.id, nonce, b64decode(result) if isinstance(result, str) else result)
+                (name, nonce, b64decode(result) if isinstance(result, str) else result)
                 for nonce, result in results_in(batch)
             ]
         order = itemgetter(0, 1)  # a nonce is in one place, so there is nothing else to order by
         assert sorted(held, key=order) == sorted(self.model.found, key=order)
 
-    def every_delivery_is_in_one_state(self) -> None:
+    def every_delivery_is_in_one_state(self, now: Seen) -> None:
         """Nothing vanishes: what has no row any more was accepted or given up by every receiver."""
-        rows = {
-            (receiver, batch): state
-            for receiver, batch, state in self.rows("SELECT receiver, batch, state FROM deliveries")
-        }
-        bodies = dict(self.rows("SELECT number, body FROM batches"))
+        rows, bodies = now.deliveries, now.bodies
         for number, (_, body, _, names) in self.model.batches.items():
             pairs = [(name, number) for name in names]
             if number in bodies:
@@ -377,18 +387,14 @@ class OutboxLife(RuleBasedStateMachine):
                     newest = arrival.sequence
                     seen.add((arrival.batch, arrival.sequence))
 
-    def the_counts_are_those_of_the_rows(self) -> None:
-        states = {
-            (receiver, batch): state
-            for receiver, batch, state in self.rows("SELECT receiver, batch, state FROM deliveries")
-        }
+    def the_counts_are_those_of_the_rows(self, now: Seen) -> None:
         stages: Counter[str] = Counter()
         queues: dict[str, Counter[str]] = {name: Counter() for name in RECEIVERS}
         for number, (_, _, nonces, names) in self.model.batches.items():
             found = []
             for name in names:
                 gone = "delivered" if (name, number) in self.model.accepted else "purged"
-                found.append(states.get((name, number), gone))
+                found.append(now.deliveries.get((name, number), gone))
                 queues[name][f"{found[-1]}_batches"] += 1
                 queues[name][f"{found[-1]}_nonces"] += nonces
             order = ("pending", "dead", "expired", "withdrawn", "purged", "delivered")
@@ -405,4 +411,4 @@ class OutboxLife(RuleBasedStateMachine):
 
 
 TestOutboxLife = OutboxLife.TestCase
-TestOutboxLife.settings = settings(max_examples=150, stateful_step_count=50)
+TestOutboxLife.settings = settings(max_examples=100, stateful_step_count=50)

@@ -19,7 +19,7 @@ from tests.support.waiting import PATIENCE
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-PROGRAM = Path(os.environ.get("ANVIL", Path(__file__).parent.parent.parent / ".venv/anvil/anvil"))
+PROGRAM = Path(os.environ.get("ANVIL", Path(__file__).parent.parent.parent / ".tools/anvil/anvil"))
 
 needs_anvil = pytest.mark.skipif(not PROGRAM.exists(), reason="anvil is not installed: scripts/setup-anvil needs npm")
 

@@ -27,13 +27,14 @@ import time
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from pocd.worker.environment import ALLOCATOR
 from tests.support.at_start import sitecustomize
-from tests.support.at_start.sitecustomize import FOLDER, NAMESPACES, ask, belonging
+from tests.support.at_start.sitecustomize import FOLDER, NAMESPACES, STANDS_FOR, ask, belonging
 from tests.support.waiting import PATIENCE, until
 
 if TYPE_CHECKING:
@@ -45,8 +46,8 @@ AT_START = Path(sitecustomize.__file__).parent
 LATE = frozenset(
     {
         *("TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_VISIBLE_DEVICES", *ALLOCATOR),
-        *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NOTIFY_SOCKET", "PWD", "OLDPWD", "COLUMNS", "LINES"),
-        *("PYTHONBREAKPOINT", "SPT_NOENV"),  # of Ray
+        *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NOTIFY_SOCKET", "JOURNAL_STREAM", "PWD", "OLDPWD"),
+        *("COLUMNS", "LINES", "PYTHONBREAKPOINT", "SPT_NOENV"),  # of Ray
     }
 )
 LATE_PREFIXES = ("PYTEST_", "POCD_", "RAY_", "WATCHDOG_")
@@ -145,6 +146,12 @@ class Process:
         return code
 
 
+def at_work(pid: int) -> int:
+    """The process that does the work of the one that was started: its double, where that stands in for one."""
+    name = Path(f"/proc/{pid}/comm").read_text()
+    return int(name.removeprefix(STANDS_FOR)) if name.startswith(STANDS_FOR) else pid
+
+
 class Start:
     """How a process is started.
 
@@ -198,10 +205,15 @@ class Start:
                 raise OSError(ctypes.get_errno(), f"no way into another namespace ({kind})")
 
     def run(self) -> None:
-        """Run the program: a module."""
+        """Run the program: a module (-m) or a text (-c)."""
         sys.path[0] = self.given["folder"]
-        _, module, *sys.argv[1:] = self.given["program"]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        option, program, *sys.argv[1:] = self.given["program"]
+        if option == "-m":
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        else:
+            sys.argv[0] = option
+            sys.modules["__main__"] = main = ModuleType("__main__")
+            exec(program, main.__dict__)
 
 
 class Server:

@@ -69,11 +69,13 @@ class Machines:
         if not self._running:
             port = self.address.partition(":")[2]
             place = ["--head", f"--port={port}", f"--temp-dir={self._folder}", "--include-dashboard=false"]
+            place += ["--no-monitor"]  # which would start machines by itself
         what = [f"--num-cpus={cpus}", "--num-gpus=0", f"--object-store-memory={MEMORY}", f"--node-name={name}"]
+        what += ["--include-log-monitor=false", "--disable-usage-stats"]  # nobody reads what it would send
         log = self._folder / f"{name}.log"
         with log.open("w") as output:
             process = psutil.Popen(
-                [*inside, RAY, "start", *place, *what, f"--node-ip-address={own}", "--disable-usage-stats", "--block"],
+                [*inside, RAY, "start", *place, *what, f"--node-ip-address={own}", "--block"],
                 env=os.environ | self.variables,
                 stdout=output,
                 stderr=output,

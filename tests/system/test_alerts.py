@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent.parent
 RULES = ROOT / "docs" / "prometheus" / "alerts.yml"
 DASHBOARD = ROOT / "docs" / "prometheus" / "grafana.json"
-PROMTOOL = Path(sys.prefix) / "promtool"
+PROMTOOL = ROOT / ".tools" / "promtool"
 NAME = re.compile(r"\bpocd_[a-z0-9_]+")
 
 needs_promtool = pytest.mark.skipif(not PROMTOOL.exists(), reason="promtool is not there (scripts/setup-promtool)")

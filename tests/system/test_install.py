@@ -122,6 +122,7 @@ def test_an_install_is_complete(stage: Stage) -> None:
         assert not installed.with_name(f"{unit}.d").exists()
     assert (stage.prefix / "etc" / "sysusers.d" / "pocd.conf").exists()
     assert stage.shortcut.readlink() == stage.pocd
+    assert not stage.pocd.with_name("ray").is_symlink()
     # Secrets are not for everybody; the program is for the service's user, whatever root's umask.
     assert [stage.mode(path) for path in ("etc/pocd", "etc/pocd/pocd.toml", "var/lib/pocd")] == [0o750, 0o640, 0o750]
     assert all(stage.mode(f"opt/pocd/{path}") == 0o755 for path in ("", "bin", "releases"))
@@ -170,6 +171,20 @@ def running_release(stage: Stage) -> Iterator[Path]:
         process.communicate()
 
 
+UNITS_IN_A_CLUSTER = ("pocd-ray-worker.service", "pocd.service.d/ray.conf", "pocd.service.d/gpu.conf")
+
+
+def assert_is_of_a_cluster(stage: Stage) -> None:
+    """Assert that a host has all parts of a machine of a cluster, with the limit to GPUs."""
+    units = stage.prefix / "etc" / "systemd" / "system"
+    assert all((units / name).read_text() == (ROOT / "systemd" / name).read_text() for name in UNITS_IN_A_CLUSTER)
+    assert not (units / "pocd-ray-head.service").exists()
+    assert (stage.prefix / "etc" / "sysusers.d" / "pocd-ray.conf").exists()
+    assert [stage.mode(path) for path in ("etc/pocd-ray", "etc/pocd-ray/ray.env")] == [0o750, 0o640]
+    release = stage.pocd.readlink()
+    assert stage.pocd.with_name("ray").readlink() == release.with_name("ray"), "Ray is of the release that pocd is of"
+
+
 def test_an_upgrade_keeps_configuration_and_state_and_the_releases_in_use(
     stage: Stage, wheel: Path, running_release: Path
 ) -> None:
@@ -182,12 +197,14 @@ def test_an_upgrade_keeps_configuration_and_state_and_the_releases_in_use(
     drop_in.write_text("[Service]\n")
     (stage.prefix / "opt" / "pocd" / "releases" / "20200101T000000Z-1").mkdir()  # of an install long ago
 
-    said = stage.install("--wheel", wheel, "--only-gpu-devices")
+    said = stage.install("--wheel", wheel, "--only-gpu-devices", "--ray", "10.0.0.1:6379")
     assert f"kept {stage.config}" in said
     assert stage.config.read_bytes() == PREVIOUS.read_bytes()
     assert store.read_bytes() == b"proofs"
     assert drop_in.exists()
-    assert drop_in.with_name("gpu.conf").read_text() == (ROOT / "systemd/pocd.service.d/gpu.conf").read_text()
+    assert_is_of_a_cluster(stage)
+    variables = stage.prefix / "etc" / "pocd-ray" / "ray.env"
+    assert re.findall("^[^#].*", variables.read_text(), re.MULTILINE) == ["RAY_HEAD=10.0.0.1:6379"]
     in_use, before, current = stage.releases()
     assert (in_use, before) == (running_release.name, first), "daemons that were not restarted yet run on in them"
     assert stage.pocd.resolve().parent.parent.name == current
@@ -209,23 +226,15 @@ def test_an_upgrade_that_fails_leaves_the_old_version_in_use(stage: Stage, wheel
     current.write_text(program)
 
 
-def test_a_machine_of_a_cluster_is_made_by_one_command_and_stays_one_in_upgrades(stage: Stage, wheel: Path) -> None:
-    units, ray = stage.prefix / "etc" / "systemd" / "system", stage.pocd.with_name("ray")
-    assert not ray.is_symlink()
-    stage.install("--wheel", wheel, "--ray", "10.0.0.1:6379")
-    assert ray.readlink() == stage.pocd.readlink().with_name("ray")
+def test_a_machine_of_a_cluster_stays_one_in_upgrades(stage: Stage, wheel: Path) -> None:
     variables = stage.prefix / "etc" / "pocd-ray" / "ray.env"
-    assert re.findall("^[^#].*", variables.read_text(), re.MULTILINE) == ["RAY_HEAD=10.0.0.1:6379"]
-    assert [stage.mode(path) for path in ("etc/pocd-ray", "etc/pocd-ray/ray.env")] == [0o750, 0o640]
-    for name in ("pocd-ray-worker.service", "pocd.service.d/ray.conf"):
-        assert (units / name).read_text() == (ROOT / "systemd" / name).read_text()
-    assert not (units / "pocd-ray-head.service").exists()
-    assert (stage.prefix / "etc" / "sysusers.d" / "pocd-ray.conf").exists()
-
     variables.write_text(f"RAY_AUTH_MODE=token\n{variables.read_text()}")
-    before = ray.readlink()
+    for name in UNITS_IN_A_CLUSTER:
+        (stage.prefix / "etc" / "systemd" / "system" / name).write_text("of the version before")
+    before = stage.pocd.with_name("ray").readlink()
     stage.install("--wheel", wheel)
-    assert ray.readlink() != before, "Ray is of the release that pocd is of"
+    assert_is_of_a_cluster(stage)
+    assert stage.pocd.with_name("ray").readlink() != before
     set_ = re.findall("^[^#].*", variables.read_text(), re.MULTILINE)
     assert set_ == ["RAY_AUTH_MODE=token", "RAY_HEAD=10.0.0.1:6379"], "what an operator wrote stays"
 

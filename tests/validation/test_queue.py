@@ -34,6 +34,7 @@ from pocd.worker import frames, messages
 from pocd.worker.messages import Load
 from tests.support.delivering import dispatchers
 from tests.support.family_models import FAMILIES
+from tests.support.forking import at_work
 from tests.support.waiting import PATIENCE, soon
 
 if TYPE_CHECKING:
@@ -259,50 +260,7 @@ async def answers_of_another_model_are_none(bench: Bench) -> None:
     await bench.validator.until_finished(request.id, PATIENCE)
 
 
-@pytest.mark.usefixtures("unforked")
-async def test_a_question_has_one_answer_also_of_another_model_and_after_a_restart(tmp_path: Path) -> None:
-    claim = claim_of(THEIRS, computed(THEIRS, range(16)))
-    async with running(tmp_path, LOAD, "one", mined=None) as bench:
-        await answers_of_another_model_are_none(bench)
-        request = await bench.request(claim)
-        first = await bench.verdict(request)
-        (worker,) = bench.pool.workers[0].pids
-        os.kill(worker, signal.SIGSTOP)  # from now on nobody computes
-        assert await bench.verdict(request) == first
-        head = await bench.outbox(next_pending, "one")
-        assert head is not None
-        assert (head.kind, orjson.loads(head.body), head.id) == ("validated", first, first["batch_id"])
-        assert await bench.outbox(next_pending, "one", head.sequence) is None
-        assert bench.outbox.view.totals.stored == 0, "the funnel counts what was mined"
-        with contextlib.suppress(ProcessLookupError):  # replaced, where that took longer than its silence may
-            os.kill(worker, signal.SIGCONT)
-    later = dataclasses.replace(request, seed="asked later")
-    with opened(tmp_path) as bench:
-        assert (await bench.validator.ask(later)).state == "pending"
-    async with running(tmp_path, mined=None) as bench:
-        found = await bench.validator.until_finished(later.id, PATIENCE)
-        assert found is not None
-        assert found.state == "done"
-
-
-async def test_a_verdict_also_goes_to_the_receiver_that_was_named(tmp_path: Path) -> None:
-    async with running(tmp_path, LOAD, "one", mined=None) as bench:
-        request = await bench.request(claim_of(THEIRS, computed(THEIRS, range(16))))
-        await bench.verdict(dataclasses.replace(request, callback="callback-own"))
-        heads = [await bench.outbox(next_pending, name) for name in ("one", "callback-own")]
-        assert [head and head.kind for head in heads] == ["validated", "validated"]
-        # Another question with the same answer: each receiver gets that once.
-        await bench.verdict(dataclasses.replace(request, callback="callback-other"))
-        queues = bench.outbox.view.queues
-        assert {name: queue.pending_batches for name, queue in queues.items()} == {
-            "one": 1,
-            "callback-own": 1,
-            "callback-other": 1,
-        }
-
-
-@pytest.mark.usefixtures("unforked")
-async def test_a_worker_that_is_killed_over_a_validation_costs_nothing(
+async def test_a_question_has_one_answer_whatever_becomes_of_workers_and_daemons(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent = asyncio.Event()
@@ -314,39 +272,91 @@ async def test_a_worker_that_is_killed_over_a_validation_costs_nothing(
         return encode(message)
 
     monkeypatch.setattr(frames, "encode", encode_and_note)
+    device = Device()
     distances = computed(THEIRS, range(40))
-    async with running(tmp_path) as bench:
-        request = await bench.request(claim_of(THEIRS, distances))
-        os.kill(bench.pool.workers[0].pids[0], signal.SIGSTOP)  # so that what it is given stays in its hands
-        asked = asyncio.create_task(bench.verdict(request))
-        await asyncio.wait_for(sent.wait(), PATIENCE)
+    claim = claim_of(THEIRS, {nonce: distances[nonce] for nonce in range(16)})
+    async with running(tmp_path, LOAD, "one", mined=None, until_free=device.until_free) as bench:
+        await a_validation_waits_before_each_part_until_the_device_is_free(bench, device)
+        await answers_of_another_model_are_none(bench)
+        request = await bench.request(claim)
+        first = await bench.verdict(request)
+        worker = at_work(bench.pool.workers[0].pids[0])
+        os.kill(worker, signal.SIGSTOP)  # so that nobody computes
+        assert await bench.verdict(request) == first
+        with contextlib.suppress(ProcessLookupError):  # replaced, where that took longer than its silence may
+            os.kill(worker, signal.SIGCONT)
+        bodies = await verdicts_for(bench, "one")
+        assert bodies[-1] == (first["batch_id"], first)
+        assert [body for _, body in bodies].count(first) == 1
+        assert bench.outbox.view.totals.stored == 0, "the funnel counts what was mined"
+        await a_verdict_also_goes_to_the_receiver_that_was_named(bench, request)
+
+        # What a worker that is killed had in its hands is the next one's.
+        whole = await bench.request(claim_of(THEIRS, distances))
+        os.kill(at_work(bench.pool.workers[0].pids[0]), signal.SIGSTOP)  # so that what it is given stays there
+        restarts = bench.pool.restarts
+        sent.clear()
+        asked = asyncio.create_task(bench.verdict(whole))
+        await soon(sent.wait())
         os.kill(bench.pool.workers[0].pids[0], signal.SIGKILL)
         verdict = await asked
-        assert bench.pool.restarts == 1
-    assert (verdict["n_invalid"], verdict["fraud_detected"]) == (0, False)
+        assert bench.pool.restarts == restarts + 1
+        assert (verdict["n_invalid"], verdict["fraud_detected"]) == (0, False)
+    later = dataclasses.replace(request, seed="asked later")
+    with opened(tmp_path) as bench:
+        assert (await bench.validator.ask(later)).state == "pending"
+    async with running(tmp_path, mined=None) as bench:
+        found = await bench.validator.until_finished(later.id, PATIENCE)
+        assert found is not None
+        assert found.state == "done"
 
 
-async def test_a_validation_waits_before_each_part_until_the_device_is_free(tmp_path: Path) -> None:
-    distances = computed(THEIRS, range(20))
-    asked, free, times = asyncio.Event(), asyncio.Event(), 0
+class Device:
+    """What is asked whether it has time for validations; it has, unless a test says otherwise."""
 
-    async def until_free() -> None:
-        nonlocal times
-        times += 1
-        asked.set()
-        await free.wait()
+    def __init__(self) -> None:
+        self.asked, self.free = asyncio.Event(), asyncio.Event()
+        self.free.set()
+        self.times = 0
 
-    async with running(tmp_path, mined=None, until_free=until_free) as bench:
-        claim = claim_of(THEIRS, dict.fromkeys(distances, 1.0))
-        name = (await bench.validator.ask(await bench.request(claim))).id
-        finished = asyncio.create_task(bench.validator.until_finished(name, PATIENCE))
-        waiting = asyncio.create_task(asked.wait())
-        await asyncio.wait({finished, waiting}, return_when=asyncio.FIRST_COMPLETED)
-        assert not finished.done(), "nothing is recomputed while the device has better to do"
-        assert times == 1
-        free.set()
-        assert (await soon(finished)) is not None
-        assert times == 3, "20 nonces are three parts of 8 at most"
+    async def until_free(self) -> None:
+        self.times += 1
+        self.asked.set()
+        await self.free.wait()
+
+
+async def a_validation_waits_before_each_part_until_the_device_is_free(bench: Bench, device: Device) -> None:
+    device.free.clear()
+    claim = claim_of(THEIRS, dict.fromkeys(range(20), 1.0))
+    name = (await bench.validator.ask(await bench.request(claim))).id
+    finished = asyncio.create_task(bench.validator.until_finished(name, PATIENCE))
+    waiting = asyncio.create_task(device.asked.wait())
+    await asyncio.wait({finished, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    assert not finished.done(), "nothing is recomputed while the device has better to do"
+    assert device.times == 1
+    device.free.set()
+    assert (await soon(finished)) is not None
+    assert device.times == 3, "20 nonces are three parts of 8 at most"
+
+
+async def verdicts_for(bench: Bench, receiver: str) -> list[tuple[str, dict[str, Any]]]:
+    """The ids and bodies of the verdicts that wait for a receiver, in order."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    after = 0
+    while head := await bench.outbox(next_pending, receiver, after):
+        assert head.kind == "validated"
+        found.append((head.id, orjson.loads(head.body)))
+        after = head.sequence
+    return found
+
+
+async def a_verdict_also_goes_to_the_receiver_that_was_named(bench: Bench, request: ValidationRequest) -> None:
+    """And each receiver gets one answer once, whichever questions it answers."""
+    before = bench.outbox.view.queues["one"].pending_batches
+    for callback in ("callback-own", "callback-other"):
+        await bench.verdict(dataclasses.replace(request, callback=callback))
+        assert len(await verdicts_for(bench, callback)) == 1
+    assert bench.outbox.view.queues["one"].pending_batches == before
 
 
 async def test_a_full_queue_takes_nothing_more_and_still_knows_what_it_has(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from pocd.protocol.errors import ModelError
 from pocd.protocol.names import BUNDLED
 from pocd.protocol.schemes import SCHEMES
 from tests.pool.test_pool import LOAD, ROUND, pooled, recompute
+from tests.support.forking import at_work
 from tests.support.waiting import PATIENCE, until
 
 if TYPE_CHECKING:
@@ -40,25 +41,20 @@ def alone(model: str, scheme: str, block_hash: str = "block_beta") -> list[float
         return run.distances(NONCES, batch_size=LOAD.batch_size)
 
 
-@pytest.mark.parametrize(("model", "dies"), [("bundled:tiny-qwen3", False), ("bundled:tiny-llama", True)])
-async def test_two_ranks_agree_with_one_process_and_the_death_of_one_restarts_both(
-    tmp_path: Path,
-    model: str,
-    dies: bool,  # noqa: FBT001 - a parameter
-) -> None:
-    load = dataclasses.replace(LOAD, model=model, devices=("cpu", "cpu"))
-    async with pooled(tmp_path, [load], exit=0.5) as (pool, miner):
+async def test_two_ranks_agree_with_one_process_and_the_death_or_silence_of_one_ends_both(tmp_path: Path) -> None:
+    load = dataclasses.replace(LOAD, devices=("cpu", "cpu"), is_auto=True)
+    async with pooled(tmp_path, [load], exit=0.2) as (pool, miner):
         (worker,) = pool.workers
         await until(lambda: worker.computed > 32)
         assert worker.info is not None
         assert (worker.info.device, worker.info.decoder, worker.info.execution) == ("cpu+cpu", "layers", "eager")
+        assert worker.batch_size in {1, 2, 4, 8}, "both chose the same"
         for scheme in ("poc2", "poc3", "trained"):
             round_ = dataclasses.replace(ROUND, block_hash="block_beta", scheme=scheme)
-            assert await recompute(pool, round_, NONCES) == pytest.approx(alone(model, scheme), abs=2e-5)
+            assert await recompute(pool, round_, NONCES) == pytest.approx(alone(load.model, scheme), abs=2e-5)
         with pytest.raises(NoResultError, match="draws weights, which a model that is split"):
             await recompute(pool, dataclasses.replace(ROUND, scheme="random-weights"), NONCES)
-        if not dies:
-            return
+
         leader, other = worker.pids
         os.kill(other, signal.SIGKILL)
         await until(lambda: worker.causes)
@@ -66,28 +62,19 @@ async def test_two_ranks_agree_with_one_process_and_the_death_of_one_restarts_bo
         assert worker.last_error == f"worker process {other}, rank 1 of 2, was killed by signal 9"
         with pytest.raises(ProcessLookupError):
             os.kill(leader, 0)
-        await until(lambda: worker.ready)
         before = worker.computed
-        await until(lambda: worker.computed > before + 32)
+        await until(lambda: worker.ready and worker.computed > before + 32)
+
+        silent = worker.causes[Cause.SILENT]  # one, where the machine is as slow as that
+        leader, other = worker.pids
+        os.kill(at_work(other), signal.SIGSTOP)
+        await until(lambda: worker.causes[Cause.SILENT] > silent)
+        for pid in (leader, other):
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
         assert miner.mining is not None
         await miner.close(PATIENCE)
         assert miner.mining.checked == worker.computed, "nothing was lost, and nothing counted twice"
-
-
-@pytest.mark.usefixtures("unforked")
-async def test_ranks_choose_one_batch_size_and_one_that_stands_still_ends_the_group(tmp_path: Path) -> None:
-    load = dataclasses.replace(LOAD, devices=("cpu", "cpu"), is_auto=True)
-    async with pooled(tmp_path, [load], heartbeat=6.0, exit=0.2) as (pool, _):
-        (worker,) = pool.workers
-        await until(lambda: worker.computed)
-        assert worker.batch_size in {1, 2, 4, 8}
-        await until(lambda: worker.ready and worker.pids)
-        before = worker.causes[Cause.SILENT]  # one, where the machine is as slow as that
-        _, other = worker.pids
-        os.kill(other, signal.SIGSTOP)
-        await until(lambda: worker.causes[Cause.SILENT] > before)
-        with pytest.raises(ProcessLookupError):
-            os.kill(other, 0)
 
 
 async def test_ranks_that_get_nan_name_the_layer_together(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """What Python runs first in each process that the tests start: workers are forked from one that has torch imported.
 
 See tests/support/forking.py. The process stays its parent's child and stands in for its double, to which it passes
-signals on, and like which it ends; where it is killed, so is the double. It cannot pass on SIGSTOP.
+signals on, and like which it ends; where it is killed, so is the double. It cannot pass on
+SIGSTOP: `at_work` there finds the double.
 """
 
 import os
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
 PROGRAMS = ("-m pocd.worker", "-m pocd.check.child")  # whose start is little but torch's import
 FOLDER = "FORKING"  # names the folder with the sockets of the processes to fork from; empty: every process is its own
+STANDS_FOR = "for "  # before the double's process id, in the name of a stand-in's process
 NAMESPACES = ("ipc", "net", "uts", "mnt")  # those that a fork can enter
 
 
@@ -96,6 +98,8 @@ def _stand_in(link: "socket.socket", double: int) -> None:
             signal.signal(number, lambda received, _: os.kill(double, received))
     for file in _open_files(link.fileno()):  # so that nobody waits for this process's ends of sockets
         os.close(file)
+    with open("/proc/self/comm", "w", encoding="ascii") as own_name:
+        own_name.write(f"{STANDS_FOR}{double}")
     code = int(link.recv(16) or b"-9")
     if code < 0:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
