@@ -27,7 +27,6 @@ from pocd.protocol.names import BUNDLED
 from pocd.protocol.schemes import SCHEMES
 from pocd.worker.messages import Load
 from tests.pool.test_pool import ROUND, pooled, recompute
-from tests.support.at_start.sitecustomize import FOLDER
 from tests.support.family_models import FAMILIES
 from tests.support.waiting import until
 
@@ -50,6 +49,17 @@ POC2 = SCHEMES["poc2"]
 DRAWN = replace(SCHEMES["artifacts-256"], weights="drawn", layer_step=POC2.layer_step)
 ROUNDING = 2e-5  # of distances in float32, whatever the kernels: docs/protocol.md, section 3
 MODEL = "bundled:tiny-qwen3"  # whose layers each scheme here shares as far as it can, as each kernel costs a second
+CHILD = f"""
+import json, warnings
+warnings.filterwarnings("ignore")
+from torch._dynamo.utils import counters
+from pocd.compute.compiled import compile_model
+from pocd.compute.model import load_model
+from pocd.protocol.schemes import SCHEMES
+model = load_model("{MODEL}", dtype="float32", device="cpu")
+ready = compile_model(model, "always", scheme=SCHEMES["poc2"], seq_len={SEQ_LEN}, batch_size={BATCH})
+print(json.dumps({{"path": ready.execution.path, **counters["inductor"]}}))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -81,46 +91,6 @@ def compilations() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-CHILD = f"""
-import json, warnings
-warnings.filterwarnings("ignore")
-from torch._dynamo.utils import counters
-from pocd.compute.compiled import compile_model
-from pocd.compute.model import load_model
-from pocd.protocol.schemes import SCHEMES
-model = load_model("bundled:tiny-qwen3", dtype="float32", device="cpu")
-ready = compile_model(model, "always", scheme=SCHEMES["poc2"], seq_len={SEQ_LEN}, batch_size={BATCH})
-print(json.dumps({{"path": ready.execution.path, **counters["inductor"]}}))
-"""
-
-
-async def test_a_worker_mines_by_compiled_code_and_says_so_and_another_process_finds_what_it_compiled(
-    cache: Path, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv(FOLDER, "")  # a process that has done other things before looks for it by other names
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache)
-    load = Load(MODEL, "float32", ("cpu",), "poc2", SEQ_LEN, BATCH, compile="always")
-    round_ = replace(ROUND, model=load.model, seq_len=SEQ_LEN)
-    with structlog.testing.capture_logs() as logs:
-        async with pooled(tmp_path, [load], round_) as (pool, _):
-            (worker,) = pool.workers
-            await until(lambda: worker.computed > BATCH)
-            assert worker.info is not None
-            assert (worker.info.execution, worker.info.execution_reason) == ("compiled", "as the settings say")
-            assert worker.info.compile_seconds > 0
-            with block_run(model, POC2, block_hash="b", public_key="k", seq_len=SEQ_LEN) as run:
-                eager = run.distances(range(BATCH), batch_size=BATCH)
-            asked = replace(round_, block_hash="b", public_key="k")
-            assert await recompute(pool, asked, tuple(range(BATCH))) == pytest.approx(eager, abs=ROUNDING)
-    assert "execution" not in {entry["action"] for entry in logs}, "its round runs as it said"
-    done = await asyncio.to_thread(
-        subprocess.run, [sys.executable, "-c", CHILD], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found = orjson.loads(done.stdout)
-    assert (found["path"], found.get("fxgraph_cache_hit", 0), found.get("fxgraph_cache_miss", 0)) == ("compiled", 3, 0)
-
-
 @pytest.mark.parametrize("scheme", [POC2, SCHEMES["poc3"], DRAWN], ids=lambda scheme: scheme.name)
 def test_compiled_agrees_with_eager_for_every_block(model: Model, scheme: Scheme) -> None:
     agrees_for_every_block(model, scheme)
@@ -144,8 +114,8 @@ def test_more_layers_compile_nothing_more(model: Model) -> None:
     ready(model)
     before = compilations()
     torch.manual_seed(0)
-    more = {"num_hidden_layers": 12, "layer_types": ["full_attention"] * 12}
-    config = Qwen3Config.from_pretrained(BUNDLED / "tiny-qwen3", **more)
+    like = {"num_hidden_layers": 12, "layer_types": ["full_attention"] * 12}
+    config = Qwen3Config.from_pretrained(BUNDLED / "tiny-qwen3", **like)
     deep = adapt(Qwen3ForCausalLM(config), name="deep")
     assert deep.layers == 12
     fast = ready(deep)
@@ -252,3 +222,29 @@ def test_whatever_fails_leaves_a_clean_eager_path_or_is_an_error(
     assert found.execution.path == "eager"
     assert found.execution.reason.startswith("compiling failed: WrongDistancesError: distances differ")
     assert np.array_equal(results(found, POC2, "block"), results(model, POC2, "block"))
+
+
+async def test_a_worker_mines_by_compiled_code_and_says_so_and_another_process_finds_what_it_compiled(
+    cache: Path, model: Model, tmp_path: Path
+) -> None:
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache)
+    load = Load(MODEL, "float32", ("cpu",), "poc2", SEQ_LEN, BATCH, compile="always")
+    round_ = replace(ROUND, model=load.model, seq_len=SEQ_LEN)
+    with structlog.testing.capture_logs() as logs:
+        async with pooled(tmp_path, [load], round_) as (pool, _):
+            (worker,) = pool.workers
+            await until(lambda: worker.computed > BATCH)
+            assert worker.info is not None
+            assert (worker.info.execution, worker.info.execution_reason) == ("compiled", "as the settings say")
+            assert worker.info.compile_seconds > 0
+            with block_run(model, POC2, block_hash="b", public_key="k", seq_len=SEQ_LEN) as run:
+                eager = run.distances(range(BATCH), batch_size=BATCH)
+            asked = replace(round_, block_hash="b", public_key="k")
+            assert await recompute(pool, asked, tuple(range(BATCH))) == pytest.approx(eager, abs=ROUNDING)
+    assert "execution" not in {entry["action"] for entry in logs}, "its round runs as it said"
+    done = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", CHILD], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = orjson.loads(done.stdout)
+    assert (found["path"], found.get("fxgraph_cache_hit", 0), found.get("fxgraph_cache_miss", 0)) == ("compiled", 3, 0)

@@ -195,7 +195,7 @@ def test_valid_rates_are_those_of_theory_in_every_block(bundled: Model) -> None:
 def test_the_same_statistics_find_the_uneven_blocks_of_poc2(bundled: Model) -> None:
     nonces = 300
     found = np.array(
-        [compute(bundled, range(nonces), batch_size=50, seq_len=8, block=block, scheme="poc2") for block in BLOCKS[:5]]
+        [compute(bundled, range(nonces), batch_size=50, seq_len=16, block=block, scheme="poc2") for block in BLOCKS[:5]]
     )
     assert even((found < np.quantile(found, 0.1)).sum(axis=1), nonces) < 1e-4
 
