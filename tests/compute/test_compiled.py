@@ -91,6 +91,33 @@ def compilations() -> int:
     return counters["stats"]["unique_graphs"]
 
 
+async def test_a_worker_mines_by_compiled_code_and_says_so_and_another_process_finds_what_it_compiled(
+    cache: Path, model: Model, tmp_path: Path
+) -> None:
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache)
+    assert not any(cache.rglob("*.so")), "this test is the first one: what is found below is the worker's"
+    load = Load(MODEL, "float32", ("cpu",), "poc2", SEQ_LEN, BATCH, compile="always")
+    round_ = replace(ROUND, model=load.model, seq_len=SEQ_LEN)
+    with structlog.testing.capture_logs() as logs:
+        async with pooled(tmp_path, [load], round_) as (pool, _):
+            (worker,) = pool.workers
+            await until(lambda: worker.computed > BATCH)
+            assert worker.info is not None
+            assert (worker.info.execution, worker.info.execution_reason) == ("compiled", "as the settings say")
+            assert worker.info.compile_seconds > 0
+            with block_run(model, POC2, block_hash="b", public_key="k", seq_len=SEQ_LEN) as run:
+                eager = run.distances(range(BATCH), batch_size=BATCH)
+            asked = replace(round_, block_hash="b", public_key="k")
+            assert await recompute(pool, asked, tuple(range(BATCH))) == pytest.approx(eager, abs=ROUNDING)
+    assert "execution" not in {entry["action"] for entry in logs}, "its round runs as it said"
+    done = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", CHILD], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = orjson.loads(done.stdout)
+    assert (found["path"], found.get("fxgraph_cache_hit", 0), found.get("fxgraph_cache_miss", 0)) == ("compiled", 3, 0)
+
+
 @pytest.mark.parametrize("scheme", [POC2, SCHEMES["poc3"], DRAWN], ids=lambda scheme: scheme.name)
 def test_compiled_agrees_with_eager_for_every_block(model: Model, scheme: Scheme) -> None:
     agrees_for_every_block(model, scheme)
@@ -222,29 +249,3 @@ def test_whatever_fails_leaves_a_clean_eager_path_or_is_an_error(
     assert found.execution.path == "eager"
     assert found.execution.reason.startswith("compiling failed: WrongDistancesError: distances differ")
     assert np.array_equal(results(found, POC2, "block"), results(model, POC2, "block"))
-
-
-async def test_a_worker_mines_by_compiled_code_and_says_so_and_another_process_finds_what_it_compiled(
-    cache: Path, model: Model, tmp_path: Path
-) -> None:
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(cache)
-    load = Load(MODEL, "float32", ("cpu",), "poc2", SEQ_LEN, BATCH, compile="always")
-    round_ = replace(ROUND, model=load.model, seq_len=SEQ_LEN)
-    with structlog.testing.capture_logs() as logs:
-        async with pooled(tmp_path, [load], round_) as (pool, _):
-            (worker,) = pool.workers
-            await until(lambda: worker.computed > BATCH)
-            assert worker.info is not None
-            assert (worker.info.execution, worker.info.execution_reason) == ("compiled", "as the settings say")
-            assert worker.info.compile_seconds > 0
-            with block_run(model, POC2, block_hash="b", public_key="k", seq_len=SEQ_LEN) as run:
-                eager = run.distances(range(BATCH), batch_size=BATCH)
-            asked = replace(round_, block_hash="b", public_key="k")
-            assert await recompute(pool, asked, tuple(range(BATCH))) == pytest.approx(eager, abs=ROUNDING)
-    assert "execution" not in {entry["action"] for entry in logs}, "its round runs as it said"
-    done = await asyncio.to_thread(
-        subprocess.run, [sys.executable, "-c", CHILD], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    found = orjson.loads(done.stdout)
-    assert (found["path"], found.get("fxgraph_cache_hit", 0), found.get("fxgraph_cache_miss", 0)) == ("compiled", 3, 0)

@@ -196,7 +196,7 @@ async def test_what_is_late_by_the_chains_height_is_set_aside_and_told(tmp_path:
             daemon.process.kill()
             await daemon.process.wait()
         async with running(path) as daemon:
-            told = await daemon.until(is_told_late)
+            told = await daemon.until(lambda body: is_told_late(body) and body["chain"]["epoch"])
             assert told["chain"]["epoch"]["accepted_through"] is None
             (receiver,) = told["receivers"]
             assert receiver["expired_nonces"] == told["funnel"]["expired"] > 50
