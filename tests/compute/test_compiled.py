@@ -141,7 +141,7 @@ def test_more_layers_compile_nothing_more(model: Model) -> None:
     ready(model)
     before = compilations()
     torch.manual_seed(0)
-    like = {"num_hidden_layers": 12, "layer_types": ["full_attention"] * 12}
+    like: dict[str, Any] = {"num_hidden_layers": 12, "layer_types": ["full_attention"] * 12}
     config = Qwen3Config.from_pretrained(BUNDLED / "tiny-qwen3", **like)
     deep = adapt(Qwen3ForCausalLM(config), name="deep")
     assert deep.layers == 12
