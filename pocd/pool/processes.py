@@ -21,7 +21,7 @@ from pocd.worker.messages import Failed, Gone
 
 if TYPE_CHECKING:
     from asyncio.subprocess import Process
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from structlog.typing import FilteringBoundLogger
 
@@ -218,7 +218,7 @@ class Processes:
         try:
             await self._wait(limit)
         finally:
-            ended = [(rank.process.returncode, number) for number, rank in enumerate(self._ranks)]
+            codes = [rank.process.returncode for rank in self._ranks]
             for rank in self._ranks:
                 if rank.process.returncode is None:
                     rank.process.kill()
@@ -230,10 +230,9 @@ class Processes:
         if stuck:
             name = self._name(stuck[0])
             return Ended(f"{name} does not end even when it is killed: its driver holds it (nvidia-smi)")
-        # A signal before a failure before a good end: the others end because that one did.
-        by_itself = [(code >= 0, code == 0, number) for code, number in ended if code is not None]
-        if by_itself:
-            return self._ended(min(by_itself)[2])
+        first = find_first(codes)
+        if first is not None:
+            return self._ended(first)
         return Ended(f"{self._name(0)} was killed, as it did not end" if self._ranks else "none was started")
 
     async def _wait(self, limit: float) -> None:
@@ -257,6 +256,17 @@ class Processes:
         if last and code not in {0, -signal.SIGKILL, -signal.SIGTERM}:  # by which others end it, whatever it does
             how = f"{how}: {last}"
         return Ended(f"{self._name(number)} {how}", by_force=code < 0)
+
+
+def find_first(codes: Sequence[int | None]) -> int | None:
+    """Return the number of the process because of which the others ended; None where none has ended by itself.
+
+    Args:
+        codes: How each process ended, as `subprocess` has it; None where it has not. One that a signal killed is before
+            one that failed, and that is before one that ended well.
+    """
+    ended = [(code >= 0, code == 0, number) for number, code in enumerate(codes) if code is not None]
+    return min(ended)[2] if ended else None
 
 
 async def _start(peers: list[socket.socket], environment: Mapping[str, str], log: FilteringBoundLogger) -> _Rank:
