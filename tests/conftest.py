@@ -32,12 +32,13 @@ settings.register_profile("search", deadline=None, suppress_health_check=[Health
 settings.register_profile("patient", parent=settings.get_profile("search"), derandomize=True)
 settings.load_profile("patient")
 
-# Files that take a minute and more: they begin first, so that no process is left alone with one at the end.
+# Files that take half a minute and more: they begin first, so that no process is left alone with one at the end.
 LONG = (
-    *("system/test_systemd.py", "compute/test_compiled.py", "cluster/test_cluster.py", "system/test_install.py"),
-    *("system/test_daemon.py", "worker/test_worker.py", "worker/test_ranks.py", "pool/test_pool.py"),
-    *("admin/test_pow_api.py", "system/test_disk.py", "validation/test_queue.py", "admin/test_outbox_api.py"),
-    *("system/test_daemon_epochs.py", "dev/test_demo.py", "cli/test_main.py", "lab/test_audit.py"),
+    *("cluster/test_cluster.py", "system/test_systemd.py", "compute/test_compiled.py", "cluster/test_partition.py"),
+    *("system/test_install.py", "system/test_orchestrator.py", "system/test_daemon_epochs.py", "admin/test_pow_api.py"),
+    *("admin/test_openapi.py", "system/test_operations.py", "worker/test_ranks.py", "compute/test_engine.py"),
+    *("system/test_disk.py", "dev/test_demo.py", "system/test_daemon.py", "worker/test_worker.py"),
+    *("scripts/test_first_contact.py", "compute/test_poc3.py", "pool/test_pool.py", "cluster/test_ranks_apart.py"),
 )
 # Folders of which other files take longer than most.
 SLOW = ("system", "scripts", "compute", "admin", "lab", "worker", "daemon", "cli")
