@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 POCD = (sys.executable, "-W", "error", "-m", "pocd")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.upper().startswith("POCD_")} | {
     "CUDA_VISIBLE_DEVICES": "",
-    "HF_HUB_OFFLINE": "1",
+    "FORKED": "yes",
 }
 MODEL = "bundled:tiny-llama"
 R = 1.417

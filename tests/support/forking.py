@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -47,7 +48,7 @@ LATE = frozenset(
     {
         *("TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_VISIBLE_DEVICES", *ALLOCATOR),
         *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NOTIFY_SOCKET", "JOURNAL_STREAM", "PWD", "OLDPWD"),
-        *("COLUMNS", "LINES", "PYTHONBREAKPOINT", "SPT_NOENV"),  # of Ray
+        *("COLUMNS", "LINES", "TERM", "FORKED", "PYTHONBREAKPOINT", "SPT_NOENV"),  # of Ray
     }
 )
 LATE_PREFIXES = ("PYTEST_", "POCD_", "RAY_", "WATCHDOG_", "_TORCHINDUCTOR_")
@@ -207,7 +208,11 @@ class Start:
     def run(self) -> None:
         """Run the program: a module (-m) or a text (-c)."""
         sys.path[0] = self.given["folder"]
-        option, program, *sys.argv[1:] = self.given["program"]
+        given = self.given["program"]
+        if given[:2] == ["-W", "error"]:
+            warnings.simplefilter("error")
+            given = given[2:]
+        option, program, *sys.argv[1:] = given
         if option == "-m":
             runpy.run_module(program, run_name="__main__", alter_sys=True)
         else:

@@ -256,7 +256,9 @@ def test_a_batch_size_that_does_not_fit_is_halved_until_it_does_or_an_error_that
     auto = dataclasses.replace(LOAD, seq_len=1024, batch_size=1024, is_auto=True)  # 512 MiB of embeddings
     configured = dataclasses.replace(LOAD, seq_len=4096, batch_size=4096)
     asked = orjson.dumps([(100, auto), (400, configured)]).decode()
-    done = subprocess.run([sys.executable, "-c", LIMITED, asked], capture_output=True, text=True, check=False)
+    forked = os.environ | {"FORKED": "yes"}
+    program = [sys.executable, "-c", LIMITED, asked]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, env=forked)
     assert done.returncode == 0, done.stderr
     found, error = done.stdout.splitlines()
     assert found in {"2", "4", "8", "16"}
@@ -281,7 +283,9 @@ def ready_worker(*program: str) -> Iterator[tuple[subprocess.Popen[bytes], socke
     """A worker process that has loaded, the daemon's side of its socket, and a stream of what it says."""
     ours, theirs = socket.socketpair()
     worker = subprocess.Popen(
-        [sys.executable, *(program or ("-m", "pocd.worker")), str(theirs.fileno())], pass_fds=(theirs.fileno(),)
+        [sys.executable, *(program or ("-m", "pocd.worker")), str(theirs.fileno())],
+        pass_fds=(theirs.fileno(),),
+        env=os.environ | {"FORKED": "yes"},
     )
     theirs.close()
     try:

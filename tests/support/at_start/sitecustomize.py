@@ -12,7 +12,8 @@ TYPE_CHECKING = False  # typing's own is dear at every start
 if TYPE_CHECKING:
     import socket
 
-PROGRAMS = ("-m pocd.worker", "-m pocd.check.child", "-m pocd compute")  # whose start is little but torch's import
+# Programs whose start is little but torch's import; others that import it are forked where a test sets FORKED.
+PROGRAMS = ("-m pocd.worker", "-m pocd.check.child", "-m pocd compute")
 FOLDER = "FORKING"  # names the folder with the sockets of the processes to fork from; empty: every process is its own
 STANDS_FOR = "for "  # before the double's process id, in the name of a stand-in's process
 NAMESPACES = ("ipc", "net", "uts", "mnt")  # those that a fork can enter
@@ -110,5 +111,5 @@ def _stand_in(link: "socket.socket", double: int) -> None:
     os._exit(code)
 
 
-if os.environ.get(FOLDER) and " ".join(sys.orig_argv[1:4]).startswith(PROGRAMS):
+if os.environ.get(FOLDER) and (" ".join(sys.orig_argv[1:4]).startswith(PROGRAMS) or "FORKED" in os.environ):
     go_on_elsewhere(f"{os.environ[FOLDER]}/torch")
