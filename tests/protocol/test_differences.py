@@ -27,6 +27,7 @@ from pocd.protocol.differences import (
     compare,
     honest_law,
     judge_differences,
+    measures,
 )
 
 if TYPE_CHECKING:
@@ -336,6 +337,12 @@ def test_honest_results_that_nothing_connects_are_never_fraud() -> None:
 def test_one_or_two_nonces_decide_nothing(n: int) -> None:
     world = World(n, 12, 1)
     assert world.judge(1e6 * world.claims()).result == "undecidable"
+
+
+def test_own_errors_above_a_quarter_of_the_scatter_of_the_whole_batch_measure_nothing() -> None:
+    blank = np.array([1.0, 3.0, 8.0])
+    found = [measures(share**2 * blank[[2, 0, 1]], blank) for share in (0.0, 0.001, 0.249, 0.251, 2.0)]
+    assert found == [False, True, True, False, False]
 
 
 def test_a_validator_whose_result_is_the_reference_has_no_measure() -> None:
