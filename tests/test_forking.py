@@ -93,11 +93,12 @@ from tests.support.at_start.sitecustomize import NAMESPACES
 from tests.support.forking import Start
 at = lambda kind: os.open(f"/proc/self/ns/{kind}", os.O_RDONLY)
 tempfile.gettempdir()  # which it remembers
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background
 Start(json.loads(sys.argv[1]), [0, 1, int(sys.argv[2]), *map(at, NAMESPACES)]).take_over()
 print(json.dumps([
     os.getcwd(), os.umask(0), resource.getrlimit(resource.RLIMIT_NOFILE)[0], tempfile.gettempdir(),
     os.environ.get("HOME"), signal.getsignal(signal.SIGTERM) is signal.SIG_IGN, os.read(50, 5).decode(),
-    sorted(map(int, os.listdir("/proc/self/fd"))),
+    sorted(map(int, os.listdir("/proc/self/fd"))), signal.getsignal(signal.SIGINT) is signal.default_int_handler,
 ]))
 """
 
@@ -113,10 +114,10 @@ def test_files_limits_signals_and_folders_are_taken_over(tmp_path: Path) -> None
         "processors": sorted(os.sched_getaffinity(0)),
         "niceness": os.nice(0),
         "blocked": [],
-        "ignored": [signal.SIGTERM],
+        "ignored": [signal.SIGTERM, signal.SIGPIPE, signal.SIGXFSZ],
     }
     with (tmp_path / "told").open() as file:
         program = [sys.executable, "-c", TAKING_OVER, json.dumps(start), str(file.fileno())]
         taken = json.loads(subprocess.run(program, pass_fds=[file.fileno()], stdout=subprocess.PIPE, check=True).stdout)
     # The fourth file is the listing's own.
-    assert taken == [str(tmp_path), 0o27, 200, str(tmp_path), None, True, "hello", [0, 1, 2, 50]]
+    assert taken == [str(tmp_path), 0o27, 200, str(tmp_path), None, True, "hello", [0, 1, 2, 50], True]

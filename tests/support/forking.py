@@ -195,8 +195,11 @@ class Start:
         os.sched_setaffinity(0, given["processors"])
         for number, limits in given["limits"].items():
             resource.setrlimit(int(number), limits)
-        for number in given["ignored"]:
-            signal.signal(number, signal.SIG_IGN)
+        for number in signal.valid_signals():
+            if number in given["ignored"]:
+                signal.signal(number, signal.SIG_IGN)
+            elif signal.getsignal(number) is signal.SIG_IGN:  # as of a process that the tests' own start left it to
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, given["blocked"])
 
     def _enter_namespaces(self) -> None:
