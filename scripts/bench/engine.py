@@ -156,7 +156,7 @@ class Bench:
         """Return the FLOP/s of a large matrix product, the best of several."""
         size = 8192 if self.device.type == "cuda" else 2048
         a = torch.randn(size, size, device=self.device).to(self.dtype)
-        fastest = min(self.seconds(lambda: a @ a) for _ in range(2 + self.repeats))
+        fastest = min(self.seconds(lambda: a @ a) for _ in range(5 + self.repeats))
         return 2.0 * size * size * size / fastest
 
 

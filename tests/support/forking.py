@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from pocd.worker.environment import ALLOCATOR
 from tests.support.at_start import sitecustomize
-from tests.support.at_start.sitecustomize import FOLDER, NAMESPACES, STANDS_FOR, ask, belonging
+from tests.support.at_start.sitecustomize import FOLDER, NAMESPACES, STANDS_FOR, WANTED, ask, belonging
 from tests.support.waiting import PATIENCE, until
 
 if TYPE_CHECKING:
@@ -47,8 +47,9 @@ AT_START = Path(sitecustomize.__file__).parent
 LATE = frozenset(
     {
         *("TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_VISIBLE_DEVICES", *ALLOCATOR),
-        *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NOTIFY_SOCKET", "JOURNAL_STREAM", "PWD", "OLDPWD"),
-        *("COLUMNS", "LINES", "TERM", "FORKED", "PYTHONBREAKPOINT", "SPT_NOENV"),  # of Ray
+        *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "NOTIFY_SOCKET", "JOURNAL_STREAM", WANTED),
+        *("PWD", "OLDPWD", "TERM", "COLUMNS", "LINES"),
+        *("PYTHONBREAKPOINT", "SPT_NOENV"),  # Ray sets them
     }
 )
 LATE_PREFIXES = ("PYTEST_", "POCD_", "RAY_", "WATCHDOG_", "_TORCHINDUCTOR_")
@@ -198,7 +199,7 @@ class Start:
         for number in signal.valid_signals():
             if number in given["ignored"]:
                 signal.signal(number, signal.SIG_IGN)
-            elif signal.getsignal(number) is signal.SIG_IGN:  # as of a process that the tests' own start left it to
+            elif signal.getsignal(number) is signal.SIG_IGN:  # as SIGINT is where the tests run in the background
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, given["blocked"])
 

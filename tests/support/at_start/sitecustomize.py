@@ -1,8 +1,8 @@
 """What Python runs first in each process that the tests start: workers are forked from one that has torch imported.
 
 See tests/support/forking.py. The process stays its parent's child and stands in for its double, to which it passes
-signals on, and like which it ends; where it is killed, so is the double. It cannot pass on
-SIGSTOP: `at_work` there finds the double.
+signals on, and like which it ends; where it is killed, so is the double. It cannot pass on SIGSTOP: `at_work` there
+finds the double.
 """
 
 import os
@@ -12,8 +12,8 @@ TYPE_CHECKING = False  # typing's own is dear at every start
 if TYPE_CHECKING:
     import socket
 
-# Programs whose start is little but torch's import; others that import it are forked where a test sets FORKED.
-PROGRAMS = ("-m pocd.worker", "-m pocd.check.child", "-m pocd compute")
+# Programs whose start is little but torch's import, and the variable by which a test wants another one forked.
+PROGRAMS, WANTED = ("-m pocd.worker", "-m pocd.check.child", "-m pocd compute"), "FORKED"
 FOLDER = "FORKING"  # names the folder with the sockets of the processes to fork from; empty: every process is its own
 STANDS_FOR = "for "  # before the double's process id, in the name of a stand-in's process
 NAMESPACES = ("ipc", "net", "uts", "mnt")  # those that a fork can enter
@@ -111,5 +111,5 @@ def _stand_in(link: "socket.socket", double: int) -> None:
     os._exit(code)
 
 
-if os.environ.get(FOLDER) and (" ".join(sys.orig_argv[1:4]).startswith(PROGRAMS) or "FORKED" in os.environ):
+if os.environ.get(FOLDER) and (" ".join(sys.orig_argv[1:4]).startswith(PROGRAMS) or WANTED in os.environ):
     go_on_elsewhere(f"{os.environ[FOLDER]}/torch")
