@@ -849,6 +849,16 @@ def test_a_refusal_of_what_was_withdrawn_meanwhile_is_no_dead_letter(outbox: Out
     assert outbox.totals == recount(outbox) == Totals(1, 1, 1, delivered=1)
 
 
+def test_what_was_accepted_while_it_was_withdrawn_is_delivered(outbox: Outbox) -> None:
+    commit(outbox, 0, 1)
+    form(outbox, "a", size=1)
+    under_way = next_pending(outbox, "a")
+    assert under_way is not None
+    replace_round(outbox, ROUND, "block replaced", withdraw=True, now=NOW)
+    record_delivered(outbox, "a", under_way.batch, NOW)
+    assert outbox.totals == recount(outbox) == Totals(1, 1, 1, delivered=1)
+
+
 def test_what_a_replaced_round_found_is_sent_where_that_is_wanted(outbox: Outbox) -> None:
     commit(outbox, 0, 1)
     form(outbox, "a", size=1)
